@@ -1,0 +1,437 @@
+// The only torch front: fastclip's operators on CPU tensors, and the module's build information.
+//
+// Schemas, fakes and the choice of an engine live in Python (fastclip/ops.py says what each argument means); this file
+// turns tensors into the plain arguments of engine.h, allocates, and picks the instruction set and the product.
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/native/CPUBlas.h>
+#include <torch/library.h>
+#include <torch/python.h>
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "engine.h"
+
+namespace fastclip {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+std::atomic<int> threads_used{0};
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// ---- instruction set and product -----------------------------------------------------------------------------------
+
+struct Capability {
+  const char* name;
+  int (*run)(Problem&);
+  double (*largest_norm)(const Side&, const Problem&);
+};
+
+// Follows torch's own dispatch, so that ATEN_CPU_CAPABILITY governs both.
+const Capability& capability() {
+  static const Capability chosen = [] {
+    [[maybe_unused]] const std::string name = at::get_cpu_capability();
+#if FASTCLIP_X86
+    if (name.rfind("AVX512", 0) == 0 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      return Capability{"AVX512", AVX512::run, AVX512::largest_norm};
+    if (name.rfind("AVX", 0) == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return Capability{"AVX2", AVX2::run, AVX2::largest_norm};
+#endif
+    return Capability{"DEFAULT", DEFAULT::run, DEFAULT::largest_norm};
+  }();
+  return chosen;
+}
+
+bool machine_has_brgemm() {
+#if FASTCLIP_X86
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return has && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+// Whether bf16 operands can be multiplied as they are: asked of torch by trying, which is the one answer that counts.
+bool machine_has_half_products() {
+  static const bool has = [] {
+    alignas(64) at::BFloat16 a[32 * 32], b[32 * 32];
+    alignas(64) float c[32 * 32];
+    for (int q = 0; q < 32 * 32; q++) a[q] = b[q] = at::BFloat16(1.f);
+    try {
+      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, a, b, c, true);
+      at::native::cpublas::brgemm_release(true);
+      return c[0] == 32.f && c[32 * 32 - 1] == 32.f;
+    } catch (...) {
+      return false;
+    }
+  }();
+  return has;
+}
+
+bool brgemm_wanted() {
+  const char* const forced = std::getenv("FASTCLIP_CPU");
+  if (!forced || !*forced) return machine_has_brgemm();
+  const std::string name(forced);
+  TORCH_CHECK_VALUE(name == "brgemm" || name == "mm", "FASTCLIP_CPU must be 'brgemm' or 'mm', got '", name, "'");
+  TORCH_CHECK(name == "mm" || machine_has_brgemm(), "FASTCLIP_CPU=brgemm, but this machine has no AVX-512 or oneDNN is off");
+  return name == "brgemm";
+}
+
+// ---- tensors to plain arguments ------------------------------------------------------------------------------------
+
+Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return Dtype::kDouble;
+    case at::kFloat: return Dtype::kFloat;
+    case at::kBFloat16: return Dtype::kBFloat16;
+    case at::kHalf: return Dtype::kHalf;
+    default: TORCH_CHECK_TYPE(false, "features must be float64, float32, bfloat16 or float16, got ", type);
+  }
+}
+
+at::ScalarType statistic_of(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Unit stride along D and rows that do not overlap, as the products need.
+Tensor strided(const Tensor& x) {
+  return (x.size(1) <= 1 || x.stride(1) == 1) && (x.size(0) <= 1 || x.stride(0) >= x.size(1)) ? x : x.contiguous();
+}
+
+Loss loss_of(std::string_view name) {
+  if (name == "softmax") return Loss::kSoftmax;
+  TORCH_CHECK_VALUE(name == "sigmoid", "loss must be 'softmax' or 'sigmoid', got '", name, "'");
+  return Loss::kSigmoid;
+}
+
+// A problem with the tensors that its pointers point into. The longer tower supplies the rows: they are what threads
+// share. `swapped` says that x and y changed places.
+struct Call {
+  Problem problem;
+  Tensor x, y, factor_x, factor_y;
+  bool swapped;
+  int64_t m, n;
+
+  Call(const Tensor& x_in, const Tensor& y_in, const optional<Tensor>& fx, const optional<Tensor>& fy,
+       const Tensor& scale, const optional<Tensor>& bias, int64_t offset, std::string_view loss)
+      : x(strided(x_in)), y(strided(y_in)), swapped(x_in.size(0) < y_in.size(0)), m(x_in.size(0)), n(y_in.size(0)) {
+    TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type() &&
+                    m > 0 && n > 0 && x.size(1) > 0,
+                "x and y must be non-empty (M, D) and (N, D) of one dtype, got ", x.sizes(), " ", x.scalar_type(), " and ",
+                y.sizes(), " ", y.scalar_type());
+    const auto statistic = statistic_of(x);
+    if (fx) factor_x = fx->to(statistic).contiguous();
+    if (fy) factor_y = fy->to(statistic).contiguous();
+    problem.dtype = dtype_of(x.scalar_type());
+    problem.loss = loss_of(loss);
+    problem.width = x.size(1);
+    problem.scale = scale.item<double>();
+    problem.bias = bias && problem.loss == Loss::kSigmoid ? bias->item<double>() : 0.0;
+    problem.offset = swapped ? -offset : offset;
+    problem.positive_of_y = swapped;
+    problem.brgemm = brgemm_wanted();
+    problem.half_products = problem.brgemm && machine_has_half_products();
+    set(first(), x, factor_x);
+    set(second(), y, factor_y);
+  }
+
+  Side& first() { return swapped ? problem.y : problem.x; }
+  Side& second() { return swapped ? problem.x : problem.y; }
+
+  void run() { threads_used = capability().run(problem); }
+
+ private:
+  static void set(Side& side, const Tensor& features, const Tensor& factor) {
+    side.features = features.const_data_ptr();
+    side.rows = features.size(0);
+    side.stride = features.size(0) > 1 ? features.stride(0) : features.size(1);
+    side.factor = factor.defined() ? factor.const_data_ptr() : nullptr;
+  }
+};
+
+// Room for `keep` rows of products. Huge pages where the kernel gives them on request: a quarter of a GiB of fresh
+// 4 KiB pages costs as much as a tenth of the whole loss.
+Tensor allocate_kept(const Call& call, int64_t keep) {
+  const int64_t columns = call.problem.y.rows;
+  const int64_t rows = std::min(keep, (call.problem.x.rows + 15) / 16 * 16);
+  Tensor kept = at::empty({rows * columns}, call.x.options().dtype(statistic_of(call.x)));
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(kept.data_ptr()) + 4095) & ~uintptr_t(4095);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(kept.data_ptr()) + kept.nbytes()) & ~uintptr_t(4095);
+  if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return kept;
+}
+
+// ---- sweep ---------------------------------------------------------------------------------------------------------
+
+// The one reference of all logits: it puts the largest possible one at 2^t, high enough for the smallest row to stay
+// within fp32, low enough for a sum over 2^27 columns not to overflow.
+void set_reference(Call& call, const optional<Tensor>& bound) {
+  Problem& p = call.problem;
+  const bool wide = p.dtype == Dtype::kDouble;
+  double largest;
+  if (bound) {
+    largest = bound->item<double>();
+  } else {
+    const auto norm = capability().largest_norm;
+    largest = (p.x.factor ? 1.0 : norm(p.x, p)) * (p.y.factor ? 1.0 : norm(p.y, p));
+  }
+  const double top = std::abs(p.scale) * largest * kLog2E;
+  const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
+  const double t = std::min(std::max(0.0, 2 * top - depth), headroom);
+  p.reference = std::ceil(top - t);
+}
+
+// Whether one reference was enough: a row or column whose R + P is smaller may have lost terms that count.
+bool states_hold(const Call& call) {
+  const Problem& p = call.problem;
+  const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
+  const auto holds = [&](const Side& side, int64_t other, int64_t offset, bool indexes_positive) {
+    for (int64_t i = 0; i < side.rows; i++) {
+      const int64_t j = i + offset;
+      double sum = side.sum[i];
+      if (j >= 0 && j < other)
+        sum += std::exp2(p.scale * kLog2E * p.positive[indexes_positive ? i : j] - p.reference);
+      if (!(sum >= least)) return false;
+    }
+    return true;
+  };
+  return holds(p.x, p.y.rows, p.offset, !p.positive_of_y) && holds(p.y, p.x.rows, -p.offset, p.positive_of_y);
+}
+
+struct Swept {
+  Tensor state, positive;
+};
+
+Swept allocate_states(Call& call) {
+  const auto options = call.x.options().dtype(at::kDouble);
+  Swept out{at::empty({2, call.m + call.n}, options), at::full({call.m}, NAN, options)};
+  double* const state = out.state.mutable_data_ptr<double>();
+  call.first().reference = state, call.first().sum = state + call.m + call.n;
+  call.second().reference = state + call.m, call.second().sum = state + 2 * call.m + call.n;
+  call.problem.positive = out.positive.mutable_data_ptr<double>();
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sweep(const Tensor& x, const Tensor& y, const optional<Tensor>& factor_x,
+                                         const optional<Tensor>& factor_y, const Tensor& scale,
+                                         const optional<Tensor>& bias, const optional<Tensor>& bound, int64_t offset,
+                                         std::string_view loss, int64_t keep) {
+  Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
+  Problem& p = call.problem;
+  Swept out = allocate_states(call);
+  Tensor kept = allocate_kept(call, keep);
+  p.kept = kept.data_ptr();
+  p.kept_rows = kept.numel() / p.y.rows;
+  p.fold = true;
+  if (p.loss == Loss::kSoftmax) set_reference(call, bound);
+  call.run();
+  if (p.loss == Loss::kSoftmax && !states_hold(call)) {
+    p.running_maxima = true;
+    p.kept_ready = true;
+    call.run();
+    double* const reference = out.state.mutable_data_ptr<double>();
+    for (int64_t q = 0; q < call.m + call.n; q++)
+      if (std::isinf(reference[q]) && reference[q] < 0) reference[q] = 0;  // no negatives
+  }
+  return {out.state, out.positive, kept};
+}
+
+// ---- weigh ---------------------------------------------------------------------------------------------------------
+
+struct Gradients {
+  Tensor u, v, accumulator;
+};
+
+Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarType dtype_x, at::ScalarType dtype_y) {
+  const int64_t width = call.problem.width;
+  const auto options = call.x.options();
+  Gradients out;
+  out.u = at::empty({needs_x ? call.m : 0, width}, options.dtype(dtype_x));
+  out.v = at::empty({needs_y ? call.n : 0, width}, options.dtype(dtype_y));
+  const auto set = [](Side& side, Tensor& gradient, bool needed) {
+    side.gradient = needed ? gradient.data_ptr() : nullptr;
+    side.gradient_dtype = dtype_of(gradient.scalar_type());
+  };
+  set(call.first(), out.u, needs_x);
+  set(call.second(), out.v, needs_y);
+  const Tensor& columns = call.swapped ? out.u : out.v;
+  if (columns.numel() > 0)
+    out.accumulator = columns.scalar_type() == statistic_of(call.x)
+                          ? columns
+                          : at::empty(columns.sizes(), options.dtype(statistic_of(call.x)));
+  if (out.accumulator.defined()) call.problem.y.accumulator = out.accumulator.data_ptr();
+  return out;
+}
+
+Tensor totals_of(const Call& call) {
+  Tensor totals = at::empty({2}, call.x.options().dtype(at::kDouble));
+  for (int q = 0; q < 2; q++) totals.mutable_data_ptr<double>()[q] = call.problem.totals[q];
+  return totals;
+}
+
+std::tuple<Tensor, Tensor, Tensor> weigh(const Tensor& x, const Tensor& y, const optional<Tensor>& factor_x,
+                                         const optional<Tensor>& factor_y, const Tensor& scale,
+                                         const optional<Tensor>& bias, const Tensor& state, const Tensor& coefficients,
+                                         const Tensor& positive_weight, const Tensor& gain, const Tensor& kept,
+                                         int64_t offset, std::string_view loss, bool needs_x, bool needs_y,
+                                         bool project, at::ScalarType dtype_x, at::ScalarType dtype_y) {
+  Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
+  Problem& p = call.problem;
+  const int64_t lines = call.m + call.n;
+  TORCH_CHECK(state.sizes() == at::IntArrayRef({2, lines}) && coefficients.numel() == lines &&
+                  positive_weight.numel() == call.m,
+              "state must be (2, M + N), coefficients (M + N), positive_weight (M), got ", state.sizes(), ", ",
+              coefficients.sizes(), ", ", positive_weight.sizes());
+  Gradients out = allocate_gradients(call, needs_x, needs_y, dtype_x, dtype_y);
+  const auto statistic = statistic_of(x);
+  const Tensor references = state.select(0, 0).to(statistic).contiguous();
+  const Tensor both = coefficients.to(statistic).contiguous();
+  const Tensor weight = positive_weight.to(at::kDouble).contiguous();
+  const int64_t bytes = both.element_size() * call.m;
+  const auto behind = [bytes](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()) + bytes; };
+  call.first().references = references.const_data_ptr(), call.second().references = behind(references);
+  call.first().coefficients = both.const_data_ptr(), call.second().coefficients = behind(both);
+  p.positive_weight = weight.const_data_ptr<double>();
+  const double* const m = state.const_data_ptr<double>();
+  for (int64_t q = 1; q < lines && p.one_reference; q++) p.one_reference = m[q] == m[0];
+  p.gain = gain.item<double>();
+  p.project = project;
+  p.kept = kept.data_ptr();
+  p.kept_rows = kept.numel() / p.y.rows;
+  p.kept_ready = true;
+  p.weigh = true;
+  call.run();
+  return {out.u, out.v, totals_of(call)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(
+    const Tensor& x, const Tensor& y, const optional<Tensor>& factor_x, const optional<Tensor>& factor_y,
+    const Tensor& scale, const optional<Tensor>& bias, const Tensor& gain, int64_t offset, std::string_view loss,
+    bool needs_x, bool needs_y, bool project) {
+  Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
+  Problem& p = call.problem;
+  TORCH_CHECK(p.loss == Loss::kSigmoid, "only a loss whose weights need no state can be swept and weighed in one go");
+  const auto statistic = statistic_of(x);
+  Swept swept = allocate_states(call);
+  Gradients out = allocate_gradients(call, needs_x, needs_y, statistic, statistic);
+  p.gain = gain.item<double>();
+  p.project = project;
+  p.fold = p.weigh = true;
+  call.run();
+  return {swept.state, swept.positive, out.u, out.v, totals_of(call)};
+}
+
+// ---- registration --------------------------------------------------------------------------------------------------
+
+// The operators have no derivative of their own: silence would be a wrong gradient.
+void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (at::GradMode::is_enabled())
+    for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size()))
+      TORCH_CHECK(!argument.isTensor() || !argument.toTensor().defined() || !argument.toTensor().requires_grad(),
+                  op.operator_name(), " is an engine operator without a derivative: call the losses of fastclip.loss, or run it under torch.no_grad()");
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+// Rate of the engine's own product on operands that stay in cache, all threads together, in GFLOP/s: the limit that
+// `bench` measures against.
+double gemm_rate(const std::string& dtype, int64_t m, int64_t n, int64_t k, double seconds) {
+  TORCH_CHECK_VALUE(dtype == "float32" || dtype == "bfloat16", "dtype must be 'float32' or 'bfloat16', got '", dtype, "'");
+  const bool narrow = dtype == "bfloat16";
+  TORCH_CHECK(machine_has_brgemm() && (!narrow || machine_has_half_products()), "this machine has no brgemm for ", dtype);
+  using Clock = std::chrono::steady_clock;
+  const int threads = at::get_num_threads();
+  std::vector<double> rates(threads, 0.0);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++) {
+      const auto make = [&](int64_t size, at::ScalarType type) { return at::zeros({size}, at::TensorOptions(type)); };
+      const auto type = narrow ? at::kBFloat16 : at::kFloat;
+      const Tensor a = make(m * k, type), b = make(k * n, type), c = make(m * n, at::kFloat);
+      const auto once = [&] {
+        namespace blas = at::native::cpublas;
+        if (narrow)
+          blas::brgemm(m, n, k, k, n, n, false, a.const_data_ptr<at::BFloat16>(), b.const_data_ptr<at::BFloat16>(),
+                       c.mutable_data_ptr<float>(), true);
+        else
+          blas::brgemm(m, n, k, k, n, n, false, a.const_data_ptr<float>(), b.const_data_ptr<float>(),
+                       c.mutable_data_ptr<float>(), false);
+      };
+      for (int q = 0; q < 10; q++) once();
+      const auto start = Clock::now();
+      double elapsed = 0;
+      int64_t calls = 0;
+      while (elapsed < seconds) {
+        for (int q = 0; q < 20; q++) once();
+        calls += 20;
+        elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+      }
+      rates[begin] = 2e-9 * double(m) * double(n) * double(k) * double(calls) / elapsed;
+      at::native::cpublas::brgemm_release(narrow);
+    }
+  });
+  double total = 0;
+  for (const double rate : rates) total += rate;
+  return total;
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = FASTCLIP_COMPILER;
+  info["torch"] = FASTCLIP_TORCH_VERSION;
+#if FASTCLIP_X86
+  info["capabilities"] = std::vector<std::string>{"DEFAULT", "AVX2", "AVX512"};
+#else
+  info["capabilities"] = std::vector<std::string>{"DEFAULT"};
+#endif
+  info["capability"] = capability().name;
+  info["product"] = brgemm_wanted() ? "brgemm" : "mm";
+  info["half_products"] = brgemm_wanted() && machine_has_half_products();
+  info["threads"] = at::get_num_threads();
+  info["openmp"] =
+#ifdef _OPENMP
+      true;
+#else
+      false;
+#endif
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
+  m.impl("sweep.cpu", &sweep);
+  m.impl("weigh.cpu", &weigh);
+  m.impl("sweep_and_weigh.cpu", &sweep_and_weigh);
+}
+
+TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
+  m.impl("sweep.cpu", torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
+  m.impl("weigh.cpu", torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
+  m.impl("sweep_and_weigh.cpu", torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
+}
+
+}  // namespace fastclip
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled half of fastclip: registers the CPU engine's operators; build information.";
+  m.def("build_info", &fastclip::build_info, "Compiler, torch built against, instruction sets, product, threads, CUDA.");
+  m.def("threads_used", [] { return fastclip::threads_used.load(); }, "Threads that took part in the last operator.");
+  m.def("gemm_rate", &fastclip::gemm_rate, pybind11::arg("dtype"), pybind11::arg("m") = 64, pybind11::arg("n") = 128,
+        pybind11::arg("k") = 512, pybind11::arg("seconds") = 0.5, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "GFLOP/s of the engine's product on cache-resident operands, all threads together.");
+}

@@ -1,0 +1,108 @@
+"""Which engines can run here, and why each other one cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from . import chunked, ops
+
+# In the order in which `backend=None` prefers them for a device.
+NAMES = ("cpu", "cuda", "triton", "torch", "reference")
+
+AVAILABLE = "available"
+
+
+@functools.cache
+def _extension() -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and the reason."""
+    try:
+        return importlib.import_module("fastclip._C"), AVAILABLE
+    except ImportError as error:
+        spec = importlib.util.find_spec("fastclip._C")
+        if spec is None or spec.origin is None:
+            return None, (
+                "the compiled module fastclip._C is not installed: no C++ compiler at install time"
+            )
+        found = re.search(rb"fastclip built against torch ([^\0]+)", Path(spec.origin).read_bytes())
+        built = found[1].decode() if found else "an unknown version"
+        return None, (
+            f"the compiled module was built against torch {built} and does not load with torch "
+            f"{torch.__version__}: {str(error).splitlines()[0]}; install fastclip again"
+        )
+
+
+def build_info() -> dict[str, object] | None:
+    """Compiler, torch built against, instruction sets, product, threads; None if not compiled."""
+    module, _ = _extension()
+    return None if module is None else module.build_info()
+
+
+def backends() -> dict[str, str]:
+    """Every engine's name, with "available" or the reason why it cannot run here.
+
+    "cpu" is the C++ engine, "torch" the plain PyTorch engine for any device, "reference" the dense
+    loss that engines are compared with. "cuda" and "triton" are not part of this version.
+    """
+    absent = "not part of this version of fastclip"
+    return {
+        "cpu": _extension()[1],
+        "cuda": absent,
+        "triton": absent,
+        "torch": AVAILABLE,
+        "reference": AVAILABLE,
+    }
+
+
+@functools.cache
+def _warn_of_fallback(device: str, reason: str) -> None:
+    warnings.warn(
+        f"fastclip runs its plain PyTorch engine on {device} tensors: {reason}", stacklevel=2
+    )
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """The engine for a device. None takes the fastest that can run; falling back warns once.
+
+    Raises:
+        ValueError: unknown or unavailable, or one that does not serve this device.
+    """
+    if backend is None:
+        if device.type == "cpu":
+            reason = _extension()[1]
+            if reason == AVAILABLE:
+                return "cpu"
+        else:
+            reason = f"there is no fused engine for {device.type} yet"
+        if not torch.compiler.is_compiling():
+            _warn_of_fallback(device.type, reason)
+        return "torch"
+    status = backends()
+    if status.get(backend) == AVAILABLE and (backend != "cpu" or device.type == "cpu"):
+        return backend
+    available = ", ".join(repr(name) for name, reason in status.items() if reason == AVAILABLE)
+    if backend not in status:
+        rule = f"backend must be None or one of {', '.join(map(repr, status))}"
+    elif status[backend] != AVAILABLE:
+        rule = f"backend {backend!r} cannot run here ({status[backend]})"
+    else:
+        rule = f"backend {backend!r} takes CPU tensors, got tensors on {device}"
+    raise ValueError(f"{rule}; available: {available}; got {backend!r}")
+
+
+ops.implement(
+    "torch",
+    {
+        "sweep": chunked.sweep,
+        "weigh": chunked.weigh,
+        "sweep_and_weigh": chunked.sweep_and_weigh,
+    },
+)
+_extension()  # registers the C++ engine's operators

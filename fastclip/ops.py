@@ -1,0 +1,145 @@
+"""The engine's operators: schemas, fakes, and the table of engines.
+
+Two sweeps over a rectangular block, and both in one go for a loss whose weights need no state.
+Everything between them is O(M + N) plain PyTorch (`epilogues.py`).
+
+`sweep(x, y, factor_x, factor_y, scale, bias, bound, offset, loss, keep) -> state, positive, kept`
+    Streams the logits `s_ij = scale * t_ij + bias`, `t_ij = <x_i, y_j> * factor_x_i * factor_y_j`,
+    once, and returns what each row and column remembers of its negatives.
+
+    x (M, D), y (N, D): features of one dtype, float64, float32, bfloat16 or float16.
+    factor_x (M), factor_y (N): 1 / norm, or None for features that are taken as they are.
+    scale, bias: one element each; bias may be None.
+    bound: one element, an upper bound of `|t_ij|`, or None: the engine finds one.
+    offset: the positive of row i is column i + offset, where that lies in the block.
+    loss: "softmax" or "sigmoid".
+    keep: how many rows of t to keep for `weigh`; what is not kept is recomputed.
+
+    state (2, M + N), float64: rows first, then columns. softmax: references in log2 units and
+    sums of `2^(s_ij * log2(e) - reference)`; sigmoid: zeros and sums of `softplus(s_ij)`.
+    positive (M), float64: t of the positives, NaN for a row whose positive is not in the block.
+    kept: opaque, for `weigh` on the same x, y.
+
+`weigh(x, y, factor_x, factor_y, scale, bias, state, coefficients, positive_weight, gain, kept,
+       offset, loss, needs_x, needs_y, project, dtype_x, dtype_y) -> u, v, totals`
+    Streams the logits again: `w_ij = activation(s_ij) * (a_i + b_j)` for the negatives, the given
+    weight for the positives.
+
+    coefficients (M + N): a, then b. positive_weight (M). gain: one element, on the same device.
+    u (M, D) = gain * w @ (factor_y * y), v (N, D) = gain * w.T @ (factor_x * x), of the dtypes
+    asked for; (0, D) where not needed. `project` makes them gradients with respect to the features
+    before they were normalised by the factors.
+    totals (2), float64: the sums of w and of w * t over the negatives, without gain.
+
+`sweep_and_weigh(x, y, factor_x, factor_y, scale, bias, gain, offset, loss, needs_x, needs_y,
+                 project) -> state, positive, u, v, totals`
+    Both, with `a_i + b_j = 1`. u and v have at least float32.
+
+Each engine is an overload: `torch.ops.fastclip.sweep.cpu` (C++), `.torch` (`chunked.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BLOCK = "Tensor x, Tensor y, Tensor? factor_x, Tensor? factor_y, Tensor scale, Tensor? bias"
+SCHEMAS = {
+    "sweep": f"({_BLOCK}, Tensor? bound, int offset, str loss, SymInt keep)"
+    " -> (Tensor state, Tensor positive, Tensor kept)",
+    "weigh": f"({_BLOCK}, Tensor state, Tensor coefficients, Tensor positive_weight, Tensor gain,"
+    " Tensor kept, int offset, str loss, bool needs_x, bool needs_y, bool project,"
+    " ScalarType dtype_x, ScalarType dtype_y) -> (Tensor u, Tensor v, Tensor totals)",
+    "sweep_and_weigh": f"({_BLOCK}, Tensor gain, int offset, str loss, bool needs_x, bool needs_y,"
+    " bool project) -> (Tensor state, Tensor positive, Tensor u, Tensor v, Tensor totals)",
+}
+
+# Each an overload of every operator.
+ENGINES = ("cpu", "torch")
+
+# Rows of kept products are padded to this many.
+KEPT_ROW_UNIT = 16
+
+_library = torch.library.Library("fastclip", "DEF")
+
+
+def state_dtype(device: torch.device) -> torch.dtype:
+    """float64, O(M + N) numbers; float32 on Apple GPUs, which have nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 features, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_states(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = state_dtype(x.device)
+    m, n = x.shape[0], y.shape[0]
+    return x.new_empty((2, m + n), dtype=dtype), x.new_empty((m,), dtype=dtype)
+
+
+def _fake_sweep(
+    x: Tensor, y: Tensor, factor_x: Any, factor_y: Any, scale: Tensor, bias: Any, bound: Any,
+    offset: int, loss: str, keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = x.new_empty((keep * torch.sym_min(x.shape[0], y.shape[0]),), dtype=accumulation_dtype(x))
+    return *_fake_states(x, y), kept
+
+
+def _fake_weigh(
+    x: Tensor, y: Tensor, factor_x: Any, factor_y: Any, scale: Tensor, bias: Any, state: Tensor,
+    coefficients: Tensor, positive_weight: Tensor, gain: Tensor, kept: Tensor, offset: int,
+    loss: str, needs_x: bool, needs_y: bool, project: bool, dtype_x: torch.dtype,
+    dtype_y: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    u = x.new_empty((x.shape[0] if needs_x else 0, x.shape[1]), dtype=dtype_x)
+    v = y.new_empty((y.shape[0] if needs_y else 0, y.shape[1]), dtype=dtype_y)
+    return u, v, x.new_empty((2,), dtype=state_dtype(x.device))
+
+
+def _fake_sweep_and_weigh(
+    x: Tensor, y: Tensor, factor_x: Any, factor_y: Any, scale: Tensor, bias: Any, gain: Tensor,
+    offset: int, loss: str, needs_x: bool, needs_y: bool, project: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = accumulation_dtype(x)
+    u = x.new_empty((x.shape[0] if needs_x else 0, x.shape[1]), dtype=dtype)
+    v = y.new_empty((y.shape[0] if needs_y else 0, y.shape[1]), dtype=dtype)
+    return *_fake_states(x, y), u, v, x.new_empty((2,), dtype=state_dtype(x.device))
+
+
+_FAKES = {
+    "sweep": _fake_sweep,
+    "weigh": _fake_weigh,
+    "sweep_and_weigh": _fake_sweep_and_weigh,
+}
+
+for _engine in ENGINES:
+    for _name, _schema in SCHEMAS.items():
+        _library.define(f"{_name}.{_engine}{_schema}")
+        torch.library.register_fake(f"fastclip::{_name}.{_engine}", _FAKES[_name], lib=_library)
+
+
+def implement(engine: str, implementations: dict[str, Callable[..., Any]]) -> None:
+    """Registers an engine written in Python. Like the compiled ones it has no derivative."""
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(
+            f"fastclip's operators (engine {engine!r}) have no derivative of their own: "
+            "call the losses of fastclip.loss"
+        )
+
+    for name, implementation in implementations.items():
+        _library.impl(f"{name}.{engine}", torch.no_grad()(implementation), "CompositeExplicitAutograd")
+        torch.library.register_autograd(f"fastclip::{name}.{engine}", refuse, lib=_library)
+
+
+def rows_to_keep(m: int, n: int, itemsize: int, budget: int) -> int:
+    """`keep` for a budget in bytes: whole rows of t, along the longer side, in steps of 16."""
+    long, short = torch.sym_max(m, n), torch.sym_min(m, n)
+    padded = (long + KEPT_ROW_UNIT - 1) // KEPT_ROW_UNIT * KEPT_ROW_UNIT
+    affordable = budget // (short * itemsize) // KEPT_ROW_UNIT * KEPT_ROW_UNIT
+    return torch.sym_min(padded, affordable)
