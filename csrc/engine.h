@@ -42,14 +42,14 @@ struct Problem {
 
   double reference = 0;        // sweep: the one reference of all rows and columns, integral
   bool running_maxima = false;  // sweep: a reference for each row and column instead
-  double* positive = nullptr;  // sweep: t of the positives, out
+  double* positive = nullptr;  // t of the positives: sweep writes it, weigh reads it
   bool positive_of_y = false;  // positive and positive_weight are indexed by the columns, not by the rows
 
   const double* positive_weight = nullptr;  // weigh: dL/ds of the positives
   bool one_reference = true;              // weigh: all references equal: one exponential serves row and column
-  double gain = 1;                        // weigh: multiplies both gradients
+  double gain = 1;                        // weigh: the upstream gradient; multiplies both gradients, but not the totals
   bool project = false;                   // weigh: gradients with respect to the features before normalisation
-  double totals[2] = {0, 0};              // weigh: sums over the negatives of w and of w * t, out
+  double totals[2] = {0, 0};              // weigh: sums of w and of w * t, out
 
   void* kept = nullptr;     // T, products of the leading rows, without the factors
   int64_t kept_rows = 0;    // blocks that lie wholly in these rows are kept

@@ -67,7 +67,7 @@ void store_row(const T* g, T scale, int64_t width, Out* out) {
 template <class In, class T>
 void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
   const int64_t width = p.width;
-  T scale = T(p.gain);
+  T scale = T(p.gain * p.scale);
   const T factor = side.factor ? static_cast<const T*>(side.factor)[row] : T(1);
   // A norm below 1e-12 was clamped: the features were divided by a constant, and nothing is projected out.
   const bool clamped = !(factor < T(0.9999e12));
@@ -152,8 +152,8 @@ class Engine {
     const bool kept = i0 + rows <= p_.kept_rows;
     const bool multiply = !(kept && p_.kept_ready);
 
-    arena.reset(sizeof(T) * (depth * lanes + 3 * tile_ * lanes + rows * width + 4 * lanes) +
-                sizeof(Op) * (lanes * depth + 2 * tile_ * (lanes + depth) + tile_ * kLane) + 4096);
+    arena.reset(sizeof(T) * (2 * tile_ * lanes + rows * width + 6 * lanes) +
+                sizeof(Op) * (2 * lanes * depth + 2 * tile_ * (lanes + depth)) + 4096);
     Op* const transposed = arena.take<Op>(depth * lanes);
     Op* const operand = arena.take<Op>(lanes * depth);  // of the second product, unless the features serve
     T* const products = arena.take<T>(tile_ * lanes);
@@ -164,10 +164,20 @@ class Engine {
     Op* const tile_pairs = arena.take<Op>(tile_ * width);
     T* const u = arena.take<T>(rows * width);
     T* const factors = arena.take<T>(lanes);
+    T* const counts = arena.take<T>(lanes);
+    T* const coefficients = arena.take<T>(lanes);
+    T* const references = arena.take<T>(lanes);
     T* const scratch = arena.take<T>(2 * lanes);
 
     const T* const given = static_cast<const T*>(x.factor);
-    for (int64_t i = 0; i < lanes; i++) factors[i] = given && i < rows ? given[i0 + i] : T(1);
+    const bool coefficients_given = p_.weigh && !p_.fold;
+    for (int64_t i = 0; i < lanes; i++) {
+      const int64_t row = i0 + std::min(i, rows - 1);
+      factors[i] = given ? given[row] : T(1);
+      counts[i] = i < rows;
+      coefficients[i] = coefficients_given ? static_cast<const T*>(x.coefficients)[row] : T(1);
+      references[i] = coefficients_given ? static_cast<const T*>(x.references)[row] : T(0);
+    }
     if (multiply) pack_transposed<In, Op>(features, x.stride, rows, width, lanes, transposed);
     if (v_wanted) {
       if constexpr (kNarrow)
@@ -203,7 +213,7 @@ class Engine {
       tile.row_factor = factors;
       tile.col_factor = y.factor ? static_cast<const T*>(y.factor) + j0 : nullptr;
       tile.scale_log2 = p_.scale * kLog2E, tile.bias_log2 = p_.bias * kLog2E;
-      tile.scratch = scratch;
+      tile.counts = counts, tile.scratch = scratch;
       tile.w = kept ? weights : products;
       tile.totals = totals_.get() + 2 * k;
       double reference[256], sum[256];
@@ -214,10 +224,9 @@ class Engine {
         tile.positive = p_.positive + (p_.positive_of_y ? j0 : i0);
         tile.positive_of_col = p_.positive_of_y;
       }
-      if (p_.weigh && !p_.fold) {
-        tile.a = static_cast<const T*>(x.coefficients) + i0, tile.b = static_cast<const T*>(y.coefficients) + j0;
-        tile.row_references = static_cast<const T*>(x.references) + i0;
-        tile.col_references = static_cast<const T*>(y.references) + j0;
+      if (coefficients_given) {
+        tile.a = coefficients, tile.b = static_cast<const T*>(y.coefficients) + j0;
+        tile.row_references = references, tile.col_references = static_cast<const T*>(y.references) + j0;
       }
       transform(tile);
 
@@ -235,7 +244,7 @@ class Engine {
         if constexpr (kDirect && !kNarrow) b = features, ldb = x.stride;
         T* const v = static_cast<T*>(y.accumulator) + j0 * width;
         gemm(p_.brgemm, k > 0, cols, width, inner, wv, lanes, b, ldb, v, width);
-        add_positives<In>(x, i0, rows, factors, j0, cols, v);
+        add_positives(x, i0, rows, factors, j0, cols, v);
         if (k == blocks_ - 1)
           for (int64_t c = 0; c < cols; c++) finish_row<In>(p_, y, j0 + c, v + c * width);
       }
@@ -253,6 +262,7 @@ class Engine {
         gemm(p_.brgemm, j > 0, rows, width, inner, weights_u, ldw, b, ldb, u, width);
       }
     }
+    if (p_.weigh) add_positives_to_totals(i0, rows, totals_.get() + 2 * k);
     if (u_wanted) {
       add_positives_to_rows(i0, rows, u);
       for (int64_t i = 0; i < rows; i++) finish_row<In>(p_, x, i0 + i, u + i * width);
@@ -296,14 +306,23 @@ class Engine {
     return T(p_.positive_weight[q]);
   }
 
-  template <class Features>
   void add_positives(const Side& x, int64_t i0, int64_t rows, const T* factors, int64_t j0, int64_t cols, T* v) const {
     for (int64_t c = 0; c < cols; c++) {
       const int64_t i = j0 + c - p_.offset;
       if (i < i0 || i >= i0 + rows) continue;
       const T weight = positive_weight(i, j0 + c) * factors[i - i0];
-      const Features* const f = static_cast<const Features*>(x.features) + i * x.stride;
+      const In* const f = static_cast<const In*>(x.features) + i * x.stride;
       for (int64_t d = 0; d < p_.width; d++) v[c * p_.width + d] += weight * cast_to<T>(f[d]);
+    }
+  }
+
+  void add_positives_to_totals(int64_t i0, int64_t rows, double* totals) const {
+    for (int64_t i = i0; i < i0 + rows; i++) {
+      const int64_t j = i + p_.offset;
+      if (j < 0 || j >= p_.y.rows) continue;
+      const double weight = positive_weight(i, j);
+      totals[0] += weight;
+      totals[1] += weight * p_.positive[p_.positive_of_y ? j : i];
     }
   }
 
@@ -329,6 +348,17 @@ class Engine {
   std::mutex mutex_;
 };
 
+template <class T, class In>
+T squared_norm(const In* x, int64_t width) {
+  T square = 0;
+#pragma omp simd reduction(+ : square)
+  for (int64_t d = 0; d < width; d++) {
+    const T v = cast_to<T>(x[d]);
+    square += v * v;
+  }
+  return square;
+}
+
 template <class In, class T>
 double largest_norm_of(const Side& side, int64_t width) {
   const In* const x = static_cast<const In*>(side.features);
@@ -336,13 +366,8 @@ double largest_norm_of(const Side& side, int64_t width) {
       0, side.rows, at::divup(1 << 15, width), 0.0,
       [&](int64_t begin, int64_t end, double largest) {
         for (int64_t i = begin; i < end; i++) {
-          T square = 0;
-#pragma omp simd reduction(+ : square)
-          for (int64_t d = 0; d < width; d++) {
-            const T v = cast_to<T>(x[i * side.stride + d]);
-            square += v * v;
-          }
-          if (!(double(square) <= largest)) largest = double(square);  // NaN stays
+          const double square = squared_norm<T>(x + i * side.stride, width);
+          if (!(square <= largest)) largest = square;  // NaN stays
         }
         return largest;
       },

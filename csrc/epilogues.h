@@ -1,10 +1,12 @@
 // Every loss once, for the CPU and the CUDA engine.
 //
-// A loss is two functions of one logit. The engine makes the tiles of <x_i, y_j>, keeps the positives out, and calls
+// A loss is three functions. The engine makes the tiles of <x_i, y_j>, keeps the positives out, and calls
 //   fold(t, k, m)        what a negative adds to the sum that its row and its column remember
 //   activation(t, k, m)  its weight dL/ds up to the factor (a_i + b_j) of its row and column
 // with t = <x_i, y_j>, the logit in log2 units l = t * k.scale + k.bias, and m the reference of the row or the column.
-// Positives never pass through here: they stay apart, and O(M + N) code outside finishes them.
+// Positives never pass through here: they stay apart until the third function finishes a line (a row or a column):
+//   finish(reference, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its positive, of logit s
+// A pair's loss is half its row's plus half its column's.
 //
 // Nothing in this file includes torch, allocates, or branches on data: the CPU compiler turns each function into one
 // vector instruction sequence per 4, 8 or 16 pairs, nvcc into straight-line code.
@@ -102,10 +104,15 @@ FASTCLIP_INLINE void magnitude(double t, const Affine<double>& k, double& l, dou
   u = exp2(l > 0. ? -l : l);
 }
 
+struct Line {
+  double loss, coefficient, positive_weight;
+};
+
+FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(z > 0 ? -z : z)); }
+
 // CLIP's two-way softmax (arXiv 2103.00020): a row remembers the sum of the exponentials of its negatives, relative to m.
 // The bias cancels between numerator and denominator.
 struct Softmax {
-  static constexpr bool kReferenced = true;
   template <class T>
   static FASTCLIP_INLINE T fold(T t, const Affine<T>& k, T m) {
     return exp2_relative(t, k, m);
@@ -114,11 +121,16 @@ struct Softmax {
   static FASTCLIP_INLINE T activation(T t, const Affine<T>& k, T m) {
     return exp2_relative(t, k, m);
   }
+  // log(1 + R / P) in the log domain, where neither needs to be representable; the sums themselves for the weights.
+  static FASTCLIP_INLINE Line finish(double reference, double sum, double s) {
+    const double sum_and_positive = sum + exp2(s * kLog2E - reference);
+    const double total = sum_and_positive < 2.3e-308 ? 2.3e-308 : sum_and_positive;  // no negatives, positive underflows
+    return {softplus((log2(sum) + reference) * kLn2 - s), 1 / total, -sum / total};
+  }
 };
 
 // SigLIP's pairwise sigmoid (arXiv 2303.15343): a row remembers the sum of softplus(s) of its negatives.
 struct Sigmoid {
-  static constexpr bool kReferenced = false;
   template <class T>
   static FASTCLIP_INLINE T fold(T t, const Affine<T>& k, T) {
     T l, u;
@@ -131,6 +143,7 @@ struct Sigmoid {
     magnitude(t, k, l, u);
     return (l > T(0) ? T(1) : u) / (T(1) + u);
   }
+  static FASTCLIP_INLINE Line finish(double, double sum, double s) { return {sum + softplus(-s), 1., -1 / (1 + exp(s))}; }
 };
 
 }  // namespace FASTCLIP_CAPABILITY

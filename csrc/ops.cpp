@@ -21,6 +21,7 @@
 #endif
 
 #include "engine.h"
+#include "epilogues.h"
 
 namespace fastclip {
 namespace {
@@ -30,7 +31,7 @@ using std::optional;
 
 std::atomic<int> threads_used{0};
 
-constexpr double kLog2E = 1.4426950408889634;
+using PORTABLE::kLog2E;
 
 // ---- instruction set and product -----------------------------------------------------------------------------------
 
@@ -251,6 +252,34 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const Tensor& x, const Tensor& y, const
   return {out.state, out.positive, kept};
 }
 
+// ---- finish --------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& positive, const Tensor& scale,
+                                          const optional<Tensor>& bias, std::string_view loss) {
+  const int64_t lines = state.size(1), period = positive.numel();
+  TORCH_CHECK(state.is_contiguous() && state.scalar_type() == at::kDouble && positive.is_contiguous() &&
+                  positive.scalar_type() == at::kDouble && period > 0 && lines % period == 0,
+              "state must be (2, L) and positive (L) or a divisor, contiguous float64, got ", state.sizes(), " and ",
+              positive.sizes());
+  const bool softmax = loss_of(loss) == Loss::kSoftmax;
+  const double k = scale.item<double>(), k0 = bias && !softmax ? bias->item<double>() : 0.0;
+  Tensor losses = at::empty({lines}, state.options()), coefficients = at::empty({lines}, state.options()),
+         weights = at::empty({lines}, state.options());
+  const double* const reference = state.const_data_ptr<double>();
+  const double* const t = positive.const_data_ptr<double>();
+  double *const l = losses.mutable_data_ptr<double>(), *const c = coefficients.mutable_data_ptr<double>(),
+               *const q = weights.mutable_data_ptr<double>();
+  at::parallel_for(0, lines, 2048, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const double s = k * t[i % period] + k0, sum = reference[lines + i];
+      const auto line = softmax ? PORTABLE::Softmax::finish(reference[i], sum, s)
+                                : PORTABLE::Sigmoid::finish(reference[i], sum, s);
+      l[i] = line.loss, c[i] = line.coefficient, q[i] = line.positive_weight;
+    }
+  });
+  return {losses, coefficients, weights};
+}
+
 // ---- weigh ---------------------------------------------------------------------------------------------------------
 
 struct Gradients {
@@ -280,33 +309,35 @@ Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarT
 
 Tensor totals_of(const Call& call) {
   Tensor totals = at::empty({2}, call.x.options().dtype(at::kDouble));
-  for (int q = 0; q < 2; q++) totals.mutable_data_ptr<double>()[q] = call.problem.totals[q];
+  for (int q = 0; q < 2; q++) totals.mutable_data_ptr<double>()[q] = call.problem.gain * call.problem.totals[q];
   return totals;
 }
 
 std::tuple<Tensor, Tensor, Tensor> weigh(const Tensor& x, const Tensor& y, const optional<Tensor>& factor_x,
                                          const optional<Tensor>& factor_y, const Tensor& scale,
-                                         const optional<Tensor>& bias, const Tensor& state, const Tensor& coefficients,
-                                         const Tensor& positive_weight, const Tensor& gain, const Tensor& kept,
+                                         const optional<Tensor>& bias, const Tensor& state, const Tensor& positive,
+                                         const Tensor& coefficients, const Tensor& positive_weight, const Tensor& gain, const Tensor& kept,
                                          int64_t offset, std::string_view loss, bool needs_x, bool needs_y,
                                          bool project, at::ScalarType dtype_x, at::ScalarType dtype_y) {
   Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
   Problem& p = call.problem;
   const int64_t lines = call.m + call.n;
-  TORCH_CHECK(state.sizes() == at::IntArrayRef({2, lines}) && coefficients.numel() == lines &&
-                  positive_weight.numel() == call.m,
-              "state must be (2, M + N), coefficients (M + N), positive_weight (M), got ", state.sizes(), ", ",
-              coefficients.sizes(), ", ", positive_weight.sizes());
+  TORCH_CHECK(state.sizes() == at::IntArrayRef({2, lines}) && state.is_contiguous() && state.scalar_type() == at::kDouble &&
+                  coefficients.numel() == lines && positive.numel() == call.m && positive_weight.numel() == call.m,
+              "state must be (2, M + N) contiguous float64, coefficients (M + N), positive and positive_weight (M), got ",
+              state.sizes(), ", ", coefficients.sizes(), ", ", positive.sizes(), ", ", positive_weight.sizes());
   Gradients out = allocate_gradients(call, needs_x, needs_y, dtype_x, dtype_y);
   const auto statistic = statistic_of(x);
   const Tensor references = state.select(0, 0).to(statistic).contiguous();
   const Tensor both = coefficients.to(statistic).contiguous();
   const Tensor weight = positive_weight.to(at::kDouble).contiguous();
+  const Tensor t = positive.to(at::kDouble).contiguous();
   const int64_t bytes = both.element_size() * call.m;
   const auto behind = [bytes](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()) + bytes; };
   call.first().references = references.const_data_ptr(), call.second().references = behind(references);
   call.first().coefficients = both.const_data_ptr(), call.second().coefficients = behind(both);
   p.positive_weight = weight.const_data_ptr<double>();
+  p.positive = const_cast<double*>(t.const_data_ptr<double>());
   const double* const m = state.const_data_ptr<double>();
   for (int64_t q = 1; q < lines && p.one_reference; q++) p.one_reference = m[q] == m[0];
   p.gain = gain.item<double>();
@@ -388,6 +419,9 @@ double gemm_rate(const std::string& dtype, int64_t m, int64_t n, int64_t k, doub
   return total;
 }
 
+// Found in the library file by fastclip/backends.py when it does not load.
+[[gnu::used]] const char kBuiltAgainst[] = "fastclip built against torch " FASTCLIP_TORCH_VERSION;
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = FASTCLIP_COMPILER;
@@ -415,14 +449,14 @@ pybind11::dict build_info() {
 
 TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
   m.impl("sweep.cpu", &sweep);
+  m.impl("finish.cpu", &finish);
   m.impl("weigh.cpu", &weigh);
   m.impl("sweep_and_weigh.cpu", &sweep_and_weigh);
 }
 
 TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
-  m.impl("sweep.cpu", torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
-  m.impl("weigh.cpu", torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
-  m.impl("sweep_and_weigh.cpu", torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
+  for (const char* const name : {"sweep.cpu", "finish.cpu", "weigh.cpu", "sweep_and_weigh.cpu"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
 }
 
 }  // namespace fastclip

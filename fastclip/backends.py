@@ -97,12 +97,5 @@ def choose(backend: str | None, device: torch.device) -> str:
     raise ValueError(f"{rule}; available: {available}; got {backend!r}")
 
 
-ops.implement(
-    "torch",
-    {
-        "sweep": chunked.sweep,
-        "weigh": chunked.weigh,
-        "sweep_and_weigh": chunked.sweep_and_weigh,
-    },
-)
+ops.implement("torch", chunked)
 _extension()  # registers the C++ engine's operators

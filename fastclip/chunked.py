@@ -127,10 +127,21 @@ def _merge(reference: Tensor, sum: Tensor, other_reference: Tensor, other_sum: T
     reference.copy_(top)
 
 
+def finish(
+    state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.py`'s finish: the loss's own, with each line's positive beside its state."""
+    s = positive.repeat(state.shape[1] // positive.shape[0]) * scale.reshape(()).to(state.dtype)
+    epilogue = EPILOGUES[loss]
+    if bias is not None and epilogue.uses_bias:
+        s = s + bias.reshape(()).to(s.dtype)
+    return epilogue.finish(*state, s)
+
+
 def weigh(
     x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None, scale: Tensor,
-    bias: Tensor | None, state: Tensor, coefficients: Tensor, positive_weight: Tensor,
-    gain: Tensor, kept: Tensor, offset: int, loss: str, needs_x: bool, needs_y: bool,
+    bias: Tensor | None, state: Tensor, positive: Tensor, coefficients: Tensor,
+    positive_weight: Tensor, gain: Tensor, kept: Tensor, offset: int, loss: str, needs_x: bool, needs_y: bool,
     project: bool, dtype_x: torch.dtype, dtype_y: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`ops.py`'s weigh: the weights of a chunk, its sums, and two products with the features."""
@@ -139,16 +150,17 @@ def weigh(
     m, n = x.shape[0], y.shape[0]
     a, b = coefficients.to(dtype).split([m, n])
     row_reference, column_reference = state[0].to(dtype).split([m, n])
-    positive_weight = positive_weight.to(dtype)
+    positive_weight = positive_weight.to(state.dtype)
     # A half-precision product takes the weights in the features' dtype. They are at most 2; fp16
     # would lose those below 6e-8 and blur those below 6e-5, so it takes them as large as it can.
     narrow = x.is_cuda and x.dtype != dtype
     enlarged = 2.0**13 if narrow and x.dtype == torch.float16 else 1.0
-    u = torch.empty((m if needs_x else 0, x.shape[1]), dtype=dtype_x, device=x.device)
-    v = torch.zeros((n if needs_y else 0, x.shape[1]), dtype=dtype, device=x.device)
+    dx = torch.empty((m if needs_x else 0, x.shape[1]), dtype=dtype_x, device=x.device)
+    dy = torch.zeros((n if needs_y else 0, x.shape[1]), dtype=dtype, device=x.device)
     totals = torch.zeros((2,), dtype=state.dtype, device=x.device)
-    gain = gain.reshape(()).to(dtype)
-    y_operand, factored_x = _scaled(y, factor_y, narrow), _scaled(x, factor_x, narrow)
+    gain = gain.reshape(()).to(state.dtype)
+    feature_gain = (gain * scale.reshape(())).to(dtype)
+    y_operand, x_operand = _scaled(y, factor_y, narrow), _scaled(x, factor_x, narrow)
     for rows in block.chunks():
         t, is_positive = block.tile(rows)
         l = block.logits(t)
@@ -164,18 +176,21 @@ def weigh(
         partners = torch.arange(rows.start, rows.stop, device=x.device) + offset
         inside = (partners >= 0) & (partners < n)
         partners = partners.clamp(0, n - 1)
-        weight = torch.where(inside, positive_weight[rows], 0)[:, None]
+        weight = torch.where(inside, positive_weight[rows], 0)
+        totals[0] += weight.sum()
+        totals[1] += torch.where(inside, weight * positive[rows], 0).sum()
+        weight = weight[:, None].to(dtype)
         if needs_x:
             part = _multiply(operand, y_operand, dtype) / enlarged
             part += weight * _normalized(y[partners], factor_y, partners, dtype)
-            u[rows] = _finish(part, x[rows], factor_x, rows, gain, project, dtype_x)
+            dx[rows] = _complete(part, x[rows], factor_x, rows, feature_gain, project, dtype_x)
         if needs_y:
-            v += _multiply(operand.T, factored_x[rows], dtype) / enlarged
+            dy += _multiply(operand.T, x_operand[rows], dtype) / enlarged
             # At most one row for each column: index_add_ has nothing to order.
-            v.index_add_(0, partners, weight * _normalized(x[rows], factor_x, rows, dtype))
+            dy.index_add_(0, partners, weight * _normalized(x[rows], factor_x, rows, dtype))
     if needs_y:
-        v = _finish(v, y, factor_y, slice(None), gain, project, dtype_y)
-    return u, v.to(dtype_y), totals
+        dy = _complete(dy, y, factor_y, slice(None), feature_gain, project, dtype_y)
+    return dx, dy.to(dtype_y), totals * gain
 
 
 def _normalized(x: Tensor, factor: Tensor | None, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
@@ -191,7 +206,7 @@ def _scaled(x: Tensor, factor: Tensor | None, narrow: bool) -> Tensor:
     return scaled.to(x.dtype) if narrow else scaled
 
 
-def _finish(
+def _complete(
     g: Tensor, x: Tensor, factor: Tensor | None, rows: slice, gain: Tensor, project: bool,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -216,12 +231,11 @@ def sweep_and_weigh(
     """`ops.py`'s sweep_and_weigh. Plain PyTorch gains nothing by fusing: it sweeps, then weighs."""
     state, positive, kept = sweep(x, y, factor_x, factor_y, scale, bias, None, offset, loss, 0)
     m, n = x.shape[0], y.shape[0]
-    s = positive * scale.reshape(()) + (0 if bias is None else bias.reshape(()))
-    _, q = EPILOGUES[loss].line_weights(state[0, :m], state[1, :m], s)
-    ones = torch.ones((m + n,), dtype=state.dtype, device=x.device) / 2
+    _, coefficients, weights = finish(state[:, :m], positive, scale, bias, loss)
+    halves = torch.cat((coefficients, coefficients.new_ones(n))) / 2
     dtype = accumulation_dtype(x)
-    u, v, totals = weigh(
-        x, y, factor_x, factor_y, scale, bias, state, ones, q, gain, kept, offset, loss,
-        needs_x, needs_y, project, dtype, dtype,
+    gradients = weigh(
+        x, y, factor_x, factor_y, scale, bias, state, positive, halves, weights, gain, kept, offset,
+        loss, needs_x, needs_y, project, dtype, dtype,
     )  # fmt: skip
-    return state, positive, u, v, totals
+    return state, positive, *gradients

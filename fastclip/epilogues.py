@@ -2,16 +2,15 @@
 
 A *line* is a row or a column: a feature together with all its pairs. The engine streams the pairs
 and hands over, for each line, a state that remembers its negatives; the positive stays apart. Each
-loss is then four small functions:
+loss is then three small functions:
 
-    fold(l, m)                           what a negative with logit l adds to its line's sum
-    activation(l, m)                     its weight dL/ds, up to the factor (a_i + b_j)
-    line_loss(reference, sum, s)         the loss of a line whose positive has logit s
-    line_weights(reference, sum, s)      (c, q): its coefficient, and the positive's weight
+    fold(l, m)                   what a negative with logit l adds to its line's sum
+    activation(l, m)             its weight dL/ds, up to the factor (a_i + b_j)
+    finish(reference, sum, s)    loss, coefficient and positive's weight of a line whose positive
+                                 has logit s
 
 `l` is in log2 units (`l = s * log2(e)`), `m` is the line's reference in the same units. A pair's
-loss is half its row's plus half its column's, so `w_ij = activation * (c_i + c_j) / 2` for
-negatives and `(q_i + q_j) / 2` for positives. Keeping positives apart loses nothing where training
+loss is half its row's plus half its column's, so its weight is half the sum of theirs. Keeping positives apart loses nothing where training
 succeeds: `log_softmax - 1` cancels there, `-R / (R + P)` does not.
 """
 
@@ -31,7 +30,7 @@ class Softmax:
     """CLIP's two-way cross-entropy (Radford et al., arXiv 2103.00020)."""
 
     name = "softmax"
-    # Weights depend on the finished state, so the gradient needs a second sweep.
+    # Weights depend on the finished state: the gradient needs a second sweep.
     needs_state = True
     # A bias shifts all logits of a line alike and cancels.
     uses_bias = False
@@ -43,17 +42,13 @@ class Softmax:
     activation = fold
 
     @staticmethod
-    def line_loss(reference: Tensor, sum: Tensor, s: Tensor) -> Tensor:
+    def finish(reference: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # log(1 + R / P), in the log domain: neither R nor P needs to be representable.
         z = (torch.log2(sum) + reference) * LN2 - s
-        return F.softplus(z, threshold=60)
-
-    @staticmethod
-    def line_weights(reference: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         positive = torch.exp2(s * LOG2E - reference)
         # The clamp only matters to a line without negatives whose positive underflows.
         total = (sum + positive).clamp_min(torch.finfo(sum.dtype).tiny)
-        return total.reciprocal(), -sum / total
+        return F.softplus(z, threshold=60), total.reciprocal(), -sum / total
 
 
 class Sigmoid:
@@ -72,12 +67,8 @@ class Sigmoid:
         return torch.sigmoid(l * LN2)
 
     @staticmethod
-    def line_loss(reference: Tensor, sum: Tensor, s: Tensor) -> Tensor:
-        return sum + F.softplus(-s, threshold=60)
-
-    @staticmethod
-    def line_weights(reference: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(sum), -torch.sigmoid(-s).expand_as(sum)
+    def finish(reference: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return sum + F.softplus(-s, threshold=60), torch.ones_like(sum), -torch.sigmoid(-s)
 
 
 EPILOGUES = {epilogue.name: epilogue for epilogue in (Softmax, Sigmoid)}

@@ -7,13 +7,14 @@ gradient of a frozen tower, no second sweep for a loss whose weights need no sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .epilogues import EPILOGUES
-from .ops import accumulation_dtype, rows_to_keep, state_dtype
+from .ops import accumulation_dtype, rows_to_keep
 
 EPS = 1e-12  # F.normalize's
 
@@ -41,13 +42,17 @@ def fused_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: P
     ):
         return _FusedLoss.apply(x, y, scale, bias, *plan)
     problem = _problem(x, y, scale, bias, plan)
-    op = getattr(torch.ops.fastclip.sweep, plan.engine)
-    state, positive, _ = op(*problem, None, 0, plan.loss, 0)
-    return _loss(state, positive, problem, plan)
+    state, positive, _ = _op("sweep", plan)(*problem, None, 0, plan.loss, 0)
+    losses, _, _ = _op("finish", plan)(state, positive, *problem[4:], plan.loss)
+    return _reduce(losses, plan)
+
+
+def _op(name: str, plan: Plan) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops.fastclip, name), plan.engine)
 
 
 def _problem(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Any, ...]:
-    """x, y, factor_x, factor_y, scale, bias as the operators take them."""
+    """x, y, factor_x, factor_y, scale, bias, as the operators take them."""
     x, y = x.to(plan.dtype), y.to(plan.dtype)
     bias = bias if EPILOGUES[plan.loss].uses_bias else None
     if not plan.normalize:
@@ -60,25 +65,14 @@ def _factor(x: Tensor) -> Tensor:
     return norm.clamp_min_(EPS).reciprocal_()
 
 
-def _lines(state: Tensor, positive: Tensor, problem: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """reference, sum (2, N): rows and columns; and the positives' logits (N)."""
-    scale, bias = problem[4:]
-    s = positive * scale.reshape(()).to(positive.dtype)
-    if bias is not None:
-        s = s + bias.reshape(()).to(s.dtype)
-    reference, sum = state.unflatten(1, (2, -1))
-    return reference, sum, s
-
-
-def _loss(state: Tensor, positive: Tensor, problem: tuple[Any, ...], plan: Plan) -> Tensor:
-    lines = EPILOGUES[plan.loss].line_loss(*_lines(state, positive, problem))
+def _reduce(losses: Tensor, plan: Plan) -> Tensor:
+    """Losses of rows, then of columns (2 N) to the result."""
+    dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
     if plan.reduction == "mean":
-        loss = lines.mean()
-    elif plan.reduction == "sum":
-        loss = lines.sum() / 2
-    else:
-        loss = lines.mean(0)
-    return loss.to(accumulation_dtype(problem[0]))
+        return losses.mean(dtype=dtype)
+    if plan.reduction == "sum":
+        return losses.sum(dtype=dtype) / 2
+    return losses.unflatten(0, (2, -1)).mean(0, dtype=dtype)
 
 
 def _share(n: int, reduction: str) -> float:
@@ -101,25 +95,27 @@ class _FusedLoss(torch.autograd.Function):
             and _unit_gradients_fit(x, y, needs_x, needs_y, plan)
         )
         if ctx.in_one_go:
-            op = getattr(torch.ops.fastclip.sweep_and_weigh, plan.engine)
-            share = _share(x.shape[0], plan.reduction)
-            gain = scale.detach().reshape(()).to(state_dtype(x.device)) * share
-            state, positive, u, v, totals = op(
+            gain = torch.full(
+                (), _share(x.shape[0], plan.reduction), dtype=torch.float32, device=x.device
+            )
+            state, positive, *gradients = _op("sweep_and_weigh", plan)(
                 *problem, gain, 0, plan.loss, needs_x, needs_y, plan.normalize
             )
-            reference, sum, s = _lines(state, positive, problem)
-            _, q = EPILOGUES[plan.loss].line_weights(reference[0], sum[0], s)
-            totals = (totals + torch.stack((q.sum(), (q * positive).sum()))) * share
-            ctx.save_for_backward(x, y, scale, bias, u, v, totals)
+            ctx.save_for_backward(x, y, scale, bias, *gradients)
         else:
-            op = getattr(torch.ops.fastclip.sweep, plan.engine)
             keep = 0
             if plan.engine != "torch":
                 itemsize = accumulation_dtype(problem[0]).itemsize
                 keep = rows_to_keep(x.shape[0], y.shape[0], itemsize, plan.memory_budget)
-            state, positive, kept = op(*problem, None, 0, plan.loss, keep)
-            ctx.save_for_backward(x, y, scale, bias, *problem[:4], state, positive, kept)
-        return _loss(state, positive, problem, plan)
+            state, positive, kept = _op("sweep", plan)(*problem, None, 0, plan.loss, keep)
+        losses, coefficients, weights = _op("finish", plan)(
+            state, positive, *problem[4:], plan.loss
+        )
+        if not ctx.in_one_go:
+            ctx.save_for_backward(
+                x, y, scale, bias, *problem[:4], state, positive, coefficients, weights, kept
+            )
+        return _reduce(losses, plan)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -147,7 +143,7 @@ def _unit_gradients_fit(x: Tensor, y: Tensor, needs_x: bool, needs_y: bool, plan
 
 
 def _unit_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, scale, bias, u, v, totals = ctx.saved_tensors
+    x, y, scale, bias, dx, dy, dbias_dscale = ctx.saved_tensors
     needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
     # The usual upstream is 1: then the waiting gradient is the gradient. On a GPU asking would wait
     # for the device.
@@ -156,45 +152,43 @@ def _unit_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     def gradient(unit: Tensor, dtype: torch.dtype) -> Tensor:
         return (unit if is_one else unit * g).to(dtype)
 
-    totals = totals * g
+    dbias, dscale = (dbias_dscale * g).unbind()
     return (
-        gradient(u, x.dtype) if needs_x else None,
-        gradient(v, y.dtype) if needs_y else None,
-        _scalar(totals[1], scale) if needs_scale else None,
-        _scalar(totals[0], bias) if needs_bias else None,
+        gradient(dx, x.dtype) if needs_x else None,
+        gradient(dy, y.dtype) if needs_y else None,
+        _scalar(dscale, scale) if needs_scale else None,
+        _scalar(dbias, bias) if needs_bias else None,
     )
 
 
 def _weigh_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, scale, bias, *problem, state, positive, kept = ctx.saved_tensors
+    x, y, scale, bias, *problem, state, positive, coefficients, weights, kept = ctx.saved_tensors
     plan = ctx.plan
-    epilogue = EPILOGUES[plan.loss]
+    uses_bias = EPILOGUES[plan.loss].uses_bias
     needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-    needs_bias_sum = needs_bias and epilogue.uses_bias
     dx = dy = dscale = dbias = None
-    if needs_x or needs_y or needs_scale or needs_bias_sum:
-        problem = (*problem, scale, bias if epilogue.uses_bias else None)
-        g = g.to(state.dtype)
-        coefficients, q = epilogue.line_weights(*_lines(state, positive, problem))
-        q = q.sum(0)
+    if needs_x or needs_y or needs_scale or (needs_bias and uses_bias):
+        weights = weights.unflatten(0, (2, -1)).sum(0)
         if plan.reduction == "none":
             # Weights keep order 1, whatever the upstream gradients: a common factor goes outside.
             largest = g.abs().amax()
-            relative = g / torch.where(largest > 0, largest, 1)
-            coefficients, q, g = coefficients * relative, q * relative, largest
-        gain = g * (_share(x.shape[0], plan.reduction) / 2)
-        op = getattr(torch.ops.fastclip.weigh, plan.engine)
-        dx, dy, totals = op(
-            *problem, state, coefficients.flatten(), q, gain * scale.reshape(()).to(gain.dtype),
-            kept, 0, plan.loss, needs_x, needs_y, plan.normalize, x.dtype, y.dtype,
+            relative = (g / torch.where(largest > 0, largest, 1)).to(state.dtype)
+            coefficients, weights = coefficients * relative.repeat(2), weights * relative
+            g = largest
+        dx, dy, dbias_dscale = _op("weigh", plan)(
+            *problem, scale, bias if uses_bias else None, state, positive, coefficients, weights,
+            g * (_share(x.shape[0], plan.reduction) / 2), kept, 0, plan.loss,
+            needs_x, needs_y, plan.normalize, x.dtype, y.dtype,
         )  # fmt: skip
-        if needs_scale:
-            dscale = _scalar((totals[1] + (q * positive).sum()) * gain, scale)
-        if needs_bias_sum:
-            dbias = _scalar((totals[0] + q.sum()) * gain, bias)
-    if needs_bias and dbias is None:
-        dbias = torch.zeros_like(bias)
-    return dx if needs_x else None, dy if needs_y else None, dscale, dbias
+        dbias, dscale = dbias_dscale.unbind()
+    if needs_bias:
+        dbias = _scalar(dbias, bias) if uses_bias else torch.zeros_like(bias)
+    return (
+        dx if needs_x else None,
+        dy if needs_y else None,
+        _scalar(dscale, scale) if needs_scale else None,
+        dbias if needs_bias else None,
+    )
 
 
 def _scalar(value: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The engine's operators: schemas, fakes, and the table of engines.
 
-Two sweeps over a rectangular block, and both in one go for a loss whose weights need no state.
-Everything between them is O(M + N) plain PyTorch (`epilogues.py`).
+Two sweeps over a rectangular block, and both in one go for a loss whose weights need no state;
+between them a finish of O(M + N).
 
 `sweep(x, y, factor_x, factor_y, scale, bias, bound, offset, loss, keep) -> state, positive, kept`
     Streams the logits `s_ij = scale * t_ij + bias`, `t_ij = <x_i, y_j> * factor_x_i * factor_y_j`,
@@ -20,27 +20,34 @@ Everything between them is O(M + N) plain PyTorch (`epilogues.py`).
     positive (M), float64: t of the positives, NaN for a row whose positive is not in the block.
     kept: opaque, for `weigh` on the same x, y.
 
-`weigh(x, y, factor_x, factor_y, scale, bias, state, coefficients, positive_weight, gain, kept,
-       offset, loss, needs_x, needs_y, project, dtype_x, dtype_y) -> u, v, totals`
+`finish(state, positive, scale, bias, loss) -> losses, coefficients, weights`
+    Finishes lines, rows or columns: O(L), float64.
+
+    state (2, L); positive (L), or fewer that repeat: rows and columns of a square block share them.
+    losses (L), coefficients (L), weights (L) of the positives. A pair counts half its row's and
+    half its column's loss.
+
+`weigh(x, y, factor_x, factor_y, scale, bias, state, positive, coefficients, positive_weight, gain,
+       kept, offset, loss, needs_x, needs_y, project, dtype_x, dtype_y) -> dx, dy, dbias_dscale`
     Streams the logits again: `w_ij = activation(s_ij) * (a_i + b_j)` for the negatives, the given
     weight for the positives.
 
-    coefficients (M + N): a, then b. positive_weight (M). gain: one element, on the same device.
-    u (M, D) = gain * w @ (factor_y * y), v (N, D) = gain * w.T @ (factor_x * x), of the dtypes
-    asked for; (0, D) where not needed. `project` makes them gradients with respect to the features
-    before they were normalised by the factors.
-    totals (2), float64: the sums of w and of w * t over the negatives, without gain.
+    coefficients (M + N): a, then b. positive_weight (M). gain: one element, multiplies everything.
+    dx (M, D) = gain * scale * w @ (factor_y * y), dy (N, D) = gain * scale * w.T @ (factor_x * x),
+    in the dtypes asked for; (0, D) where not needed. `project` makes them gradients with respect to
+    the features before they were normalised by the factors.
+    dbias_dscale (2), float64: gain times the sums of w and of w * t.
 
 `sweep_and_weigh(x, y, factor_x, factor_y, scale, bias, gain, offset, loss, needs_x, needs_y,
-                 project) -> state, positive, u, v, totals`
-    Both, with `a_i + b_j = 1`. u and v have at least float32.
+                 project) -> state, positive, dx, dy, dbias_dscale`
+    Both, with `a_i + b_j = 1`. dx and dy have at least float32.
 
 Each engine is an overload: `torch.ops.fastclip.sweep.cpu` (C++), `.torch` (`chunked.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,11 +57,14 @@ _BLOCK = "Tensor x, Tensor y, Tensor? factor_x, Tensor? factor_y, Tensor scale, 
 SCHEMAS = {
     "sweep": f"({_BLOCK}, Tensor? bound, int offset, str loss, SymInt keep)"
     " -> (Tensor state, Tensor positive, Tensor kept)",
-    "weigh": f"({_BLOCK}, Tensor state, Tensor coefficients, Tensor positive_weight, Tensor gain,"
-    " Tensor kept, int offset, str loss, bool needs_x, bool needs_y, bool project,"
-    " ScalarType dtype_x, ScalarType dtype_y) -> (Tensor u, Tensor v, Tensor totals)",
+    "finish": "(Tensor state, Tensor positive, Tensor scale, Tensor? bias, str loss)"
+    " -> (Tensor losses, Tensor coefficients, Tensor weights)",
+    "weigh": f"({_BLOCK}, Tensor state, Tensor positive, Tensor coefficients,"
+    " Tensor positive_weight, Tensor gain, Tensor kept, int offset, str loss, bool needs_x,"
+    " bool needs_y, bool project, ScalarType dtype_x, ScalarType dtype_y)"
+    " -> (Tensor dx, Tensor dy, Tensor dbias_dscale)",
     "sweep_and_weigh": f"({_BLOCK}, Tensor gain, int offset, str loss, bool needs_x, bool needs_y,"
-    " bool project) -> (Tensor state, Tensor positive, Tensor u, Tensor v, Tensor totals)",
+    " bool project) -> (Tensor state, Tensor positive, Tensor dx, Tensor dy, Tensor dbias_dscale)",
 }
 
 # Each an overload of every operator.
@@ -90,15 +100,22 @@ def _fake_sweep(
     return *_fake_states(x, y), kept
 
 
+def _fake_finish(
+    state: Tensor, positive: Tensor, scale: Tensor, bias: Any, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    lines = state.shape[1]
+    return state.new_empty((lines,)), state.new_empty((lines,)), state.new_empty((lines,))
+
+
 def _fake_weigh(
     x: Tensor, y: Tensor, factor_x: Any, factor_y: Any, scale: Tensor, bias: Any, state: Tensor,
-    coefficients: Tensor, positive_weight: Tensor, gain: Tensor, kept: Tensor, offset: int,
-    loss: str, needs_x: bool, needs_y: bool, project: bool, dtype_x: torch.dtype,
+    positive: Tensor, coefficients: Tensor, positive_weight: Tensor, gain: Tensor, kept: Tensor,
+    offset: int, loss: str, needs_x: bool, needs_y: bool, project: bool, dtype_x: torch.dtype,
     dtype_y: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    u = x.new_empty((x.shape[0] if needs_x else 0, x.shape[1]), dtype=dtype_x)
-    v = y.new_empty((y.shape[0] if needs_y else 0, y.shape[1]), dtype=dtype_y)
-    return u, v, x.new_empty((2,), dtype=state_dtype(x.device))
+    dx = x.new_empty((x.shape[0] if needs_x else 0, x.shape[1]), dtype=dtype_x)
+    dy = y.new_empty((y.shape[0] if needs_y else 0, y.shape[1]), dtype=dtype_y)
+    return dx, dy, x.new_empty((2,), dtype=state_dtype(x.device))
 
 
 def _fake_sweep_and_weigh(
@@ -106,13 +123,14 @@ def _fake_sweep_and_weigh(
     offset: int, loss: str, needs_x: bool, needs_y: bool, project: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = accumulation_dtype(x)
-    u = x.new_empty((x.shape[0] if needs_x else 0, x.shape[1]), dtype=dtype)
-    v = y.new_empty((y.shape[0] if needs_y else 0, y.shape[1]), dtype=dtype)
-    return *_fake_states(x, y), u, v, x.new_empty((2,), dtype=state_dtype(x.device))
+    dx = x.new_empty((x.shape[0] if needs_x else 0, x.shape[1]), dtype=dtype)
+    dy = y.new_empty((y.shape[0] if needs_y else 0, y.shape[1]), dtype=dtype)
+    return *_fake_states(x, y), dx, dy, x.new_empty((2,), dtype=state_dtype(x.device))
 
 
 _FAKES = {
     "sweep": _fake_sweep,
+    "finish": _fake_finish,
     "weigh": _fake_weigh,
     "sweep_and_weigh": _fake_sweep_and_weigh,
 }
@@ -123,7 +141,7 @@ for _engine in ENGINES:
         torch.library.register_fake(f"fastclip::{_name}.{_engine}", _FAKES[_name], lib=_library)
 
 
-def implement(engine: str, implementations: dict[str, Callable[..., Any]]) -> None:
+def implement(engine: str, module: ModuleType) -> None:
     """Registers an engine written in Python. Like the compiled ones it has no derivative."""
 
     def refuse(ctx: Any, *gradients: Any) -> None:
@@ -132,8 +150,9 @@ def implement(engine: str, implementations: dict[str, Callable[..., Any]]) -> No
             "call the losses of fastclip.loss"
         )
 
-    for name, implementation in implementations.items():
-        _library.impl(f"{name}.{engine}", torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    for name in SCHEMAS:
+        implementation = torch.no_grad()(getattr(module, name))
+        _library.impl(f"{name}.{engine}", implementation, "CompositeExplicitAutograd")
         torch.library.register_autograd(f"fastclip::{name}.{engine}", refuse, lib=_library)
 
 

@@ -1,0 +1,49 @@
+"""Zero-shot classification: a class is what the text tower makes of sentences that name it.
+
+Several names and templates per class are averaged in the features' space (prompt ensembling), a
+picture belongs to the class with the highest cosine. No parameter is learnt here.
+
+Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020,
+section 3.1.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .model import CLIP
+
+TEMPLATES = ("{}", "a {}", "{} emoji", "a picture of a {}")
+
+
+@torch.no_grad()
+def class_features(
+    model: CLIP,
+    encode: Callable[[Sequence[str]], Tensor],
+    classes: Mapping[str, Iterable[str]],
+    templates: Sequence[str] = TEMPLATES,
+) -> Tensor:  # (len(classes), D)
+    """One unit vector per class: the mean of its prompts' normalised features, normalised.
+
+    Args:
+        encode: captions to token ids on the model's device.
+        classes: each class with the names that stand for it in the templates' `{}`.
+
+    Raises:
+        ValueError: a class without names, or no templates.
+    """
+    rows = []
+    for label, names in classes.items():
+        prompts = [template.format(name) for name in names for template in templates]
+        if not prompts:
+            raise ValueError(f"every class needs a name and a template, {label!r} has no prompt")
+        rows.append(model.encode_text(encode(prompts)).mean(dim=0))
+    return F.normalize(torch.stack(rows), dim=-1)
+
+
+@torch.no_grad()
+def classify(model: CLIP, images: Tensor, classes: Tensor) -> Tensor:
+    """The index of each picture's nearest class: images (B, 3, H, W), classes (C, D) -> (B,)."""
+    return (model.encode_image(images) @ classes.T).argmax(dim=1)
