@@ -8,8 +8,8 @@
 //   finish(reference, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its positive, of logit s
 // A pair's loss is half its row's plus half its column's.
 //
-// Nothing in this file includes torch, allocates, or branches on data: the CPU compiler turns each function into one
-// vector instruction sequence per 4, 8 or 16 pairs, nvcc into straight-line code.
+// Nothing in this file includes torch, allocates, or branches on data: on the CPU each function is one sequence of
+// vector instructions for 4, 8 or 16 pairs, on a GPU straight-line code for one.
 #pragma once
 
 #include <cmath>
@@ -45,41 +45,55 @@ struct Affine {
         bias_low(T(bias_log2 - double(T(bias_log2)))) {}
 };
 
-// Nearest integer for |a| < 2^22, by letting the addition round: the one form that every vector instruction set has.
-FASTCLIP_INLINE float nearest(float a) { return (a + 12582912.f) - 12582912.f; }
+// The functions below take V, a float or a vector of floats (GCC's and Clang's vector extension), or a double: the
+// arithmetic and `a < b ? c : d` read the same for all of them.
+template <class V>
+struct Integers {
+  using type = decltype(V{} < V{});
+};
+template <>
+struct Integers<float> {
+  using type = int32_t;
+};
 
-FASTCLIP_INLINE float at_least(float a, float low) { return a < low ? low : a; }  // keeps NaN
-FASTCLIP_INLINE float at_most(float a, float high) { return a > high ? high : a; }
+// Adding this to |l| < 2^22 rounds it to an integer r and leaves r + 127, the exponent of 2^r, in the lowest bits.
+constexpr float kRounder = 12582912.f + 127.f;
 
-// 2^(r + f) for integral r and |f| <= 1/2 (a little more is harmless): relative error 3e-9 before rounding (minimax).
-// Below 2^-126 the result is zero: a denormal costs a hundred cycles on some CPUs and is lost on GPUs anyway.
-FASTCLIP_INLINE float exp2_split(float r, float f) {
-  float q = 1.5594678e-4f;
-  q = q * f + 1.34066439e-3f;
+// 2^(r + f) for z = r + kRounder and |f| <= 1/2 (a little more is harmless): relative error 3e-9 before rounding
+// (minimax). Below 2^-126 the result is zero: a denormal costs a hundred cycles on some CPUs and is lost on GPUs anyway.
+template <class V>
+FASTCLIP_INLINE V exp2_split(V z, V f) {
+  V q = f * 1.5594678e-4f + 1.34066439e-3f;
   q = q * f + 9.61769297e-3f;
   q = q * f + 5.55031055e-2f;
   q = q * f + 2.402265278e-1f;
   q = q * f + 6.931472150e-1f;
   q = q * f + 1.f;
-  const int32_t bits = (int32_t(r) + 127) << 23;
-  float power;
+  typename Integers<V>::type bits;
+  memcpy(&bits, &z, sizeof bits);
+  bits = bits << 23;
+  V power;
   memcpy(&power, &bits, sizeof power);
-  return r < -126.f ? 0.f : q * power;
+  return z < kRounder - 126.f ? V{} : q * power;
 }
 
 // 2^(t * scale - m). With an integral m the subtraction is exact, so the error is that of t and of one rounding,
-// whatever the size of the logit.
-FASTCLIP_INLINE float exp2_relative(float t, const Affine<float>& k, float m) {
-  const float r = nearest(at_most(at_least(t * k.scale - m, -150.f), 128.f));
-  const float f = (t * k.scale - (m + r)) + t * k.scale_low;
-  return exp2_split(r, f);
+// whatever the size of the logit. Overflow is infinite; NaN stays NaN.
+template <class V, class T>
+FASTCLIP_INLINE V exp2_relative(V t, const Affine<T>& k, V m) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return exp2(t * k.scale - m);
+  } else {
+    const V l = t * k.scale - m;
+    const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
+    return exp2_split(z, (t * k.scale - (m + (z - kRounder))) + t * k.scale_low);
+  }
 }
-FASTCLIP_INLINE double exp2_relative(double t, const Affine<double>& k, double m) { return exp2(t * k.scale - m); }
 
 // log(1 + u) for u in [0, 1]; relative error 5e-9 before rounding, also where u is small.
-FASTCLIP_INLINE float log1p_unit(float u) {
-  float q = -3.24402461e-3f;
-  q = q * u + 1.985145949e-2f;
+template <class V>
+FASTCLIP_INLINE V log1p_unit(V u) {
+  V q = u * -3.24402461e-3f + 1.985145949e-2f;
   q = q * u - 5.695952952e-2f;
   q = q * u + 1.060365441e-1f;
   q = q * u - 1.530559230e-1f;
@@ -92,16 +106,18 @@ FASTCLIP_INLINE float log1p_unit(float u) {
 }
 FASTCLIP_INLINE double log1p_unit(double u) { return log1p(u); }
 
-// Logit l in log2 units and 2^-|l|.
-FASTCLIP_INLINE void magnitude(float t, const Affine<float>& k, float& l, float& u) {
+// Logit l in log2 units and u = 2^-|l|.
+template <class V, class T>
+FASTCLIP_INLINE void magnitude(V t, const Affine<T>& k, V& l, V& u) {
   l = t * k.scale + k.bias;
-  const float r = nearest(at_most(at_least(l, -150.f), 150.f));
-  const float f = (t * k.scale + (k.bias - r)) + (t * k.scale_low + k.bias_low);
-  u = exp2_split(l > 0.f ? -r : r, l > 0.f ? -f : f);
-}
-FASTCLIP_INLINE void magnitude(double t, const Affine<double>& k, double& l, double& u) {
-  l = t * k.scale + k.bias;
-  u = exp2(l > 0. ? -l : l);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    u = exp2(l > 0. ? -l : l);
+  } else {
+    const V z = (l > 0.f ? -l : l) + kRounder;
+    const V r = z - kRounder;
+    const V f = (t * k.scale + (k.bias - (l > 0.f ? -r : r))) + (t * k.scale_low + k.bias_low);
+    u = exp2_split(z, l > 0.f ? -f : f);
+  }
 }
 
 struct Line {
@@ -113,12 +129,12 @@ FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(
 // CLIP's two-way softmax (arXiv 2103.00020): a row remembers the sum of the exponentials of its negatives, relative to m.
 // The bias cancels between numerator and denominator.
 struct Softmax {
-  template <class T>
-  static FASTCLIP_INLINE T fold(T t, const Affine<T>& k, T m) {
+  template <class V, class T>
+  static FASTCLIP_INLINE V fold(V t, const Affine<T>& k, V m) {
     return exp2_relative(t, k, m);
   }
-  template <class T>
-  static FASTCLIP_INLINE T activation(T t, const Affine<T>& k, T m) {
+  template <class V, class T>
+  static FASTCLIP_INLINE V activation(V t, const Affine<T>& k, V m) {
     return exp2_relative(t, k, m);
   }
   // log(1 + R / P) in the log domain, where neither needs to be representable; the sums themselves for the weights.
@@ -131,17 +147,17 @@ struct Softmax {
 
 // SigLIP's pairwise sigmoid (arXiv 2303.15343): a row remembers the sum of softplus(s) of its negatives.
 struct Sigmoid {
-  template <class T>
-  static FASTCLIP_INLINE T fold(T t, const Affine<T>& k, T) {
-    T l, u;
+  template <class V, class T>
+  static FASTCLIP_INLINE V fold(V t, const Affine<T>& k, V) {
+    V l, u;
     magnitude(t, k, l, u);
-    return (l > T(0) ? l * T(kLn2) : T(0)) + log1p_unit(u);
+    return (l > T(0) ? l * T(kLn2) : V{}) + log1p_unit(u);
   }
-  template <class T>
-  static FASTCLIP_INLINE T activation(T t, const Affine<T>& k, T) {
-    T l, u;
+  template <class V, class T>
+  static FASTCLIP_INLINE V activation(V t, const Affine<T>& k, V) {
+    V l, u;
     magnitude(t, k, l, u);
-    return (l > T(0) ? T(1) : u) / (T(1) + u);
+    return (l > T(0) ? V{} + T(1) : u) / (u + T(1));
   }
   static FASTCLIP_INLINE Line finish(double, double sum, double s) { return {sum + softplus(-s), 1., -1 / (1 + exp(s))}; }
 };

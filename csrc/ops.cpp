@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <mutex>
 #include <string>
 
 #if defined(__linux__)
@@ -163,18 +164,66 @@ struct Call {
   }
 };
 
-// Room for `keep` rows of products. Huge pages where the kernel gives them on request: a quarter of a GiB of fresh
-// 4 KiB pages costs as much as a tenth of the whole loss.
-Tensor allocate_kept(const Call& call, int64_t keep) {
-  const int64_t columns = call.problem.y.rows;
-  const int64_t rows = std::min(keep, (call.problem.x.rows + 15) / 16 * 16);
-  Tensor kept = at::empty({rows * columns}, call.x.options().dtype(statistic_of(call.x)));
+// The last buffer of kept products waits here for the next step: a quarter of a GiB of fresh pages, which the kernel
+// has to clear, costs a twentieth of the whole loss even as huge pages, a tenth as small ones.
+constexpr size_t kHugePage = 2 << 20;
+
+// Asks for huge pages in [data, data + bytes). Clearing and mapping fresh 4 KiB pages took an eighth of the gradient of a
+// 256 x 32,768 block.
+void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(kept.data_ptr()) + 4095) & ~uintptr_t(4095);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(kept.data_ptr()) + kept.nbytes()) & ~uintptr_t(4095);
-  if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t(kHugePage - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-  return kept;
+}
+
+struct Buffer {
+  void* data = nullptr;
+  size_t size = 0;
+};
+
+class Workspace {
+ public:
+  static Tensor take(int64_t count, const at::TensorOptions& options) {
+    const size_t bytes = size_t(count) * options.dtype().itemsize();
+    Buffer buffer;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (idle_.size >= bytes && idle_.size / 2 <= bytes) std::swap(buffer, idle_);
+    }
+    if (!buffer.data) buffer = fresh(bytes);
+    return at::from_blob(buffer.data, {count}, [buffer](void*) { give_back(buffer); }, options);
+  }
+  static void release() { give_back({}); }
+
+ private:
+  static Buffer fresh(size_t bytes) {
+    const size_t size = bytes > kHugePage ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes + 64 - bytes % 64;
+    void* const data = std::aligned_alloc(size > kHugePage ? kHugePage : 64, size);
+    TORCH_CHECK(data, "fastclip: no memory for ", size, " bytes of work space; lower memory_budget");
+    advise_huge(data, size);
+    return {data, size};
+  }
+  static void give_back(Buffer buffer) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      std::swap(buffer, idle_);
+    }
+    std::free(buffer.data);
+  }
+
+  static inline std::mutex mutex_;
+  static inline Buffer idle_;
+};
+
+// Room for `keep` rows of products.
+Tensor allocate_kept(const Call& call, int64_t keep) {
+  const int64_t rows = std::min(keep, (call.problem.x.rows + 15) / 16 * 16);
+  const auto options = call.x.options().dtype(statistic_of(call.x));
+  const int64_t count = rows * call.problem.y.rows;
+  // Small buffers come from the heap, which has them at hand.
+  return count < (1 << 18) ? at::empty({count}, options) : Workspace::take(count, options);
 }
 
 // ---- sweep ---------------------------------------------------------------------------------------------------------
@@ -295,6 +344,7 @@ Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarT
   const auto set = [](Side& side, Tensor& gradient, bool needed) {
     side.gradient = needed ? gradient.data_ptr() : nullptr;
     side.gradient_dtype = dtype_of(gradient.scalar_type());
+    advise_huge(gradient.data_ptr(), gradient.nbytes());
   };
   set(call.first(), out.u, needs_x);
   set(call.second(), out.v, needs_y);
@@ -303,7 +353,10 @@ Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarT
     out.accumulator = columns.scalar_type() == statistic_of(call.x)
                           ? columns
                           : at::empty(columns.sizes(), options.dtype(statistic_of(call.x)));
-  if (out.accumulator.defined()) call.problem.y.accumulator = out.accumulator.data_ptr();
+  if (out.accumulator.defined()) {
+    call.problem.y.accumulator = out.accumulator.data_ptr();
+    advise_huge(out.accumulator.data_ptr(), out.accumulator.nbytes());
+  }
   return out;
 }
 
@@ -465,6 +518,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled half of fastclip: registers the CPU engine's operators; build information.";
   m.def("build_info", &fastclip::build_info, "Compiler, torch built against, instruction sets, product, threads, CUDA.");
   m.def("threads_used", [] { return fastclip::threads_used.load(); }, "Threads that took part in the last operator.");
+  m.def("release_workspace", &fastclip::Workspace::release, "Frees the buffer that waits for the next step.");
   m.def("gemm_rate", &fastclip::gemm_rate, pybind11::arg("dtype"), pybind11::arg("m") = 64, pybind11::arg("n") = 128,
         pybind11::arg("k") = 512, pybind11::arg("seconds") = 0.5, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "GFLOP/s of the engine's product on cache-resident operands, all threads together.");

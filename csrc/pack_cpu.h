@@ -93,10 +93,14 @@ void pack_transposed(const In* x, int64_t stride, int64_t rows, int64_t width, i
       for (int64_t d0 = 0; d0 < count; d0 += kLane) {
         Words r[16];
         for (int64_t i = 0; i < kLane; i++)
-          if (i0 + i < rows)
-            load_words<In, Op>(x + (i0 + i) * stride, d0 * kPair<Op>, width, r[i]);
-          else
+          if (i0 + i < rows) {
+            const In* const row = x + (i0 + i) * stride;
+            load_words<In, Op>(row, d0 * kPair<Op>, width, r[i]);
+            // Sixteen rows side by side are more streams than the hardware follows.
+            __builtin_prefetch(row + kLane * stride + d0 * kPair<Op>);
+          } else {
             r[i] = Words{};
+          }
         transpose_words(r);
         for (int64_t d = 0; d < kLane && d0 + d < count; d++) memcpy(words + (d0 + d) * lanes + i0, &r[d], 64);
       }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "epilogues.h"
@@ -68,39 +69,75 @@ class Column {
   T* const counts_;
 };
 
+// As many floats as a register of this instruction set holds; doubles one by one, since exp2 is.
+#if defined(__AVX512F__)
+constexpr int kFloats = 16;
+#elif defined(__AVX__)
+constexpr int kFloats = 8;
+#else
+constexpr int kFloats = 4;
+#endif
+template <class T>
+struct Register {
+  typedef float type __attribute__((vector_size(4 * kFloats)));
+};
+template <>
+struct Register<double> {
+  using type = double;
+};
+template <class T>
+using V = typename Register<T>::type;
+template <class T>
+constexpr int64_t kWidth = sizeof(V<T>) / sizeof(T);
+
+template <class T>
+FASTCLIP_INLINE void load(const T* p, V<T>& v) {
+  memcpy(&v, p, sizeof v);
+}
+template <class T>
+FASTCLIP_INLINE void store(T* p, const V<T>& v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// Sum of a register, in double and in a fixed order.
+template <class T>
+FASTCLIP_INLINE double total_of(const V<T>& v) {
+  T lanes[kWidth<T>];
+  memcpy(lanes, &v, sizeof v);
+  for (int64_t half = kWidth<T> / 2; half > 0; half /= 2)
+    for (int64_t q = 0; q < half; q++) lanes[q] += lanes[q + half];
+  return lanes[0];
+}
+
 // States with one reference; with Weigh also the weights of a loss that needs no state, all a_i + b_j being one.
 template <class Loss, bool Weigh, class T>
 void fold_tile(const Tile<T>& tile) {
   const int64_t lanes = tile.lanes;
-  const T* const factor = tile.row_factor;
-  const T* const counts = tile.counts;
-  const T m = tile.reference;
+  const V<T> m = V<T>{} + tile.reference;
   T* const row = tile.scratch;
   for (int64_t i = 0; i < lanes; i++) row[i] = 0;
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
     column.note_positive(tile, c);
-    const T* const t = column.t;
-    const Affine<T> k = column.k;
-    T* const w = Weigh ? tile.w + c * lanes : nullptr;
-    T sum = 0, total = 0, moment = 0;
-#pragma omp simd reduction(+ : sum, total, moment)
-    for (int64_t i = 0; i < lanes; i++) {
-      const T ti = t[i] * factor[i];
-      const T v = counts[i] != 0 ? Loss::fold(ti, k, m) : T(0);
-      row[i] += v;
-      sum += v;
+    V<T> sum{}, total{}, moment{};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, line;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, line);
+      t = t * factor;
+      const V<T> value = counts != T(0) ? Loss::fold(t, column.k, m) : V<T>{};
+      sum += value;
+      store<T>(row + i, line + value);
       if constexpr (Weigh) {
-        const T wi = counts[i] != 0 ? Loss::activation(ti, k, m) : T(0);
-        w[i] = wi;
-        total += wi;
-        moment += wi * ti;
+        const V<T> w = counts != T(0) ? Loss::activation(t, column.k, m) : V<T>{};
+        total += w;
+        moment += w * t;
+        store<T>(tile.w + c * lanes + i, w);
       }
     }
-    tile.col_sum[c] = sum;
+    tile.col_sum[c] = total_of<T>(sum);
     if constexpr (Weigh) {
-      tile.totals[0] += total;
-      tile.totals[1] += double(moment) * column.factor;
+      tile.totals[0] += total_of<T>(total);
+      tile.totals[1] += total_of<T>(moment) * column.factor;
     }
   }
   for (int64_t i = 0; i < tile.rows; i++) tile.row_sum[i] += row[i];
@@ -112,26 +149,24 @@ template <class Loss, class T>
 void fold_tile_running(const Tile<T>& tile) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
   const int64_t lanes = tile.lanes;
-  const T* const factor = tile.row_factor;
-  const T* const counts = tile.counts;
   T* const largest = tile.scratch;
   T* const row = tile.scratch + lanes;
-  for (int64_t i = 0; i < lanes; i++) largest[i] = kLowest;
+  for (int64_t i = 0; i < lanes; i++) largest[i] = kLowest, row[i] = 0;
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
     column.note_positive(tile, c);
-    const T* const t = column.t;
-    const T scale = column.k.scale;
-    T highest = kLowest;
-#pragma omp simd reduction(max : highest)
-    for (int64_t i = 0; i < lanes; i++) {
-      const T l = counts[i] != 0 ? t[i] * factor[i] * scale : kLowest;
-      largest[i] = l < largest[i] ? largest[i] : l;
+    V<T> highest = V<T>{} + kLowest;
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, line;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(largest + i, line);
+      const V<T> l = counts != T(0) ? t * factor * column.k.scale : V<T>{} + kLowest;
       highest = l < highest ? highest : l;
+      store<T>(largest + i, l < line ? line : l);
     }
-    tile.col_reference[c] = std::ceil(double(highest));
+    T lane[kWidth<T>];
+    store<T>(lane, highest);
+    tile.col_reference[c] = std::ceil(double(*std::max_element(lane, lane + kWidth<T>)));
   }
-  for (int64_t i = 0; i < lanes; i++) row[i] = 0;
   for (int64_t i = 0; i < tile.rows; i++) {
     const double before = tile.row_reference[i], now = std::ceil(double(largest[i]));
     if (!(now <= before)) {
@@ -142,17 +177,17 @@ void fold_tile_running(const Tile<T>& tile) {
   }
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
-    const T* const t = column.t;
-    const Affine<T> k = column.k;
-    const T m = T(tile.col_reference[c]);
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < lanes; i++) {
-      const T ti = t[i] * factor[i];
-      row[i] += counts[i] != 0 ? Loss::fold(ti, k, largest[i]) : T(0);
-      sum += counts[i] != 0 ? Loss::fold(ti, k, m) : T(0);
+    const V<T> m = V<T>{} + T(tile.col_reference[c]);
+    V<T> sum{};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, line, reference;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, line);
+      load(largest + i, reference);
+      t = t * factor;
+      sum += counts != T(0) ? Loss::fold(t, column.k, m) : V<T>{};
+      store<T>(row + i, line + (counts != T(0) ? Loss::fold(t, column.k, reference) : V<T>{}));
     }
-    tile.col_sum[c] = sum;
+    tile.col_sum[c] = total_of<T>(sum);
   }
   for (int64_t i = 0; i < tile.rows; i++) tile.row_sum[i] += row[i];
 }
@@ -161,29 +196,28 @@ void fold_tile_running(const Tile<T>& tile) {
 template <class Loss, bool OneReference, class T>
 void weigh_tile(const Tile<T>& tile) {
   const int64_t lanes = tile.lanes;
-  const T* const factor = tile.row_factor;
-  const T* const counts = tile.counts;
-  const T* const a = tile.a;
-  const T* const ma = tile.row_references;
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
-    const T* const t = column.t;
-    const Affine<T> k = column.k;
-    T* const w = tile.w + c * lanes;
-    const T b = tile.b[c], mb = tile.col_references[c];
-    T total = 0, moment = 0;
-#pragma omp simd reduction(+ : total, moment)
-    for (int64_t i = 0; i < lanes; i++) {
-      const T ti = t[i] * factor[i];
-      const T all = OneReference ? Loss::activation(ti, k, mb) * (a[i] + b)
-                                 : Loss::activation(ti, k, ma[i]) * a[i] + Loss::activation(ti, k, mb) * b;
-      const T wi = counts[i] != 0 ? all : T(0);
-      w[i] = wi;
-      total += wi;
-      moment += wi * ti;
+    const V<T> b = V<T>{} + tile.b[c], mb = V<T>{} + tile.col_references[c];
+    V<T> total{}, moment{};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, a, w;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(tile.a + i, a);
+      t = t * factor;
+      if constexpr (OneReference) {
+        w = Loss::activation(t, column.k, mb) * (a + b);
+      } else {
+        V<T> ma;
+        load(tile.row_references + i, ma);
+        w = Loss::activation(t, column.k, ma) * a + Loss::activation(t, column.k, mb) * b;
+      }
+      w = counts != T(0) ? w : V<T>{};
+      total += w;
+      moment += w * t;
+      store<T>(tile.w + c * lanes + i, w);
     }
-    tile.totals[0] += total;
-    tile.totals[1] += double(moment) * column.factor;
+    tile.totals[0] += total_of<T>(total);
+    tile.totals[1] += total_of<T>(moment) * column.factor;
   }
 }
 

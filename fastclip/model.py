@@ -109,11 +109,10 @@ class CLIP(nn.Module):
         self.config = c = config
         patches = (c.image_size // c.patch_size) ** 2
         self.patch_embedding = nn.Conv2d(3, c.image_width, c.patch_size, stride=c.patch_size)
-        self.class_token = nn.Parameter(torch.empty(c.image_width))
         self.image_tower = Tower(
             c.image_width, c.image_layers, c.image_heads, patches + 1, causal=False
         )
-        self.image_projection = nn.Linear(c.image_width, c.embed_dim, bias=False)
+        self.image_projection = nn.Linear(patches * c.image_width, c.embed_dim, bias=False)
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.text_tower = Tower(
             c.text_width, c.text_layers, c.text_heads, c.context_length, causal=True
@@ -124,10 +123,9 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        nn.init.normal_(self.class_token, std=self.config.image_width**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.image_projection.weight, std=self.config.image_width**-0.5)
-        nn.init.normal_(self.text_projection.weight, std=self.config.text_width**-0.5)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         for tower in (self.image_tower, self.text_tower):
             nn.init.normal_(tower.positions, std=0.02)
             for block in tower.blocks:
@@ -151,8 +149,7 @@ class CLIP(nn.Module):
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, patches, W)
-        x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        features = self.image_projection(self.image_tower(x)[:, 0])
+        features = self.image_projection(self.image_tower(x).flatten(1))
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
