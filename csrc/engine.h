@@ -16,17 +16,18 @@ enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
 struct Side {
   const void* features = nullptr;  // (rows, D) of dtype, unit stride along D
   int64_t rows = 0;
-  int64_t stride = 0;              // between rows, in elements
-  const void* factor = nullptr;    // T (rows): 1 / norm, or null for features taken as they are
+  int64_t stride = 0;            // between rows, in elements
+  const void* factor = nullptr;  // T (rows): 1 / norm, or null for features taken as they are
 
-  double* reference = nullptr;     // sweep: (rows) out, in log2 units
-  double* sum = nullptr;           // sweep: (rows) out, the folded negatives
+  double* reference = nullptr;  // sweep: (rows) out, in log2 units
+  double* sum = nullptr;        // sweep: (rows) out, the folded negatives
 
   const void* references = nullptr;    // weigh: T (rows)
   const void* coefficients = nullptr;  // weigh: T (rows), a for x and b for y
 
-  void* accumulator = nullptr;  // weigh: T (rows, D) work space of the column side; equal to gradient where dtypes agree
-  void* gradient = nullptr;     // weigh: (rows, D) out of gradient_dtype, or null where it is not wanted
+  void* accumulator =
+      nullptr;               // weigh: T (rows, D) work space of the column side; equal to gradient where dtypes agree
+  void* gradient = nullptr;  // weigh: (rows, D) out of gradient_dtype, or null where it is not wanted
   Dtype gradient_dtype = Dtype::kFloat;
 };
 
@@ -40,30 +41,30 @@ struct Problem {
   bool fold = false;   // sweep: make the states
   bool weigh = false;  // weigh: make gradients and totals
 
-  double reference = 0;        // sweep: the one reference of all rows and columns, integral
+  double reference = 0;         // sweep: the one reference of all rows and columns, integral
   bool running_maxima = false;  // sweep: a reference for each row and column instead
-  double* positive = nullptr;  // t of the positives: sweep writes it, weigh reads it
-  bool positive_of_y = false;  // positive and positive_weight are indexed by the columns, not by the rows
+  double* positive = nullptr;   // t of the positives: sweep writes it, weigh reads it
+  bool positive_of_y = false;   // positive and positive_weight are indexed by the columns, not by the rows
 
   const double* positive_weight = nullptr;  // weigh: dL/ds of the positives
-  bool one_reference = true;              // weigh: all references equal: one exponential serves row and column
-  double gain = 1;                        // weigh: the upstream gradient; multiplies both gradients, but not the totals
-  bool project = false;                   // weigh: gradients with respect to the features before normalisation
-  double totals[2] = {0, 0};              // weigh: sums of w and of w * t, out
+  bool one_reference = true;                // weigh: all references equal: one exponential serves row and column
+  double gain = 1;            // weigh: the upstream gradient; multiplies both gradients, but not the totals
+  bool project = false;       // weigh: gradients with respect to the features before normalisation
+  double totals[2] = {0, 0};  // weigh: sums of w and of w * t, out
 
   void* kept = nullptr;     // T, products of the leading rows, without the factors
   int64_t kept_rows = 0;    // blocks that lie wholly in these rows are kept
   bool kept_ready = false;  // to be read; else to be written
 
-  bool brgemm = false;       // products by oneDNN's batch-reduce GEMM, else by BLAS
+  bool brgemm = false;         // products by oneDNN's batch-reduce GEMM, else by BLAS
   bool half_products = false;  // bf16 operands as they are, else widened to fp32
 };
 
 // The CPU engine, compiled once per instruction set.
-#define FASTCLIP_DECLARE(capability)                                     \
-  namespace capability {                                                 \
+#define FASTCLIP_DECLARE(capability)                                    \
+  namespace capability {                                                \
   int run(Problem& problem); /* the number of threads that took part */ \
-  double largest_norm(const Side& side, const Problem& problem);         \
+  double largest_norm(const Side& side, const Problem& problem);        \
   }
 FASTCLIP_DECLARE(DEFAULT)
 FASTCLIP_DECLARE(AVX2)

@@ -90,9 +90,12 @@ void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
     for (int64_t d = 0; d < width; d++) projected[d] -= T(along) * cast_to<T>(x[d]);
   }
   switch (side.gradient_dtype) {
-    case Dtype::kDouble: return store_row(g, scale, width, reinterpret_cast<double*>(base) + row * width);
-    case Dtype::kFloat: return store_row(g, scale, width, reinterpret_cast<float*>(base) + row * width);
-    case Dtype::kBFloat16: return store_row(g, scale, width, reinterpret_cast<at::BFloat16*>(base) + row * width);
+    case Dtype::kDouble:
+      return store_row(g, scale, width, reinterpret_cast<double*>(base) + row * width);
+    case Dtype::kFloat:
+      return store_row(g, scale, width, reinterpret_cast<float*>(base) + row * width);
+    case Dtype::kBFloat16:
+      return store_row(g, scale, width, reinterpret_cast<at::BFloat16*>(base) + row * width);
     case Dtype::kHalf:
       // 1e12 times anything overflows fp16: there a zero row has no gradient rather than an infinite one.
       if (p.project && clamped) scale = 0;
@@ -104,12 +107,16 @@ template <class In, class Op, class T>
 class Engine {
   static constexpr bool kNarrow = sizeof(Op) < sizeof(T);  // bf16 products
   static constexpr bool kDirect = std::is_same_v<In, Op>;  // features are operands as they are
-  static constexpr int64_t kChain = 128;  // terms summed in one go
+  static constexpr int64_t kChain = 128;                   // terms summed in one go
 
  public:
   explicit Engine(Problem& p)
-      : p_(p), block_(block_rows(p.x.rows, kNarrow)), tile_(tile_cols(p.y.rows, kNarrow)), blocks_((p.x.rows + block_ - 1) / block_),
-        tiles_((p.y.rows + tile_ - 1) / tile_), passed_(new std::atomic<int64_t>[tiles_]),
+      : p_(p),
+        block_(block_rows(p.x.rows, kNarrow)),
+        tile_(tile_cols(p.y.rows, kNarrow)),
+        blocks_((p.x.rows + block_ - 1) / block_),
+        tiles_((p.y.rows + tile_ - 1) / tile_),
+        passed_(new std::atomic<int64_t>[tiles_]),
         totals_(new double[2 * blocks_]()) {
     for (int64_t j = 0; j < tiles_; j++) passed_[j].store(0, std::memory_order_relaxed);
   }
@@ -126,7 +133,6 @@ class Engine {
   }
 
  private:
-
   void work() noexcept {
     bool joined = false;
     try {
@@ -391,19 +397,26 @@ double largest_norm_of(const Side& side, int64_t width) {
 
 double largest_norm(const Side& side, const Problem& p) {
   switch (p.dtype) {
-    case Dtype::kDouble: return std::sqrt(largest_norm_of<double, double>(side, p.width));
-    case Dtype::kFloat: return std::sqrt(largest_norm_of<float, float>(side, p.width));
-    case Dtype::kHalf: return std::sqrt(largest_norm_of<at::Half, float>(side, p.width));
-    case Dtype::kBFloat16: return std::sqrt(largest_norm_of<at::BFloat16, float>(side, p.width));
+    case Dtype::kDouble:
+      return std::sqrt(largest_norm_of<double, double>(side, p.width));
+    case Dtype::kFloat:
+      return std::sqrt(largest_norm_of<float, float>(side, p.width));
+    case Dtype::kHalf:
+      return std::sqrt(largest_norm_of<at::Half, float>(side, p.width));
+    case Dtype::kBFloat16:
+      return std::sqrt(largest_norm_of<at::BFloat16, float>(side, p.width));
   }
   return 0;
 }
 
 int run(Problem& problem) {
   switch (problem.dtype) {
-    case Dtype::kDouble: return Engine<double, double, double>(problem).run();
-    case Dtype::kFloat: return Engine<float, float, float>(problem).run();
-    case Dtype::kHalf: return Engine<at::Half, float, float>(problem).run();
+    case Dtype::kDouble:
+      return Engine<double, double, double>(problem).run();
+    case Dtype::kFloat:
+      return Engine<float, float, float>(problem).run();
+    case Dtype::kHalf:
+      return Engine<at::Half, float, float>(problem).run();
     case Dtype::kBFloat16:
       if (problem.half_products) return Engine<at::BFloat16, at::BFloat16, float>(problem).run();
       return Engine<at::BFloat16, float, float>(problem).run();

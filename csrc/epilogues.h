@@ -22,8 +22,9 @@
 #define FASTCLIP_INLINE inline __attribute__((always_inline))
 #endif
 
-// The CPU engine is compiled once per instruction set. Each copy lives in a namespace of its own: were the names shared,
-// the linker would keep one copy of each inline function, perhaps one with instructions that the machine does not have.
+// The CPU engine is compiled once per instruction set. Each copy lives in a namespace of its own: were the names
+// shared, the linker would keep one copy of each inline function, perhaps one with instructions that the machine does
+// not have.
 #ifndef FASTCLIP_CAPABILITY
 #define FASTCLIP_CAPABILITY PORTABLE
 #endif
@@ -41,7 +42,9 @@ struct Affine {
   T scale, scale_low, bias, bias_low;
   Affine() = default;
   FASTCLIP_INLINE Affine(double scale_log2, double bias_log2)
-      : scale(T(scale_log2)), scale_low(T(scale_log2 - double(T(scale_log2)))), bias(T(bias_log2)),
+      : scale(T(scale_log2)),
+        scale_low(T(scale_log2 - double(T(scale_log2)))),
+        bias(T(bias_log2)),
         bias_low(T(bias_log2 - double(T(bias_log2)))) {}
 };
 
@@ -60,7 +63,8 @@ struct Integers<float> {
 constexpr float kRounder = 12582912.f + 127.f;
 
 // 2^(r + f) for z = r + kRounder and |f| <= 1/2 (a little more is harmless): relative error 3e-9 before rounding
-// (minimax). Below 2^-126 the result is zero: a denormal costs a hundred cycles on some CPUs and is lost on GPUs anyway.
+// (minimax). Below 2^-126 the result is zero: a denormal costs a hundred cycles on some CPUs and is lost on GPUs
+// anyway.
 template <class V>
 FASTCLIP_INLINE V exp2_split(V z, V f) {
   V q = f * 1.5594678e-4f + 1.34066439e-3f;
@@ -126,8 +130,8 @@ struct Line {
 
 FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(z > 0 ? -z : z)); }
 
-// CLIP's two-way softmax (arXiv 2103.00020): a row remembers the sum of the exponentials of its negatives, relative to m.
-// The bias cancels between numerator and denominator.
+// CLIP's two-way softmax (arXiv 2103.00020): a row remembers the sum of the exponentials of its negatives, relative to
+// m. The bias cancels between numerator and denominator.
 struct Softmax {
   template <class V, class T>
   static FASTCLIP_INLINE V fold(V t, const Affine<T>& k, V m) {
@@ -140,7 +144,8 @@ struct Softmax {
   // log(1 + R / P) in the log domain, where neither needs to be representable; the sums themselves for the weights.
   static FASTCLIP_INLINE Line finish(double reference, double sum, double s) {
     const double sum_and_positive = sum + exp2(s * kLog2E - reference);
-    const double total = sum_and_positive < 2.3e-308 ? 2.3e-308 : sum_and_positive;  // no negatives, positive underflows
+    const double total =
+        sum_and_positive < 2.3e-308 ? 2.3e-308 : sum_and_positive;  // no negatives, positive underflows
     return {softplus((log2(sum) + reference) * kLn2 - s), 1 / total, -sum / total};
   }
 };
@@ -159,7 +164,9 @@ struct Sigmoid {
     magnitude(t, k, l, u);
     return (l > T(0) ? V{} + T(1) : u) / (u + T(1));
   }
-  static FASTCLIP_INLINE Line finish(double, double sum, double s) { return {sum + softplus(-s), 1., -1 / (1 + exp(s))}; }
+  static FASTCLIP_INLINE Line finish(double, double sum, double s) {
+    return {sum + softplus(-s), 1., -1 / (1 + exp(s))};
+  }
 };
 
 }  // namespace FASTCLIP_CAPABILITY

@@ -17,7 +17,8 @@ inline void mm(bool add, int64_t m, int64_t n, int64_t k, const T* a, int64_t ld
                int64_t ldc) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto view = [](const T* data, int64_t rows, int64_t cols, int64_t stride) {
-    return at::from_blob(const_cast<T*>(data), {rows, cols}, {stride, 1}, at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+    return at::from_blob(const_cast<T*>(data), {rows, cols}, {stride, 1},
+                         at::TensorOptions(c10::CppTypeToScalarType<T>::value));
   };
   at::Tensor out = view(c, m, n, ldc);
   if (add)

@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 #include <torch/python.h>
 
@@ -90,7 +91,8 @@ bool brgemm_wanted() {
   if (!forced || !*forced) return machine_has_brgemm();
   const std::string name(forced);
   TORCH_CHECK_VALUE(name == "brgemm" || name == "mm", "FASTCLIP_CPU must be 'brgemm' or 'mm', got '", name, "'");
-  TORCH_CHECK(name == "mm" || machine_has_brgemm(), "FASTCLIP_CPU=brgemm, but this machine has no AVX-512 or oneDNN is off");
+  TORCH_CHECK(name == "mm" || machine_has_brgemm(),
+              "FASTCLIP_CPU=brgemm, but this machine has no AVX-512 or oneDNN is off");
   return name == "brgemm";
 }
 
@@ -98,11 +100,16 @@ bool brgemm_wanted() {
 
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kDouble: return Dtype::kDouble;
-    case at::kFloat: return Dtype::kFloat;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kHalf;
-    default: TORCH_CHECK_TYPE(false, "features must be float64, float32, bfloat16 or float16, got ", type);
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    default:
+      TORCH_CHECK_TYPE(false, "features must be float64, float32, bfloat16 or float16, got ", type);
   }
 }
 
@@ -130,10 +137,10 @@ struct Call {
   Call(const Tensor& x_in, const Tensor& y_in, const optional<Tensor>& fx, const optional<Tensor>& fy,
        const Tensor& scale, const optional<Tensor>& bias, int64_t offset, std::string_view loss)
       : x(strided(x_in)), y(strided(y_in)), swapped(x_in.size(0) < y_in.size(0)), m(x_in.size(0)), n(y_in.size(0)) {
-    TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type() &&
-                    m > 0 && n > 0 && x.size(1) > 0,
-                "x and y must be non-empty (M, D) and (N, D) of one dtype, got ", x.sizes(), " ", x.scalar_type(), " and ",
-                y.sizes(), " ", y.scalar_type());
+    TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type() && m > 0 &&
+                    n > 0 && x.size(1) > 0,
+                "x and y must be non-empty (M, D) and (N, D) of one dtype, got ", x.sizes(), " ", x.scalar_type(),
+                " and ", y.sizes(), " ", y.scalar_type());
     const auto statistic = statistic_of(x);
     if (fx) factor_x = fx->to(statistic).contiguous();
     if (fy) factor_y = fy->to(statistic).contiguous();
@@ -168,8 +175,8 @@ struct Call {
 // has to clear, costs a twentieth of the whole loss even as huge pages, a tenth as small ones.
 constexpr size_t kHugePage = 2 << 20;
 
-// Asks for huge pages in [data, data + bytes). Clearing and mapping fresh 4 KiB pages took an eighth of the gradient of a
-// 256 x 32,768 block.
+// Asks for huge pages in [data, data + bytes). Clearing and mapping fresh 4 KiB pages took an eighth of the gradient of
+// a 256 x 32,768 block.
 void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
@@ -254,8 +261,7 @@ bool states_hold(const Call& call) {
     for (int64_t i = 0; i < side.rows; i++) {
       const int64_t j = i + offset;
       double sum = side.sum[i];
-      if (j >= 0 && j < other)
-        sum += std::exp2(p.scale * kLog2E * p.positive[indexes_positive ? i : j] - p.reference);
+      if (j >= 0 && j < other) sum += std::exp2(p.scale * kLog2E * p.positive[indexes_positive ? i : j] - p.reference);
       if (!(sum >= least)) return false;
     }
     return true;
@@ -317,12 +323,12 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
   const double* const reference = state.const_data_ptr<double>();
   const double* const t = positive.const_data_ptr<double>();
   double *const l = losses.mutable_data_ptr<double>(), *const c = coefficients.mutable_data_ptr<double>(),
-               *const q = weights.mutable_data_ptr<double>();
+                *const q = weights.mutable_data_ptr<double>();
   at::parallel_for(0, lines, 2048, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const double s = k * t[i % period] + k0, sum = reference[lines + i];
-      const auto line = softmax ? PORTABLE::Softmax::finish(reference[i], sum, s)
-                                : PORTABLE::Sigmoid::finish(reference[i], sum, s);
+      const auto line =
+          softmax ? PORTABLE::Softmax::finish(reference[i], sum, s) : PORTABLE::Sigmoid::finish(reference[i], sum, s);
       l[i] = line.loss, c[i] = line.coefficient, q[i] = line.positive_weight;
     }
   });
@@ -369,16 +375,17 @@ Tensor totals_of(const Call& call) {
 std::tuple<Tensor, Tensor, Tensor> weigh(const Tensor& x, const Tensor& y, const optional<Tensor>& factor_x,
                                          const optional<Tensor>& factor_y, const Tensor& scale,
                                          const optional<Tensor>& bias, const Tensor& state, const Tensor& positive,
-                                         const Tensor& coefficients, const Tensor& positive_weight, const Tensor& gain, const Tensor& kept,
-                                         int64_t offset, std::string_view loss, bool needs_x, bool needs_y,
-                                         bool project, at::ScalarType dtype_x, at::ScalarType dtype_y) {
+                                         const Tensor& coefficients, const Tensor& positive_weight, const Tensor& gain,
+                                         const Tensor& kept, int64_t offset, std::string_view loss, bool needs_x,
+                                         bool needs_y, bool project, at::ScalarType dtype_x, at::ScalarType dtype_y) {
   Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
   Problem& p = call.problem;
   const int64_t lines = call.m + call.n;
-  TORCH_CHECK(state.sizes() == at::IntArrayRef({2, lines}) && state.is_contiguous() && state.scalar_type() == at::kDouble &&
-                  coefficients.numel() == lines && positive.numel() == call.m && positive_weight.numel() == call.m,
-              "state must be (2, M + N) contiguous float64, coefficients (M + N), positive and positive_weight (M), got ",
-              state.sizes(), ", ", coefficients.sizes(), ", ", positive.sizes(), ", ", positive_weight.sizes());
+  TORCH_CHECK(
+      state.sizes() == at::IntArrayRef({2, lines}) && state.is_contiguous() && state.scalar_type() == at::kDouble &&
+          coefficients.numel() == lines && positive.numel() == call.m && positive_weight.numel() == call.m,
+      "state must be (2, M + N) contiguous float64, coefficients (M + N), positive and positive_weight (M), got ",
+      state.sizes(), ", ", coefficients.sizes(), ", ", positive.sizes(), ", ", positive_weight.sizes());
   Gradients out = allocate_gradients(call, needs_x, needs_y, dtype_x, dtype_y);
   const auto statistic = statistic_of(x);
   const Tensor references = state.select(0, 0).to(statistic).contiguous();
@@ -422,21 +429,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(
 
 // ---- registration --------------------------------------------------------------------------------------------------
 
-// The operators have no derivative of their own: silence would be a wrong gradient.
-void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  if (at::GradMode::is_enabled())
-    for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size()))
-      TORCH_CHECK(!argument.isTensor() || !argument.toTensor().defined() || !argument.toTensor().requires_grad(),
-                  op.operator_name(), " is an engine operator without a derivative: call the losses of fastclip.loss, or run it under torch.no_grad()");
-  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-}
-
 // Rate of the engine's own product on operands that stay in cache, all threads together, in GFLOP/s: the limit that
 // `bench` measures against.
 double gemm_rate(const std::string& dtype, int64_t m, int64_t n, int64_t k, double seconds) {
-  TORCH_CHECK_VALUE(dtype == "float32" || dtype == "bfloat16", "dtype must be 'float32' or 'bfloat16', got '", dtype, "'");
+  TORCH_CHECK_VALUE(dtype == "float32" || dtype == "bfloat16", "dtype must be 'float32' or 'bfloat16', got '", dtype,
+                    "'");
   const bool narrow = dtype == "bfloat16";
-  TORCH_CHECK(machine_has_brgemm() && (!narrow || machine_has_half_products()), "this machine has no brgemm for ", dtype);
+  TORCH_CHECK(machine_has_brgemm() && (!narrow || machine_has_half_products()), "this machine has no brgemm for ",
+              dtype);
   using Clock = std::chrono::steady_clock;
   const int threads = at::get_num_threads();
   std::vector<double> rates(threads, 0.0);
@@ -507,16 +507,18 @@ TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
   m.impl("sweep_and_weigh.cpu", &sweep_and_weigh);
 }
 
+// The operators have no derivative of their own, and silence would be a wrong gradient: a backward through one fails.
 TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
   for (const char* const name : {"sweep.cpu", "finish.cpu", "weigh.cpu", "sweep_and_weigh.cpu"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace fastclip
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled half of fastclip: registers the CPU engine's operators; build information.";
-  m.def("build_info", &fastclip::build_info, "Compiler, torch built against, instruction sets, product, threads, CUDA.");
+  m.def("build_info", &fastclip::build_info,
+        "Compiler, torch built against, instruction sets, product, threads, CUDA.");
   m.def("threads_used", [] { return fastclip::threads_used.load(); }, "Threads that took part in the last operator.");
   m.def("release_workspace", &fastclip::Workspace::release, "Frees the buffer that waits for the next step.");
   m.def("gemm_rate", &fastclip::gemm_rate, pybind11::arg("dtype"), pybind11::arg("m") = 64, pybind11::arg("n") = 128,

@@ -16,30 +16,30 @@ namespace FASTCLIP_CAPABILITY {
 
 template <class T>
 struct Tile {
-  const T* t;          // (cols, lanes) products, without the factors
-  int64_t lanes;       // row stride of t and w, a multiple of 16
-  int64_t rows, cols;  // valid part
-  int64_t first_lane;  // column c has its positive at lane c + first_lane, where that is a valid lane
+  const T* t;           // (cols, lanes) products, without the factors
+  int64_t lanes;        // row stride of t and w, a multiple of 16
+  int64_t rows, cols;   // valid part
+  int64_t first_lane;   // column c has its positive at lane c + first_lane, where that is a valid lane
   const T* row_factor;  // (lanes)
   const T* col_factor;  // (cols), or null for ones
   double scale_log2, bias_log2;
-  T* counts;           // (lanes): 1 for rows, 0 beyond; a column's positive is 0 while it is worked on
-  T* scratch;          // (2 lanes)
+  T* counts;   // (lanes): 1 for rows, 0 beyond; a column's positive is 0 while it is worked on
+  T* scratch;  // (2 lanes)
 
-  T reference;        // fold, one for all
+  T reference;            // fold, one for all
   double* row_reference;  // fold with running maxima
   double* row_sum;
   double* col_reference;
   double* col_sum;
-  double* positive;   // fold: t of the positives, at lane i or at column c
+  double* positive;  // fold: t of the positives, at lane i or at column c
   bool positive_of_col;
 
-  const T* a;         // weigh
+  const T* a;  // weigh
   const T* b;
   const T* row_references;
   const T* col_references;
-  T* w;               // (cols, lanes); may be t itself
-  double* totals;     // sums over the negatives of w and of w * t
+  T* w;            // (cols, lanes); may be t itself
+  double* totals;  // sums over the negatives of w and of w * t
 };
 
 // One column at a time: its products, its scale, and its positive masked out.
@@ -51,8 +51,11 @@ class Column {
   const Affine<T> k;
 
   FASTCLIP_INLINE Column(const Tile<T>& tile, int64_t c)
-      : t(tile.t + c * tile.lanes), factor(tile.col_factor ? tile.col_factor[c] : T(1)),
-        k(tile.scale_log2 * factor, tile.bias_log2), lane_(c + tile.first_lane), counts_(tile.counts) {
+      : t(tile.t + c * tile.lanes),
+        factor(tile.col_factor ? tile.col_factor[c] : T(1)),
+        k(tile.scale_log2 * factor, tile.bias_log2),
+        lane_(c + tile.first_lane),
+        counts_(tile.counts) {
     if (lane_ < 0 || lane_ >= tile.rows) lane_ = -1;
     if (lane_ >= 0) counts_[lane_] = 0;
   }

@@ -7,9 +7,17 @@
 `fastclip.reference` holds the same losses, dense and obvious.
 """
 
-from .backends import backends, build_info
+from .backends import backends, build_info, release_workspace
 from .loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 
 __version__ = "0.1.0"
 
-__all__ = ["ClipLoss", "SigLipLoss", "backends", "build_info", "clip_loss", "siglip_loss"]
+__all__ = [
+    "ClipLoss",
+    "SigLipLoss",
+    "backends",
+    "build_info",
+    "clip_loss",
+    "release_workspace",
+    "siglip_loss",
+]

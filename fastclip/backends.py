@@ -14,22 +14,19 @@ import torch
 
 from . import chunked, ops
 
-# In the order in which `backend=None` prefers them for a device.
-NAMES = ("cpu", "cuda", "triton", "torch", "reference")
-
 AVAILABLE = "available"
 
 
-@functools.cache
-def _extension() -> tuple[ModuleType | None, str]:
-    """The compiled module, or None and the reason."""
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """The compiled module, whose import registers its operators; or None and the reason."""
     try:
         return importlib.import_module("fastclip._C"), AVAILABLE
     except ImportError as error:
         spec = importlib.util.find_spec("fastclip._C")
         if spec is None or spec.origin is None:
             return None, (
-                "the compiled module fastclip._C is not installed: no C++ compiler at install time"
+                "the compiled module fastclip._C was not built (install fastclip with torch and a "
+                "C++20 compiler at hand, and --no-build-isolation; pip -v shows what failed)"
             )
         found = re.search(rb"fastclip built against torch ([^\0]+)", Path(spec.origin).read_bytes())
         built = found[1].decode() if found else "an unknown version"
@@ -41,8 +38,13 @@ def _extension() -> tuple[ModuleType | None, str]:
 
 def build_info() -> dict[str, object] | None:
     """Compiler, torch built against, instruction sets, product, threads; None if not compiled."""
-    module, _ = _extension()
-    return None if module is None else module.build_info()
+    return None if _MODULE is None else _MODULE.build_info()
+
+
+def release_workspace() -> None:
+    """Frees the buffer that waits for the next step: at most the last memory_budget, on CPUs."""
+    if _MODULE is not None:
+        _MODULE.release_workspace()
 
 
 def backends() -> dict[str, str]:
@@ -53,7 +55,7 @@ def backends() -> dict[str, str]:
     """
     absent = "not part of this version of fastclip"
     return {
-        "cpu": _extension()[1],
+        "cpu": _CPU_STATUS,
         "cuda": absent,
         "triton": absent,
         "torch": AVAILABLE,
@@ -76,7 +78,7 @@ def choose(backend: str | None, device: torch.device) -> str:
     """
     if backend is None:
         if device.type == "cpu":
-            reason = _extension()[1]
+            reason = _CPU_STATUS
             if reason == AVAILABLE:
                 return "cpu"
         else:
@@ -98,4 +100,4 @@ def choose(backend: str | None, device: torch.device) -> str:
 
 
 ops.implement("torch", chunked)
-_extension()  # registers the C++ engine's operators
+_MODULE, _CPU_STATUS = _load_extension()

@@ -65,13 +65,17 @@ class _Block:
 
     def logits(self, t: Tensor) -> Tensor:
         """In log2 units."""
-        l = t * self.scale.to(self.dtype)
-        return l if self.bias is None or not self.epilogue.uses_bias else l + self.bias.to(l.dtype)
+        logit = t * self.scale.to(self.dtype)
+        return (
+            logit
+            if self.bias is None or not self.epilogue.uses_bias
+            else logit + self.bias.to(logit.dtype)
+        )
 
 
-def _largest(l: Tensor, dim: int) -> Tensor:
+def _largest(logit: Tensor, dim: int) -> Tensor:
     """Reference of each line: its largest negative, or 0 where there is none."""
-    largest = l.amax(dim)
+    largest = logit.amax(dim)
     return torch.where(largest == -torch.inf, 0, largest.ceil())
 
 
@@ -91,17 +95,17 @@ def sweep(
     for rows in block.chunks():
         t, is_positive = block.tile(rows)
         _note_positives(positive[rows], t, rows.start + offset)
-        l = block.logits(t)
+        logit = block.logits(t)
         if epilogue is Softmax:
-            l.masked_fill_(is_positive, -torch.inf)
-            here = _largest(l, 1)
+            logit.masked_fill_(is_positive, -torch.inf)
+            here = _largest(logit, 1)
             row_reference[rows] = here
-            row_sum[rows] = epilogue.fold(l, here[:, None]).sum(1)
-            here = _largest(l, 0)
-            sums = epilogue.fold(l, here).sum(0).to(state.dtype)
+            row_sum[rows] = epilogue.fold(logit, here[:, None]).sum(1)
+            here = _largest(logit, 0)
+            sums = epilogue.fold(logit, here).sum(0).to(state.dtype)
             _merge(column_reference, column_sum, here.to(state.dtype), sums)
         else:
-            negatives = epilogue.fold(l, row_reference).masked_fill_(is_positive, 0)
+            negatives = epilogue.fold(logit, row_reference[rows, None]).masked_fill_(is_positive, 0)
             row_sum[rows] = negatives.sum(1, dtype=state.dtype)
             column_sum += negatives.sum(0)
     return state, positive, x.new_empty((0,), dtype=block.dtype)
@@ -141,8 +145,8 @@ def finish(
 def weigh(
     x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None, scale: Tensor,
     bias: Tensor | None, state: Tensor, positive: Tensor, coefficients: Tensor,
-    positive_weight: Tensor, gain: Tensor, kept: Tensor, offset: int, loss: str, needs_x: bool, needs_y: bool,
-    project: bool, dtype_x: torch.dtype, dtype_y: torch.dtype,
+    positive_weight: Tensor, gain: Tensor, kept: Tensor, offset: int, loss: str, needs_x: bool,
+    needs_y: bool, project: bool, dtype_x: torch.dtype, dtype_y: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`ops.py`'s weigh: the weights of a chunk, its sums, and two products with the features."""
     block = _Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
@@ -163,12 +167,12 @@ def weigh(
     y_operand, x_operand = _scaled(y, factor_y, narrow), _scaled(x, factor_x, narrow)
     for rows in block.chunks():
         t, is_positive = block.tile(rows)
-        l = block.logits(t)
+        logit = block.logits(t)
         if epilogue is Softmax:
-            w = epilogue.activation(l, row_reference[rows, None]) * a[rows, None]
-            w += epilogue.activation(l, column_reference) * b
+            w = epilogue.activation(logit, row_reference[rows, None]) * a[rows, None]
+            w += epilogue.activation(logit, column_reference) * b
         else:
-            w = epilogue.activation(l, row_reference[rows, None]) * (a[rows, None] + b)
+            w = epilogue.activation(logit, row_reference[rows, None]) * (a[rows, None] + b)
         w.masked_fill_(is_positive, 0)
         totals[0] += w.sum(dtype=totals.dtype)
         totals[1] += (w * t).sum(dtype=totals.dtype)
@@ -193,7 +197,9 @@ def weigh(
     return dx, dy.to(dtype_y), totals * gain
 
 
-def _normalized(x: Tensor, factor: Tensor | None, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
+def _normalized(
+    x: Tensor, factor: Tensor | None, rows: Tensor | slice, dtype: torch.dtype
+) -> Tensor:
     return x.to(dtype) if factor is None else x.to(dtype) * factor[rows, None]
 
 

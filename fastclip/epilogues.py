@@ -4,14 +4,14 @@ A *line* is a row or a column: a feature together with all its pairs. The engine
 and hands over, for each line, a state that remembers its negatives; the positive stays apart. Each
 loss is then three small functions:
 
-    fold(l, m)                   what a negative with logit l adds to its line's sum
-    activation(l, m)             its weight dL/ds, up to the factor (a_i + b_j)
+    fold(logit, m)               what a negative adds to its line's sum
+    activation(logit, m)         its weight dL/ds, up to the factor (a_i + b_j)
     finish(reference, sum, s)    loss, coefficient and positive's weight of a line whose positive
                                  has logit s
 
-`l` is in log2 units (`l = s * log2(e)`), `m` is the line's reference in the same units. A pair's
-loss is half its row's plus half its column's, so its weight is half the sum of theirs. Keeping positives apart loses nothing where training
-succeeds: `log_softmax - 1` cancels there, `-R / (R + P)` does not.
+Here logits are in log2 units, `s * log2(e)`, as is `m`, the line's reference. A pair's loss is half
+its row's plus half its column's, so its weight is half the sum of theirs. Keeping positives apart
+loses nothing where training succeeds: `softmax - 1` cancels there, `-R / (R + P)` does not.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Softmax:
     uses_bias = False
 
     @staticmethod
-    def fold(l: Tensor, m: Tensor) -> Tensor:
-        return torch.exp2(l - m)
+    def fold(logit: Tensor, m: Tensor) -> Tensor:
+        return torch.exp2(logit - m)
 
     activation = fold
 
@@ -59,12 +59,12 @@ class Sigmoid:
     uses_bias = True
 
     @staticmethod
-    def fold(l: Tensor, m: Tensor) -> Tensor:
-        return F.softplus(l * LN2, threshold=60)
+    def fold(logit: Tensor, m: Tensor) -> Tensor:
+        return F.softplus(logit * LN2, threshold=60)
 
     @staticmethod
-    def activation(l: Tensor, m: Tensor) -> Tensor:
-        return torch.sigmoid(l * LN2)
+    def activation(logit: Tensor, m: Tensor) -> Tensor:
+        return torch.sigmoid(logit * LN2)
 
     @staticmethod
     def finish(reference: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,7 +51,9 @@ def _op(name: str, plan: Plan) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.fastclip, name), plan.engine)
 
 
-def _problem(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Any, ...]:
+def _problem(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan
+) -> tuple[Any, ...]:
     """x, y, factor_x, factor_y, scale, bias, as the operators take them."""
     x, y = x.to(plan.dtype), y.to(plan.dtype)
     bias = bias if EPILOGUES[plan.loss].uses_bias else None

@@ -123,7 +123,9 @@ def _loss(
     if engine == "reference":
         return _REFERENCES[loss](x, y, scale, bias, normalize=normalize, reduction=reduction)
     dtype = _product_dtype(x, y)
-    return fused_loss(x, y, scale, bias, Plan(loss, engine, dtype, normalize, reduction, memory_budget))
+    return fused_loss(
+        x, y, scale, bias, Plan(loss, engine, dtype, normalize, reduction, memory_budget)
+    )
 
 
 def _check_features(x: Tensor, y: Tensor) -> None:
@@ -150,8 +152,7 @@ def _check_features(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"the batch must not be empty, got features of shape {tuple(x.shape)}")
     if x.device != y.device:
         raise ValueError(
-            "image_features and text_features must be on one device, got "
-            f"{x.device} and {y.device}"
+            f"image_features and text_features must be on one device, got {x.device} and {y.device}"
         )
 
 
@@ -182,13 +183,15 @@ def _product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    if (
-        dtype == torch.float32
-        and device == "cpu"
-        and torch.get_float32_matmul_precision() == "medium"
-    ):
+    if dtype == torch.float32 and device == "cpu" and _cpu_takes_bf16():
         return torch.bfloat16
     return dtype
+
+
+@torch.compiler.assume_constant_result  # read when compiled, as torch's own matmul reads it
+def _cpu_takes_bf16() -> bool:
+    """Whether the user lets fp32 matmuls on CPUs round their operands to bf16."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
 def _one_process(name: str, world_size: int) -> None:
@@ -280,7 +283,7 @@ class SigLipLoss(nn.Module):
     Args:
         cache_labels, rank: without effect in one process.
         world_size: must be 1.
-        dist_impl: "bidir" (also None), "shift", "reduce" or "gather"; without effect in one process.
+        dist_impl: "bidir" (also None), "shift", "reduce" or "gather"; no effect in one process.
         chunk_size: accepted; memory is bounded without it.
 
     Raises:
@@ -304,7 +307,9 @@ class SigLipLoss(nn.Module):
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         if self.dist_impl not in self.DIST_IMPLS:
-            raise ValueError(f"dist_impl must be None or one of {self.DIST_IMPLS}, got {dist_impl!r}")
+            raise ValueError(
+                f"dist_impl must be None or one of {self.DIST_IMPLS}, got {dist_impl!r}"
+            )
         self.chunk_size = chunk_size
         self.prev_num_logits = 0
         self.labels: dict[torch.device, Tensor] = {}

@@ -47,6 +47,8 @@ Each engine is an overload: `torch.ops.fastclip.sweep.cpu` (C++), `.torch` (`chu
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -150,8 +152,17 @@ def implement(engine: str, module: ModuleType) -> None:
             "call the losses of fastclip.loss"
         )
 
+    def isolated(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        # The caller's autocast would reach into the engine's own products and round its logits.
+        @functools.wraps(implementation)
+        def run(*args: Any) -> Any:
+            with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+                return implementation(*args)
+
+        return run
+
     for name in SCHEMAS:
-        implementation = torch.no_grad()(getattr(module, name))
+        implementation = isolated(getattr(module, name))
         _library.impl(f"{name}.{engine}", implementation, "CompositeExplicitAutograd")
         torch.library.register_autograd(f"fastclip::{name}.{engine}", refuse, lib=_library)
 

@@ -43,7 +43,7 @@ class Run:
 
 
 def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
-    """AdamW; gains, biases, tokens' and class token's vectors and the scale are not decayed."""
+    """AdamW; gains, biases and the scale are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -202,11 +202,11 @@ def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
     return "\n".join(lines)
 
 
-def demo(args: argparse.Namespace, task: Task, checkpoint: Path) -> None:
-    """Train, save, evaluate, compare, draw."""
+def demo(args: argparse.Namespace, task: Task, run: Run, checkpoint: Path) -> None:
+    """Train, save, evaluate, compare, draw; `run` tells how far it got when it is interrupted."""
     started = time.perf_counter()
     model, stream = task.start(args.seed, args.batch_size)
-    run, schedule = Run(), {"steps": args.steps, "lr": args.lr}
+    schedule = {"steps": args.steps, "lr": args.lr}
     print(
         f"{len(task.split.vendors):,} of {len(task.split.members):,} look-alike groups of emoji "
         f"are trained on, {len(task.split.held_out)} held out; "
@@ -263,10 +263,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         writable_folder(args.out)
     except (OSError, ValueError) as error:
         options.error(str(error))
+    run = Run()
     try:
-        demo(args, task, checkpoint)
+        demo(args, task, run, checkpoint)
     except KeyboardInterrupt:
-        print(f"\nstopped; the checkpoint so far is {checkpoint}", file=sys.stderr)
+        done = len(run.losses)
+        print(f"\nstopped after {done} steps; {checkpoint} holds the model so far", file=sys.stderr)
         sys.exit(130)
 
 
