@@ -80,6 +80,8 @@ void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
   const In* const x = static_cast<const In*>(side.features) + row * side.stride;
   char* const base = static_cast<char*>(side.gradient);
   if (p.project) scale *= factor;
+  // 1e12 times anything overflows fp16: there a zero row has no gradient rather than an infinite one.
+  if (p.project && clamped && (std::is_same_v<In, at::Half> || side.gradient_dtype == Dtype::kHalf)) scale = 0;
   if (p.project && !clamped) {
     double along = 0;
     T partial = 0;
@@ -97,8 +99,6 @@ void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
     case Dtype::kBFloat16:
       return store_row(g, scale, width, reinterpret_cast<at::BFloat16*>(base) + row * width);
     case Dtype::kHalf:
-      // 1e12 times anything overflows fp16: there a zero row has no gradient rather than an infinite one.
-      if (p.project && clamped) scale = 0;
       return store_row(g, scale, width, reinterpret_cast<at::Half*>(base) + row * width);
   }
 }
@@ -117,7 +117,7 @@ class Engine {
         blocks_((p.x.rows + block_ - 1) / block_),
         tiles_((p.y.rows + tile_ - 1) / tile_),
         passed_(new std::atomic<int64_t>[tiles_]),
-        totals_(new double[2 * blocks_]()) {
+        totals_(new Sum[2 * blocks_]) {
     for (int64_t j = 0; j < tiles_; j++) passed_[j].store(0, std::memory_order_relaxed);
   }
 
@@ -127,8 +127,11 @@ class Engine {
       for (; begin < end; begin++) work();
     });
     if (error_) std::rethrow_exception(error_);
-    for (int64_t k = 0; k < blocks_; k++)
-      for (int q = 0; q < 2; q++) p_.totals[q] += totals_[2 * k + q];
+    for (int q = 0; q < 2; q++) {
+      Sum all;
+      for (int64_t k = 0; k < blocks_; k++) all.add(totals_[2 * k + q].value), all.add(totals_[2 * k + q].lost);
+      p_.totals[q] = all.value + all.lost;
+    }
     return workers_;
   }
 
@@ -335,13 +338,13 @@ class Engine {
     }
   }
 
-  void add_positives_to_totals(int64_t i0, int64_t rows, double* totals) const {
+  void add_positives_to_totals(int64_t i0, int64_t rows, Sum* totals) const {
     for (int64_t i = i0; i < i0 + rows; i++) {
       const int64_t j = i + p_.offset;
       if (j < 0 || j >= p_.y.rows) continue;
       const double weight = positive_weight(i, j);
-      totals[0] += weight;
-      totals[1] += weight * p_.positive[p_.positive_of_y ? j : i];
+      totals[0].add(weight);
+      totals[1].add(weight * p_.positive[p_.positive_of_y ? j : i]);
     }
   }
 
@@ -359,7 +362,7 @@ class Engine {
   Problem& p_;
   const int64_t block_, tile_, blocks_, tiles_;
   std::unique_ptr<std::atomic<int64_t>[]> passed_;  // blocks that have left each tile
-  std::unique_ptr<double[]> totals_;
+  std::unique_ptr<Sum[]> totals_;
   std::atomic<int64_t> next_{0};
   std::atomic<int> workers_{0};
   std::atomic<bool> failed_{false};

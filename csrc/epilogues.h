@@ -48,7 +48,7 @@ struct Affine {
         bias_low(T(bias_log2 - double(T(bias_log2)))) {}
 };
 
-// The functions below take V, a float or a vector of floats (GCC's and Clang's vector extension), or a double: the
+// The functions below take V, a float, a double, or a vector of either (GCC's and Clang's vector extension): the
 // arithmetic and `a < b ? c : d` read the same for all of them.
 template <class V>
 struct Integers {
@@ -57,6 +57,23 @@ struct Integers {
 template <>
 struct Integers<float> {
   using type = int32_t;
+};
+
+// Doubles use the C library, element by element.
+template <class V, class Function>
+FASTCLIP_INLINE V for_each(V v, Function function) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return function(v);
+  } else {
+    for (unsigned q = 0; q < sizeof(V) / sizeof(double); q++) v[q] = function(v[q]);
+    return v;
+  }
+}
+struct Exp2 {
+  FASTCLIP_INLINE double operator()(double v) const { return exp2(v); }
+};
+struct Log1p {
+  FASTCLIP_INLINE double operator()(double v) const { return log1p(v); }
 };
 
 // Adding this to |l| < 2^22 rounds it to an integer r and leaves r + 127, the exponent of 2^r, in the lowest bits.
@@ -86,7 +103,7 @@ FASTCLIP_INLINE V exp2_split(V z, V f) {
 template <class V, class T>
 FASTCLIP_INLINE V exp2_relative(V t, const Affine<T>& k, V m) {
   if constexpr (sizeof(T) == sizeof(double)) {
-    return exp2(t * k.scale - m);
+    return for_each(t * k.scale - m, Exp2());
   } else {
     const V l = t * k.scale - m;
     const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
@@ -95,27 +112,30 @@ FASTCLIP_INLINE V exp2_relative(V t, const Affine<T>& k, V m) {
 }
 
 // log(1 + u) for u in [0, 1]; relative error 5e-9 before rounding, also where u is small.
-template <class V>
+template <class T, class V>
 FASTCLIP_INLINE V log1p_unit(V u) {
-  V q = u * -3.24402461e-3f + 1.985145949e-2f;
-  q = q * u - 5.695952952e-2f;
-  q = q * u + 1.060365441e-1f;
-  q = q * u - 1.530559230e-1f;
-  q = q * u + 1.967593917e-1f;
-  q = q * u - 2.495413364e-1f;
-  q = q * u + 3.332996242e-1f;
-  q = q * u - 4.999990242e-1f;
-  q = q * u + 1.f;
-  return q * u;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return for_each(u, Log1p());
+  } else {
+    V q = u * -3.24402461e-3f + 1.985145949e-2f;
+    q = q * u - 5.695952952e-2f;
+    q = q * u + 1.060365441e-1f;
+    q = q * u - 1.530559230e-1f;
+    q = q * u + 1.967593917e-1f;
+    q = q * u - 2.495413364e-1f;
+    q = q * u + 3.332996242e-1f;
+    q = q * u - 4.999990242e-1f;
+    q = q * u + 1.f;
+    return q * u;
+  }
 }
-FASTCLIP_INLINE double log1p_unit(double u) { return log1p(u); }
 
 // Logit l in log2 units and u = 2^-|l|.
 template <class V, class T>
 FASTCLIP_INLINE void magnitude(V t, const Affine<T>& k, V& l, V& u) {
   l = t * k.scale + k.bias;
   if constexpr (sizeof(T) == sizeof(double)) {
-    u = exp2(l > 0. ? -l : l);
+    u = for_each(l > 0. ? -l : l, Exp2());
   } else {
     const V z = (l > 0.f ? -l : l) + kRounder;
     const V r = z - kRounder;
@@ -156,7 +176,7 @@ struct Sigmoid {
   static FASTCLIP_INLINE V fold(V t, const Affine<T>& k, V) {
     V l, u;
     magnitude(t, k, l, u);
-    return (l > T(0) ? l * T(kLn2) : V{}) + log1p_unit(u);
+    return (l > T(0) ? l * T(kLn2) : V{}) + log1p_unit<T>(u);
   }
   template <class V, class T>
   static FASTCLIP_INLINE V activation(V t, const Affine<T>& k, V) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -13,6 +14,17 @@
 
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
+
+// A sum over all pairs in double that does not lose what its length would (Neumaier): a billion equal terms bias a
+// plain one.
+struct Sum {
+  double value = 0, lost = 0;
+  FASTCLIP_INLINE void add(double v) {
+    const double next = value + v;
+    lost += std::abs(value) >= std::abs(v) ? (value - next) + v : (v - next) + value;
+    value = next;
+  }
+};
 
 template <class T>
 struct Tile {
@@ -38,8 +50,8 @@ struct Tile {
   const T* b;
   const T* row_references;
   const T* col_references;
-  T* w;            // (cols, lanes); may be t itself
-  double* totals;  // sums over the negatives of w and of w * t
+  T* w;         // (cols, lanes); may be t itself
+  Sum* totals;  // sums over the negatives of w and of w * t
 };
 
 // One column at a time: its products, its scale, and its positive masked out.
@@ -72,21 +84,17 @@ class Column {
   T* const counts_;
 };
 
-// As many floats as a register of this instruction set holds; doubles one by one, since exp2 is.
+// A register of this instruction set.
 #if defined(__AVX512F__)
-constexpr int kFloats = 16;
+constexpr int kRegister = 64;
 #elif defined(__AVX__)
-constexpr int kFloats = 8;
+constexpr int kRegister = 32;
 #else
-constexpr int kFloats = 4;
+constexpr int kRegister = 16;
 #endif
 template <class T>
 struct Register {
-  typedef float type __attribute__((vector_size(4 * kFloats)));
-};
-template <>
-struct Register<double> {
-  using type = double;
+  typedef T type __attribute__((vector_size(kRegister)));
 };
 template <class T>
 using V = typename Register<T>::type;
@@ -139,8 +147,8 @@ void fold_tile(const Tile<T>& tile) {
     }
     tile.col_sum[c] = total_of<T>(sum);
     if constexpr (Weigh) {
-      tile.totals[0] += total_of<T>(total);
-      tile.totals[1] += total_of<T>(moment) * column.factor;
+      tile.totals[0].add(total_of<T>(total));
+      tile.totals[1].add(total_of<T>(moment) * column.factor);
     }
   }
   for (int64_t i = 0; i < tile.rows; i++) tile.row_sum[i] += row[i];
@@ -219,8 +227,8 @@ void weigh_tile(const Tile<T>& tile) {
       moment += w * t;
       store<T>(tile.w + c * lanes + i, w);
     }
-    tile.totals[0] += total_of<T>(total);
-    tile.totals[1] += total_of<T>(moment) * column.factor;
+    tile.totals[0].add(total_of<T>(total));
+    tile.totals[1].add(total_of<T>(moment) * column.factor);
   }
 }
 

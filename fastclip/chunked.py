@@ -226,7 +226,7 @@ def _complete(
     g = torch.where(clamped, g, g - unit * (unit * g).sum(1, keepdim=True))
     g = g * (gain * f)
     # 1e12 times anything overflows fp16: there a zero row has no gradient, not an infinite one.
-    return torch.where(clamped, 0, g).to(dtype) if dtype == torch.float16 else g.to(dtype)
+    return (torch.where(clamped, 0, g) if torch.float16 in (dtype, x.dtype) else g).to(dtype)
 
 
 def sweep_and_weigh(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .epilogues import EPILOGUES
-from .ops import accumulation_dtype, rows_to_keep
+from .ops import accumulation_dtype, rows_to_keep, state_dtype
 
 EPS = 1e-12  # F.normalize's
 
@@ -97,9 +97,8 @@ class _FusedLoss(torch.autograd.Function):
             and _unit_gradients_fit(x, y, needs_x, needs_y, plan)
         )
         if ctx.in_one_go:
-            gain = torch.full(
-                (), _share(x.shape[0], plan.reduction), dtype=torch.float32, device=x.device
-            )
+            share = _share(x.shape[0], plan.reduction)
+            gain = torch.full((), share, dtype=state_dtype(x.device), device=x.device)
             state, positive, *gradients = _op("sweep_and_weigh", plan)(
                 *problem, gain, 0, plan.loss, needs_x, needs_y, plan.normalize
             )

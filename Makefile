@@ -1,0 +1,66 @@
+# demo, test, bench and lint share one .venv, made from .requirements.txt and remade when that file
+# changes; the extension is rebuilt (what changed of it) when its sources change.
+#
+#   make demo                 trains a small CLIP with the fused loss and reports what it learnt
+#   make test ARGS='-k clip'  ARGS goes to the program behind demo, test and bench
+#   make PIP_ARGS='--index-url URL' test     takes the packages from another index
+#   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
+#   make gpu                  no .venv: the running python3, its torch and its GPU
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lint format clean gpu
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+BIN := .venv/bin
+CSRC := $(wildcard csrc/*)
+INSTALL := install --no-build-isolation --no-deps --editable .
+
+# Here a missing extension is an error, so that no test or figure is of the fallback unawares.
+export FASTCLIP_REQUIRE_EXTENSION := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+demo: .venv/extension
+	$(BIN)/python -m fastclip.train $(ARGS)
+
+test: .venv/extension
+	$(BIN)/pytest $(ARGS)
+
+bench: .venv/extension
+	$(BIN)/python -m bench $(ARGS)
+
+lint: .venv/packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: .venv/packages
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+# The running python3 may belong to the system; pip then wants to be told that this is meant.
+gpu:
+	@$(PYTHON) bench/gpu.py --check
+	PIP_BREAK_SYSTEM_PACKAGES=1 $(PYTHON) -m pip --quiet $(INSTALL)
+	$(PYTHON) bench/gpu.py
+
+clean:
+	rm -rf .venv build dist *.egg-info fastclip/_C.* .pytest_cache .ruff_cache .hypothesis
+	find fastclip triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+# Of pip's some hundred lines those about large files are shown; errors go to stderr, past the filter.
+.venv/packages: .requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python >= 3.10: make PYTHON=...")'
+	@echo 'Making .venv from .requirements.txt. Where torch is built for CUDA this takes several GB.'
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --progress-bar off $(PIP_ARGS) -r .requirements.txt \
+	  | { grep --line-buffered -E 'Downloading .*([0-9]{2}\.[0-9] MB|GB)\)' || true; }
+	@touch $@
+
+.venv/extension: .venv/packages setup.py pyproject.toml $(CSRC)
+	@echo 'Building the extension: a minute or two the first time.'
+	@$(BIN)/pip --quiet $(INSTALL)
+	@touch $@

@@ -1,0 +1,138 @@
+"""The command line of the benchmark: `python -m bench`, from the root of the repository."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from . import cases, results
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS, QUICK_SECONDS = 6.0, 0.5
+
+EPILOG = """\
+  python -m bench --quick                       a look in two minutes, kept out of bench/results
+  python -m bench --only 'clip 8192*float32*'   these cases again, their rows replaced
+  python -m bench --list --full                 what would run, and what cannot
+  python -m bench table                         the CSVs of bench/results as Markdown
+  python -m bench plot                          and as PNGs beside them
+  python -m bench readme                        and into README.md, between its bench markers
+
+Run it with nothing else on the machine: the medians are of interleaved runs, but a load that comes
+and goes still shows in the quartiles. results.Row documents the columns of the CSV.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of all four commands."""
+    made = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Time, memory and error of the losses, beside what they replace.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "command", nargs="?", choices=("run", "table", "plot", "readme"), default="run"
+    )
+    size = made.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="few and small cases, two minutes")
+    size.add_argument(
+        "--full", action="store_true", help="also N = 16384 and 65536, streaming only"
+    )
+    made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="cases by name")
+    made.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="methods by name")
+    made.add_argument("--list", action="store_true", help="name cases and methods, measure nothing")
+    made.add_argument("--seconds", type=float, help="for the rounds of one case (6; quick: 0.5)")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
+    made.add_argument("--no-errors", action="store_true", help="leave out the errors")
+    made.add_argument(
+        "--csv", nargs="+", type=Path, default=[], metavar="FILE",
+        help="where the rows go, or come from (default: bench/results)",
+    )  # fmt: skip
+    made.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    return made
+
+
+def plan_of(options: argparse.Namespace) -> list[cases.Case]:
+    """The cases that the options ask for; an empty choice is an error that names what there is."""
+    unknown = [name for name in options.methods if name not in cases.METHODS]
+    if unknown:
+        raise SystemExit(f"--methods: {unknown[0]!r} is none of {', '.join(cases.METHODS)}")
+    made = cases.quick() if options.quick else cases.full() if options.full else cases.standard()
+    plan = cases.select(made, options.only, options.methods)
+    if not plan:
+        raise SystemExit("no case matches; python -m bench --list names them")
+    return plan
+
+
+def show_plan(plan: list[cases.Case], device: str) -> None:
+    """Prints the cases, then every method with what keeps it from running, if anything does."""
+    from .baselines import METHODS, Unavailable
+
+    for case in plan:
+        print(case.name)
+    print(f"\n{len(plan)} cases, {sum(len(case.methods) for case in plan)} rows. Methods:")
+    for method in METHODS.values():
+        loss = "siglip" if method.name == "siglip_kernel" else "clip"
+        state = "runs here"
+        try:
+            method.make(cases.Case(loss, 64, 64, 64, "float32", 14.3), device)
+        except (Unavailable, ImportError) as error:
+            state = str(error)
+        print(f"  {method.name:18} {method.text:34} {state}")
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Runs the plan, then prints its table."""
+    from . import runner, table
+
+    plan = plan_of(options)
+    if options.list:
+        show_plan(plan, options.device)
+        return 0
+    if len(options.csv) > 1:
+        raise SystemExit("--csv: a run writes one file")
+    name = f"{results.machine_row(options.device).machine}.csv"
+    folder = ROOT / "build" / "bench" if options.quick else results.RESULTS
+    path = options.csv[0] if options.csv else folder / name
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    chosen = runner.Options(
+        path, seconds, options.device, not options.no_memory, not options.no_errors
+    )
+    try:
+        rows = runner.run(plan, chosen)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; the cases that were finished are in {path}", file=sys.stderr)
+        return 130
+    print(table.report(rows))
+    print(f"\nRows in {os.path.relpath(path)}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; the exit status."""
+    options = parser().parse_args(arguments)
+    if options.command == "run":
+        return measure(options)
+    from . import plot, table
+
+    paths = options.csv or table.committed()
+    if not paths:
+        raise SystemExit(f"no CSV in {results.RESULTS}: run `python -m bench` first")
+    if options.command == "plot":
+        for path in paths:
+            picture = plot.draw(results.read(path), path.with_suffix(".png"))
+            print(os.path.relpath(picture) if picture else f"{path}: too few sizes to plot")
+    elif options.command == "readme":
+        table.into_readme(options.readme, paths)
+        print(f"Tables of {', '.join(path.name for path in paths)} put into {options.readme}")
+    else:
+        print("\n\n".join(table.report(results.read(path)) for path in paths))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What the benchmark measures: each case is one loss on one shape, dtype, scale and direction.
+
+Features are made here from a fixed seed. This file never runs a loss.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("clip", "siglip")
+DTYPES = ("float32", "bfloat16", "autocast")
+SCALES = (14.3, 100.0)  # a fresh CLIP's 1/0.07, and where trained ones sit
+SIGLIP_BIAS = -10.0
+
+DENSE = ("open_clip", "dense", "compiled")
+STREAMED = ("fastclip", "fastclip budget=0", "fastclip torch")
+PEERS = ("inf_cl", "memeff", "siglip_kernel")
+METHODS = (*DENSE, "reference", "checkpoint", *STREAMED, *PEERS)
+
+# The float64 truth of a larger case takes minutes.
+LARGEST_TRUTH = 16384
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the plan; `methods` says who takes part."""
+
+    loss: str  # of LOSSES
+    m: int  # rows, pairs
+    n: int  # columns; the positive of row i is column i
+    d: int
+    dtype: str  # of DTYPES; "autocast": float32 features under bfloat16 autocast
+    scale: float
+    data: str = "random"  # or "separated": y = x + small noise
+    mode: str = "both"  # forward and backward; or "forward", under no_grad
+    methods: tuple[str, ...] = METHODS
+    memory: bool = False  # whether the peak of memory is measured, too
+
+    @property
+    def name(self) -> str:
+        """What `--only` is matched against."""
+        shape = f"{self.m}x{self.n}x{self.d}"
+        return f"{self.loss} {shape} {self.dtype} {self.data} {self.scale:g} {self.mode}"
+
+    @property
+    def half(self) -> bool:
+        """Whether the products are of bfloat16 operands."""
+        return self.dtype != "float32"
+
+    @property
+    def square(self) -> bool:
+        return self.m == self.n
+
+    @property
+    def pass_flops(self) -> float:
+        """FLOPs of one pass: an (M, D) @ (D, N) matmul."""
+        return 2.0 * self.m * self.n * self.d
+
+
+@dataclass
+class Inputs:
+    """What a loss is called with: x (M, D), y (N, D), one-element scale and bias, all leaves."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        found = (self.x, self.y, self.scale, self.bias)
+        return tuple(leaf for leaf in found if leaf is not None)
+
+
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
+    """Normalised features from a fixed seed, rounded to the case's dtype."""
+    generator = torch.Generator().manual_seed(case.m * 31 + case.n * 17 + case.d)
+    x = torch.randn(case.m, case.d, generator=generator)
+    y = torch.randn(case.n, case.d, generator=generator)
+    if case.data == "separated":
+        y[: case.m] = x + 0.05 * y[: case.m]
+    dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
+    x, y = (F.normalize(side, dim=1).to(device, dtype) for side in (x, y))
+    # logit_scale is a float32 parameter whatever the towers' dtype, and the bias is one, too.
+    scale = torch.tensor(case.scale, device=device)
+    bias = torch.tensor(SIGLIP_BIAS, device=device) if case.loss == "siglip" else None
+    inputs = Inputs(x, y, scale, bias)
+    for leaf in inputs.leaves:
+        leaf.requires_grad_()
+    return inputs
+
+
+def _square(n: int, d: int = 512, **changes: object) -> Iterator[Case]:
+    for loss in LOSSES:
+        for scale in SCALES:
+            yield replace(Case(loss, n, n, d, "float32", scale), **changes)
+
+
+def standard() -> list[Case]:
+    """The plan of a plain run: about forty minutes on two cores."""
+    cases: list[Case] = []
+    everything = (*DENSE, "checkpoint", *STREAMED, *PEERS)
+    few = (*DENSE, *STREAMED[:2], *PEERS)
+    for n in (32, 128, 512, 2048, 8192):
+        cases += _square(n, methods=METHODS if n == 2048 else everything, memory=n >= 2048)
+    for n in (8191, 8193):
+        cases += _square(n, methods=few)
+    for n in (512, 2048, 8192):
+        for dtype in ("bfloat16", "autocast"):
+            taking_part = few if n == 512 else everything
+            cases += _square(n, dtype=dtype, methods=taking_part, memory=n >= 2048)
+    for n in (32, 512, 8192):
+        cases += _square(n, mode="forward", methods=few, memory=n == 8192)
+    for d in (768, 1152):
+        cases += _square(4096, d, methods=few)
+        cases += _square(4096, d, dtype="bfloat16", methods=few)
+    for dtype in ("float32", "autocast"):
+        for loss in LOSSES:
+            cases.append(Case(loss, 2048, 2048, 512, dtype, 14.3, "separated", methods=few))
+    rectangle = ("dense", "compiled", *STREAMED)
+    for dtype in ("float32", "bfloat16"):
+        cases += [
+            Case("clip", 256, 32768, 512, dtype, scale, methods=rectangle) for scale in SCALES
+        ]
+    return cases
+
+
+def full() -> list[Case]:
+    """`standard` and the sizes that only a streaming loss can take."""
+    cases = standard()
+    streaming = (*STREAMED[:2], *PEERS)
+    for n in (16384, 65536):
+        cases += _square(n, methods=streaming, memory=True)
+        cases += _square(n, dtype="bfloat16", methods=streaming, memory=True)
+    return cases
+
+
+def quick() -> list[Case]:
+    """A look in two minutes: the tool is right, the figures are rough."""
+    few = ("open_clip", "dense", *STREAMED, *PEERS)
+    cases: list[Case] = []
+    for n in (32, 512, 2048):
+        cases += _square(n, methods=few, memory=n == 2048)
+    cases += _square(2048, dtype="bfloat16", methods=few)
+    cases.append(Case("clip", 2048, 2048, 512, "float32", 14.3, data="separated", methods=few))
+    cases.append(Case("clip", 128, 4096, 512, "float32", 14.3, methods=("dense", *STREAMED)))
+    return [case for case in cases if case.scale == SCALES[0] or case.n == 2048]
+
+
+def select(cases: Iterable[Case], patterns: list[str], methods: list[str]) -> list[Case]:
+    """Cases whose name matches any pattern (`*` and `?` as in a shell, anywhere in the name), with
+    the methods named; no patterns or no methods: all of them."""
+    chosen = []
+    for case in cases:
+        if patterns and not any(fnmatch.fnmatch(case.name, f"*{one}*") for one in patterns):
+            continue
+        taking_part = tuple(one for one in case.methods if not methods or one in methods)
+        if taking_part:
+            chosen.append(replace(case, methods=taking_part))
+    return chosen

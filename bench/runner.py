@@ -1,0 +1,208 @@
+"""Measures a plan case by case and writes each finished case into the CSV.
+
+Times of all methods of a case come from interleaved runs in this process, errors from one run of
+each, peaks of memory from a process each. A method that fails keeps a row that says why. This file
+never prints a table.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import memory, results
+from .baselines import METHODS, Step, Unavailable, kept_bytes, make_step
+from .cases import LARGEST_TRUTH, Case, Inputs, make_inputs
+from .results import Row
+from .timing import GemmLimit, Timing, interleaved
+from .truth import Truth, relative_error, truth
+
+MIB = 2**20
+SECOND_WARM_UP_BELOW = 1.0  # seconds
+
+
+@dataclass
+class Options:
+    """How a plan is run; `seconds` is the time for the rounds of one case."""
+
+    path: Path
+    seconds: float = 6.0
+    device: str = "cpu"
+    memory: bool = True
+    errors: bool = True
+
+
+@dataclass
+class Run:
+    """What one run of a plan shares between its cases."""
+
+    options: Options
+    where: Row
+    limits: dict[bool, GemmLimit] = field(default_factory=dict)
+    truths: dict[tuple[object, ...], Truth] = field(default_factory=dict)
+    peaks: dict[tuple[object, ...], tuple[int | None, str]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def run(plan: list[Case], options: Options) -> list[Row]:
+    """Measures every case of `plan`; returns the new rows, which are in the CSV as well."""
+    torch.manual_seed(0)
+    shared = Run(options, results.machine_row(options.device))
+    old = results.read(options.path) if options.path.exists() else []
+    rows: list[Row] = []
+    total = sum(len(case.methods) for case in plan)
+    with tqdm(total=total, unit="row", dynamic_ncols=True, smoothing=0) as progress:
+        for case in plan:
+            progress.set_description(case.name)
+
+            def tell(method: str, doing: str) -> None:
+                progress.set_postfix_str(f"{doing} {method}")
+
+            rows += measure_case(case, shared, tell)
+            progress.update(len(case.methods))
+            done = rows + _skipped_rows(shared, rows)
+            results.write(options.path, results.merge(old, done))
+            gc.collect()
+    return rows + _skipped_rows(shared, rows)
+
+
+def measure_case(case: Case, shared: Run, tell: Callable[[str, str], None]) -> list[Row]:
+    """The rows of one case, one for each method that there is for it here."""
+    options = shared.options
+    inputs = make_inputs(case, options.device)
+    steps: dict[str, Step] = {}
+    rows: dict[str, Row] = {}
+    for method in case.methods:
+        tell(method, "warming up")
+        try:
+            step = make_step(case, method, inputs)
+        except (Unavailable, ImportError) as error:
+            shared.skipped[method] = str(error)
+            continue
+        rows[method] = row = _blank(case, method, shared)
+        try:
+            value = _warm_up(step)
+            if options.errors and case.m * case.n <= LARGEST_TRUTH**2:
+                tell(method, "error of")
+                _set_errors(row, value, _truth(case, inputs, shared))
+            steps[method] = step
+        except Exception as error:  # a rival's failure is a result, not the end of the run
+            row.note = f"{type(error).__name__}: {_first_line(error)}"[:200]
+        value = None
+    if steps:
+        tell(f"{len(steps)} methods", "timing")
+        _set_times(case, steps, rows, shared)
+    del inputs, steps  # before other processes need the memory
+    gc.collect()
+    if options.memory and case.memory:
+        for method, row in rows.items():
+            tell(method, "memory of")
+            _set_memory(case, method, row, shared)
+    return list(rows.values())
+
+
+def _blank(case: Case, method: str, shared: Run) -> Row:
+    return replace(
+        shared.where,
+        when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        loss=case.loss, m=case.m, n=case.n, d=case.d, dtype=case.dtype, data=case.data,
+        scale=case.scale, mode=case.mode, method=method,
+        passes=METHODS[method].passes(case, shared.options.device),
+    )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def _warm_up(step: Step) -> tuple[torch.Tensor | None, ...]:
+    began = time.perf_counter()
+    value = step()
+    if time.perf_counter() - began < SECOND_WARM_UP_BELOW:
+        value = step()
+    return value
+
+
+def _truth(case: Case, inputs: Inputs, shared: Run) -> Truth:
+    """Of the features as the products receive them: under autocast, rounded to bfloat16."""
+    rounded = torch.bfloat16 if case.half else torch.float32
+    key = (case.loss, case.m, case.n, case.d, case.data, case.scale, rounded)
+    if key not in shared.truths:
+        shared.truths.clear()  # large, and only neighbours in the plan share one
+        x, y = inputs.x.detach().to(rounded), inputs.y.detach().to(rounded)
+        shared.truths[key] = truth(case.loss, x, y, inputs.scale, inputs.bias)
+    return shared.truths[key]
+
+
+def _set_errors(row: Row, value: tuple[torch.Tensor | None, ...], true: Truth) -> None:
+    pairs = zip(
+        ("err_loss", "err_dx", "err_dy", "err_dscale"),
+        value,
+        (true.loss, true.dx, true.dy, true.dscale),
+        strict=False,  # the forward alone has no gradients, SigLIP's also one of the bias
+    )
+    for name, got, expected in pairs:
+        if got is not None:
+            setattr(row, name, relative_error(got, expected))
+
+
+def _set_times(case: Case, steps: dict[str, Step], rows: dict[str, Row], shared: Run) -> None:
+    device = shared.options.device
+    if case.half not in shared.limits:
+        shared.limits[case.half] = GemmLimit(case.half, device)
+    limit = shared.limits[case.half]
+    finish = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    times = interleaved(steps, shared.options.seconds, limit.sample, finish)
+    rate = limit.take()
+    for method, timing in times.items():
+        _set_time(rows[method], timing, times)
+        row = rows[method]
+        row.gflops = row.passes * case.pass_flops / timing.median / 1e9
+        row.limit, row.limit_of, row.fraction = rate, limit.source, row.gflops / rate
+        if case.loss == "clip" and case.mode == "both":
+            row.fraction_of_4 = row.fraction * 4 / row.passes
+
+
+def _set_time(row: Row, timing: Timing, times: dict[str, Timing]) -> None:
+    row.ms, row.low_ms, row.high_ms = (
+        1e3 * seconds for seconds in (timing.median, timing.low, timing.high)
+    )
+    row.rounds = timing.rounds
+    for rival in ("dense", "open_clip", "compiled"):
+        if rival in times:
+            setattr(row, f"over_{rival}", times[rival].median / timing.median)
+
+
+def _set_memory(case: Case, method: str, row: Row, shared: Run) -> None:
+    """Once for all scales: nothing that is allocated depends on them."""
+    key = (case.loss, case.m, case.n, case.d, case.dtype, case.mode, method)
+    if key not in shared.peaks:
+        shared.peaks[key] = memory.measure(case, method, shared.options.device)
+    peak, reason = shared.peaks[key]
+    row.note = row.note or reason
+    if peak is None:
+        return
+    bytes_each = 2 if case.dtype == "bfloat16" else 4
+    gradients = 0 if case.mode == "forward" else (case.m + case.n) * case.d * bytes_each
+    kept = kept_bytes(case, method, shared.options.device)
+    row.peak_mib, row.gradients_mib, row.budget_mib = (
+        size / MIB for size in (peak, gradients, kept)
+    )
+    row.rest_mib = max(0.0, row.peak_mib - row.gradients_mib - row.budget_mib)
+
+
+def _skipped_rows(shared: Run, rows: list[Row]) -> list[Row]:
+    """One for each method that ran on no case at all."""
+    ran = {row.method for row in rows}
+    return [
+        replace(shared.where, mode="skipped", method=method, note=reason)
+        for method, reason in shared.skipped.items()
+        if method not in ran
+    ]

@@ -1,0 +1,53 @@
+"""What every test may ask for: the device, the engines that can run on it, the judge, a seed.
+
+`device` is cpu unless FASTCLIP_TEST_DEVICE says otherwise. A test that takes `backend` runs once
+for each backend that is available there, one that takes `engine` for each but the dense reference.
+"""
+
+import os
+from collections.abc import Callable
+
+import judge
+import pytest
+import torch
+
+import fastclip
+
+DEVICE = torch.device(os.environ.get("FASTCLIP_TEST_DEVICE", "cpu"))
+# Which backends compute on tensors of which kind of device.
+ON_DEVICE = {"cpu": ("cpu", "torch", "reference")}.get(
+    DEVICE.type, ("cuda", "triton", "torch", "reference")
+)
+BACKENDS = [name for name in ON_DEVICE if fastclip.backends().get(name) == "available"]
+
+
+def pytest_report_header() -> str:
+    return f"fastclip: device {DEVICE}, backends {fastclip.backends()}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", BACKENDS)
+    if "engine" in metafunc.fixturenames:
+        metafunc.parametrize("engine", [name for name in BACKENDS if name != "reference"])
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def backends() -> list[str]:
+    """The backends that are available on the device, the dense reference last."""
+    return BACKENDS
+
+
+@pytest.fixture(scope="session")
+def assert_accurate() -> Callable[..., None]:
+    return judge.assert_accurate

@@ -1,0 +1,242 @@
+"""What an installation holds, and what importing it does and does not do.
+
+Everything runs on a copy of the sources and in other processes, which see that copy and the other
+installed packages but not this checkout. Nothing here touches the environment that runs the tests.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT_FROM = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCE_FOLDERS = ("csrc", "fastclip", "triton_kernels")
+MADE_HERE = shutil.ignore_patterns("_C.*", "__pycache__")
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")),
+    reason="pip and setuptools build the wheels of these tests",
+)
+
+USE_THE_LOSS = """
+import json, warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fastclip.loss, fastclip.reference
+    x, y = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    losses = [float(fastclip.loss.clip_loss(x, y, 2.0)) for _ in range(2)]
+print(json.dumps({
+    "warnings": [str(entry.message) for entry in caught if "fastclip" in str(entry.message)],
+    "losses": losses,
+    "truth": float(fastclip.reference.clip_loss(x, y, 2.0)),
+    "cpu": fastclip.backends()["cpu"],
+}))
+"""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's variables without those that would steer a build or an import."""
+    steering = {"CXX", "PYTHONPATH", "PYTHONSAFEPATH"}
+    steering |= {"FASTCLIP_REQUIRE_EXTENSION", "FASTCLIP_SKIP_EXTENSION"}
+    return {k: v for k, v in os.environ.items() if k not in steering} | variables
+
+
+def pip(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
+
+
+def python(code: str, package: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs code that finds `package`'s folder first. -S leaves out the .pth files, through which an
+    editable installation would offer the checkout's `_C` to any package named fastclip."""
+    installed = [*site.getsitepackages(), site.getusersitepackages()]
+    path = os.pathsep.join([str(package), *installed])
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env=environment(PYTHONPATH=path, OMP_NUM_THREADS="1"),
+        cwd=cwd or package,
+        capture_output=True,
+        text=True,
+    )
+
+
+def use_the_loss(package: Path) -> dict:
+    process = python(USE_THE_LOSS, package)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in BUILT_FROM:
+        shutil.copy(ROOT / name, folder)
+    for name in SOURCE_FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=MADE_HERE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpacked(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without the extension, unpacked; what is in it is Python's part of every wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    built = pip(
+        "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(sources),
+        FASTCLIP_SKIP_EXTENSION="1",
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = folder.glob("fastclip-*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
+def test_installs_one_top_level_name(unpacked: Path) -> None:
+    names = {path.name for path in unpacked.iterdir() if path.suffix != ".dist-info"}
+    assert names == {"fastclip"}
+
+
+def test_wheel_holds_every_file_of_the_packages(unpacked: Path, sources: Path) -> None:
+    kernels = sources / "triton_kernels"
+    expected = {p.relative_to(sources) for p in (sources / "fastclip").rglob("*") if p.is_file()}
+    expected |= {Path("fastclip") / p.relative_to(sources) for p in kernels.rglob("*.py")}
+    found = {p.relative_to(unpacked) for p in (unpacked / "fastclip").rglob("*") if p.is_file()}
+    assert found == expected
+
+
+def test_wheel_carries_the_licence(unpacked: Path) -> None:
+    (licence,) = unpacked.glob("*.dist-info/**/LICENSE")
+    assert licence.read_text() == (ROOT / "LICENSE").read_text()
+    (metadata,) = unpacked.glob("*.dist-info/METADATA")
+    assert "Apache-2.0" in metadata.read_text()
+
+
+def test_kernels_import_from_the_wheel(unpacked: Path) -> None:
+    process = python("import fastclip.triton_kernels as k; print(k.__file__)", unpacked)
+    assert process.returncode == 0, process.stderr
+    assert Path(process.stdout.strip()) == unpacked / "fastclip/triton_kernels/__init__.py"
+
+
+def test_kernels_refuse_the_name_of_tritons_package(unpacked: Path) -> None:
+    process = python("import triton_kernels", unpacked, cwd=ROOT)
+    assert process.returncode != 0
+    assert "ImportError: fastclip's kernels are fastclip.triton_kernels" in process.stderr
+
+
+def test_this_installation_offers_no_top_level_kernels(tmp_path: Path) -> None:
+    code = "import importlib.util as u; s = u.find_spec('triton_kernels'); print(s and s.origin)"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert not process.stdout.startswith(str(ROOT))
+
+
+def test_importing_is_light(unpacked: Path) -> None:
+    """No CUDA, and none of the optional packages; what torch imports by itself does not count."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastclip, fastclip.loss, fastclip.reference, fastclip.triton_kernels
+heavy = {"triton", "matplotlib", "open_clip", "torchvision", "tokenizers", "PIL"}
+print(sorted(heavy & (set(sys.modules) - before)), torch.cuda.is_initialized())
+"""
+    process = python(code, unpacked)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split("\n")[0] == "[] False"
+
+
+def test_absent_extension_is_told_once_and_replaced(unpacked: Path) -> None:
+    result = use_the_loss(unpacked)
+    assert len(result["warnings"]) == 1
+    assert result["cpu"] != "available"
+    assert result["losses"] == pytest.approx([result["truth"]] * 2, rel=1e-5)
+
+
+def test_extension_that_is_no_library_is_told_once_and_replaced(
+    unpacked: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(unpacked, tmp_path, dirs_exist_ok=True)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (tmp_path / f"fastclip/_C{suffix}").write_bytes(b"not a library")
+    result = use_the_loss(tmp_path)
+    assert len(result["warnings"]) == 1
+    assert torch.__version__ in result["warnings"][0]
+    assert result["cpu"] != "available"
+    assert result["losses"] == pytest.approx([result["truth"]] * 2, rel=1e-5)
+
+
+def compiled_library() -> Path:
+    """The installed extension, which has to be there where the run requires it."""
+    spec = importlib.util.find_spec("fastclip._C")
+    if spec is None or spec.origin is None:
+        assert os.environ.get("FASTCLIP_REQUIRE_EXTENSION") != "1", "fastclip._C is not installed"
+        pytest.skip("fastclip is installed without its extension")
+    return Path(spec.origin)
+
+
+def test_extension_of_another_torch_is_told_with_both_versions(
+    unpacked: Path, tmp_path: Path
+) -> None:
+    """The real library, made to ask torch for a symbol that it does not have, as one that was built
+    against another version does."""
+    library = compiled_library()
+    shutil.copytree(unpacked, tmp_path, dirs_exist_ok=True)
+    ours, other = torch.__version__.encode(), b"1.99" + b"9" * (len(torch.__version__) - 4)
+    symbol = b"_ZN5torch7Library"
+    data = library.read_bytes()
+    assert ours in data and symbol in data
+    data = data.replace(ours, other).replace(symbol, b"_ZN5torch7Missing")
+    (tmp_path / "fastclip" / library.name).write_bytes(data)
+
+    result = use_the_loss(tmp_path)
+    assert len(result["warnings"]) == 1
+    assert torch.__version__ in result["warnings"][0]
+    assert other.decode() in result["warnings"][0]
+    assert result["cpu"] != "available"
+    assert result["losses"] == pytest.approx([result["truth"]] * 2, rel=1e-5)
+
+
+def test_extension_is_stripped_and_loads() -> None:
+    library = compiled_library()
+    if sys.platform == "linux":
+        assert b".debug_info" not in library.read_bytes()
+    import fastclip
+
+    assert fastclip.backends()["cpu"] == "available"
+
+
+def test_install_goes_on_without_a_compiler(sources: Path, tmp_path: Path) -> None:
+    arguments = ("install", "-v", "--no-deps", "--no-build-isolation", "--target", str(tmp_path))
+    done = pip(*arguments, str(sources), CXX="/nonexistent/c++")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout + done.stderr
+    assert "the compiled engines were not built: no working C++ compiler" in told
+    assert "the pure PyTorch engine serves" in told
+    assert (tmp_path / "fastclip/__init__.py").exists()
+    assert not list(tmp_path.glob("fastclip/_C*"))
+
+
+def test_install_stops_without_a_compiler_where_one_is_required(
+    sources: Path, tmp_path: Path
+) -> None:
+    arguments = ("install", "--no-deps", "--no-build-isolation", "--target", str(tmp_path))
+    done = pip(*arguments, str(sources), CXX="/nonexistent/c++", FASTCLIP_REQUIRE_EXTENSION="1")
+    assert done.returncode != 0
+    assert "FASTCLIP_REQUIRE_EXTENSION=1" in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,169 @@
+"""What is true of the losses whatever the batch: symmetries, bounds, sums; by hypothesis."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip.loss import clip_loss, siglip_loss
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+
+settings.register_profile(
+    "fastclip", max_examples=40, deadline=None, derandomize=True, database=None
+)
+settings.load_profile("fastclip")
+
+sizes = st.tuples(st.integers(1, 150), st.integers(1, 80), st.integers(0, 2**31))
+scales = st.floats(-50, 50, width=32)
+biases = st.floats(-20, 20, width=32)
+losses = st.sampled_from(sorted(LOSSES))
+flags = st.booleans()
+
+
+def features(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of float64, so that a property can be told from rounding."""
+    n, d, seed = size
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, n, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
+    return x.to(device).requires_grad_(), y.to(device).requires_grad_()
+
+
+def leaves(device: torch.device, *values: float) -> list[Tensor]:
+    return [torch.tensor(t, device=device).double().requires_grad_() for t in values]
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@given(size=sizes, loss=losses, scale=scales, bias=biases, normalize=flags)
+def test_every_loss_is_at_least_zero(
+    engine: str,
+    device: torch.device,
+    size: tuple,
+    loss: str,
+    scale: float,
+    bias: float,
+    normalize: bool,
+) -> None:
+    x, y = features(size, device)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        options = {"normalize": normalize, "reduction": "none", "backend": engine}
+        value = LOSSES[loss](x.to(dtype), y.to(dtype), scale, bias, **options)
+        assert value.shape == (size[0],)
+        assert value.isfinite().all() and (value >= 0).all()
+
+
+@given(size=sizes, loss=losses, scale=scales, bias=biases)
+def test_permuting_the_pairs_permutes_losses_and_gradients(
+    engine: str, device: torch.device, size: tuple, loss: str, scale: float, bias: float
+) -> None:
+    x, y = features(size, device)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(size[2])).to(device)
+    value = LOSSES[loss](x, y, scale, bias, reduction="none", backend=engine)
+    permuted = LOSSES[loss](x[order], y[order], scale, bias, reduction="none", backend=engine)
+    close(permuted, value[order])
+    g = torch.linspace(-1, 1, len(x), dtype=torch.float64, device=device)
+    direct = torch.autograd.grad(value, (x, y), g)
+    for one, other in zip(direct, torch.autograd.grad(permuted, (x, y), g[order]), strict=True):
+        close(one, other)
+
+
+@given(size=sizes, loss=losses, scale=scales, bias=biases, normalize=flags)
+def test_the_towers_may_change_places(
+    engine: str,
+    device: torch.device,
+    size: tuple,
+    loss: str,
+    scale: float,
+    bias: float,
+    normalize: bool,
+) -> None:
+    x, y = features(size, device)
+    options = {"normalize": normalize, "reduction": "none", "backend": engine}
+    one = LOSSES[loss](x, y, scale, bias, **options)
+    other = LOSSES[loss](y, x, scale, bias, **options)
+    close(one, other)
+    g = torch.linspace(-1, 1, len(x), dtype=torch.float64, device=device)
+    found = torch.autograd.grad(one, (x, y), g), torch.autograd.grad(other, (x, y), g)
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+
+
+@given(size=sizes, scale=scales, bias=biases)
+def test_a_bias_changes_nothing_in_clip(
+    engine: str, device: torch.device, size: tuple, scale: float, bias: float
+) -> None:
+    x, y = features(size, device)
+    results = []
+    for given_bias in (bias, None, torch.tensor(bias, dtype=torch.float64, device=device)):
+        value = clip_loss(x, y, scale, given_bias, backend=engine)
+        results.append((value, *torch.autograd.grad(value, (x, y))))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@given(size=sizes, loss=losses, scale=scales, bias=biases)
+def test_reductions_are_sums_of_the_same_losses(
+    engine: str, device: torch.device, size: tuple, loss: str, scale: float, bias: float
+) -> None:
+    x, y = features(size, device)
+    found = {}
+    for reduction in ("none", "mean", "sum"):
+        scalars = leaves(device, scale, bias)
+        value = LOSSES[loss](x, y, *scalars, reduction=reduction, backend=engine)
+        found[reduction] = (value.sum(), *torch.autograd.grad(value.sum(), (x, y, *scalars)))
+    for none, mean, total in zip(*found.values(), strict=True):
+        close(none, total)
+        close(mean * size[0], total)
+
+
+@given(size=sizes, loss=losses, scale=scales, bias=biases)
+def test_scale_and_bias_gradients_are_finite_differences(
+    engine: str, device: torch.device, size: tuple, loss: str, scale: float, bias: float
+) -> None:
+    x, y = (t.detach() for t in features(size, device))
+
+    def value(*scalars: float | Tensor) -> Tensor:
+        return LOSSES[loss](x, y, *scalars, backend=engine)
+
+    scalars = leaves(device, scale, bias)
+    dscale, dbias = torch.autograd.grad(value(*scalars), scalars)
+    h = 1e-5
+    for gradient, step in ((dscale, (h, 0)), (dbias, (0, h))):
+        up = value(scale + step[0], bias + step[1])
+        down = value(scale - step[0], bias - step[1])
+        torch.testing.assert_close(gradient, (up - down) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+@given(size=sizes, loss=losses, scale=scales, factor=st.floats(1e-3, 1e3))
+def test_normalised_features_have_no_length(
+    engine: str, device: torch.device, size: tuple, loss: str, scale: float, factor: float
+) -> None:
+    x, y = features(size, device)
+    options = {"normalize": True, "backend": engine}
+    one = LOSSES[loss](x, y, scale, **options)
+    other = LOSSES[loss](factor * x, y, scale, **options)
+    close(one, other)
+    dx, dy = torch.autograd.grad(one, (x, y))
+    # Euler: the gradient of what no length enters has no part along the feature.
+    for d, t in ((dx, x), (dy, y)):
+        assert (d * t).sum(1).abs().max() <= 1e-10 * (1 + abs(scale))
+
+
+@given(size=sizes, scale=scales)
+def test_the_scale_may_as_well_sit_in_the_features(
+    engine: str, device: torch.device, size: tuple, scale: float
+) -> None:
+    x, y = features(size, device)
+    for loss in LOSSES.values():
+        close(
+            loss(x, y, scale, -1.0, backend=engine), loss(scale * x, y, 1.0, -1.0, backend=engine)
+        )
