@@ -30,7 +30,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("open_clip", "hypothesis", "ml_dtypes", "triton")
-TESTS = ("tests/test_losses.py",)
+TESTS = tuple(
+    f"tests/test_{promise}.py"
+    for promise in ("accuracy", "shapes", "errors", "gradients_requested", "determinism")
+)
 
 # With the build before them they stay within eight minutes.
 TEST_SECONDS = 240

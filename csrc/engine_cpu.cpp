@@ -20,6 +20,7 @@
 #include "engine.h"
 #include "gemm_cpu.h"
 #include "pack_cpu.h"
+#include "rows_cpu.h"
 #include "tile_cpu.h"
 
 namespace fastclip {
@@ -63,45 +64,6 @@ int64_t block_rows(int64_t rows, bool narrow) {
   return std::clamp<int64_t>(round_up(rows / 16, kLane), 64, narrow ? 512 : 128);
 }
 int64_t tile_cols(int64_t cols, bool narrow) { return cols < 1024 ? 64 : narrow ? kMostCols : 128; }
-
-template <class Out, class T>
-void store_row(const T* g, T scale, int64_t width, Out* out) {
-  for (int64_t d = 0; d < width; d++) out[d] = cast_to<Out>(g[d] * scale);
-}
-
-// One row of a gradient, complete: gain, the normalisation's Jacobian, the output's dtype.
-template <class In, class T>
-void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
-  const int64_t width = p.width;
-  T scale = T(p.gain * p.scale);
-  const T factor = side.factor ? static_cast<const T*>(side.factor)[row] : T(1);
-  // A norm below 1e-12 was clamped: the features were divided by a constant, and nothing is projected out.
-  const bool clamped = !(factor < T(0.9999e12));
-  const In* const x = static_cast<const In*>(side.features) + row * side.stride;
-  char* const base = static_cast<char*>(side.gradient);
-  if (p.project) scale *= factor;
-  // 1e12 times anything overflows fp16: there a zero row has no gradient rather than an infinite one.
-  if (p.project && clamped && (std::is_same_v<In, at::Half> || side.gradient_dtype == Dtype::kHalf)) scale = 0;
-  if (p.project && !clamped) {
-    double along = 0;
-    T partial = 0;
-#pragma omp simd reduction(+ : partial)
-    for (int64_t d = 0; d < width; d++) partial += g[d] * cast_to<T>(x[d]);
-    along = double(partial) * factor * factor;
-    T* const projected = const_cast<T*>(g);
-    for (int64_t d = 0; d < width; d++) projected[d] -= T(along) * cast_to<T>(x[d]);
-  }
-  switch (side.gradient_dtype) {
-    case Dtype::kDouble:
-      return store_row(g, scale, width, reinterpret_cast<double*>(base) + row * width);
-    case Dtype::kFloat:
-      return store_row(g, scale, width, reinterpret_cast<float*>(base) + row * width);
-    case Dtype::kBFloat16:
-      return store_row(g, scale, width, reinterpret_cast<at::BFloat16*>(base) + row * width);
-    case Dtype::kHalf:
-      return store_row(g, scale, width, reinterpret_cast<at::Half*>(base) + row * width);
-  }
-}
 
 template <class In, class Op, class T>
 class Engine {
@@ -160,135 +122,177 @@ class Engine {
     }
   }
 
+  // A block of rows and what a thread holds of it while it marches over the tiles.
+  struct Block {
+    int64_t k, begin, rows, lanes;
+    const In* features;  // of the block
+    bool kept;           // its products are, or are to be
+    Op* transposed;      // operand of the first product
+    Op* operand;         // of the second, unless the features serve
+    T *factors, *counts, *coefficients, *references, *scratch;
+    T *products, *weights;  // of one tile
+    Op *weights_v, *weights_u;
+    Op *tile_rows, *tile_pairs;
+    T* u;  // (rows, D)
+  };
+
+  // Rows of y that a tile multiplies with.
+  struct Operand {
+    const Op* rows;
+    int64_t stride;
+  };
+
   void march(int64_t k) {
-    const Side &x = p_.x, &y = p_.y;
-    const int64_t width = p_.width, depth = round_up(width, kPair<Op>), i0 = k * block_;
-    const int64_t rows = std::min(block_, x.rows - i0), lanes = round_up(rows, kLane);
-    const bool u_wanted = p_.weigh && x.gradient, v_wanted = p_.weigh && y.gradient;
-    const In* const features = static_cast<const In*>(x.features) + i0 * x.stride;
-    const bool kept = i0 + rows <= p_.kept_rows;
-    const bool multiply = !(kept && p_.kept_ready);
-
-    arena.reset(sizeof(T) * (2 * tile_ * lanes + rows * width + 6 * lanes) +
-                sizeof(Op) * (2 * lanes * depth + 2 * tile_ * (lanes + depth)) + 4096);
-    Op* const transposed = arena.take<Op>(depth * lanes);
-    Op* const operand = arena.take<Op>(lanes * depth);  // of the second product, unless the features serve
-    T* const products = arena.take<T>(tile_ * lanes);
-    T* const weights = arena.take<T>(tile_ * lanes);
-    Op* const weights_v = arena.take<Op>(tile_ * lanes);
-    Op* const weights_u = arena.take<Op>(lanes * round_up(tile_, kLane));
-    Op* const tile_rows = arena.take<Op>(tile_ * depth);
-    Op* const tile_pairs = arena.take<Op>(tile_ * width);
-    T* const u = arena.take<T>(rows * width);
-    T* const factors = arena.take<T>(lanes);
-    T* const counts = arena.take<T>(lanes);
-    T* const coefficients = arena.take<T>(lanes);
-    T* const references = arena.take<T>(lanes);
-    T* const scratch = arena.take<T>(2 * lanes);
-
-    const T* const given = static_cast<const T*>(x.factor);
-    const bool coefficients_given = p_.weigh && !p_.fold;
-    for (int64_t i = 0; i < lanes; i++) {
-      const int64_t row = i0 + std::min(i, rows - 1);
-      factors[i] = given ? given[row] : T(1);
-      counts[i] = i < rows;
-      coefficients[i] = coefficients_given ? static_cast<const T*>(x.coefficients)[row] : T(1);
-      references[i] = coefficients_given ? static_cast<const T*>(x.references)[row] : T(0);
-    }
-    if (multiply) pack_transposed<In, Op>(features, x.stride, rows, width, lanes, transposed);
-    if (v_wanted) {
-      if constexpr (kNarrow)
-        pack_pairs(features, x.stride, rows, lanes, width, operand);
-      else if constexpr (!kDirect)
-        pack_rows<In, Op>(features, x.stride, rows, width, operand, width);
-    }
-    if (p_.fold)
-      for (int64_t i = i0; i < i0 + rows; i++) {
-        x.reference[i] = p_.running_maxima ? -std::numeric_limits<double>::infinity() : p_.reference;
-        x.sum[i] = 0;
-      }
-
+    const Block block = open(k);
     for (int64_t j = 0; j < tiles_; j++) {
-      const int64_t j0 = j * tile_, cols = std::min(tile_, y.rows - j0);
-      const In* const y_rows = static_cast<const In*>(y.features) + j0 * y.stride;
-      const Op* a = nullptr;
-      int64_t lda = 0;
-      if constexpr (kDirect) {
-        a = y_rows, lda = y.stride;
-      }
-      if (!kDirect || depth != width) {
-        pack_rows<In, Op>(y_rows, y.stride, cols, width, tile_rows, depth);
-        a = tile_rows, lda = depth;
-      }
-      T* const t = kept ? static_cast<T*>(p_.kept) + i0 * y.rows + j0 * lanes : products;
-      if (multiply)
-        // In pieces of D: a sum of 512 terms in one fp32 chain loses twice as much as four of 128, and at scale 100 an
-        // error in t is a hundred times as large in the exponential. bf16 rounds more than that, and wants long chains.
-        for (int64_t d = 0, piece = kNarrow ? depth : kChain; d < depth; d += piece)
-          gemm(p_.brgemm, d > 0, cols, lanes, std::min(piece, depth - d), a + d, lda, transposed + d * lanes, lanes, t,
-               lanes);
-
-      Tile<T> tile;
-      tile.t = t;
-      tile.lanes = lanes, tile.rows = rows, tile.cols = cols;
-      tile.first_lane = j0 - p_.offset - i0;
-      tile.row_factor = factors;
-      tile.col_factor = y.factor ? static_cast<const T*>(y.factor) + j0 : nullptr;
-      tile.scale_log2 = p_.scale * kLog2E, tile.bias_log2 = p_.bias * kLog2E;
-      tile.counts = counts, tile.scratch = scratch;
-      tile.w = kept ? weights : products;
-      tile.totals = totals_.get() + 2 * k;
+      const int64_t begin = j * tile_, cols = std::min(tile_, p_.y.rows - begin);
+      const Operand y = tile_operand(block, begin, cols);
       double reference[kMostCols], sum[kMostCols];
-      if (p_.fold) {
-        tile.reference = T(p_.reference);
-        tile.row_reference = x.reference + i0, tile.row_sum = x.sum + i0;
-        tile.col_reference = reference, tile.col_sum = sum;
-        tile.positive = p_.positive + (p_.positive_of_y ? j0 : i0);
-        tile.positive_of_col = p_.positive_of_y;
-      }
-      if (coefficients_given) {
-        tile.a = coefficients, tile.b = static_cast<const T*>(y.coefficients) + j0;
-        tile.row_references = references, tile.col_references = static_cast<const T*>(y.references) + j0;
-      }
+      Tile<T> tile = make_tile(block, begin, cols);
+      tile.col_reference = reference, tile.col_sum = sum;
+      multiply(block, tile, begin, y);
       transform(tile);
 
       wait(j, k);
-      if (p_.fold) merge_columns(k, j0, cols, reference, sum);
-      if (v_wanted) {
-        const Op* wv = nullptr;
-        if constexpr (std::is_same_v<Op, T>) wv = tile.w;
-        if (kNarrow || given) {
-          pack_weights(tile.w, lanes, cols, factors, weights_v);
-          wv = weights_v;
-        }
-        const Op* b = operand;
-        int64_t ldb = width, inner = kNarrow ? lanes : rows;
-        if constexpr (kDirect && !kNarrow) b = features, ldb = x.stride;
-        T* const v = static_cast<T*>(y.accumulator) + j0 * width;
-        gemm(p_.brgemm, k > 0, cols, width, inner, wv, lanes, b, ldb, v, width);
-        add_positives(x, i0, rows, factors, j0, cols, v);
-        if (k == blocks_ - 1)
-          for (int64_t c = 0; c < cols; c++) finish_row<In>(p_, y, j0 + c, v + c * width);
-      }
+      if (p_.fold) merge_columns(k, begin, cols, reference, sum);
+      if (v_wanted()) add_to_columns(block, tile, begin);
       passed_[j].store(k + 1, std::memory_order_release);
 
-      if (u_wanted) {
-        const int64_t inner = round_up(cols, kPair<Op>), ldw = round_up(cols, kLane);
-        pack_weights_transposed(tile.w, lanes, cols, tile.col_factor, weights_u, ldw);
-        const Op* b = a;
-        int64_t ldb = lda;
-        if constexpr (kNarrow) {
-          pack_pairs(y_rows, y.stride, cols, inner, width, tile_pairs);
-          b = tile_pairs, ldb = width;
-        }
-        gemm(p_.brgemm, j > 0, rows, width, inner, weights_u, ldw, b, ldb, u, width);
+      if (u_wanted()) add_to_rows(block, tile, begin, y);
+    }
+    close(block);
+  }
+
+  bool u_wanted() const { return p_.weigh && p_.x.gradient; }
+  bool v_wanted() const { return p_.weigh && p_.y.gradient; }
+  bool weighs_by_state() const { return p_.weigh && !p_.fold; }
+  int64_t depth() const { return round_up(p_.width, kPair<Op>); }
+
+  Block open(int64_t k) const {
+    const Side& x = p_.x;
+    Block b;
+    b.k = k, b.begin = k * block_;
+    b.rows = std::min(block_, x.rows - b.begin), b.lanes = round_up(b.rows, kLane);
+    b.features = static_cast<const In*>(x.features) + b.begin * x.stride;
+    b.kept = b.begin + b.lanes <= p_.kept_rows;
+
+    const int64_t lanes = b.lanes, width = p_.width;
+    arena.reset(sizeof(T) * (2 * tile_ * lanes + b.rows * width + 6 * lanes) +
+                sizeof(Op) * (2 * lanes * depth() + 2 * tile_ * (lanes + depth())) + 4096);
+    b.transposed = arena.take<Op>(depth() * lanes);
+    b.operand = arena.take<Op>(lanes * depth());
+    b.products = arena.take<T>(tile_ * lanes);
+    b.weights = arena.take<T>(tile_ * lanes);
+    b.weights_v = arena.take<Op>(tile_ * lanes);
+    b.weights_u = arena.take<Op>(lanes * round_up(tile_, kLane));
+    b.tile_rows = arena.take<Op>(tile_ * depth());
+    b.tile_pairs = arena.take<Op>(tile_ * width);
+    b.u = arena.take<T>(b.rows * width);
+    for (T** const p : {&b.factors, &b.counts, &b.coefficients, &b.references}) *p = arena.take<T>(lanes);
+    b.scratch = arena.take<T>(2 * lanes);
+
+    for (int64_t i = 0; i < lanes; i++) {
+      const int64_t row = b.begin + std::min(i, b.rows - 1);
+      b.factors[i] = x.factor ? static_cast<const T*>(x.factor)[row] : T(1);
+      b.counts[i] = i < b.rows;
+      b.coefficients[i] = weighs_by_state() ? static_cast<const T*>(x.coefficients)[row] : T(1);
+      b.references[i] = weighs_by_state() ? static_cast<const T*>(x.references)[row] : T(0);
+    }
+    if (!(b.kept && p_.kept_ready)) pack_transposed<In, Op>(b.features, x.stride, b.rows, width, lanes, b.transposed);
+    if (v_wanted()) {
+      if constexpr (kNarrow)
+        pack_pairs(b.features, x.stride, b.rows, lanes, width, b.operand);
+      else if constexpr (!kDirect)
+        pack_rows<In, Op>(b.features, x.stride, b.rows, width, b.operand, width);
+    }
+    if (p_.fold)
+      for (int64_t i = b.begin; i < b.begin + b.rows; i++) {
+        x.reference[i] = p_.running_maxima ? -std::numeric_limits<double>::infinity() : p_.reference;
+        x.sum[i] = 0;
       }
+    return b;
+  }
+
+  const In* y_features(int64_t begin) const { return static_cast<const In*>(p_.y.features) + begin * p_.y.stride; }
+
+  Operand tile_operand(const Block& b, int64_t begin, int64_t cols) const {
+    if constexpr (kDirect)
+      if (depth() == p_.width) return {y_features(begin), p_.y.stride};
+    pack_rows<In, Op>(y_features(begin), p_.y.stride, cols, p_.width, b.tile_rows, depth());
+    return {b.tile_rows, depth()};
+  }
+
+  Tile<T> make_tile(const Block& b, int64_t begin, int64_t cols) const {
+    Tile<T> tile;
+    T* const kept = static_cast<T*>(p_.kept) + b.begin * p_.y.rows + begin * b.lanes;
+    tile.t = b.kept ? kept : b.products;
+    tile.w = b.kept ? b.weights : b.products;
+    tile.lanes = b.lanes, tile.rows = b.rows, tile.cols = cols;
+    tile.first_lane = begin - p_.offset - b.begin;
+    tile.row_factor = b.factors;
+    tile.col_factor = p_.y.factor ? static_cast<const T*>(p_.y.factor) + begin : nullptr;
+    tile.scale_log2 = p_.scale * kLog2E, tile.bias_log2 = p_.bias * kLog2E;
+    tile.counts = b.counts, tile.scratch = b.scratch;
+    tile.totals = totals_.get() + 2 * b.k;
+    if (p_.fold) {
+      tile.reference = T(p_.reference);
+      tile.row_reference = p_.x.reference + b.begin, tile.row_sum = p_.x.sum + b.begin;
+      tile.positive = p_.positive + (p_.positive_of_y ? begin : b.begin);
+      tile.positive_of_col = p_.positive_of_y;
     }
-    if (p_.weigh) add_positives_to_totals(i0, rows, totals_.get() + 2 * k);
-    if (u_wanted) {
-      add_positives_to_rows(i0, rows, u);
-      for (int64_t i = 0; i < rows; i++) finish_row<In>(p_, x, i0 + i, u + i * width);
+    if (weighs_by_state()) {
+      tile.a = b.coefficients, tile.b = static_cast<const T*>(p_.y.coefficients) + begin;
+      tile.row_references = b.references, tile.col_references = static_cast<const T*>(p_.y.references) + begin;
     }
+    return tile;
+  }
+
+  // t = y_tile x_block^T, in pieces of D: a sum of 512 terms in one fp32 chain loses twice as much as four of 128, and
+  // at scale 100 an error in t is a hundred times as large in the exponential. bf16 rounds more than that, and wants
+  // long chains.
+  void multiply(const Block& b, const Tile<T>& tile, int64_t begin, const Operand& y) const {
+    if (b.kept && p_.kept_ready) return;
+    T* const t = const_cast<T*>(tile.t);
+    for (int64_t d = 0, piece = kNarrow ? depth() : kChain; d < depth(); d += piece)
+      gemm(p_.brgemm, d > 0, tile.cols, b.lanes, std::min(piece, depth() - d), y.rows + d, y.stride,
+           b.transposed + d * b.lanes, b.lanes, t, b.lanes);
+  }
+
+  // v_tile += w x_block; complete once the last block has been here.
+  void add_to_columns(const Block& b, const Tile<T>& tile, int64_t begin) const {
+    const Op* w = nullptr;
+    if constexpr (std::is_same_v<Op, T>) w = tile.w;
+    if (kNarrow || p_.x.factor) {
+      pack_weights(tile.w, b.lanes, tile.cols, b.factors, b.weights_v);
+      w = b.weights_v;
+    }
+    Operand x{b.operand, p_.width};
+    if constexpr (kDirect && !kNarrow) x = {b.features, p_.x.stride};
+    T* const v = static_cast<T*>(p_.y.accumulator) + begin * p_.width;
+    gemm(p_.brgemm, b.k > 0, tile.cols, p_.width, kNarrow ? b.lanes : b.rows, w, b.lanes, x.rows, x.stride, v,
+         p_.width);
+    add_positives(b, begin, tile.cols, v);
+    if (b.k == blocks_ - 1)
+      for (int64_t c = 0; c < tile.cols; c++) finish_row<In>(p_, p_.y, begin + c, v + c * p_.width);
+  }
+
+  // u_block += w^T y_tile
+  void add_to_rows(const Block& b, const Tile<T>& tile, int64_t begin, const Operand& y_rows) const {
+    const int64_t inner = round_up(tile.cols, kPair<Op>), stride = round_up(tile.cols, kLane);
+    pack_weights_transposed(tile.w, b.lanes, tile.cols, tile.col_factor, b.weights_u, stride);
+    Operand y = y_rows;
+    if constexpr (kNarrow) {
+      pack_pairs(y_features(begin), p_.y.stride, tile.cols, inner, p_.width, b.tile_pairs);
+      y = {b.tile_pairs, p_.width};
+    }
+    gemm(p_.brgemm, begin > 0, b.rows, p_.width, inner, b.weights_u, stride, y.rows, y.stride, b.u, p_.width);
+  }
+
+  void close(const Block& b) const {
+    if (p_.weigh) add_positives_to_totals(b, totals_.get() + 2 * b.k);
+    if (!u_wanted()) return;
+    add_positives_to_rows(b);
+    for (int64_t i = 0; i < b.rows; i++) finish_row<In>(p_, p_.x, b.begin + i, b.u + i * p_.width);
   }
 
   void transform(const Tile<T>& tile) const {
@@ -328,35 +332,41 @@ class Engine {
     return T(p_.positive_weight[q]);
   }
 
-  void add_positives(const Side& x, int64_t i0, int64_t rows, const T* factors, int64_t j0, int64_t cols, T* v) const {
+  void add_positives(const Block& b, int64_t begin, int64_t cols, T* v) const {
     for (int64_t c = 0; c < cols; c++) {
-      const int64_t i = j0 + c - p_.offset;
-      if (i < i0 || i >= i0 + rows) continue;
-      const T weight = positive_weight(i, j0 + c) * factors[i - i0];
-      const In* const f = static_cast<const In*>(x.features) + i * x.stride;
+      const int64_t i = begin + c - p_.offset - b.begin;
+      if (i < 0 || i >= b.rows) continue;
+      const T weight = positive_weight(b.begin + i, begin + c) * b.factors[i];
+      const In* const f = b.features + i * p_.x.stride;
       for (int64_t d = 0; d < p_.width; d++) v[c * p_.width + d] += weight * cast_to<T>(f[d]);
     }
   }
 
-  void add_positives_to_totals(int64_t i0, int64_t rows, Sum* totals) const {
-    for (int64_t i = i0; i < i0 + rows; i++) {
+  // Calls f(i, j) for each row i of the block whose positive j lies in the problem.
+  template <class Function>
+  void for_each_positive(const Block& b, Function f) const {
+    for (int64_t i = b.begin; i < b.begin + b.rows; i++) {
       const int64_t j = i + p_.offset;
-      if (j < 0 || j >= p_.y.rows) continue;
-      const double weight = positive_weight(i, j);
-      totals[0].add(weight);
-      totals[1].add(weight * p_.positive[p_.positive_of_y ? j : i]);
+      if (j >= 0 && j < p_.y.rows) f(i, j);
     }
   }
 
-  void add_positives_to_rows(int64_t i0, int64_t rows, T* u) const {
-    for (int64_t i = i0; i < i0 + rows; i++) {
-      const int64_t j = i + p_.offset;
-      if (j < 0 || j >= p_.y.rows) continue;
+  void add_positives_to_totals(const Block& b, Sum* totals) const {
+    for_each_positive(b, [&](int64_t i, int64_t j) {
+      const double weight = positive_weight(i, j);
+      totals[0].add(weight);
+      totals[1].add(weight * p_.positive[p_.positive_of_y ? j : i]);
+    });
+  }
+
+  void add_positives_to_rows(const Block& b) const {
+    for_each_positive(b, [&](int64_t i, int64_t j) {
       const T factor = p_.y.factor ? static_cast<const T*>(p_.y.factor)[j] : T(1);
       const T weight = positive_weight(i, j) * factor;
-      const In* const f = static_cast<const In*>(p_.y.features) + j * p_.y.stride;
-      for (int64_t d = 0; d < p_.width; d++) u[(i - i0) * p_.width + d] += weight * cast_to<T>(f[d]);
-    }
+      const In* const f = y_features(j);
+      T* const u = b.u + (i - b.begin) * p_.width;
+      for (int64_t d = 0; d < p_.width; d++) u[d] += weight * cast_to<T>(f[d]);
+    });
   }
 
   Problem& p_;
@@ -369,32 +379,6 @@ class Engine {
   std::exception_ptr error_;
   std::mutex mutex_;
 };
-
-template <class T, class In>
-T squared_norm(const In* x, int64_t width) {
-  T square = 0;
-#pragma omp simd reduction(+ : square)
-  for (int64_t d = 0; d < width; d++) {
-    const T v = cast_to<T>(x[d]);
-    square += v * v;
-  }
-  return square;
-}
-
-template <class In, class T>
-double largest_norm_of(const Side& side, int64_t width) {
-  const In* const x = static_cast<const In*>(side.features);
-  return at::parallel_reduce(
-      0, side.rows, at::divup(1 << 15, width), 0.0,
-      [&](int64_t begin, int64_t end, double largest) {
-        for (int64_t i = begin; i < end; i++) {
-          const double square = squared_norm<T>(x + i * side.stride, width);
-          if (!(square <= largest)) largest = square;  // NaN stays
-        }
-        return largest;
-      },
-      [](double a, double b) { return a <= b ? b : a; });
-}
 
 }  // namespace
 

@@ -3,9 +3,7 @@
 // Schemas, fakes and the choice of an engine live in Python (fastclip/ops.py says what each argument means); this file
 // turns tensors into the plain arguments of engine.h, allocates, and picks the instruction set and the product.
 #include <ATen/ATen.h>
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -14,16 +12,12 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
-#include <mutex>
 #include <string>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "capability_cpu.h"
 #include "engine.h"
 #include "epilogues.h"
+#include "workspace.h"
 
 namespace fastclip {
 namespace {
@@ -34,67 +28,6 @@ using std::optional;
 std::atomic<int> threads_used{0};
 
 using PORTABLE::kLog2E;
-
-// ---- instruction set and product -----------------------------------------------------------------------------------
-
-struct Capability {
-  const char* name;
-  int (*run)(Problem&);
-  double (*largest_norm)(const Side&, const Problem&);
-};
-
-// Follows torch's own dispatch, so that ATEN_CPU_CAPABILITY governs both.
-const Capability& capability() {
-  static const Capability chosen = [] {
-    [[maybe_unused]] const std::string name = at::get_cpu_capability();
-#if FASTCLIP_X86
-    if (name.rfind("AVX512", 0) == 0 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-      return Capability{"AVX512", AVX512::run, AVX512::largest_norm};
-    if (name.rfind("AVX", 0) == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return Capability{"AVX2", AVX2::run, AVX2::largest_norm};
-#endif
-    return Capability{"DEFAULT", DEFAULT::run, DEFAULT::largest_norm};
-  }();
-  return chosen;
-}
-
-bool machine_has_brgemm() {
-#if FASTCLIP_X86
-  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return has && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
-}
-
-// Whether bf16 operands can be multiplied as they are: asked of torch by trying, which is the one answer that counts.
-bool machine_has_half_products() {
-  static const bool has = [] {
-    alignas(64) at::BFloat16 a[32 * 32], b[32 * 32];
-    alignas(64) float c[32 * 32];
-    for (int q = 0; q < 32 * 32; q++) a[q] = b[q] = at::BFloat16(1.f);
-    try {
-      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, a, b, c, true);
-      at::native::cpublas::brgemm_release(true);
-      return c[0] == 32.f && c[32 * 32 - 1] == 32.f;
-    } catch (...) {
-      return false;
-    }
-  }();
-  return has;
-}
-
-bool brgemm_wanted() {
-  const char* const forced = std::getenv("FASTCLIP_CPU");
-  if (!forced || !*forced) return machine_has_brgemm();
-  const std::string name(forced);
-  TORCH_CHECK_VALUE(name == "brgemm" || name == "mm", "FASTCLIP_CPU must be 'brgemm' or 'mm', got '", name, "'");
-  TORCH_CHECK(name == "mm" || machine_has_brgemm(),
-              "FASTCLIP_CPU=brgemm, but this machine has no AVX-512 or oneDNN is off");
-  return name == "brgemm";
-}
 
 // ---- tensors to plain arguments ------------------------------------------------------------------------------------
 
@@ -169,59 +102,6 @@ struct Call {
     side.stride = features.size(0) > 1 ? features.stride(0) : features.size(1);
     side.factor = factor.defined() ? factor.const_data_ptr() : nullptr;
   }
-};
-
-// The last buffer of kept products waits here for the next step: a quarter of a GiB of fresh pages, which the kernel
-// has to clear, costs a twentieth of the whole loss even as huge pages, a tenth as small ones.
-constexpr size_t kHugePage = 2 << 20;
-
-// Asks for huge pages in [data, data + bytes). Clearing and mapping fresh 4 KiB pages took an eighth of the gradient of
-// a 256 x 32,768 block.
-void advise_huge([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~uintptr_t(kHugePage - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-struct Buffer {
-  void* data = nullptr;
-  size_t size = 0;
-};
-
-class Workspace {
- public:
-  static Tensor take(int64_t count, const at::TensorOptions& options) {
-    const size_t bytes = size_t(count) * options.dtype().itemsize();
-    Buffer buffer;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (idle_.size >= bytes && idle_.size / 2 <= bytes) std::swap(buffer, idle_);
-    }
-    if (!buffer.data) buffer = fresh(bytes);
-    return at::from_blob(buffer.data, {count}, [buffer](void*) { give_back(buffer); }, options);
-  }
-  static void release() { give_back({}); }
-
- private:
-  static Buffer fresh(size_t bytes) {
-    const size_t size = bytes > kHugePage ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes + 64 - bytes % 64;
-    void* const data = std::aligned_alloc(size > kHugePage ? kHugePage : 64, size);
-    TORCH_CHECK(data, "fastclip: no memory for ", size, " bytes of work space; lower memory_budget");
-    advise_huge(data, size);
-    return {data, size};
-  }
-  static void give_back(Buffer buffer) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      std::swap(buffer, idle_);
-    }
-    std::free(buffer.data);
-  }
-
-  static inline std::mutex mutex_;
-  static inline Buffer idle_;
 };
 
 // Room for `keep` rows of products.
