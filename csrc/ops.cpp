@@ -9,6 +9,7 @@
 #include <torch/library.h>
 #include <torch/python.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -155,11 +156,12 @@ struct Swept {
 
 Swept allocate_states(Call& call) {
   const auto options = call.x.options().dtype(at::kDouble);
-  Swept out{at::empty({2, call.m + call.n}, options), at::full({call.m}, NAN, options)};
+  Swept out{at::empty({2, call.m + call.n}, options), at::empty({call.m}, options)};
   double* const state = out.state.mutable_data_ptr<double>();
   call.first().reference = state, call.first().sum = state + call.m + call.n;
   call.second().reference = state + call.m, call.second().sum = state + 2 * call.m + call.n;
   call.problem.positive = out.positive.mutable_data_ptr<double>();
+  std::fill_n(call.problem.positive, call.m, NAN);
   return out;
 }
 

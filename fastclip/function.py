@@ -97,12 +97,12 @@ class _FusedLoss(torch.autograd.Function):
             and _unit_gradients_fit(x, y, needs_x, needs_y, plan)
         )
         if ctx.in_one_go:
-            share = _share(x.shape[0], plan.reduction)
-            gain = torch.full((), share, dtype=state_dtype(x.device), device=x.device)
-            state, positive, *gradients = _op("sweep_and_weigh", plan)(
-                *problem, gain, 0, plan.loss, needs_x, needs_y, plan.normalize
-            )
-            ctx.save_for_backward(x, y, scale, bias, *gradients)
+            state, positive, *gradients = _sweep_and_weigh(problem, plan, needs_x, needs_y)
+            if torch.compiler.is_compiling():
+                ctx.save_for_backward(x, y, scale, bias, *gradients)
+            else:
+                ctx.save_for_backward(x, y, scale, bias)
+                ctx.waiting = gradients
         else:
             keep = 0
             if plan.engine != "torch":
@@ -143,20 +143,37 @@ def _unit_gradients_fit(x: Tensor, y: Tensor, needs_x: bool, needs_y: bool, plan
     return waiting * dtype.itemsize <= plan.memory_budget
 
 
+def _sweep_and_weigh(
+    problem: tuple[Any, ...], plan: Plan, needs_x: bool, needs_y: bool
+) -> tuple[Tensor, ...]:
+    x = problem[0]
+    share = _share(x.shape[0], plan.reduction)
+    gain = torch.full((), share, dtype=state_dtype(x.device), device=x.device)
+    op = _op("sweep_and_weigh", plan)
+    return op(*problem, gain, 0, plan.loss, needs_x, needs_y, plan.normalize)
+
+
 def _unit_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, scale, bias, dx, dy, dbias_dscale = ctx.saved_tensors
+    x, y, scale, bias, *gradients = ctx.saved_tensors
     needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-    # The usual upstream is 1: then the waiting gradient is the gradient. On a GPU asking would wait
-    # for the device.
-    is_one = not torch.compiler.is_compiling() and g.device.type == "cpu" and bool(g == 1)
-
-    def gradient(unit: Tensor, dtype: torch.dtype) -> Tensor:
-        return (unit if is_one else unit * g).to(dtype)
-
-    dbias, dscale = (dbias_dscale * g).unbind()
+    if torch.compiler.is_compiling():
+        dx, dy, dbias_dscale = (gradient * g for gradient in gradients)
+    else:
+        # What waits is given away: it becomes x.grad, which later steps write to. A second backward
+        # through a retained graph makes its own.
+        waiting, ctx.waiting = ctx.waiting, None
+        if waiting is None:
+            problem = _problem(x, y, scale, bias, ctx.plan)
+            _, _, *waiting = _sweep_and_weigh(problem, ctx.plan, needs_x, needs_y)
+        dx, dy, dbias_dscale = waiting
+        # The usual upstream is 1. On a GPU asking would wait for it.
+        if g.device.type != "cpu" or g.item() != 1:
+            for gradient in waiting:
+                gradient.mul_(g)
+    dbias, dscale = dbias_dscale.unbind()
     return (
-        gradient(dx, x.dtype) if needs_x else None,
-        gradient(dy, y.dtype) if needs_y else None,
+        dx.to(x.dtype) if needs_x else None,
+        dy.to(y.dtype) if needs_y else None,
         _scalar(dscale, scale) if needs_scale else None,
         _scalar(dbias, bias) if needs_bias else None,
     )

@@ -34,16 +34,16 @@ class CLIPConfig:
             do not divide a width.
     """
 
-    embed_dim: int = 128
+    embed_dim: int = 256
     image_size: int = 32
-    patch_size: int = 4
+    patch_size: int = 8
     image_width: int = 128
-    image_layers: int = 4
+    image_layers: int = 2
     image_heads: int = 4
-    vocab_size: int = 1024
-    context_length: int = 32
-    text_width: int = 128
-    text_layers: int = 2
+    vocab_size: int = 1536
+    context_length: int = 24
+    text_width: int = 256
+    text_layers: int = 1
     text_heads: int = 4
 
     def __post_init__(self) -> None:

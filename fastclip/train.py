@@ -43,10 +43,10 @@ class Run:
 
 
 def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
-    """AdamW; gains, biases and the scale are not decayed."""
+    """AdamW, with a decay that suits few pictures; gains, biases and the scale are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
@@ -155,9 +155,9 @@ def parser() -> argparse.ArgumentParser:
         "keeps the checkpoint as it is then. A run of seconds: --steps 4 --batch-size 32",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--steps", type=positive, default=600, help="optimiser steps")
+    p.add_argument("--steps", type=positive, default=900, help="optimiser steps")
     p.add_argument("--batch-size", type=positive, default=256, help="pairs per step")
-    p.add_argument("--lr", type=rate_of_learning, default=2e-3, help="highest learning rate")
+    p.add_argument("--lr", type=rate_of_learning, default=1e-3, help="highest learning rate")
     p.add_argument("--loss", choices=LOSSES, default="fused", help="the loss to train with")
     p.add_argument(
         "--no-compare", action="store_true", help="skip the comparison run with the other loss"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .model import CLIP
 
-TEMPLATES = ("{}", "a {}", "{} emoji", "a picture of a {}")
+TEMPLATES = ("{}", "a {}", "{} emoji", "a picture of {}")
 
 
 @torch.no_grad()
