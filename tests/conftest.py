@@ -5,6 +5,11 @@ for each backend that is available there, one that takes `engine` for each but t
 """
 
 import os
+
+# Threads that wait by spinning take the cores from those that work: where other processes keep a
+# machine busy, thousands of tiny parallel regions took ten times as long. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Callable
 
 import judge

@@ -80,6 +80,24 @@ def test_is_at_least_as_accurate_as_plain_torch(
                 assert_accurate(result[rows], torchs[name][rows], right, eps, what)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "mixed", "autocast"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_ends_with_the_features(
+    loss: str, engine: str, precision: str, device: torch.device
+) -> None:
+    # Logits, loss and sums have float32's accuracy; plain torch, which rounds logits, has not.
+    p = PRECISIONS[precision]
+    for kind in ("random", "cone", "separated", "lengths"):
+        for scale in (1.0, 14.3, 100.0):
+            exact, _ = judges(loss, kind, precision, scale, "mean", device)
+            case = (*batch(kind, N, D), scale, BIAS, p)
+            ours = evaluate(LOSSES[loss], *case, device, backend=engine)
+            for name in ("loss", "dscale", "dbias"):
+                eps = allowance(name, exact, p, ours[name].dtype)
+                what = f"{name}, {kind}, {scale}"
+                assert error(ours[name], getattr(exact, name)) <= eps, what
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_learnt_pairs_keep_their_gradient(loss: str, engine: str, device: torch.device) -> None:
     # Well separated pairs at scale 14.3: the cancelling form is off by 1e-4 in float32. For the

@@ -1,0 +1,76 @@
+"""Real image-text pairs that fit in a repository: emoji as two vendors draw them, with their names.
+
+1,906 concepts, each drawn by Google (Noto Emoji) and by Twitter (Twemoji), 32 x 32 pixels with
+transparency, so that whoever trains on them can put them on any background. `load()` reads them
+from this folder; `rebuild.py` tells how they came here, LICENSE.txt whose they are. Nothing here
+uses the network, and nothing here is changed by training.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+TOKENIZER = FOLDER / "tokenizer.json"
+VENDORS = ("google", "twitter")
+SIZE = 32  # pixels a side
+COLUMNS = 44  # drawings in a row of a sheet
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One emoji, whoever draws it.
+
+    `captions` begins with its Unicode name; other short names follow where they differ. Concepts
+    with the same `look_alike` number cannot be told apart: some vendor draws them pixel for pixel
+    alike (the flags of Norway and of Bouvet Island), or they have the same name.
+    """
+
+    code: str
+    captions: tuple[str, ...]
+    category: str
+    subcategory: str
+    look_alike: int
+
+    @property
+    def name(self) -> str:
+        return self.captions[0]
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """All concepts and their drawings: `drawings[concept, vendor]` is (4, 32, 32), RGBA, uint8."""
+
+    concepts: tuple[Concept, ...]
+    drawings: Tensor  # (len(concepts), len(VENDORS), 4, SIZE, SIZE) uint8
+
+
+def load(folder: Path = FOLDER) -> Emoji:
+    """Reads concepts.json and one sheet of drawings per vendor."""
+    rows = json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
+    concepts = tuple(Concept(**{**row, "captions": tuple(row["captions"])}) for row in rows)
+    sheets = [read_sheet(folder / f"{vendor}.png", len(concepts)) for vendor in VENDORS]
+    return Emoji(concepts, torch.from_numpy(np.stack(sheets, axis=1)))
+
+
+def read_sheet(path: Path, count: int) -> np.ndarray:
+    """The first `count` drawings of a sheet, row by row: (count, 4, SIZE, SIZE) uint8."""
+    with Image.open(path) as image:
+        sheet = np.asarray(image.convert("RGBA"))
+    rows = sheet.shape[0] // SIZE
+    tiles = sheet.reshape(rows, SIZE, COLUMNS, SIZE, 4).transpose(0, 2, 4, 1, 3)
+    return tiles.reshape(rows * COLUMNS, 4, SIZE, SIZE)[:count]
+
+
+def write_sheet(path: Path, drawings: np.ndarray) -> None:
+    """The inverse of `read_sheet`; unused places stay transparent."""
+    rows = -(-len(drawings) // COLUMNS)
+    tiles = np.zeros((rows * COLUMNS, 4, SIZE, SIZE), np.uint8)
+    tiles[: len(drawings)] = drawings
+    sheet = tiles.reshape(rows, COLUMNS, 4, SIZE, SIZE).transpose(0, 3, 1, 4, 2)
+    Image.fromarray(sheet.reshape(rows * SIZE, COLUMNS * SIZE, 4)).save(path, optimize=True)
