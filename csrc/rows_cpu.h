@@ -18,16 +18,17 @@ void store_row(const T* g, T scale, int64_t width, Out* out) {
 template <class In, class T>
 void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
   const int64_t width = p.width;
+  const bool project = p.project && side.factor;
   T scale = T(p.gain * p.scale);
   const T factor = side.factor ? static_cast<const T*>(side.factor)[row] : T(1);
   // A norm below 1e-12 was clamped: the features were divided by a constant, and nothing is projected out.
   const bool clamped = !(factor < T(0.9999e12));
   const In* const x = static_cast<const In*>(side.features) + row * side.stride;
   char* const base = static_cast<char*>(side.gradient);
-  if (p.project) scale *= factor;
+  if (project) scale *= factor;
   // 1e12 times anything overflows fp16: there a zero row has no gradient rather than an infinite one.
-  if (p.project && clamped && (std::is_same_v<In, at::Half> || side.gradient_dtype == Dtype::kHalf)) scale = 0;
-  if (p.project && !clamped) {
+  if (project && clamped && (std::is_same_v<In, at::Half> || side.gradient_dtype == Dtype::kHalf)) scale = 0;
+  if (project && !clamped) {
     double along = 0;
     T partial = 0;
 #pragma omp simd reduction(+ : partial)

@@ -188,10 +188,14 @@ def _product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     return dtype
 
 
-@torch.compiler.assume_constant_result  # read when compiled, as torch's own matmul reads it
 def _cpu_takes_bf16() -> bool:
     """Whether the user lets fp32 matmuls on CPUs round their operands to bf16."""
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler and Triton here:
+# a compiled loss reads the setting once, when it is compiled.
+_cpu_takes_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _one_process(name: str, world_size: int) -> None:

@@ -153,18 +153,45 @@ def parser() -> argparse.ArgumentParser:
         "minutes; report retrieval and zero-shot accuracy on what was kept from training.",
         epilog="Writes clip.safetensors, results.json and demo.png into the output folder. Ctrl-C "
         "keeps the checkpoint as it is then. A run of seconds: --steps 4 --batch-size 32",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--steps", type=positive, default=900, help="optimiser steps")
-    p.add_argument("--batch-size", type=positive, default=256, help="pairs per step")
-    p.add_argument("--lr", type=rate_of_learning, default=1e-3, help="highest learning rate")
-    p.add_argument("--loss", choices=LOSSES, default="fused", help="the loss to train with")
+    p.add_argument(
+        "--steps", type=positive, default=900, help="optimiser steps (default %(default)s)"
+    )
+    p.add_argument(
+        "--batch-size", type=positive, default=256, help="pairs per step (default %(default)s)"
+    )
+    p.add_argument(
+        "--lr",
+        type=rate_of_learning,
+        default=1e-3,
+        help="highest learning rate (default %(default)s)",
+    )
+    p.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="fused",
+        help="the loss to train with (default %(default)s)",
+    )
     p.add_argument(
         "--no-compare", action="store_true", help="skip the comparison run with the other loss"
     )
-    p.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
-    p.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, ...")
-    p.add_argument("--out", type=Path, default=Path("demo"), help="output folder, made if missing")
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of weights, batches and augmentation (default %(default)s)",
+    )
+    p.add_argument(
+        "--device",
+        default="cpu",
+        help="where to train: cpu, cuda, cuda:1, ... (default %(default)s)",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        help="output folder, made if missing (default %(default)s)",
+    )
     return p
 
 

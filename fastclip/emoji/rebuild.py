@@ -12,6 +12,7 @@ alone. Nothing but a rebuild needs those packages.
 import argparse
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ def captions(row: dict[str, Any]) -> tuple[str, ...]:
     texts = [row["name"].lower()]
     # A flag's short name is its country's two-letter code.
     if row["subcategory"] != "country-flag":
-        texts += [name.replace("_", " ").replace("-", " ").lower() for name in row["short_names"]]
+        # Hyphens between words, not the sign of "-1", which is a thumb down.
+        texts += [re.sub(r"(?<=\w)[-_](?=\w)|_", " ", name) for name in row["short_names"]]
     return tuple(dict.fromkeys(texts))
 
 
