@@ -172,9 +172,7 @@ def parser() -> argparse.ArgumentParser:
         default="fused",
         help="the loss to train with (default %(default)s)",
     )
-    p.add_argument(
-        "--no-compare", action="store_true", help="skip the comparison run with the other loss"
-    )
+    p.add_argument("--no-compare", action="store_true", help="skip the run with the other loss")
     p.add_argument(
         "--seed",
         type=int,
@@ -219,7 +217,7 @@ def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
     titles = {
         "other vendor": f"{len(task.split.one_vendor)} trained concepts, in the drawing of the "
         "vendor that was kept from training",
-        "held out": f"{len(task.split.held_out)} concepts kept from training, names and drawings",
+        "held out": f"{len(task.split.held_out)} concepts held out of training, names and drawings",
         "zero-shot": "the same held-out drawings into categories, from words alone",
     }
     lines = []
@@ -236,8 +234,7 @@ def demo(args: argparse.Namespace, task: Task, run: Run, checkpoint: Path) -> No
     schedule = {"steps": args.steps, "lr": args.lr}
     print(
         f"{len(task.split.vendors):,} of {len(task.split.members):,} look-alike groups of emoji "
-        f"are trained on, {len(task.split.held_out)} held out; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters; "
+        f"are trained on; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{torch.get_num_threads()} threads"
     )
     try:

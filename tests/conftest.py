@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import judge
 import pytest
+import setuptools  # noqa: F401 -- before the standard distutils: inductor imports it late, and then it refuses
 import torch
 
 import fastclip

@@ -198,7 +198,7 @@ def test_both_sweeps_in_one_go(engine: str, dtype: str, shape: str) -> None:
 def test_a_loss_that_needs_its_state_is_not_weighed_in_one_go(engine: str) -> None:
     block = make_block(5, 9, 4, loss="softmax")
     gain = torch.ones((), dtype=torch.float64)
-    with pytest.raises((ValueError, RuntimeError), match="needs? no state"):
+    with pytest.raises((ValueError, RuntimeError), match=r"need (no|its) state"):
         operator("sweep_and_weigh", engine)(*block.tensors, gain, 0, "softmax", True, True, False)
 
 
@@ -298,7 +298,7 @@ def test_rows_to_keep_fit_the_budget(m: int, n: int) -> None:
 
 
 def test_the_plain_engine_keeps_nothing() -> None:
-    with pytest.raises(ValueError, match="keep must be 0.*got 16"):
+    with pytest.raises(ValueError, match=r"keep must be 0.*got 16"):
         sweep("torch", make_block(20, 20, 4), keep=16)
 
 
@@ -399,7 +399,7 @@ def test_finish(engine: str, loss: str, dtype: str) -> None:
                 found, expected = torch.log2(coefficients) - state[0, lines], -total
                 weight = -torch.sigmoid(negatives - s)
             tolerance = {"rtol": 2 * dense.arithmetic, "atol": 1e-12}
-            torch.testing.assert_close(losses, exact, **tolerance, msg=lambda m: f"{what}: {m}")
+            torch.testing.assert_close(losses, exact, **tolerance, msg=what)
             torch.testing.assert_close(found, expected, atol=2 * dense.arithmetic, rtol=1e-12)
             torch.testing.assert_close(weights, weight, **tolerance)
 

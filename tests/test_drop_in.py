@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -381,8 +382,7 @@ assert len(about_us) == 1, about_us
 """
 
 
-def test_it_imports_and_runs_without_compiled_module_triton_or_cuda() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE], capture_output=True, text=True, check=False
-    )
+def test_it_imports_and_runs_without_compiled_module_triton_or_cuda(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

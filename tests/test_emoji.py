@@ -168,7 +168,7 @@ def test_augmentation_moves_the_drawing_and_changes_what_is_behind() -> None:
     shown = augment(drawing.expand(64, -1, -1, -1), torch.Generator().manual_seed(0))
     corners, middles = shown[:, :, 0, 0], shown[:, :, 16, 16]
     assert corners.std(dim=0).min() > 0.3 and corners.mean(dim=0).abs().max() < 0.4
-    assert middles[:, 0].min() > 0.6 and middles[:, 1:].max() < -0.6
+    assert middles[:, 0].min() > 0.35 and middles[:, 1:].max() < -0.6
     red = shown[:, 0] - shown[:, 1] - corners[:, :1, None] + corners[:, 1:2, None]
     columns = (red.abs().mean(dim=1) * torch.arange(SIZE)).sum(1) / red.abs().mean(dim=1).sum(1)
     assert columns.min() < 14.7 and columns.max() > 16.3 and columns.min() > 12
@@ -262,6 +262,8 @@ def test_rebuild_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_captions_and_look_alikes_by_hand() -> None:
     row = {"name": "BIG CAT", "short_names": ["big_cat", "big-kitty"], "subcategory": "cats"}
     assert captions(row) == ("big cat", "big kitty")
+    thumb = {"name": "THUMBS DOWN SIGN", "short_names": ["-1", "thumbsdown"], "subcategory": "h"}
+    assert captions(thumb) == ("thumbs down sign", "-1", "thumbsdown")
     flag = {"name": "X Flag", "short_names": ["flag-x"], "subcategory": "country-flag"}
     assert captions(flag) == ("x flag",)
     a, b, c = (np.full((1, 2), value) for value in range(3))

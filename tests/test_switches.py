@@ -1,0 +1,337 @@
+"""Both sides of every numerical switch: whatever the features and the scale, the result is right.
+
+The C++ engine takes one reference for all lines and, where that proves too coarse, a running
+maximum for each. Which side it took shows in the state: references that are all equal, or not. The
+plain PyTorch engine has no such switch and is held to the same truth.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from dense_block import (
+    DTYPES,
+    LOG2E,
+    Block,
+    Dense,
+    accumulator,
+    assert_gradients,
+    assert_states,
+    make_block,
+    make_weights,
+    operator,
+    sweep,
+    weigh,
+)
+from torch import Tensor
+
+from fastclip import reference
+from fastclip.loss import clip_loss, siglip_loss
+from fastclip.ops import rows_to_keep
+
+LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+REFERENCES = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(device: torch.device) -> Iterator[None]:
+    with device:
+        yield
+
+
+def has_one_reference(state: Tensor) -> bool:
+    return bool((state[0] == state[0, 0]).all())
+
+
+def check(engine: str, block: Block, keep: int = 0, bound: Tensor | None = None) -> Tensor:
+    """The state of a block, after both sweeps agreed with the truth."""
+    dense = Dense(block)
+    state, positive, kept = sweep(engine, block, keep, bound)
+    assert_states(dense, state, positive)
+    weights = make_weights(state, dense.m)
+    exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
+    assert_gradients(dense, exact, weigh(engine, block, state, positive, weights, kept))
+    return state
+
+
+# ---- one reference or running maxima -------------------------------------------------------------
+
+
+def random(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
+    return make_block(*shape, 24, dtype, scale=scale)
+
+
+def long(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
+    """Features nobody normalised."""
+    block = random(dtype, scale, shape)
+    return block._replace(x=block.x * 30, y=block.y * 20)
+
+
+def one_long(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
+    """The bound speaks for one pair; all other logits are far below it."""
+    block = random(dtype, scale, shape)
+    block.x[3] *= 25
+    block.y[5] *= 25
+    return block
+
+
+def one_low(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
+    """All logits of one row, or of one column, its positive included, are far below the others."""
+    block = random(dtype, scale, shape)
+    towers = (block.x, block.y) if shape[0] < shape[1] else (block.y, block.x)
+    towers[1][:, 0] = towers[1][:, 0].abs() + 1
+    towers[0][7] = 0
+    towers[0][7, 0] = -1
+    return block
+
+
+# Kind, scale, and for float64, which reaches farther, and for the others: is one reference enough?
+CASES = [
+    (random, 1e-3, True, True),
+    (random, 14.3, True, True),
+    (random, 100.0, True, True),
+    (random, 1e4, False, False),
+    (random, -100.0, True, True),
+    (random, -1e4, False, False),
+    (random, 0.0, True, True),
+    (long, 1.0, True, False),
+    (long, 14.3, False, False),
+    (one_long, 14.3, False, False),
+    (one_low, 14.3, True, True),
+    (one_low, 100.0, True, False),
+    (one_low, 2e3, False, False),
+]
+
+
+@pytest.mark.parametrize("shape", [(90, 40), (40, 90)], ids=["tall", "wide"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def test_references(engine: str, case: tuple, dtype: str, shape: tuple[int, int]) -> None:
+    kind, scale, *enough = case
+    block = kind(DTYPES[dtype], scale, shape)
+    state = check(engine, block)
+    assert torch.equal(state[0], state[0].round()), "exponents are exact for integers alone"
+    if engine == "cpu":
+        assert has_one_reference(state) == enough[dtype != "float64"]
+        itemsize = accumulator(DTYPES[dtype]).itemsize
+        for budget in (48 * 40 * itemsize, 1 << 30):  # half the rows, all of them
+            kept = check(engine, block, rows_to_keep(*shape, itemsize, budget))
+            assert has_one_reference(kept) == has_one_reference(state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_bound_that_is_one(engine: str, dtype: str) -> None:
+    """A bound given by the caller, tight or far too high, does not change what comes out."""
+    for scale in (14.3, 100.0):
+        block = random(DTYPES[dtype], scale, (70, 50))
+        for bound, enough in ((1.02, True), (50.0, None), (1e4, False)):
+            state = check(engine, block, bound=torch.tensor(bound, dtype=torch.float64))
+            if engine == "cpu" and enough is not None:
+                assert has_one_reference(state) == enough
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0, 43.0, 60.0, 76.0, 77.0, 100.0, 300.0])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_references_headroom(engine: str, dtype: str, scale: float) -> None:
+    """The reference leaves 2^t above itself for the largest possible logit: as much as the smallest
+    needs to be held, if that is no more than a sum over the columns can take. Logits at both ends
+    of what is possible, on either side of both limits of t, are right."""
+    depth, headroom = (1000, 900) if dtype == "float64" else (120, 100)
+    if dtype == "float64":
+        scale *= 10
+    n, d = 40, 12
+    block = make_block(n, n, d, DTYPES[dtype], scale=scale)
+    block.y[4] = block.x[9] = torch.eye(d)[0]  # a negative with the largest possible logit
+    block.y[6] = block.x[11] = torch.eye(d)[1]
+    block.x[12] = -block.x[11]  # one with the smallest possible
+    one = torch.tensor(1.0, dtype=torch.float64)
+    state = check(engine, block, bound=one)
+    if engine == "cpu":
+        top = scale * LOG2E
+        t = min(max(0.0, 2 * top - depth), headroom)
+        assert has_one_reference(state) == (scale not in (300, 3000))  # no typical row reaches it
+        if has_one_reference(state):
+            assert state[0, 0] == math.ceil(top - t)
+    # All of a row's and all of a column's logits at the lower end, its positive's too: too low for
+    # one reference, unless the scale is small.
+    lowest = block._replace(y=torch.eye(d)[[2]].expand(n, d).to(block.y).clone())
+    lowest.x[5] = -lowest.y[0]
+    lowest.x[20] = lowest.y[0]
+    state = check(engine, lowest, bound=one)
+    if engine == "cpu":
+        assert has_one_reference(state) == (scale == 1.0 or scale == 10.0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("scale", [0.0, -0.0, -14.3, -1e4, 1e4])
+def test_zero_and_negative_scales(engine: str, loss: str, scale: float) -> None:
+    block = random(torch.float64, scale, (33, 33))
+    inputs = [t.clone().requires_grad_() for t in (block.x, block.y, block.scale)]
+    others = [t.clone().requires_grad_() for t in (block.x, block.y, block.scale)]
+    value, truth = LOSSES[loss](*inputs, -2.0, backend=engine), REFERENCES[loss](*others, -2.0)
+    value.backward()
+    truth.backward()
+    torch.testing.assert_close(value, truth, rtol=1e-10, atol=1e-12)
+    for one, other in zip(inputs, others, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-7, atol=1e-12)
+
+
+# ---- norms out of range --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_norms_that_overflow(engine: str, dtype: str, swap: bool) -> None:
+    """The bound is infinite or NaN, the logits are not: 1e20 by 1e-20, and by zeros."""
+    huge = 1e200 if dtype == "float64" else 1e20
+    block = random(DTYPES[dtype], 14.3, (50, 30))
+    x, y = block.x * huge, block.y * (1 / huge)
+    # Totals and gradients need products of the same size; states and positives are what counts.
+    for short in (y, torch.zeros_like(y)):
+        changed = block._replace(x=x, y=short)
+        if swap:
+            changed = changed._replace(x=short, y=x)
+        dense = Dense(changed)
+        state, positive, _ = sweep(engine, changed)
+        assert_states(dense, state, positive)
+
+
+def test_products_that_overflow_are_not_hidden(engine: str) -> None:
+    block = random(torch.float32, 1.0, (40, 40))
+    for loss in LOSSES.values():
+        x, y = (t.clone().mul_(1e20).requires_grad_() for t in (block.x, block.y))
+        value = loss(x, y, 1.0, backend=engine)
+        value.backward()
+        assert not value.isfinite()
+
+
+# ---- lines without negatives ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_pair(engine: str, dtype: str, normalize: bool) -> None:
+    """No negatives: CLIP's loss and gradients are exactly zero, SigLIP's those of one pair."""
+    for scale in (0.0, 1.0, 100.0, -1e4, 1e30):
+        x, y = (torch.randn(1, 9).to(DTYPES[dtype]).requires_grad_() for _ in range(2))
+        s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+        for reduction in ("mean", "none"):
+            value = clip_loss(x, y, s, normalize=normalize, reduction=reduction, backend=engine)
+            gradients = torch.autograd.grad(value.sum(), (x, y, s))
+            assert not value.any(), scale
+            assert not any(g.any() for g in gradients), scale
+    x, y = (t.detach().double().requires_grad_() for t in (x, y))
+    arguments = (x, y, 2.0, -1.0)
+    value = siglip_loss(*arguments, normalize=normalize, backend=engine)
+    truth = reference.siglip_loss(*arguments, normalize=normalize)
+    torch.testing.assert_close(value, truth, rtol=1e-12, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(value, (x, y)), torch.autograd.grad(truth, (x, y)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [14.3, 1e4])
+@pytest.mark.parametrize("shape", [(1, 30), (30, 1), (1, 1)], ids=str)
+def test_a_line_of_nothing_but_its_positive(
+    engine: str, shape: tuple[int, int], scale: float
+) -> None:
+    """Its sum is zero, its reference a number, and its loss and weights are zero."""
+    block = make_block(*shape, 8, scale=scale)
+    m = shape[0]
+    state = check(engine, block)
+    positive = sweep(engine, block)[1]
+    alone = 0 if shape[1] == 1 else m  # the row, or the column, of the only positive
+    losses, _, weights = operator("finish", engine)(
+        state[:, [alone]].contiguous(), positive[[0]], block.scale, None, block.loss
+    )
+    assert losses.tolist() == [0.0]
+    assert weights.tolist() == [0.0]
+
+
+# ---- values nobody wants, which must show and must not hang --------------------------------------
+
+SPOILT = """
+import json, math, sys
+import torch
+from fastclip import reference
+from fastclip.loss import clip_loss, siglip_loss
+
+LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+TRUTHS = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
+dtypes = [torch.float64, torch.float32, torch.bfloat16]
+engine, device = sys.argv[1:]
+results = []
+for loss in LOSSES:
+    for dtype in dtypes:
+        for n in (3, 150):
+            for name, value, scale in [
+                ("nan", math.nan, 2.0), ("inf", math.inf, 2.0), ("-inf", -math.inf, 2.0),
+                ("nan scale", None, math.nan), ("inf scale", None, math.inf),
+                ("scale 1e30", None, 1e30), ("scale -1e30", None, -1e30),
+                ("scale 1e8", None, 1e8), ("scale 1e300", None, 1e300),
+            ]:
+                for normalize in (False, True):
+                    torch.manual_seed(0)
+                    x, y = torch.randn(2, n, 6, dtype=torch.float64).unbind()
+                    if value is not None:
+                        x[1, 2] = value
+                    x, y = (t.to(device, dtype).requires_grad_() for t in (x, y))
+                    s = torch.tensor(scale, dtype=torch.float64, device=device, requires_grad=True)
+                    arguments = (x, y, s, -1.0)
+                    loss_value = LOSSES[loss](*arguments, normalize=normalize, backend=engine)
+                    loss_value.backward()
+                    wide = (x.detach().double(), y.detach().double(), s.detach(), -1.0)
+                    with torch.no_grad():
+                        truth = TRUTHS[loss](*wide, normalize=normalize)
+                    finite = [bool(t.grad.isfinite().all()) for t in (x, y, s)]
+                    results.append(dict(
+                        case=f"{loss}, {dtype}, {n} pairs, {name}, {normalize=}",
+                        kind=name, loss=loss_value.item(), truth=truth.item(), finite=finite,
+                    ))
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def spoilt(device: torch.device) -> dict[str, list[dict]]:
+    """What became of each spoilt batch, by engine; a process of its own, because it might hang."""
+    return {}
+
+
+def outcomes(engine: str, device: torch.device, cache: dict[str, list[dict]]) -> list[dict]:
+    if engine not in cache:
+        command = [sys.executable, "-c", SPOILT, engine, str(device)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        cache[engine] = json.loads(done.stdout)
+    return cache[engine]
+
+
+def test_spoilt_features_show_in_loss_and_gradients(
+    engine: str, device: torch.device, spoilt: dict[str, list[dict]]
+) -> None:
+    """No NaN is lost on the way, and after an infinity a GradScaler sees that the step is void."""
+    cases = [c for c in outcomes(engine, device, spoilt) if c["kind"] in ("nan", "inf", "-inf")]
+    assert cases
+    for case in cases:
+        if case["kind"] == "nan":
+            assert math.isnan(case["loss"]), case
+        if not math.isfinite(case["truth"]):
+            # A pair whose positive is the infinity may well have a loss of zero.
+            assert not all(case["finite"]), case
+
+
+def test_absurd_scales_give_the_loss_or_no_number(
+    engine: str, device: torch.device, spoilt: dict[str, list[dict]]
+) -> None:
+    """Where logits are too large for their differences to mean anything, no figure is invented."""
+    cases = [c for c in outcomes(engine, device, spoilt) if "scale" in c["kind"]]
+    assert cases
+    for case in cases:
+        if math.isfinite(case["loss"]):
+            assert case["loss"] == pytest.approx(case["truth"], rel=1e-2), case
