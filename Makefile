@@ -48,7 +48,7 @@ gpu:
 	$(PYTHON) bench/gpu.py
 
 clean:
-	rm -rf .venv build dist *.egg-info fastclip/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo *.egg-info fastclip/_C.* .pytest_cache .ruff_cache .hypothesis
 	find fastclip triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # Of pip's some hundred lines those about large files are shown; errors go to stderr, past the filter.

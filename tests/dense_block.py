@@ -226,11 +226,19 @@ class Dense:
         sizes = abs(gain) * torch.stack([w.abs().sum(), (w * self.t).abs().sum()])
         return Gradients(*results, totals, (*conditions, _ratio(sizes, totals)))
 
+    @cached_property
+    def longest(self) -> list[float]:
+        """The largest norm of either tower."""
+        peaks = [float(features.abs().max()) or 1.0 for features in (self.x, self.y)]
+        return [
+            peak * float((features / peak).norm(dim=1).max())
+            for features, peak in zip((self.x, self.y), peaks, strict=True)
+        ]
+
     @property
     def largest(self) -> float:
         """A bound of the logits, which is what rounding errors in exponentials grow with."""
-        longest = [float(features.norm(dim=1).max()) for features in (self.x, self.y)]
-        return abs(self.scale) * longest[0] * longest[1] + abs(self.bias)
+        return abs(self.scale) * self.longest[0] * self.longest[1] + abs(self.bias)
 
     @property
     def arithmetic(self) -> float:
@@ -261,9 +269,8 @@ def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "")
 
 
 def _atol(dense: Dense) -> float:
-    lengths = [float(features.norm(dim=1).max()) for features in (dense.x, dense.y)]
     terms = 8 + dense.x.shape[1] ** 0.5
-    return terms * roundoff(accumulator(dense.block.x.dtype)) * lengths[0] * lengths[1]
+    return terms * roundoff(accumulator(dense.block.x.dtype)) * dense.longest[0] * dense.longest[1]
 
 
 def assert_gradients(

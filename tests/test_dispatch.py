@@ -70,11 +70,10 @@ print(json.dumps({"info": fastclip.build_info(), "failures": failures, "examined
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    settings = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": path, **environment}
+    settings = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
     return subprocess.run(
         [sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=False,
-        timeout=300,
+        timeout=300, cwd=Path(__file__).parent,
     )  # fmt: skip
 
 

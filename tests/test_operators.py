@@ -138,7 +138,8 @@ def test_fakes_agree_in_shape_and_dtype(name: str, engine: str, dtype: str) -> N
 def test_opcheck(name: str, engine: str, dtype: str) -> None:
     """Schema (nothing mutated, nothing aliased), registration, fakes, tracing with any size."""
     for what, sample in samples(name, engine, DTYPES[dtype]):
-        if name == "weigh" or "20 x 33" in what:  # opcheck takes NaN for a difference
+        # opcheck takes NaN for a difference, and takes its time.
+        if "20 x 33" in what or (name == "weigh" and "True, False" in what):
             torch.library.opcheck(operator(name, engine), sample)
 
 
@@ -289,10 +290,10 @@ def test_bf16_products_are_taken_where_the_user_allows_them(
     full = [
         error(t, exact) for t, exact in zip(evaluate(torch.float32, engine), truth, strict=True)
     ]
-    products_in_bf16("bf16")
+    set_precision("bf16")
     results = evaluate(torch.float32, engine)
     coarse = [error(t, exact) for t, exact in zip(results, truth, strict=True)]
-    products_in_bf16("ieee")
+    set_precision("ieee")
     again = [
         error(t, exact) for t, exact in zip(evaluate(torch.float32, engine), truth, strict=True)
     ]

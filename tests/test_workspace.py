@@ -66,6 +66,7 @@ def report() -> dict[str, int]:
         capture_output=True,
         text=True,
         check=False,
+        cwd=Path(__file__).parent,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
