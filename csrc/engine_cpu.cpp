@@ -58,10 +58,10 @@ constexpr int64_t kMostCols = 256;
 
 // Rows to a block and columns to a tile: enough of them to share, few enough for each to be worth its transposition and
 // its visits to v, and small enough that what a block keeps stays in a 2 MiB L2 cache (a 1 MiB one costs 3 %). bf16
-// products are so fast that visits count more. Functions of the sizes alone, so that results do not depend on the
-// number of threads.
-int64_t block_rows(int64_t rows, bool narrow) {
-  return std::clamp<int64_t>(round_up(rows / 16, kLane), 64, narrow ? 512 : 128);
+// products are so fast that visits count more. Functions of sizes and dtype alone: results do not depend on the number
+// of threads, and kept products can be read whatever the product and the instruction set have become since.
+int64_t block_rows(int64_t rows, Dtype dtype) {
+  return std::clamp<int64_t>(round_up(rows / 16, kLane), 64, dtype == Dtype::kBFloat16 ? 512 : 128);
 }
 int64_t tile_cols(int64_t cols, bool narrow) { return cols < 1024 ? 64 : narrow ? kMostCols : 128; }
 
@@ -70,11 +70,12 @@ class Engine {
   static constexpr bool kNarrow = sizeof(Op) < sizeof(T);  // bf16 products
   static constexpr bool kDirect = std::is_same_v<In, Op>;  // features are operands as they are
   static constexpr int64_t kChain = 128;                   // terms summed in one go
+  static constexpr int64_t kSpins = 1 << 15;               // about half a millisecond
 
  public:
   explicit Engine(Problem& p)
       : p_(p),
-        block_(block_rows(p.x.rows, kNarrow)),
+        block_(block_rows(p.x.rows, p.dtype)),
         tile_(tile_cols(p.y.rows, kNarrow)),
         blocks_((p.x.rows + block_ - 1) / block_),
         tiles_((p.y.rows + tile_ - 1) / tile_),
@@ -114,11 +115,15 @@ class Engine {
     if (joined && p_.brgemm) at::native::cpublas::brgemm_release(kNarrow);
   }
 
-  // Until block k - 1 has left tile j.
+  // Until block k - 1 has left tile j: rarely more than a tile's time, a fifth of a millisecond. Yielding sooner would
+  // hand the core to any idle-priority process for milliseconds.
   void wait(int64_t j, int64_t k) const {
-    for (int spins = 0; passed_[j].load(std::memory_order_acquire) < k; spins++) {
+    for (int64_t spins = 0; passed_[j].load(std::memory_order_acquire) < k; spins++) {
       if (failed_) throw std::runtime_error("another thread of the engine failed");
-      if (spins > 4096) std::this_thread::yield();
+      if (spins > kSpins) std::this_thread::yield();
+#if FASTCLIP_X86
+      __builtin_ia32_pause();
+#endif
     }
   }
 
@@ -224,8 +229,7 @@ class Engine {
 
   Tile<T> make_tile(const Block& b, int64_t begin, int64_t cols) const {
     Tile<T> tile;
-    T* const kept = static_cast<T*>(p_.kept) + b.begin * p_.y.rows + begin * b.lanes;
-    tile.t = b.kept ? kept : b.products;
+    tile.t = b.kept ? static_cast<T*>(p_.kept) + b.begin * p_.y.rows + begin * b.lanes : b.products;
     tile.w = b.kept ? b.weights : b.products;
     tile.lanes = b.lanes, tile.rows = b.rows, tile.cols = cols;
     tile.first_lane = begin - p_.offset - b.begin;
@@ -296,12 +300,16 @@ class Engine {
   }
 
   void transform(const Tile<T>& tile) const {
-    const bool softmax = p_.loss == Loss::kSoftmax;
-    if (p_.fold && p_.weigh) return fold_tile<Sigmoid, true>(tile);
-    if (p_.fold && p_.running_maxima) return fold_tile_running<Softmax>(tile);
-    if (p_.fold) return softmax ? fold_tile<Softmax, false>(tile) : fold_tile<Sigmoid, false>(tile);
-    if (!softmax) return weigh_tile<Sigmoid, true>(tile);
-    return p_.one_reference ? weigh_tile<Softmax, true>(tile) : weigh_tile<Softmax, false>(tile);
+    for_loss(p_.loss, [&](auto loss) {
+      using Loss = decltype(loss);
+      if constexpr (Loss::kNeedsState) {
+        if (p_.fold) return p_.running_maxima ? fold_tile_running<Loss>(tile) : fold_tile<Loss, false>(tile);
+        return p_.one_reference ? weigh_tile<Loss, true>(tile) : weigh_tile<Loss, false>(tile);
+      } else {
+        if (p_.fold) return p_.weigh ? fold_tile<Loss, true>(tile) : fold_tile<Loss, false>(tile);
+        return weigh_tile<Loss, true>(tile);
+      }
+    });
   }
 
   void merge_columns(int64_t k, int64_t j0, int64_t cols, const double* reference, const double* sum) const {
@@ -325,11 +333,11 @@ class Engine {
   // dL/ds of pair (i, j = i + offset), whichever side it is indexed by; in one go it comes from the product just made.
   T positive_weight(int64_t i, int64_t j) const {
     const int64_t q = p_.positive_of_y ? j : i;
-    if (p_.fold) {
-      const Affine<T> flipped(-p_.scale * kLog2E, -p_.bias * kLog2E);
-      return -Sigmoid::activation(T(p_.positive[q]), flipped, T(0));
-    }
-    return T(p_.positive_weight[q]);
+    if (!p_.fold) return T(p_.positive_weight[q]);
+    const double s = p_.scale * p_.positive[q] + p_.bias;
+    T weight = 0;
+    for_loss(p_.loss, [&](auto loss) { weight = T(loss.finish(0, 0, s).positive_weight); });
+    return weight;
   }
 
   void add_positives(const Block& b, int64_t begin, int64_t cols, T* v) const {

@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "engine.h"
+
 #if defined(__CUDACC__)
 #define FASTCLIP_INLINE __host__ __device__ __forceinline__
 #else
@@ -98,14 +100,15 @@ FASTCLIP_INLINE V exp2_split(V z, V f) {
   return z < kRounder - 126.f ? V{} : q * power;
 }
 
-// 2^(t * scale - m). With an integral m the subtraction is exact, so the error is that of t and of one rounding,
-// whatever the size of the logit. Overflow is infinite; NaN stays NaN.
+// 2^(t * scale - m). With an integral m, and where the compiler contracts to fused multiply-adds, the subtraction is
+// exact: the error is that of t and of one rounding, whatever the size of the logit. Overflow is infinite; NaN stays
+// NaN.
 template <class V, class T>
 FASTCLIP_INLINE V exp2_relative(V t, const Affine<T>& k, V m) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return for_each(t * k.scale - m, Exp2());
   } else {
-    const V l = t * k.scale - m;
+    const V l = (t * k.scale - m) + t * k.scale_low;
     const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
     return exp2_split(z, (t * k.scale - (m + (z - kRounder))) + t * k.scale_low);
   }
@@ -133,7 +136,7 @@ FASTCLIP_INLINE V log1p_unit(V u) {
 // Logit l in log2 units and u = 2^-|l|.
 template <class V, class T>
 FASTCLIP_INLINE void magnitude(V t, const Affine<T>& k, V& l, V& u) {
-  l = t * k.scale + k.bias;
+  l = (t * k.scale + k.bias) + (t * k.scale_low + k.bias_low);
   if constexpr (sizeof(T) == sizeof(double)) {
     u = for_each(l > 0. ? -l : l, Exp2());
   } else {
@@ -153,6 +156,8 @@ FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(
 // CLIP's two-way softmax (arXiv 2103.00020): a row remembers the sum of the exponentials of its negatives, relative to
 // m. The bias cancels between numerator and denominator.
 struct Softmax {
+  static constexpr bool kNeedsState = true;  // for its weights: the gradient needs a second sweep
+  static constexpr bool kUsesBias = false;
   template <class V, class T>
   static FASTCLIP_INLINE V fold(V t, const Affine<T>& k, V m) {
     return exp2_relative(t, k, m);
@@ -172,6 +177,8 @@ struct Softmax {
 
 // SigLIP's pairwise sigmoid (arXiv 2303.15343): a row remembers the sum of softplus(s) of its negatives.
 struct Sigmoid {
+  static constexpr bool kNeedsState = false;
+  static constexpr bool kUsesBias = true;
   template <class V, class T>
   static FASTCLIP_INLINE V fold(V t, const Affine<T>& k, V) {
     V l, u;
@@ -188,6 +195,17 @@ struct Sigmoid {
     return {sum + softplus(-s), 1., -1 / (1 + exp(s))};
   }
 };
+
+// Calls f with the loss of that name.
+template <class Function>
+FASTCLIP_INLINE void for_loss(Loss loss, Function f) {
+  switch (loss) {
+    case Loss::kSoftmax:
+      return f(Softmax());
+    case Loss::kSigmoid:
+      return f(Sigmoid());
+  }
+}
 
 }  // namespace FASTCLIP_CAPABILITY
 }  // namespace fastclip

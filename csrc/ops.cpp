@@ -76,13 +76,14 @@ struct Call {
                 "x and y must be non-empty (M, D) and (N, D) of one dtype, got ", x.sizes(), " ", x.scalar_type(),
                 " and ", y.sizes(), " ", y.scalar_type());
     const auto statistic = statistic_of(x);
+    TORCH_CHECK((!fx || fx->numel() == m) && (!fy || fy->numel() == n), "factor_x must be (M), factor_y (N)");
     if (fx) factor_x = fx->to(statistic).contiguous();
     if (fy) factor_y = fy->to(statistic).contiguous();
     problem.dtype = dtype_of(x.scalar_type());
     problem.loss = loss_of(loss);
     problem.width = x.size(1);
     problem.scale = scale.item<double>();
-    problem.bias = bias && problem.loss == Loss::kSigmoid ? bias->item<double>() : 0.0;
+    problem.bias = bias && uses_bias() ? bias->item<double>() : 0.0;
     problem.offset = swapped ? -offset : offset;
     problem.positive_of_y = swapped;
     problem.brgemm = brgemm_wanted();
@@ -96,7 +97,20 @@ struct Call {
 
   void run() { threads_used = capability().run(problem); }
 
+  bool uses_bias() const {
+    return trait([](auto loss) { return loss.kUsesBias; });
+  }
+  bool needs_state() const {
+    return trait([](auto loss) { return loss.kNeedsState; });
+  }
+
  private:
+  template <class Function>
+  bool trait(Function f) const {
+    bool value = false;
+    PORTABLE::for_loss(problem.loss, [&](auto loss) { value = f(loss); });
+    return value;
+  }
   static void set(Side& side, const Tensor& features, const Tensor& factor) {
     side.features = features.const_data_ptr();
     side.rows = features.size(0);
@@ -131,7 +145,8 @@ void set_reference(Call& call, const optional<Tensor>& bound) {
   const double top = std::abs(p.scale) * largest * kLog2E;
   const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
   const double t = std::min(std::max(0.0, 2 * top - depth), headroom);
-  p.reference = std::ceil(top - t);
+  // What T can hold, since the engine and the finish must speak of the same reference.
+  p.reference = wide ? std::ceil(top - t) : double(float(std::ceil(top - t)));
 }
 
 // Whether one reference was enough: a row or column whose R + P is smaller may have lost terms that count.
@@ -176,9 +191,9 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const Tensor& x, const Tensor& y, const
   p.kept = kept.data_ptr();
   p.kept_rows = kept.numel() / p.y.rows;
   p.fold = true;
-  if (p.loss == Loss::kSoftmax) set_reference(call, bound);
+  if (call.needs_state()) set_reference(call, bound);
   call.run();
-  if (p.loss == Loss::kSoftmax && !states_hold(call)) {
+  if (call.needs_state() && !states_hold(call)) {
     p.running_maxima = true;
     p.kept_ready = true;
     call.run();
@@ -198,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
                   positive.scalar_type() == at::kDouble && period > 0 && lines % period == 0,
               "state must be (2, L) and positive (L) or a divisor, contiguous float64, got ", state.sizes(), " and ",
               positive.sizes());
-  const bool softmax = loss_of(loss) == Loss::kSoftmax;
-  const double k = scale.item<double>(), k0 = bias && !softmax ? bias->item<double>() : 0.0;
+  const Loss name = loss_of(loss);
+  const double k = scale.item<double>(), k0 = bias ? bias->item<double>() : 0.0;
   Tensor losses = at::empty({lines}, state.options()), coefficients = at::empty({lines}, state.options()),
          weights = at::empty({lines}, state.options());
   const double* const reference = state.const_data_ptr<double>();
@@ -208,9 +223,10 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
                 *const q = weights.mutable_data_ptr<double>();
   at::parallel_for(0, lines, 2048, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const double s = k * t[i % period] + k0, sum = reference[lines + i];
-      const auto line =
-          softmax ? PORTABLE::Softmax::finish(reference[i], sum, s) : PORTABLE::Sigmoid::finish(reference[i], sum, s);
+      PORTABLE::Line line;
+      PORTABLE::for_loss(name, [&](auto loss) {
+        line = loss.finish(reference[i], reference[lines + i], k * t[i % period] + (loss.kUsesBias ? k0 : 0.));
+      });
       l[i] = line.loss, c[i] = line.coefficient, q[i] = line.positive_weight;
     }
   });
@@ -284,7 +300,9 @@ std::tuple<Tensor, Tensor, Tensor> weigh(const Tensor& x, const Tensor& y, const
   for (int64_t q = 1; q < lines && p.one_reference; q++) p.one_reference = m[q] == m[0];
   p.gain = gain.item<double>();
   p.project = project;
-  p.kept = kept.data_ptr();
+  TORCH_CHECK(kept.scalar_type() == statistic && kept.is_contiguous() && kept.numel() % p.y.rows == 0,
+              "kept must come from a sweep of the same features, got ", kept.sizes(), " ", kept.scalar_type());
+  p.kept = const_cast<void*>(kept.const_data_ptr());
   p.kept_rows = kept.numel() / p.y.rows;
   p.kept_ready = true;
   p.weigh = true;
@@ -298,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(
     bool needs_x, bool needs_y, bool project) {
   Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
   Problem& p = call.problem;
-  TORCH_CHECK(p.loss == Loss::kSigmoid, "only a loss whose weights need no state can be swept and weighed in one go");
+  TORCH_CHECK(!call.needs_state(), "only a loss whose weights need no state can be swept and weighed in one go");
   const auto statistic = statistic_of(x);
   Swept swept = allocate_states(call);
   Gradients out = allocate_gradients(call, needs_x, needs_y, statistic, statistic);
