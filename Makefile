@@ -44,7 +44,7 @@ format: .venv/packages
 # The running python3 may belong to the system; pip then wants to be told that this is meant.
 gpu:
 	@$(PYTHON) bench/gpu.py --check
-	PIP_BREAK_SYSTEM_PACKAGES=1 $(PYTHON) -m pip --quiet $(INSTALL)
+	FASTCLIP_REQUIRE_EXTENSION=0 PIP_BREAK_SYSTEM_PACKAGES=1 $(PYTHON) -m pip --quiet $(INSTALL)
 	$(PYTHON) bench/gpu.py
 
 clean:

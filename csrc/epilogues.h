@@ -110,7 +110,9 @@ FASTCLIP_INLINE V exp2_relative(V t, const Affine<T>& k, V m) {
   } else {
     const V l = (t * k.scale - m) + t * k.scale_low;
     const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
-    return exp2_split(z, (t * k.scale - (m + (z - kRounder))) + t * k.scale_low);
+    const V r = z - kRounder, shift = m + r;
+    const V lost = r - (shift - m);  // of the sum, where |m| has outgrown the integers of a float
+    return exp2_split(z, ((t * k.scale - shift) - lost) + t * k.scale_low);
   }
 }
 

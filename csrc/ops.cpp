@@ -13,6 +13,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "capability_cpu.h"
@@ -142,11 +143,14 @@ void set_reference(Call& call, const optional<Tensor>& bound) {
     const auto norm = capability().largest_norm;
     largest = (p.x.factor ? 1.0 : norm(p.x, p)) * (p.y.factor ? 1.0 : norm(p.y, p));
   }
-  const double top = std::abs(p.scale) * largest * kLog2E;
+  // The margin covers the rounding of norms and products; the reference is one that T can hold, since the engine and
+  // the finish must speak of the same.
+  const double top = std::abs(p.scale) * largest * kLog2E * (1 + 1e-5);
   const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
   const double t = std::min(std::max(0.0, 2 * top - depth), headroom);
-  // What T can hold, since the engine and the finish must speak of the same reference.
-  p.reference = wide ? std::ceil(top - t) : double(float(std::ceil(top - t)));
+  p.reference = std::ceil(top - t);
+  if (!wide && double(float(p.reference)) != p.reference)
+    p.reference = std::nextafterf(float(p.reference), std::numeric_limits<float>::infinity());
 }
 
 // Whether one reference was enough: a row or column whose R + P is smaller may have lost terms that count.

@@ -20,7 +20,12 @@ AVAILABLE = "available"
 def _load_extension() -> tuple[ModuleType | None, str]:
     """The compiled module, whose import registers its operators; or None and the reason."""
     try:
-        return importlib.import_module("fastclip._C"), AVAILABLE
+        module = importlib.import_module("fastclip._C")
+        built = str(module.build_info()["torch"])
+        # It uses C++ internals of torch: that it loads beside another release proves nothing.
+        if built.partition("+")[0] != torch.__version__.partition("+")[0]:
+            raise ImportError("its torch is another release")
+        return module, AVAILABLE
     except ImportError as error:
         spec = importlib.util.find_spec("fastclip._C")
         if spec is None or spec.origin is None:

@@ -72,6 +72,14 @@ class _Block:
             else logit + self.bias.to(logit.dtype)
         )
 
+    def cosines(self, logit: Tensor, t: Tensor) -> Tensor:
+        """t as the rounded logits have it: a positive must tie with its duplicates among them."""
+        scale = self.scale
+        exact = logit.to(scale.dtype)
+        if self.bias is not None and self.epilogue.uses_bias:
+            exact = exact - self.bias
+        return torch.where(scale == 0, t, exact / torch.where(scale == 0, 1, scale))
+
 
 def _largest(logit: Tensor, dim: int) -> Tensor:
     """Reference of each line: its largest negative, or 0 where there is none."""
@@ -94,8 +102,8 @@ def sweep(
     positive = torch.full((m,), torch.nan, dtype=state.dtype, device=x.device)
     for rows in block.chunks():
         t, is_positive = block.tile(rows)
-        _note_positives(positive[rows], t, rows.start + offset)
         logit = block.logits(t)
+        _note_positives(positive[rows], block.cosines(logit, t), rows.start + offset)
         if epilogue is Softmax:
             logit.masked_fill_(is_positive, -torch.inf)
             here = _largest(logit, 1)

@@ -35,11 +35,15 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"fused": fused.clip_loss, "dense": d
 
 @dataclass
 class Run:
-    """One training run as it goes: the loss and the scale of every step so far, seconds spent."""
+    """One training run as it goes: the loss and the scale of every step so far, seconds spent.
+
+    `saved` says whether its checkpoint was written.
+    """
 
     losses: list[float] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    saved: bool = False
 
 
 def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
@@ -240,10 +244,13 @@ def demo(args: argparse.Namespace, task: Task, run: Run, checkpoint: Path) -> No
     try:
         train(model, stream, LOSSES[args.loss], run, label=f"{args.loss} loss", **schedule)
     finally:
-        # Interrupted or not: what was learnt so far is worth keeping.
-        model.save(
-            checkpoint, steps=str(len(run.losses)), tokenizer="fastclip/emoji/tokenizer.json"
-        )
+        # Interrupted or not: what was learnt so far is worth keeping. Before the first step that
+        # is nothing, and an earlier run's checkpoint may be there.
+        if run.losses:
+            model.save(
+                checkpoint, steps=str(len(run.losses)), tokenizer="fastclip/emoji/tokenizer.json"
+            )
+            run.saved = True
     scores = evaluate(model, task.emoji, task.split, task.encode)
     print(report(scores, task), flush=True)
 
@@ -281,18 +288,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser()
     args = options.parse_args(argv)
     checkpoint = args.out / "clip.safetensors"
-    try:
-        task = Task.load(checked_device(args.device))
-        task.start(args.seed, args.batch_size)
-        writable_folder(args.out)
-    except (OSError, ValueError) as error:
-        options.error(str(error))
     run = Run()
     try:
+        try:
+            task = Task.load(checked_device(args.device))
+            task.start(args.seed, args.batch_size)
+            writable_folder(args.out)
+        except (OSError, ValueError) as error:
+            options.error(str(error))
         demo(args, task, run, checkpoint)
     except KeyboardInterrupt:
-        done = len(run.losses)
-        print(f"\nstopped after {done} steps; {checkpoint} holds the model so far", file=sys.stderr)
+        kept = f"{checkpoint} holds the model so far" if run.saved else "nothing was saved"
+        print(f"\nstopped after {len(run.losses)} steps; {kept}", file=sys.stderr)
         sys.exit(130)
 
 

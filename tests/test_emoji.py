@@ -16,7 +16,16 @@ from fastclip import emoji as emoji_data
 from fastclip.emoji import COLUMNS, FOLDER, SIZE, VENDORS, Emoji, read_sheet
 from fastclip.emoji.batches import augment, batches, on_white
 from fastclip.emoji.evaluate import CATEGORY_WORDS, per_class_accuracy, recall
-from fastclip.emoji.rebuild import VERSION, captions, look_alikes, main, rebuild, shrink
+from fastclip.emoji.rebuild import (
+    VERSION,
+    VOCABULARY,
+    captions,
+    look_alikes,
+    main,
+    rebuild,
+    shrink,
+    unshared,
+)
 from fastclip.emoji.split import Split, split
 from fastclip.tokenizer import Tokenizer
 
@@ -110,8 +119,8 @@ def test_split_keeps_its_sides_apart(emoji: Emoji, parts: Split) -> None:
     for vendor in range(len(VENDORS)):
         drawn = {emoji.drawings[i, vendor].numpy().tobytes() for i in trained}
         assert not any(emoji.drawings[i, vendor].numpy().tobytes() in drawn for i in held)
-    names = {emoji.concepts[i].name for i in trained}
-    assert not any(emoji.concepts[i].name in names for i in held)
+    names = {caption for i in trained for caption in emoji.concepts[i].captions}
+    assert not any(caption in names for i in held for caption in emoji.concepts[i].captions)
     assert 0.14 < len(parts.held_out) / len(parts.members) < 0.16
     assert 0.19 < len(parts.one_vendor) / len(parts.members) < 0.21
     by_vendor = Counter(parts.vendors[group] for group in parts.one_vendor)
@@ -120,6 +129,29 @@ def test_split_keeps_its_sides_apart(emoji: Emoji, parts: Split) -> None:
     shares = Counter(emoji.concepts[parts.members[g][0]].category for g in parts.held_out)
     wholes = Counter(emoji.concepts[m[0]].category for m in parts.members.values())
     assert all(abs(shares[c] / wholes[c] - 0.15) < 0.01 for c in wholes)
+
+
+def test_no_caption_is_in_two_groups(emoji: Emoji, parts: Split) -> None:
+    groups: dict[str, set[int]] = {}
+    for concept in emoji.concepts:
+        for caption in concept.captions:
+            groups.setdefault(caption, set()).add(concept.look_alike)
+    assert not {caption: found for caption, found in groups.items() if len(found) > 1}
+    # The name stays with whom it is the Unicode name of.
+    by_code = {concept.code: concept.captions for concept in emoji.concepts}
+    assert by_code["1F408"][0] == "cat" and by_code["1F431"] == ("cat face",)
+    stream = batches(emoji, parts, lambda texts: torch.zeros(len(texts), 1), len(parts.vendors), 7)
+    for batch in itertools.islice(stream, 12):  # each a whole epoch
+        assert len(set(batch.captions)) == len(batch.captions)
+
+
+def test_the_tokenizer_is_learnt_from_the_trained_captions(
+    emoji: Emoji, parts: Split, tmp_path: Path
+) -> None:
+    trained = [emoji.concepts[i] for group in parts.vendors for i in parts.members[group]]
+    learnt = sorted(caption for concept in trained for caption in concept.captions)
+    Tokenizer.train(learnt, VOCABULARY).save(tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == emoji_data.TOKENIZER.read_bytes()
 
 
 def test_no_batch_holds_a_false_negative(emoji: Emoji, parts: Split, tokenizer: Tokenizer) -> None:
@@ -270,6 +302,17 @@ def test_captions_and_look_alikes_by_hand() -> None:
     # 0 ~ 3 by a drawing, 3 ~ 2 by the other vendor's, 1 ~ 4 by name.
     one, other = [a, b, c, a, np.full((1, 2), 9)], [a, b, c, c, np.full((1, 2), 8)]
     assert look_alikes(["v", "w", "x", "y", "w"], [one, other]) == [0, 1, 0, 0, 1]
+
+
+def test_shared_short_names_are_dropped_by_hand() -> None:
+    texts = [("cat face", "cat", "kitty"), ("cat", "puss"), ("lion", "puss"), ("x", "kitty")]
+    # A caption shared within a group stays; one that two groups have as a short name, neither has.
+    assert unshared(texts, [0, 1, 2, 0]) == [
+        ("cat face", "kitty"),
+        ("cat",),
+        ("lion",),
+        ("x", "kitty"),
+    ]
 
 
 def test_sheet_places_are_row_by_row(tmp_path: Path) -> None:

@@ -307,7 +307,10 @@ def spoilt(device: torch.device) -> dict[str, list[dict]]:
 def outcomes(engine: str, device: torch.device, cache: dict[str, list[dict]]) -> list[dict]:
     if engine not in cache:
         command = [sys.executable, "-c", SPOILT, engine, str(device)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=False,
+            cwd=Path(__file__).parent,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         cache[engine] = json.loads(done.stdout)
     return cache[engine]

@@ -156,6 +156,46 @@ def test_interrupting_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("where", ["load", "first start", "second start", "first step"])
+def test_interrupting_before_the_first_step_saves_nothing(
+    where: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: Task,
+) -> None:
+    starts = iter(["first start", "second start"])
+
+    def interrupt_at(place: str) -> None:
+        if place == where:
+            raise KeyboardInterrupt
+
+    def load(device: torch.device) -> Task:
+        interrupt_at("load")
+        return task
+
+    start = Task.start
+
+    def interrupted_start(self: Task, seed: int, batch_size: int) -> tuple:
+        interrupt_at(next(starts))
+        return start(self, seed, batch_size)
+
+    def loss(**_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Task, "load", load)
+    monkeypatch.setattr(Task, "start", interrupted_start)
+    monkeypatch.setitem(LOSSES, "fused", loss)
+    earlier = tmp_path / "clip.safetensors"
+    earlier.write_bytes(b"an earlier run's")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--out", str(tmp_path), "--steps", "1", "--batch-size", "8", "--no-compare"])
+    assert stopped.value.code == 130
+    error = capsys.readouterr().err
+    assert "stopped after 0 steps; nothing was saved" in error and "clip.safetensors" not in error
+    assert earlier.read_bytes() == b"an earlier run's"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -28,7 +28,8 @@ class Concept:
 
     `captions` begins with its Unicode name; other short names follow where they differ. Concepts
     with the same `look_alike` number cannot be told apart: some vendor draws them pixel for pixel
-    alike (the flags of Norway and of Bouvet Island), or they have the same name.
+    alike (the flags of Norway and of Bouvet Island), or they have the same name. No two concepts
+    with different numbers share a caption.
     """
 
     code: str

@@ -2,9 +2,9 @@
 
 No batch holds a false negative. Both vendors' drawings of a concept share its captions, so a batch
 takes a concept at most once, in one vendor's drawing; and of concepts that look alike, or have one
-name, it takes one. An epoch visits every trained look-alike group once, in a new order; which
-member, which vendor, which caption and which background is drawn anew each time. All of it follows
-from the seed, whatever the loss does.
+name, it takes one. Concepts that do not look alike share no caption. An epoch visits every trained
+look-alike group once, in a new order; which member, which vendor, which caption and which
+background is drawn anew each time. All of it follows from the seed, whatever the loss does.
 """
 
 import random

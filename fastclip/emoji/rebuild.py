@@ -87,6 +87,19 @@ def look_alikes(names: Sequence[str], sheets: Sequence[np.ndarray]) -> list[int]
     return first
 
 
+def unshared(texts: Sequence[tuple[str, ...]], groups: Sequence[int]) -> list[tuple[str, ...]]:
+    """The concepts' captions without the short names that are a caption in another group too.
+
+    Another concept's caption would make a right pair of a batch a false negative: "cat" is the name
+    of the cat, and a short name of the cat's face. A Unicode name, the first caption, always stays.
+    """
+    users: dict[str, set[int]] = {}
+    for own, group in zip(texts, groups, strict=True):
+        for text in own:
+            users.setdefault(text, set()).add(group)
+    return [(name, *(text for text in others if len(users[text]) == 1)) for name, *others in texts]
+
+
 def rebuild(packages: Sequence[Path], out: Path = FOLDER) -> int:
     """Packs the vendors' packages, in the order of VENDORS, into `out`; returns the concept count.
 
@@ -110,9 +123,11 @@ def rebuild(packages: Sequence[Path], out: Path = FOLDER) -> int:
         np.stack([shrink(read[vendor](f"img/{vendor}/64/{row['image']}")) for row in rows])
         for vendor in VENDORS
     ]
+    texts = [captions(row) for row in rows]
+    groups = look_alikes([name for name, *_ in texts], sheets)
     concepts = [
-        Concept(row["unified"], captions(row), row["category"], row["subcategory"], group)
-        for row, group in zip(rows, look_alikes([row["name"] for row in rows], sheets), strict=True)
+        Concept(row["unified"], own, row["category"], row["subcategory"], group)
+        for row, own, group in zip(rows, unshared(texts, groups), groups, strict=True)
     ]
     for vendor, sheet in zip(VENDORS, sheets, strict=True):
         write_sheet(out / f"{vendor}.png", sheet)
