@@ -201,9 +201,15 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const Tensor& x, const Tensor& y, const
     p.running_maxima = true;
     p.kept_ready = true;
     call.run();
-    double* const reference = out.state.mutable_data_ptr<double>();
-    for (int64_t q = 0; q < call.m + call.n; q++)
-      if (std::isinf(reference[q]) && reference[q] < 0) reference[q] = 0;  // no negatives
+    const int64_t lines = call.m + call.n;
+    double *const reference = out.state.mutable_data_ptr<double>(), *const sum = reference + lines;
+    for (int64_t q = 0; q < lines; q++) {
+      if (std::isinf(reference[q]) && reference[q] < 0) {
+        reference[q] = 0;  // no negatives
+      } else if (!(sum[q] >= 0x1p-100 && sum[q] <= 0x1p127)) {
+        sum[q] = NAN;  // relative to its own largest term: logits beyond 1e9 have outgrown the dtype
+      }
+    }
   }
   return {out.state, out.positive, kept};
 }

@@ -72,14 +72,6 @@ class _Block:
             else logit + self.bias.to(logit.dtype)
         )
 
-    def cosines(self, logit: Tensor, t: Tensor) -> Tensor:
-        """t as the rounded logits have it: a positive must tie with its duplicates among them."""
-        scale = self.scale
-        exact = logit.to(scale.dtype)
-        if self.bias is not None and self.epilogue.uses_bias:
-            exact = exact - self.bias
-        return torch.where(scale == 0, t, exact / torch.where(scale == 0, 1, scale))
-
 
 def _largest(logit: Tensor, dim: int) -> Tensor:
     """Reference of each line: its largest negative, or 0 where there is none."""
@@ -103,7 +95,7 @@ def sweep(
     for rows in block.chunks():
         t, is_positive = block.tile(rows)
         logit = block.logits(t)
-        _note_positives(positive[rows], block.cosines(logit, t), rows.start + offset)
+        _note_positives(positive[rows], block, logit, t, rows.start + offset)
         if epilogue is Softmax:
             logit.masked_fill_(is_positive, -torch.inf)
             here = _largest(logit, 1)
@@ -119,9 +111,15 @@ def sweep(
     return state, positive, x.new_empty((0,), dtype=block.dtype)
 
 
-def _note_positives(positive: Tensor, t: Tensor, offset: int) -> None:
+def _note_positives(positive: Tensor, block: _Block, logit: Tensor, t: Tensor, offset: int) -> None:
     """The diagonal of a chunk that begins `offset` columns right of its first column."""
-    diagonal = t.diagonal(offset) if -t.shape[0] < offset < t.shape[1] else t.new_empty(0)
+    if not -t.shape[0] < offset < t.shape[1]:
+        return
+    diagonal = t.diagonal(offset).to(positive.dtype)
+    if not block.epilogue.uses_bias:
+        # t as the rounded logits have it: a positive must tie with its duplicates among them.
+        exact = logit.diagonal(offset).to(positive.dtype) / block.scale
+        diagonal = torch.where(block.scale == 0, diagonal, exact)
     first = max(0, -offset)
     positive[first : first + len(diagonal)] = diagonal
 
