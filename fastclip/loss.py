@@ -6,6 +6,8 @@ check of what a user passes is here, once, and says the rule, what was expected 
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,7 +160,7 @@ def _check_features(x: Tensor, y: Tensor) -> None:
 
 def _scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
         dtype = torch.float64 if features.device.type != "mps" else torch.float32
         return torch.full((), float(value), dtype=dtype, device=features.device)
@@ -206,12 +208,20 @@ def _one_process(name: str, world_size: int) -> None:
         )
 
 
+def _overrides(loss: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a subclass makes logits or labels of its own: then they must be made, densely."""
+    return any(
+        getattr(type(loss), name) is not getattr(base, name)
+        for name in ("get_logits", "get_ground_truth")
+    )
+
+
 class ClipLoss(nn.Module):
     """open_clip's `ClipLoss` (3.3.0), call by call, without the N x N matrices.
 
     Features arrive normalised and `logit_scale` exponentiated, as open_clip's models emit them; no
     parameters, no buffers. `get_logits` and `get_ground_truth` are open_clip's, dense, for
-    subclasses that call them.
+    subclasses that call them; a subclass that overrides one gets the dense loss of what it returns.
 
     Args:
         local_loss, gather_with_grad, rank: without effect in one process.
@@ -277,7 +287,14 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or `{"contrastive_loss": loss}`."""
-        loss = clip_loss(image_features, text_features, logit_scale, logit_bias)
+        if _overrides(self, ClipLoss):
+            per_image, per_text = self.get_logits(
+                image_features, text_features, logit_scale, logit_bias
+            )
+            labels = self.get_ground_truth(image_features.device, per_image.shape[0])
+            loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+        else:
+            loss = clip_loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

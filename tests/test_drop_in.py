@@ -386,3 +386,13 @@ def test_it_imports_and_runs_without_compiled_module_triton_or_cuda(tmp_path: Pa
     command = [sys.executable, "-c", ALONE]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_subclass_with_logits_of_its_own_gets_their_loss() -> None:
+    class Doubled(ClipLoss):
+        def get_logits(self, *arguments: Tensor | float) -> tuple[Tensor, Tensor]:
+            per_image, per_text = super().get_logits(*arguments)
+            return 2 * per_image, 2 * per_text
+
+    x, y = F.normalize(torch.randn(2, 6, 5), dim=-1)
+    torch.testing.assert_close(Doubled()(x, y, 3.0), ClipLoss()(x, y, 6.0))
