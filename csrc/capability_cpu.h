@@ -5,8 +5,13 @@
 #include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
+
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 
 #include "engine.h"
 
@@ -59,6 +64,18 @@ inline bool machine_has_half_products() {
     }
   }();
   return has;
+}
+
+// A core's own cache. Virtual machines that do not tell get what every core of the last ten years has at least.
+inline int64_t core_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t told = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return std::clamp<int64_t>(told, 1 << 20, 4 << 20);
+  }();
+  return bytes;
 }
 
 inline bool brgemm_wanted() {

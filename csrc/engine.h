@@ -56,8 +56,9 @@ struct Problem {
   int64_t kept_rows = 0;    // blocks that lie wholly in these rows are kept
   bool kept_ready = false;  // to be read; else to be written
 
-  bool brgemm = false;         // products by oneDNN's batch-reduce GEMM, else by BLAS
-  bool half_products = false;  // bf16 operands as they are, else widened to fp32
+  int64_t cache_bytes = 1 << 20;  // of a core's own cache (L2)
+  bool brgemm = false;            // products by oneDNN's batch-reduce GEMM, else by BLAS
+  bool half_products = false;     // bf16 operands as they are, else widened to fp32
 };
 
 // The CPU engine, compiled once per instruction set.

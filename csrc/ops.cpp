@@ -87,6 +87,7 @@ struct Call {
     problem.bias = bias && uses_bias() ? bias->item<double>() : 0.0;
     problem.offset = swapped ? -offset : offset;
     problem.positive_of_y = swapped;
+    problem.cache_bytes = core_cache_bytes();
     problem.brgemm = brgemm_wanted();
     problem.half_products = problem.brgemm && machine_has_half_products();
     set(first(), x, factor_x);
@@ -124,9 +125,7 @@ struct Call {
 Tensor allocate_kept(const Call& call, int64_t keep) {
   const int64_t rows = std::min(keep, (call.problem.x.rows + 15) / 16 * 16);
   const auto options = call.x.options().dtype(statistic_of(call.x));
-  const int64_t count = rows * call.problem.y.rows;
-  // Small buffers come from the heap, which has them at hand.
-  return count < (1 << 18) ? at::empty({count}, options) : Workspace::take(count, options);
+  return Workspace::take({rows * call.problem.y.rows}, options);
 }
 
 // ---- sweep ---------------------------------------------------------------------------------------------------------
@@ -253,12 +252,11 @@ Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarT
   const int64_t width = call.problem.width;
   const auto options = call.x.options();
   Gradients out;
-  out.u = at::empty({needs_x ? call.m : 0, width}, options.dtype(dtype_x));
-  out.v = at::empty({needs_y ? call.n : 0, width}, options.dtype(dtype_y));
+  out.u = Workspace::take({needs_x ? call.m : 0, width}, options.dtype(dtype_x));
+  out.v = Workspace::take({needs_y ? call.n : 0, width}, options.dtype(dtype_y));
   const auto set = [](Side& side, Tensor& gradient, bool needed) {
     side.gradient = needed ? gradient.data_ptr() : nullptr;
     side.gradient_dtype = dtype_of(gradient.scalar_type());
-    advise_huge(gradient.data_ptr(), gradient.nbytes());
   };
   set(call.first(), out.u, needs_x);
   set(call.second(), out.v, needs_y);
@@ -266,11 +264,8 @@ Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarT
   if (columns.numel() > 0)
     out.accumulator = columns.scalar_type() == statistic_of(call.x)
                           ? columns
-                          : at::empty(columns.sizes(), options.dtype(statistic_of(call.x)));
-  if (out.accumulator.defined()) {
-    call.problem.y.accumulator = out.accumulator.data_ptr();
-    advise_huge(out.accumulator.data_ptr(), out.accumulator.nbytes());
-  }
+                          : Workspace::take(columns.sizes(), options.dtype(statistic_of(call.x)));
+  if (out.accumulator.defined()) call.problem.y.accumulator = out.accumulator.data_ptr();
   return out;
 }
 

@@ -47,7 +47,10 @@ def build_info() -> dict[str, object] | None:
 
 
 def release_workspace() -> None:
-    """Frees the buffer that waits for the next step: at most the last memory_budget, on CPUs."""
+    """Frees the buffers that wait for the next step, on CPUs.
+
+    At most one step's: its memory_budget, and gradients that have been freed.
+    """
     if _MODULE is not None:
         _MODULE.release_workspace()
 

@@ -1,4 +1,6 @@
-"""The buffer of kept products waits for the next step, can be given back, and leaks nothing.
+"""Large buffers wait for the next step, can be given back, and serve one owner at a time.
+
+Kept products, and gradients of a MiB and more.
 
 The C++ engine's alone: on other engines nothing is kept.
 """
@@ -156,3 +158,37 @@ def test_the_buffer_outlives_nobody() -> None:
     held = kept(x, y, None, None, scale, None, None, 0, "softmax", 608)[2]
     assert held.data_ptr() == first
     assert address() != first
+
+
+def gradients(seed: int) -> list[Tensor]:
+    """Of 1,000 pairs of 512 features: 2 MiB each."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(1000, 512, generator=generator).requires_grad_() for _ in range(2))
+    clip_loss(x, y, 1.5, normalize=True, backend="cpu").backward()
+    return [x.grad, y.grad]
+
+
+def test_a_gradient_that_is_held_is_nobody_elses() -> None:
+    held = gradients(0)
+    copies = [g.clone() for g in held]
+    others = gradients(1)
+    assert_equal(held, copies)
+    assert not {g.data_ptr() for g in held} & {g.data_ptr() for g in others}
+    assert_equal(gradients(0), copies)
+
+
+def test_a_freed_gradient_serves_the_next_step() -> None:
+    fastclip.release_workspace()
+    places = {g.data_ptr() for g in gradients(0)}
+    assert {g.data_ptr() for g in gradients(1)} == places
+
+
+def test_a_gradients_storage_is_like_any_other() -> None:
+    """It can be resized, shared between processes, and saved."""
+    x_grad, y_grad = gradients(0)
+    expected = x_grad.clone()
+    x_grad.resize_(3000, 512)
+    assert torch.equal(x_grad[:1000], expected)
+    expected = y_grad.clone()
+    assert torch.equal(y_grad.share_memory_(), expected)
+    assert torch.equal(gradients(0)[1], expected)
