@@ -118,7 +118,7 @@ def extension_arguments() -> dict[str, Any]:
     extension = CppExtension(
         "fastclip._C",
         # The CUDA engine joins here, by a switch of its own: asked for, never by finding a GPU.
-        sources=["csrc/ops.cpp"],
+        sources=["csrc/module.cpp", "csrc/ops.cpp"],
         depends=["csrc/engine_cpu.cpp", *map(str, sorted(Path("csrc").glob("*.h")))],
         define_macros=[
             ("FASTCLIP_X86", str(int(IS_X86))),

@@ -1,23 +1,17 @@
-// The only torch front: fastclip's operators on CPU tensors, and the module's build information.
+// The only torch front: fastclip's operators on CPU tensors.
 //
 // Schemas, fakes and the choice of an engine live in Python (fastclip/ops.py says what each argument means); this file
-// turns tensors into the plain arguments of engine.h, allocates, and picks the instruction set and the product.
+// allocates, asks the engine for what is wanted, and decides what needs all of a sweep's results.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
-#include <torch/python.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <limits>
-#include <string>
 
-#include "capability_cpu.h"
-#include "engine.h"
+#include "call_cpu.h"
 #include "epilogues.h"
 #include "workspace.h"
 
@@ -27,99 +21,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-std::atomic<int> threads_used{0};
-
 using PORTABLE::kLog2E;
-
-// ---- tensors to plain arguments ------------------------------------------------------------------------------------
-
-Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return Dtype::kDouble;
-    case at::kFloat:
-      return Dtype::kFloat;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kHalf;
-    default:
-      TORCH_CHECK_TYPE(false, "features must be float64, float32, bfloat16 or float16, got ", type);
-  }
-}
-
-at::ScalarType statistic_of(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-// Unit stride along D and rows that do not overlap, as the products need.
-Tensor strided(const Tensor& x) {
-  return (x.size(1) <= 1 || x.stride(1) == 1) && (x.size(0) <= 1 || x.stride(0) >= x.size(1)) ? x : x.contiguous();
-}
-
-Loss loss_of(std::string_view name) {
-  if (name == "softmax") return Loss::kSoftmax;
-  TORCH_CHECK_VALUE(name == "sigmoid", "loss must be 'softmax' or 'sigmoid', got '", name, "'");
-  return Loss::kSigmoid;
-}
-
-// A problem with the tensors that its pointers point into. The longer tower supplies the rows: they are what threads
-// share. `swapped` says that x and y changed places.
-struct Call {
-  Problem problem;
-  Tensor x, y, factor_x, factor_y;
-  bool swapped;
-  int64_t m, n;
-
-  Call(const Tensor& x_in, const Tensor& y_in, const optional<Tensor>& fx, const optional<Tensor>& fy,
-       const Tensor& scale, const optional<Tensor>& bias, int64_t offset, std::string_view loss)
-      : x(strided(x_in)), y(strided(y_in)), swapped(x_in.size(0) < y_in.size(0)), m(x_in.size(0)), n(y_in.size(0)) {
-    TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type() && m > 0 &&
-                    n > 0 && x.size(1) > 0,
-                "x and y must be non-empty (M, D) and (N, D) of one dtype, got ", x.sizes(), " ", x.scalar_type(),
-                " and ", y.sizes(), " ", y.scalar_type());
-    const auto statistic = statistic_of(x);
-    TORCH_CHECK((!fx || fx->numel() == m) && (!fy || fy->numel() == n), "factor_x must be (M), factor_y (N)");
-    if (fx) factor_x = fx->to(statistic).contiguous();
-    if (fy) factor_y = fy->to(statistic).contiguous();
-    problem.dtype = dtype_of(x.scalar_type());
-    problem.loss = loss_of(loss);
-    problem.width = x.size(1);
-    problem.scale = scale.item<double>();
-    problem.bias = bias && uses_bias() ? bias->item<double>() : 0.0;
-    problem.offset = swapped ? -offset : offset;
-    problem.positive_of_y = swapped;
-    problem.cache_bytes = core_cache_bytes();
-    problem.brgemm = brgemm_wanted();
-    problem.half_products = problem.brgemm && machine_has_half_products();
-    set(first(), x, factor_x);
-    set(second(), y, factor_y);
-  }
-
-  Side& first() { return swapped ? problem.y : problem.x; }
-  Side& second() { return swapped ? problem.x : problem.y; }
-
-  void run() { threads_used = capability().run(problem); }
-
-  bool uses_bias() const {
-    return trait([](auto loss) { return loss.kUsesBias; });
-  }
-  bool needs_state() const {
-    return trait([](auto loss) { return loss.kNeedsState; });
-  }
-
- private:
-  template <class Function>
-  bool trait(Function f) const {
-    bool value = false;
-    PORTABLE::for_loss(problem.loss, [&](auto loss) { value = f(loss); });
-    return value;
-  }
-  static void set(Side& side, const Tensor& features, const Tensor& factor) {
-    side.features = features.const_data_ptr();
-    side.rows = features.size(0);
-    side.stride = features.size(0) > 1 ? features.stride(0) : features.size(1);
-    side.factor = factor.defined() ? factor.const_data_ptr() : nullptr;
-  }
-};
 
 // Room for `keep` rows of products.
 Tensor allocate_kept(const Call& call, int64_t keep) {
@@ -332,77 +234,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(
   return {swept.state, swept.positive, out.u, out.v, totals_of(call)};
 }
 
-// ---- registration --------------------------------------------------------------------------------------------------
-
-// Rate of the engine's own product on operands that stay in cache, all threads together, in GFLOP/s: the limit that
-// `bench` measures against.
-double gemm_rate(const std::string& dtype, int64_t m, int64_t n, int64_t k, double seconds) {
-  TORCH_CHECK_VALUE(dtype == "float32" || dtype == "bfloat16", "dtype must be 'float32' or 'bfloat16', got '", dtype,
-                    "'");
-  const bool narrow = dtype == "bfloat16";
-  TORCH_CHECK(machine_has_brgemm() && (!narrow || machine_has_half_products()), "this machine has no brgemm for ",
-              dtype);
-  using Clock = std::chrono::steady_clock;
-  const int threads = at::get_num_threads();
-  std::vector<double> rates(threads, 0.0);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin++) {
-      const auto make = [&](int64_t size, at::ScalarType type) { return at::zeros({size}, at::TensorOptions(type)); };
-      const auto type = narrow ? at::kBFloat16 : at::kFloat;
-      const Tensor a = make(m * k, type), b = make(k * n, type), c = make(m * n, at::kFloat);
-      const auto once = [&] {
-        namespace blas = at::native::cpublas;
-        if (narrow)
-          blas::brgemm(m, n, k, k, n, n, false, a.const_data_ptr<at::BFloat16>(), b.const_data_ptr<at::BFloat16>(),
-                       c.mutable_data_ptr<float>(), true);
-        else
-          blas::brgemm(m, n, k, k, n, n, false, a.const_data_ptr<float>(), b.const_data_ptr<float>(),
-                       c.mutable_data_ptr<float>(), false);
-      };
-      for (int q = 0; q < 10; q++) once();
-      const auto start = Clock::now();
-      double elapsed = 0;
-      int64_t calls = 0;
-      while (elapsed < seconds) {
-        for (int q = 0; q < 20; q++) once();
-        calls += 20;
-        elapsed = std::chrono::duration<double>(Clock::now() - start).count();
-      }
-      rates[begin] = 2e-9 * double(m) * double(n) * double(k) * double(calls) / elapsed;
-      at::native::cpublas::brgemm_release(narrow);
-    }
-  });
-  double total = 0;
-  for (const double rate : rates) total += rate;
-  return total;
-}
-
-// Found in the library file by fastclip/backends.py when it does not load.
-[[gnu::used]] const char kBuiltAgainst[] = "fastclip built against torch " FASTCLIP_TORCH_VERSION;
-
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = FASTCLIP_COMPILER;
-  info["torch"] = FASTCLIP_TORCH_VERSION;
-#if FASTCLIP_X86
-  info["capabilities"] = std::vector<std::string>{"DEFAULT", "AVX2", "AVX512"};
-#else
-  info["capabilities"] = std::vector<std::string>{"DEFAULT"};
-#endif
-  info["capability"] = capability().name;
-  info["product"] = brgemm_wanted() ? "brgemm" : "mm";
-  info["half_products"] = brgemm_wanted() && machine_has_half_products();
-  info["threads"] = at::get_num_threads();
-  info["openmp"] =
-#ifdef _OPENMP
-      true;
-#else
-      false;
-#endif
-  info["cuda"] = false;
-  return info;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
@@ -419,14 +250,3 @@ TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
 }
 
 }  // namespace fastclip
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Compiled half of fastclip: registers the CPU engine's operators; build information.";
-  m.def("build_info", &fastclip::build_info,
-        "Compiler, torch built against, instruction sets, product, threads, CUDA.");
-  m.def("threads_used", [] { return fastclip::threads_used.load(); }, "Threads that took part in the last operator.");
-  m.def("release_workspace", &fastclip::Workspace::release, "Frees the buffer that waits for the next step.");
-  m.def("gemm_rate", &fastclip::gemm_rate, pybind11::arg("dtype"), pybind11::arg("m") = 64, pybind11::arg("n") = 128,
-        pybind11::arg("k") = 512, pybind11::arg("seconds") = 0.5, pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "GFLOP/s of the engine's product on cache-resident operands, all threads together.");
-}

@@ -1,12 +1,9 @@
 """The public losses: drop-ins for the ones in open_clip, and the functions beneath them.
 
-The similarity matrix is never built: memory is O(N D) in the forward and in the backward. Every
-check of what a user passes is here, once, and says the rule, what was expected and what it got.
+The similarity matrix is never built: memory is O(N D) in the forward and in the backward.
 """
 
 from __future__ import annotations
-
-import numbers
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +12,11 @@ from torch import Tensor, nn
 from . import reference
 from .backends import choose
 from .function import REDUCTIONS, Plan, fused_loss
+from .inputs import check_features, product_dtype, scalar
 
 # Work space that may hold products for the backward on CPUs, where a product costs more than the
 # memory traffic of keeping it. On GPUs it is the other way round.
 CPU_MEMORY_BUDGET = 256 << 20
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def clip_loss(
@@ -112,11 +108,11 @@ def _loss(
     loss: str, x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
     normalize: bool, reduction: str, backend: str | None, memory_budget: int | None,
 ) -> Tensor:  # fmt: skip
-    _check_features(x, y)
+    check_features(x, y)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    scale = _scalar("logit_scale", logit_scale, x)
-    bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, x)
+    scale = scalar("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
     engine = choose(backend, x.device)
     if memory_budget is None:
         memory_budget = CPU_MEMORY_BUDGET if x.device.type == "cpu" else 0
@@ -124,80 +120,10 @@ def _loss(
         raise ValueError(f"memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
     if engine == "reference":
         return _REFERENCES[loss](x, y, scale, bias, normalize=normalize, reduction=reduction)
-    dtype = _product_dtype(x, y)
+    dtype = product_dtype(x, y)
     return fused_loss(
         x, y, scale, bias, Plan(loss, engine, dtype, normalize, reduction, memory_budget)
     )
-
-
-def _check_features(x: Tensor, y: Tensor) -> None:
-    for name, features in (("image_features", x), ("text_features", y)):
-        if not isinstance(features, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-        if type(features) is not Tensor and type(features).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local() or "
-                f"{name}.full_tensor()"
-            )
-        if features.dtype not in _FLOATING:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
-            )
-        if features.dim() != 2:
-            raise ValueError(f"{name} must be (N, D), got shape {tuple(features.shape)}")
-    if x.shape != y.shape:
-        raise ValueError(
-            "image_features and text_features must have one shape (N, D), got "
-            f"{tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        raise ValueError(f"the batch must not be empty, got features of shape {tuple(x.shape)}")
-    if x.device != y.device:
-        raise ValueError(
-            f"image_features and text_features must be on one device, got {x.device} and {y.device}"
-        )
-
-
-def _scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-        dtype = torch.float64 if features.device.type != "mps" else torch.float32
-        return torch.full((), float(value), dtype=dtype, device=features.device)
-    if type(value).__name__ == "DTensor":
-        raise TypeError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    if value.numel() != 1:
-        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
-    if value.device != features.device:
-        raise ValueError(
-            f"{name} must be on the features' device {features.device}, got {value.device}"
-        )
-    return value
-
-
-def _product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype in which the matmul that this loss replaces would take its operands."""
-    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
-    if dtype == torch.float64:
-        return dtype
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    if dtype == torch.float32 and device == "cpu" and _cpu_takes_bf16():
-        return torch.bfloat16
-    return dtype
-
-
-def _cpu_takes_bf16() -> bool:
-    """Whether the user lets fp32 matmuls on CPUs round their operands to bf16."""
-    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler and Triton here:
-# a compiled loss reads the setting once, when it is compiled.
-_cpu_takes_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _one_process(name: str, world_size: int) -> None:
@@ -214,6 +140,16 @@ def _overrides(loss: nn.Module, base: type[nn.Module]) -> bool:
         getattr(type(loss), name) is not getattr(base, name)
         for name in ("get_logits", "get_ground_truth")
     )
+
+
+def _dense_logits(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+) -> Tensor:
+    logits = logit_scale * image_features @ text_features.T
+    return logits if logit_bias is None else logits + logit_bias
 
 
 class ClipLoss(nn.Module):
@@ -273,9 +209,7 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Dense logits per image (N, N) and per text (N, N)."""
-        logits = logit_scale * image_features @ text_features.T
-        if logit_bias is not None:
-            logits = logits + logit_bias
+        logits = _dense_logits(image_features, text_features, logit_scale, logit_bias)
         return logits, logits.T
 
     def forward(
@@ -300,6 +234,9 @@ class ClipLoss(nn.Module):
 
 class SigLipLoss(nn.Module):
     """open_clip's `SigLipLoss` (3.3.0), call by call, without the N x N matrices.
+
+    A subclass that overrides `get_logits` or `get_ground_truth` gets the dense loss of what they
+    return.
 
     Args:
         cache_labels, rank: without effect in one process.
@@ -350,8 +287,7 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
         """Dense logits (N, N)."""
-        logits = logit_scale * image_features @ text_features.T
-        return logits if logit_bias is None else logits + logit_bias
+        return _dense_logits(image_features, text_features, logit_scale, logit_bias)
 
     def _loss(
         self,
@@ -362,10 +298,14 @@ class SigLipLoss(nn.Module):
         negative_only: bool = False,
     ) -> Tensor:
         """open_clip's hook for one block; dense where no pair is a positive."""
-        if not negative_only:
+        if not negative_only and not _overrides(self, SigLipLoss):
             return siglip_loss(image_features, text_features, logit_scale, logit_bias)
         logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
-        return F.softplus(logits).sum() / image_features.shape[0]
+        n = image_features.shape[0]
+        labels = self.get_ground_truth(
+            image_features.device, image_features.dtype, n, negative_only=negative_only
+        )
+        return -F.logsigmoid(labels * logits).sum() / n
 
     def forward(
         self,

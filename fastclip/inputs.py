@@ -1,0 +1,87 @@
+"""What a user may pass: every check of it, once, and what the checked values stand for.
+
+An error says the rule, what was expected and what it got.
+"""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_features(x: Tensor, y: Tensor) -> None:
+    """Two towers' features, paired row by row."""
+    for name, features in (("image_features", x), ("text_features", y)):
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        if type(features) is not Tensor and type(features).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local() or "
+                f"{name}.full_tensor()"
+            )
+        if features.dtype not in _FLOATING:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
+            )
+        if features.dim() != 2:
+            raise ValueError(f"{name} must be (N, D), got shape {tuple(features.shape)}")
+    if x.shape != y.shape:
+        raise ValueError(
+            "image_features and text_features must have one shape (N, D), got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"the batch must not be empty, got features of shape {tuple(x.shape)}")
+    if x.device != y.device:
+        raise ValueError(
+            f"image_features and text_features must be on one device, got {x.device} and {y.device}"
+        )
+
+
+def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
+    """logit_scale or logit_bias as a tensor of one element on the features' device."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        dtype = torch.float64 if features.device.type != "mps" else torch.float32
+        return torch.full((), float(value), dtype=dtype, device=features.device)
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    if value.device != features.device:
+        if value.dim() == 0 and value.device.type == "cpu":
+            return value.to(features.device)  # as torch's own operators take it
+        raise ValueError(
+            f"{name} must be on the features' device {features.device}, got {value.device}"
+        )
+    return value
+
+
+def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype in which the matmul that this loss replaces would take its operands."""
+    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+    if dtype == torch.float64:
+        return dtype
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if dtype == torch.float32 and device == "cpu" and _cpu_takes_bf16():
+        return torch.bfloat16
+    return dtype
+
+
+def _cpu_takes_bf16() -> bool:
+    """Whether the user lets fp32 matmuls on CPUs round their operands to bf16."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler and Triton here:
+# a compiled loss reads the setting once, when it is compiled.
+_cpu_takes_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
