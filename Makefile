@@ -43,9 +43,9 @@ format: .venv/packages
 
 # The running python3 may belong to the system; pip then wants to be told that this is meant.
 gpu:
-	@$(PYTHON) bench/gpu.py --check
+	@$(PYTHON) -m bench.gpu --check
 	FASTCLIP_REQUIRE_EXTENSION=0 PIP_BREAK_SYSTEM_PACKAGES=1 $(PYTHON) -m pip --quiet $(INSTALL)
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf .venv build dist demo *.egg-info fastclip/_C.* .pytest_cache .ruff_cache .hypothesis

@@ -7,22 +7,16 @@ fastclip's own engines are methods like any other.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-import importlib.util
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import peers, rectangular
+from . import open_clip, peers, rectangular
 from .cases import Case, Inputs
 
 Loss = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -52,7 +46,7 @@ def make_step(case: Case, method: str, inputs: Inputs) -> Step:
     """One call of the method: the loss, then the gradients in the order of `inputs.leaves`.
 
     Raises:
-        Unavailable: with the reason why the method cannot run here or on this case.
+        Unavailable, ImportError: with the reason why the method cannot run here or on this case.
     """
     device = inputs.x.device.type
     if not case.square and method.startswith("fastclip"):
@@ -146,34 +140,8 @@ def _compiled(case: Case, device: str) -> Loss:
 
 
 def _open_clip(case: Case, device: str) -> Loss:
-    losses = _import_open_clip()
+    losses = open_clip.import_module("open_clip.loss")
     return losses.ClipLoss() if case.loss == "clip" else losses.SigLipLoss()
-
-
-def _import_open_clip() -> object:
-    """`open_clip.loss`, also beside a torchvision whose compiled operators do not load."""
-    for package in ("open_clip", "torchvision"):
-        if importlib.util.find_spec(package) is None:
-            raise Unavailable(f"{package} is not installed")
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        # A torchvision built for CUDA beside a CPU torch describes operators that were never
-        # declared. open_clip calls none of them, so a declaration without implementation will do.
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        package = Path(importlib.util.find_spec("torchvision").origin).parent
-        source = (package / "_meta_registrations.py").read_text()
-        for name in set(re.findall(r'(?:"torchvision::|register_meta\(")(\w+)"', source)):
-            _torchvision().define(f"{name}(Tensor input) -> Tensor")
-    return importlib.import_module("open_clip.loss")
-
-
-@functools.cache  # a library that is collected takes its declarations along
-def _torchvision() -> torch.library.Library:
-    return torch.library.Library("torchvision", "FRAGMENT")
 
 
 # ---- fastclip ----------------------------------------------------------------------------------

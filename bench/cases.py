@@ -153,6 +153,16 @@ def quick() -> list[Case]:
     return [case for case in cases if case.scale == SCALES[0] or case.n == 2048]
 
 
+def gpu() -> list[Case]:
+    """Two minutes on a CUDA device; the large cases last, should the time not suffice."""
+    cases: list[Case] = []
+    for n in (2048, 8192, 32768):
+        for dtype in ("bfloat16", "float32"):
+            taking_part = ("open_clip", "dense", "fastclip")
+            cases += _square(n, dtype=dtype, methods=taking_part, memory=True)
+    return [case for case in cases if case.scale == SCALES[0] or case.n <= 8192]
+
+
 def select(cases: Iterable[Case], patterns: list[str], methods: list[str]) -> list[Case]:
     """Cases whose name matches any pattern (`*` and `?` as in a shell, anywhere in the name), with
     the methods named; no patterns or no methods: all of them."""

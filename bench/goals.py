@@ -1,13 +1,13 @@
 """What the library sets itself on CPUs with AVX-512, and what the rows of a CSV say to it.
 
 Every goal is one figure for each scale, the worst among its cases, beside a floor and an aim. Where
-the rows are not in the CSV the figure is left out; this file never fills a gap.
+the rows are not in the CSV it says "not measured"; this file never fills a gap.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .cases import LOSSES, SCALES
@@ -38,22 +38,22 @@ class Goal:
 
 
 def table_of(rows: list[Row]) -> str:
-    """Every goal that the rows can answer, as Markdown; empty if they can answer none."""
+    """Every goal as Markdown, those without rows as not measured; empty for a GPU's rows."""
+    if any(row.on_gpu for row in rows):
+        return ""
     lines = []
     for goal in GOALS:
         figures = [goal.figure([row for row in rows if row.scale == scale]) for scale in SCALES]
         known = [pair for pair in zip(figures, goal.aims, strict=True) if pair[0] is not None]
-        if not known:
-            continue
-        verdict = "missed"
-        if all(goal.reached(figure, goal.floor) for figure, _ in known):
+        verdict = "missed" if known else "not measured"
+        if known and all(goal.reached(figure, goal.floor) for figure, _ in known):
             every = all(goal.reached(figure, aim) for figure, aim in known)
             verdict = "aim" if every else "floor"
         aims = [goal.form(aim) for aim in dict.fromkeys(goal.aims)]
         here = ["" if figure is None else goal.form(figure) for figure in figures]
         lines.append([goal.text, goal.form(goal.floor), ", ".join(aims), *here, verdict])
     header = ["goal", "floor", "aim", *(f"scale {scale:g}" for scale in SCALES), "reached"]
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 def _pick(rows: list[Row], method: str, **wanted: object) -> list[Row]:
@@ -66,19 +66,24 @@ def _worst(values: Iterable[float | None], worst: Callable[..., float]) -> float
     return worst(known) if known else None
 
 
-def _least(column: str, sizes: tuple[int, ...], **wanted: object) -> Figure:
+def _least(
+    column: str, sizes: tuple[int, ...], method: str = "fastclip", **wanted: object
+) -> Figure:
     """The least of `column` over square cases with D = 512."""
 
     def figure(rows: list[Row]) -> float | None:
-        chosen = (_pick(rows, "fastclip", m=n, n=n, d=512, **wanted) for n in sizes)
+        chosen = (_pick(rows, method, m=n, n=n, d=512, **wanted) for n in sizes)
         return _worst((getattr(row, column) for some in chosen for row in some), min)
 
     return figure
 
 
-def _fraction_of_rectangle(rows: list[Row]) -> float | None:
-    chosen = _pick(rows, "fastclip", m=256, n=32768, d=512, dtype="float32")
-    return _worst((row.fraction for row in chosen), min)
+def _fraction_of_rectangle(method: str) -> Figure:
+    def figure(rows: list[Row]) -> float | None:
+        chosen = _pick(rows, method, m=256, n=32768, d=512, dtype="float32")
+        return _worst((row.fraction for row in chosen), min)
+
+    return figure
 
 
 def _rest(half: bool) -> Figure:
@@ -133,6 +138,21 @@ def _seconds(rows: list[Row]) -> float | None:
     return _worst((row.ms / 1e3 for row in chosen if row.ms is not None), max)
 
 
+def _of_both(
+    sizes: tuple[int, ...],
+    what: str,
+    column: str,
+    floor: float,
+    aim: float,
+    form: Callable[[float], str],
+) -> Iterator[Goal]:
+    """For each loss, the least of `column` in float32."""
+    for loss in LOSSES:
+        text = f"{LOSS_NAMES[loss]} float32, N = {', '.join(map(str, sizes))}: {what}"
+        figure = _least(column, sizes, loss=loss, dtype="float32")
+        yield Goal(text, figure, floor, (aim, aim), form)
+
+
 def _goals() -> list[Goal]:
     large = (8192,)
     made = [
@@ -153,16 +173,20 @@ def _goals() -> list[Goal]:
             _least("over_open_clip", large, loss="siglip", dtype="float32"), 1.6, (2, 2), times,
         ),
     ]  # fmt: skip
-    for loss in LOSSES:
-        text = f"{LOSS_NAMES[loss]} float32, N = 8191, 8192, 8193: of the GEMM limit"
-        figure = _least("fraction", (8191, 8192, 8193), loss=loss, dtype="float32")
-        made.append(Goal(text, figure, 0.8, (0.95, 0.95), percent))
+    near = (8191, 8192, 8193)
+    made += _of_both(near, "of the GEMM limit", "fraction", 0.8, 0.95, percent)
+    # Kept products save a fifth of the time and cost memory traffic: without them less is saved,
+    # and more of what is due is reached.
+    recomputing = "fastclip budget=0"
+    text = "the same, CLIP, every product recomputed"
+    figure = _least("fraction", near, recomputing, loss="clip", dtype="float32")
+    made.append(Goal(text, figure, 0.8, (0.95, 0.95), percent))
     text = "CLIP float32, 256 x 32768: of the GEMM limit"
-    made.append(Goal(text, _fraction_of_rectangle, 0.7, (0.9, 0.9), percent))
-    for loss in LOSSES:
-        text = f"{LOSS_NAMES[loss]} float32, N = 32, 128, 512: faster than open_clip"
-        figure = _least("over_open_clip", (32, 128, 512), loss=loss, dtype="float32")
-        made.append(Goal(text, figure, 1.0, (1.3, 1.3), times))
+    made.append(Goal(text, _fraction_of_rectangle("fastclip"), 0.7, (0.9, 0.9), percent))
+    text = "the same, every product recomputed"
+    made.append(Goal(text, _fraction_of_rectangle(recomputing), 0.7, (0.9, 0.9), percent))
+    small = (32, 128, 512)
+    made += _of_both(small, "faster than open_clip", "over_open_clip", 1.0, 1.3, times)
     for loss in LOSSES:
         text = f"{LOSS_NAMES[loss]} float32: gradient errors over the dense loss's"
         figure = _error_over_dense(dtype="float32", loss=loss)

@@ -1,9 +1,9 @@
-"""The peak of memory of one method on one case, measured in a process of its own.
+"""The peak of memory of one method on one case; on a CPU in a process of its own.
 
 On a CPU it is the process's high-water mark of resident memory less the level before the run, so
 that what the C++ engine, oneDNN or a compiler's code allocates counts like torch's own tensors.
-The mark is reset by writing 5 to /proc/self/clear_refs. On a GPU it is torch's own peak. This file
-never takes a time.
+The mark is reset by writing 5 to /proc/self/clear_refs. On a GPU it is the peak of torch's
+allocator, which knows this process alone and needs no other. This file never takes a time.
 
     python -m bench.memory '{"loss": "clip", "m": 512, ...}' METHOD DEVICE
 """
@@ -84,7 +84,12 @@ def peak_of_step(case: Case, method: str, device: str) -> int | None:
 
 
 def measure(case: Case, method: str, device: str = "cpu") -> tuple[int | None, str]:
-    """`peak_of_step` in a fresh process: the bytes, or None and the reason."""
+    """`peak_of_step`, for a CPU in a fresh process: the bytes, or None and the reason."""
+    if device == "cuda":
+        try:
+            return peak_of_step(case, method, device), ""
+        except Exception as error:  # out of memory, most likely
+            return None, f"memory: {type(error).__name__}"
     command = [sys.executable, "-m", "bench.memory", json.dumps(asdict(case)), method, device]
     # `-m` finds this package through the working directory, which a safe path would leave out.
     environment = {**os.environ, "PYTHONSAFEPATH": ""}

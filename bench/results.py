@@ -23,8 +23,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 class Row:
     """One method on one case. A number that was not measured is None, an empty cell in the file.
 
-    Where it ran: `machine` (the file's name), `cpu` (or GPU), `threads`, `capability` (of torch's
-    own kernels), `torch`, `python`, `compiler` (of fastclip's extension), `when` (UTC).
+    Where it ran: `machine` (the file's name), `cpu` (or GPU), `threads` (0 on a GPU), `capability`
+    (of torch's own kernels; a GPU's as sm_90), `torch`, `python`, `compiler` (of fastclip's
+    extension), `when` (UTC).
 
     What: `loss`, `m`, `n`, `d`, `dtype`, `data`, `scale`, `mode` as in `cases.Case`; `method`. A
     row whose mode is "skipped" stands for a whole method; its `note` says why it did not run.
@@ -85,6 +86,10 @@ class Row:
     note: str = ""
 
     @property
+    def on_gpu(self) -> bool:
+        return self.capability.startswith("sm_")
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What a later measurement replaces."""
         shape = (self.m, self.n, self.d)
@@ -142,7 +147,8 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 def machine_row(device: str = "cpu") -> Row:
     """A row that knows only where it ran."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    model = torch.cuda.get_device_name() if device == "cuda" else _cpu_model()
+    on_gpu = device == "cuda"
+    model = torch.cuda.get_device_name() if on_gpu else _cpu_model()
     words = re.sub(r"\((r|tm)\)|\bcpu\b|processor|\d+-core|@.*", " ", model.lower())
     name = re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "cpu"
     if device == "cpu":
@@ -150,8 +156,12 @@ def machine_row(device: str = "cpu") -> Row:
     return Row(
         machine=name,
         cpu=model,
-        threads=torch.get_num_threads(),
-        capability=torch.backends.cpu.get_cpu_capability(),
+        threads=0 if on_gpu else torch.get_num_threads(),
+        capability=(
+            "sm_{}{}".format(*torch.cuda.get_device_capability())
+            if on_gpu
+            else torch.backends.cpu.get_cpu_capability()
+        ),
         torch=torch.__version__,
         python=platform.python_version(),
         compiler=_compiler(),

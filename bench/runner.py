@@ -1,13 +1,14 @@
 """Measures a plan case by case and writes each finished case into the CSV.
 
 Times of all methods of a case come from interleaved runs in this process, errors from one run of
-each, peaks of memory from a process each. A method that fails keeps a row that says why. This file
-never prints a table.
+each, peaks of memory on a CPU from a process each. A method that fails keeps a row that says why.
+This file never prints a table, and knows no device but by name.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from . import memory, results
+from . import memory, progress, results
 from .baselines import METHODS, Step, Unavailable, kept_bytes, make_step
 from .cases import LARGEST_TRUTH, Case, Inputs, make_inputs
 from .results import Row
-from .timing import GemmLimit, Timing, interleaved
+from .timing import CLOCKS, GemmLimit, Timing, interleaved
 from .truth import Truth, relative_error, truth
 
 MIB = 2**20
@@ -30,13 +30,14 @@ SECOND_WARM_UP_BELOW = 1.0  # seconds
 
 @dataclass
 class Options:
-    """How a plan is run; `seconds` is the time for the rounds of one case."""
+    """How a plan is run: `seconds` for the rounds of one case; none begins after `at_most`."""
 
     path: Path
     seconds: float = 6.0
     device: str = "cpu"
     memory: bool = True
     errors: bool = True
+    at_most: float = math.inf
 
 
 @dataclass
@@ -58,15 +59,19 @@ def run(plan: list[Case], options: Options) -> list[Row]:
     old = results.read(options.path) if options.path.exists() else []
     rows: list[Row] = []
     total = sum(len(case.methods) for case in plan)
-    with tqdm(total=total, unit="row", dynamic_ncols=True, smoothing=0) as progress:
+    began = time.monotonic()
+    with progress.bar(total) as bar:
         for case in plan:
-            progress.set_description(case.name)
+            if time.monotonic() - began > options.at_most:
+                bar.write(f"left out for time: {case.name}")
+                continue
+            bar.set_description(case.name)
 
             def tell(method: str, doing: str) -> None:
-                progress.set_postfix_str(f"{doing} {method}")
+                bar.set_postfix_str(f"{doing} {method}")
 
             rows += measure_case(case, shared, tell)
-            progress.update(len(case.methods))
+            bar.update(len(case.methods))
             done = rows + _skipped_rows(shared, rows)
             results.write(options.path, results.merge(old, done))
             gc.collect()
@@ -158,8 +163,7 @@ def _set_times(case: Case, steps: dict[str, Step], rows: dict[str, Row], shared:
     if case.half not in shared.limits:
         shared.limits[case.half] = GemmLimit(case.half, device)
     limit = shared.limits[case.half]
-    finish = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    times = interleaved(steps, shared.options.seconds, limit.sample, finish)
+    times = interleaved(steps, shared.options.seconds, limit.sample, CLOCKS[device])
     rate = limit.take()
     for method, timing in times.items():
         _set_time(rows[method], timing, times)

@@ -25,10 +25,8 @@ README_METHODS = ("open_clip", "compiled", "checkpoint", "fastclip")
 
 
 def committed() -> list[Path]:
-    """The CSVs of `results.Row` in bench/results; a GPU's short run has columns of its own."""
-    header = ",".join(results.COLUMNS)
-    paths = sorted(results.RESULTS.glob("*.csv"))
-    return [path for path in paths if path.read_text().partition("\n")[0] == header]
+    """The CSVs in bench/results."""
+    return sorted(results.RESULTS.glob("*.csv"))
 
 
 def spread(row: Row) -> str:
@@ -41,8 +39,9 @@ def provenance(rows: list[Row]) -> str:
     row = rows[-1]
     days = sorted({one.when[:10] for one in rows if one.when})
     day = days[0] if len(days) < 2 else f"{days[0]} to {days[-1]}"
+    threads = f"{row.threads} threads, " if row.threads else ""
     return (
-        f"{row.cpu}, {row.threads} threads, {row.capability}; torch {row.torch}, "
+        f"{row.cpu}, {threads}{row.capability}; torch {row.torch}, "
         f"Python {row.python}; extension built with {row.compiler}; {day}."
     )
 
@@ -62,6 +61,20 @@ def report(rows: list[Row]) -> str:
     for group in groups.values():
         parts += [f"## {_title(group[0])}", _group(group)]
     return "\n\n".join(parts + _skipped(rows))
+
+
+def brief(rows: list[Row]) -> str:
+    """One line for each row that was measured, narrow enough for a terminal."""
+    header = ["case", "scale", "method", "time", "x dense", "of limit", "MiB", "dx", "note"]
+    lines = [
+        [
+            f"{row.loss} {row.m}x{row.n} {row.dtype}", f"{row.scale:g}", row.method,
+            duration(row.ms), times(row.over_dense), percent(row.fraction),
+            mebibytes(row.peak_mib), error(row.err_dx), row.note[:40],
+        ]
+        for row in rows if row.mode != "skipped"
+    ]  # fmt: skip
+    return markdown(header, lines)
 
 
 def _title(row: Row) -> str:

@@ -1,8 +1,8 @@
 """Medians of interleaved runs, and the rate of the plain product in the same run.
 
 All methods of a case take turns in one process, so that a slow minute of the machine falls on all
-of them alike, and the rate they are compared with is taken between their turns. This file never
-decides what is measured.
+of them alike, and the rate they are compared with is taken between their turns. What tells the time
+is a `Clock`: the host's, or a CUDA device's own. This file never decides what is measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+Run = Callable[[], object]
+Clock = Callable[[Run, int], float]  # seconds of one of so many runs, one after the other
 
 # A run shorter than this is repeated within one measurement: the clock and the first touch of
 # caches that another method has just filled would show.
@@ -32,11 +35,33 @@ class Timing:
     rounds: int
 
 
+def host_clock(run: Run, repeats: int) -> float:
+    """For runs that are over when they return."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - began) / repeats
+
+
+def cuda_clock(run: Run, repeats: int) -> float:
+    """The device's time, from the first kernel's turn to the end of the last."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+CLOCKS: dict[str, Clock] = {"cpu": host_clock, "cuda": cuda_clock}
+
+
 def interleaved(
-    runs: dict[str, Callable[[], object]],
+    runs: dict[str, Run],
     seconds: float,
-    between: Callable[[], object] = lambda: None,
-    finish: Callable[[], object] = lambda: None,
+    between: Run = lambda: None,
+    clock: Clock = host_clock,
 ) -> dict[str, Timing]:
     """Times all `runs` in turns for about `seconds`.
 
@@ -45,16 +70,16 @@ def interleaved(
         seconds: for all rounds together; at least three rounds are made, but for one if they are
             very long.
         between: called once before each round, outside the clock.
-        finish: waits for the device, inside the clock.
+        clock: of the device that the runs are on.
     """
-    repeats = {name: _repeats(run, finish) for name, run in runs.items()}
+    repeats = {name: _repeats(run, clock) for name, run in runs.items()}
     order = list(runs)
     times: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
     while True:
         between()
         for name in order:
-            times[name].append(_one(runs[name], repeats[name], finish))
+            times[name].append(clock(runs[name], repeats[name]))
         order = order[1:] + order[:1]  # so that nobody always follows the same neighbour
         rounds, spent = len(times[order[0]]), time.perf_counter() - began
         if rounds >= (FEWEST_ROUNDS if spent / rounds < LONGEST_ROUND else 1) and (
@@ -63,17 +88,8 @@ def interleaved(
             return {name: _summary(found) for name, found in times.items()}
 
 
-def _one(run: Callable[[], object], repeats: int, finish: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    finish()
-    return (time.perf_counter() - began) / repeats
-
-
-def _repeats(run: Callable[[], object], finish: Callable[[], object]) -> int:
-    once = _one(run, 1, finish)
-    return max(1, math.ceil(SHORTEST_MEASUREMENT / max(once, 1e-7)))
+def _repeats(run: Run, clock: Clock) -> int:
+    return max(1, math.ceil(SHORTEST_MEASUREMENT / max(clock(run, 1), 1e-7)))
 
 
 def _summary(times: list[float]) -> Timing:
@@ -128,10 +144,10 @@ class GemmLimit:
 
     def _rate_of_mm(self) -> float:
         out = torch.empty_like(self._a)
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < 0.1:
+        clock = CLOCKS[self.device]
+
+        def product() -> None:
             torch.mm(self._a, self._a, out=out)
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            count += 1
-        return 2e-9 * len(out) ** 3 * count / (time.perf_counter() - began)
+
+        repeats = max(1, math.ceil(0.1 / clock(product, 1)))
+        return 2e-9 * len(out) ** 3 / clock(product, repeats)

@@ -41,6 +41,11 @@ inline at::Tensor strided(const at::Tensor& x) {
   return (x.size(1) <= 1 || x.stride(1) == 1) && (x.size(0) <= 1 || x.stride(0) >= x.size(1)) ? x : x.contiguous();
 }
 
+inline double number(const char* name, const at::Tensor& value) {
+  TORCH_CHECK(value.numel() == 1, name, " must have one element, got shape ", value.sizes());
+  return value.item<double>();
+}
+
 inline Loss loss_of(std::string_view name) {
   if (name == "softmax") return Loss::kSoftmax;
   TORCH_CHECK_VALUE(name == "sigmoid", "loss must be 'softmax' or 'sigmoid', got '", name, "'");
@@ -64,14 +69,15 @@ struct Call {
                 "x and y must be non-empty (M, D) and (N, D) of one dtype, got ", x.sizes(), " ", x.scalar_type(),
                 " and ", y.sizes(), " ", y.scalar_type());
     const auto statistic = statistic_of(x);
-    TORCH_CHECK((!fx || fx->numel() == m) && (!fy || fy->numel() == n), "factor_x must be (M), factor_y (N)");
+    check_factor(fx, m);
+    check_factor(fy, n);
     if (fx) factor_x = fx->to(statistic).contiguous();
     if (fy) factor_y = fy->to(statistic).contiguous();
     problem.dtype = dtype_of(x.scalar_type());
     problem.loss = loss_of(loss);
     problem.width = x.size(1);
-    problem.scale = scale.item<double>();
-    problem.bias = bias && uses_bias() ? bias->item<double>() : 0.0;
+    problem.scale = number("scale", scale);
+    problem.bias = bias && uses_bias() ? number("bias", *bias) : 0.0;
     problem.offset = swapped ? -offset : offset;
     problem.positive_of_y = swapped;
     problem.cache_bytes = core_cache_bytes();
@@ -94,6 +100,10 @@ struct Call {
   }
 
  private:
+  static void check_factor(const std::optional<at::Tensor>& factor, int64_t lines) {
+    TORCH_CHECK(!factor || factor->sizes() == at::IntArrayRef(lines), "factor_x must be (M), factor_y (N), got ",
+                factor->sizes());
+  }
   template <class Function>
   bool trait(Function f) const {
     bool value = false;

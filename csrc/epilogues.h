@@ -100,19 +100,34 @@ FASTCLIP_INLINE V exp2_split(V z, V f) {
   return z < kRounder - 126.f ? V{} : q * power;
 }
 
-// 2^(t * scale - m). With an integral m, and where the compiler contracts to fused multiply-adds, the subtraction is
-// exact: the error is that of t and of one rounding, whatever the size of the logit. Overflow is infinite; NaN stays
-// NaN.
+// t * scale - m with one rounding. Compilers make it one fused multiply-add; machines without that go through double.
+template <class V>
+FASTCLIP_INLINE V product_minus(V t, float scale, V m) {
+#if defined(__FMA__) || defined(__aarch64__) || defined(__CUDACC__)
+  return t * scale - m;
+#else
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return V(double(t) * scale - m);
+  } else {
+    typedef double Wide __attribute__((vector_size(2 * sizeof(V))));
+    return __builtin_convertvector(
+        __builtin_convertvector(t, Wide) * double(scale) - __builtin_convertvector(m, Wide), V);
+  }
+#endif
+}
+
+// 2^(t * scale - m). With an integral m the error is that of t and of one rounding, whatever the size of the logit.
+// Overflow is infinite; NaN stays NaN.
 template <class V, class T>
 FASTCLIP_INLINE V exp2_relative(V t, const Affine<T>& k, V m) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return for_each(t * k.scale - m, Exp2());
   } else {
-    const V l = (t * k.scale - m) + t * k.scale_low;
+    const V l = product_minus(t, k.scale, m) + t * k.scale_low;
     const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
     const V r = z - kRounder, shift = m + r;
     const V lost = r - (shift - m);  // of the sum, where |m| has outgrown the integers of a float
-    return exp2_split(z, ((t * k.scale - shift) - lost) + t * k.scale_low);
+    return exp2_split(z, (product_minus(t, k.scale, shift) - lost) + t * k.scale_low);
   }
 }
 

@@ -39,7 +39,7 @@ void set_reference(Call& call, const optional<Tensor>& bound) {
   const bool wide = p.dtype == Dtype::kDouble;
   double largest;
   if (bound) {
-    largest = bound->item<double>();
+    largest = number("bound", *bound);
   } else {
     const auto norm = capability().largest_norm;
     largest = (p.x.factor ? 1.0 : norm(p.x, p)) * (p.y.factor ? 1.0 : norm(p.y, p));
@@ -89,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const Tensor& x, const Tensor& y, const
                                          const optional<Tensor>& factor_y, const Tensor& scale,
                                          const optional<Tensor>& bias, const optional<Tensor>& bound, int64_t offset,
                                          std::string_view loss, int64_t keep) {
+  TORCH_CHECK(keep >= 0, "keep must be a number of rows >= 0, got ", keep);
   Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
   Problem& p = call.problem;
   Swept out = allocate_states(call);
@@ -119,13 +120,14 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const Tensor& x, const Tensor& y, const
 
 std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& positive, const Tensor& scale,
                                           const optional<Tensor>& bias, std::string_view loss) {
-  const int64_t lines = state.size(1), period = positive.numel();
-  TORCH_CHECK(state.is_contiguous() && state.scalar_type() == at::kDouble && positive.is_contiguous() &&
-                  positive.scalar_type() == at::kDouble && period > 0 && lines % period == 0,
+  const int64_t lines = state.dim() == 2 ? state.size(1) : 0, period = positive.numel();
+  TORCH_CHECK(lines > 0 && state.size(0) == 2 && state.is_contiguous() && state.scalar_type() == at::kDouble &&
+                  positive.is_contiguous() && positive.scalar_type() == at::kDouble && period > 0 &&
+                  lines % period == 0,
               "state must be (2, L) and positive (L) or a divisor, contiguous float64, got ", state.sizes(), " and ",
               positive.sizes());
   const Loss name = loss_of(loss);
-  const double k = scale.item<double>(), k0 = bias ? bias->item<double>() : 0.0;
+  const double k = number("scale", scale), k0 = bias ? number("bias", *bias) : 0.0;
   Tensor losses = at::empty({lines}, state.options()), coefficients = at::empty({lines}, state.options()),
          weights = at::empty({lines}, state.options());
   const double* const reference = state.const_data_ptr<double>();
@@ -205,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> weigh(const Tensor& x, const Tensor& y, const
   p.positive = const_cast<double*>(t.const_data_ptr<double>());
   const double* const m = state.const_data_ptr<double>();
   for (int64_t q = 1; q < lines && p.one_reference; q++) p.one_reference = m[q] == m[0];
-  p.gain = gain.item<double>();
+  p.gain = number("gain", gain);
   p.project = project;
   TORCH_CHECK(kept.scalar_type() == statistic && kept.is_contiguous() && kept.numel() % p.y.rows == 0,
               "kept must come from a sweep of the same features, got ", kept.sizes(), " ", kept.scalar_type());
@@ -227,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(
   const auto statistic = statistic_of(x);
   Swept swept = allocate_states(call);
   Gradients out = allocate_gradients(call, needs_x, needs_y, statistic, statistic);
-  p.gain = gain.item<double>();
+  p.gain = number("gain", gain);
   p.project = project;
   p.fold = p.weigh = true;
   call.run();

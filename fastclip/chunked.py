@@ -241,11 +241,6 @@ def sweep_and_weigh(
     project: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`ops.py`'s sweep_and_weigh. Plain PyTorch gains nothing by fusing: it sweeps, then weighs."""
-    if EPILOGUES[loss].needs_state:
-        raise ValueError(
-            "only a loss whose weights need no state can be swept and weighed in one go, got "
-            f"{loss!r}"
-        )
     state, positive, kept = sweep(x, y, factor_x, factor_y, scale, bias, None, offset, loss, 0)
     m, n = x.shape[0], y.shape[0]
     _, coefficients, weights = finish(state[:, :m], positive, scale, bias, loss)

@@ -55,6 +55,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import operands
+from .operands import accumulation_dtype, state_dtype
+
 _BLOCK = "Tensor x, Tensor y, Tensor? factor_x, Tensor? factor_y, Tensor scale, Tensor? bias"
 SCHEMAS = {
     "sweep": f"({_BLOCK}, Tensor? bound, int offset, str loss, SymInt keep)"
@@ -76,16 +79,6 @@ ENGINES = ("cpu", "torch")
 KEPT_ROW_UNIT = 16
 
 _library = torch.library.Library("fastclip", "DEF")
-
-
-def state_dtype(device: torch.device) -> torch.dtype:
-    """float64, O(M + N) numbers; float32 on Apple GPUs, which have nothing wider."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 features, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _fake_states(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,18 +145,20 @@ def implement(engine: str, module: ModuleType) -> None:
             "call the losses of fastclip.loss"
         )
 
-    def isolated(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    def isolated(name: str) -> Callable[..., Any]:
+        implementation, check = getattr(module, name), getattr(operands, name)
+
         # The caller's autocast would reach into the engine's own products and round its logits.
         @functools.wraps(implementation)
         def run(*args: Any) -> Any:
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+                check(*args)
                 return implementation(*args)
 
         return run
 
     for name in SCHEMAS:
-        implementation = isolated(getattr(module, name))
-        _library.impl(f"{name}.{engine}", implementation, "CompositeExplicitAutograd")
+        _library.impl(f"{name}.{engine}", isolated(name), "CompositeExplicitAutograd")
         torch.library.register_autograd(f"fastclip::{name}.{engine}", refuse, lib=_library)
 
 

@@ -10,14 +10,20 @@ import os
 # machine busy, thousands of tiny parallel regions took ten times as long. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from collections.abc import Callable
+try:  # before the standard distutils: inductor imports it late, and then it refuses
+    import setuptools
+except ImportError:
+    setuptools = None
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import judge
 import pytest
-import setuptools  # noqa: F401 -- before the standard distutils: inductor imports it late, and then it refuses
 import torch
 
 import fastclip
+from fastclip import chunked
 
 DEVICE = torch.device(os.environ.get("FASTCLIP_TEST_DEVICE", "cpu"))
 # Which backends compute on tensors of which kind of device.
@@ -48,6 +54,19 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture
+def on_the_device(device: torch.device) -> Iterator[None]:
+    """New tensors are made there."""
+    with device:
+        yield
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain PyTorch engine cuts small blocks, too, several times."""
+    monkeypatch.setattr(chunked, "CHUNK", 1 << 10)
+
+
 @pytest.fixture(scope="session")
 def backends() -> list[str]:
     """The backends that are available on the device, the dense reference last."""
@@ -57,3 +76,11 @@ def backends() -> list[str]:
 @pytest.fixture(scope="session")
 def assert_accurate() -> Callable[..., None]:
     return judge.assert_accurate
+
+
+@pytest.fixture(scope="session")
+def theirs() -> ModuleType:
+    """`open_clip.loss`; skips where open_clip is missing."""
+    from open_clip_import import import_open_clip
+
+    return import_open_clip().loss

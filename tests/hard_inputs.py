@@ -41,6 +41,20 @@ def duplicates(rng: Generator, n: int, d: int) -> Batch:
     return x, y
 
 
+def long_duplicates(rng: Generator, n: int, d: int) -> Batch:
+    """Exact ties of positives with negatives, at logits of which one unit in the last place would
+    decide them. All features are of one length, so that a pair's own logit is the largest; half of
+    the batch repeats the texts of the other half, or its images, beside images or texts that differ
+    in two neighbouring entries."""
+    x = rng.permuted(np.tile(np.linspace(30, 100, d) + rng.uniform(0, 0.1), (n, 1)), axis=1)
+    y, half = x.copy(), n // 2
+    for i in range(half):
+        changed, order = (x, y)[i % 2], np.argsort(x[i])
+        x[half + i] = y[half + i] = x[i]
+        changed[half + i, order[[d // 2, d // 2 + 1]]] = x[i, order[[d // 2 + 1, d // 2]]]
+    return x, y
+
+
 def orthogonal(rng: Generator, n: int, d: int) -> Batch:
     """All cosines zero: uniform softmax, gradients that all but cancel."""
     basis = np.linalg.qr(rng.normal(size=(d, d)))[0]
@@ -88,6 +102,7 @@ KINDS: dict[str, Callable[[Generator, int, int], Batch]] = {
         separated,
         peaked,
         duplicates,
+        long_duplicates,
         orthogonal,
         cone,
         negative,

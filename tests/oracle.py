@@ -14,17 +14,17 @@ flows into the loss of pair `i`.
 
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
+try:
+    from ml_dtypes import bfloat16
+except ImportError:  # not everywhere that the tests run: then torch rounds
+    bfloat16 = None
+
 NORM_EPS = 1e-12
-DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
-}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class Truth:
 
 def rounded(values: ArrayLike, dtype: str) -> NDArray:
     """`values` as a tensor of `dtype` holds them, in float64."""
+    values = np.asarray(values, np.float64)
+    if dtype == "bfloat16" and bfloat16 is None:
+        return torch.from_numpy(values).bfloat16().double().numpy()
     with np.errstate(over="ignore"):
-        return np.asarray(values, np.float64).astype(DTYPES[dtype]).astype(np.float64)
+        return values.astype(bfloat16 if dtype == "bfloat16" else dtype).astype(np.float64)
 
 
 def clip_truth(
@@ -66,8 +69,7 @@ def clip_truth(
 
     `precision` is the type computed in: np.longdouble judges float64 results.
     """
-    xhat, yhat, cosines = _features(x, y, normalize, precision)
-    g = _per_pair(upstream, reduction, len(x), precision)
+    xhat, yhat, cosines, g = _prepared(x, y, normalize, reduction, upstream, precision)
     logits = precision(scale) * cosines
     positives = np.diag(logits)
     loss, weights = np.zeros(len(x), precision), np.zeros_like(logits)
@@ -96,8 +98,7 @@ def siglip_truth(
     precision: type = np.float64,
 ) -> Truth:
     """SigLIP's loss; arguments as for `clip_truth`."""
-    xhat, yhat, cosines = _features(x, y, normalize, precision)
-    g = _per_pair(upstream, reduction, len(x), precision)
+    xhat, yhat, cosines, g = _prepared(x, y, normalize, reduction, upstream, precision)
     logits = precision(scale) * cosines + precision(bias)
     positives = np.diag(logits)
     negatives = _softplus(logits)
@@ -113,23 +114,25 @@ def siglip_truth(
 TRUTHS = {"clip": clip_truth, "siglip": siglip_truth}
 
 
-def _features(
-    x: NDArray, y: NDArray, normalize: bool, precision: type
-) -> tuple[NDArray, NDArray, NDArray]:
+def _prepared(
+    x: NDArray,
+    y: NDArray,
+    normalize: bool,
+    reduction: str,
+    upstream: ArrayLike,
+    precision: type,
+) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """The features that are multiplied, their products, and dL/d(loss of pair i), (N,)."""
     x, y = np.asarray(x, precision), np.asarray(y, precision)
     if normalize:
         x, y = x / _norms(x), y / _norms(y)
-    return x, y, x @ y.T
+    share = 1 / precision(len(x)) if reduction == "mean" else precision(1)
+    g = np.broadcast_to(np.asarray(upstream, precision) * share, (len(x),))
+    return x, y, x @ y.T, g
 
 
 def _norms(x: NDArray) -> NDArray:
     return np.maximum(np.sqrt((x * x).sum(1, keepdims=True)), NORM_EPS)
-
-
-def _per_pair(upstream: ArrayLike, reduction: str, n: int, precision: type) -> NDArray:
-    """dL/d(loss of pair i), (N,)."""
-    share = 1 / precision(n) if reduction == "mean" else precision(1)
-    return np.broadcast_to(np.asarray(upstream, precision) * share, (n,))
 
 
 def _reduced(loss: NDArray, reduction: str) -> NDArray:

@@ -1,99 +1,36 @@
-"""The operators are right on any block: M != N, any offset, factors on any side, parts of it kept.
+"""The operators are right on any block: M != N, any offset, any layout, factors on any side.
 
 A loss on one process only ever asks for a square with its positives on the diagonal; block rows,
 ring steps and local losses ask for everything else. The truth is a dense float64 computation.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import DEVICE
+from block_cases import (
+    FACTORS,
+    LARGE,
+    SHAPES,
+    SMALL,
+    blocks,
+    everywhere,
+    for_every_loss,
+    in_every_dtype,
+)
 from dense_block import (
     DTYPES,
-    LOG2E,
-    LOSSES,
     Block,
     Dense,
     accumulator,
     assert_gradients,
     assert_states,
-    logarithms,
     make_block,
     make_weights,
     operator,
     sweep,
     weigh,
 )
-from torch import Tensor
 
-import fastclip
-from fastclip import chunked
-from fastclip.ops import rows_to_keep
-
-compiled_only = pytest.mark.skipif(
-    DEVICE.type != "cpu" or fastclip.backends()["cpu"] != "available",
-    reason="only the C++ engine keeps products, and it was not built or the device is another",
-)
-
-# The longer tower supplies the C++ engine's rows: M < N makes it change the towers' places. Columns
-# beyond 1023 make its tiles larger, D beyond 128 splits its products.
-SHAPES = {
-    "tall": (150, 37, 24),
-    "wide": (37, 150, 24),
-    "column": (40, 1, 7),
-    "row": (1, 40, 7),
-    "long features": (70, 130, 131),
-    "large tiles": (1100, 1030, 8),
-    "large tiles, wide": (1030, 1100, 8),
-}
-SMALL = ("tall", "wide")
-LARGE = ("large tiles", "large tiles, wide")
-FACTORS = ((False, False), (True, False), (False, True), (True, True))
-
-
-@pytest.fixture(autouse=True)
-def on_the_device(device: torch.device) -> Iterator[None]:
-    with device:
-        yield
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain PyTorch engine cuts these blocks, too, several times."""
-    monkeypatch.setattr(chunked, "CHUNK", 1 << 10)
-
-
-def offsets(m: int, n: int) -> dict[str, int]:
-    return {
-        "on the diagonal": 0,
-        "to the right": 5,
-        "to the left": -5,
-        "partly beyond the last column": n - 1 - m // 4,
-        "partly before the first column": 1 + n // 4 - m,
-        "all beyond the last column": n,
-        "all before the first column": -m,
-        "far away": -(1 << 40),
-    }
-
-
-FEW = ("to the left", "partly beyond the last column", "all before the first column")
-
-
-def blocks(
-    shape: str, dtype: str, loss: str, few: bool = False, **options: object
-) -> Iterator[tuple[str, Block]]:
-    m, n, d = SHAPES[shape]
-    for name, offset in offsets(m, n).items():
-        if name in FEW or not (few or shape in LARGE):
-            block = make_block(m, n, d, DTYPES[dtype], loss=loss, offset=offset, **options)
-            yield f"positives {name}", block
-
-
-everywhere = pytest.mark.parametrize("shape", SHAPES)
-in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-for_every_loss = pytest.mark.parametrize("loss", LOSSES)
+pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 
 
 @everywhere
@@ -243,199 +180,6 @@ def test_gradients_in_any_dtype(engine: str, dtype_x: str, dtype_y: str) -> None
             results = weigh(engine, block, state, positive, weights, project=True, dtypes=dtypes)
             assert (results[0].dtype, results[1].dtype) == dtypes
             assert_gradients(dense, exact, results, what=f"{shape}, {dtype}")
-
-
-# ---- products kept for the second sweep ----------------------------------------------------------
-
-
-@compiled_only
-@everywhere
-@in_every_dtype
-@for_every_loss
-def test_kept_products_change_nothing(loss: str, dtype: str, shape: str) -> None:
-    """No row, some rows, all rows, more room than rows."""
-    block = make_block(*SHAPES[shape], DTYPES[dtype], loss=loss, offset=-3, factors=(True, True))
-    dense = Dense(block)
-    long, short = max(dense.m, dense.n), min(dense.m, dense.n)
-    itemsize = accumulator(block.x.dtype).itemsize
-    budgets = (0, 16 * short * itemsize, long // 2 * short * itemsize, 1 << 40)
-    sizes = set()
-    for budget in budgets:
-        keep = rows_to_keep(dense.m, dense.n, itemsize, budget)
-        state, positive, kept = sweep("cpu", block, keep)
-        assert kept.shape == (keep * short,) and kept.nbytes <= budget
-        sizes.add(kept.numel())
-        assert_states(dense, state, positive, f"{keep} rows")
-        weights = make_weights(state, dense.m)
-        exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
-        for _ in range(2):  # reading what was kept leaves it as it was
-            results = weigh("cpu", block, state, positive, weights, kept)
-            assert_gradients(dense, exact, results, what=f"{keep} rows")
-    assert len(sizes) > 2
-
-
-@compiled_only
-@for_every_loss
-def test_any_number_of_kept_rows(loss: str) -> None:
-    """Whole registers of rows are kept; what does not fill one is made again."""
-    for shape in SMALL:
-        block = make_block(*SHAPES[shape], loss=loss)
-        dense = Dense(block)
-        for keep in (1, 15, 17, 64, 65, 149, 150, 151, 160):
-            state, positive, kept = sweep("cpu", block, keep)
-            assert_states(dense, state, positive, f"{keep} rows")
-            weights = make_weights(state, dense.m)
-            exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
-            results = weigh("cpu", block, state, positive, weights, kept)
-            assert_gradients(dense, exact, results, what=f"{keep} rows")
-
-
-@compiled_only
-@for_every_loss
-def test_kept_products_are_what_the_second_sweep_reads(loss: str) -> None:
-    for shape in SMALL:
-        block = make_block(*SHAPES[shape], loss=loss)
-        m, n, _ = SHAPES[shape]
-        state, positive, kept = sweep("cpu", block, rows_to_keep(m, n, 4, 1 << 40))
-        weights = make_weights(state, m)
-        before = weigh("cpu", block, state, positive, weights, kept)
-        kept.zero_()
-        after = weigh("cpu", block, state, positive, weights, kept)
-        for one, other in zip(before, after, strict=True):
-            assert not torch.allclose(one, other)
-
-
-@pytest.mark.parametrize("m, n", [(1, 1), (15, 16), (17, 5), (5, 17), (1000, 64), (64, 1000)])
-def test_rows_to_keep_fit_the_budget(m: int, n: int) -> None:
-    long, short = max(m, n), min(m, n)
-    everything = -(-long // 16) * 16
-    for itemsize in (4, 8):
-        for rows in (0, 1, 15, 16, 17, 32, everything - 1, everything, everything + 100):
-            keep = rows_to_keep(m, n, itemsize, rows * short * itemsize)
-            assert keep == min(rows // 16 * 16, everything)
-
-
-def test_the_plain_engine_keeps_nothing() -> None:
-    with pytest.raises(ValueError, match=r"keep must be 0.*got 16"):
-        sweep("torch", make_block(20, 20, 4), keep=16)
-
-
-# ---- parts of a block ----------------------------------------------------------------------------
-
-
-def merged(states: list[Tensor], loss: str) -> Tensor:
-    """One number a line, from `sum * 2^reference`."""
-    parts = torch.stack([logarithms(state, loss) for state in states])
-    if loss == "sigmoid":
-        return parts.sum(0)
-    return torch.logsumexp(parts / LOG2E, 0) * LOG2E
-
-
-@pytest.mark.parametrize("scale", [14.3, 1e4])
-@pytest.mark.parametrize("split", ["columns", "rows"])
-@in_every_dtype
-@for_every_loss
-def test_parts_make_the_whole(engine: str, loss: str, dtype: str, split: str, scale: float) -> None:
-    """States of two parts merge to the block's, and gradients add up to the block's."""
-    m, n, d = 83, 59, 12
-    for offset in (0, 20, -50, 500):
-        whole = make_block(m, n, d, DTYPES[dtype], loss=loss, offset=offset, scale=scale)
-        dense = Dense(whole)
-        cut = 33
-        if split == "columns":
-            parts = [
-                (whole._replace(y=whole.y[:cut]), slice(0, m), slice(0, cut)),
-                (whole._replace(y=whole.y[cut:], offset=offset - cut), slice(0, m), slice(cut, n)),
-            ]
-        else:
-            parts = [
-                (whole._replace(x=whole.x[:cut]), slice(0, cut), slice(0, n)),
-                (whole._replace(x=whole.x[cut:], offset=offset + cut), slice(cut, m), slice(0, n)),
-            ]
-        swept = [sweep(engine, block) for block, _, _ in parts]
-        (first, _, _), (second, _, _) = swept
-        one, other = first.split([len(parts[0][0].x), len(parts[0][0].y)], 1)
-        two, another = second.split([len(parts[1][0].x), len(parts[1][0].y)], 1)
-        if split == "columns":
-            rows = merged([one, two], loss)
-            columns = torch.cat([logarithms(other, loss), logarithms(another, loss)])
-        else:
-            rows = torch.cat([logarithms(one, loss), logarithms(two, loss)])
-            columns = merged([other, another], loss)
-        difference = torch.cat([rows, columns]) - dense.logarithms
-        if loss == "sigmoid":
-            difference = difference / dense.logarithms.clamp_min(1e-30)
-        assert (difference.abs() <= 2 * dense.arithmetic).all()
-
-        state, positive, _ = sweep(engine, whole)
-        weights = make_weights(state, m)
-        exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
-        dx, dy = torch.zeros_like(exact.dx), torch.zeros_like(exact.dy)
-        totals = torch.zeros(2, dtype=torch.float64)
-        for block, rows, columns in parts:
-            lines = torch.cat([torch.arange(m)[rows], m + torch.arange(n)[columns]])
-            part = type(weights)(
-                weights.coefficients[lines], weights.positive_weight[rows], weights.gain
-            )
-            gradients = weigh(engine, block, state[:, lines].contiguous(), positive[rows], part)
-            dx[rows] += gradients[0]
-            dy[columns] += gradients[1]
-            totals += gradients[2]
-        assert_gradients(dense, exact, (dx, dy, totals), what=f"{offset=}")
-
-
-# ---- finished lines ------------------------------------------------------------------------------
-
-
-@in_every_dtype
-@for_every_loss
-def test_finish(engine: str, loss: str, dtype: str) -> None:
-    """Rows and columns of a rectangular block that have their positive in it."""
-    for shape in SMALL:
-        for what, block in blocks(shape, dtype, loss):
-            dense = Dense(block)
-            state, positive, _ = sweep(engine, block)
-            here = dense.is_positive.nonzero()
-            if not len(here):
-                continue
-            rows, columns = here.unbind(1)
-            lines = torch.cat([rows, dense.m + columns])
-            # One positive for both of its lines.
-            losses, coefficients, weights = operator("finish", engine)(
-                state[:, lines].contiguous(), positive[rows], block.scale, block.bias, loss
-            )
-            s = (dense.scale * dense.positive[rows] + dense.bias).repeat(2)
-            if loss == "sigmoid":
-                exact = dense.logarithms[lines] + F.softplus(-s, threshold=60)
-                expected, weight = torch.ones_like(s), -torch.sigmoid(-s)
-                found = coefficients
-            else:
-                negatives = dense.logarithms[lines] / LOG2E
-                exact = F.softplus(negatives - s, threshold=60)
-                total = torch.logaddexp(negatives, s) * LOG2E
-                # coefficients are relative to the references: a * 2^-reference = 1 / (R + P)
-                found, expected = torch.log2(coefficients) - state[0, lines], -total
-                weight = -torch.sigmoid(negatives - s)
-            tolerance = {"rtol": 2 * dense.arithmetic, "atol": 1e-12}
-            torch.testing.assert_close(losses, exact, **tolerance, msg=what)
-            torch.testing.assert_close(found, expected, atol=2 * dense.arithmetic, rtol=1e-12)
-            torch.testing.assert_close(weights, weight, **tolerance)
-
-
-@for_every_loss
-def test_a_line_without_its_positive_leaves_the_others_alone(engine: str, loss: str) -> None:
-    block = make_block(20, 9, 6, loss=loss)
-    state, positive, _ = sweep(engine, block)
-    arguments = (block.scale, block.bias, loss)
-    finish = operator("finish", engine)
-    alone = finish(state[:, :9].contiguous(), positive[:9], *arguments)
-    together = finish(state[:, :20].contiguous(), positive, *arguments)
-    for one, other in zip(alone, together, strict=True):
-        torch.testing.assert_close(one, other[:9], rtol=1e-14, atol=0)
-    assert together[0][9:].isnan().all()
-
-
-# ---- memory layouts ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,49 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip_import import import_open_clip
+from drop_in import NAMES, N, compare, model_out, ours_of
 from torch import Tensor, nn
 
-import fastclip.loss
+from fastclip.inputs import scalar
 from fastclip.loss import ClipLoss, SigLipLoss
-
-N, D = 19, 16
-NAMES = ("ClipLoss", "SigLipLoss")
-
-
-@pytest.fixture(scope="module")
-def theirs() -> ModuleType:
-    return import_open_clip().loss
-
-
-def ours_of(name: str) -> type[nn.Module]:
-    return getattr(fastclip.loss, name)
-
-
-def model_out(
-    device: torch.device, scale_shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """What an open_clip model returns: normalised features, exponentiated scale, bias."""
-    generator = torch.Generator().manual_seed(3)
-    x, y = F.normalize(torch.randn(2, N, D, generator=generator), dim=-1).to(device, dtype)
-    out = {
-        "image_features": x,
-        "text_features": y,
-        "logit_scale": torch.full(scale_shape, 14.3, device=device),
-        "logit_bias": torch.full(scale_shape, -3.0, device=device),
-    }
-    return {name: t.clone().requires_grad_() for name, t in out.items()}
-
-
-def compare(one: nn.Module, other: nn.Module, out: dict[str, Tensor]) -> None:
-    """Same value, same gradients of everything."""
-    found = []
-    for module in (one, other):
-        value = module(**out)
-        found.append((value, *torch.autograd.grad(value, list(out.values()), allow_unused=True)))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
 
 # Constructor and call
 
@@ -250,116 +212,6 @@ def test_distillation_loss_works_on_top(device: torch.device, theirs: ModuleType
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-# Numbers
-
-
-@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_scale_and_bias_keep_their_shape(
-    name: str, shape: tuple[int, ...], device: torch.device, theirs: ModuleType
-) -> None:
-    out = model_out(device, shape)
-    value = ours_of(name)()(**out)
-    assert value.shape == ()
-    value.backward()
-    assert out["logit_scale"].grad.shape == shape and out["logit_bias"].grad.shape == shape
-    compare(ours_of(name)(), getattr(theirs, name)(), out)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_scale_and_bias_keep_their_dtype(
-    name: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    out = model_out(device)
-    out["logit_scale"], out["logit_bias"] = (
-        torch.tensor(t, dtype=dtype, device=device, requires_grad=True) for t in (14.25, -3.0)
-    )
-    value = ours_of(name)()(**out)
-    assert value.dtype == torch.float32
-    value.backward()
-    assert out["logit_scale"].grad.dtype == dtype and out["logit_bias"].grad.dtype == dtype
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_number_will_do_for_scale_and_bias(
-    name: str, device: torch.device, theirs: ModuleType
-) -> None:
-    x, y, *_ = model_out(device).values()
-    for scale in (14.25, 14, torch.tensor(14.25, device=device)):
-        for bias in (-3.0, 0):
-            value = ours_of(name)()(x, y, scale, bias)
-            torch.testing.assert_close(value, getattr(theirs, name)()(x, y, scale, bias))
-            assert all(g.any() for g in torch.autograd.grad(value, (x, y)))
-
-
-def test_clips_bias_has_a_gradient_of_exactly_zero(device: torch.device) -> None:
-    for requested in ("all", "bias alone"):
-        out = model_out(device)
-        if requested == "bias alone":
-            out = {n: t.detach().requires_grad_(n == "logit_bias") for n, t in out.items()}
-        ClipLoss()(**out).backward()
-        gradient = out["logit_bias"].grad
-        assert gradient is not None and torch.equal(gradient, torch.zeros_like(gradient))
-
-
-def test_siglips_bias_has_a_real_gradient(device: torch.device, theirs: ModuleType) -> None:
-    out = model_out(device)
-    SigLipLoss()(**out).backward()
-    assert out["logit_bias"].grad.abs() > 1e-3
-    compare(SigLipLoss(), theirs.SigLipLoss(), out)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_loss_is_float32_whatever_the_features(
-    name: str, dtype: torch.dtype, expected: torch.dtype, device: torch.device
-) -> None:
-    out = model_out(device, dtype=dtype)
-    value = ours_of(name)()(**out)
-    assert value.dtype == expected and value.device.type == device.type
-    value.backward()
-    assert out["image_features"].grad.dtype == out["text_features"].grad.dtype == dtype
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_mixed_dtypes_get_their_own_gradients(name: str, device: torch.device) -> None:
-    out = model_out(device)
-    exact = ours_of(name)()(**out)
-    exact_gradient = torch.autograd.grad(exact, out["text_features"])[0]
-    out["image_features"] = out["image_features"].detach().bfloat16().requires_grad_()
-    value = ours_of(name)()(**out)
-    value.backward()
-    assert out["image_features"].grad.dtype == torch.bfloat16
-    assert out["text_features"].grad.dtype == torch.float32
-    torch.testing.assert_close(value, exact, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(out["text_features"].grad, exact_gradient, rtol=0.1, atol=1e-2)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_autocast_takes_features_in_its_dtype_and_logits_in_float32(
-    name: str, device: torch.device
-) -> None:
-    out = model_out(device)
-    with torch.autocast(device.type, torch.bfloat16):
-        value = ours_of(name)()(**out)
-    value.backward()
-    assert value.dtype == torch.float32
-    assert all(t.grad.dtype == torch.float32 for t in out.values())
-    rounded = model_out(device, dtype=torch.bfloat16)
-    torch.testing.assert_close(value, ours_of(name)()(**rounded), rtol=1e-6, atol=0)
-    assert not torch.equal(value, ours_of(name)()(**out))
-
-
 # Import
 
 
@@ -396,3 +248,31 @@ def test_a_subclass_with_logits_of_its_own_gets_their_loss() -> None:
 
     x, y = F.normalize(torch.randn(2, 6, 5), dim=-1)
     torch.testing.assert_close(Doubled()(x, y, 3.0), ClipLoss()(x, y, 6.0))
+
+
+def test_a_sigmoid_subclass_with_labels_or_logits_of_its_own_gets_their_loss() -> None:
+    class Doubled(SigLipLoss):
+        def get_logits(self, *arguments: Tensor | float) -> Tensor:
+            return 2 * super().get_logits(*arguments)
+
+    class Reversed(SigLipLoss):
+        def get_ground_truth(self, *arguments: object, **options: object) -> Tensor:
+            return -super().get_ground_truth(*arguments, **options)
+
+    x, y = F.normalize(torch.randn(2, 6, 5), dim=-1)
+    torch.testing.assert_close(Doubled()(x, y, 3.0, -2.0), SigLipLoss()(x, y, 6.0, -4.0))
+    logits = 3.0 * x @ y.T - 2.0
+    labels = 1 - 2 * torch.eye(6)
+    torch.testing.assert_close(
+        Reversed()(x, y, 3.0, -2.0), -F.logsigmoid(labels * logits).sum() / 6
+    )
+
+
+def test_a_scalar_on_the_cpu_serves_features_on_another_device() -> None:
+    """As torch's own operators take it; one of shape [1] they refuse, too."""
+    features = torch.empty(4, 3, device="meta")
+    scale = torch.tensor(3.0, requires_grad=True)
+    taken = scalar("logit_scale", scale, features)
+    assert taken.device == features.device and taken.requires_grad
+    with pytest.raises(ValueError, match="logit_scale must be on the features' device meta"):
+        scalar("logit_scale", scale.reshape(1), features)

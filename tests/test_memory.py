@@ -8,7 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from judge import error, numbers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import fastclip
 from fastclip.loss import clip_loss, siglip_loss
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
@@ -24,6 +25,7 @@ N, D = 6144, 8
 MATRIX = 4 * N * N  # bytes, in float32: 144 MiB
 # Of any engine, whatever the batch: chunks and buffers of threads; in a process, libraries' too.
 WORKSPACE, PROCESS = 64 << 20, 128 << 20
+BEYOND_BUDGET = 16 << 20  # of the C++ engine on two threads, libraries included
 
 
 def features(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -86,19 +88,22 @@ def high_water():
 def step(n):
     x, y = (torch.randn(n, 8, requires_grad=True) for _ in range(2))
     for loss in (clip_loss, siglip_loss):
-        loss(x, y, 2.0, backend=sys.argv[1], memory_budget=0).backward()
+        loss(x, y, 2.0, backend=backend, memory_budget=int(budget)).backward()
 
+backend, budget, *sizes = sys.argv[1:]
 step(64)  # code and thread pools
 before = high_water()
-step(int(sys.argv[2]))
+for n in sizes:
+    step(int(n))
 print(high_water() - before)
 """
 
 
-def high_water(backend: str, directory: Path) -> int:
-    command = [sys.executable, "-c", HIGH_WATER, backend, str(N)]
+def high_water(backend: str, directory: Path, budget: int = 0, sizes: Iterable[int] = (N,)) -> int:
+    """By how much a process grows over steps of these sizes, in bytes."""
+    command = [sys.executable, "-c", HIGH_WATER, backend, str(budget), *map(str, sizes)]
     # glibc lets freed chunks linger, up to twice what was ever needed at a time: not ours to judge.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
@@ -118,6 +123,20 @@ def test_a_process_never_holds_the_matrix(
             assert held > 2 * MATRIX, "the check would not notice the matrix"
         else:
             assert held < PROCESS, backend
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
+@pytest.mark.skipif(fastclip.backends()["cpu"] != "available", reason="only the C++ engine keeps")
+@pytest.mark.parametrize("sizes", [(N,), (N, N), (N // 2, N), (N, N // 2, N - 100, N)], ids=str)
+def test_a_process_keeps_no_more_than_the_budget(
+    sizes: tuple[int, ...], device: torch.device, tmp_path: Path
+) -> None:
+    """Nor do steps of other sizes add up, though what was kept waits for the next of them."""
+    if device.type != "cpu":
+        pytest.skip("a process's high-water mark counts CPU memory")
+    budget = 64 << 20
+    held = high_water("cpu", tmp_path, budget, sizes)
+    assert budget / 2 < held < budget + BEYOND_BUDGET
 
 
 BUDGETS = (0, 1, 1 << 16, 1 << 20, 1 << 40, None)

@@ -14,7 +14,6 @@ from judge import error, numbers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fastclip
 from fastclip import ops
 from fastclip.loss import clip_loss, siglip_loss
 
@@ -46,10 +45,7 @@ every_operator = pytest.mark.parametrize("name", SCHEMAS)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture(autouse=True)
-def on_the_device(device: torch.device) -> Iterator[None]:
-    with device:
-        yield
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
@@ -183,70 +179,6 @@ def test_autocast_does_not_reach_into_them(
             results = operator(name, engine)(*sample)
             assert torch.is_autocast_enabled(device.type)
         assert_same(results, expected, what)
-
-
-# ---- what they refuse ----------------------------------------------------------------------------
-
-
-def refusals() -> dict[str, tuple[type[Exception], str, Callable[[Block], Block]]]:
-    return {
-        "widths": (RuntimeError, r"\(M, D\) and \(N, D\)", lambda b: b._replace(y=b.y[:, :4])),
-        "rank": (RuntimeError, r"\(M, D\) and \(N, D\)", lambda b: b._replace(x=b.x[None])),
-        "dtypes": (RuntimeError, r"of one dtype", lambda b: b._replace(y=b.y.half())),
-        "no rows": (RuntimeError, r"non-empty", lambda b: b._replace(x=b.x[:0])),
-        "no columns": (RuntimeError, r"non-empty", lambda b: b._replace(y=b.y[:0])),
-        "integers": (
-            TypeError,
-            r"float64, float32, bfloat16 or float16",
-            lambda b: b._replace(x=b.x.int(), y=b.y.int()),
-        ),
-        "loss": (
-            ValueError,
-            r"'softmax' or 'sigmoid'.*'hinge'",
-            lambda b: b._replace(loss="hinge"),
-        ),
-    }
-
-
-@pytest.mark.skipif(
-    fastclip.backends()["cpu"] != "available", reason="only the C++ engine reads raw memory"
-)
-@pytest.mark.parametrize("name", refusals())
-def test_memory_is_not_read_beyond_its_end(name: str, device: torch.device) -> None:
-    if device.type != "cpu":
-        pytest.skip("the C++ engine takes CPU tensors")
-    expected, text, spoil = refusals()[name]
-    block = make_block(9, 7, 5)
-    state, positive, kept = sweep("cpu", block)
-    weights = make_weights(state, 9)
-    with pytest.raises(expected, match=text):
-        sweep("cpu", spoil(block))
-    if name not in ("integers", "loss"):
-        spoilt = spoil(block)
-        with pytest.raises(RuntimeError, match=text):
-            operator("weigh", "cpu")(
-                *spoilt.tensors, state, positive, weights.coefficients, weights.positive_weight,
-                weights.gain, kept, 0, "softmax", True, True, False, torch.float32, torch.float32,
-            )  # fmt: skip
-
-
-@pytest.mark.skipif(
-    fastclip.backends()["cpu"] != "available", reason="only the C++ engine reads raw memory"
-)
-@pytest.mark.parametrize("which", range(4))
-def test_states_of_another_block_are_refused(which: int, device: torch.device) -> None:
-    if device.type != "cpu":
-        pytest.skip("the C++ engine takes CPU tensors")
-    block = make_block(9, 7, 5)
-    state, positive, kept = sweep("cpu", block)
-    weights = make_weights(state, 9)
-    vectors = [state, positive, weights.coefficients, weights.positive_weight]
-    vectors[which] = vectors[which][..., :-1]
-    with pytest.raises(RuntimeError, match=r"state must be \(2, M \+ N\)"):
-        operator("weigh", "cpu")(
-            *block.tensors, *vectors, weights.gain, kept, 0, "softmax", True, True, False,
-            torch.float32, torch.float32,
-        )  # fmt: skip
 
 
 # ---- fp32 as the user wants it -------------------------------------------------------------------

@@ -7,6 +7,7 @@ installed packages but not this checkout. Nothing here touches the environment t
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import site
 import subprocess
@@ -221,22 +222,68 @@ def test_extension_is_stripped_and_loads() -> None:
     assert fastclip.backends()["cpu"] == "available"
 
 
-def test_install_goes_on_without_a_compiler(sources: Path, tmp_path: Path) -> None:
-    arguments = ("install", "-v", "--no-deps", "--no-build-isolation", "--target", str(tmp_path))
-    done = pip(*arguments, str(sources), CXX="/nonexistent/c++")
+@pytest.fixture(params=["absent", "failing"])
+def compiler(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """CXX: a name of nothing, or a compiler that tells its version and fails at all else."""
+    if request.param == "absent":
+        return "/nonexistent/c++"
+    path = tmp_path / "c++"
+    path.write_text('#!/bin/sh\n[ "$*" = --version ] && exec echo "failing 1.0"\nexit 1\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_install_goes_on_without_a_working_compiler(
+    sources: Path, tmp_path: Path, compiler: str
+) -> None:
+    target = tmp_path / "target"
+    arguments = ("install", "-v", "--no-deps", "--no-build-isolation", "--target", str(target))
+    done = pip(*arguments, str(sources), CXX=compiler)
     assert done.returncode == 0, done.stdout + done.stderr
     told = done.stdout + done.stderr
-    assert "the compiled engines were not built: no working C++ compiler" in told
+    assert "the compiled engines were not built: " in told
+    assert ("no working C++ compiler" in told) == (compiler == "/nonexistent/c++")
     assert "the pure PyTorch engine serves" in told
-    assert (tmp_path / "fastclip/__init__.py").exists()
-    assert not list(tmp_path.glob("fastclip/_C*"))
+    assert not list(target.glob("fastclip/_C*"))
+    result = use_the_loss(target)
+    assert len(result["warnings"]) == 1 and result["cpu"] != "available"
+    assert result["losses"] == pytest.approx([result["truth"]] * 2, rel=1e-5)
 
 
-def test_install_stops_without_a_compiler_where_one_is_required(
-    sources: Path, tmp_path: Path
+def test_install_stops_without_a_working_compiler_where_one_is_required(
+    sources: Path, tmp_path: Path, compiler: str
 ) -> None:
-    arguments = ("install", "--no-deps", "--no-build-isolation", "--target", str(tmp_path))
-    done = pip(*arguments, str(sources), CXX="/nonexistent/c++", FASTCLIP_REQUIRE_EXTENSION="1")
+    target = tmp_path / "target"
+    arguments = ("install", "--no-deps", "--no-build-isolation", "--target", str(target))
+    done = pip(*arguments, str(sources), CXX=compiler, FASTCLIP_REQUIRE_EXTENSION="1")
     assert done.returncode != 0
     assert "FASTCLIP_REQUIRE_EXTENSION=1" in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not target.exists()
+
+
+def test_a_wheel_with_the_extension_runs_from_an_empty_folder(
+    sources: Path, tmp_path: Path
+) -> None:
+    """Some seconds with the objects of an editable installation, some minutes without."""
+    library = compiled_library()
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    reuse = [sys.executable, str(Path(__file__).with_name("reuse_objects.py")), str(ROOT)]
+    launcher = tmp_path / "c++"
+    launcher.write_text(f'#!/bin/sh\nexec {shlex.join(reuse)} {compiler} "$@"\n')
+    launcher.chmod(0o755)
+    arguments = ("wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sources))
+    built = pip(*arguments, CXX=str(launcher), FASTCLIP_REQUIRE_EXTENSION="1")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("fastclip-*.whl")
+    names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"fastclip"}
+
+    target = tmp_path / "target"
+    installed = pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel))
+    assert installed.returncode == 0, installed.stderr
+    assert [path.name for path in target.glob("fastclip/_C*")] == [library.name]
+    result = use_the_loss(target)
+    assert result["cpu"] == "available" and not result["warnings"]
+    assert result["losses"] == pytest.approx([result["truth"]] * 2, rel=1e-5)
+    process = python("import fastclip._C; print(fastclip._C.__file__)", target)
+    assert Path(process.stdout.strip()).parent == target / "fastclip", process.stderr

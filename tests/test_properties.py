@@ -1,6 +1,7 @@
 """What is true of the losses whatever the batch: symmetries, bounds, sums; by hypothesis."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,7 +24,23 @@ sizes = st.tuples(st.integers(1, 150), st.integers(1, 80), st.integers(0, 2**31)
 scales = st.floats(-50, 50, width=32)
 biases = st.floats(-20, 20, width=32)
 losses = st.sampled_from(sorted(LOSSES))
-flags = st.booleans()
+
+
+class Case(NamedTuple):
+    """A loss of per-pair values on one batch."""
+
+    size: tuple[int, int, int]
+    loss: str
+    scale: float
+    bias: float
+    normalize: bool
+
+    def losses(self, x: Tensor, y: Tensor, engine: str) -> Tensor:
+        options = {"normalize": self.normalize, "reduction": "none", "backend": engine}
+        return LOSSES[self.loss](x, y, self.scale, self.bias, **options)
+
+
+cases = st.builds(Case, sizes, losses, scales, biases, st.booleans())
 
 
 def features(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -42,32 +59,23 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-@given(size=sizes, loss=losses, scale=scales, bias=biases, normalize=flags)
-def test_every_loss_is_at_least_zero(
-    engine: str,
-    device: torch.device,
-    size: tuple,
-    loss: str,
-    scale: float,
-    bias: float,
-    normalize: bool,
-) -> None:
-    x, y = features(size, device)
+@given(case=cases)
+def test_every_loss_is_at_least_zero(engine: str, device: torch.device, case: Case) -> None:
+    x, y = features(case.size, device)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        options = {"normalize": normalize, "reduction": "none", "backend": engine}
-        value = LOSSES[loss](x.to(dtype), y.to(dtype), scale, bias, **options)
-        assert value.shape == (size[0],)
+        value = case.losses(x.to(dtype), y.to(dtype), engine)
+        assert value.shape == (len(x),)
         assert value.isfinite().all() and (value >= 0).all()
 
 
-@given(size=sizes, loss=losses, scale=scales, bias=biases)
+@given(case=cases)
 def test_permuting_the_pairs_permutes_losses_and_gradients(
-    engine: str, device: torch.device, size: tuple, loss: str, scale: float, bias: float
+    engine: str, device: torch.device, case: Case
 ) -> None:
-    x, y = features(size, device)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(size[2])).to(device)
-    value = LOSSES[loss](x, y, scale, bias, reduction="none", backend=engine)
-    permuted = LOSSES[loss](x[order], y[order], scale, bias, reduction="none", backend=engine)
+    x, y = features(case.size, device)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(case.size[2])).to(device)
+    value = case.losses(x, y, engine)
+    permuted = case.losses(x[order], y[order], engine)
     close(permuted, value[order])
     g = torch.linspace(-1, 1, len(x), dtype=torch.float64, device=device)
     direct = torch.autograd.grad(value, (x, y), g)
@@ -75,20 +83,10 @@ def test_permuting_the_pairs_permutes_losses_and_gradients(
         close(one, other)
 
 
-@given(size=sizes, loss=losses, scale=scales, bias=biases, normalize=flags)
-def test_the_towers_may_change_places(
-    engine: str,
-    device: torch.device,
-    size: tuple,
-    loss: str,
-    scale: float,
-    bias: float,
-    normalize: bool,
-) -> None:
-    x, y = features(size, device)
-    options = {"normalize": normalize, "reduction": "none", "backend": engine}
-    one = LOSSES[loss](x, y, scale, bias, **options)
-    other = LOSSES[loss](y, x, scale, bias, **options)
+@given(case=cases)
+def test_the_towers_may_change_places(engine: str, device: torch.device, case: Case) -> None:
+    x, y = features(case.size, device)
+    one, other = case.losses(x, y, engine), case.losses(y, x, engine)
     close(one, other)
     g = torch.linspace(-1, 1, len(x), dtype=torch.float64, device=device)
     found = torch.autograd.grad(one, (x, y), g), torch.autograd.grad(other, (x, y), g)
