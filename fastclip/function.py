@@ -55,7 +55,7 @@ def _problem(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan
 ) -> tuple[Any, ...]:
     """x, y, factor_x, factor_y, scale, bias, as the operators take them."""
-    x, y = x.to(plan.dtype), y.to(plan.dtype)
+    x, y = _cast(x, plan.dtype), _cast(y, plan.dtype)
     bias = bias if EPILOGUES[plan.loss].uses_bias else None
     if not plan.normalize:
         return x, y, None, None, scale, bias
@@ -172,8 +172,8 @@ def _unit_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
                 gradient.mul_(g)
     dbias, dscale = dbias_dscale.unbind()
     return (
-        dx.to(x.dtype) if needs_x else None,
-        dy.to(y.dtype) if needs_y else None,
+        _cast(dx, x.dtype) if needs_x else None,
+        _cast(dy, y.dtype) if needs_y else None,
         _scalar(dscale, scale) if needs_scale else None,
         _scalar(dbias, bias) if needs_bias else None,
     )
@@ -210,7 +210,13 @@ def _weigh_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _scalar(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.dtype).reshape(like.shape)
+    value = _cast(value, like.dtype)
+    return value if value.shape == like.shape else value.reshape(like.shape)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # A call that has nothing to do still takes a microsecond, of 130 for 32 pairs.
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
