@@ -113,14 +113,14 @@ def _loss(
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
-    engine = choose(backend, x.device)
+    dtype = product_dtype(x, y)
+    engine = choose(backend, x.device, dtype)
     if memory_budget is None:
         memory_budget = CPU_MEMORY_BUDGET if x.device.type == "cpu" else 0
     elif not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
     if engine == "reference":
         return _REFERENCES[loss](x, y, scale, bias, normalize=normalize, reduction=reduction)
-    dtype = product_dtype(x, y)
     return fused_loss(
         x, y, scale, bias, Plan(loss, engine, dtype, normalize, reduction, memory_budget)
     )

@@ -1,12 +1,56 @@
-"""The place of the Triton engine's kernels, installed as `fastclip.triton_kernels`.
+"""The Triton engine: the operators of `fastclip.ops` for CUDA tensors, installed under this name.
 
-The kernels are not here yet. What is here is the guard: a package of the Triton project has the
-bare name `triton_kernels`, and libraries that probe for it must not find this folder instead when
-the source root is on `sys.path`. Importing this package imports no Triton and touches no device.
+Importing this package imports no Triton and touches no device: each operator imports the engine
+when it is first called.
+
+    epilogues.py       every loss once, as functions of a tile
+    tile.py            a tile of <x_i, y_j>: order of the programs, product, what is live in it
+    bound.py           the one reference of a softmax sweep, made on the device
+    fold.py            the first sweep: what rows and columns remember of a tile
+    finalise.py        partial sums to float64 states, in a fixed order
+    weights.py         the second sweep: the weights of a tile
+    complete.py        from products of weights and features to gradients
+    configurations.py  tile sizes, warps and stages for each architecture
+    plan.py            launches, their buffers and their traffic, as plain arithmetic
+    engine.py          the host's side: buffers, launches, two library products a chunk
+
+The kernels have been executed in Triton's interpreter and compiled for five architectures. They
+have not been timed.
 """
 
 if __name__ != "fastclip.triton_kernels":
+    # A package of the Triton project has the bare name, and libraries that probe for it must not
+    # find this folder instead when the source root is on sys.path.
     raise ImportError(
         f"fastclip's kernels are fastclip.triton_kernels, not {__name__!r}: "
         "the folder that holds fastclip's sources is on sys.path"
     )
+
+from typing import Any
+
+# The one that torch 2.10, the oldest supported, was built with.
+OLDEST_TRITON = (3, 6)
+
+
+def sweep(*arguments: Any) -> Any:
+    from . import engine
+
+    return engine.sweep(*arguments)
+
+
+def finish(*arguments: Any) -> Any:
+    from . import engine
+
+    return engine.finish(*arguments)
+
+
+def weigh(*arguments: Any) -> Any:
+    from . import engine
+
+    return engine.weigh(*arguments)
+
+
+def sweep_and_weigh(*arguments: Any) -> Any:
+    from . import engine
+
+    return engine.sweep_and_weigh(*arguments)

@@ -1,0 +1,152 @@
+"""Partial sums to states: float64, in a fixed order, whoever finishes first.
+
+A program owns LINES lines, first all rows, then all columns of a chunk. What a line has in other
+chunks adds up in its state: the stream runs one chunk after another.
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogues import LOG2E
+
+# The least R + P of a line that one reference can serve: what such a line lost lies below fp32's
+# resolution of it.
+LEAST = tl.constexpr(2.0**-78)
+LARGEST = tl.constexpr(2.0**127)
+# A sum relative to its own largest term lies within these, or its logits have outgrown the dtype.
+LEAST_RELATIVE = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def power_of_two(k):
+    """2^k for an integral float64 k <= 0; 0 below float64's normal range, as for NaN."""
+    k = tl.where(k >= -1022, k, -1023.0)
+    return ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def owned(
+    M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl.constexpr
+):
+    """Of this program: whether its lines are rows, the lines, where the first partials of them and
+    their states lie, their number, and how many partials each has."""
+    programs_of_rows = tl.cdiv(M, LINES)
+    is_row = tl.program_id(0) < programs_of_rows
+    first = tl.program_id(0) - tl.where(is_row, 0, programs_of_rows)
+    line = first * LINES + tl.arange(0, LINES)
+    length = tl.where(is_row, M, N)
+    base = tl.where(is_row, 0, tiles_n.to(tl.int64) * M)
+    out = tl.where(is_row, row_start, rows_total + column_start) + line
+    return is_row, line, base, out, length, tl.where(is_row, tiles_n, tiles_m)
+
+
+@triton.jit
+def positive_of(POSITIVE, is_row, out, rows_total, columns_total, offset):
+    """t of the positive of each line, and whether it lies in the block."""
+    i = tl.where(is_row, out, out - rows_total - offset)
+    here = (i >= 0) & (i < rows_total) & (i + offset >= 0) & (i + offset < columns_total)
+    return tl.load(POSITIVE + i, mask=here, other=0.0), here
+
+
+SIZES = ["M", "N", "tiles_m", "tiles_n", "row_start", "column_start", "rows_total"]
+SIZES += ["columns_total", "offset", "fresh_rows", "fresh_columns", "is_last"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def sums_kernel(
+    PARTIAL, STATE, POSITIVE, SCALE, REFERENCE, FLAG, M, N, tiles_m, tiles_n, row_start,
+    column_start, rows_total, columns_total, offset, fresh_rows, fresh_columns, is_last,
+    LINES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Partials that share a reference. Where there is one, chunks are whole rows, and the flag is
+    raised if it was too coarse for a line: one whose R + P is so small may have lost terms that
+    count."""
+    is_row, line, base, out, length, parts = owned(
+        M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
+    )
+    part = tl.arange(0, PARTS)
+    mask = line < length
+    total = tl.zeros((LINES,), tl.float64)
+    for p in range(0, parts, PARTS):
+        at = base + (p + part).to(tl.int64)[:, None] * length + line[None, :]
+        partial = tl.load(PARTIAL + at, mask=(p + part < parts)[:, None] & mask[None, :], other=0.0)
+        total += tl.sum(partial.to(tl.float64), 0)
+    lines = rows_total + columns_total
+    fresh = tl.where(is_row, fresh_rows, fresh_columns)
+    total += tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
+    tl.store(STATE + lines + out, total, mask=mask)
+    reference = 0.0
+    if REFERENCE is not None:
+        reference = tl.load(REFERENCE)
+        if is_row | (is_last != 0):
+            t, here = positive_of(POSITIVE, is_row, out, rows_total, columns_total, offset)
+            exponent = tl.load(SCALE).to(tl.float64) * LOG2E * t - reference
+            # An estimate is enough, and beyond these limits none is needed.
+            exponent = tl.minimum(tl.maximum(exponent, -200.0), 120.0).to(tl.float32)
+            positive = tl.where(here, tl.exp2(exponent), 0.0)
+            positive = tl.where(t == t, positive, t.to(tl.float32))
+            holds = (total + positive >= LEAST) & (total <= LARGEST)
+            if tl.max((mask & (holds == 0)).to(tl.int32), 0) > 0:
+                tl.store(FLAG, 1)
+    tl.store(STATE + out, tl.zeros((LINES,), tl.float64) + reference, mask=mask)
+
+
+@triton.jit
+def _merge(reference, total, other_reference, other):
+    """States relative to references; -inf is the reference of one without terms."""
+    top = tl.maximum(reference, other_reference)
+    mine = tl.where(reference == float("-inf"), 1.0, power_of_two(reference - top))
+    theirs = tl.where(other_reference == float("-inf"), 1.0, power_of_two(other_reference - top))
+    return top, total * mine + other * theirs
+
+
+@triton.jit(do_not_specialize=SIZES)
+def maxima_sums_kernel(
+    PARTIAL, STATE, FLAG, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
+    columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Partials that have references of their own, behind them. Writes only if the flag is set."""
+    if tl.load(FLAG) == 0:
+        return
+    is_row, line, base, out, length, parts = owned(
+        M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
+    )
+    REFERENCES = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
+    part = tl.arange(0, PARTS)
+    mask = line < length
+    lines = rows_total + columns_total
+    fresh = tl.where(is_row, fresh_rows, fresh_columns)
+    # Stored states of lines without terms have a sum and a reference of 0.
+    total = tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
+    reference = tl.load(STATE + out, mask=mask & (fresh == 0), other=0.0)
+    reference = tl.where(total == 0, float("-inf"), reference)
+    for p in range(0, parts, PARTS):
+        at = base + (p + part).to(tl.int64)[:, None] * length + line[None, :]
+        within = (p + part < parts)[:, None] & mask[None, :]
+        sums = tl.load(PARTIAL + at, mask=within, other=0.0).to(tl.float64)
+        references = tl.load(REFERENCES + at, mask=within, other=float("-inf")).to(tl.float64)
+        top = tl.max(references, 0)
+        weight = power_of_two(references - top[None, :])
+        weight = tl.where(references == float("-inf"), 1.0, weight)
+        reference, total = _merge(reference, total, top, tl.sum(sums * weight, 0))
+    absent = reference == float("-inf")
+    if is_row | (is_last != 0):
+        sound = absent | ((total >= LEAST_RELATIVE) & (total <= LARGEST))
+        total = tl.where(sound, total, float("nan"))
+    tl.store(STATE + lines + out, total, mask=mask)
+    tl.store(STATE + out, tl.where(absent, 0.0, reference), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tiles", "is_first"])
+def totals_kernel(PARTIAL, TOTALS, tiles, is_first, LANES: tl.constexpr):
+    """Adds the sums of w and of w * t, (2, tiles), to the totals of earlier chunks."""
+    lane = tl.arange(0, LANES)
+    PARTIAL += tl.program_id(0).to(tl.int64) * tiles
+    total = tl.zeros((LANES,), tl.float64)
+    for start in range(0, tiles, LANES):
+        here = tl.load(PARTIAL + start + lane, mask=start + lane < tiles, other=0.0)
+        total += here.to(tl.float64)
+    sum = tl.sum(total, 0)
+    if is_first == 0:
+        sum += tl.load(TOTALS + tl.program_id(0))
+    tl.store(TOTALS + tl.program_id(0), sum)

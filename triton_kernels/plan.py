@@ -1,0 +1,175 @@
+"""What is launched on which part of a block, and what it moves: plain arithmetic on sizes.
+
+The engine asks here and does nothing else; tests ask here, too, so that the passes, the traffic and
+the bounds of memory at N = 1M need no card to be counted.
+
+Two bounds hold memory besides the states and gradients, O((M + N) D):
+
+    partial sums     at most PARTIAL_BYTES, or one row of tiles
+    weights          at most WEIGHT_BYTES, WEIGHT_COLUMNS wide, or TILE rows
+
+A chunk of C rows of weights costs its two products one more reading and writing of dy, 8 N D bytes
+against 4 C N D FLOPs: with C = 4096 a fifteenth of what a card can move while it computes (bf16 at
+660 TFLOP/s, 4.8 TB/s). Fewer columns than N let C stay that large at any N; then dx, too, is read
+and written once for each chunk of columns, 8 C D bytes against 4 C WEIGHT_COLUMNS D FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .configurations import Config
+
+PARTIAL_BYTES = 128 << 20
+WEIGHT_BYTES = 256 << 20
+WEIGHT_COLUMNS = 32768
+# Rows of weights come in multiples of this, and rows of them lie this many elements apart.
+ROW_UNIT, COLUMN_UNIT = 128, 16
+# Most a launch may have in one dimension.
+MOST_PROGRAMS = (1 << 31) - 1
+
+# Programs of the kernel that as a rule returns at once: enough to fill any card when it does not.
+MAXIMA_PROGRAMS = 1024
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Chunk(NamedTuple):
+    """A part of a block that one launch takes: rows and columns, and the tiles it is cut into."""
+
+    start: int
+    stop: int
+    column_start: int
+    column_stop: int
+    tiles_m: int
+    tiles_n: int
+    kept: bool = False  # its products are read, not made
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def columns(self) -> int:
+        return self.column_stop - self.column_start
+
+    @property
+    def row_slice(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def column_slice(self) -> slice:
+        return slice(self.column_start, self.column_stop)
+
+    @property
+    def programs(self) -> int:
+        return self.tiles_m * self.tiles_n
+
+    @property
+    def partials(self) -> int:
+        """Numbers that its lines' partial sums take."""
+        return self.tiles_n * self.rows + self.tiles_m * self.columns
+
+
+def _cut(start: int, stop: int, columns: tuple[int, int], config: Config, kept: bool) -> Chunk:
+    tiles = cdiv(stop - start, config.bm), cdiv(columns[1] - columns[0], config.bn)
+    return Chunk(start, stop, *columns, *tiles, kept)
+
+
+def sweep_rows(n: int, config: Config, layers: int) -> int:
+    """Rows of a chunk whose partial sums, `layers` numbers each, fit PARTIAL_BYTES."""
+    tiles_n = cdiv(n, config.bn)
+    row_of_tiles = 4 * layers * (tiles_n * config.bm + n)
+    tiles_m = min(PARTIAL_BYTES // row_of_tiles, MOST_PROGRAMS // tiles_n)
+    return max(1, tiles_m) * config.bm
+
+
+def sweep(m: int, n: int, config: Config, layers: int) -> list[Chunk]:
+    """Whole rows: a row's sums are complete in its chunk. layers: 2 where a sweep with running
+    maxima may have to follow, in the same buffer, else 1."""
+    step = sweep_rows(n, config, layers)
+    return [
+        _cut(start, min(start + step, m), (0, n), config, False) for start in range(0, m, step)
+    ]
+
+
+def weight_shape(m: int, n: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of a chunk of weights."""
+    columns = min(n, WEIGHT_COLUMNS)
+    stride = cdiv(columns, COLUMN_UNIT) * COLUMN_UNIT
+    rows = WEIGHT_BYTES // (itemsize * stride) // ROW_UNIT * ROW_UNIT
+    return min(m, max(rows, ROW_UNIT)), columns
+
+
+def weigh(
+    m: int, n: int, config: Config, itemsize: int, kept_rows: int = 0
+) -> Iterator[Chunk]:
+    """Chunks of weights, row after row. Kept rows and others do not share a chunk. The partial sums
+    of a sweep in the same go have room: a chunk's are far fewer than its weights."""
+    rows, columns = weight_shape(m, n, itemsize)
+    kept_rows = min(kept_rows, m)
+    for first, last, kept in ((0, kept_rows, True), (kept_rows, m, False)):
+        for start in range(first, last, rows):
+            for column in range(0, n, columns):
+                within = (column, min(column + columns, n))
+                yield _cut(start, min(start + rows, last), within, config, kept)
+
+
+class Cost(NamedTuple):
+    """FLOPs and bytes of device memory that a list of launches comes to."""
+
+    flops: int
+    bytes: int
+    work_space: int
+
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            max(self.work_space, other.work_space),
+        )
+
+
+def _features(chunk: Chunk, config: Config, d: int, itemsize: int) -> int:
+    """Bytes of features that the product of a chunk reads, if L2 holds what one group of rows of
+    tiles shares, and no more: x once, y once for every group."""
+    groups = cdiv(chunk.tiles_m, config.group)
+    return itemsize * d * (chunk.rows + groups * chunk.columns)
+
+
+def sweep_cost(
+    m: int, n: int, d: int, config: Config, itemsize: int, layers: int, kept_rows: int = 0
+) -> Cost:
+    """Of the first sweep with one reference. Partial sums are written and read once."""
+    chunks = sweep(m, n, config, layers)
+    moved = sum(_features(c, config, d, itemsize) + 8 * c.partials for c in chunks)
+    flops = sum(2 * c.rows * c.columns * d for c in chunks)
+    work = max(4 * layers * c.partials for c in chunks)
+    return Cost(flops, moved + 4 * min(kept_rows, m) * n, work)
+
+
+def weigh_cost(
+    m: int, n: int, d: int, config: Config, itemsize: int, kept_rows: int = 0,
+    needs_x: bool = True, needs_y: bool = True, fold: bool = False,
+) -> Cost:  # fmt: skip
+    """Of the second sweep, or of both in one go (fold): the weights' tiles, written once and
+    read by each product; the products' accumulators, read where they are added to."""
+    flops = moved = work = 0
+    for c in weigh(m, n, config, itemsize, kept_rows):
+        pairs = c.rows * c.columns
+        flops += 2 * pairs * d * ((not c.kept) + needs_x + needs_y)
+        moved += 4 * pairs if c.kept else _features(c, config, d, itemsize)
+        moved += itemsize * pairs * (needs_x + needs_y + (needs_x or needs_y))
+        moved += fold * 8 * c.partials
+        for needed, lines, others, begins in (
+            (needs_x, c.rows, c.columns, c.column_start == 0),
+            (needs_y, c.columns, c.rows, c.start == 0),
+        ):
+            moved += needed * d * (lines * (4 if begins else 8) + others * itemsize)
+        stride = cdiv(c.columns, COLUMN_UNIT) * COLUMN_UNIT
+        space = itemsize * c.rows * stride * (needs_x or needs_y) + 4 * fold * c.partials
+        work = max(work, space + 4 * needs_x * c.rows * d + 4 * needs_y * n * d)
+    return Cost(flops, moved, work)

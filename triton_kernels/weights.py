@@ -1,0 +1,88 @@
+"""The second sweep: w_ij = activation(s_ij) * (a_i + b_j) of a tile's negatives, written for two
+library products and summed for the gradients of scale and bias.
+
+Positives stay out: theirs is the largest term, and it is added in fp32 (`complete.py`).
+
+What is written is `w_ij * ENLARGED * factor_x_i * factor_y_j`: then the products take the features
+as they are, nothing normalised is stored, and what is left is to divide row i of `w @ y` by
+factor_x_i, column j of `w.T @ x` by factor_y_j. fp16 has no range for factors (SPREAD off: the
+products take normalised copies) and needs ENLARGED instead: weights are at most 2, it would lose
+those below 6e-8 and blur those below 6e-5.
+
+More run-time parameters than fifteen: they are a block of logits and its lines' states.
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogues import affine
+from .fold import fold_tile
+from .tile import is_whole, negatives, normalised, position, product
+
+
+@triton.jit
+def to_tf32(w):
+    """Rounded to nearest even, not truncated as the hardware does; infinities and NaN stay."""
+    bits = w.to(tl.int32, bitcast=True)
+    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
+    return tl.where(tl.abs(w) < float("inf"), bits.to(tl.float32, bitcast=True), w)
+
+
+@triton.jit(do_not_specialize=["M"])
+def to_tf32_kernel(X, OUT, M, D, stride_x, ROWS: tl.constexpr, BK: tl.constexpr):
+    """The operands of a tf32 product. What is rounded once need not be rounded in every tile."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BK)
+    for start in range(0, D, BK):
+        mask = (i < M)[:, None] & (start + k < D)[None, :]
+        x = tl.load(X + i.to(tl.int64)[:, None] * stride_x + start + k[None, :], mask=mask)
+        tl.store(OUT + i.to(tl.int64)[:, None] * D + start + k[None, :], to_tf32(x), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset"])
+def weigh_kernel(
+    X, Y, FX, FY, SCALE, BIAS, REFERENCE_X, REFERENCE_Y, ONE, A, B, W, TOTALS, POSITIVE, PARTIAL,
+    M, N, D, stride_x, stride_y, stride_w, offset, KEPT: tl.constexpr, SPREAD: tl.constexpr,
+    ENLARGED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """KEPT: X is t as the first sweep kept it, and there is no product. PARTIAL: both sweeps in
+    one go. ONE: whether all references are equal, so that one exponential serves."""
+    pid_m, pid_n = position(tl.program_id(0), M, N, BM, BN, GROUP)
+    i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
+    row, column = i < M, j < N
+    if KEPT:
+        t = X + i.to(tl.int64)[:, None] * stride_x + j[None, :]
+        t = tl.load(t, mask=row[:, None] & column[None, :], other=0.0)
+    else:
+        t = product(X, Y, i, j, M, N, D, stride_x, stride_y, BK, EVEN, PRECISION)
+        t = normalised(t, FX, FY, i, j, M, N)
+    k = affine(SCALE, BIAS)
+    if PARTIAL is not None:
+        fold_tile(t, k, 0.0, i, j, pid_m, pid_n, POSITIVE, PARTIAL, M, N, offset, BN, FOLD)
+    a = tl.load(A + i, mask=row, other=0.0).to(tl.float32)[:, None]
+    b = tl.load(B + j, mask=column, other=0.0).to(tl.float32)[None, :]
+    if REFERENCE_X is not None:
+        m_row = tl.load(REFERENCE_X + i, mask=row, other=0.0).to(tl.float32)[:, None]
+        if tl.load(ONE) != 0:
+            w = ACTIVATION(t, k, tl.load(REFERENCE_X).to(tl.float32)) * (a + b)
+        else:
+            m_column = tl.load(REFERENCE_Y + j, mask=column, other=0.0).to(tl.float32)[None, :]
+            w = ACTIVATION(t, k, m_row) * a + ACTIVATION(t, k, m_column) * b
+    else:
+        w = ACTIVATION(t, k, 0.0) * (a + b)
+    if not is_whole(i, j, M, N, offset):
+        live = negatives(i, j, M, N, offset)
+        w, t = tl.where(live, w, 0.0), tl.where(live, t, 0.0)
+    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    tl.store(TOTALS + tl.program_id(0), tl.sum(tl.sum(w, 1), 0))
+    tl.store(TOTALS + tiles + tl.program_id(0), tl.sum(tl.sum(w * t, 1), 0))
+    if W is not None:
+        w *= ENLARGED
+        if SPREAD:
+            w = normalised(w, FX, FY, i, j, M, N)
+        if PRECISION == "tf32":
+            w = to_tf32(w)
+        out = W + i.to(tl.int64)[:, None] * stride_w + j[None, :]
+        tl.store(out, w.to(W.dtype.element_ty), mask=row[:, None] & column[None, :])
