@@ -1,6 +1,7 @@
 """What every test may ask for: the device, the engines that can run on it, the judge, a seed.
 
-`device` is cpu unless FASTCLIP_TEST_DEVICE says otherwise. A test that takes `backend` runs once
+`device` is cpu unless FASTCLIP_TEST_DEVICE says otherwise. The Triton engine, which is interpreted
+there, has tests of its own, smaller ones. A test that takes `backend` runs once
 for each backend that is available there, one that takes `engine` for each but the dense reference.
 """
 
@@ -9,6 +10,10 @@ import os
 # Threads that wait by spinning take the cores from those that work: where other processes keep a
 # machine busy, thousands of tiny parallel regions took ten times as long. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Without a card Triton's kernels run in its interpreter. Read when Triton is first imported, which
+# torch.compile does, too, for its own ends.
+if os.environ.get("FASTCLIP_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:  # before the standard distutils: inductor imports it late, and then it refuses
     import setuptools

@@ -61,6 +61,8 @@ def cases() -> Iterator[tuple[str, str, int, bool, bool]]:
     yield "softmax", "bf16", 24, False, False
     yield "softmax", "ieee", 24, False, False
     yield "softmax", "bf16", 1000, False, False  # no step divides it
+    yield "softmax", "bf16", 1001, False, False  # rows begin anywhere
+    yield "sigmoid", "bf16", 1001, True, True
 
 
 def run(loss: str, arithmetic: str, d: int, normalize: bool, one_go: bool) -> None:

@@ -1,4 +1,4 @@
-"""Tile sizes, warps and stages: one table per architecture, keyed by arithmetic and width.
+"""Tile sizes, warps and stages: one table per architecture, keyed by kernel, arithmetic and width.
 
 Chosen by compiling (registers, shared memory, no spills: `tests/triton_resources.csv`), not by
 timing. FASTCLIP_TRITON_AUTOTUNE=1 times the candidates on the first call for each kernel, dtype
@@ -8,11 +8,14 @@ and D; never M or N, which change from batch to batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
 
 from .epilogues import INTERPRETED
 
@@ -27,13 +30,6 @@ class Config(NamedTuple):
     stages: int
     group: int = 8
 
-    def constants(self, d: int) -> dict[str, int | bool]:
-        """The kernels' compile-time arguments."""
-        return {
-            "BM": self.bm, "BN": self.bn, "BK": self.bk, "GROUP": self.group,
-            "EVEN": d % self.bk == 0,
-        }  # fmt: skip
-
 
 # Bytes of shared memory that one program may ask for.
 SHARED_MEMORY = {
@@ -44,60 +40,62 @@ SHARED_MEMORY = {
     "default": 64 << 10,
 }
 
-# "half": bf16 and fp16 on tensor cores; "tf32"; "ieee": fp32 on the ordinary cores. A narrow D has
-# no use for a long step along it.
-TABLE: dict[str, dict[tuple[str, str], Config]] = {
-    "sm_80": {
-        ("half", "wide"): Config(128, 128, 64, 8, 3),
-        ("half", "narrow"): Config(128, 128, 32, 8, 3),
-        ("tf32", "wide"): Config(128, 128, 32, 8, 3),
-        ("tf32", "narrow"): Config(128, 128, 32, 8, 2),
-        ("ieee", "wide"): Config(64, 64, 16, 4, 3),
-        ("ieee", "narrow"): Config(64, 64, 16, 4, 2),
-    },
-    # Also sm_89 and sm_120: 99 KB of shared memory.
-    "sm_86": {
-        ("half", "wide"): Config(128, 128, 32, 8, 3),
-        ("half", "narrow"): Config(128, 128, 32, 8, 2),
-        ("tf32", "wide"): Config(128, 128, 32, 8, 2),
-        ("tf32", "narrow"): Config(128, 128, 32, 8, 2),
-        ("ieee", "wide"): Config(64, 64, 16, 4, 3),
-        ("ieee", "narrow"): Config(64, 64, 16, 4, 2),
-    },
-    "sm_90": {
-        ("half", "wide"): Config(128, 128, 64, 8, 4),
-        ("half", "narrow"): Config(128, 128, 32, 8, 3),
-        ("tf32", "wide"): Config(128, 128, 32, 8, 3),
-        ("tf32", "narrow"): Config(128, 128, 32, 8, 2),
-        ("ieee", "wide"): Config(64, 64, 16, 4, 3),
-        ("ieee", "narrow"): Config(64, 64, 16, 4, 2),
-    },
-    "sm_100": {
-        ("half", "wide"): Config(128, 128, 64, 8, 4),
-        ("half", "narrow"): Config(128, 128, 32, 8, 3),
-        ("tf32", "wide"): Config(128, 128, 32, 8, 3),
-        ("tf32", "narrow"): Config(128, 128, 32, 8, 2),
-        ("ieee", "wide"): Config(64, 64, 16, 4, 3),
-        ("ieee", "narrow"): Config(64, 64, 16, 4, 2),
-    },
-    # ROCm, and whatever comes next.
-    "default": {
-        ("half", "wide"): Config(128, 128, 32, 8, 2),
-        ("half", "narrow"): Config(128, 128, 32, 8, 2),
-        ("tf32", "wide"): Config(64, 64, 32, 4, 2),
-        ("tf32", "narrow"): Config(64, 64, 32, 4, 2),
-        ("ieee", "wide"): Config(64, 64, 16, 4, 2),
-        ("ieee", "narrow"): Config(64, 64, 16, 4, 2),
-    },
-    # Small, so that small blocks have edges, corners and several tiles.
-    "interpreter": {
-        (arithmetic, width): Config(32, 32, 16 if width == "narrow" else 32, 1, 1, group=2)
-        for arithmetic in ("half", "tf32", "ieee")
-        for width in ("wide", "narrow")
-    },
-}  # fmt: skip
+
+Table = dict[tuple[str, str, str], Config]
+
+
+def _table_of(sweep: Config, half: Config, tf32: Config, ieee: Config, odd: Config) -> Table:
+    """For the "sweep" of a light loss, "both" sweeps in one go, which have no registers for more
+    than half a tile, and all other kernels ("tile"); "half" (bf16 and fp16 on tensor cores),
+    "tf32", and "ieee" (fp32 on the ordinary cores); rows that are "wide", "narrow" (no use for a
+    long step along D) and "odd" (they do not begin on 16 bytes: loads go through registers)."""
+    table = {}
+    for kernel, arithmetic, wide in (
+        ("sweep", "half", sweep), ("tile", "half", half), ("both", "half", half._replace(bn=64)),
+        ("sweep", "tf32", tf32), ("tile", "tf32", tf32), ("both", "tf32", tf32),
+    ):  # fmt: skip
+        table[kernel, arithmetic, "wide"] = wide
+        narrow = half if (kernel, arithmetic) == ("sweep", "half") else wide
+        table[kernel, arithmetic, "narrow"] = narrow._replace(bk=min(wide.bk, NARROW), stages=2)
+        table[kernel, arithmetic, "odd"] = odd
+    for kernel, width in itertools.product(("sweep", "tile", "both"), ("wide", "narrow", "odd")):
+        table[kernel, "ieee", width] = ieee
+    return table
+
 
 NARROW = 32
+_IEEE = Config(64, 64, 16, 4, 3)
+_ODD = Config(64, 64, 32, 4, 2)
+_SMALL = Config(32, 32, 32, 1, 1, group=2)
+
+TABLE: dict[str, Table] = {
+    "sm_80": _table_of(
+        Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 64, 32, 8, 3),
+        _IEEE, _ODD,
+    ),
+    # Also sm_89 and sm_120: 99 KB of shared memory.
+    "sm_86": _table_of(
+        Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3),
+        _IEEE, _ODD,
+    ),
+    # A tile twice as wide halves what columns cost in L2, and has room for one exponential a pair,
+    # not for weights.
+    "sm_90": _table_of(
+        Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 64, 32, 8, 3),
+        _IEEE, _ODD,
+    ),
+    "sm_100": _table_of(
+        Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(128, 64, 32, 8, 3),
+        _IEEE, _ODD,
+    ),
+    # ROCm, and whatever comes next.
+    "default": _table_of(
+        Config(128, 128, 32, 8, 2), Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2),
+        _IEEE._replace(stages=2), _ODD,
+    ),
+    # Small, so that small blocks have edges, corners and several tiles.
+    "interpreter": _table_of(_SMALL, _SMALL, _SMALL, _SMALL, _SMALL),
+}  # fmt: skip
 
 _TUNED: dict[tuple[object, ...], Config] = {}
 
@@ -112,7 +110,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def _table(device: torch.device) -> dict[tuple[str, str], Config]:
+def _table(device: torch.device) -> Table:
     if INTERPRETED.value:
         return TABLE["interpreter"]
     if torch.version.hip:
@@ -125,17 +123,18 @@ def arithmetic_of(dtype: torch.dtype, tf32: bool) -> str:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, tf32: bool, d: int, kernel: str = "",
+    device: torch.device, dtype: torch.dtype, tf32: bool, d: int, unit: int, kernel: str,
     run: Callable[[Config], object] | None = None,
 ) -> Config:  # fmt: skip
-    """The configuration for features (_, d). `run` launches `kernel` once with a candidate: it is
-    what autotuning, where it is asked for, takes the time of."""
-    table = _table(device)
-    width = "narrow" if d <= NARROW else "wide"
-    default = table[arithmetic_of(dtype, tf32), width]
+    """The configuration of a kernel, "sweep", "both" or any other, for features (_, d) whose rows
+    begin at multiples of `unit` elements. `run` launches it once with a candidate: it is what
+    autotuning, where it is asked for, takes the time of."""
+    width = "odd" if unit == 1 else "narrow" if d <= NARROW else "wide"
+    kind = kernel if kernel in ("sweep", "both") else "tile"
+    default = _table(device)[kind, arithmetic_of(dtype, tf32), width]
     if run is None or os.environ.get(AUTOTUNE) != "1":
         return default
-    key = (device, dtype, tf32, d, kernel)
+    key = (device, dtype, tf32, d, unit, kernel)
     if key not in _TUNED:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return default
@@ -156,9 +155,6 @@ def candidates(default: Config) -> list[Config]:
 
 def _time(run: Callable[[Config], object], config: Config) -> float:
     """Milliseconds; infinite for a candidate that the card has no room for."""
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
     try:
         return float(do_bench(lambda: run(config), warmup=5, rep=20))
     except OutOfResources:

@@ -20,13 +20,14 @@ from . import bound as bounds
 from . import complete, configurations, finalise, fold, plan
 from . import weights as weighing
 from .configurations import Config
-from .epilogues import EPILOGUES
+from .epilogues import EPILOGUES, INTERPRETED
 from .plan import Chunk, cdiv
 
 # Lines and partials of a program of `finalise.py`; lanes of single programs.
 LINES, PARTS, LANES = 32, 64, 1024
-# Rows and columns of a program that goes over features alone.
-ROWS, COLUMNS = 8, 128
+# Rows and columns of a program that goes over features alone. The interpreter takes as long for
+# many as for few.
+ROWS, COLUMNS = (64 if INTERPRETED.value else 8), 128
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -75,6 +76,7 @@ class _Block:
             None if f is None else f.to(torch.float32).contiguous() for f in (factor_x, factor_y)
         )
         self.scale, self.bias = scale, bias if self.epilogue.uses_bias else None
+        self.unit = self._unit()
         # Beyond the block every offset is alike; within 32 bits there is one kernel for all.
         self.offset = max(-self.m, min(offset, self.n))
 
@@ -89,13 +91,13 @@ class _Block:
         )  # fmt: skip
         return rounded
 
-    @property
-    def features(self) -> tuple[Any, ...]:
-        return self.x, self.y, *self.vectors
-
-    @property
-    def vectors(self) -> tuple[Any, ...]:
-        return self.factor_x, self.factor_y, self.scale, self.bias
+    def _unit(self) -> int:
+        """Elements in 16 bytes, if every row of both towers begins on 16 bytes, else 1."""
+        unit = 16 // self.x.element_size()
+        for t in (self.x, self.y):
+            if t.data_ptr() % 16 or t.shape[1] % unit or t.stride(0) % unit:
+                return 1
+        return unit
 
     def part(self, chunk: Chunk) -> tuple[Any, ...]:
         """The features of a chunk, which is a block of its own."""
@@ -111,15 +113,23 @@ class _Block:
         offset = self.offset + chunk.start - chunk.column_start
         return max(-chunk.rows, min(offset, chunk.columns))
 
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """D and the strides of rows, in units."""
+        unit = self.unit
+        return self.d // unit, self.x.stride(0) // unit, self.y.stride(0) // unit
+
     def tiles(self, config: Config) -> dict[str, Any]:
         """Compile-time arguments of a kernel that makes tiles."""
         return {
-            **config.constants(self.d), "PRECISION": "tf32" if self.tf32 else "ieee",
-            "num_warps": config.warps, "num_stages": config.stages,
+            "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group,
+            "EVEN": self.d % config.bk == 0, "PRECISION": "tf32" if self.tf32 else "ieee",
+            "UNIT": self.unit, "num_warps": config.warps, "num_stages": config.stages,
         }  # fmt: skip
 
-    def config(self, kernel: str = "", run: Callable[[Config], object] | None = None) -> Config:
-        return configurations.choose(self.x.device, self.x.dtype, self.tf32, self.d, kernel, run)
+    def config(self, kernel: str, run: Callable[[Config], object] | None = None) -> Config:
+        x = self.x
+        return configurations.choose(x.device, x.dtype, self.tf32, self.d, self.unit, kernel, run)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -169,8 +179,7 @@ def _run_sweep(
     _launch(
         fold.sweep_kernel, chunk.programs, *block.part(chunk), reference,
         positive[chunk.row_slice], kept[chunk.start * block.n :] if keep else None, partial,
-        chunk.rows, chunk.columns, block.d, block.x.stride(0), block.y.stride(0), block.n,
-        block.offset_of(chunk), kept_rows - chunk.start, FOLD=block.epilogue.fold,
+        chunk.rows, chunk.columns, *block.lengths, block.n, block.offset_of(chunk), kept_rows - chunk.start, FOLD=block.epilogue.fold,
         **block.tiles(config),
     )  # fmt: skip
 
@@ -209,8 +218,7 @@ def _sweep_maxima(
     for chunk in chunks:
         _launch(
             fold.maxima_kernel, min(chunk.programs, plan.MAXIMA_PROGRAMS), *block.part(chunk),
-            flag, partial, chunk.rows, chunk.columns, block.d, block.x.stride(0),
-            block.y.stride(0), block.offset_of(chunk), FOLD=block.epilogue.fold,
+            flag, partial, chunk.rows, chunk.columns, *block.lengths, block.offset_of(chunk), FOLD=block.epilogue.fold,
             **block.tiles(config),
         )  # fmt: skip
         _launch(
@@ -233,22 +241,25 @@ def sweep(
     if block.epilogue.needs_state:
         reference, flag = _reference(block, bound)
 
-    def prepare(config: Config) -> tuple[list[Chunk], Tensor]:
-        layers = 1 if reference is None else 2
-        chunks = plan.sweep(block.m, block.n, config, layers)
-        return chunks, block.empty(max(layers * chunk.partials for chunk in chunks))
+    by_maxima = block.config("maxima")
+
+    def prepare(config: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:
+        chunks = plan.sweep(block.m, block.n, config, 1)
+        again = [] if flag is None else plan.sweep(block.m, block.n, by_maxima, 2)
+        sizes = [chunk.partials for chunk in chunks] + [2 * chunk.partials for chunk in again]
+        return chunks, again, block.empty(max(sizes))
 
     def first(config: Config) -> None:
-        chunks, partial = prepare(config)
+        chunks, _, partial = prepare(config)
         _run_sweep(block, config, chunks[0], reference, positive, kept, partial)
 
-    config = block.config(f"sweep, {loss}", first)
-    chunks, partial = prepare(config)
+    config = block.config("sweep" if block.epilogue.is_light else f"sweep, {loss}", first)
+    chunks, again, partial = prepare(config)
     for chunk in chunks:
         _run_sweep(block, config, chunk, reference, positive, kept, partial)
         _add_sums(block, chunk, partial, state, positive, reference, flag)
     if flag is not None:
-        _sweep_maxima(block, config, chunks, partial, state, flag)
+        _sweep_maxima(block, by_maxima, again, partial, state, flag)
     return state, positive, kept
 
 
@@ -277,11 +288,14 @@ class _Weighing:
     """The second sweep of a block, or both in one go (`also_fold`)."""
 
     def __init__(
-        self, block: _Block, state: Tensor, positive: Tensor, coefficients: Tensor,
+        self, block: _Block, state: Tensor, positive: Tensor, coefficients: Tensor | None,
         needs: tuple[bool, bool], kept: Tensor | None = None, also_fold: bool = False,
     ) -> None:  # fmt: skip
         self.block, self.state, self.positive = block, state, positive
-        self.coefficients = coefficients.to(torch.float64).contiguous()
+        # a, then b; None where they add up to 1.
+        self.coefficients = coefficients
+        if coefficients is not None:
+            self.coefficients = coefficients.to(torch.float64).contiguous()
         self.needs_x, self.needs_y = needs
         self.kept, self.fold = kept, also_fold
         self.kept_rows = 0 if kept is None else kept.numel() // block.n
@@ -308,7 +322,7 @@ class _Weighing:
     ) -> None:  # fmt: skip
         block, m = self.block, self.block.m
         x, *others = block.part(chunk)
-        stride = x.stride(0)
+        width, stride, stride_y = block.lengths
         if chunk.kept:
             x, stride = self.kept[chunk.start * block.n + chunk.column_start :], block.n
         rows = slice(chunk.start, chunk.stop)
@@ -318,9 +332,9 @@ class _Weighing:
         _launch(
             weighing.weigh_kernel, chunk.programs, x, *others,
             *(references if self.one is not None else (None, None)), self.one,
-            self.coefficients[rows], self.coefficients[columns], weights, totals,
+            *(2 * (None,) if (c := self.coefficients) is None else (c[rows], c[columns])), weights, totals,
             self.positive[rows] if self.fold else None, partial, chunk.rows, chunk.columns,
-            block.d, stride, block.y.stride(0), weights.stride(0) if write else 0,
+            width, stride, stride_y, weights.stride(0) if write else 0,
             block.offset_of(chunk), KEPT=chunk.kept, SPREAD=self.spread, ENLARGED=self.enlarged,
             FOLD=block.epilogue.fold, ACTIVATION=block.epilogue.activation, **block.tiles(config),
         )  # fmt: skip
@@ -418,7 +432,7 @@ def weigh(
     dx = block.empty(block.m if needs_x else 0, block.d, dtype=dtype_x)
     dy = block.empty(block.n if needs_y else 0, block.d, dtype=dtype_y)
     product = dy if dtype_y == torch.float32 else block.empty(*dy.shape)
-    totals = work.run(block.config(), dx, product, tail)
+    totals = work.run(block.config("weigh"), dx, product, tail)
     if needs_y:
         tail.finish_columns(product, dy)
     return dx, dy, tail.totals(totals)
@@ -438,11 +452,10 @@ def sweep_and_weigh(
             f"{loss!r}"
         )
     state, positive = block.new_states()
-    halves = torch.full((block.m + block.n,), 0.5, dtype=torch.float64, device=x.device)
-    work = _Weighing(block, state, positive, halves, (needs_x, needs_y), also_fold=True)
+    work = _Weighing(block, state, positive, None, (needs_x, needs_y), also_fold=True)
     dx = block.empty(block.m if needs_x else 0, block.d)
     dy = block.empty(block.n if needs_y else 0, block.d)
-    totals = work.run(block.config(), dx, dy, None)
+    totals = work.run(block.config("both"), dx, dy, None)
     # Only now the positives, whose weights the gradients wait for, are known.
     _, _, weights = finish(state[:, : block.m], positive, scale, block.bias, loss)
     tail = _Tail(work, weights, gain, project)

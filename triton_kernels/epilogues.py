@@ -97,10 +97,16 @@ class Epilogue(NamedTuple):
     # Weights depend on the finished state, and lines have references; else neither.
     needs_state: bool
     uses_bias: bool
+    # Little enough for a sweep to fold the widest tile without spilling.
+    is_light: bool
 
 
 EPILOGUES = {
     # A bias shifts all logits of a line alike and cancels.
-    "softmax": Epilogue(softmax_fold, softmax_fold, needs_state=True, uses_bias=False),
-    "sigmoid": Epilogue(sigmoid_fold, sigmoid_activation, needs_state=False, uses_bias=True),
+    "softmax": Epilogue(
+        softmax_fold, softmax_fold, needs_state=True, uses_bias=False, is_light=True
+    ),
+    "sigmoid": Epilogue(
+        sigmoid_fold, sigmoid_activation, needs_state=False, uses_bias=True, is_light=False
+    ),
 }

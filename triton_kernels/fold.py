@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .epilogues import affine, logit
-from .tile import has_positives, is_whole, negatives, normalised, position, product
+from .tile import has_positives, negatives, normalised, position, product
 
 
 @triton.jit
@@ -38,9 +38,7 @@ def fold_tile(
         here = (j_of_row >= tl.min(j, 0)) & (j_of_row <= tl.max(j, 0)) & (j_of_row < N)
         positive = tl.sum(tl.where(j_of_row[:, None] == j[None, :], t, 0.0), 1)
         tl.store(POSITIVE + i, positive.to(tl.float64), mask=here & (i < M))
-    e = FOLD(t, k, m)
-    if not is_whole(i, j, M, N, offset):
-        e = tl.where(negatives(i, j, M, N, offset), e, 0.0)
+    e = tl.where(negatives(i, j, M, N, offset), FOLD(t, k, m), 0.0)
     store_lines(PARTIAL, tl.sum(e, 1), tl.sum(e, 0), pid_m, pid_n, i, j, M, N, BN)
 
 
@@ -49,10 +47,11 @@ def sweep_kernel(
     X, Y, FX, FY, SCALE, BIAS, REFERENCE, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
     stride_kept, offset, kept_rows, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = position(tl.program_id(0), M, N, BM, BN, GROUP)
     i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
-    t = product(X, Y, i, j, M, N, D, stride_x, stride_y, BK, EVEN, PRECISION)
+    t = product(X, Y, i, j, M, N, D, stride_x, stride_y, BK, EVEN, PRECISION, UNIT)
     t = normalised(t, FX, FY, i, j, M, N)
     if KEPT is not None:
         kept = KEPT + i.to(tl.int64)[:, None] * stride_kept + j[None, :]
@@ -80,6 +79,7 @@ def maxima_kernel(
     X, Y, FX, FY, SCALE, BIAS, FLAG, PARTIAL, M, N, D, stride_x, stride_y, offset,
     FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Partial sums, and behind them, in the same layout, the references that they are relative to.
 
@@ -91,7 +91,7 @@ def maxima_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         pid_m, pid_n = position(tile, M, N, BM, BN, GROUP)
         i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
-        t = product(X, Y, i, j, M, N, D, stride_x, stride_y, BK, EVEN, PRECISION)
+        t = product(X, Y, i, j, M, N, D, stride_x, stride_y, BK, EVEN, PRECISION, UNIT)
         t = normalised(t, FX, FY, i, j, M, N)
         k = affine(SCALE, BIAS)
         live = negatives(i, j, M, N, offset)

@@ -26,20 +26,23 @@ def position(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr)
 @triton.jit
 def product(
     X, Y, i, j, M, N, D, stride_x, stride_y, BK: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_j> for the rows i and columns j, accumulated in fp32."""
+    """<x_i, y_j> for the rows i and columns j, accumulated in fp32.
+
+    D and the strides count UNIT elements: the compiler then knows that rows begin on 16 bytes.
+    """
     k = tl.arange(0, BK)
     # A batch may hold more than 2^31 numbers.
-    x = X + tl.where(i < M, i, 0).to(tl.int64)[:, None] * stride_x + k[None, :]
-    y = Y + tl.where(j < N, j, 0).to(tl.int64)[None, :] * stride_y + k[:, None]
+    x = X + tl.where(i < M, i, 0).to(tl.int64)[:, None] * stride_x * UNIT + k[None, :]
+    y = Y + tl.where(j < N, j, 0).to(tl.int64)[None, :] * stride_y * UNIT + k[:, None]
     t = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
-    for start in range(0, D, BK):
+    for start in range(0, D * UNIT, BK):
         if EVEN:
             a, b = tl.load(x), tl.load(y)
         else:
-            a = tl.load(x, mask=(start + k < D)[None, :], other=0.0)
-            b = tl.load(y, mask=(start + k < D)[:, None], other=0.0)
+            a = tl.load(x, mask=(start + k < D * UNIT)[None, :], other=0.0)
+            b = tl.load(y, mask=(start + k < D * UNIT)[:, None], other=0.0)
         # The interpreter would multiply the bit patterns of bf16.
         if INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
@@ -67,12 +70,10 @@ def has_positives(i, j, offset):
 
 @triton.jit
 def negatives(i, j, M, N, offset):
-    """The pairs that count: within the block and not positive."""
+    """The pairs that count: within the block and not positive.
+
+    Masked in every tile: a branch around it, which only tiles on an edge or the diagonal would
+    take, keeps both outcomes alive and made the compiler spill.
+    """
     inside = (i < M)[:, None] & (j < N)[None, :]
     return inside & ((i + offset)[:, None] != j[None, :])
-
-
-@triton.jit
-def is_whole(i, j, M, N, offset):
-    """No edge and no positive in the tile: nothing to mask. Most tiles are."""
-    return (tl.max(i, 0) < M) & (tl.max(j, 0) < N) & (has_positives(i, j, offset) == 0)
