@@ -107,10 +107,8 @@ def _find_triton(device: int | None) -> str:
             return "no CUDA device is available"
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
-            return (
-                "it needs a CUDA device of capability {}.{} or more, got {}.{}".format(
-                    *LEAST_CAPABILITY, *capability
-                )
+            return "it needs a CUDA device of capability {}.{} or more, got {}.{}".format(
+                *LEAST_CAPABILITY, *capability
             )
     try:
         triton = importlib.import_module("triton")
@@ -127,8 +125,10 @@ def _serves(backend: str, device: torch.device) -> str:
     """The devices that a backend takes, if this is none of them."""
     if backend == "cpu" and device.type != "cpu":
         return "CPU tensors"
-    if backend == "triton" and device.type != "cuda" and not (
-        device.type == "cpu" and interpreted()
+    if (
+        backend == "triton"
+        and device.type != "cuda"
+        and not (device.type == "cpu" and interpreted())
     ):
         return "CUDA tensors"
     return ""

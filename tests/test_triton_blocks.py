@@ -4,6 +4,8 @@ Shapes with edges, corners and exact tiles; positives on, beside and outside the
 on either tower; parts of a block kept, or cut into chunks. The truth is a dense float64 one.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from dense_block import DTYPES, LOSSES, Dense, assert_gradients, make_block, make_weights, sweep
@@ -57,11 +59,11 @@ def test_both_sweeps_in_one_go(dtype: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("needs", [(x, y) for x in (False, True) for y in (False, True)])
 def test_only_what_is_needed(needs: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastclip.triton_kernels import engine
+    from fastclip.triton_kernels import gradients
 
     products = []
-    multiply = engine._accumulate
-    monkeypatch.setattr(engine, "_accumulate", lambda *a: (products.append(a), multiply(*a)))
+    multiply = gradients.accumulate
+    monkeypatch.setattr(gradients, "accumulate", lambda *a: (products.append(a), multiply(*a)))
     check(make_block(33, 40, 8, factors=(True, False)), needs=needs)
     assert len(products) == sum(needs)
     check_in_one_go(make_block(33, 40, 8, loss="sigmoid"), needs)
@@ -123,9 +125,7 @@ def test_gradients_in_any_dtype(dtype_x: str, dtype_y: str) -> None:
     state, positive, _ = sweep("triton", block)
     weights = make_weights(state, dense.m)
     exact = dense.gradients(dense.activations(state, weights.coefficients), weights, True)
-    results = run_weigh(
-        "triton", block, state, positive, weights, project=True, dtypes=dtypes
-    )
+    results = run_weigh("triton", block, state, positive, weights, project=True, dtypes=dtypes)
     assert (results[0].dtype, results[1].dtype) == dtypes
     # float64 asked for, float32 computed.
     results = (results[0], results[1].float(), results[2])
@@ -158,10 +158,30 @@ def test_float64_is_the_plain_engines() -> None:
 
 def test_run_to_run_bit_for_bit() -> None:
     block = make_block(70, 67, 16, torch.bfloat16, factors=(True, True))
-    state, positive, kept = sweep("triton", block)
+    state, positive, _ = sweep("triton", block)
     weights = make_weights(state, 70)
     first = (state, positive, *run_weigh("triton", block, state, positive, weights))
-    state, positive, kept = sweep("triton", block)
+    state, positive, _ = sweep("triton", block)
     second = (state, positive, *run_weigh("triton", block, state, positive, weights))
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    yield
+    settings.fp32_precision = before
+
+
+def test_tf32_rounds_its_operands_to_nearest(tf32: None) -> None:
+    """Where the user allows it: products are those of rounded features, nothing else changes."""
+    block = make_block(40, 33, 24, scale=1.0)
+    bits = [t.view(torch.int32) for t in block[:2]]
+    x, y = (((b + 0xFFF + ((b >> 13) & 1)) & -8192).view(torch.float32) for b in bits)
+    coarse = sweep("triton", block)[1]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    exact = sweep("triton", block._replace(x=x, y=y))[1]
+    torch.testing.assert_close(coarse, exact, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(coarse[:33], sweep("triton", block)[1][:33])

@@ -1,11 +1,13 @@
 """Compiles every kernel that the Triton engine launches, for a card that is not here.
 
     python triton_build.py sm_90 [sm_80 ...]    prints a JSON list, a row for each kernel
+    python triton_build.py table                writes all of them to triton_resources.csv
 
 The engine itself runs, on CPU tensors, but each launch is only compiled, with the arguments that
 the engine passed: so what is compiled is what a card would be given. Not under TRITON_INTERPRET.
 """
 
+import csv
 import itertools
 import json
 import re
@@ -21,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastclip.triton_kernels import configurations, engine
+from fastclip.triton_kernels import card, configurations, engine
 
 # What a compiler is told, and the table and the limit that a card of that kind has.
 TARGETS = {
@@ -31,6 +33,9 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), "sm_100"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "default"),
 }
+TABLE = Path(__file__).parent / "triton_resources.csv"
+# Of a row, those in the table: what the card is asked for.
+COLUMNS = ["architecture", "kernel", "case", "tile", "warps", "registers", "shared"]
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "ieee": torch.float32}
 DTYPES["tf32"] = torch.float32
@@ -141,7 +146,7 @@ def build(architecture: str) -> list[dict[str, Any]]:
         }  # fmt: skip
 
     seen: set[str] = set()
-    engine._launch = compile_only
+    card.launch = compile_only
     for loss, arithmetic, d, normalize, one_go in cases():
         if arithmetic == "tf32" and target.backend == "hip":
             continue
@@ -150,5 +155,24 @@ def build(architecture: str) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def write_table(rows: list[dict[str, Any]]) -> None:
+    with TABLE.open("w", newline="") as file:
+        file.write(f"# Triton {triton.__version__}\n")
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def recorded() -> tuple[str, list[dict[str, str]]]:
+    """The Triton that the table was made with, and its rows."""
+    first, *lines = TABLE.read_text().splitlines()
+    return first.removeprefix("# Triton "), list(csv.DictReader(lines))
+
+
 if __name__ == "__main__":
-    print(json.dumps([row for architecture in sys.argv[1:] for row in build(architecture)]))
+    asked = list(TARGETS) if sys.argv[1:] == ["table"] else sys.argv[1:]
+    found = [row for architecture in asked for row in build(architecture)]
+    if sys.argv[1:] == ["table"]:
+        write_table(found)
+    else:
+        print(json.dumps(found))

@@ -12,7 +12,11 @@ when it is first called.
     complete.py        from products of weights and features to gradients
     configurations.py  tile sizes, warps and stages for each architecture
     plan.py            launches, their buffers and their traffic, as plain arithmetic
-    engine.py          the host's side: buffers, launches, two library products a chunk
+    card.py            one place to launch from, on the features' device
+    block.py           the host's side: a block's operands and layout
+    states.py            of the first sweep
+    gradients.py         of the second: two library products a chunk
+    engine.py          the operators
 
 The kernels have been executed in Triton's interpreter and compiled for five architectures. They
 have not been timed.

@@ -12,6 +12,8 @@ More run-time parameters than fifteen: two towers' rows and one gradient.
 import triton
 import triton.language as tl
 
+from .tile import stored_as
+
 
 @triton.jit
 def _gradient(
@@ -84,13 +86,11 @@ def complete_kernel(
             # 1e12 times anything overflows fp16: a zero row has no gradient, not an infinite one.
             g = tl.where(clamped[:, None], 0.0, g)
         out = OUT + i.to(tl.int64)[:, None] * stride_out + (start + tl.arange(0, BK))[None, :]
-        tl.store(out, g.to(OUT.dtype.element_ty), mask=mask)
+        tl.store(out, stored_as(g, OUT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
-def complete_totals_kernel(
-    TOTALS, WEIGHT, POSITIVE, GAIN, OUT, M, N, offset, LANES: tl.constexpr
-):
+def complete_totals_kernel(TOTALS, WEIGHT, POSITIVE, GAIN, OUT, M, N, offset, LANES: tl.constexpr):
     """gain times the sums of w and of w * t, those of the positives included."""
     lane = tl.arange(0, LANES)
     w, wt = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)

@@ -25,9 +25,7 @@ def power_of_two(k):
 
 
 @triton.jit
-def owned(
-    M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl.constexpr
-):
+def owned(M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl.constexpr):
     """Of this program: whether its lines are rows, the lines, where the first partials of them and
     their states lie, their number, and how many partials each has."""
     programs_of_rows = tl.cdiv(M, LINES)

@@ -91,9 +91,7 @@ def sweep(m: int, n: int, config: Config, layers: int) -> list[Chunk]:
     """Whole rows: a row's sums are complete in its chunk. layers: 2 where a sweep with running
     maxima may have to follow, in the same buffer, else 1."""
     step = sweep_rows(n, config, layers)
-    return [
-        _cut(start, min(start + step, m), (0, n), config, False) for start in range(0, m, step)
-    ]
+    return [_cut(start, min(start + step, m), (0, n), config, False) for start in range(0, m, step)]
 
 
 def weight_shape(m: int, n: int, itemsize: int) -> tuple[int, int]:
@@ -104,9 +102,7 @@ def weight_shape(m: int, n: int, itemsize: int) -> tuple[int, int]:
     return min(m, max(rows, ROW_UNIT)), columns
 
 
-def weigh(
-    m: int, n: int, config: Config, itemsize: int, kept_rows: int = 0
-) -> Iterator[Chunk]:
+def weigh(m: int, n: int, config: Config, itemsize: int, kept_rows: int = 0) -> Iterator[Chunk]:
     """Chunks of weights, row after row. Kept rows and others do not share a chunk. The partial sums
     of a sweep in the same go have room: a chunk's are far fewer than its weights."""
     rows, columns = weight_shape(m, n, itemsize)

@@ -12,6 +12,24 @@ from .epilogues import INTERPRETED
 
 
 @triton.jit
+def rounded(x, BITS: tl.constexpr):
+    """Without the last BITS of the mantissa, 13 for tf32 and 16 for bf16: to nearest even, where
+    tensor cores would truncate."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + ((1 << (BITS - 1)) - 1) + ((bits >> BITS) & 1)) & -(1 << BITS)
+    # Infinities and NaN stay.
+    return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def stored_as(x, POINTER):
+    # A card rounds; the interpreter's conversion to bf16 truncates.
+    if INTERPRETED and POINTER.dtype.element_ty == tl.bfloat16:
+        x = rounded(x, 16)
+    return x.to(POINTER.dtype.element_ty)
+
+
+@triton.jit
 def position(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """Tile of a program: GROUP rows of tiles at a time, column after column, so that programs that
     run together share features in L2."""

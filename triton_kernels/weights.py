@@ -17,15 +17,7 @@ import triton.language as tl
 
 from .epilogues import affine
 from .fold import fold_tile
-from .tile import negatives, normalised, position, product
-
-
-@triton.jit
-def to_tf32(w):
-    """Rounded to nearest even, not truncated as the hardware does; infinities and NaN stay."""
-    bits = w.to(tl.int32, bitcast=True)
-    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
-    return tl.where(tl.abs(w) < float("inf"), bits.to(tl.float32, bitcast=True), w)
+from .tile import negatives, normalised, position, product, rounded, stored_as
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -36,13 +28,13 @@ def to_tf32_kernel(X, OUT, M, D, stride_x, ROWS: tl.constexpr, BK: tl.constexpr)
     for start in range(0, D, BK):
         mask = (i < M)[:, None] & (start + k < D)[None, :]
         x = tl.load(X + i.to(tl.int64)[:, None] * stride_x + start + k[None, :], mask=mask)
-        tl.store(OUT + i.to(tl.int64)[:, None] * D + start + k[None, :], to_tf32(x), mask=mask)
+        tl.store(OUT + i.to(tl.int64)[:, None] * D + start + k[None, :], rounded(x, 13), mask=mask)
 
 
 @triton.jit
 def weigh_tile(
     t, k, FX, FY, REFERENCE_X, REFERENCE_Y, ONE, A, B, W, i, j, M, N, stride_w, offset,
-    SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr, TF32: tl.constexpr,
+    SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr, IS_TF32: tl.constexpr,
 ):  # fmt: skip
     """Writes the weights of a tile; returns their sum and that of w * t."""
     row, column = i < M, j < N
@@ -69,10 +61,10 @@ def weigh_tile(
         w *= ENLARGED
         if SPREAD:
             w = normalised(w, FX, FY, i, j, M, N)
-        if TF32:
-            w = to_tf32(w)
+        if IS_TF32:
+            w = rounded(w, 13)
         out = W + i.to(tl.int64)[:, None] * stride_w + j[None, :]
-        tl.store(out, w.to(W.dtype.element_ty), mask=row[:, None] & column[None, :])
+        tl.store(out, stored_as(w, W), mask=row[:, None] & column[None, :])
     return sum_w, sum_wt
 
 
@@ -85,7 +77,8 @@ def weigh_kernel(
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """KEPT: X is t as the first sweep kept it, and there is no product. PARTIAL: both sweeps in
-    one go. A and B are absent where they add up to 1. ONE: whether all references are equal, so that one exponential serves."""
+    one go. A and B are absent where they add up to 1. ONE: whether all references are equal, so
+    that one exponential serves."""
     pid_m, pid_n = position(tl.program_id(0), M, N, BM, BN, GROUP)
     i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
     if KEPT:

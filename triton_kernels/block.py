@@ -1,0 +1,100 @@
+"""A rectangular block of logits on the host: operands, their layout, and parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import card, configurations, weights
+from .card import COLUMNS, ROWS, takes_tf32
+from .configurations import Config
+from .epilogues import EPILOGUES
+from .plan import Chunk, cdiv
+
+
+class Block:
+    """A rectangular block of logits as the kernels take it."""
+
+    def __init__(
+        self, x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None,
+        scale: Tensor, bias: Tensor | None, offset: int, loss: str,
+    ) -> None:  # fmt: skip
+        if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or x.dtype != y.dtype:
+            raise ValueError(
+                "x and y must be (M, D) and (N, D) of one dtype, got "
+                f"{tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}"
+            )
+        self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
+        if not (self.m and self.n and self.d):
+            raise ValueError(f"x and y must not be empty, got {tuple(x.shape)}, {tuple(y.shape)}")
+        self.epilogue = EPILOGUES[loss]
+        self.tf32 = takes_tf32(x)
+        self.x, self.y = (self._operand(t) for t in (x, y))
+        self.factor_x, self.factor_y = (
+            None if f is None else f.to(torch.float32).contiguous() for f in (factor_x, factor_y)
+        )
+        self.scale, self.bias = scale, bias if self.epilogue.uses_bias else None
+        self.unit = self._unit()
+        # Beyond the block every offset is alike; within 32 bits there is one kernel for all.
+        self.offset = max(-self.m, min(offset, self.n))
+
+    def _operand(self, x: Tensor) -> Tensor:
+        x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        if not self.tf32:
+            return x
+        rounded = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        card.launch(
+            weights.to_tf32_kernel, cdiv(x.shape[0], ROWS), x, rounded, *x.shape, x.stride(0),
+            ROWS=ROWS, BK=COLUMNS,
+        )  # fmt: skip
+        return rounded
+
+    def _unit(self) -> int:
+        """Elements in 16 bytes, if every row of both towers begins on 16 bytes, else 1."""
+        unit = 16 // self.x.element_size()
+        for t in (self.x, self.y):
+            if t.data_ptr() % 16 or t.shape[1] % unit or t.stride(0) % unit:
+                return 1
+        return unit
+
+    def part(self, chunk: Chunk) -> tuple[Any, ...]:
+        """The features of a chunk, which is a block of its own."""
+        fx, fy = self.factor_x, self.factor_y
+        rows, columns = chunk.row_slice, chunk.column_slice
+        return (
+            self.x[rows], self.y[columns], None if fx is None else fx[rows],
+            None if fy is None else fy[columns], self.scale, self.bias,
+        )  # fmt: skip
+
+    def offset_of(self, chunk: Chunk) -> int:
+        """Of a chunk; again within 32 bits."""
+        offset = self.offset + chunk.start - chunk.column_start
+        return max(-chunk.rows, min(offset, chunk.columns))
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """D and the strides of rows, in units."""
+        unit = self.unit
+        return self.d // unit, self.x.stride(0) // unit, self.y.stride(0) // unit
+
+    def tiles(self, config: Config) -> dict[str, Any]:
+        """Compile-time arguments of a kernel that makes tiles."""
+        return {
+            "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group,
+            "EVEN": self.d % config.bk == 0, "PRECISION": "tf32" if self.tf32 else "ieee",
+            "UNIT": self.unit, "num_warps": config.warps, "num_stages": config.stages,
+        }  # fmt: skip
+
+    def config(self, kernel: str, run: Callable[[Config], object] | None = None) -> Config:
+        x = self.x
+        return configurations.choose(x.device, x.dtype, self.tf32, self.d, self.unit, kernel, run)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def new_states(self) -> tuple[Tensor, Tensor]:
+        positive = torch.full((self.m,), torch.nan, dtype=torch.float64, device=self.x.device)
+        return self.empty(2, self.m + self.n, dtype=torch.float64), positive

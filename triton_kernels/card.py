@@ -1,0 +1,46 @@
+"""What every launch has in common: the card's stream, its settings, and one place to launch from.
+
+Launches go to the current stream of the features' device. float64 is the plain engine's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .epilogues import INTERPRETED
+
+# Lanes of single programs.
+LANES = 1024
+# Rows and columns of a program that goes over features alone. The interpreter takes as long for
+# many as for few.
+ROWS, COLUMNS = (64 if INTERPRETED.value else 8), 128
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    kernel[(programs,)](*arguments, **constants)
+
+
+def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(operator)
+    def run(x: Tensor, *arguments: Any) -> Any:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"the Triton engine takes float32, bfloat16 and float16 features, got {x.dtype}: "
+                "float64 is the engine 'torch''s"
+            )
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            return operator(x, *arguments)
+
+    return run
+
+
+def takes_tf32(x: Tensor) -> bool:
+    """Whether the user lets fp32 matmuls round their operands to tf32."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return allowed and x.dtype == torch.float32 and not torch.version.hip
