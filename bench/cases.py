@@ -154,13 +154,20 @@ def quick() -> list[Case]:
 
 
 def gpu() -> list[Case]:
-    """Two minutes on a CUDA device; the large cases last, should the time not suffice."""
+    """Two minutes on a CUDA device; the large cases last, should the time not suffice.
+
+    65,536 is where a dense loss no longer fits beside a model: streaming losses alone.
+    """
     cases: list[Case] = []
-    for n in (2048, 8192, 32768):
+    everything = ("open_clip", "dense", "compiled", "fastclip", *PEERS)
+    for n in (256, 1024):
+        cases += _square(n, dtype="bfloat16", methods=("open_clip", "dense", "fastclip"))
+    for n in (2048, 8192):
         for dtype in ("bfloat16", "float32"):
-            taking_part = ("open_clip", "dense", "fastclip")
-            cases += _square(n, dtype=dtype, methods=taking_part, memory=True)
-    return [case for case in cases if case.scale == SCALES[0] or case.n <= 8192]
+            cases += _square(n, dtype=dtype, methods=everything, memory=True)
+    cases += _square(32768, 768, dtype="bfloat16", methods=everything, memory=True)
+    cases += _square(65536, 768, dtype="bfloat16", methods=("fastclip", *PEERS), memory=True)
+    return cases
 
 
 def select(cases: Iterable[Case], patterns: list[str], methods: list[str]) -> list[Case]:

@@ -93,7 +93,7 @@ def siglip_loss(
 
     Args, Returns, Raises: as `clip_loss`; here `logit_bias` has a gradient. For a scalar reduction
     the gradients are made in the forward, which saves a quarter of the work, and wait as float32
-    for the backward: always for float32 features, for half ones within `memory_budget`.
+    for the backward: on CPUs, for half features, only within `memory_budget`.
     """
     return _loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias,

@@ -80,14 +80,16 @@ def test_the_cases_are_those_of_the_tables_and_the_large_ones_last():
     plan = cases.gpu()
     assert [case.n for case in plan] == sorted(case.n for case in plan)
     assert len({case.name for case in plan}) == len(plan)
-    assert {case.d for case in plan} == {512}
+    # Those the README's tables are made of, and the ones that a streaming loss is for.
+    assert {(case.d, case.n > 8192) for case in plan} == {(512, False), (768, True)}
     assert {(case.loss, case.dtype, case.scale) for case in plan if case.n == 8192} == {
         (loss, dtype, scale)
         for loss in cases.LOSSES
         for dtype in ("bfloat16", "float32")
         for scale in cases.SCALES
     }
-    assert all("dense" in case.methods and case.memory for case in plan)
+    assert all("fastclip" in case.methods for case in plan)
+    assert all(case.memory and "memeff" in case.methods for case in plan if case.n >= 2048)
 
 
 def test_it_goes_into_out_by_the_same_runner(tmp_path, monkeypatch):

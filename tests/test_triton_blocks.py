@@ -14,7 +14,7 @@ from triton_case import check, check_in_one_go, needs_engine, small_chunks
 
 from fastclip.ops import rows_to_keep
 
-pytestmark = needs_engine
+pytestmark = [needs_engine, pytest.mark.usefixtures("on_the_device")]
 
 # Of tiles of 32 x 32: whole ones, one more, one less, a row, a column.
 SHAPES = {

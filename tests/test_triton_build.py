@@ -60,7 +60,7 @@ def test_every_kernel_is_there(rows: list[dict]) -> None:
         kernels = {row["kernel"] for row in rows if row["architecture"] == architecture}
         assert kernels >= {
             *TILES, "longest_kernel", "reference_kernel", "sums_kernel", "maxima_sums_kernel",
-            "totals_kernel", "complete_kernel", "complete_totals_kernel",
+            "totals_kernel", "finish_kernel", "complete_kernel", "complete_totals_kernel",
         }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from triton_case import check, has_one_reference, needs_engine
 
 from fastclip.loss import clip_loss, siglip_loss
 
-pytestmark = needs_engine
+pytestmark = [needs_engine, pytest.mark.usefixtures("on_the_device")]
 SHAPE = (40, 33)
 
 

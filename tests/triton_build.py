@@ -83,6 +83,7 @@ def run(loss: str, arithmetic: str, d: int, normalize: bool, one_go: bool) -> No
         return
     keep = 128 if normalize and arithmetic == "bf16" else 0
     state, positive, kept = engine.sweep(*block, None, 0, loss, keep)
+    engine.finish(state, positive, scale, bias, loss)
     engine.weigh(
         *block, state, positive, state[1], positive, gain, kept, 0, loss, True, True, normalize,
         x.dtype, x.dtype,

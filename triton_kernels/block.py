@@ -22,14 +22,12 @@ class Block:
         self, x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None,
         scale: Tensor, bias: Tensor | None, offset: int, loss: str,
     ) -> None:  # fmt: skip
-        if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or x.dtype != y.dtype:
-            raise ValueError(
-                "x and y must be (M, D) and (N, D) of one dtype, got "
-                f"{tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}"
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"the Triton engine takes float32, bfloat16 and float16 features, got {x.dtype}: "
+                "float64 is the engine 'torch''s"
             )
         self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
-        if not (self.m and self.n and self.d):
-            raise ValueError(f"x and y must not be empty, got {tuple(x.shape)}, {tuple(y.shape)}")
         self.epilogue = EPILOGUES[loss]
         self.tf32 = takes_tf32(x)
         self.x, self.y = (self._operand(t) for t in (x, y))

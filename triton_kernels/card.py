@@ -29,11 +29,6 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(operator)
     def run(x: Tensor, *arguments: Any) -> Any:
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"the Triton engine takes float32, bfloat16 and float16 features, got {x.dtype}: "
-                "float64 is the engine 'torch''s"
-            )
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             return operator(x, *arguments)
 

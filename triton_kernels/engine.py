@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip import chunked
-
-from . import plan
+from . import card, plan
 from .block import Block
-from .card import on_its_device
+from .card import LANES, on_its_device
 from .configurations import Config
+from .epilogues import EPILOGUES
+from .finalise import finish_kernel
 from .gradients import Tail, Weighing
-from .plan import Chunk
+from .plan import Chunk, cdiv
 from .states import add_sums, reference_of, run_sweep, sweep_maxima
 
 
@@ -55,8 +55,20 @@ def sweep(
     return state, positive, kept
 
 
-# O(M + N), and plain PyTorch on the device.
-finish = chunked.finish
+@on_its_device
+def finish(
+    state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.py`'s finish, in one launch: a small batch waits for launches, not for arithmetic."""
+    epilogue, lines = EPILOGUES[loss], state.shape[1]
+    state = state if state.stride(1) == 1 else state.contiguous()
+    results = tuple(torch.empty_like(state[0]) for _ in range(3))
+    card.launch(
+        finish_kernel, cdiv(lines, LANES), state, positive.contiguous(), scale,
+        bias if epilogue.uses_bias else None, *results, lines, positive.numel(), state.stride(0),
+        FINISH=epilogue.finish, LANES=LANES,
+    )  # fmt: skip
+    return results
 
 
 @on_its_device
@@ -89,11 +101,6 @@ def sweep_and_weigh(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`ops.py`'s sweep_and_weigh: every tile is made once, folded and weighed."""
     block = Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
-    if block.epilogue.needs_state:
-        raise ValueError(
-            "only a loss whose weights need no state can be swept and weighed in one go, got "
-            f"{loss!r}"
-        )
     state, positive = block.new_states()
     work = Weighing(block, state, positive, None, (needs_x, needs_y), also_fold=True)
     dx = block.empty(block.m if needs_x else 0, block.d)

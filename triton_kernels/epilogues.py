@@ -1,11 +1,12 @@
-"""Every loss once, as two functions of a tile that the kernels take as compile-time arguments.
+"""Every loss once, as three functions that the kernels take as compile-time arguments.
 
     fold(t, k, m)        what a negative adds to the sum that its row and its column remember
     activation(t, k, m)  its weight dL/ds up to the factor (a_i + b_j) of its row and column
+    finish(reference, sum, s)   loss, coefficient and positive's weight of a line, in float64
 
 t is `<x_i, y_j>` with the factors of both towers, k the logit in log2 units as a map of t (see
 `affine`), m the reference of all lines or of each. Masking, positives and sums are the kernels'.
-A new loss is two such functions and an `Epilogue`; no kernel changes. The same functions in C++:
+A new loss is three such functions and an `Epilogue`; no kernel changes. The same functions in C++:
 `csrc/epilogues.h`.
 """
 
@@ -19,6 +20,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(2.0**-1022)  # float64's least normal number
 
 
 @triton.jit
@@ -63,6 +65,26 @@ def softmax_fold(t, k, m):
 
 
 @triton.jit
+def softplus(z):
+    """log(1 + e^z) in float64; at -inf, a line without negatives, 0."""
+    u = tl.exp(-tl.abs(z))
+    w = 1 + u
+    # What rounding 1 + u has lost, the quotient gives back.
+    log1p = tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
+    return tl.where(z <= 0, 0.0, z) + log1p
+
+
+@triton.jit
+def softmax_finish(reference, sum, s):
+    # log(1 + R / P), in the log domain: neither R nor P needs to be representable.
+    z = (tl.log2(sum) + reference) * LN2 - s
+    total = sum + tl.exp2(s * LOG2E - reference)
+    # Only matters to a line without negatives whose positive underflows.
+    total = tl.where(total < TINY, TINY, total)
+    return softplus(z), 1 / total, -sum / total
+
+
+@triton.jit
 def log1p_unit(u):
     """log(1 + u) for u in [0, 1]; relative error 5e-9 before rounding, also where u is small."""
     q = u * -3.24402461e-3 + 1.985145949e-2
@@ -91,9 +113,15 @@ def sigmoid_activation(t, k, m):
     return tl.where(x > 0, 1.0, u) / (u + 1.0)
 
 
+@triton.jit
+def sigmoid_finish(reference, sum, s):
+    return sum + softplus(-s), tl.full(sum.shape, 1.0, tl.float64), -1 / (1 + tl.exp(s))
+
+
 class Epilogue(NamedTuple):
     fold: Any
     activation: Any
+    finish: Any
     # Weights depend on the finished state, and lines have references; else neither.
     needs_state: bool
     uses_bias: bool
@@ -104,9 +132,14 @@ class Epilogue(NamedTuple):
 EPILOGUES = {
     # A bias shifts all logits of a line alike and cancels.
     "softmax": Epilogue(
-        softmax_fold, softmax_fold, needs_state=True, uses_bias=False, is_light=True
+        softmax_fold, softmax_fold, softmax_finish, needs_state=True, uses_bias=False, is_light=True
     ),
     "sigmoid": Epilogue(
-        sigmoid_fold, sigmoid_activation, needs_state=False, uses_bias=True, is_light=False
+        sigmoid_fold,
+        sigmoid_activation,
+        sigmoid_finish,
+        needs_state=False,
+        uses_bias=True,
+        is_light=False,
     ),
 }

@@ -148,3 +148,23 @@ def totals_kernel(PARTIAL, TOTALS, tiles, is_first, LANES: tl.constexpr):
     if is_first == 0:
         sum += tl.load(TOTALS + tl.program_id(0))
     tl.store(TOTALS + tl.program_id(0), sum)
+
+
+@triton.jit(do_not_specialize=["lines", "period", "stride"])
+def finish_kernel(
+    STATE, POSITIVE, SCALE, BIAS, LOSSES, COEFFICIENTS, WEIGHTS, lines, period, stride,
+    FINISH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Lines to losses, coefficients and positives' weights; `period` lines share positives."""
+    line = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    mask = line < lines
+    reference = tl.load(STATE + line, mask=mask, other=0.0)
+    total = tl.load(STATE + stride + line, mask=mask, other=1.0)
+    s = tl.load(POSITIVE + line % period, mask=mask, other=0.0)
+    s *= tl.load(SCALE).to(tl.float64)
+    if BIAS is not None:
+        s += tl.load(BIAS).to(tl.float64)
+    loss, coefficient, weight = FINISH(reference, total, s)
+    tl.store(LOSSES + line, loss, mask=mask)
+    tl.store(COEFFICIENTS + line, coefficient, mask=mask)
+    tl.store(WEIGHTS + line, weight, mask=mask)
