@@ -5,13 +5,6 @@ of 16 bytes; registers and shared memory as recorded in `triton_resources.csv`, 
 installed is the one that made it (`python triton_build.py table` makes it anew).
 """
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import pytest
 from triton_case import needs_triton
 
@@ -24,21 +17,11 @@ TILES = ("sweep_kernel", "maxima_kernel", "weigh_kernel")
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """Of all architectures, each compiled in a process of its own and without the interpreter.
+    """Of all architectures."""
+    # Not above: where Triton is missing there is nothing to import.
+    from triton_build import built
 
-    Triton keeps what it has compiled; a second run takes seconds.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).parent / "triton_build.py"
-
-    def build(architecture: str) -> list[dict]:
-        command = [sys.executable, "-P", script, architecture]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, f"{architecture}:\n{done.stderr[-3000:]}"
-        return json.loads(done.stdout)
-
-    with ThreadPoolExecutor(2) as pool:
-        return [row for found in pool.map(build, ARCHITECTURES) for row in found]
+    return built(ARCHITECTURES)
 
 
 def name(row: dict) -> str:

@@ -1,7 +1,7 @@
 """Compiles every kernel that the Triton engine launches, for a card that is not here.
 
-    python triton_build.py sm_90 [sm_80 ...]    prints a JSON list, a row for each kernel
-    python triton_build.py table                writes all of them to triton_resources.csv
+    python triton_build.py sm_90     prints a JSON list, a row for each kernel
+    python triton_build.py table     writes those of every card to triton_resources.csv
 
 The engine itself runs, on CPU tensors, but each launch is only compiled, with the arguments that
 the engine passed: so what is compiled is what a card would be given. Not under TRITON_INTERPRET.
@@ -10,11 +10,13 @@ the engine passed: so what is compiled is what a card would be given. Not under 
 import csv
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ def run(loss: str, arithmetic: str, d: int, normalize: bool, one_go: bool) -> No
     )  # fmt: skip
 
 
-def resources(kernel: Any) -> dict[str, Any]:
+def resources(kernel: Any, has_product: bool) -> dict[str, Any]:
     """Of a compiled kernel, by the tools that come with Triton."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -111,7 +113,8 @@ def resources(kernel: Any) -> dict[str, Any]:
             command = [CUOBJDUMP, what, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage, sass = dump("-res-usage"), dump("-sass")
+        # Disassembly takes most of a second run, and only products are looked into.
+        usage, sass = dump("-res-usage"), dump("-sass") if has_product else ""
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     local = int(re.search(r"LOCAL:(\d+)", usage)[1])
     return {
@@ -143,7 +146,7 @@ def build(architecture: str) -> list[dict[str, Any]]:
             "architecture": architecture, "kernel": kernel.__name__, "case": " ".join(key[1:]),
             "tile": "x".join(str(constants[k]) for k in ("BM", "BN", "BK") if k in constants),
             "warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared,
-            **resources(compiled),
+            **resources(compiled, has_product="BM" in constants),
         }  # fmt: skip
 
     seen: set[str] = set()
@@ -170,10 +173,23 @@ def recorded() -> tuple[str, list[dict[str, str]]]:
     return first.removeprefix("# Triton "), list(csv.DictReader(lines))
 
 
+def built_apart(architecture: str) -> list[dict[str, Any]]:
+    """In a process of its own: Triton remembers the first target that a kernel was compiled for."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", __file__, architecture]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, f"{architecture}:\n{done.stderr[-3000:]}"
+    return json.loads(done.stdout)
+
+
+def built(architectures: Sequence[str]) -> list[dict[str, Any]]:
+    """Two at a time; Triton keeps what it has compiled, and a second run takes seconds."""
+    with ThreadPoolExecutor(2) as pool:
+        return [row for found in pool.map(built_apart, architectures) for row in found]
+
+
 if __name__ == "__main__":
-    asked = list(TARGETS) if sys.argv[1:] == ["table"] else sys.argv[1:]
-    found = [row for architecture in asked for row in build(architecture)]
     if sys.argv[1:] == ["table"]:
-        write_table(found)
+        write_table(built(list(TARGETS)))
     else:
-        print(json.dumps(found))
+        print(json.dumps(build(sys.argv[1])))

@@ -18,11 +18,13 @@ def accumulate(a: Tensor, b: Tensor, out: Tensor, begins: bool) -> None:
     """out = a @ b, or out += a @ b: a library product that accumulates in fp32."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out) if begins else torch.addmm(out, a, b, out=out)
+    elif a.is_cuda and begins:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     elif a.is_cuda:
-        if begins:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
+        try:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        except RuntimeError:  # a torch whose addmm adds to half precision only
+            out += torch.mm(a, b, out_dtype=out.dtype)
     else:
         product = a.to(out.dtype) @ b.to(out.dtype)
         out.copy_(product) if begins else out.add_(product)
@@ -114,15 +116,8 @@ class Weighing:
             room = block.empty(max(c.rows for c in chunks), block.d)
         for index, chunk in enumerate(chunks):
             self.weigh(config, chunk, weights, sums, partial)
-            card.launch(
-                finalise.totals_kernel,
-                2,
-                sums,
-                totals,
-                chunk.programs,
-                int(index == 0),
-                LANES=LANES,
-            )
+            fresh = int(index == 0)
+            card.launch(finalise.totals_kernel, 2, sums, totals, chunk.programs, fresh, LANES=LANES)
             if self.fold:
                 add_sums(block, chunk, partial, self.state, self.positive, None, None)
             if weights is None:
