@@ -59,9 +59,16 @@ def bench(plan: list[cases.Case], device: str) -> tuple[list[results.Row], Path]
     return runner.run(plan, options), path
 
 
+def broken(rows: list[results.Row]) -> list[results.Row]:
+    """Rows of our own that should have a time and have none."""
+    own = (row for row in rows if row.method.startswith("fastclip") and row.mode != "skipped")
+    return [row for row in own if row.ms is None]
+
+
 def report(tests: str, rows: list[results.Row], path: Path) -> str:
     """How all of it ended, the table last."""
     lines = [f"not run: {row.note}" for row in rows if row.mode == "skipped"]
+    lines += [f"FAILED: {row.method} on {row.loss} {row.n}: {row.note}" for row in broken(rows)]
     lines += [f"tests on the device: {tests}", f"rows in {path}"]
     return "\n".join([*lines, "", table.provenance(rows), "", table.brief(rows)])
 
@@ -81,8 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, state in fastclip.backends().items():
         print(f"engine {name}: {state}", flush=True)
     tests = run_tests([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS])
-    print(f"\n{report(tests, *bench(cases.gpu(), 'cuda'))}")
-    return 1 if tests.startswith("FAILED") else 0
+    rows, path = bench(cases.gpu(), "cuda")
+    print(f"\n{report(tests, rows, path)}")
+    return 1 if tests.startswith("FAILED") or broken(rows) else 0
 
 
 if __name__ == "__main__":

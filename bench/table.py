@@ -150,7 +150,7 @@ def essentials(rows: list[Row], path: Path) -> str:
     if picture.exists():
         parts.append(f"![Time and memory against N](bench/results/{picture.name})")
     parts += _skipped(rows)
-    parts.append(f"All rows, with quartiles: `bench/results/{path.name}`; `python -m bench table`.")
+    parts.append(f"All rows, with quartiles: `bench/results/{path.name}`; `make bench ARGS=table`.")
     return "\n\n".join(parts)
 
 

@@ -38,6 +38,7 @@ inline at::ScalarType statistic_of(const at::Tensor& x) {
 
 // Unit stride along D and rows that do not overlap, as the products need.
 inline at::Tensor strided(const at::Tensor& x) {
+  if (x.dim() != 2) return x;  // refused in a moment
   return (x.size(1) <= 1 || x.stride(1) == 1) && (x.size(0) <= 1 || x.stride(0) >= x.size(1)) ? x : x.contiguous();
 }
 
@@ -63,7 +64,7 @@ struct Call {
   Call(const at::Tensor& x_in, const at::Tensor& y_in, const std::optional<at::Tensor>& fx,
        const std::optional<at::Tensor>& fy, const at::Tensor& scale, const std::optional<at::Tensor>& bias,
        int64_t offset, std::string_view loss)
-      : x(strided(x_in)), y(strided(y_in)), swapped(x_in.size(0) < y_in.size(0)), m(x_in.size(0)), n(y_in.size(0)) {
+      : x(strided(x_in)), y(strided(y_in)), swapped(lines(x_in) < lines(y_in)), m(lines(x_in)), n(lines(y_in)) {
     TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type() && m > 0 &&
                     n > 0 && x.size(1) > 0,
                 "x and y must be non-empty (M, D) and (N, D) of one dtype, got ", x.sizes(), " ", x.scalar_type(),
@@ -100,6 +101,7 @@ struct Call {
   }
 
  private:
+  static int64_t lines(const at::Tensor& x) { return x.dim() == 2 ? x.size(0) : 0; }
   static void check_factor(const std::optional<at::Tensor>& factor, int64_t lines) {
     TORCH_CHECK(!factor || factor->sizes() == at::IntArrayRef(lines), "factor_x must be (M), factor_y (N), got ",
                 factor->sizes());

@@ -110,8 +110,8 @@ FASTCLIP_INLINE V product_minus(V t, float scale, V m) {
     return V(double(t) * scale - m);
   } else {
     typedef double Wide __attribute__((vector_size(2 * sizeof(V))));
-    return __builtin_convertvector(
-        __builtin_convertvector(t, Wide) * double(scale) - __builtin_convertvector(m, Wide), V);
+    return __builtin_convertvector(__builtin_convertvector(t, Wide) * double(scale) - __builtin_convertvector(m, Wide),
+                                   V);
   }
 #endif
 }

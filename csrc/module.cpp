@@ -93,7 +93,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &fastclip::build_info,
         "Compiler, torch built against, instruction sets, product, threads, CUDA.");
   m.def("threads_used", [] { return fastclip::threads_used.load(); }, "Threads that took part in the last operator.");
-  m.def("release_workspace", &fastclip::Workspace::release, "Frees the buffer that waits for the next step.");
+  m.def("release_workspace", &fastclip::Workspace::release, "Frees the buffers that wait for the next step.");
   m.def("gemm_rate", &fastclip::gemm_rate, pybind11::arg("dtype"), pybind11::arg("m") = 64, pybind11::arg("n") = 128,
         pybind11::arg("k") = 512, pybind11::arg("seconds") = 0.5, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "GFLOP/s of the engine's product on cache-resident operands, all threads together.");

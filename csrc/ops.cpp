@@ -190,7 +190,8 @@ std::tuple<Tensor, Tensor, Tensor> weigh(const Tensor& x, const Tensor& y, const
   const int64_t lines = call.m + call.n;
   TORCH_CHECK(
       state.sizes() == at::IntArrayRef({2, lines}) && state.is_contiguous() && state.scalar_type() == at::kDouble &&
-          coefficients.numel() == lines && positive.numel() == call.m && positive_weight.numel() == call.m,
+          coefficients.sizes() == at::IntArrayRef(lines) && positive.sizes() == at::IntArrayRef(call.m) &&
+          positive_weight.sizes() == at::IntArrayRef(call.m),
       "state must be (2, M + N) contiguous float64, coefficients (M + N), positive and positive_weight (M), got ",
       state.sizes(), ", ", coefficients.sizes(), ", ", positive.sizes(), ", ", positive_weight.sizes());
   Gradients out = allocate_gradients(call, needs_x, needs_y, dtype_x, dtype_y);

@@ -10,8 +10,10 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -31,6 +33,7 @@ class Workspace {
     const size_t bytes = size_t(c10::multiply_integers(sizes)) * options.dtype().itemsize();
     if (bytes < kSmallest) return at::empty(sizes, options);
     Buffer* const buffer = new Buffer(find(bytes));
+    report(*buffer, int64_t(buffer->size));
     c10::DataPtr data(buffer->data, buffer, &give_back, at::kCPU);
     // With torch's allocator the storage can be resized like any other.
     auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, std::move(data),
@@ -49,6 +52,7 @@ class Workspace {
 
  private:
   static constexpr size_t kSmallest = 1 << 20, kHugePage = 2 << 20;
+  static constexpr size_t kMostIdle = 512 << 20;  // one step of 65,536 pairs of 512 features
 
   static Buffer find(size_t bytes) {
     {
@@ -76,13 +80,22 @@ class Workspace {
   static void give_back(void* context) {
     Buffer buffer = *static_cast<Buffer*>(context);
     delete static_cast<Buffer*>(context);
+    report(buffer, -int64_t(buffer.size));
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      size_t idle = 0;
+      for (const Buffer& b : idle_) idle += b.size;
       // The smallest goes where all places are taken.
       Buffer& least = *std::min_element(idle_.begin(), idle_.end(), smaller);
-      if (smaller(least, buffer)) std::swap(least, buffer);
+      if (smaller(least, buffer) && idle - least.size + buffer.size <= kMostIdle) std::swap(least, buffer);
     }
     std::free(buffer.data);
+  }
+
+  // torch's profiler shows what is in use, as it does for torch's own allocator.
+  static void report(const Buffer& buffer, int64_t change) {
+    in_use_ += change;
+    c10::reportMemoryUsageToProfiler(buffer.data, change, size_t(in_use_.load()), 0, at::kCPU);
   }
 
   static bool smaller(const Buffer& a, const Buffer& b) { return a.size < b.size; }
@@ -90,10 +103,11 @@ class Workspace {
     for (Buffer& b : idle_) std::free(std::exchange(b, {}).data);
   }
 
-  // One step's: products, two gradients, and the wide accumulator of a half gradient. Trivially destructible, since
-  // tensors may outlive the statics of a library.
+  // One step's: products, two gradients, and the wide accumulator of a half gradient. Nothing here is destroyed at
+  // exit, since tensors may outlive the statics of a library.
   static inline std::mutex mutex_;
   static inline std::array<Buffer, 4> idle_;
+  static inline std::atomic<int64_t> in_use_{0};
 };
 
 }  // namespace fastclip

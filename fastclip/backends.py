@@ -53,7 +53,8 @@ def build_info() -> dict[str, object] | None:
 def release_workspace() -> None:
     """Frees the buffers that wait for the next step, on CPUs.
 
-    At most one step's: its memory_budget, and gradients that have been freed.
+    Products kept for a backward and gradients of a MiB and more, once freed: at most 512 MiB, and
+    whatever `memory_budget` is now.
     """
     if _MODULE is not None:
         _MODULE.release_workspace()

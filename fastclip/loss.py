@@ -53,7 +53,8 @@ def clip_loss(
         backend: None picks the fastest that can run; see `fastclip.backends()`.
         memory_budget: bytes of work space in which products may wait for the backward instead of
             being recomputed. Default: 256 MiB on CPUs, 0 on GPUs. Results do not depend on it
-            beyond rounding.
+            beyond rounding. On CPUs they stay with the process for the next step:
+            `fastclip.release_workspace()` frees them.
 
     Returns:
         The loss in float32 (float64 for float64 features), on the features' device. The gradients
@@ -117,7 +118,7 @@ def _loss(
     engine = choose(backend, x.device, dtype)
     if memory_budget is None:
         memory_budget = CPU_MEMORY_BUDGET if x.device.type == "cpu" else 0
-    elif not isinstance(memory_budget, int) or memory_budget < 0:
+    elif isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
     if engine == "reference":
         return _REFERENCES[loss](x, y, scale, bias, normalize=normalize, reduction=reduction)

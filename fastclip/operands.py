@@ -76,8 +76,9 @@ def sweep(*arguments: Any) -> None:
 def finish(state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, loss: str) -> None:
     lines, period = state.shape[-1], positive.numel()
     _check(
-        state.dim() == 2 and len(state) == 2 and period > 0 and lines % period == 0,
-        "state must be (2, L) and positive (L) or a divisor", state, positive,
+        state.dim() == 2 and len(state) == 2 and period > 0 and lines % period == 0
+        and state.dtype == positive.dtype == state_dtype(state.device),
+        "state must be (2, L) and positive (L) or a divisor, float64", state, positive,
     )  # fmt: skip
     _one_element(scale=scale, bias=bias)
     _loss(loss)
@@ -85,6 +86,7 @@ def finish(state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, 
 
 def weigh(*arguments: Any) -> None:
     *block, state, positive, coefficients, positive_weight, gain, kept, _, loss = arguments[:14]
+    *_, dtype_x, dtype_y = arguments
     _block(*block)
     x, y = block[:2]
     m, n = len(x), len(y)
@@ -101,6 +103,11 @@ def weigh(*arguments: Any) -> None:
         and kept.numel() % min(m, n) == 0
     )
     _check(fit, "kept must come from a sweep of the same features", kept)
+    fit = dtype_x in _FLOATING and dtype_y in _FLOATING
+    _check(
+        fit, "gradients are float64, float32, bfloat16 or float16", dtype_x, dtype_y,
+        error=TypeError,
+    )  # fmt: skip
     _one_element(gain=gain)
     _loss(loss)
 

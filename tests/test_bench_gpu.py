@@ -1,6 +1,8 @@
 """The bench's part for CUDA devices, as far as it can be judged without one."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +159,14 @@ def test_without_a_device_it_says_so_in_one_line(monkeypatch, capsys):
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and "finds no CUDA device" in captured.err
         assert captured.out == ""
+
+
+def test_a_method_of_ours_that_fails_is_named_and_ends_in_failure():
+    rows = rows_of_a_case()
+    assert gpu.broken(rows) == []
+    rows[2] = replace(rows[2], ms=None, note="RuntimeError: an illegal memory access")
+    report = gpu.report("passed", rows, Path("test.csv"))
+    assert "FAILED: fastclip on clip 8192: RuntimeError: an illegal memory access" in report
+    # Of others it is told in the table.
+    rows[1] = replace(rows[1], ms=None, note="OutOfMemoryError")
+    assert [row.method for row in gpu.broken(rows)] == ["fastclip"]
