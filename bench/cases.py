@@ -160,13 +160,15 @@ def gpu() -> list[Case]:
     """
     cases: list[Case] = []
     everything = ("open_clip", "dense", "compiled", "fastclip", *PEERS)
-    for n in (256, 1024):
+    for n in (256, 512, 1024):
         cases += _square(n, dtype="bfloat16", methods=("open_clip", "dense", "fastclip"))
     for n in (2048, 8192):
         for dtype in ("bfloat16", "float32"):
             cases += _square(n, dtype=dtype, methods=everything, memory=True)
     cases += _square(32768, 768, dtype="bfloat16", methods=everything, memory=True)
     cases += _square(65536, 768, dtype="bfloat16", methods=("fastclip", *PEERS), memory=True)
+    million = 1 << 20
+    cases.append(Case("clip", million, million, 512, "bfloat16", 14.3, methods=("fastclip",)))
     return cases
 
 

@@ -119,6 +119,11 @@ def _find_triton(device: int | None) -> str:
     found = re.match(r"(\d+)\.(\d+)", triton.__version__)
     if found is None or tuple(map(int, found.groups())) < oldest:
         return f"it needs Triton {oldest[0]}.{oldest[1]} or later, got {triton.__version__}"
+    if not interpreted():
+        try:  # its driver is compiled on first use: no C compiler, no kernels
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:
+            return f"Triton's driver does not start: {(str(error) or repr(error)).splitlines()[0]}"
     return AVAILABLE
 
 

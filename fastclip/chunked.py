@@ -227,7 +227,7 @@ def _complete(
         return (g * gain).to(dtype)
     f = factor[rows, None]
     # A norm below 1e-12 was clamped: the features were divided by a constant.
-    clamped = ~(f < 0.9999e12)
+    clamped = f >= 0.9999e12
     unit = x.to(g.dtype) * f
     g = torch.where(clamped, g, g - unit * (unit * g).sum(1, keepdim=True))
     g = g * (gain * f)

@@ -57,7 +57,7 @@ def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
         raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
     if value.device != features.device:
         if value.dim() == 0 and value.device.type == "cpu":
-            return value.to(features.device)  # as torch's own operators take it
+            return value.to(features.device, non_blocking=True)  # as torch's own operators take it
         raise ValueError(
             f"{name} must be on the features' device {features.device}, got {value.device}"
         )

@@ -115,11 +115,11 @@ def _loss(
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
     dtype = product_dtype(x, y)
-    engine = choose(backend, x.device, dtype)
     if memory_budget is None:
         memory_budget = CPU_MEMORY_BUDGET if x.device.type == "cpu" else 0
     elif isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
+    engine = choose(backend, x.device, dtype)
     if engine == "reference":
         return _REFERENCES[loss](x, y, scale, bias, normalize=normalize, reduction=reduction)
     return fused_loss(

@@ -83,7 +83,8 @@ def test_the_cases_are_those_of_the_tables_and_the_large_ones_last():
     assert [case.n for case in plan] == sorted(case.n for case in plan)
     assert len({case.name for case in plan}) == len(plan)
     # Those the README's tables are made of, and the ones that a streaming loss is for.
-    assert {(case.d, case.n > 8192) for case in plan} == {(512, False), (768, True)}
+    widths = {(case.d, case.n > 8192) for case in plan if case.n < 1 << 20}
+    assert widths == {(512, False), (768, True)} and plan[-1].n == 1 << 20
     assert {(case.loss, case.dtype, case.scale) for case in plan if case.n == 8192} == {
         (loss, dtype, scale)
         for loss in cases.LOSSES
@@ -91,7 +92,10 @@ def test_the_cases_are_those_of_the_tables_and_the_large_ones_last():
         for scale in cases.SCALES
     }
     assert all("fastclip" in case.methods for case in plan)
-    assert all(case.memory and "memeff" in case.methods for case in plan if case.n >= 2048)
+    dense = [case for case in plan if 2048 <= case.n < 1 << 20]
+    assert all(case.memory and "memeff" in case.methods for case in dense)
+    for group in (gpu.CARD_TESTS, gpu.LOSS_TESTS):
+        assert all((gpu.ROOT / file).exists() for file in group)
 
 
 def test_it_goes_into_out_by_the_same_runner(tmp_path, monkeypatch):
@@ -130,9 +134,11 @@ def test_the_tests_end_is_told(monkeypatch):
     device = "import os, sys; sys.exit(os.environ['FASTCLIP_TEST_DEVICE'] != 'cuda')"
     assert gpu.run_tests(python(device)) == "passed"
     assert gpu.run_tests(python("raise SystemExit(3)")) == "FAILED: pytest ended with 3"
-    monkeypatch.setattr(gpu, "TEST_SECONDS", 0.2)
     hangs = python("import time; time.sleep(60)")
-    assert gpu.run_tests(hangs) == "FAILED: not done in 0.2 s"
+    assert gpu.run_tests(hangs, 0.2) == "FAILED: not done in 0.2 s"
+    assert gpu.run_tests(hangs, 0.2, to_the_end=False) == "passed for 0.2 s"
+    failing = python("raise SystemExit(1)")
+    assert gpu.run_tests(failing, 9, to_the_end=False) == "FAILED: pytest ended with 1"
     monkeypatch.setattr(gpu, "TEST_PACKAGES", ("pytest", "no_such_package"))
     assert gpu.run_tests(hangs) == "not run: no_such_package is not installed"
 
@@ -142,7 +148,7 @@ def test_the_tests_end_is_told(monkeypatch):
 )
 def test_what_is_missing_is_no_failure(tests, status, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "run_tests", lambda command: tests)
+    monkeypatch.setattr(gpu, "run_tests", lambda command, *seconds, **end: tests)
     rows = rows_of_a_case()
     rows[-1].note = "open_clip is not installed"
     monkeypatch.setattr(gpu, "bench", lambda plan, device: (rows, tmp_path / "gpu.csv"))

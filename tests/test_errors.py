@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import fastclip
 from fastclip.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-X = torch.ones(4, 8)
+X = torch.ones(4, 8, device=DEVICE)
 
 
 def case(

@@ -152,8 +152,9 @@ def test_features_shorter_than_epsilon_are_not_projected(out: str) -> None:
 
 
 def test_float64_is_the_plain_engines() -> None:
-    with pytest.raises(TypeError, match="float64 is the engine 'torch'"):
-        sweep("triton", make_block(5, 5, 4, torch.float64))
+    block = make_block(9, 7, 4, torch.float64)
+    for one, other in zip(sweep("triton", block), sweep("torch", block), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_run_to_run_bit_for_bit() -> None:
@@ -183,5 +184,7 @@ def test_tf32_rounds_its_operands_to_nearest(tf32: None) -> None:
     coarse = sweep("triton", block)[1]
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     exact = sweep("triton", block._replace(x=x, y=y))[1]
-    torch.testing.assert_close(coarse, exact, rtol=0, atol=0, equal_nan=True)
+    # Tensor cores add up in an order of their own; tf32 rounds a hundred times as coarsely.
+    tolerance = 2e-6 if coarse.is_cuda else 0.0
+    torch.testing.assert_close(coarse, exact, rtol=0, atol=tolerance, equal_nan=True)
     assert not torch.equal(coarse[:33], sweep("triton", block)[1][:33])

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,11 +27,18 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     module._warn_of_fallback.cache_clear()
 
 
-def pretend(patch: pytest.MonkeyPatch, capability: tuple[int, int], version: str | None) -> None:
+def pretend(
+    patch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    version: str | None,
+    starts: Callable[[], object] = object,
+) -> None:
     """A card and a Triton that are not here."""
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    triton = None if version is None else types.SimpleNamespace(__version__=version)
+    target = types.SimpleNamespace(get_current_target=starts)
+    runtime = types.SimpleNamespace(driver=types.SimpleNamespace(active=target))
+    triton = types.SimpleNamespace(__version__=version, runtime=runtime) if version else None
     patch.setitem(sys.modules, "triton", triton)
 
 
@@ -159,3 +166,16 @@ def test_operators_agree_with_their_fakes() -> None:
          True, False, torch.float32, torch.bfloat16),
         test_utils=tests,
     )  # fmt: skip
+
+
+def test_a_driver_that_does_not_start_is_told(fresh: pytest.MonkeyPatch) -> None:
+    """Triton compiles it with the system's C compiler, on first use."""
+
+    def starts() -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    pretend(fresh, (9, 0), "3.7.1", starts)
+    reason = "Triton's driver does not start: Failed to find C compiler."
+    assert module.backends()["triton"] == reason
+    with pytest.warns(UserWarning, match="Failed to find C compiler"):
+        assert module.choose(None, CUDA, torch.bfloat16) == "torch"

@@ -32,29 +32,34 @@ if __name__ != "fastclip.triton_kernels":
 
 from typing import Any
 
+from fastclip import chunked
+
 # The one that torch 2.10, the oldest supported, was built with.
 OLDEST_TRITON = (3, 6)
 
 
-def sweep(*arguments: Any) -> Any:
+def _operator(name: str, x: Any) -> Any:
+    """float64 features are the plain engine's."""
+    if str(x.dtype) == "torch.float64":
+        return getattr(chunked, name)
     from . import engine
 
-    return engine.sweep(*arguments)
+    return getattr(engine, name)
+
+
+def sweep(*arguments: Any) -> Any:
+    return _operator("sweep", arguments[0])(*arguments)
 
 
 def finish(*arguments: Any) -> Any:
-    from . import engine
+    from . import engine  # its states are float64 always
 
     return engine.finish(*arguments)
 
 
 def weigh(*arguments: Any) -> Any:
-    from . import engine
-
-    return engine.weigh(*arguments)
+    return _operator("weigh", arguments[0])(*arguments)
 
 
 def sweep_and_weigh(*arguments: Any) -> Any:
-    from . import engine
-
-    return engine.sweep_and_weigh(*arguments)
+    return _operator("sweep_and_weigh", arguments[0])(*arguments)

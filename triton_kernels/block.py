@@ -22,11 +22,6 @@ class Block:
         self, x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None,
         scale: Tensor, bias: Tensor | None, offset: int, loss: str,
     ) -> None:  # fmt: skip
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"the Triton engine takes float32, bfloat16 and float16 features, got {x.dtype}: "
-                "float64 is the engine 'torch''s"
-            )
         self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
         self.epilogue = EPILOGUES[loss]
         self.tf32 = takes_tf32(x)

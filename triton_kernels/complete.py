@@ -58,7 +58,7 @@ def complete_kernel(
     gain = (tl.load(GAIN).to(tl.float64) * tl.load(SCALE).to(tl.float64)).to(tl.float32)
     multiplier = tl.zeros((ROWS,), tl.float32) + gain
     # A norm below 1e-12 was clamped: the features were divided by a constant.
-    clamped = (factor < 0.9999e12) == 0
+    clamped = factor >= 0.9999e12
     along = tl.zeros((ROWS,), tl.float32)
     x = X + (first + i).to(tl.int64)[:, None] * stride_x + tl.arange(0, BK)[None, :]
     if PROJECT:

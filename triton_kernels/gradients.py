@@ -18,16 +18,23 @@ def accumulate(a: Tensor, b: Tensor, out: Tensor, begins: bool) -> None:
     """out = a @ b, or out += a @ b: a library product that accumulates in fp32."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out) if begins else torch.addmm(out, a, b, out=out)
-    elif a.is_cuda and begins:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif a.is_cuda:
-        try:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        except RuntimeError:  # a torch whose addmm adds to half precision only
-            out += torch.mm(a, b, out_dtype=out.dtype)
+    elif a.is_cuda and not torch.version.hip:
+        if begins:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            _add_product(a, b, out)
     else:
         product = a.to(out.dtype) @ b.to(out.dtype)
         out.copy_(product) if begins else out.add_(product)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    try:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # a torch whose addmm adds to half precision only
+        out += torch.mm(a, b, out_dtype=out.dtype)
 
 
 class Weighing:

@@ -6,12 +6,11 @@ the bounds of memory at N = 1M need no card to be counted.
 Two bounds hold memory besides the states and gradients, O((M + N) D):
 
     partial sums     at most PARTIAL_BYTES, or one row of tiles
-    weights          at most WEIGHT_BYTES, WEIGHT_COLUMNS wide, or TILE rows
+    weights          at most WEIGHT_BYTES, WEIGHT_ROWS x WEIGHT_COLUMNS
 
-A chunk of C rows of weights costs its two products one more reading and writing of dy, 8 N D bytes
-against 4 C N D FLOPs: with C = 4096 a fifteenth of what a card can move while it computes (bf16 at
-660 TFLOP/s, 4.8 TB/s). Fewer columns than N let C stay that large at any N; then dx, too, is read
-and written once for each chunk of columns, 8 C D bytes against 4 C WEIGHT_COLUMNS D FLOPs.
+A chunk of C x W weights costs its products one more reading and writing of C rows of dx and W rows
+of dy, 8 (C + W) D bytes against 4 C W D FLOPs: least where C = W. 11,264 are 88 tiles of 128: at
+D = 768 each product is two full waves of 128 x 256 tiles on 132 processors.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .configurations import Config
 
 PARTIAL_BYTES = 128 << 20
 WEIGHT_BYTES = 256 << 20
-WEIGHT_COLUMNS = 32768
+WEIGHT_ROWS = WEIGHT_COLUMNS = 11264
 # Rows of weights come in multiples of this, and rows of them lie this many elements apart.
 ROW_UNIT, COLUMN_UNIT = 128, 16
 # Most a launch may have in one dimension.
@@ -98,7 +97,7 @@ def weight_shape(m: int, n: int, itemsize: int) -> tuple[int, int]:
     """Rows and columns of a chunk of weights."""
     columns = min(n, WEIGHT_COLUMNS)
     stride = cdiv(columns, COLUMN_UNIT) * COLUMN_UNIT
-    rows = WEIGHT_BYTES // (itemsize * stride) // ROW_UNIT * ROW_UNIT
+    rows = min(WEIGHT_BYTES // (itemsize * stride), WEIGHT_ROWS) // ROW_UNIT * ROW_UNIT
     return min(m, max(rows, ROW_UNIT)), columns
 
 

@@ -68,7 +68,11 @@ def weigh_tile(
     return sum_w, sum_wt
 
 
-@triton.jit(do_not_specialize=["M", "N", "offset"])
+# States and coefficients of columns begin at M + column: their alignment would follow the batch.
+UNALIGNED = ["REFERENCE_X", "REFERENCE_Y", "A", "B"]
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset"], do_not_specialize_on_alignment=UNALIGNED)
 def weigh_kernel(
     X, Y, FX, FY, SCALE, BIAS, REFERENCE_X, REFERENCE_Y, ONE, A, B, W, TOTALS, POSITIVE, PARTIAL,
     M, N, D, stride_x, stride_y, stride_w, offset, KEPT: tl.constexpr, SPREAD: tl.constexpr,
