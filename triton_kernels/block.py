@@ -89,5 +89,7 @@ class Block:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
     def new_states(self) -> tuple[Tensor, Tensor]:
-        positive = torch.full((self.m,), torch.nan, dtype=torch.float64, device=self.x.device)
+        positive = self.empty(self.m, dtype=torch.float64)
+        if self.offset < 0 or self.m + self.offset > self.n:  # rows without a positive
+            positive.fill_(torch.nan)
         return self.empty(2, self.m + self.n, dtype=torch.float64), positive
