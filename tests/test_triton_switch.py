@@ -142,7 +142,6 @@ def gradients(loss: str, x: Tensor, y: Tensor, scale: float, normalize: bool) ->
     return [value.detach(), *(t.grad for t in inputs)]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_spoilt_features_show(loss: str, value: float) -> None:
@@ -156,7 +155,6 @@ def test_spoilt_features_show(loss: str, value: float) -> None:
         assert not all(t.isfinite().all() for t in results[1:])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_absurd_scales_give_the_loss_or_no_number(loss: str) -> None:
     from fastclip import reference
@@ -169,7 +167,6 @@ def test_absurd_scales_give_the_loss_or_no_number(loss: str) -> None:
         assert not math.isfinite(ours) or ours == pytest.approx(exact, rel=1e-2), scale
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_positive_that_is_not_finite_is_not_lost() -> None:
     block = make_block(33, 40, 6)
     block.x[3, 0] = block.y[3, 0] = 1e20
