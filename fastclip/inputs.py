@@ -10,7 +10,7 @@ import numbers
 import torch
 from torch import Tensor
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .operands import FLOATING
 
 
 def check_features(x: Tensor, y: Tensor) -> None:
@@ -23,7 +23,7 @@ def check_features(x: Tensor, y: Tensor) -> None:
                 f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local() or "
                 f"{name}.full_tensor()"
             )
-        if features.dtype not in _FLOATING:
+        if features.dtype not in FLOATING:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
             )

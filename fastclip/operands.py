@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .epilogues import EPILOGUES
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
@@ -41,8 +41,9 @@ def _one_element(**scalars: Tensor | None) -> None:
 
 
 def _loss(name: str) -> None:
-    known = " or ".join(repr(known) for known in EPILOGUES)
-    _check(name in EPILOGUES, f"loss must be {known}", name, error=ValueError)
+    if name not in EPILOGUES:
+        known = " or ".join(repr(known) for known in EPILOGUES)
+        raise ValueError(f"loss must be {known}, got {name!r}")
 
 
 def _block(
@@ -55,7 +56,7 @@ def _block(
         "x and y must be non-empty (M, D) and (N, D) of one dtype", x, y,
     )  # fmt: skip
     _check(
-        x.dtype in _FLOATING, "features must be float64, float32, bfloat16 or float16", x.dtype,
+        x.dtype in FLOATING, "features must be float64, float32, bfloat16 or float16", x.dtype,
         error=TypeError,
     )  # fmt: skip
     for factor, lines in ((factor_x, len(x)), (factor_y, len(y))):
@@ -103,7 +104,7 @@ def weigh(*arguments: Any) -> None:
         and kept.numel() % min(m, n) == 0
     )
     _check(fit, "kept must come from a sweep of the same features", kept)
-    fit = dtype_x in _FLOATING and dtype_y in _FLOATING
+    fit = dtype_x in FLOATING and dtype_y in FLOATING
     _check(
         fit, "gradients are float64, float32, bfloat16 or float16", dtype_x, dtype_y,
         error=TypeError,

@@ -250,6 +250,11 @@ def _ratio(size: Tensor, result: Tensor) -> float:
     return float(size.norm() / result.norm()) if result.any() else 1.0
 
 
+def has_one_reference(state: Tensor) -> bool:
+    """Whether the sweep with one reference for all lines was enough."""
+    return bool((state[0] == state[0, 0]).all())
+
+
 def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "") -> None:
     """The operators' state and positives against the truth."""
     assert state.dtype == positive.dtype == torch.float64

@@ -87,20 +87,6 @@ def examinations() -> dict[tuple[str, str], subprocess.CompletedProcess[str]]:
         return dict(zip(combinations, done, strict=True))
 
 
-def report_of(
-    capability: str,
-    product: str,
-    examinations: dict[tuple[str, str], subprocess.CompletedProcess[str]],
-) -> dict:
-    if capability not in AVAILABLE:
-        pytest.skip(f"this machine has no {capability}")
-    if product == "brgemm" and INFO["product"] != "brgemm":
-        pytest.skip("this machine has no brgemm")
-    done = examinations[capability, product]
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_each_combination_is_taken_and_right(
@@ -108,7 +94,13 @@ def test_each_combination_is_taken_and_right(
     product: str,
     examinations: dict[tuple[str, str], subprocess.CompletedProcess[str]],
 ) -> None:
-    report = report_of(capability, product, examinations)
+    if capability not in AVAILABLE:
+        pytest.skip(f"this machine has no {capability}")
+    if product == "brgemm" and INFO["product"] != "brgemm":
+        pytest.skip("this machine has no brgemm")
+    done = examinations[capability, product]
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
     info = report["info"]
     assert info["capability"] == capability.upper()
     assert info["product"] == product

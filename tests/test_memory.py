@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICE
 from judge import error, numbers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -35,6 +36,8 @@ def features(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -
 
 def allocations(function: Callable[[], object]) -> tuple[int, int, int]:
     """In bytes: the largest single allocation, the most held at a time, and what still is held."""
+    if DEVICE.type != "cpu":
+        pytest.skip("the profiler's memory events are read for the CPU only")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         kept_alive = function()
     events = run.profiler.kineto_results.events()
@@ -61,8 +64,6 @@ def step(loss: str, backend: str, device: torch.device, **options: object) -> Ca
 def test_no_allocation_is_of_size_m_times_n(
     loss: str, engine: str, reduction: str, device: torch.device
 ) -> None:
-    if device.type != "cpu":
-        pytest.skip("the profiler's memory events are read for the CPU only")
     run = step(loss, engine, device, memory_budget=0, reduction=reduction)
     largest, most, _ = allocations(run)
     assert largest < MATRIX / 4
@@ -70,8 +71,6 @@ def test_no_allocation_is_of_size_m_times_n(
 
 
 def test_the_reference_would_be_caught(device: torch.device) -> None:
-    if device.type != "cpu":
-        pytest.skip("the profiler's memory events are read for the CPU only")
     largest, most, _ = allocations(step("clip", "reference", device))
     assert largest >= MATRIX
     assert most >= MATRIX
@@ -166,8 +165,6 @@ def test_the_budget_changes_nothing_but_rounding(
 def test_what_waits_for_the_backward_stays_within_the_budget(
     loss: str, engine: str, device: torch.device
 ) -> None:
-    if device.type != "cpu":
-        pytest.skip("the profiler's memory events are read for the CPU only")
     x, y = features(N, device)
     own = 2 * 4 * N * D + 64 * 2 * N  # a float32 gradient for each tower, some numbers a line
     for budget in (0, 1 << 20, 16 << 20):
@@ -180,8 +177,6 @@ def test_what_waits_for_the_backward_stays_within_the_budget(
 def test_nothing_is_held_once_the_loss_is_gone(
     loss: str, engine: str, device: torch.device
 ) -> None:
-    if device.type != "cpu":
-        pytest.skip("the profiler's memory events are read for the CPU only")
     run = step(loss, engine, device, memory_budget=0)
     run()  # gradients are there, to be added to
     *_, held = allocations(lambda: run().detach())

@@ -15,6 +15,7 @@ from dense_block import (
     accumulator,
     assert_gradients,
     assert_states,
+    has_one_reference,
     make_block,
     make_weights,
     operator,
@@ -38,10 +39,6 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 def chunks_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain PyTorch engine merges as many states as it can; one without any negative, too."""
     monkeypatch.setattr(chunked, "CHUNK", 1)
-
-
-def has_one_reference(state: Tensor) -> bool:
-    return bool((state[0] == state[0, 0]).all())
 
 
 def check(engine: str, block: Block, keep: int = 0, bound: Tensor | None = None) -> Tensor:

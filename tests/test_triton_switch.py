@@ -8,9 +8,18 @@ import math
 
 import pytest
 import torch
-from dense_block import LOG2E, Block, Dense, assert_states, make_block, operator, sweep
+from dense_block import (
+    LOG2E,
+    Block,
+    Dense,
+    assert_states,
+    has_one_reference,
+    make_block,
+    operator,
+    sweep,
+)
 from torch import Tensor
-from triton_case import check, has_one_reference, needs_engine
+from triton_case import check, needs_engine
 
 from fastclip.loss import clip_loss, siglip_loss
 

@@ -34,10 +34,6 @@ needs_engine = pytest.mark.skipif(
 )
 
 
-def has_one_reference(state: Tensor) -> bool:
-    return bool((state[0] == state[0, 0]).all())
-
-
 def check(
     block: Block,
     keep: int = 0,

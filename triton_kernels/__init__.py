@@ -32,6 +32,8 @@ if __name__ != "fastclip.triton_kernels":
 
 from typing import Any
 
+import torch
+
 from fastclip import chunked
 
 # The one that torch 2.10, the oldest supported, was built with.
@@ -40,7 +42,7 @@ OLDEST_TRITON = (3, 6)
 
 def _operator(name: str, x: Any) -> Any:
     """float64 features are the plain engine's."""
-    if str(x.dtype) == "torch.float64":
+    if x.dtype == torch.float64:
         return getattr(chunked, name)
     from . import engine
 
