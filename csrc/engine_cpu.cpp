@@ -162,7 +162,7 @@ class Engine {
       double reference[kMostCols], sum[kMostCols];
       Tile<T> tile = make_tile(block, begin, cols);
       tile.col_reference = reference, tile.col_sum = sum;
-      multiply(block, tile, begin, y);
+      multiply(block, tile, y);
       transform(tile);
 
       wait(j, k);
@@ -261,12 +261,28 @@ class Engine {
   // t = y_tile x_block^T, in pieces of D: a sum of 512 terms in one fp32 chain loses twice as much as four of 128, and
   // at scale 100 an error in t is a hundred times as large in the exponential. bf16 rounds more than that, and wants
   // long chains.
-  void multiply(const Block& b, const Tile<T>& tile, int64_t begin, const Operand& y) const {
+  void multiply(const Block& b, const Tile<T>& tile, const Operand& y) const {
     if (b.kept && p_.kept_ready) return;
-    T* const t = const_cast<T*>(tile.t);
+    const bool ragged = !p_.brgemm && tile.cols % kWhole != 0;
+    const int64_t cols = ragged ? round_up(tile.cols, kWhole) : tile.cols;
+    const Operand operand = ragged ? padded(b, y, tile.cols, cols) : y;
+    T* const t = ragged ? b.products : const_cast<T*>(tile.t);
     for (int64_t d = 0, piece = kNarrow ? depth() : kChain; d < depth(); d += piece)
-      gemm(p_.brgemm, d > 0, tile.cols, b.lanes, std::min(piece, depth() - d), y.rows + d, y.stride,
+      gemm(p_.brgemm, d > 0, cols, b.lanes, std::min(piece, depth() - d), operand.rows + d, operand.stride,
            b.transposed + d * b.lanes, b.lanes, t, b.lanes);
+    if (t != tile.t) memcpy(const_cast<T*>(tile.t), t, sizeof(T) * tile.cols * b.lanes);
+  }
+
+  // BLAS may add up the last rows of a ragged product in an order of their own (MKL on AMD does, with three rows), and
+  // a positive would no longer tie with its duplicates: the product gets whole fours, rows of zeros among them.
+  static constexpr int64_t kWhole = 4;
+  Operand padded(const Block& b, const Operand& y, int64_t cols, int64_t whole) const {
+    for (int64_t c = 0; c < whole; c++)
+      if (c >= cols)
+        std::fill_n(b.tile_rows + c * depth(), depth(), Op(0));
+      else if (y.rows != b.tile_rows)
+        std::copy_n(y.rows + c * y.stride, depth(), b.tile_rows + c * depth());
+    return {b.tile_rows, depth()};
   }
 
   // v_tile += w x_block; complete once the last block has been here.
