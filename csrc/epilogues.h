@@ -24,6 +24,11 @@
 #define FASTCLIP_INLINE inline __attribute__((always_inline))
 #endif
 
+// FASTCLIP_CUDA_MATH: floats are single and have the card's own exponential, one instruction.
+#ifndef FASTCLIP_CUDA_MATH
+#define FASTCLIP_CUDA_MATH 0
+#endif
+
 // The CPU engine is compiled once per instruction set. Each copy lives in a namespace of its own: were the names
 // shared, the linker would keep one copy of each inline function, perhaps one with instructions that the machine does
 // not have.
@@ -122,6 +127,8 @@ template <class V, class T>
 FASTCLIP_INLINE V exp2_relative(V t, const Affine<T>& k, V m) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return for_each(t * k.scale - m, Exp2());
+  } else if constexpr (FASTCLIP_CUDA_MATH) {
+    return exp2f(fmaf(t, k.scale_low, fmaf(t, k.scale, -m)));
   } else {
     const V l = product_minus(t, k.scale, m) + t * k.scale_low;
     const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
@@ -156,6 +163,8 @@ FASTCLIP_INLINE void magnitude(V t, const Affine<T>& k, V& l, V& u) {
   l = (t * k.scale + k.bias) + (t * k.scale_low + k.bias_low);
   if constexpr (sizeof(T) == sizeof(double)) {
     u = for_each(l > 0. ? -l : l, Exp2());
+  } else if constexpr (FASTCLIP_CUDA_MATH) {
+    u = exp2f(l > 0.f ? -l : l);
   } else {
     const V z = (l > 0.f ? -l : l) + kRounder;
     const V r = z - kRounder;
@@ -213,9 +222,9 @@ struct Sigmoid {
   }
 };
 
-// Calls f with the loss of that name.
+// Calls f, a function of the host, with the loss of that name.
 template <class Function>
-FASTCLIP_INLINE void for_loss(Loss loss, Function f) {
+inline __attribute__((always_inline)) void for_loss(Loss loss, Function f) {
   switch (loss) {
     case Loss::kSoftmax:
       return f(Softmax());

@@ -81,7 +81,15 @@ pybind11::dict build_info() {
 #else
       false;
 #endif
+#ifdef FASTCLIP_CUDA_VERSION
+  pybind11::dict cuda;
+  cuda["version"] = FASTCLIP_CUDA_VERSION;
+  cuda["architectures"] = std::vector<std::string>{FASTCLIP_CUDA_ARCHITECTURES};
+  info["cuda"] = cuda;
+#else
   info["cuda"] = false;
+  info["why_no_cuda"] = FASTCLIP_WHY_NO_CUDA;
+#endif
   return info;
 }
 

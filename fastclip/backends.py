@@ -13,11 +13,11 @@ from types import ModuleType
 
 import torch
 
-from . import chunked, ops, triton_kernels
+from . import chunked, ops, preference, triton_kernels
 
 AVAILABLE = "available"
 
-# Of a CUDA card, for the Triton engine: bf16 on tensor cores.
+# Of a CUDA card, for a fused engine: bf16 on tensor cores.
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -63,14 +63,14 @@ def release_workspace() -> None:
 def backends() -> dict[str, str]:
     """Every engine's name, with "available" or the reason why it cannot run here.
 
-    "cpu" is the C++ engine, "triton" the fused engine for CUDA tensors, "torch" the plain PyTorch
-    engine for any device, "reference" the dense loss that engines are compared with. "cuda" is not
-    part of this version.
+    "cpu" is the C++ engine, "cuda" the C++ engine for CUDA tensors, "triton" the Triton engine for
+    them, "torch" the plain PyTorch engine for any device, "reference" the dense loss that engines
+    are compared with.
     """
     return {
         "cpu": _CPU_STATUS,
-        "cuda": "not part of this version of fastclip",
-        "triton": _triton_status(None),
+        "cuda": _status("cuda", None),
+        "triton": _status("triton", None),
         "torch": AVAILABLE,
         "reference": AVAILABLE,
     }
@@ -88,29 +88,55 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-_TRITON_STATUS: dict[int | None, str] = {}
+@functools.cache
+def _capability(device: int | None) -> tuple[int, int] | None:
+    """Of a CUDA device, where there is one."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-def _triton_status(device: int | None) -> str:
-    """For a CUDA device; None asks for the current one. Looks at Triton only where it can run."""
-    if device not in _TRITON_STATUS:
-        _TRITON_STATUS[device] = _find_triton(device)
-    return _TRITON_STATUS[device]
+def _card_problem(device: int | None) -> str | None:
+    capability = _capability(device)
+    if capability is None:
+        return "no CUDA device is available"
+    if capability < LEAST_CAPABILITY:
+        return "it needs a CUDA device of capability {}.{} or more, got {}.{}".format(
+            *LEAST_CAPABILITY, *capability
+        )
+    return None
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler here.
-_triton_status._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _find_cuda(device: int | None) -> str:
+    if _MODULE is None:
+        return _CPU_STATUS
+    info = _MODULE.build_info()
+    if not info["cuda"]:
+        reason = info.get("why_no_cuda", "by an earlier version of fastclip")
+        return f"fastclip was built without it: {reason}"
+    if problem := _card_problem(device):
+        return problem
+    compiled, capability = info["cuda"]["architectures"], _capability(device)
+    if not any(_runs_on(code, capability) for code in compiled):
+        card = ".".join(map(str, capability))
+        return (
+            f"it was compiled for {', '.join(compiled)}, none of which runs on a device of "
+            f"capability {card}: install fastclip again with TORCH_CUDA_ARCH_LIST={card}"
+        )
+    return AVAILABLE
+
+
+def _runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """sm_86 is code for cards of 8.6 to 8.9, compute_86 PTX for all from 8.6 on; with an "a" both
+    are for 8.6 alone, with an "f" for 8.6 to 8.9."""
+    kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code).groups()
+    of = (int(number[:-1]), int(number[-1]))
+    if suffix == "a":
+        return of == capability
+    return of <= capability and (of[0] == capability[0] or (kind == "compute" and not suffix))
 
 
 def _find_triton(device: int | None) -> str:
-    if not interpreted():
-        if not torch.cuda.is_available():
-            return "no CUDA device is available"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < LEAST_CAPABILITY:
-            return "it needs a CUDA device of capability {}.{} or more, got {}.{}".format(
-                *LEAST_CAPABILITY, *capability
-            )
+    if not interpreted() and (problem := _card_problem(device)):
+        return problem
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
@@ -127,54 +153,91 @@ def _find_triton(device: int | None) -> str:
     return AVAILABLE
 
 
-def _serves(backend: str, device: torch.device) -> str:
-    """The devices that a backend takes, if this is none of them."""
-    if backend == "cpu" and device.type != "cpu":
-        return "CPU tensors"
-    if (
-        backend == "triton"
-        and device.type != "cuda"
-        and not (device.type == "cpu" and interpreted())
-    ):
-        return "CUDA tensors"
-    return ""
+_FINDERS = {"cuda": _find_cuda, "triton": _find_triton}
+_STATUS: dict[tuple[str, int | None], str] = {}
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The engine for a device and the dtype of the products. None takes the fastest that can run;
-    falling back warns once. float64 on GPUs is always the plain PyTorch engine's.
+def _status(engine: str, device: int | None) -> str:
+    """For a CUDA device; None asks for the current one. Looks at Triton only where it can run."""
+    if (engine, device) not in _STATUS:
+        _STATUS[engine, device] = _FINDERS[engine](device)
+    return _STATUS[engine, device]
+
+
+def _rows(device: int | None, dtype: torch.dtype) -> list[preference.Row]:
+    """Those of the table that hold for a card and the products of this dtype."""
+    products, capability = preference.products_of(dtype), _capability(device) or (0, 0)
+    return [row for row in preference.TABLE if row.takes(products, capability)]
+
+
+def _asked() -> str | None:
+    """What FASTCLIP_GPU asks for."""
+    name, known = os.environ.get("FASTCLIP_GPU") or None, (*_FINDERS, "torch")
+    if name is not None and name not in known:
+        raise ValueError(f"FASTCLIP_GPU must be one of {', '.join(map(repr, known))}, got {name!r}")
+    return name
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler here: a compiled
+# loss asks once, when it is compiled.
+for _function in (_status, _rows, _asked):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+# The types of device whose tensors an engine takes; those that are not here take any.
+_SERVED = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+
+def _serves(backend: str, device: torch.device) -> bool:
+    if backend == "triton" and device.type == "cpu" and interpreted():
+        return True
+    return device.type in _SERVED.get(backend, (device.type,))
+
+
+def _default(device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
+    if device.type == "cpu":
+        reason = _CPU_STATUS
+        if reason == AVAILABLE:
+            return "cpu"
+    elif device.type == "cuda":
+        if dtype == torch.float64:
+            return "torch"
+        engines = preference.order(_rows(device.index, dtype), n, d)
+        for engine in engines:
+            if _status(engine, device.index) == AVAILABLE:
+                return engine
+        reason = "; ".join(f"{engine}: {_status(engine, device.index)}" for engine in engines)
+    else:
+        reason = f"there is no fused engine for {device.type} yet"
+    if not torch.compiler.is_compiling():
+        _warn_of_fallback(device.type, reason)
+    return "torch"
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
+    """The engine for n pairs of d features and the dtype of their products. None takes the one that
+    `preference.py` puts first of those that can run; falling back to plain PyTorch warns once.
+    float64 on GPUs is always the plain engine's.
 
     Raises:
         ValueError: unknown or unavailable, or one that does not serve this device.
     """
+    if backend is None and device.type == "cuda":
+        backend = _asked()
     if backend is None:
-        if device.type == "cpu":
-            reason = _CPU_STATUS
-            if reason == AVAILABLE:
-                return "cpu"
-        elif device.type == "cuda":
-            if dtype == torch.float64:
-                return "torch"
-            reason = _triton_status(device.index)
-            if reason == AVAILABLE:
-                return "triton"
-        else:
-            reason = f"there is no fused engine for {device.type} yet"
-        if not torch.compiler.is_compiling():
-            _warn_of_fallback(device.type, reason)
-        return "torch"
+        return _default(device, dtype, n, d)
     status = backends()
-    if backend == "triton" and device.type == "cuda":
-        status["triton"] = _triton_status(device.index)
-    if status.get(backend) == AVAILABLE and not _serves(backend, device):
-        return "torch" if backend == "triton" and dtype == torch.float64 else backend
+    if backend in _FINDERS and device.type == "cuda":
+        status[backend] = _status(backend, device.index)
+    if status.get(backend) == AVAILABLE and _serves(backend, device):
+        return "torch" if backend in _FINDERS and dtype == torch.float64 else backend
     available = ", ".join(repr(name) for name, reason in status.items() if reason == AVAILABLE)
     if backend not in status:
         rule = f"backend must be None or one of {', '.join(map(repr, status))}"
     elif status[backend] != AVAILABLE:
         rule = f"backend {backend!r} cannot run here ({status[backend]})"
     else:
-        rule = f"backend {backend!r} takes {_serves(backend, device)}, got tensors on {device}"
+        kind = {"cpu": "CPU", "cuda": "CUDA"}[_SERVED[backend][0]]
+        rule = f"backend {backend!r} takes {kind} tensors, got tensors on {device}"
     raise ValueError(f"{rule}; available: {available}; got {backend!r}")
 
 

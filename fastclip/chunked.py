@@ -103,7 +103,7 @@ def sweep(
             row_sum[rows] = epilogue.fold(logit, here[:, None]).sum(1)
             here = _largest(logit, 0)
             sums = epilogue.fold(logit, here).sum(0).to(state.dtype)
-            _merge(column_reference, column_sum, here.to(state.dtype), sums)
+            merge(column_reference, column_sum, here.to(state.dtype), sums)
         else:
             negatives = epilogue.fold(logit, row_reference[rows, None]).masked_fill_(is_positive, 0)
             row_sum[rows] = negatives.sum(1, dtype=state.dtype)
@@ -124,7 +124,7 @@ def _note_positives(positive: Tensor, block: _Block, logit: Tensor, t: Tensor, o
     positive[first : first + len(diagonal)] = diagonal
 
 
-def _merge(reference: Tensor, sum: Tensor, other_reference: Tensor, other_sum: Tensor) -> None:
+def merge(reference: Tensor, sum: Tensor, other_reference: Tensor, other_sum: Tensor) -> None:
     """Adds other states to states, in place: the same merge serves chunks, ring steps and ranks."""
     reference_is_free = sum == 0
     other_is_free = other_sum == 0

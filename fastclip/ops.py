@@ -42,8 +42,8 @@ between them a finish of O(M + N).
                  project) -> state, positive, dx, dy, dbias_dscale`
     Both, with `a_i + b_j = 1`. dx and dy have at least float32.
 
-Each engine is an overload: `torch.ops.fastclip.sweep.cpu` (C++), `.torch` (`chunked.py`), `.triton`
-(`triton_kernels/`).
+Each engine is an overload: `torch.ops.fastclip.sweep.cpu` and `.cuda` (C++), `.torch`
+(`chunked.py`), `.triton` (`triton_kernels/`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ SCHEMAS = {
 }
 
 # Each an overload of every operator.
-ENGINES = ("cpu", "torch", "triton")
+ENGINES = ("cpu", "cuda", "torch", "triton")
 
 # Rows of kept products are padded to this many.
 KEPT_ROW_UNIT = 16

@@ -1,8 +1,10 @@
 """What every test may ask for: the device, the engines that can run on it, the judge, a seed.
 
-`device` is cpu unless FASTCLIP_TEST_DEVICE says otherwise. The Triton engine, which is interpreted
-there, has tests of its own, smaller ones. A test that takes `backend` runs once
-for each backend that is available there, one that takes `engine` for each but the dense reference.
+`device` is cpu unless FASTCLIP_TEST_DEVICE says otherwise. The engines for CUDA tensors, which are
+interpreted and emulated there, have tests of their own, smaller ones, that take `gpu_engine`. A
+test that takes `backend` runs once for each backend that is available there, one that takes
+`engine` for each but the dense reference. FASTCLIP_TEST_DEVICE=emulated puts the CUDA engine,
+emulated, in the place of the C++ one for CPU tensors: all tests of losses and operators are its.
 """
 
 import os
@@ -12,7 +14,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without a card Triton's kernels run in its interpreter. Read when Triton is first imported, which
 # torch.compile does, too, for its own ends.
-if os.environ.get("FASTCLIP_TEST_DEVICE", "cpu") == "cpu":
+if os.environ.get("FASTCLIP_TEST_DEVICE", "cpu") in ("cpu", "emulated"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:  # before the standard distutils: inductor imports it late, and then it refuses
@@ -20,9 +22,11 @@ try:  # before the standard distutils: inductor imports it late, and then it ref
 except ImportError:
     setuptools = None
 
+import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
+import dense_block
 import judge
 import pytest
 import torch
@@ -30,11 +34,20 @@ import torch
 import fastclip
 from fastclip import chunked
 
-DEVICE = torch.device(os.environ.get("FASTCLIP_TEST_DEVICE", "cpu"))
+TESTED = os.environ.get("FASTCLIP_TEST_DEVICE", "cpu")
+DEVICE = torch.device("cpu" if TESTED == "emulated" else TESTED)
 # Which backends compute on tensors of which kind of device.
-ON_DEVICE = {"cpu": ("cpu", "torch", "reference")}.get(
-    DEVICE.type, ("cuda", "triton", "torch", "reference")
-)
+ON_DEVICE = {
+    "cpu": ("cpu", "torch", "reference"), "emulated": ("cuda", "torch", "reference")
+}.get(TESTED, ("cuda", "triton", "torch", "reference"))  # fmt: skip
+if TESTED == "emulated":
+    import cuda_case
+
+    cuda_case.on_cpu_tensors(pytest.MonkeyPatch())
+    # Weights in fp16, as on a card.
+    dense_block.assert_gradients = functools.partial(
+        dense_block.assert_gradients, half_products=True
+    )
 BACKENDS = [name for name in ON_DEVICE if fastclip.backends().get(name) == "available"]
 
 
@@ -70,6 +83,15 @@ def on_the_device(device: torch.device) -> Iterator[None]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain PyTorch engine cuts small blocks, too, several times."""
     monkeypatch.setattr(chunked, "CHUNK", 1 << 10)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Either fused engine for CUDA tensors; without a card they take CPU tensors."""
+    from gpu_engine_case import prepare
+
+    prepare(request.param, DEVICE, monkeypatch)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ installed packages but not this checkout. Nothing here touches the environment t
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import site
@@ -50,6 +51,7 @@ def environment(**variables: str) -> dict[str, str]:
     """This process's variables without those that would steer a build or an import."""
     steering = {"CXX", "PYTHONPATH", "PYTHONSAFEPATH"}
     steering |= {"FASTCLIP_REQUIRE_EXTENSION", "FASTCLIP_SKIP_EXTENSION"}
+    steering |= {"FASTCLIP_CUDA", "TORCH_CUDA_ARCH_LIST"}
     return {k: v for k, v in os.environ.items() if k not in steering} | variables
 
 
@@ -261,18 +263,28 @@ def test_install_stops_without_a_working_compiler_where_one_is_required(
     assert not target.exists()
 
 
+def launcher(folder: Path, only: str = "") -> str:
+    """CXX: the compiler, with the objects of an editable installation where it has them; of those
+    alone whose sources' names have `only` in them."""
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    reuse = [sys.executable, str(Path(__file__).with_name("reuse_objects.py")), str(ROOT)]
+    path = folder / "c++"
+    path.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *{only}*) exec {shlex.join(reuse)} {compiler} "$@" ;; esac\n'
+        f'exec {compiler} "$@"\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_a_wheel_with_the_extension_runs_from_an_empty_folder(
     sources: Path, tmp_path: Path
 ) -> None:
     """Some seconds with the objects of an editable installation, some minutes without."""
     library = compiled_library()
-    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-    reuse = [sys.executable, str(Path(__file__).with_name("reuse_objects.py")), str(ROOT)]
-    launcher = tmp_path / "c++"
-    launcher.write_text(f'#!/bin/sh\nexec {shlex.join(reuse)} {compiler} "$@"\n')
-    launcher.chmod(0o755)
     arguments = ("wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sources))
-    built = pip(*arguments, CXX=str(launcher), FASTCLIP_REQUIRE_EXTENSION="1")
+    built = pip(*arguments, CXX=launcher(tmp_path), FASTCLIP_REQUIRE_EXTENSION="1")
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("fastclip-*.whl")
     names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
@@ -287,3 +299,53 @@ def test_a_wheel_with_the_extension_runs_from_an_empty_folder(
     assert result["losses"] == pytest.approx([result["truth"]] * 2, rel=1e-5)
     process = python("import fastclip._C; print(fastclip._C.__file__)", target)
     assert Path(process.stdout.strip()).parent == target / "fastclip", process.stderr
+
+
+BUILD_FOR_CUDA = """
+import runpy, sys, torch
+torch.version.cuda = sys.argv.pop()
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_an_extension_with_the_cuda_engine_loads_without_a_card(
+    sources: Path, unpacked: Path, tmp_path: Path
+) -> None:
+    """Beside a torch that pretends to be built for CUDA: of libtorch_cuda one function is asked."""
+    compiled_library()
+    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", told)[1]
+    (tmp_path / "torch_cuda.c").write_text(
+        "int aoti_torch_get_current_cuda_stream(int device, void **stream) { return 1; }"
+    )
+    stub = str(tmp_path / "libtorch_cuda.so")
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    c = ["-x", "c", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", stub]
+    subprocess.run([*shlex.split(compiler), *c, str(tmp_path / "torch_cuda.c")], check=True)
+    built = subprocess.run(
+        [sys.executable, "-P", "-c", BUILD_FOR_CUDA, "build_ext", "--build-lib", str(tmp_path),
+         version],
+        cwd=shutil.copytree(sources, tmp_path / "sources"),
+        env=environment(
+            CXX=launcher(tmp_path, only="engine_cpu"), FASTCLIP_CUDA="1",
+            FASTCLIP_REQUIRE_EXTENSION="1", LIBRARY_PATH=str(tmp_path), TORCH_CUDA_ARCH_LIST="9.0",
+        ),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
+
+    shutil.copytree(unpacked, tmp_path / "installed")
+    shutil.copytree(tmp_path / "fastclip", tmp_path / "installed/fastclip", dirs_exist_ok=True)
+    code = (
+        f"import ctypes; ctypes.CDLL({stub!r}, mode=ctypes.RTLD_GLOBAL)\n"
+        "import json, fastclip\n"
+        "print(json.dumps([fastclip.build_info()['cuda'], fastclip.backends()]))"
+    )
+    process = python(code, tmp_path / "installed")
+    assert process.returncode == 0, process.stderr
+    cuda, backends = json.loads(process.stdout)
+    assert cuda == {"version": version, "architectures": ["sm_90"]}
+    assert backends["cpu"] == "available"
+    assert backends["cuda"] == "no CUDA device is available"

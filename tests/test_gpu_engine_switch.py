@@ -1,4 +1,4 @@
-"""Both sides of the Triton engine's numerical switch, and what must pass through either of them.
+"""Both sides of the GPU engines' numerical switch, and what must pass through either of them.
 
 One reference serves all lines or, where that proves too coarse, every line gets its own: decided
 on the device, so it shows in the state alone. The truth is a dense float64 computation.
@@ -18,12 +18,12 @@ from dense_block import (
     operator,
     sweep,
 )
+from gpu_engine_case import check
 from torch import Tensor
-from triton_case import check, needs_engine
 
 from fastclip.loss import clip_loss, siglip_loss
 
-pytestmark = [needs_engine, pytest.mark.usefixtures("on_the_device")]
+pytestmark = pytest.mark.usefixtures("on_the_device")
 SHAPE = (40, 33)
 
 
@@ -81,61 +81,64 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} at {case[1]}")
-def test_references(case: tuple) -> None:
+def test_references(gpu_engine: str, case: tuple) -> None:
     kind, scale, enough = case
-    state = check(kind(scale))
+    state = check(gpu_engine, kind(scale))
     assert torch.equal(state[0], state[0].round()), "exponents are exact for integers alone"
     assert has_one_reference(state) == enough
 
 
 @pytest.mark.parametrize("bound, enough", [(1.02, True), (1e4, False)])
-def test_any_bound_that_is_one(bound: float, enough: bool) -> None:
-    state = check(random(100.0), bound=torch.tensor(bound, dtype=torch.float64))
+def test_any_bound_that_is_one(gpu_engine: str, bound: float, enough: bool) -> None:
+    state = check(gpu_engine, random(100.0), bound=torch.tensor(bound, dtype=torch.float64))
     assert has_one_reference(state) == enough
 
 
 @pytest.mark.parametrize("scale", [1.0, 43.0, 60.0, 76.0])
-def test_the_reference_leaves_room_above_and_below(scale: float) -> None:
+def test_the_reference_leaves_room_above_and_below(gpu_engine: str, scale: float) -> None:
     """A negative with the largest possible logit and one with the smallest."""
     block = make_block(33, 33, 12, scale=scale)
     block.y[4] = block.x[9] = torch.eye(12)[0]
     block.y[6] = block.x[11] = torch.eye(12)[1]
     block.x[12] = -block.x[11]
-    state = check(block, bound=torch.ones((), dtype=torch.float64))
+    state = check(gpu_engine, block, bound=torch.ones((), dtype=torch.float64))
     top = scale * LOG2E
     assert abs(state[0, 0] - (top - min(max(0.0, 2 * top - 120), 100))) < 1.1
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_norms_that_overflow(swap: bool) -> None:
+def test_norms_that_overflow(gpu_engine: str, swap: bool) -> None:
     """The bound is infinite or NaN, the logits are not: 1e20 by 1e-20, and by zeros."""
     block = random(14.3)
     for short in (block.y * 1e-20, torch.zeros_like(block.y)):
         changed = block._replace(x=block.x * 1e20, y=short)
         if swap:
             changed = changed._replace(x=short, y=block.x * 1e20)
-        state, positive, _ = sweep("triton", changed)
+        state, positive, _ = sweep(gpu_engine, changed)
         assert_states(Dense(changed), state, positive)
 
 
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("shape", [(1, 30), (30, 1), (1, 1)], ids=str)
-def test_a_line_of_nothing_but_its_positive(shape: tuple[int, int], scale: float) -> None:
+def test_a_line_of_nothing_but_its_positive(
+    gpu_engine: str, shape: tuple[int, int], scale: float
+) -> None:
     """Its sum is zero, its reference a number, and its loss and weights are zero."""
     block = make_block(*shape, 8, scale=scale)
-    state = check(block)
+    state = check(gpu_engine, block)
     alone = 0 if shape[1] == 1 else shape[0]
-    losses, _, weights = operator("finish", "triton")(
-        state[:, [alone]].contiguous(), sweep("triton", block)[1][[0]], block.scale, None, "softmax"
+    positive = sweep(gpu_engine, block)[1][[0]]
+    losses, _, weights = operator("finish", gpu_engine)(
+        state[:, [alone]].contiguous(), positive, block.scale, None, "softmax"
     )
     assert losses.tolist() == [0.0] and weights.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("scale", [0.0, 14.3, 100.0])
-def test_positives_tie_with_their_duplicates(scale: float) -> None:
+def test_positives_tie_with_their_duplicates(gpu_engine: str, scale: float) -> None:
     """All features alike: every row's loss is log(N)."""
     x = make_block(33, 33, 24).x[:1].repeat(33, 1)
-    loss = clip_loss(x, x, scale, backend="triton", memory_budget=0)
+    loss = clip_loss(x, x, scale, backend=gpu_engine, memory_budget=0)
     assert abs(float(loss) - math.log(33)) < 1e-5
 
 
@@ -144,40 +147,42 @@ def test_positives_tie_with_their_duplicates(scale: float) -> None:
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 
-def gradients(loss: str, x: Tensor, y: Tensor, scale: float, normalize: bool) -> list[Tensor]:
+def gradients(
+    engine: str, loss: str, x: Tensor, y: Tensor, scale: float, normalize: bool
+) -> list[Tensor]:
     inputs = [t.clone().requires_grad_() for t in (x, y, torch.tensor(scale, dtype=torch.float64))]
-    value = LOSSES[loss](*inputs, -1.0, normalize=normalize, backend="triton", memory_budget=0)
+    value = LOSSES[loss](*inputs, -1.0, normalize=normalize, backend=engine, memory_budget=0)
     value.backward()
     return [value.detach(), *(t.grad for t in inputs)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_spoilt_features_show(loss: str, value: float) -> None:
+def test_spoilt_features_show(gpu_engine: str, loss: str, value: float) -> None:
     """In loss and gradients, in the last lane of the last tile as well, and in half precision."""
     for dtype in (torch.float32, torch.float16):
         x, y = torch.randn(2, 33, 6).unbind()
         x[32, 5] = value
-        results = gradients(loss, x.to(dtype), y.to(dtype), 2.0, normalize=False)
+        results = gradients(gpu_engine, loss, x.to(dtype), y.to(dtype), 2.0, normalize=False)
         if math.isnan(value):
             assert results[0].isnan()
         assert not all(t.isfinite().all() for t in results[1:])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_absurd_scales_give_the_loss_or_no_number(loss: str) -> None:
+def test_absurd_scales_give_the_loss_or_no_number(gpu_engine: str, loss: str) -> None:
     from fastclip import reference
 
     truths = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
     x, y = torch.randn(2, 33, 6).unbind()
     for scale in (math.nan, math.inf, 1e30, -1e30, 1e8, 1e300):
-        ours = float(gradients(loss, x, y, scale, normalize=True)[0])
+        ours = float(gradients(gpu_engine, loss, x, y, scale, normalize=True)[0])
         exact = float(truths[loss](x.double(), y.double(), scale, -1.0, normalize=True))
         assert not math.isfinite(ours) or ours == pytest.approx(exact, rel=1e-2), scale
 
 
-def test_a_positive_that_is_not_finite_is_not_lost() -> None:
+def test_a_positive_that_is_not_finite_is_not_lost(gpu_engine: str) -> None:
     block = make_block(33, 40, 6)
     block.x[3, 0] = block.y[3, 0] = 1e20
-    positive = sweep("triton", block)[1]
+    positive = sweep(gpu_engine, block)[1]
     assert not positive[3].isfinite() and positive[:3].isfinite().all()

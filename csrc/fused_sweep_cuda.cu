@@ -1,0 +1,26 @@
+// The first sweep on tensor cores.
+#include "fused_cuda.h"
+#include "fused_fold_cuda.h"
+#include "fused_gemm_cuda.h"
+
+namespace fastclip {
+namespace cuda {
+namespace fused {
+
+using SweepLayout = Layout<kSweepTile>;
+
+template <class Loss, class Element>
+void sweep(const Part& part, const Folding& folding) {
+  using Kernel = typename Product<Fold<Loss, Element, SweepLayout>, SweepLayout, void>::Kernel;
+  launch<Kernel>("fused_sweep", part, {{part, folding}});
+}
+
+}  // namespace fused
+
+void fused_sweep(const Part& part, const Folding& folding) {
+  fused::for_kernel("fused_sweep", part,
+                    [&](auto loss, auto element) { fused::sweep<decltype(loss), decltype(element)>(part, folding); });
+}
+
+}  // namespace cuda
+}  // namespace fastclip

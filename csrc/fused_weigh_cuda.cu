@@ -1,0 +1,29 @@
+// The second sweep's weights on tensor cores.
+#include "fused_cuda.h"
+#include "fused_gemm_cuda.h"
+#include "fused_weights_cuda.h"
+
+namespace fastclip {
+namespace cuda {
+namespace fused {
+
+using WeighLayout = Layout<kWeighTile>;
+
+template <class Loss, class Element>
+void weigh(const Part& part, const PairWeights& weights) {
+  using Kernel = typename Product<Weigh<Loss, Element, WeighLayout>, WeighLayout, Element>::Kernel;
+  launch<Kernel>(
+      "fused_weigh", part,
+      {{part, weights}, nullptr, {}, static_cast<Element*>(weights.out), {weights.stride_out, cute::_1{}, 0}});
+}
+
+}  // namespace fused
+
+void fused_weigh(const Part& part, const PairWeights& weights) {
+  if (!fused_writes(weights)) throw std::invalid_argument("fused_weigh was not given rows on 16 bytes to write to");
+  fused::for_kernel("fused_weigh", part,
+                    [&](auto loss, auto element) { fused::weigh<decltype(loss), decltype(element)>(part, weights); });
+}
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,176 @@
+"""CLIP and SigLIP losses of a batch that is spread over processes.
+
+After DDP's mean over ranks the gradients of towers, scale and bias are those of one process on the
+concatenated batch. `fastclip.loss.ClipLoss` and `SigLipLoss` with `world_size > 1` come here.
+
+open_clip's four combinations, with its own gradients (b pairs a rank, R ranks; effective: after
+DDP's mean; measured with open_clip 3.3.0):
+
+    local_loss  gather_with_grad  value returned     effective gradient of the towers
+    False       False             of all pairs       1/R of the exact one
+    False       True              of all pairs       exact
+    True        False             of own rows        incomplete, off in direction, too
+    True        True              of own rows        exact
+
+Here all four make one block of logits a rank, (b, R b), of which no more than a tile exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backends import choose
+from .function import Plan
+from .inputs import budget_of, check_features, product_dtype, scalar
+from .shard import Shard, agree, refuse, uncompiled
+from .sharded import Sharing, sharded_loss
+
+LOSSES = ("softmax", "sigmoid")
+
+
+def clip_loss(
+    image_features: Tensor,  # (b, D)
+    text_features: Tensor,  # (b, D)
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+    uneven: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """This rank's share of `fastclip.clip_loss` on all ranks' pairs. Equivalent to:
+
+        images, texts = all_gather(image_features), all_gather(text_features)  # differentiable
+        labels = start + torch.arange(b)
+        loss = (F.cross_entropy(logit_scale * image_features @ texts.T, labels)
+                + F.cross_entropy(logit_scale * text_features @ images.T, labels)) / 2
+
+    (Radford et al., arXiv 2103.00020; open_clip's `local_loss=True, gather_with_grad=True`.) The
+    mean of the ranks' values is the loss of the whole batch; with `uneven` batches every pair
+    counts alike, so a rank's value is R / B times the sum over its pairs.
+
+    Args:
+        image_features, text_features: (b, D), this rank's pairs, as in `fastclip.clip_loss`.
+        logit_scale, logit_bias: the same on all ranks.
+        process_group: the ranks that share the batch; None: all processes.
+        ring: texts travel from rank to rank, and each rank holds two ranks' of them, O(b D),
+            instead of all, O(B D): slower, for batches whose texts do not fit.
+        uneven: batches may differ in size from rank to rank. Sizes are exchanged at every step,
+            which on GPUs waits for the device.
+        normalize, backend, memory_budget: as in `fastclip.clip_loss`.
+
+    Bytes that a rank sends and receives, E per feature element: `(R - 1) b D E` for the texts,
+    `4 (R - 1) b D` for their gradients in fp32, O(B) for states.
+
+    Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,
+        dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. RuntimeError
+        without an initialised process group.
+    """
+    return shared_loss(
+        "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
+        Sharing(ring=ring), uneven, normalize, backend, memory_budget,
+    )  # fmt: skip
+
+
+def siglip_loss(
+    image_features: Tensor,  # (b, D)
+    text_features: Tensor,  # (b, D)
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+    uneven: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """This rank's share of `fastclip.siglip_loss` on all ranks' pairs. Equivalent to:
+
+        texts = all_gather(text_features)  # differentiable
+        logits = logit_scale * image_features @ texts.T + logit_bias
+        labels = -torch.ones_like(logits)
+        labels[range(b), start + torch.arange(b)] = 1
+        loss = -F.logsigmoid(labels * logits).sum() / b
+
+    (Zhai et al., arXiv 2303.15343.) Args, Raises: as `clip_loss`.
+    """
+    return shared_loss(
+        "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
+        Sharing(ring=ring), uneven, normalize, backend, memory_budget,
+    )  # fmt: skip
+
+
+@uncompiled
+def shared_loss(
+    loss: str, x: Tensor, y: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None, process_group: dist.ProcessGroup | None, sharing: Sharing,
+    uneven: bool, normalize: bool = False, backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:  # fmt: skip
+    """What every loss across processes calls: checks, an agreement among ranks, the loss."""
+    try:
+        check_features(x, y)
+        scale = scalar("logit_scale", logit_scale, x)
+        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+        dtype = product_dtype(x, y)
+        engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1])
+        if engine == "reference":
+            raise ValueError("backend must be an engine, which the dense 'reference' is not")
+        budget = budget_of(memory_budget, x.device)
+    except (TypeError, ValueError):
+        refuse(process_group, x.device if isinstance(x, Tensor) else torch.device("cpu"))
+        raise
+    inputs = (x, y, scale, bias)
+    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    options = (LOSSES.index(loss), int(normalize), *map(int, sharing))
+    shard = agree(process_group, x, y, wants, options, uneven)
+    plan = Plan(loss, engine, dtype, normalize, "mean", budget)
+    return sharded_loss(*inputs, plan, shard, sharing)
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; the gradient is the sum of what the ranks make of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return shard.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.scatter_sum(g), None
+
+
+@uncompiled
+def gather_features(
+    image_features: Tensor,
+    text_features: Tensor,
+    local_loss: bool = False,
+    gather_with_grad: bool = False,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """open_clip's function of that name: both towers' features of all ranks, (B, D).
+
+    With `gather_with_grad` differentiable; else only own rows are, and not with `local_loss`. For
+    losses of one's own: those of this library never hold more than one tower's.
+    """
+    towers = image_features, text_features
+    wants = any(t.requires_grad for t in towers)
+    shard = agree(process_group, *towers, wants and torch.is_grad_enabled(), (), False)
+    if gather_with_grad:
+        images, texts = (_Gather.apply(t, shard) for t in towers)
+        return images, texts
+    gathered = [shard.gather(t.detach()) for t in towers]
+    if not local_loss:
+        for every, own in zip(gathered, towers, strict=True):
+            every[shard.mine] = own
+    return gathered[0], gathered[1]

@@ -1,0 +1,116 @@
+"""The public losses of one process, as functions.
+
+The similarity matrix is never built: memory is O(N D) in the forward and in the backward.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from .backends import choose
+from .function import REDUCTIONS, Plan, fused_loss
+from .inputs import budget_of, check_features, product_dtype, scalar
+
+
+def clip_loss(
+    image_features: Tensor,  # (N, D)
+    text_features: Tensor,  # (N, D)
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """CLIP's symmetric softmax loss without its N x N matrix. Equivalent to:
+
+        logits = logit_scale * image_features @ text_features.T
+        labels = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    (Radford et al., arXiv 2103.00020). The textbook form without temperature, the sum over pairs of
+    both directions' cross-entropy, is `2 * clip_loss(x, y, 1.0, normalize=True, reduction="sum")`.
+
+    Args:
+        image_features: (N, D), float64, float32, bfloat16 or float16, any strides. Row i pairs with
+            row i of the text features. Taken as they are: open_clip's are normalised already.
+        text_features: (N, D). Mixed dtypes promote as torch does; under autocast both are taken in
+            the autocast dtype, as the matmul would, but logits and loss stay in float32.
+        logit_scale: already exponentiated; a number or a tensor of one element, 0-dim or [1].
+        logit_bias: accepted because SigLIP models emit one. It cancels: its gradient is exactly 0.
+        normalize: divide rows by max(norm, 1e-12) first, fused; gradients are then those of the
+            features as given.
+        reduction: "mean", "sum", or "none" for (N,) losses, half the row's plus half the column's
+            cross-entropy.
+        backend: None picks the fastest that can run; see `fastclip.backends()`.
+        memory_budget: bytes of work space in which products may wait for the backward instead of
+            being recomputed. Default: 256 MiB on CPUs, 0 on GPUs. Results do not depend on it
+            beyond rounding. On CPUs they stay with the process for the next step:
+            `fastclip.release_workspace()` frees them.
+
+    Returns:
+        The loss in float32 (float64 for float64 features), on the features' device. The gradients
+        have their input's dtype and shape and are those of the returned loss, exactly; they have no
+        second derivative.
+
+    Raises:
+        TypeError: features that are no tensors or not floating point, or a DTensor.
+        ValueError: shapes or devices that do not fit, an empty batch, an unknown reduction, a
+            backend that is unknown or cannot run here, a negative budget.
+    """
+    return _loss(
+        "softmax", image_features, text_features, logit_scale, logit_bias,
+        normalize, reduction, backend, memory_budget,
+    )  # fmt: skip
+
+
+def siglip_loss(
+    image_features: Tensor,  # (N, D)
+    text_features: Tensor,  # (N, D)
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """SigLIP's pairwise sigmoid loss without its N x N matrix. Equivalent to:
+
+        logits = logit_scale * image_features @ text_features.T + logit_bias
+        labels = 2 * torch.eye(len(logits)) - 1
+        loss = -F.logsigmoid(labels * logits).sum() / len(logits)
+
+    (Zhai et al., arXiv 2303.15343). Per pair, `reduction="none"` gives the positive's term plus
+    half of the row's and half of the column's negatives.
+
+    Args, Returns, Raises: as `clip_loss`; here `logit_bias` has a gradient. For a scalar reduction
+    the gradients are made in the forward, which saves a quarter of the work, and wait as float32
+    for the backward: on CPUs, for half features, only within `memory_budget`.
+    """
+    return _loss(
+        "sigmoid", image_features, text_features, logit_scale, logit_bias,
+        normalize, reduction, backend, memory_budget,
+    )  # fmt: skip
+
+
+_REFERENCES = {"softmax": reference.clip_loss, "sigmoid": reference.siglip_loss}
+
+
+def _loss(
+    loss: str, x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
+    normalize: bool, reduction: str, backend: str | None, memory_budget: int | None,
+) -> Tensor:  # fmt: skip
+    check_features(x, y)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    scale = scalar("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+    dtype = product_dtype(x, y)
+    budget = budget_of(memory_budget, x.device)
+    engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1])
+    if engine == "reference":
+        return _REFERENCES[loss](x, y, scale, bias, normalize=normalize, reduction=reduction)
+    return fused_loss(x, y, scale, bias, Plan(loss, engine, dtype, normalize, reduction, budget))

@@ -1,0 +1,58 @@
+"""Which fused engine is tried first on CUDA tensors: one table, and the reasons for its rows.
+
+The first row whose conditions all hold says the order; the plain PyTorch engine comes after all of
+them. No row rests on a measurement yet. FASTCLIP_GPU=cuda|triton|torch overrules the table, as
+`backend=` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Row(NamedTuple):
+    """An order of engines and where it holds; None is no condition, of a range the end is out."""
+
+    engines: tuple[str, ...]
+    products: str | None = None  # "half", "tf32" or "fp32": what multiplies
+    capability: tuple[tuple[int, int], tuple[int, int]] | None = None  # of the card
+    n: tuple[int, int] | None = None  # pairs
+    d: tuple[int, int] | None = None  # features
+
+    def takes(self, products: str, capability: tuple[int, int]) -> bool:
+        return self.products in (None, products) and _within(capability, self.capability)
+
+    def spans(self, n: int, d: int) -> bool:
+        return _within(n, self.n) and _within(d, self.d)
+
+
+TABLE = (
+    # IEEE fp32 has no tensor cores: Triton's product is a loop of its own on the ordinary ones, the
+    # CUDA engine's is cuBLAS's.
+    Row(("cuda", "triton"), products="fp32"),
+    # Half precision and tf32: Triton's tiles are folded while they are in registers, the CUDA
+    # engine's are written and read once more.
+    Row(("triton", "cuda")),
+)
+
+
+def order(rows: Iterable[Row], n: int, d: int) -> tuple[str, ...]:
+    for row in rows:
+        if row.spans(n, d):
+            return row.engines
+    return ()
+
+
+def products_of(dtype: torch.dtype) -> str:
+    """The arithmetic that the user's settings give to the products of features of this dtype."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+
+
+def _within(value: Any, span: tuple[Any, Any] | None) -> bool:
+    # Without a range nothing is compared: a compiled loss would else be compiled for sizes.
+    return span is None or span[0] <= value < span[1]

@@ -1,0 +1,244 @@
+"""One rank's part of a batch that is spread over a process group, and its exchanges with others.
+
+`agree` comes first: every rank tells what it brings, so that what must be alike is checked where
+all of them see it, and fails on all of them at once instead of leaving some to wait. Everything
+after it is collectives on tensors of known sizes. Ranks here are ranks within the group.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .operands import FLOATING
+
+_FIELDS = ("batch", "width", "dtype", "needs_x", "needs_y", "needs_any", "options")
+
+
+class Shard(NamedTuple):
+    """Rows `start` .. `start + sizes[rank]` of the batch are this rank's."""
+
+    group: dist.ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]
+    # Whether any rank wants gradients of its x, of its y: then all take part in making them.
+    needs_x: bool
+    needs_y: bool
+
+    @property
+    def world_size(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def start(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    def rows_of(self, rank: int) -> slice:
+        start = sum(self.sizes[:rank])
+        return slice(start, start + self.sizes[rank])
+
+    @property
+    def mine(self) -> slice:
+        return self.rows_of(self.rank)
+
+    @property
+    def batch(self) -> int:
+        """Pairs of all ranks."""
+        return sum(self.sizes)
+
+    @property
+    def is_even(self) -> bool:
+        return len(set(self.sizes)) == 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' rows (B, ...), in the order of ranks."""
+        if self.world_size == 1:
+            return x
+        most = max(self.sizes)
+        x = _padded(x, most)
+        out = x.new_empty((self.world_size * most, *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x, group=self.group)
+        if self.is_even:
+            return out
+        return torch.cat([p[:size] for p, size in zip(out.split(most), self.sizes, strict=True)])
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        """Of the ranks' x (B, ...) the sum, each rank's own rows of it."""
+        if self.world_size == 1:
+            return x
+        most = max(self.sizes)
+        if not self.is_even:
+            x = torch.cat([_padded(part, most) for part in x.split(self.sizes)])
+        out = x.new_empty((most, *x.shape[1:]))
+        dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group)
+        return out[: self.sizes[self.rank]]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """In place."""
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        """In place."""
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, op: dist.ReduceOp) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(x, op, group=self.group)
+        return x
+
+    def gather_scalar(self, x: Tensor) -> Tensor:
+        """(R): one number of each rank."""
+        if self.world_size == 1:
+            return x.reshape(1)
+        out = x.new_empty(self.world_size)
+        dist.all_gather_into_tensor(out, x.reshape(1).contiguous(), group=self.group)
+        return out
+
+    def by_pair(self, x: Tensor) -> Tensor:
+        """(B): of x (R) each rank's number, for all of its pairs."""
+        if self.is_even:
+            return x.repeat_interleave(self.sizes[0], output_size=self.batch)
+        counts = torch.tensor(self.sizes, device=x.device)
+        return x.repeat_interleave(counts, output_size=self.batch)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    if x.shape[0] == rows:
+        return x.contiguous()
+    return torch.cat((x, x.new_zeros((rows - x.shape[0], *x.shape[1:]))))
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, without importing the compiler before somebody compiles.
+
+    Collectives and what depends on their answers are no part of a compiled graph: it is cut there.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)
+
+    return run
+
+
+def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group that a loss runs in; None stands for all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "a loss across processes needs torch.distributed.init_process_group first, "
+            "got no initialised group"
+        )
+    group = dist.group.WORLD if process_group is None else process_group
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group must have this process among its ranks, got one without it")
+    return group
+
+
+def check_world(
+    name: str, rank: int, world_size: int, process_group: dist.ProcessGroup | None
+) -> None:
+    """Raises ValueError unless these are this process's rank and the size of its group."""
+    group = group_of(process_group)
+    real = dist.get_rank(group), dist.get_world_size(group)
+    if (rank, world_size) != real:
+        raise ValueError(
+            f"{name}: rank and world_size must be those of this process in its group, "
+            f"{real[0]} and {real[1]}, got {rank} and {world_size}"
+        )
+
+
+# What ranks agreed upon with groups that move tensors of the device alone, where reading an answer
+# would wait for the device: the first call's, for what this rank brings.
+_AGREED: dict[tuple[object, ...], Shard] = {}
+
+
+def agree(
+    process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, needs_any: bool,
+    options: tuple[int, ...], uneven: bool,
+) -> Shard:  # fmt: skip
+    """The shard of paired features x, y (b, D), after every rank saw that all of them fit.
+
+    On CPUs the ranks compare what they bring at every call. On GPUs the first call of each kind
+    compares and later ones rely on it, unless `uneven` asks for the sizes at every call, which
+    waits for the device.
+
+    options: what the ranks must have in common besides, as small numbers.
+
+    Raises, on every rank:
+        ValueError: widths, dtypes or options that differ, or sizes, unless `uneven` allows that; a
+            rank without anything to differentiate, for whose backward the others would wait.
+    """
+    group = group_of(process_group)
+    needs = (x.requires_grad, y.requires_grad, needs_any)
+    code = 0
+    for option in options:
+        code = 8 * code + option
+    mine = (x.shape[0], x.shape[1], FLOATING.index(x.dtype), *map(int, needs), code)
+    key = (group, x.device, mine)
+    if x.device.type != "cpu" and not uneven and key in _AGREED:
+        return _AGREED[key]
+    found = _exchange(group, mine, x.device)
+    _check(found, uneven)
+    shard = Shard(
+        group, dist.get_rank(group), found["batch"], any(found["needs_x"]), any(found["needs_y"])
+    )
+    if x.device.type != "cpu" and not uneven:
+        _AGREED[key] = shard
+    return shard
+
+
+def refuse(process_group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Instead of `agree`, on a rank that is about to raise: so that the others do, too. Where they
+    would not listen, because nothing is exchanged, nothing is told."""
+    if device.type == "cpu" and dist.is_available() and dist.is_initialized():
+        _exchange(group_of(process_group), (_REFUSED,) * len(_FIELDS), device)
+
+
+_REFUSED = -1
+
+
+def _exchange(
+    group: dist.ProcessGroup, mine: tuple[int, ...], device: torch.device
+) -> dict[str, tuple[int, ...]]:
+    """Of each field what the ranks bring."""
+    world_size = dist.get_world_size(group)
+    told = torch.tensor(mine, dtype=torch.int64, device=device)
+    heard = told.new_empty((world_size * len(mine),))
+    dist.all_gather_into_tensor(heard, told, group=group)
+    columns = list(zip(*heard.view(world_size, -1).tolist(), strict=True))
+    return dict(zip(_FIELDS, columns, strict=True))
+
+
+def _check(found: dict[str, tuple[int, ...]], uneven: bool) -> None:
+    def told(field: str) -> str:
+        return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found[field]))
+
+    refused = [str(rank) for rank, size in enumerate(found["batch"]) if size == _REFUSED]
+    if refused:
+        raise ValueError(
+            f"all ranks must have arguments that the loss accepts, got others on rank "
+            f"{', '.join(refused)}: the error raised there says which"
+        )
+    for field, what in (("width", "feature width D"), ("options", "set of options")):
+        if len(set(found[field])) > 1:
+            raise ValueError(f"all ranks must have one {what}, got {told(field)}")
+    if len(set(found["dtype"])) > 1:
+        found = {**found, "dtype": tuple(FLOATING[index] for index in found["dtype"])}
+        raise ValueError(f"all ranks must have features of one dtype, got {told('dtype')}")
+    if not uneven and len(set(found["batch"])) > 1:
+        raise ValueError(
+            f"all ranks must have batches of one size unless uneven=True, got {told('batch')}"
+        )
+    if len(set(found["needs_any"])) > 1:
+        raise ValueError(
+            "all ranks or none must have something to differentiate, since a backward waits for "
+            f"all of them, got requires_grad: {told('needs_any')}"
+        )

@@ -1,0 +1,117 @@
+// One block of logits and what is asked of it; its features in device memory and as the truth sees them.
+#pragma once
+
+#include <random>
+#include <string>
+
+#include "buffers.h"
+#include "truth.h"
+
+namespace driver {
+
+using fastclip::cuda::Scalar;
+
+struct Case {
+  std::string name;
+  int64_t m = 5, n = 4, d = 7;
+  Loss loss = Loss::kSoftmax;
+  Dtype dtype = Dtype::kFloat;
+  int64_t offset = 0;
+  bool factor_x = false, factor_y = false;
+  double scale = 14.3, bias = -3;
+  Dtype scalar = Dtype::kDouble;
+  bool has_bound = false, has_bias = true;
+  double longest = 1;  // of x_0: how many times as long as the others
+  bool has_zero_row = false;
+  int64_t gap = 0, lead = 0;  // elements between rows, and before the first one
+  int64_t chunk_rows = 0, chunk_columns = 0;
+  int64_t kept_rows = 0;
+  bool project = true, needs_x = true, needs_y = true;
+  Dtype gradient_x = Dtype::kFloat, gradient_y = Dtype::kFloat;
+  bool tf32 = false;
+  bool quick = false;
+};
+
+inline double roundoff(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return 0x1p-53;
+    case Dtype::kFloat:
+      return 0x1p-24;
+    case Dtype::kBFloat16:
+      return 0x1p-8;
+    default:
+      return 0x1p-11;
+  }
+}
+
+// Device memory of one number, and the number as it is stored there.
+struct One {
+  Memory memory;
+  Scalar scalar;
+  double value;
+  One(double wanted, Dtype dtype) : memory(size_of(dtype)), scalar{memory.data(), dtype} {
+    store(memory.data(), 0, dtype, wanted);
+    value = load(memory.data(), 0, dtype);
+  }
+};
+
+// A tower in device memory, rows apart from one another and NaN between them, and as the truth sees it.
+struct Features {
+  Memory memory, factor;
+  Tower tower;
+  fastclip::Side side;
+};
+
+inline Features place(const Numbers& numbers, int64_t rows, const Case& c, bool has_factor) {
+  Features f;
+  const int64_t stride = c.d + c.gap, size = size_of(c.dtype);
+  f.memory = Memory((c.lead + (rows - 1) * stride + c.d) * size);
+  char* const first = f.memory.data() + c.lead * size;
+  f.tower.rows = rows;
+  f.tower.features.resize(numbers.size());
+  if (has_factor) f.factor = Memory(rows * int64_t(sizeof(float)));
+  for (int64_t r = 0; r < rows; r++) {
+    double squares = 0;
+    for (int64_t d = 0; d < c.d; d++) {
+      store(first, r * stride + d, c.dtype, numbers[r * c.d + d]);
+      const double v = f.tower.features[r * c.d + d] = load(first, r * stride + d, c.dtype);
+      squares += v * v;
+    }
+    if (!has_factor) continue;
+    f.factor.as<float>()[r] = float(1 / std::max(std::sqrt(squares), 1e-12));
+    f.tower.factor.push_back(f.factor.as<float>()[r]);
+  }
+  f.side.features = first, f.side.rows = rows, f.side.stride = stride;
+  f.side.factor = f.factor.data();
+  return f;
+}
+
+// Unit features, of any length where a factor normalises them; positives stand out.
+inline void invent(const Case& c, Numbers& x, Numbers& y) {
+  std::mt19937_64 generator(uint64_t(c.m * 1000003 + c.n * 1009 + c.d));
+  std::normal_distribution<double> normal;
+  x.resize(size_t(c.m * c.d)), y.resize(size_t(c.n * c.d));
+  for (Numbers* numbers : {&x, &y})
+    for (double& v : *numbers) v = normal(generator);
+  for (int64_t i = 0; i < c.m; i++)
+    if (i + c.offset >= 0 && i + c.offset < c.n)
+      for (int64_t d = 0; d < c.d; d++) {
+        double& v = y[(i + c.offset) * c.d + d];
+        v = x[i * c.d + d] + 0.3 * v;
+      }
+  const auto scale_rows = [&](Numbers& numbers, int64_t rows, bool raw) {
+    for (int64_t r = 0; r < rows; r++) {
+      double squares = 0;
+      for (int64_t d = 0; d < c.d; d++) squares += numbers[r * c.d + d] * numbers[r * c.d + d];
+      const double length = raw ? std::pow(10, normal(generator) / 3) : 1;
+      for (int64_t d = 0; d < c.d; d++) numbers[r * c.d + d] *= length / std::sqrt(squares);
+    }
+  };
+  scale_rows(x, c.m, c.factor_x), scale_rows(y, c.n, c.factor_y);
+  for (int64_t d = 0; d < c.d; d++) x[d] *= c.longest;
+  if (c.has_zero_row)
+    for (int64_t d = 0; d < c.d; d++) x[(c.m - 1) * c.d + d] = 0;
+}
+
+}  // namespace driver

@@ -1,0 +1,228 @@
+// The CUDA engine, its kernels emulated on the CPU, against a dense float64 truth.
+//
+//   driver          every case
+//   driver quick    a few, for builds under ThreadSanitizer
+//   driver TEXT     those whose names contain it
+//
+// Every case runs with blocks in order and once more from the last one, and both must agree to the bit. Exits with 1
+// and the names of what was off.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <functional>
+#include <string>
+
+#include "run.h"
+
+namespace driver {
+namespace {
+
+int run(const Case& c) {
+  Judge judge(c.name);
+  emulation::reversed = false;
+  const Numbers forward = Run(c, judge).results();
+  emulation::reversed = true;
+  const Numbers backward = Run(c, judge).results();
+  judge.expect(forward.size() == backward.size() &&
+                   std::memcmp(forward.data(), backward.data(), forward.size() * sizeof(double)) == 0,
+               "results depend on the order of blocks or threads");
+  return judge.failures();
+}
+
+// ---- cases ---------------------------------------------------------------------------------------------------------
+
+const char* name_of(Dtype dtype) {
+  return dtype == Dtype::kFloat ? "fp32" : dtype == Dtype::kBFloat16 ? "bf16" : dtype == Dtype::kHalf ? "fp16" : "fp64";
+}
+
+constexpr Dtype kDtypes[] = {Dtype::kFloat, Dtype::kBFloat16, Dtype::kHalf};
+constexpr Dtype kScalars[] = {Dtype::kDouble, Dtype::kFloat, Dtype::kBFloat16, Dtype::kHalf};
+
+struct Cases {
+  std::vector<Case> all;
+
+  void add(Case c, const std::string& what) {
+    c.name = what + ", " + (c.loss == Loss::kSoftmax ? "softmax" : "sigmoid") + " " + name_of(c.dtype) + " " +
+             std::to_string(c.m) + " x " + std::to_string(c.n) + " x " + std::to_string(c.d);
+    all.push_back(c);
+  }
+
+  // Edges of the tiles, 64 x 256 and 64 x 64, and of a warp's 8 rows; every option beside every other one, in time.
+  void shapes(const Case& base) {
+    struct Shape {
+      int64_t m, n, d;
+    };
+    for (const Shape& shape : {Shape{1, 1, 1},
+                               {1, 40, 7},
+                               {40, 1, 24},
+                               {3, 5, 1},
+                               {63, 255, 7},
+                               {64, 256, 8},
+                               {65, 257, 24},
+                               {130, 70, 24},
+                               {9, 300, 33},
+                               {300, 9, 4}}) {
+      Case c = base;
+      c.m = shape.m, c.n = shape.n, c.d = shape.d;
+      const size_t turn = all.size();
+      c.factor_x = turn % 2, c.factor_y = turn / 2 % 2;
+      c.gap = turn % 3 == 0 ? 1 : turn % 3 == 1 ? 0 : 4;
+      c.lead = turn % 5 == 0 ? 1 : 0;
+      c.scalar = kScalars[turn % 4];
+      c.project = turn % 7 != 0;
+      c.has_bound = turn % 3 == 1;
+      const int64_t offsets[] = {0, 2, -3, c.n - 1 - c.m / 4, 1 + c.n / 4 - c.m, c.n, -c.m, -(int64_t(1) << 40)};
+      c.offset = offsets[turn % 8];
+      c.quick = shape.m == 65;
+      add(c, "edges, offset " + std::to_string(c.offset));
+    }
+  }
+
+  void offsets(const Case& base) {
+    for (const int64_t offset : {0, 5, -5, 60, -50, 67, -70}) {
+      Case c = base;
+      c.m = 70, c.n = 67, c.d = 16, c.offset = offset, c.factor_x = c.factor_y = true;
+      add(c, "offset " + std::to_string(offset));
+      c.chunk_rows = 32, c.chunk_columns = 24, c.quick = offset == 5 && base.dtype == Dtype::kHalf;
+      add(c, "chunks, offset " + std::to_string(offset));
+    }
+  }
+
+  void needs(const Case& base) {
+    for (const int needs : {0, 1, 2}) {
+      const std::string what = needs == 0 ? "no gradient" : needs == 1 ? "only dx" : "only dy";
+      Case c = base;
+      c.m = 33, c.n = 40, c.d = 8, c.factor_x = true, c.needs_x = needs == 1, c.needs_y = needs == 2;
+      add(c, what);
+      c.kept_rows = 20, c.chunk_rows = 16, c.chunk_columns = 24;
+      add(c, what + ", kept products");
+    }
+  }
+
+  void kept_products(const Case& base) {
+    for (const int64_t kept : {1, 20, 33}) {
+      Case c = base;
+      c.m = 33, c.n = 41, c.d = 12, c.factor_y = true, c.kept_rows = kept, c.offset = -3;
+      add(c, "kept products, " + std::to_string(kept));
+      c.n = 40, c.chunk_rows = 16, c.chunk_columns = 20, c.quick = kept == 20 && base.dtype == Dtype::kFloat;
+      add(c, "kept products, chunks, " + std::to_string(kept));
+    }
+  }
+
+  void gradient_dtypes(const Case& base) {
+    for (const Dtype x : kDtypes)
+      for (const Dtype y : kScalars) {
+        Case c = base;
+        c.m = 20, c.n = 30, c.d = 8 + (x == y), c.gradient_x = x, c.gradient_y = y, c.factor_x = true;
+        c.lead = x == y && x == Dtype::kHalf;
+        add(c, std::string("gradients in ") + name_of(x) + " and " + name_of(y));
+      }
+  }
+
+  // Within and beyond the reach of one reference.
+  void scales(const Case& base) {
+    for (const double scale : {0., -14.3, 120., 1e4}) {
+      Case c = base;
+      c.m = 70, c.n = 65, c.d = 24, c.offset = 1, c.scale = scale;
+      c.quick = scale == 1e4 && base.dtype == Dtype::kFloat;
+      add(c, "scale " + std::to_string(int(scale)));
+      c.factor_x = c.factor_y = true, c.chunk_rows = 32, c.chunk_columns = 32, c.quick = false;
+      add(c, "scale " + std::to_string(int(scale)) + ", normalised, chunks");
+    }
+  }
+
+  void odd_features(const Case& base) {
+    Case c = base;
+    c.m = 66, c.n = 70, c.d = 24, c.longest = 30;
+    add(c, "one long feature");
+    c.longest = 1, c.factor_x = true, c.has_zero_row = true;
+    add(c, "a zero row, projected");
+    c.project = false;
+    add(c, "a zero row");
+  }
+
+  void squares(const Case& base) {
+    Case c = base;
+    c.m = c.n = 20;
+    add(c, "square");
+    c.has_bias = false;
+    add(c, "no bias");
+  }
+
+  void tf32(const Case& base) {
+    Case c = base;
+    c.m = 40, c.n = 70, c.d = 12, c.tf32 = true, c.gap = 3, c.quick = true;
+    add(c, "tf32");
+    c.factor_x = c.factor_y = true, c.quick = false;
+    add(c, "tf32, normalised");
+  }
+};
+
+std::vector<Case> cases() {
+  Cases cases;
+  for (const Loss loss : {Loss::kSoftmax, Loss::kSigmoid})
+    for (const Dtype dtype : kDtypes) {
+      Case base;
+      base.loss = loss, base.dtype = dtype;
+      cases.shapes(base), cases.offsets(base), cases.needs(base), cases.kept_products(base);
+      cases.gradient_dtypes(base), cases.scales(base), cases.odd_features(base), cases.squares(base);
+      if (dtype == Dtype::kFloat) cases.tf32(base);
+    }
+  return cases.all;
+}
+
+// ---- what is refused -----------------------------------------------------------------------------------------------
+
+std::string message_of(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+int refusals() {
+  Judge judge("refusals");
+  const Numbers ones(12, 1.);
+  Case c;
+  c.m = 3, c.n = 3, c.d = 4;
+  Features x = place(ones, 3, c, false), y = place(ones, 3, c, false);
+  const One scale(1, Dtype::kFloat);
+  const Memory states(12 * 8), positives(3 * 8);
+  Block b;
+  b.x = x.side, b.y = y.side, b.width = 4, b.scale = scale.scalar;
+  double* const state = states.as<double>();
+  b.x.reference = state, b.y.reference = state + 3, b.x.sum = state + 6, b.y.sum = state + 9;
+  Library library;
+  const auto sweep = [&] { cuda::sweep(b, {}, positives.as<double>(), nullptr, 0, library); };
+  emulation::fail_next_launch(cudaErrorLaunchFailure);
+  const std::string failure = message_of(sweep);
+  judge.expect(failure.find("_kernel") != std::string::npos && failure.find("3 x 3") != std::string::npos &&
+                   failure.find("unspecified launch failure") != std::string::npos,
+               "a failed launch is reported as '" + failure + "'");
+  judge.expect(cudaGetLastError() == cudaSuccess, "the error of a failed launch stays behind");
+  judge.expect(message_of(sweep).empty(), "a sweep fails after one that failed");
+  b.dtype = Dtype::kDouble;
+  judge.expect(message_of(sweep).find("float64") != std::string::npos, "float64 features are not refused");
+  b.dtype = Dtype::kFloat;
+  judge.expect(!message_of([&] { cuda::sweep_and_weigh(b, positives.as<double>(), {}, library); }).empty(),
+               "softmax in one go is not refused");
+  return judge.failures();
+}
+
+}  // namespace
+}  // namespace driver
+
+int main(int count, char** arguments) {
+  const std::string wanted = count > 1 ? arguments[1] : "";
+  int ran = 0, failures = 0;
+  for (const driver::Case& c : driver::cases()) {
+    if (wanted == "quick" ? !c.quick : c.name.find(wanted) == std::string::npos) continue;
+    failures += driver::run(c);
+    ran++;
+  }
+  failures += driver::refusals();
+  std::printf("%d cases, %d failures\n", ran, failures);
+  return failures > 0 || ran == 0;
+}

@@ -1,0 +1,156 @@
+"""What the CUDA engine's torch front passes on: settings, chunks, kept rows; and what it allocates.
+
+On CPU tensors, by the emulated engine.
+"""
+
+import math
+from collections.abc import Iterator
+
+import cuda_case
+import pytest
+import torch
+from dense_block import Block, make_block, make_weights, operator, sweep, weigh
+from gpu_engine_case import library_products, prepare
+from torch.profiler import ProfilerActivity, profile
+
+from fastclip.loss import clip_loss
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def emulated() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        prepare("cuda", CPU, patch)
+        yield
+
+
+# ---- FASTCLIP_CUDA_TILES -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiles", ["", "library"])
+def test_tiles_of_the_library_are_the_default(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = make_block(9, 7, 4)
+    monkeypatch.delenv("FASTCLIP_CUDA_TILES", raising=False)
+    expected = sweep("cuda", block)
+    monkeypatch.setenv("FASTCLIP_CUDA_TILES", tiles)
+    assert torch.equal(sweep("cuda", block)[0], expected[0])
+
+
+def test_tiles_of_another_name_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCLIP_CUDA_TILES", "big")
+    expected = r"FASTCLIP_CUDA_TILES must be 'library' or 'fused', got 'big'"
+    with pytest.raises(ValueError, match=expected):
+        clip_loss(torch.eye(3), torch.eye(3), 1.0, backend="cuda")
+
+
+def test_fused_tiles_that_were_not_built_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCLIP_CUDA_TILES", "fused")
+    with pytest.raises(RuntimeError, match=r"FASTCLIP_CUDA_TILES=fused, but .* without the fused"):
+        sweep("cuda", make_block(9, 7, 4))
+
+
+# ---- chunks and kept rows ------------------------------------------------------------------------
+
+
+def products(block: Block, keep: int, rows: int, columns: int) -> tuple[int, int]:
+    """Products that torch makes in either sweep, of chunks of this shape."""
+    with cuda_case.chunks(rows, columns):
+        with library_products() as first:
+            state, positive, kept = sweep("cuda", block, keep)
+        weights = make_weights(state, len(block.x))
+        with library_products() as second:
+            weigh("cuda", block, state, positive, weights, kept)
+    return len(first), len(second)
+
+
+@pytest.mark.parametrize("m, n", [(70, 67), (40, 100), (100, 40)])
+@pytest.mark.parametrize("keep", [0, 16, 48, 112])
+def test_what_is_kept_is_not_made_again(m: int, n: int, keep: int) -> None:
+    """Rows of N products, as many as `keep` rows along the longer side come to."""
+    block = make_block(m, n, 8)
+    kept_rows = min(keep * min(m, n) // n, m)
+    kept, others = (math.ceil(rows / 32) * math.ceil(n / 32) for rows in (kept_rows, m - kept_rows))
+    first, second = products(block, keep, 32, 32)
+    assert first == kept + others
+    assert second == others + 2 * (kept + others)
+
+
+def test_chunks_are_as_they_were_afterwards() -> None:
+    block = make_block(70, 67, 8)
+    before = products(block, 0, 1 << 20, 1 << 20)
+    with cuda_case.chunks(32, 32), library_products() as made:
+        sweep("cuda", block)
+    assert len(made) == 9
+    with library_products() as made:
+        sweep("cuda", block)
+    assert len(made) == before[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_work_space_is_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
+    """But one chunk's."""
+    m, n, chunk = 500, 600, 64
+    block = make_block(m, n, 8, dtype, loss="sigmoid", factors=(True, True))
+    gain = torch.ones((), dtype=torch.float64)
+    activities = [ProfilerActivity.CPU]
+    with cuda_case.chunks(chunk, chunk), profile(activities=activities, profile_memory=True) as p:
+        state, positive, kept = sweep("cuda", block)
+        weigh("cuda", block, state, positive, make_weights(state, m), kept)
+        operator("sweep_and_weigh", "cuda")(
+            *block.tensors, gain, 0, block.loss, True, True, True
+        )  # fmt: skip
+    allocated = [e.self_cpu_memory_usage for e in p.events() if e.self_cpu_memory_usage > 0]
+    assert allocated and max(allocated) < m * n * 4 / 10
+
+
+# ---- operands ------------------------------------------------------------------------------------
+
+
+def test_operands_of_another_device_are_refused() -> None:
+    """Such as a scale that was left on the CPU: its address means nothing on a card."""
+    block = make_block(9, 7, 4)
+    state, positive, kept = sweep("cuda", block)
+    weights = make_weights(state, 9)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def call(name: str, *arguments: object) -> None:
+        with pytest.raises(RuntimeError, match="operands must be on one device, cpu, got meta"):
+            operator(name, "cuda").redispatch(keys, *arguments)
+
+    meta = torch.ones(9, device="meta")
+    for changes in (
+        {"y": block.y.to("meta")}, {"factor_x": meta}, {"scale": meta[0]}, {"bias": meta[0]},
+    ):  # fmt: skip
+        call("sweep", *block._replace(**changes).tensors, None, 0, "sigmoid", 0)
+    call("sweep", *block.tensors, meta[0], 0, "softmax", 0)
+    between = [state, positive, weights.coefficients, weights.positive_weight, weights.gain, kept]
+    for k in range(len(between)):
+        others = [*between[:k], between[k].to("meta"), *between[k + 1 :]]
+        call(
+            "weigh", *block.tensors, *others, 0, "softmax", True, True, False, torch.float32,
+            torch.float32,
+        )  # fmt: skip
+    call("finish", state[:, :9], meta.double(), block.scale, None, "softmax")
+
+
+def test_states_may_lie_anywhere() -> None:
+    """A slice of more lines, and numbers that are not neighbours."""
+    block = make_block(9, 7, 4)
+    state, positive, _ = sweep("cuda", block)
+    weights = make_weights(state, 9)
+    expected = weigh("cuda", block, state, positive, weights)
+    wide = torch.cat((state, state), 1)[:, :16]
+    apart = torch.stack((state, state), 2)[..., 0]
+    for other in (wide, apart):
+        assert not other.is_contiguous()
+        for result, truth in zip(
+            weigh("cuda", block, other, positive, weights), expected, strict=True
+        ):
+            assert torch.equal(result, truth)
+    losses = operator("finish", "cuda")(state[:, :9], positive, block.scale, None, "softmax")
+    spread = operator("finish", "cuda")(
+        apart[:, :9], torch.stack((positive, positive), 1)[:, 0], block.scale, None, "softmax"
+    )
+    for result, truth in zip(spread, losses, strict=True):
+        assert torch.equal(result, truth) or torch.equal(result.isnan(), truth.isnan())

@@ -1,0 +1,174 @@
+"""Losses across processes: after DDP's mean, one process on the concatenated batch.
+
+On 1 to 4 ranks, batches of one size and of several, all at once and around the ring; the truth is
+the oracle's, for open_clip's combinations open_clip's own classes.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from judge import PRECISIONS, allowance, error, truth
+from open_clip_import import import_open_clip
+from rank_cases import Case, leaves, module, ours
+from ranks import Ranks
+
+WORLD_SIZES = (1, 2, 3, 4)
+# Of a batch: pairs of each rank. A rank with one pair has no negatives of its own.
+EVEN = {1: (13,), 2: (9, 9), 3: (7, 7, 7), 4: (5, 5, 5, 5)}
+UNEVEN = {1: (13,), 2: (11, 6), 3: (9, 1, 4), 4: (5, 8, 1, 3)}
+QUANTITIES = ("loss", "dx", "dy", "dscale", "dbias")
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda size: f"{size} ranks")
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    pool = Ranks(request.param)
+    yield pool
+    pool.close()
+
+
+def size_of(ranks: Ranks) -> int:
+    return len(ranks.processes)
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks got as one process's results."""
+    found = {name: results[0][name] for name in ("loss", "dscale", "dbias")}
+    for name in ("dx", "dy"):
+        parts = [result[name] for result in results]
+        found[name] = None if parts[0] is None else np.concatenate(parts)
+    return found
+
+
+def mistakes(case: Case, found: dict[str, Any]) -> list[str]:
+    """Quantities that are further off than careful arithmetic of that precision is."""
+    precision = PRECISIONS[case.precision]
+    x, y = case.towers
+    exact = truth(case.loss, x, y, case.scale, -3.0, precision, normalize=case.normalize)
+    wrong = []
+    for name in QUANTITIES:
+        if found[name] is None:
+            continue
+        dtype = {"dx": precision.x, "dy": precision.y}.get(name, precision.scalars)
+        allowed = 4 * allowance(name, exact, precision, dtype) + 1e-15
+        mistake = error(np.asarray(found[name]), np.asarray(getattr(exact, name), float))
+        if not mistake <= allowed:
+            wrong.append(f"{case} {name}: {mistake:.2e}, allowed {allowed:.2e}")
+    return wrong
+
+
+def run(ranks: Ranks, case: Case, **options: Any) -> dict[str, Any]:
+    return joined(ranks.run(ours, case, options))
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_the_mean_of_ranks_is_one_process(ranks: Ranks, loss: str, ring: bool) -> None:
+    wrong = []
+    for precision, sizes in product(("float64", "float32", "bfloat16"), (EVEN, UNEVEN)):
+        for kind, scale, normalize in (
+            ("random", 14.3, False), ("lengths", 14.3, True), ("separated", 100.0, False),
+            ("dominating", 1e3, False),
+        ):  # fmt: skip
+            case = Case(loss, sizes[size_of(ranks)], precision, kind, scale, normalize)
+            wrong += mistakes(case, run(ranks, case, ring=ring, uneven=sizes is UNEVEN))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_float64_agrees_to_ten_digits(ranks: Ranks) -> None:
+    for loss, ring in product(("clip", "siglip"), (False, True)):
+        case = Case(loss, UNEVEN[size_of(ranks)])
+        found = run(ranks, case, ring=ring, uneven=True)
+        exact = truth(loss, *case.towers, 14.3, -3.0, PRECISIONS["float64"])
+        for name in QUANTITIES:
+            assert error(np.asarray(found[name]), np.asarray(getattr(exact, name), float)) < 1e-10
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_ranks_may_scale_their_losses_differently(ranks: Ranks, loss: str, ring: bool) -> None:
+    """Zero and negative factors among them: as one process that sums the scaled shares."""
+    upstream = (3.0, -0.5, 0.0, 1e-3)[: size_of(ranks)]
+    case = Case(loss, UNEVEN[size_of(ranks)], upstream=upstream)
+    found = run(ranks, case, ring=ring, uneven=True)
+    x, y, scale, bias = leaves(case, slice(None))
+    s = scale * x @ y.T + (bias if loss == "siglip" else 0)
+    signs = 2 * torch.eye(len(x), dtype=s.dtype) - 1
+    if loss == "clip":
+        shares = (-s.log_softmax(1).diagonal() - s.log_softmax(0).diagonal()) / 2
+    else:
+        shares = torch.nn.functional.softplus(-signs * s).sum(1)
+    factors = torch.tensor(upstream, dtype=s.dtype).repeat_interleave(torch.tensor(case.sizes))
+    (shares * factors).sum().div(len(x)).backward()
+    for name, leaf in zip(("dx", "dy", "dscale"), (x, y, scale), strict=True):
+        exact = leaf.grad.numpy()
+        assert error(np.asarray(found[name]), exact) < 1e-10, name
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+@pytest.mark.parametrize("frozen", ["x", "y"])
+def test_a_frozen_tower(ranks: Ranks, frozen: str, ring: bool) -> None:
+    for loss in ("clip", "siglip"):
+        case = Case(loss, EVEN[size_of(ranks)], frozen=frozen)
+        found = run(ranks, case, ring=ring)
+        assert found[f"d{frozen}"] is None and not mistakes(case, found)
+
+
+# ---- open_clip's classes -------------------------------------------------------------------------
+
+WAYS = list(product((False, True), (False, True)))
+
+
+def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], what: object) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        for name, value in other.items():
+            if value is not None and name != "dbias":
+                np.testing.assert_allclose(mine[name], value, rtol=1e-9, atol=1e-12, err_msg=what)
+
+
+@pytest.mark.filterwarnings("ignore:ClipLoss")
+@pytest.mark.parametrize("local_loss, gather_with_grad", WAYS)
+def test_every_combination_is_open_clips(
+    ranks: Ranks, local_loss: bool, gather_with_grad: bool
+) -> None:
+    """Value of every rank, and gradients after the mean."""
+    import_open_clip()
+    options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    for upstream in (None, (2.0, 0.5, -1.0, 3.0)):
+        case = Case("clip", EVEN[size_of(ranks)], upstream=upstream)
+        one, other = (ranks.run(module, case, theirs, options) for theirs in (False, True))
+        assert_same(one, other, str(options))
+
+
+@pytest.mark.parametrize("dist_impl", ["bidir", "shift", "reduce", "gather"])
+def test_every_exchange_is_open_clips(ranks: Ranks, dist_impl: str) -> None:
+    import_open_clip()
+    case = Case("siglip", EVEN[size_of(ranks)], upstream=(2.0, 0.5, -1.0, 3.0))
+    options = {"dist_impl": dist_impl}
+    one, other = (ranks.run(module, case, theirs, options) for theirs in (False, True))
+    assert_same(one, other, dist_impl)
+
+
+def test_the_factor_table(ranks: Ranks) -> None:
+    """What `fastclip.distributed` says of the four: towers' gradients over the exact ones."""
+    size = size_of(ranks)
+    if size == 1:
+        pytest.skip("one rank has nothing to share")
+    case = Case("clip", EVEN[size])
+    exact = truth("clip", *case.towers, 14.3, -3.0, PRECISIONS["float64"])
+    for local_loss, gather_with_grad in WAYS:
+        options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+        found = joined(ranks.run(module, case, False, options))
+        assert found["dscale"] == pytest.approx(float(exact.dscale), rel=1e-9)
+        ratio = np.linalg.norm(found["dx"]) / np.linalg.norm(np.asarray(exact.dx, float))
+        cosine = (found["dx"] * np.asarray(exact.dx, float)).sum() / (
+            np.linalg.norm(found["dx"]) * np.linalg.norm(np.asarray(exact.dx, float))
+        )
+        if local_loss and not gather_with_grad:
+            assert cosine < 0.995
+        else:
+            assert cosine == pytest.approx(1, abs=1e-9)
+            assert ratio == pytest.approx(1 if gather_with_grad else 1 / size, rel=1e-9)
