@@ -66,8 +66,9 @@ def clip_loss(
             which on GPUs waits for the device.
         normalize, backend, memory_budget: as in `fastclip.clip_loss`.
 
-    Bytes that a rank sends and receives, E per feature element: `(R - 1) b D E` for the texts,
-    `4 (R - 1) b D` for their gradients in fp32, O(B) for states.
+    Bytes that a rank sends, E per feature element: `(R - 1) b D E` for the texts, `4 (R - 1) b D`
+    for their gradients in fp32, at most 40 B for states. Around the ring texts travel twice, for
+    the forward and for the backward, and gradients come home: `2 (R - 1) b D E + 4 R b D`.
 
     Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,
         dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. RuntimeError

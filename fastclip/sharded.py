@@ -188,7 +188,7 @@ class _ShardedLoss(torch.autograd.Function):
         ctx.in_one_go = _makes_gradients_at_once(context, x, y)
         if ctx.in_one_go:
             value, *gradients = _sweep_and_weigh(context, operands, ctx.needs_input_grad[0])
-            ctx.save_for_backward(bias, scale, *gradients)
+            ctx.save_for_backward(x, y, scale, bias, *gradients)
             return value
         keep = 0
         if context.plan.engine != "torch" and not context.sharing.ring:
@@ -196,7 +196,7 @@ class _ShardedLoss(torch.autograd.Function):
             budget = context.plan.memory_budget
             keep = rows_to_keep(x.shape[0], context.shard.batch, itemsize, budget)
         swept = _sweep(context, operands, keep)
-        ctx.save_for_backward(bias, *operands, *swept[1:])
+        ctx.save_for_backward(x, y, scale, bias, *operands, *swept[1:])
         return swept.value
 
     @staticmethod
@@ -204,7 +204,7 @@ class _ShardedLoss(torch.autograd.Function):
         with torch.no_grad():
             gradients = (_scale if ctx.in_one_go else _weigh)(ctx, g)
         if torch.is_grad_enabled():
-            gradients = refuse_second_derivative(gradients, g)
+            gradients = refuse_second_derivative(gradients, g, *ctx.saved_tensors[:3])
         return *gradients, None
 
 
@@ -235,7 +235,7 @@ def _sweep_and_weigh(
 
 
 def _scale(ctx: Any, g: Tensor) -> list[Tensor | None]:
-    bias, scale, dx, dy, dbias_dscale = ctx.saved_tensors
+    _, _, scale, bias, dx, dy, dbias_dscale = ctx.saved_tensors
     needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
     if ctx.context.shard.needs_y:
         dy = ctx.context.shard.scatter_sum(dy * g)
@@ -277,7 +277,7 @@ def _upstream(context: _Context, g: Tensor, dtype: torch.dtype) -> _Upstream:
 def _weigh(ctx: Any, g: Tensor) -> list[Tensor | None]:
     context = ctx.context
     shard, sharing = context.shard, context.sharing
-    bias, *saved = ctx.saved_tensors
+    _, _, _, bias, *saved = ctx.saved_tensors
     operands, saved = _Operands(*saved[:6]), saved[6:]
     state, coefficients = saved[0], saved[3]
     upstream = _upstream(context, g, state.dtype)

@@ -1,0 +1,132 @@
+"""Models that ranks train in `test_distributed_training.py`, and what their exchanges amount to."""
+
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from fastclip import distributed, reference
+from fastclip.loss import ClipLoss
+
+WIDTH, B_EACH = 10, 6
+
+
+class Towers(nn.Module):
+    """Two towers and a scale, as open_clip's models emit them."""
+
+    def __init__(self, checkpointed: bool = False, frozen: bool = False, shape: tuple = ()) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.image, self.text = (
+            nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(2)
+        )
+        self.text.requires_grad_(not frozen)
+        self.logit_scale = nn.Parameter(torch.full(shape, 2.0))
+        self.checkpointed = checkpointed
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = []
+        for tower, x in ((self.image, images), (self.text, texts)):
+            y = checkpoint(tower, x, use_reentrant=False) if self.checkpointed else tower(x)
+            features.append(F.normalize(y, dim=-1))
+        return *features, self.logit_scale.exp()
+
+
+def data(world_size: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shape = (world_size * B_EACH, WIDTH)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+def gradients_of_one_process(world_size: int, **options: Any) -> dict[str, Tensor]:
+    model = Towers(**options).double()
+    reference.clip_loss(*model(*data(world_size))).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    assert found.keys() == exact.keys()
+    return max(float((found[k] - exact[k]).norm() / exact[k].norm()) for k in exact)
+
+
+def own(rank: int, tensors: list[Tensor]) -> list[Tensor]:
+    return [t[rank * B_EACH : (rank + 1) * B_EACH] for t in tensors]
+
+
+def under_ddp(rank: int, world_size: int, options: dict[str, Any], ddp: dict[str, Any]) -> float:
+    model = DistributedDataParallel(Towers(**options).double(), **ddp)
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    for _ in range(2):  # a static graph is learnt in the first step
+        model.zero_grad()
+        loss(*model(*own(rank, data(world_size)))).backward()
+    found = {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
+    return worst(found, gradients_of_one_process(world_size, **options))
+
+
+def under_fsdp(rank: int, world_size: int) -> float:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = Towers(shape=(1,)).double()
+    mesh = init_device_mesh("cpu", (world_size,))
+    for tower in (model.image, model.text):
+        fully_shard(tower, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    distributed.clip_loss(*model(*own(rank, data(world_size)))).backward()
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return worst(found, gradients_of_one_process(world_size, shape=(1,)))
+
+
+def compiled(rank: int, world_size: int) -> float:
+    model = Towers().double()
+
+    def step(images: Tensor, texts: Tensor) -> Tensor:
+        return distributed.clip_loss(*model(images, texts)) * 1.0
+
+    torch.compile(step, backend="aot_eager")(*own(rank, data(world_size))).backward()
+    found = {}
+    for name, p in model.named_parameters():
+        dist.all_reduce(p.grad)
+        found[name] = p.grad / world_size
+    return worst(found, gradients_of_one_process(world_size))
+
+
+def bytes_sent(
+    rank: int, world_size: int, loss: str, b: int, d: int, dtype: torch.dtype, ring: bool
+) -> Counter:
+    """By kind of exchange, what this rank sends to others in a forward and a backward."""
+    sent: Counter = Counter()
+
+    def counting(name: str, factor: float, position: int) -> Any:
+        function = getattr(dist, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            sent[name] += round(factor * args[position].numel() * args[position].element_size())
+            return function(*args, **kwargs)
+
+        return mock.patch.object(dist, name, run)
+
+    exchange = dist.batch_isend_irecv
+
+    def hop(operations: list[Any]) -> Any:
+        for operation in operations:
+            if operation.op is dist.isend:
+                sent["hop"] += operation.tensor.numel() * operation.tensor.element_size()
+        return exchange(operations)
+
+    x, y = (torch.randn(b, d).to(dtype).requires_grad_() for _ in range(2))
+    others = world_size - 1
+    with (
+        counting("all_gather_into_tensor", others, 1),  # to each other rank
+        counting("reduce_scatter_tensor", others / world_size, 1),
+        counting("all_reduce", 2 * others / world_size, 0),  # as a ring does it
+        mock.patch.object(dist, "batch_isend_irecv", hop),
+    ):
+        getattr(distributed, f"{loss}_loss")(x, y, 5.0, -1.0, normalize=True, ring=ring).backward()
+    return sent

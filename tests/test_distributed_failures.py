@@ -1,0 +1,87 @@
+"""What does not fit across processes is one error on every rank, that names ranks and sizes."""
+
+from collections.abc import Iterator
+
+import pytest
+import rank_failures
+from ranks import Failed, Ranks
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    pool = Ranks(3)
+    yield pool
+    pool.close()
+
+
+MISFITS = {
+    "sizes": (
+        [{"n": 4}, {"n": 5}, {"n": 4}],
+        "batches of one size unless uneven=True, got rank 0: 4, rank 1: 5, rank 2: 4",
+    ),
+    "widths": (
+        [{"n": 4}, {"n": 4}, {"n": 4, "width": 7}],
+        "one feature width D, got rank 0: 6, rank 1: 6, rank 2: 7",
+    ),
+    "losses": ([{"n": 4}, {"n": 4, "loss": "siglip_loss"}, {"n": 4}], "one set of options"),
+    "normalisation": ([{"n": 4}, {"n": 4, "normalize": True}, {"n": 4}], "one set of options"),
+    "nothing to differentiate": (
+        [{"n": 4}, {"n": 4}, {"n": 4, "frozen": True}],
+        "all ranks or none must have something to differentiate",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_misfit_is_an_error_everywhere(three: Ranks, misfit: str) -> None:
+    brought, message = MISFITS[misfit]
+    for error in three.run(rank_failures.call, brought):
+        assert error.startswith("ValueError") and message in error, error
+
+
+def test_sizes_may_differ_where_that_is_allowed(three: Ranks) -> None:
+    brought = [{"n": n, "uneven": True} for n in (4, 1, 7)]
+    assert three.run(rank_failures.call, brought) == ["no error"] * 3
+
+
+def test_an_argument_refused_on_one_rank_fails_on_all(three: Ranks) -> None:
+    errors = three.run(rank_failures.bad_call)
+    assert errors[1].startswith("TypeError: image_features must be float64")
+    for error in (errors[0], errors[2]):
+        assert error.startswith("ValueError: all ranks must have arguments that the loss accepts")
+        assert "rank 1" in error
+
+
+def test_modules_ask_for_their_real_rank(three: Ranks) -> None:
+    for rank, errors in enumerate(three.run(rank_failures.module_errors)):
+        assert len(errors) == 2
+        assert all(f"{rank} and 3, got" in error for error in errors)
+
+
+def test_no_second_derivative(three: Ranks) -> None:
+    for error in three.run(rank_failures.double_backward):
+        assert "no second derivative" in error
+
+
+def test_a_group_within_a_larger_world() -> None:
+    pool = Ranks(4)
+    try:
+        found = pool.run(rank_failures.in_group_of_odd_ranks)
+    finally:
+        pool.close()
+    for rank in (1, 3):
+        assert len(found[rank]) == 4 and max(found[rank]) < 1e-12
+    for rank in (0, 2):
+        assert "process_group must have this process among its ranks" in found[rank][0]
+
+
+def test_a_killed_rank_ends_the_others() -> None:
+    """With an error, within the time that any answer has."""
+    pool = Ranks(3, seconds=60)
+    try:
+        found = pool.outcomes(rank_failures.dies)
+    finally:
+        pool.close()
+    assert isinstance(found[0], Failed) and "died" in str(found[0])
+    for result in found[1:]:
+        assert isinstance(result, str) and result.startswith("RuntimeError"), result

@@ -1,0 +1,55 @@
+"""Losses across processes inside what people train with, and what they send and hold."""
+
+from collections.abc import Iterator
+
+import pytest
+import rank_training
+import torch
+from ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"checkpointed": True}, {"frozen": True}, {"shape": (1,)}], ids=str
+)
+@pytest.mark.parametrize(
+    "ddp", [{"static_graph": True}, {"find_unused_parameters": False}], ids=["static", "plain"]
+)
+def test_under_ddp(two: Ranks, options: dict, ddp: dict) -> None:
+    """Towers' and scale's gradients, averaged by DDP itself."""
+    assert max(two.run(rank_training.under_ddp, options, ddp)) < 1e-12
+
+
+def test_under_fsdp(two: Ranks) -> None:
+    assert max(two.run(rank_training.under_fsdp)) < 1e-12
+
+
+def test_in_a_compiled_step(two: Ranks) -> None:
+    """The graph is cut at the loss; what is around it stays compiled."""
+    assert max(two.run(rank_training.compiled)) < 1e-12
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_bytes_sent_are_the_stated_ones(loss: str, dtype: torch.dtype, ring: bool) -> None:
+    """`fastclip.distributed`'s formula, and little besides."""
+    world_size, b, d = 3, 40, 256
+    pool = Ranks(world_size)
+    try:
+        found = pool.run(rank_training.bytes_sent, loss, b, d, dtype, ring)
+    finally:
+        pool.close()
+    texts, gradients = b * d * dtype.itemsize, 4 * b * d
+    others = world_size - 1
+    # Around a ring texts travel for the forward and for the backward, gradients one hop further.
+    stated = 2 * others * texts + world_size * gradients if ring else others * (texts + gradients)
+    for sent in found:
+        total = sum(sent.values())
+        assert stated <= total <= stated + 5 * 8 * world_size * b, dict(sent)
