@@ -3,11 +3,14 @@
     from fastclip.loss import ClipLoss, SigLipLoss    # open_clip's signatures, call by call
     from fastclip.loss import clip_loss, siglip_loss  # the functions beneath
 
+    from fastclip import distributed, cached_step     # batches over processes; beyond memory
+
 `fastclip.backends()` tells which engines can run here, and why each other one cannot;
 `fastclip.reference` holds the same losses, dense and obvious.
 """
 
 from .backends import backends, build_info, release_workspace
+from .cached import cached_step
 from .loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 
 __version__ = "0.1.0"
@@ -17,6 +20,7 @@ __all__ = [
     "SigLipLoss",
     "backends",
     "build_info",
+    "cached_step",
     "clip_loss",
     "release_workspace",
     "siglip_loss",

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from . import emoji as emoji_data
 from . import loss as fused
 from . import reference as dense
+from .cached import cached_step
 from .emoji.batches import Batch, batches
 from .emoji.evaluate import Score, as_json, evaluate, held_out
 from .emoji.split import Split, split
@@ -69,9 +70,11 @@ def train(
     steps: int,
     lr: float,
     stop: int | None = None,
+    micro_batch: int | None = None,
     label: str = "",
 ) -> None:
-    """Trains for `stop` of the schedule's `steps` (all by default), keeping account in `run`."""
+    """Trains for `stop` of the schedule's `steps` (all by default), keeping account in `run`. The
+    towers hold `micro_batch` pairs at once, or the whole batch."""
     optimizer = optimizer_for(model, lr)
     model.train()
     stop = steps if stop is None else stop
@@ -81,18 +84,22 @@ def train(
             batch = next(stream)
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate(step, steps)
-            value = loss(**model(batch.images, batch.tokens))
             optimizer.zero_grad()
-            value.backward()
+            pairs = batch.images, batch.tokens
+            if micro_batch is None:
+                value = loss(**model(*pairs))
+                value.backward()
+            else:
+                value = cached_step(model, loss, *pairs, micro_batch=micro_batch)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             model.clamp_logit_scale()
             run.losses.append(value.item())
             run.scales.append(model.logit_scale.exp().item())
             run.seconds = time.perf_counter() - started
-            pairs = len(run.losses) * len(batch.images) / run.seconds
+            speed = len(run.losses) * len(batch.images) / run.seconds
             bar.set_postfix_str(
-                f"loss {run.losses[-1]:.3f}, scale {run.scales[-1]:.1f}, {pairs:,.0f} pairs/s",
+                f"loss {run.losses[-1]:.3f}, scale {run.scales[-1]:.1f}, {speed:,.0f} pairs/s",
                 refresh=False,
             )
             bar.update()
@@ -165,6 +172,11 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size", type=positive, default=256, help="pairs per step (default %(default)s)"
     )
     p.add_argument(
+        "--micro-batch",
+        type=positive,
+        help="pairs that the towers hold at once; they then run twice (default: the batch)",
+    )
+    p.add_argument(
         "--lr",
         type=rate_of_learning,
         default=1e-3,
@@ -235,7 +247,7 @@ def demo(args: argparse.Namespace, task: Task, run: Run, checkpoint: Path) -> No
     """Train, save, evaluate, compare, draw; `run` tells how far it got when it is interrupted."""
     started = time.perf_counter()
     model, stream = task.start(args.seed, args.batch_size)
-    schedule = {"steps": args.steps, "lr": args.lr}
+    schedule = {"steps": args.steps, "lr": args.lr, "micro_batch": args.micro_batch}
     print(
         f"{len(task.split.vendors):,} of {len(task.split.members):,} look-alike groups of emoji "
         f"are trained on; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fastclip import distributed, reference
+from fastclip import cached_step, distributed, reference
 from fastclip.loss import ClipLoss
 
 WIDTH, B_EACH = 10, 6
@@ -67,6 +68,22 @@ def under_ddp(rank: int, world_size: int, options: dict[str, Any], ddp: dict[str
         loss(*model(*own(rank, data(world_size)))).backward()
     found = {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
     return worst(found, gradients_of_one_process(world_size, **options))
+
+
+def cached_under_ddp(rank: int, world_size: int) -> tuple[float, int]:
+    """Micro-batches of 4, 2; the worst gradient, and how often gradients were exchanged."""
+    model = DistributedDataParallel(Towers().double())
+    exchanges = []
+
+    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        exchanges.append(bucket.index())
+        return default_hooks.allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, hook)
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    cached_step(model, loss, *own(rank, data(world_size)), micro_batch=4)
+    found = {name: p.grad for name, p in model.module.named_parameters()}
+    return worst(found, gradients_of_one_process(world_size)), len(exchanges)
 
 
 def under_fsdp(rank: int, world_size: int) -> float:

@@ -26,6 +26,12 @@ def test_under_ddp(two: Ranks, options: dict, ddp: dict) -> None:
     assert max(two.run(rank_training.under_ddp, options, ddp)) < 1e-12
 
 
+def test_cached_under_ddp(two: Ranks) -> None:
+    """Gradients travel with the last micro-batch alone."""
+    for error, exchanges in two.run(rank_training.cached_under_ddp):
+        assert error < 1e-12 and exchanges == 1
+
+
 def test_under_fsdp(two: Ranks) -> None:
     assert max(two.run(rank_training.under_fsdp)) < 1e-12
 

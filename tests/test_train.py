@@ -48,6 +48,17 @@ def test_fused_and_dense_train_alike(task: Task) -> None:
     assert trained(task, "fused", seed=1).losses != pytest.approx(fused.losses, rel=2e-4)
 
 
+def test_micro_batches_train_alike(task: Task) -> None:
+    """Towers that hold 20 of 48 pairs at once; the model has no dropout."""
+    runs = []
+    for micro_batch in (None, 20):
+        model, stream = task.start(0, batch_size=48)
+        runs.append(Run())
+        train(model, stream, LOSSES["fused"], runs[-1], steps=6, lr=1e-3, micro_batch=micro_batch)
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-4)
+    assert runs[0].losses[-1] < runs[0].losses[0]
+
+
 def test_training_is_repeatable(task: Task) -> None:
     assert trained(task, "fused", steps=4).losses == trained(task, "fused", steps=4).losses
 

@@ -1,0 +1,183 @@
+"""A training step on a batch that the towers cannot hold at once, with the whole batch's gradients.
+
+The towers run twice, the loss once (GradCache: Gao et al., arXiv 2101.06983): micro-batches are
+encoded without a graph; one loss over all features gives their gradients; each micro-batch is
+encoded again, with a graph, and its features' gradients go on into the towers. Activations of one
+micro-batch and features of the batch are all that memory holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .inputs import check_features
+
+TOWERS = ("image_features", "text_features")
+
+
+class _Encoded(NamedTuple):
+    """What a model returns: both towers' features, and what every pair shares (scale, bias)."""
+
+    towers: tuple[Tensor, Tensor]
+    shared: tuple[Any, ...]
+    names: tuple[str, ...] | None  # of all of these, where the model returns a dictionary
+
+    @classmethod
+    def of(cls, outputs: Any) -> _Encoded:
+        if isinstance(outputs, Mapping):
+            missing = [name for name in TOWERS if name not in outputs]
+            if missing:
+                raise ValueError(
+                    f"the model must return {' and '.join(TOWERS)}, got {', '.join(outputs)}"
+                )
+            others = [name for name in outputs if name not in TOWERS]
+            towers = outputs[TOWERS[0]], outputs[TOWERS[1]]
+            return cls(towers, tuple(outputs[n] for n in others), (*TOWERS, *others))
+        if not isinstance(outputs, Sequence) or len(outputs) < 3:
+            raise ValueError(
+                "the model must return (image_features, text_features, logit_scale) or more, or "
+                f"a dictionary of them, got {type(outputs).__name__}"
+            )
+        return cls((outputs[0], outputs[1]), tuple(outputs[2:]), None)
+
+    def call(self, loss: Callable[..., Any]) -> Tensor:
+        values = (*self.towers, *self.shared)
+        if self.names is None:
+            value = loss(*values)
+        else:
+            value = loss(**dict(zip(self.names, values, strict=True)))
+        return sum(value.values()) if isinstance(value, Mapping) else value
+
+
+def cached_step(
+    model: Callable[..., Any],
+    loss: Callable[..., Any],
+    *inputs: Tensor,
+    micro_batch: int,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Gradients of `loss(**model(*inputs))` in the model's parameters, in micro-batches.
+
+        outputs = model(*inputs)
+        loss(**outputs).backward()  # or loss(*outputs)
+
+    Args:
+        model: module or function of `micro_batch` rows of every input. It returns image features
+            and text features (m, D), then what all pairs share, such as `logit_scale`; as a tuple
+            or as a dictionary by open_clip's names. It is called twice for every micro-batch, with
+            the same state of the random number generators, so dropout is the same; running
+            statistics, as of batch normalisation, are updated twice and are a micro-batch's.
+            Wrapped in DDP it exchanges gradients once, after the last micro-batch.
+        loss: of what the model returns, for the whole batch; called once. For a batch spread over
+            processes one of `fastclip.distributed`'s losses, or `ClipLoss` with its world size.
+        inputs: (N, ...), N pairs.
+        micro_batch: pairs that are encoded at once; the last one may be smaller.
+        scaler: scales the loss before its backward, for fp16 autocast. `scaler.step` is the
+            caller's, as is `torch.autocast`, which the call may be within.
+
+    Returns:
+        The loss, detached. Parameters' gradients are added to, as `backward` does.
+
+    Raises:
+        ValueError: a micro_batch below 1, inputs of different length, or a model that returns
+            something else.
+    """
+    micro_batches = list(_split(inputs, micro_batch))
+    states = []
+    with torch.no_grad():
+        encoded = []
+        for rows in micro_batches:
+            states.append(_RandomState(inputs))
+            encoded.append(_Encoded.of(model(*rows)))
+    whole = _Encoded(
+        tuple(_leaf(torch.cat(parts)) for parts in zip(*(e.towers for e in encoded), strict=True)),
+        tuple(_leaf(s) if isinstance(s, Tensor) else s for s in encoded[0].shared),
+        encoded[0].names,
+    )
+    check_features(*whole.towers)
+    with torch.enable_grad():
+        value = whole.call(loss)
+    (value if scaler is None else scaler.scale(value)).backward()
+    of_rows = [tower.grad.split([len(rows[0]) for rows in micro_batches]) for tower in whole.towers]
+    last = len(micro_batches) - 1
+    with _restored(inputs):
+        for index, (rows, state) in enumerate(zip(micro_batches, states, strict=True)):
+            state.set()
+            with nullcontext() if index == last else _without_exchange(model):
+                with torch.enable_grad():
+                    again = _Encoded.of(model(*rows))
+                pairs = list(zip(again.towers, (g[index] for g in of_rows), strict=True))
+                # What all pairs share has one gradient; it goes with the last micro-batch.
+                if index == last:
+                    pairs += [
+                        (s, leaf.grad)
+                        for s, leaf in zip(again.shared, whole.shared, strict=True)
+                        if isinstance(s, Tensor)
+                    ]
+                pairs = [(t, g) for t, g in pairs if t.requires_grad and g is not None]
+                if pairs:
+                    torch.autograd.backward(*zip(*pairs, strict=True))
+    return value.detach()
+
+
+def _split(inputs: tuple[Tensor, ...], micro_batch: int) -> Iterator[tuple[Tensor, ...]]:
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+    sizes = [len(x) for x in inputs]
+    if not sizes or len(set(sizes)) > 1:
+        raise ValueError(f"all inputs must have one number of rows, got {sizes}")
+    return zip(*(x.split(micro_batch) for x in inputs), strict=True)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.is_floating_point())
+
+
+def _without_exchange(model: Any) -> AbstractContextManager[Any]:
+    """DDP's and FSDP's way of keeping gradients to themselves for now."""
+    if hasattr(model, "no_sync"):
+        return model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        return _fsdp_without_exchange(model)
+    return nullcontext()
+
+
+@contextmanager
+def _fsdp_without_exchange(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+class _RandomState:
+    """Of the CPU's generator and of those of the inputs' devices."""
+
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices = {
+            x.device: torch.get_device_module(x.device).get_rng_state(x.device)
+            for x in inputs
+            if x.device.type != "cpu"
+        }
+
+    def set(self) -> None:
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def _restored(inputs: tuple[Tensor, ...]) -> Iterator[None]:
+    """The generators go on from where the first encoding left them."""
+    after = _RandomState(inputs)
+    try:
+        yield
+    finally:
+        after.set()
