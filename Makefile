@@ -7,10 +7,11 @@
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
 #   make gpu                  no .venv: the running python3, its torch and its GPU
 #   make emulated             tests of losses and operators, for the CUDA engine, on the CPU: minutes
+#   make test-cuda            compiles the experimental tensor-core kernels and checks them: minutes
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test emulated bench lint format clean gpu
+.PHONY: demo test test-cuda emulated bench lint format clean gpu
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -34,6 +35,12 @@ ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradient
   scalars_and_dtypes spoilt_inputs switches operator_sizes properties accuracy
 emulated: .venv/extension
 	FASTCLIP_TEST_DEVICE=emulated $(BIN)/pytest $(ON_ANY_ENGINE:%=tests/test_%.py) $(ARGS)
+
+# CUTLASS's headers alone: what its package asks for besides is for generating kernels. Where they or
+# nvcc are missing these tests are skipped.
+test-cuda: .venv/extension
+	$(BIN)/pip --quiet install --no-deps $(PIP_ARGS) nvidia-cutlass==4.2.0.0
+	FASTCLIP_TEST_FUSED=1 $(BIN)/pytest tests/test_cuda_fused.py $(ARGS)
 
 bench: .venv/extension
 	$(BIN)/python -m bench $(ARGS)

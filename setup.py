@@ -9,6 +9,7 @@ same major version; else one line says why not. TORCH_CUDA_ARCH_LIST names the c
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -60,7 +61,14 @@ class CudaSource(NamedTuple):
     architectures: tuple[str, ...] = ()  # instead of those that are asked for
 
 
-CUDA_SOURCES = [CudaSource("csrc/engine_cuda.cu")]
+ENGINE = CudaSource("csrc/engine_cuda.cu")
+# Tensor-core kernels for one card, by CUTLASS: a minute and 3.3 GB each. NDEBUG: see
+# csrc/fused_gemm_cuda.h. A division to IEEE's letter is a function call.
+FUSED_FLAGS = ("-DNDEBUG", "--prec-div=false", "--expt-relaxed-constexpr")
+FUSED = [
+    CudaSource("csrc/fused_sweep_cuda.cu", FUSED_FLAGS, ("sm_90a",)),
+    CudaSource("csrc/fused_weigh_cuda.cu", FUSED_FLAGS, ("sm_90a",)),
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--threads", "0"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Those that nvcc knows. Code for sm_80 runs on 8.7, too, code for sm_100 on 10.3; the last one's
@@ -164,6 +172,25 @@ def find_toolkit(torch_version: str, torch_cuda: str | None) -> Toolkit:
     return Toolkit(nvcc, version, folders, architectures)
 
 
+def cutlass_headers() -> Path | None:
+    """Of a checkout, $CUTLASS_PATH, or of the package nvidia-cutlass."""
+    sources = [Path(os.environ["CUTLASS_PATH"])] if os.environ.get("CUTLASS_PATH") else []
+    if spec := importlib.util.find_spec("cutlass_library"):  # not imported: it is a generator
+        sources += [Path(place) / "source" for place in spec.submodule_search_locations or ()]
+    headers = (source / "include" for source in sources)
+    return next((path for path in headers if (path / "cutlass/cutlass.h").exists()), None)
+
+
+def cuda_sources(architectures: Collection[str]) -> list[CudaSource]:
+    """The engine, and the fused kernels where CUTLASS is found and their card is asked for."""
+    cutlass = cutlass_headers()
+    if cutlass is None or not {"sm_90", "sm_90a"} & set(architectures):
+        return [ENGINE]
+    include = ("-I", str(cutlass))
+    fused = [source._replace(flags=(*source.flags, *include)) for source in FUSED]
+    return [ENGINE._replace(flags=("-DFASTCLIP_FUSED=1",)), *fused]
+
+
 def compile_cuda(toolkit: Toolkit, source: CudaSource, folder: Path) -> str:
     """An object; the earlier one, if neither command nor sources have changed since."""
     target = folder / f"{Path(source.path).stem}.o"
@@ -255,7 +282,8 @@ def extension_arguments() -> dict[str, Any]:
 
             toolkit, sources = None, []
             try:  # first: what stops the build should do so before minutes of compiling
-                toolkit, sources = find_toolkit(torch.__version__, torch.version.cuda), CUDA_SOURCES
+                toolkit = find_toolkit(torch.__version__, torch.version.cuda)
+                sources = cuda_sources(toolkit.architectures)
             except NoCuda as reason:
                 leave_out_cuda(extension, reason)
             folder = Path(self.build_temp) / "cuda"

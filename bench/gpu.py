@@ -28,7 +28,10 @@ def _files(*promises: str) -> tuple[str, ...]:
 
 # What only a card can show, to the end; then the losses' own tests, thousands of small kernels to
 # compile, as far as the time goes.
-CARD_TESTS = _files("gpu", "triton_blocks", "triton_switch", "triton_finish", "errors")
+CARD_TESTS = _files(
+    "gpu", "gpu_engine_blocks", "gpu_engine_switch", "gpu_engine_finish", "gpu_engine_operators",
+    "errors",
+)  # fmt: skip
 LOSS_TESTS = _files(
     "determinism", "gradients_requested", "shapes", "parts_of_a_block", "kept_products", "blocks",
     "accuracy",

@@ -12,7 +12,7 @@ using SweepLayout = Layout<kSweepTile>;
 template <class Loss, class Element>
 void sweep(const Part& part, const Folding& folding) {
   using Kernel = typename Product<Fold<Loss, Element, SweepLayout>, SweepLayout, void>::Kernel;
-  launch<Kernel>("fused_sweep", part, {{part, folding}});
+  launch<Kernel>("fused_sweep", part, {{part, folding}, nullptr, {}, nullptr, {}});
 }
 
 }  // namespace fused

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "call_cpu.h"
+#include "engine_cuda.h"
 #include "workspace.h"
 
 namespace fastclip {
@@ -82,10 +83,11 @@ pybind11::dict build_info() {
       false;
 #endif
 #ifdef FASTCLIP_CUDA_VERSION
-  pybind11::dict cuda;
-  cuda["version"] = FASTCLIP_CUDA_VERSION;
-  cuda["architectures"] = std::vector<std::string>{FASTCLIP_CUDA_ARCHITECTURES};
-  info["cuda"] = cuda;
+  pybind11::dict engine;
+  engine["version"] = FASTCLIP_CUDA_VERSION;
+  engine["architectures"] = std::vector<std::string>{FASTCLIP_CUDA_ARCHITECTURES};
+  engine["fused"] = cuda::has_fused();
+  info["cuda"] = engine;
 #else
   info["cuda"] = false;
   info["why_no_cuda"] = FASTCLIP_WHY_NO_CUDA;

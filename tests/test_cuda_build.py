@@ -81,16 +81,13 @@ def kernels(log: str) -> list[Kernel]:
 
 @needs_nvcc
 def test_kernels_stay_in_registers(setup: SimpleNamespace) -> None:
-    cases = [
-        (source, architecture)
-        for source in setup.CUDA_SOURCES
-        for architecture in source.architectures or ("sm_80", "sm_90", "sm_100")
-    ]
+    """The fused ones are test_cuda_fused.py's."""
+    cards = ("sm_80", "sm_90", "sm_100")
     with ThreadPoolExecutor(2) as pool:
-        logs = pool.map(lambda case: compile_for(setup, *case), cases)
-        found = {case: kernels(log) for case, log in zip(cases, logs, strict=True)}
+        logs = pool.map(lambda card: compile_for(setup, setup.ENGINE, card), cards)
+        found = {card: kernels(log) for card, log in zip(cards, logs, strict=True)}
     assert all(found.values())
-    bad = [(case, k) for case, ks in found.items() for k in ks if k.stack or k.spilled]
+    bad = [(card, k) for card, those in found.items() for k in those if k.stack or k.spilled]
     assert not bad, bad
 
 
@@ -331,3 +328,33 @@ def test_the_command_has_each_card_and_the_units_own_flags(
     for code, virtual in (("sm_80", "80"), ("sm_90a", "90a"), ("compute_120", "120")):
         assert f"-gencode arch=compute_{virtual},code={code}" in first
     assert second.count("-gencode") == 1 and "arch=compute_90a,code=sm_90a" in second
+
+
+def test_fused_kernels_join_where_cutlass_is_and_their_card_is_asked_for(
+    setup: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("CUTLASS_PATH", raising=False)
+    assert setup.cuda_sources(["sm_80", "sm_90"]) == [setup.ENGINE]
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    assert setup.cuda_sources(["sm_90"]) == [setup.ENGINE]  # nothing there
+    (tmp_path / "include/cutlass").mkdir(parents=True)
+    (tmp_path / "include/cutlass/cutlass.h").touch()
+    assert setup.cuda_sources(["sm_80", "sm_100"]) == [setup.ENGINE]
+    engine, *fused = setup.cuda_sources(["sm_80", "sm_90a"])
+    assert engine == setup.ENGINE._replace(flags=("-DFASTCLIP_FUSED=1",))
+    assert [source.path for source in fused] == [
+        "csrc/fused_sweep_cuda.cu", "csrc/fused_weigh_cuda.cu"
+    ]  # fmt: skip
+    for source in fused:
+        assert source.architectures == ("sm_90a",)
+        assert source.flags[-2:] == ("-I", str(tmp_path / "include"))
+        assert (ROOT / source.path).exists()
+
+    # The package's place in it is another.
+    monkeypatch.delenv("CUTLASS_PATH")
+    place = tmp_path / "cutlass_library"
+    shutil.copytree(tmp_path / "include", place / "source/include")
+    spec = SimpleNamespace(submodule_search_locations=[str(place)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert setup.cutlass_headers() == place / "source/include"

@@ -211,7 +211,7 @@ Errors run_case(char** given) {
     const float m = std::ceil(float(p.scale * 1.4427 * (has_factors ? 1.44 : 1)));
     p.reference_x.assign(size_t(p.rows), m), p.reference_y.assign(size_t(p.columns), m);
     if (references == "two") {
-      for (int64_t i = 0; i < p.rows; i++) p.reference_x[size_t(i)] -= float(i % 5);
+      for (int64_t i = 0; i < p.rows; i++) p.reference_x[size_t(i)] += float(i % 5);
       for (int64_t j = 0; j < p.columns; j++) p.reference_y[size_t(j)] += float(j % 3);
     }
   }
