@@ -23,11 +23,11 @@ __device__ __forceinline__ void exchange(float (&sum)[kSums], int lane, int bit)
 }
 
 template <int kCount>
-__device__ __forceinline__ float sum_of(const float* v, int step) {
+__device__ __forceinline__ float sum_of(const float* v) {
   if constexpr (kCount == 1) {
     return *v;
   } else {
-    return sum_of<kCount / 2>(v, step) + sum_of<kCount / 2>(v + kCount / 2 * step, step);
+    return sum_of<kCount / 2>(v) + sum_of<kCount / 2>(v + kCount / 2);
   }
 }
 
@@ -81,7 +81,7 @@ struct Fold : Share<Layout, 1> {
       CUTLASS_PRAGMA_UNROLL
       for (int q = 0; q < Layout::kFragment; q++)
         if (second_row(q) == r) of_row[slot(q)] = e[q];
-      const float sum = sum_of<Layout::kSlots>(of_row, 1);
+      const float sum = sum_of<Layout::kSlots>(of_row);
       row_sum[2 * band + r] = piece == 0 ? sum : row_sum[2 * band + r] + sum;
       CUTLASS_PRAGMA_UNROLL
       for (int s = 0; s < Layout::kSlots; s++)

@@ -57,8 +57,7 @@ struct Product {
 // the grid, which it rounds up.
 inline int square_edge(int64_t tiles_m, int64_t tiles_n) {
   for (int edge = 8; edge > 1; edge /= 2)
-    if ((tiles_m + edge - 1) / edge * edge * 16 <= tiles_m * 17 &&
-        (tiles_n + edge - 1) / edge * edge * 16 <= tiles_n * 17)
+    if (tiles_of(tiles_m, edge) * edge * 16 <= tiles_m * 17 && tiles_of(tiles_n, edge) * edge * 16 <= tiles_n * 17)
       return edge;
   return 1;
 }
@@ -92,9 +91,9 @@ void launch(const char* name, const Part& part, const typename Kernel::EpilogueA
   arguments.epilogue = epilogue;
   arguments.hw_info.device_id = device;
   arguments.hw_info.sm_count = processors;
-  const auto tiles = [](int64_t lines, int edge) { return (lines + edge - 1) / edge; };
-  arguments.scheduler.max_swizzle_size = square_edge(tiles(part.rows, cute::size<0>(typename Kernel::TileShape{})),
-                                                     tiles(part.columns, cute::size<1>(typename Kernel::TileShape{})));
+  const auto tile = typename Kernel::TileShape{};
+  arguments.scheduler.max_swizzle_size =
+      square_edge(tiles_of(part.rows, cute::size<0>(tile)), tiles_of(part.columns, cute::size<1>(tile)));
 
   const auto kernel = cutlass::device_kernel<Kernel>;
   const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);

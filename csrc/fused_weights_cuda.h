@@ -71,7 +71,7 @@ struct Weigh : Share<Layout, Loss::kNeedsState ? 4 : 3> {
   template <bool kSimple, class Accumulator>
   __device__ __forceinline__ auto weights_of(const Accumulator& accumulator, int band, int piece) {
     const Affine<float>& k = uniform.k;
-    cutlass::Array<Element, Layout::kFragment> written;
+    cutlass::Array<float, Layout::kFragment> written;  // CUTLASS rounds, to nearest
     CUTLASS_PRAGMA_UNROLL
     for (int q = 0; q < Layout::kFragment; q++) {
       const int r = 2 * band + second_row(q), s = slot(q);
@@ -90,7 +90,7 @@ struct Weigh : Share<Layout, Loss::kNeedsState ? 4 : 3> {
       if (!kSimple && !this->is_negative(q, band, piece)) w = 0;
       sum_w += w;
       sum_wt += w * t;
-      written[q] = Element(w * (this->row[kSpread][r] * this->column[kSpread][s]));
+      written[q] = w * (this->row[kSpread][r] * this->column[kSpread][s]);
     }
     return written;
   }

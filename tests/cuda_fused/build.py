@@ -111,6 +111,13 @@ def emulator() -> Path:
     return program("emulate", ["-O1", "-DNDEBUG", "-Wno-unknown-pragmas"], [context], [])
 
 
+def emulated_kernels() -> Path:
+    """A library with both of them, for the emulated engine."""
+    context = HERE.parent / "cuda_emulation" / "context.h"
+    flags = ["-O1", "-DNDEBUG", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-fvisibility=hidden"]
+    return program("kernels", flags, [context], [])
+
+
 class Kernel(NamedTuple):
     name: str
     instructions: list[str]

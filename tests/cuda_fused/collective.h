@@ -100,7 +100,7 @@ class Collective {
         callbacks.reduce(storage_of_pieces, barrier, band, piece, is_last, values);
         for (int q = 0; q < kFragment; q++) {
           const auto at = tRS_cD_mn(_, _, _, band, piece)(q);
-          written(int(get<0>(at)), int(get<1>(at)), float(values[q]));
+          written(int(get<0>(at)), int(get<1>(at)), float(Element(values[q])));
         }
         callbacks.postreduce(band, piece, 0, true);
         callbacks.end_loop(band, piece);

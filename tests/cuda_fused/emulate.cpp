@@ -30,7 +30,7 @@ struct Errors {
 
 void note(double& worst, double got, double truth, double size) {
   const double error = got == truth ? 0 : std::fabs(got - truth) / std::fmax(size, kLeast);
-  worst = std::fmax(worst, std::isnan(error) ? 1e300 : error);
+  worst = std::fmax(worst, std::isfinite(error) ? error : 1e300);
 }
 
 // A device's array with a margin that nobody may write to.

@@ -1,0 +1,64 @@
+"""The emulated CUDA engine with the fused epilogues in it: both sweeps against the dense truth.
+
+    python engine.py     prints how often each fused kernel ran, and the second with two references
+
+A process of its own, since torch takes one implementation of an operator.
+"""
+
+import ctypes
+import itertools
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cuda_case
+from cuda_fused import build
+
+KERNELS = build.emulated_kernels()
+
+
+def link_fused() -> None:
+    """Makes cuda_case's library anew, with the fused path and its kernels."""
+    # It tells apart what its own sources make, and of the kernels' library it keeps the path.
+    cuda_case.FOLDER = build.FOLDER / f"engine-of-{KERNELS.name}"
+    cuda_case.UNITS["engine_cuda.cu"].append("-DFASTCLIP_FUSED=1")
+    run = cuda_case.run
+
+    def run_with_kernels(command: list[str]) -> None:
+        run([*command, str(KERNELS)] if "-shared" in command else command)
+
+    cuda_case.run = run_with_kernels
+    os.environ["FASTCLIP_CUDA_TILES"] = "fused"
+
+
+def main() -> None:
+    kernels = ctypes.CDLL(str(KERNELS))
+    link_fused()
+    cuda_case.emulated()
+
+    from dense_block import DTYPES, LOSSES, make_block
+    from gpu_engine_case import check
+
+    halves = DTYPES["bfloat16"], DTYPES["float16"]
+    shapes = [(129, 257, 16, 3), (300, 130, 24, -140), (1, 300, 8, 299), (140, 1, 8, 0)]
+    for loss, dtype, (m, n, d, offset) in itertools.product(LOSSES, halves, shapes):
+        for factors in ((False, False), (True, True)):
+            block = make_block(m, n, d, dtype, loss=loss, offset=offset, factors=factors)
+            check("cuda", block, what=f"{loss} {dtype} {m} x {n} {factors=}")
+    # Chunks, whose positives, factors and weights begin anywhere.
+    with cuda_case.chunks(128, 144):
+        for loss, dtype in itertools.product(LOSSES, halves):
+            block = make_block(200, 300, 16, dtype, loss=loss, offset=60, factors=(True, False))
+            check("cuda", block, what=f"{loss} {dtype} in chunks")
+    # So large a scale that every line has its own reference.
+    for dtype in halves:
+        block = make_block(150, 140, 16, dtype, scale=500.0)
+        check("cuda", block, what=f"{dtype} two references")
+    counts = ("emulated_sweeps", "emulated_weighs", "emulated_differ")
+    print(*(ctypes.c_int.in_dll(kernels, name).value for name in counts))
+
+
+if __name__ == "__main__":
+    main()
