@@ -118,6 +118,8 @@ def cuda_architectures(asked: str, known: Collection[str]) -> list[str]:
     """What TORCH_CUDA_ARCH_LIST asks for, if anything; known: what nvcc compiles for."""
     if not asked.strip():
         served = [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
+        if not served:
+            raise NoCuda(f"this nvcc compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
         return [*(f"sm_{number}" for number in served), f"compute_{served[-1]}"]
     found = []
     for name in re.split(r"[;,\s]+", asked.strip(" ;,")):

@@ -22,7 +22,7 @@ struct Chunk {
   bool kept;  // its products are in the kept ones' memory
 };
 
-std::vector<Chunk> chunks_of(int64_t m, int64_t n, int64_t kept_rows) {
+inline std::vector<Chunk> chunks_of(int64_t m, int64_t n, int64_t kept_rows) {
   const ChunkShape shape = chunk_shape();
   std::vector<Chunk> chunks;
   for (int64_t row = 0; row < m;) {
@@ -35,7 +35,7 @@ std::vector<Chunk> chunks_of(int64_t m, int64_t n, int64_t kept_rows) {
   return chunks;
 }
 
-int64_t stride_of(int64_t columns) { return cdiv(columns, kStrideUnit) * kStrideUnit; }
+inline int64_t stride_of(int64_t columns) { return cdiv(columns, kStrideUnit) * kStrideUnit; }
 
 template <class T>
 T* allocate(Library& library, int64_t count) {

@@ -43,6 +43,7 @@ void sweep_and_weigh(const Block& block, double* positive, const Weighing& weigh
   if (needs_state(block.loss))
     throw std::invalid_argument("only a loss whose weights need no state can be swept and weighed in one go");
   Work w(block, library);
+  w.b.fused = false;  // no fused kernel folds and weighs; each of the two would make the products once more
   FirstSweep first(w, chunks_of(w.m(), w.n(), 0), positive);
   SecondSweep second(w, weighing, true);
   second.run(&first);

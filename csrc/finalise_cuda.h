@@ -7,7 +7,8 @@ namespace fastclip {
 namespace cuda {
 
 // The least R + P of a line that one reference can serve: what such a line lost lies below fp32's resolution of it.
-constexpr double kLeast = 0x1p-78, kLargest = 0x1p127;
+// Of one above 2^125 the coefficient, 1 / (R + P), comes close to where floats are flushed to zero.
+constexpr double kLeast = 0x1p-78, kLargest = 0x1p125;
 
 // Rows or columns of a part, and where their states lie. A line's sums in several parts add up in its state: the
 // stream runs one part after another.

@@ -95,8 +95,11 @@ class Torch final : public cuda::Library {
         return;
       } catch (const c10::OutOfMemoryError&) {
         throw;
-      } catch (const c10::Error&) {
-        in_place = false;  // a torch whose addmm adds to half precision only
+      } catch (const c10::Error& error) {
+        // A torch whose addmm adds to half precision only says so before it launches anything. Whatever else went wrong
+        // must show.
+        if (std::string_view(error.what_without_backtrace()).find("dtype") == std::string_view::npos) throw;
+        in_place = false;
       }
     }
     result.add_(at::mm(left, right, at::kFloat));

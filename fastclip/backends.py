@@ -193,6 +193,13 @@ def _serves(backend: str, device: torch.device) -> bool:
     return device.type in _SERVED.get(backend, (device.type,))
 
 
+def _state(backend: str, device: torch.device) -> str | None:
+    """"available", the reason why not, or None for a name that is no backend's."""
+    if backend in _FINDERS:
+        return _status(backend, device.index if device.type == "cuda" else None)
+    return {"cpu": _CPU_STATUS, "torch": AVAILABLE, "reference": AVAILABLE}.get(backend)
+
+
 def _default(device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
     if device.type == "cpu":
         reason = _CPU_STATUS
@@ -225,16 +232,17 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int
         backend = _asked()
     if backend is None:
         return _default(device, dtype, n, d)
-    status = backends()
-    if backend in _FINDERS and device.type == "cuda":
-        status[backend] = _status(backend, device.index)
-    if status.get(backend) == AVAILABLE and _serves(backend, device):
+    # Of this one alone: asking for all of them would start CUDA where nobody wants it, and fail in a
+    # process that was forked from one that uses it.
+    state = _state(backend, device)
+    if state == AVAILABLE and _serves(backend, device):
         return "torch" if backend in _FINDERS and dtype == torch.float64 else backend
+    status = backends()
     available = ", ".join(repr(name) for name, reason in status.items() if reason == AVAILABLE)
     if backend not in status:
         rule = f"backend must be None or one of {', '.join(map(repr, status))}"
-    elif status[backend] != AVAILABLE:
-        rule = f"backend {backend!r} cannot run here ({status[backend]})"
+    elif state != AVAILABLE:
+        rule = f"backend {backend!r} cannot run here ({state})"
     else:
         kind = {"cpu": "CPU", "cuda": "CUDA"}[_SERVED[backend][0]]
         rule = f"backend {backend!r} takes {kind} tensors, got tensors on {device}"

@@ -254,3 +254,14 @@ def test_importing_and_asking_touches_no_card() -> None:
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_a_named_backend_asks_for_no_other(fresh: pytest.MonkeyPatch, name: str) -> None:
+    """In a process forked from one that uses CUDA, looking at the card is an error."""
+
+    def refuse(engine: str, device: int | None) -> str:
+        raise AssertionError(f"asked for {engine}")
+
+    fresh.setattr(module, "_status", refuse)
+    assert module.choose(name, CPU, torch.float32, 8, 8) == name

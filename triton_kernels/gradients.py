@@ -33,7 +33,10 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # a torch whose addmm adds to half precision only
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        # A torch whose addmm adds to half precision only.
         out += torch.mm(a, b, out_dtype=out.dtype)
 
 

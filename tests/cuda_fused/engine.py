@@ -39,7 +39,7 @@ def main() -> None:
     cuda_case.emulated()
 
     from dense_block import DTYPES, LOSSES, make_block
-    from gpu_engine_case import check
+    from gpu_engine_case import check, check_in_one_go
 
     halves = DTYPES["bfloat16"], DTYPES["float16"]
     shapes = [(129, 257, 16, 3), (300, 130, 24, -140), (1, 300, 8, 299), (140, 1, 8, 0)]
@@ -52,6 +52,9 @@ def main() -> None:
         for loss, dtype in itertools.product(LOSSES, halves):
             block = make_block(200, 300, 16, dtype, loss=loss, offset=60, factors=(True, False))
             check("cuda", block, what=f"{loss} {dtype} in chunks")
+    # Both sweeps in one go are no fused kernel's: partial sums are laid out as those of another.
+    for dtype in halves:
+        check_in_one_go("cuda", make_block(140, 200, 16, dtype, loss="sigmoid", offset=30))
     # So large a scale that every line has its own reference.
     for dtype in halves:
         block = make_block(150, 140, 16, dtype, scale=500.0)
