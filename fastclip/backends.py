@@ -194,7 +194,7 @@ def _serves(backend: str, device: torch.device) -> bool:
 
 
 def _state(backend: str, device: torch.device) -> str | None:
-    """"available", the reason why not, or None for a name that is no backend's."""
+    """ "available", the reason why not, or None for a name that is no backend's."""
     if backend in _FINDERS:
         return _status(backend, device.index if device.type == "cuda" else None)
     return {"cpu": _CPU_STATUS, "torch": AVAILABLE, "reference": AVAILABLE}.get(backend)
@@ -232,8 +232,8 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int
         backend = _asked()
     if backend is None:
         return _default(device, dtype, n, d)
-    # Of this one alone: asking for all of them would start CUDA where nobody wants it, and fail in a
-    # process that was forked from one that uses it.
+    # Of this one alone: asking for all of them would start CUDA where nobody wants it, and fail in
+    # a process that was forked from one that uses it.
     state = _state(backend, device)
     if state == AVAILABLE and _serves(backend, device):
         return "torch" if backend in _FINDERS and dtype == torch.float64 else backend

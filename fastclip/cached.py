@@ -45,6 +45,14 @@ class _Encoded(NamedTuple):
             )
         return cls((outputs[0], outputs[1]), tuple(outputs[2:]), None)
 
+    def check_shared(self) -> None:
+        for value in self.shared:
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(
+                    "what the model returns besides features must be shared by all pairs, one "
+                    f"number such as logit_scale, got shape {tuple(value.shape)}"
+                )
+
     def call(self, loss: Callable[..., Any]) -> Tensor:
         values = (*self.towers, *self.shared)
         if self.names is None:
@@ -84,28 +92,43 @@ def cached_step(
         The loss, detached. Parameters' gradients are added to, as `backward` does.
 
     Raises:
-        ValueError: a micro_batch below 1, inputs of different length, or a model that returns
-            something else.
+        ValueError: a micro_batch below 1, inputs of different length, a model that returns
+            something else, or DDP with a static graph, which allows one backward a step.
     """
+    if getattr(model, "static_graph", False):
+        raise ValueError(
+            "DDP must have static_graph=False for cached_step, which runs backward several times a "
+            "step, got True"
+        )
     micro_batches = list(_split(inputs, micro_batch))
+    devices = _devices(model, inputs)
     states = []
     with torch.no_grad():
         encoded = []
         for rows in micro_batches:
-            states.append(_RandomState(inputs))
+            states.append(_RandomState(devices))
             encoded.append(_Encoded.of(model(*rows)))
+            encoded[-1].check_shared()
     whole = _Encoded(
-        tuple(_leaf(torch.cat(parts)) for parts in zip(*(e.towers for e in encoded), strict=True)),
+        tuple(
+            torch.cat(parts).requires_grad_()
+            for parts in zip(*(e.towers for e in encoded), strict=True)
+        ),
         tuple(_leaf(s) if isinstance(s, Tensor) else s for s in encoded[0].shared),
         encoded[0].names,
     )
+    del encoded
     check_features(*whole.towers)
     with torch.enable_grad():
         value = whole.call(loss)
     (value if scaler is None else scaler.scale(value)).backward()
-    of_rows = [tower.grad.split([len(rows[0]) for rows in micro_batches]) for tower in whole.towers]
+    sizes = [len(rows[0]) for rows in micro_batches]
+    of_rows = [
+        [None] * len(sizes) if tower.grad is None else tower.grad.split(sizes)
+        for tower in whole.towers
+    ]
     last = len(micro_batches) - 1
-    with _restored(inputs):
+    with _restored(devices):
         for index, (rows, state) in enumerate(zip(micro_batches, states, strict=True)):
             state.set()
             with nullcontext() if index == last else _without_exchange(model):
@@ -156,15 +179,23 @@ def _fsdp_without_exchange(model: Any) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-class _RandomState:
-    """Of the CPU's generator and of those of the inputs' devices."""
+def _devices(model: Any, inputs: tuple[Tensor, ...]) -> list[torch.device]:
+    """Where a model may draw random numbers, besides the CPU: it may move its inputs itself."""
+    found = {x.device for x in inputs}
+    if isinstance(model, torch.nn.Module):
+        found |= {t.device for t in (*model.parameters(), *model.buffers())}
+    if torch.cuda.is_initialized():
+        found.add(torch.device("cuda", torch.cuda.current_device()))
+    return [device for device in found if device.type not in ("cpu", "meta")]
 
-    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+
+class _RandomState:
+    """Of the CPU's generator and of those of some devices."""
+
+    def __init__(self, devices: list[torch.device]) -> None:
         self.cpu = torch.get_rng_state()
         self.devices = {
-            x.device: torch.get_device_module(x.device).get_rng_state(x.device)
-            for x in inputs
-            if x.device.type != "cpu"
+            device: torch.get_device_module(device).get_rng_state(device) for device in devices
         }
 
     def set(self) -> None:
@@ -174,9 +205,9 @@ class _RandomState:
 
 
 @contextmanager
-def _restored(inputs: tuple[Tensor, ...]) -> Iterator[None]:
+def _restored(devices: list[torch.device]) -> Iterator[None]:
     """The generators go on from where the first encoding left them."""
-    after = _RandomState(inputs)
+    after = _RandomState(devices)
     try:
         yield
     finally:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backends import choose
 from .function import Plan
 from .inputs import budget_of, check_features, product_dtype, scalar
-from .shard import Shard, agree, refuse, uncompiled
+from .shard import Shard, agree, check_world, refuse, uncompiled
 from .sharded import Sharing, sharded_loss
 
 LOSSES = ("softmax", "sigmoid")
@@ -71,8 +72,9 @@ def clip_loss(
     the forward and for the backward, and gradients come home: `2 (R - 1) b D E + 4 R b D`.
 
     Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,
-        dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. RuntimeError
-        without an initialised process group.
+        dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. In a group that
+        moves GPU tensors alone (NCCL without gloo beside it) only the first call of each kind
+        compares. RuntimeError without an initialised process group.
     """
     return shared_loss(
         "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
@@ -114,10 +116,19 @@ def shared_loss(
     loss: str, x: Tensor, y: Tensor, logit_scale: Tensor | float,
     logit_bias: Tensor | float | None, process_group: dist.ProcessGroup | None, sharing: Sharing,
     uneven: bool, normalize: bool = False, backend: str | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | None = None, world: tuple[str, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """What every loss across processes calls: checks, an agreement among ranks, the loss."""
+    """What every loss across processes calls: checks, an agreement among ranks, the loss.
+
+    world: of a module its name, and the rank and world size that it was told.
+    """
+    alike = {
+        "loss": LOSSES.index(loss), "normalize": int(normalize),
+        **{name: int(value) for name, value in sharing._asdict().items()},
+    }  # fmt: skip
     try:
+        if world is not None:
+            check_world(*world, process_group)
         check_features(x, y)
         scale = scalar("logit_scale", logit_scale, x)
         bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
@@ -127,12 +138,13 @@ def shared_loss(
             raise ValueError("backend must be an engine, which the dense 'reference' is not")
         budget = budget_of(memory_budget, x.device)
     except (TypeError, ValueError):
-        refuse(process_group, x.device if isinstance(x, Tensor) else torch.device("cpu"))
+        refuse(process_group, len(alike) + 1)
         raise
     inputs = (x, y, scale, bias)
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    options = (LOSSES.index(loss), int(normalize), *map(int, sharing))
-    shard = agree(process_group, x, y, wants, options, uneven)
+    # Autocast may be on for some ranks alone.
+    alike["dtype of products"] = dtype
+    shard = agree(process_group, x, y, wants, uneven, **alike)
     plan = Plan(loss, engine, dtype, normalize, "mean", budget)
     return sharded_loss(*inputs, plan, shard, sharing)
 
@@ -143,9 +155,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
         ctx.shard = shard
-        return shard.gather(x)
+        return shard.gather(x).clone() if shard.world_size == 1 else shard.gather(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return ctx.shard.scatter_sum(g), None
 
@@ -156,21 +169,41 @@ def gather_features(
     text_features: Tensor,
     local_loss: bool = False,
     gather_with_grad: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    use_horovod: bool = False,
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """open_clip's function of that name: both towers' features of all ranks, (B, D).
 
-    With `gather_with_grad` differentiable; else only own rows are, and not with `local_loss`. For
-    losses of one's own: those of this library never hold more than one tower's.
+    With `gather_with_grad` differentiable, once; else only own rows are, and not with
+    `local_loss`. rank and world_size may be left out. For losses of one's own: those of this
+    library never hold more than one tower's.
     """
+    alike = {"local_loss": int(local_loss), "gather_with_grad": int(gather_with_grad)}
+    try:
+        if use_horovod:
+            raise ValueError("use_horovod must be False, got True: use torch.distributed")
+        if rank is not None and world_size is not None:
+            check_world("gather_features", rank, world_size, process_group)
+        check_features(image_features, text_features)
+    except (TypeError, ValueError):
+        refuse(process_group, len(alike))
+        raise
     towers = image_features, text_features
-    wants = any(t.requires_grad for t in towers)
-    shard = agree(process_group, *towers, wants and torch.is_grad_enabled(), (), False)
+    wants = torch.is_grad_enabled() and any(t.requires_grad for t in towers)
+    shard = agree(process_group, *towers, wants, False, **alike)
     if gather_with_grad:
+        needed = (shard.needs_x and wants, shard.needs_y and wants)
+        # A tower that is frozen on this rank alone takes part in the others' gradients.
+        towers = tuple(
+            t if t.requires_grad or not needs else t.detach().requires_grad_()
+            for t, needs in zip(towers, needed, strict=True)
+        )
         images, texts = (_Gather.apply(t, shard) for t in towers)
         return images, texts
-    gathered = [shard.gather(t.detach()) for t in towers]
+    gathered = [shard.gather(t.detach()).clone() for t in towers]
     if not local_loss:
         for every, own in zip(gathered, towers, strict=True):
             every[shard.mine] = own

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from .distributed import gather_features, shared_loss
 from .functional import clip_loss, siglip_loss
-from .shard import check_world
 from .sharded import Sharing
 
 
-def _overrides(loss: nn.Module, base: type[nn.Module]) -> bool:
+def _overrides(loss: nn.Module, base: type[nn.Module], others: tuple[str, ...] = ()) -> bool:
     """Whether a subclass makes logits or labels of its own: then they must be made, densely."""
     return any(
         getattr(type(loss), name) is not getattr(base, name)
-        for name in ("get_logits", "get_ground_truth")
+        for name in ("get_logits", "get_ground_truth", *others)
     )
 
 
@@ -117,7 +116,8 @@ class ClipLoss(nn.Module):
             return logits, logits.T
         images, texts = gather_features(
             image_features, text_features, local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad, process_group=self.process_group,
+            gather_with_grad=self.gather_with_grad, rank=self.rank, world_size=self.world_size,
+            process_group=self.process_group,
         )  # fmt: skip
         if not self.local_loss:
             logits = _dense_logits(images, texts, logit_scale, logit_bias)
@@ -137,17 +137,18 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or `{"contrastive_loss": loss}`."""
         inputs = (image_features, text_features, logit_scale, logit_bias)
-        if self.world_size > 1:
-            check_world("ClipLoss", self.rank, self.world_size, self.process_group)
-            if self.local_loss and not self.gather_with_grad:
-                _warn_of_direction()
+        if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
+            _warn_of_direction()
         if _overrides(self, ClipLoss):
             per_image, per_text = self.get_logits(*inputs)
             labels = self.get_ground_truth(image_features.device, per_image.shape[0])
             loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
         elif self.world_size > 1:
             sharing = Sharing(not self.local_loss, self.gather_with_grad, self.ring)
-            loss = shared_loss("softmax", *inputs, self.process_group, sharing, self.uneven)
+            world = ("ClipLoss", self.rank, self.world_size)
+            loss = shared_loss(
+                "softmax", *inputs, self.process_group, sharing, self.uneven, world=world
+            )
         else:
             loss = clip_loss(*inputs)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -242,8 +243,9 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None,
     ) -> Tensor:
         _, texts = gather_features(
-            image_features, text_features, gather_with_grad=True, process_group=self.process_group
-        )
+            image_features, text_features, gather_with_grad=True, rank=self.rank,
+            world_size=self.world_size, process_group=self.process_group,
+        )  # fmt: skip
         loss = self._loss(image_features, text_features, logit_scale, logit_bias)
         for rank, others in enumerate(texts.chunk(self.world_size)):
             if rank != self.rank:
@@ -265,10 +267,12 @@ class SigLipLoss(nn.Module):
         if self.world_size == 1:
             loss = self._loss(*inputs)
         else:
-            check_world("SigLipLoss", self.rank, self.world_size, self.process_group)
-            if _overrides(self, SigLipLoss):
+            if _overrides(self, SigLipLoss, ("_loss",)):
                 loss = self._dense_across(*inputs)
             else:
                 sharing = Sharing(ring=self.dist_impl in ("bidir", "shift"))
-                loss = shared_loss("sigmoid", *inputs, self.process_group, sharing, self.uneven)
+                world = ("SigLipLoss", self.rank, self.world_size)
+                loss = shared_loss(
+                    "sigmoid", *inputs, self.process_group, sharing, self.uneven, world=world
+                )
         return {"contrastive_loss": loss} if output_dict else loss

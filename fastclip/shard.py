@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .operands import FLOATING
 
-_FIELDS = ("batch", "width", "dtype", "needs_x", "needs_y", "needs_any", "options")
-
 
 class Shard(NamedTuple):
     """Rows `start` .. `start + sizes[rank]` of the batch are this rank's."""
@@ -63,7 +61,7 @@ class Shard(NamedTuple):
         most = max(self.sizes)
         x = _padded(x, most)
         out = x.new_empty((self.world_size * most, *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x, group=self.group)
+        all_gather(out, x, self.group)
         if self.is_even:
             return out
         return torch.cat([p[:size] for p, size in zip(out.split(most), self.sizes, strict=True)])
@@ -76,7 +74,7 @@ class Shard(NamedTuple):
         if not self.is_even:
             x = torch.cat([_padded(part, most) for part in x.split(self.sizes)])
         out = x.new_empty((most, *x.shape[1:]))
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group)
+        reduce_scatter(out, x.contiguous(), self.group)
         return out[: self.sizes[self.rank]]
 
     def sum(self, x: Tensor) -> Tensor:
@@ -97,7 +95,7 @@ class Shard(NamedTuple):
         if self.world_size == 1:
             return x.reshape(1)
         out = x.new_empty(self.world_size)
-        dist.all_gather_into_tensor(out, x.reshape(1).contiguous(), group=self.group)
+        all_gather(out, x.reshape(1).contiguous(), self.group)
         return out
 
     def by_pair(self, x: Tensor) -> Tensor:
@@ -106,6 +104,17 @@ class Shard(NamedTuple):
             return x.repeat_interleave(self.sizes[0], output_size=self.batch)
         counts = torch.tensor(self.sizes, device=x.device)
         return x.repeat_interleave(counts, output_size=self.batch)
+
+
+def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    # torch 2.13 has new names for these two, and warns of the old ones.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(out, x, group=group)
+
+
+def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    new, old = "reduce_scatter_single", "reduce_scatter_tensor"
+    getattr(dist, new if hasattr(dist, new) else old)(out, x, group=group)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
@@ -155,90 +164,111 @@ def check_world(
         )
 
 
-# What ranks agreed upon with groups that move tensors of the device alone, where reading an answer
-# would wait for the device: the first call's, for what this rank brings.
+# What ranks agreed upon where an exchange at every call would wait for the device: the first
+# call's, for what this rank brings.
 _AGREED: dict[tuple[object, ...], Shard] = {}
+_REFUSED = -1
 
 
 def agree(
-    process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, needs_any: bool,
-    options: tuple[int, ...], uneven: bool,
+    process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, needs_any: bool, uneven: bool,
+    **alike: int | torch.dtype,
 ) -> Shard:  # fmt: skip
     """The shard of paired features x, y (b, D), after every rank saw that all of them fit.
 
-    On CPUs the ranks compare what they bring at every call. On GPUs the first call of each kind
-    compares and later ones rely on it, unless `uneven` asks for the sizes at every call, which
-    waits for the device.
+    Ranks compare what they bring at every call, through CPU memory where the group has a backend
+    for that (gloo, or `init_process_group` without a backend, which takes one for each device). In
+    a group that moves GPU tensors alone, reading an answer waits for the device: there the first
+    call of each kind compares and later ones rely on it, unless `uneven` asks for sizes each time.
 
-    options: what the ranks must have in common besides, as small numbers.
+    alike: what the ranks must have in common besides.
 
     Raises, on every rank:
         ValueError: widths, dtypes or options that differ, or sizes, unless `uneven` allows that; a
             rank without anything to differentiate, for whose backward the others would wait.
     """
     group = group_of(process_group)
-    needs = (x.requires_grad, y.requires_grad, needs_any)
-    code = 0
-    for option in options:
-        code = 8 * code + option
-    mine = (x.shape[0], x.shape[1], FLOATING.index(x.dtype), *map(int, needs), code)
-    key = (group, x.device, mine)
-    if x.device.type != "cpu" and not uneven and key in _AGREED:
+    mine: dict[str, int] = {
+        "batch": x.shape[0], "needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad),
+        "requires_grad": int(needs_any), "width D": x.shape[1], "dtype of images": _code(x.dtype),
+        "dtype of texts": _code(y.dtype), "uneven": int(uneven),
+        **{name: _code(value) for name, value in alike.items()},
+    }  # fmt: skip
+    through = _exchanging_device(group, x.device)
+    relies = through.type != "cpu" and not uneven
+    key = (group, x.device, tuple(mine.values()))
+    if relies and key in _AGREED:
         return _AGREED[key]
-    found = _exchange(group, mine, x.device)
-    _check(found, uneven)
+    found = _exchange(group, tuple(mine.values()), through)
+    told = dict(zip(mine, found, strict=True))
+    _check(told)
     shard = Shard(
-        group, dist.get_rank(group), found["batch"], any(found["needs_x"]), any(found["needs_y"])
+        group, dist.get_rank(group), told["batch"], any(told["needs_x"]), any(told["needs_y"])
     )
-    if x.device.type != "cpu" and not uneven:
+    if relies:
         _AGREED[key] = shard
     return shard
 
 
-def refuse(process_group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Instead of `agree`, on a rank that is about to raise: so that the others do, too. Where they
-    would not listen, because nothing is exchanged, nothing is told."""
-    if device.type == "cpu" and dist.is_available() and dist.is_initialized():
-        _exchange(group_of(process_group), (_REFUSED,) * len(_FIELDS), device)
+def refuse(process_group: dist.ProcessGroup | None, count: int) -> None:
+    """Instead of `agree` with `count` options, on a rank that is about to raise: so that others do,
+    too. Where they would not listen, because nothing is exchanged, nothing is told."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    group = group_of(process_group)
+    if _exchanging_device(group, torch.device("cpu")).type == "cpu" and _has_cpu(group):
+        _exchange(group, (_REFUSED,) * (_FIELDS + count), torch.device("cpu"))
 
 
-_REFUSED = -1
+# Of `agree`, before what must be alike besides.
+_FIELDS = 8
+
+
+def _code(value: int | torch.dtype) -> int:
+    return FLOATING.index(value) if isinstance(value, torch.dtype) else int(value)
+
+
+def _has_cpu(group: dist.ProcessGroup) -> bool:
+    return torch.device("cpu") in group._device_types
+
+
+def _exchanging_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    return torch.device("cpu") if _has_cpu(group) else device
 
 
 def _exchange(
     group: dist.ProcessGroup, mine: tuple[int, ...], device: torch.device
-) -> dict[str, tuple[int, ...]]:
+) -> list[tuple[int, ...]]:
     """Of each field what the ranks bring."""
     world_size = dist.get_world_size(group)
     told = torch.tensor(mine, dtype=torch.int64, device=device)
     heard = told.new_empty((world_size * len(mine),))
-    dist.all_gather_into_tensor(heard, told, group=group)
-    columns = list(zip(*heard.view(world_size, -1).tolist(), strict=True))
-    return dict(zip(_FIELDS, columns, strict=True))
+    all_gather(heard, told, group)
+    return list(zip(*heard.view(world_size, -1).tolist(), strict=True))
 
 
-def _check(found: dict[str, tuple[int, ...]], uneven: bool) -> None:
-    def told(field: str) -> str:
-        return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found[field]))
+def _check(told: dict[str, tuple[int, ...]]) -> None:
+    def each(field: str) -> str:
+        values = told[field]
+        if field.startswith("dtype"):
+            values = tuple(FLOATING[index] for index in values)
+        return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
 
-    refused = [str(rank) for rank, size in enumerate(found["batch"]) if size == _REFUSED]
+    refused = [str(rank) for rank, size in enumerate(told["batch"]) if size == _REFUSED]
     if refused:
         raise ValueError(
             f"all ranks must have arguments that the loss accepts, got others on rank "
             f"{', '.join(refused)}: the error raised there says which"
         )
-    for field, what in (("width", "feature width D"), ("options", "set of options")):
-        if len(set(found[field])) > 1:
-            raise ValueError(f"all ranks must have one {what}, got {told(field)}")
-    if len(set(found["dtype"])) > 1:
-        found = {**found, "dtype": tuple(FLOATING[index] for index in found["dtype"])}
-        raise ValueError(f"all ranks must have features of one dtype, got {told('dtype')}")
-    if not uneven and len(set(found["batch"])) > 1:
+    for field in list(told)[4:]:
+        if len(set(told[field])) > 1:
+            raise ValueError(f"all ranks must have one {field}, got {each(field)}")
+    if not told["uneven"][0] and len(set(told["batch"])) > 1:
         raise ValueError(
-            f"all ranks must have batches of one size unless uneven=True, got {told('batch')}"
+            f"all ranks must have batches of one size unless uneven=True, got {each('batch')}"
         )
-    if len(set(found["needs_any"])) > 1:
+    if len(set(told["requires_grad"])) > 1:
         raise ValueError(
             "all ranks or none must have something to differentiate, since a backward waits for "
-            f"all of them, got requires_grad: {told('needs_any')}"
+            f"all of them, got {each('requires_grad')}"
         )

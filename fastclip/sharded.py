@@ -295,13 +295,26 @@ def _weigh(ctx: Any, g: Tensor) -> list[Tensor | None]:
         totals = of_x + of_y
     if sharing.whole_value:
         totals = shard.sum(totals) * g
+    if sharing.whole_value:
+        dx, dy = dx * upstream.afterwards, dy * upstream.afterwards
+    own_factor = operands.held_factor
+    if own_factor is not None and len(own_factor) == shard.batch:
+        own_factor = own_factor[shard.mine]
     return [
-        cast(dx * upstream.afterwards, ctx.dtypes[0]) if needs_x else None,
-        cast(dy * upstream.afterwards, ctx.dtypes[1]) if needs_y else None,
+        _to_features(dx, operands.factor_x, ctx.dtypes[0]) if needs_x else None,
+        _to_features(dy, own_factor, ctx.dtypes[1]) if needs_y else None,
         scalar_like(totals[1], operands.scale) if needs_scale else None,
         scalar_like(totals[0], bias) if needs_bias and context.epilogue.uses_bias
         else torch.zeros_like(bias) if needs_bias else None,
     ]  # fmt: skip
+
+
+def _to_features(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """In the features' dtype. A row shorter than epsilon was divided by 1e-12: in fp16 it has no
+    gradient instead of an infinite one, as in one process."""
+    if dtype == torch.float16 and factor is not None:
+        gradient = gradient.masked_fill(factor[:, None] >= 0.9999e12, 0)
+    return cast(gradient, dtype)
 
 
 class _Weighing(NamedTuple):

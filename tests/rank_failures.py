@@ -22,12 +22,15 @@ def call(rank: int, world_size: int, own: list[dict[str, Any]]) -> str:
     bring = dict(own[rank])
     uneven, frozen = bring.pop("uneven", False), bring.pop("frozen", False)
     normalize = bring.pop("normalize", False)
-    loss = bring.pop("loss", "clip_loss")
-    x, y = features(**bring), features(**bring)
+    loss, autocast = bring.pop("loss", "clip_loss"), bring.pop("autocast", False)
+    dtype_y = bring.pop("dtype_y", bring.get("dtype", torch.float32))
+    x, y = features(**bring), features(**{**bring, "dtype": dtype_y})
     if frozen:
         x, y = x.detach(), y.detach()
     try:
-        getattr(distributed, loss)(x, y, 2.0, -1.0, uneven=uneven, normalize=normalize).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = getattr(distributed, loss)(x, y, 2.0, -1.0, uneven=uneven, normalize=normalize)
+        value.backward()
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -41,6 +44,50 @@ def bad_call(rank: int, world_size: int) -> str:
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def forgotten_rank(rank: int, world_size: int) -> str:
+    try:
+        ClipLoss(True, True, world_size=world_size)(features(3), features(3), 1.0)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def gathered_with_one_frozen(rank: int, world_size: int) -> float:
+    """The gradient of the sum of squares of all gathered features, times ranks."""
+    x, y = (torch.randn(3, WIDTH, dtype=torch.float64) + rank for _ in range(2))
+    x.requires_grad_()
+    y.requires_grad_(rank != 1)
+    every_x, every_y = distributed.gather_features(x, y, gather_with_grad=True)
+    (every_x.square().sum() + every_y.square().sum()).backward()
+    error = (x.grad - 2 * world_size * x).abs().max()
+    if rank != 1:
+        error = torch.maximum(error, (y.grad - 2 * world_size * y).abs().max())
+    return float(error)
+
+
+class OwnBlock(SigLipLoss):
+    """Counts its blocks: 2 for its own, and 2 for each other rank's texts."""
+
+    def _loss(self, *inputs: Any, negative_only: bool = False) -> torch.Tensor:
+        return torch.tensor(2.0)
+
+
+def own_block(rank: int, world_size: int) -> float:
+    loss = OwnBlock(rank=rank, world_size=world_size)
+    return float(loss(features(3), features(3), 1.0, None))
+
+
+def zero_row_in_fp16(rank: int, world_size: int) -> bool:
+    finite = True
+    for ring in (False, True):
+        x, y = features(4, dtype=torch.float16).detach(), features(4)
+        x[1] = 0
+        x.requires_grad_()
+        distributed.clip_loss(x, y, 2.0, normalize=True, ring=ring).backward()
+        finite &= bool(x.grad.isfinite().all()) and not x.grad[1].any()
+    return finite
 
 
 def module_errors(rank: int, world_size: int) -> list[str]:

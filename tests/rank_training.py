@@ -86,6 +86,15 @@ def cached_under_ddp(rank: int, world_size: int) -> tuple[float, int]:
     return worst(found, gradients_of_one_process(world_size)), len(exchanges)
 
 
+def cached_in_a_static_graph(rank: int, world_size: int) -> str:
+    model = DistributedDataParallel(Towers().double(), static_graph=True)
+    try:
+        cached_step(model, distributed.clip_loss, *own(rank, data(world_size)), micro_batch=4)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def under_fsdp(rank: int, world_size: int) -> float:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -139,9 +148,13 @@ def bytes_sent(
 
     x, y = (torch.randn(b, d).to(dtype).requires_grad_() for _ in range(2))
     others = world_size - 1
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    scatter = "reduce_scatter_tensor"
+    if hasattr(dist, "reduce_scatter_single"):
+        scatter = "reduce_scatter_single"
     with (
-        counting("all_gather_into_tensor", others, 1),  # to each other rank
-        counting("reduce_scatter_tensor", others / world_size, 1),
+        counting(gather, others, 1),  # to each other rank
+        counting(scatter, others / world_size, 1),
         counting("all_reduce", 2 * others / world_size, 0),  # as a ring does it
         mock.patch.object(dist, "batch_isend_irecv", hop),
     ):

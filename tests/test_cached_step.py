@@ -103,6 +103,13 @@ def test_a_frozen_tower_gets_nothing() -> None:
     assert all(p.grad is not None for p in model.image.parameters())
 
 
+def test_a_tower_that_the_loss_ignores_gets_nothing() -> None:
+    model = Model().double()
+    cached_step(model, lambda x, y, scale: x.square().sum() * scale, *data(), micro_batch=5)
+    assert all(p.grad is None for p in model.text.parameters())
+    assert all(p.grad is not None for p in model.image.parameters())
+
+
 def test_a_scaler_scales_once() -> None:
     model = Model(dropout=0.0).double()
     _, plain = cached(model, clip_loss, 5)
@@ -151,5 +158,9 @@ def test_errors() -> None:
         cached_step(model, clip_loss, images, texts[1:], micro_batch=4)
     with pytest.raises(ValueError, match=r"must return .*image_features.*, got Tensor"):
         cached_step(model.image, clip_loss, images, micro_batch=4)
+    with pytest.raises(ValueError, match=r"one number such as logit_scale, got shape \(4, 8\)"):
+        cached_step(
+            lambda x, y: (*model(x, y), model.image(x)), clip_loss, images, texts, micro_batch=4
+        )
     with pytest.raises(ValueError, match=r"must return .*, got features"):
         cached_step(lambda x: {"features": x}, clip_loss, images, micro_batch=4)

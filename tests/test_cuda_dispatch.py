@@ -263,5 +263,5 @@ def test_a_named_backend_asks_for_no_other(fresh: pytest.MonkeyPatch, name: str)
     def refuse(engine: str, device: int | None) -> str:
         raise AssertionError(f"asked for {engine}")
 
-    fresh.setattr(module, "_status", refuse)
-    assert module.choose(name, CPU, torch.float32, 8, 8) == name
+    fresh.setattr(backends, "_status", refuse)
+    assert backends.choose(name, CPU, torch.float32, 8, 8) == name

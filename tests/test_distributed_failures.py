@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import rank_failures
+import torch
 from ranks import Failed, Ranks
 
 
@@ -21,10 +22,21 @@ MISFITS = {
     ),
     "widths": (
         [{"n": 4}, {"n": 4}, {"n": 4, "width": 7}],
-        "one feature width D, got rank 0: 6, rank 1: 6, rank 2: 7",
+        "one width D, got rank 0: 6, rank 1: 6, rank 2: 7",
     ),
-    "losses": ([{"n": 4}, {"n": 4, "loss": "siglip_loss"}, {"n": 4}], "one set of options"),
-    "normalisation": ([{"n": 4}, {"n": 4, "normalize": True}, {"n": 4}], "one set of options"),
+    "dtypes": (
+        [{"n": 4}, {"n": 4}, {"n": 4, "dtype": torch.bfloat16}],
+        "one dtype of images, got rank 0: torch.float32, rank 1: torch.float32, rank 2: "
+        "torch.bfloat16",
+    ),
+    "dtypes of texts": (
+        [{"n": 4}, {"n": 4, "dtype_y": torch.bfloat16}, {"n": 4}],
+        "one dtype of texts, got rank 0: torch.float32, rank 1: torch.bfloat16",
+    ),
+    "autocast": ([{"n": 4}, {"n": 4, "autocast": True}, {"n": 4}], "one dtype of products, got"),
+    "losses": ([{"n": 4}, {"n": 4, "loss": "siglip_loss"}, {"n": 4}], "one loss, got rank 0: 0"),
+    "normalisation": ([{"n": 4}, {"n": 4, "normalize": True}, {"n": 4}], "one normalize, got"),
+    "uneven": ([{"n": 4, "uneven": True}, {"n": 5}, {"n": 4}], "one uneven, got rank 0: 1"),
     "nothing to differentiate": (
         [{"n": 4}, {"n": 4}, {"n": 4, "frozen": True}],
         "all ranks or none must have something to differentiate",
@@ -50,6 +62,30 @@ def test_an_argument_refused_on_one_rank_fails_on_all(three: Ranks) -> None:
     for error in (errors[0], errors[2]):
         assert error.startswith("ValueError: all ranks must have arguments that the loss accepts")
         assert "rank 1" in error
+
+
+def test_a_rank_that_one_process_has_wrong_fails_on_all(three: Ranks) -> None:
+    """As where nobody said the rank: it is right on rank 0."""
+    errors = three.run(rank_failures.forgotten_rank)
+    assert "all ranks must have arguments that the loss accepts" in errors[0]
+    for rank in (1, 2):
+        assert (
+            f"rank and world_size must be those of this process in its group, {rank} and 3"
+            in (errors[rank])
+        )
+
+
+def test_a_tower_frozen_on_one_rank_is_gathered_for_the_others(three: Ranks) -> None:
+    assert max(three.run(rank_failures.gathered_with_one_frozen)) < 1e-12
+
+
+def test_a_block_of_ones_own_is_honoured(three: Ranks) -> None:
+    assert three.run(rank_failures.own_block) == [6.0] * 3
+
+
+def test_rows_of_zeros_in_fp16_have_no_gradient(three: Ranks) -> None:
+    """And not an infinite one, also where products are of a wider dtype."""
+    assert all(three.run(rank_failures.zero_row_in_fp16))
 
 
 def test_modules_ask_for_their_real_rank(three: Ranks) -> None:

@@ -32,6 +32,11 @@ def test_cached_under_ddp(two: Ranks) -> None:
         assert error < 1e-12 and exchanges == 1
 
 
+def test_a_static_graph_allows_no_cached_step(two: Ranks) -> None:
+    for error in two.run(rank_training.cached_in_a_static_graph):
+        assert "static_graph=False" in error
+
+
 def test_under_fsdp(two: Ranks) -> None:
     assert max(two.run(rank_training.under_fsdp)) < 1e-12
 
