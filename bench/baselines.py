@@ -66,7 +66,30 @@ def make_step(case: Case, method: str, inputs: Inputs) -> Step:
             value = loss(x, y, scale, bias)
         return value.detach(), *torch.autograd.grad(value, inputs.leaves, allow_unused=True)
 
+    if case.mode == "graph":
+        return _captured(both, device)
     return forward if case.mode == "forward" else both
+
+
+def _captured(step: Step, device: str) -> Step:
+    """The step as one replay of a CUDA graph; what it returns is overwritten by the next."""
+    if device != "cuda":
+        raise Unavailable("CUDA graphs need a CUDA device: --device cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, and lets libraries take their work space
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> tuple[Tensor | None, ...]:
+        graph.replay()
+        return results
+
+    return replay
 
 
 # ---- plain PyTorch -----------------------------------------------------------------------------
@@ -265,6 +288,8 @@ METHODS: dict[str, Method] = {
         _own("fastclip", "the default engine", None),
         _own("fastclip budget=0", "the same, nothing kept", None, 0),
         _own("fastclip torch", 'backend="torch"', "torch"),
+        _own("fastclip triton", 'backend="triton"', "triton"),
+        _own("fastclip cuda", 'backend="cuda"', "cuda"),
         *(_peer(name) for name in peers.PEERS),
     )
 }

@@ -20,6 +20,7 @@ SIGLIP_BIAS = -10.0
 
 DENSE = ("open_clip", "dense", "compiled")
 STREAMED = ("fastclip", "fastclip budget=0", "fastclip torch")
+GPU_ENGINES = ("fastclip triton", "fastclip cuda")
 PEERS = ("inf_cl", "memeff", "siglip_kernel")
 METHODS = (*DENSE, "reference", "checkpoint", *STREAMED, *PEERS)
 
@@ -38,7 +39,9 @@ class Case:
     dtype: str  # of DTYPES; "autocast": float32 features under bfloat16 autocast
     scale: float
     data: str = "random"  # or "separated": y = x + small noise
-    mode: str = "both"  # forward and backward; or "forward", under no_grad
+    # Forward and backward; "graph": the same, captured in a CUDA graph and replayed; or "forward",
+    # under no_grad.
+    mode: str = "both"
     methods: tuple[str, ...] = METHODS
     memory: bool = False  # whether the peak of memory is measured, too
 
@@ -159,9 +162,13 @@ def gpu() -> list[Case]:
     65,536 is where a dense loss no longer fits beside a model: streaming losses alone.
     """
     cases: list[Case] = []
-    everything = ("open_clip", "dense", "compiled", "fastclip", *PEERS)
-    for n in (256, 512, 1024):
-        cases += _square(n, dtype="bfloat16", methods=("open_clip", "dense", "fastclip"))
+    everything = ("open_clip", "dense", "compiled", "fastclip", *GPU_ENGINES, *PEERS)
+    small = ("open_clip", "dense", "fastclip", *GPU_ENGINES)
+    for n in (256, 512, 1024, 2048):
+        if n < 2048:
+            cases += _square(n, dtype="bfloat16", methods=small)
+        graph = _square(n, dtype="bfloat16", mode="graph", methods=("open_clip", *small[2:]))
+        cases += [case for case in graph if case.scale == SCALES[0]]
     for n in (2048, 8192):
         for dtype in ("bfloat16", "float32"):
             cases += _square(n, dtype=dtype, methods=everything, memory=True)

@@ -1,4 +1,5 @@
-"""What the library sets itself on CPUs with AVX-512, and what the rows of a CSV say to it.
+"""What the library sets itself on CPUs with AVX-512, and what the rows of a CSV say to it; GPUs'
+are in `gpu_goals.py`.
 
 Every goal is one figure for each scale, the worst among its cases, beside a floor and an aim. Where
 the rows are not in the CSV it says "not measured"; this file never fills a gap.
@@ -38,11 +39,11 @@ class Goal:
 
 
 def table_of(rows: list[Row]) -> str:
-    """Every goal as Markdown, those without rows as not measured; empty for a GPU's rows."""
-    if any(row.on_gpu for row in rows):
-        return ""
+    """Every goal as Markdown, those without rows as not measured."""
+    from .gpu_goals import gpu_goals  # which is made of this file's
+
     lines = []
-    for goal in GOALS:
+    for goal in gpu_goals(rows) if any(row.on_gpu for row in rows) else GOALS:
         figures = [goal.figure([row for row in rows if row.scale == scale]) for scale in SCALES]
         known = [pair for pair in zip(figures, goal.aims, strict=True) if pair[0] is not None]
         verdict = "missed" if known else "not measured"
@@ -56,12 +57,12 @@ def table_of(rows: list[Row]) -> str:
     return markdown(header, lines)
 
 
-def _pick(rows: list[Row], method: str, **wanted: object) -> list[Row]:
+def pick(rows: list[Row], method: str, **wanted: object) -> list[Row]:
     wanted = {"data": "random", "mode": "both", "method": method, **wanted}
     return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
 
 
-def _worst(values: Iterable[float | None], worst: Callable[..., float]) -> float | None:
+def worst_of(values: Iterable[float | None], worst: Callable[..., float]) -> float | None:
     known = [value for value in values if value is not None]
     return worst(known) if known else None
 
@@ -72,18 +73,18 @@ def _least(
     """The least of `column` over square cases with D = 512; None if any of them is missing."""
 
     def figure(rows: list[Row]) -> float | None:
-        chosen = [_pick(rows, method, m=n, n=n, d=512, **wanted) for n in sizes]
+        chosen = [pick(rows, method, m=n, n=n, d=512, **wanted) for n in sizes]
         if not all(chosen):
             return None
-        return _worst((getattr(row, column) for some in chosen for row in some), min)
+        return worst_of((getattr(row, column) for some in chosen for row in some), min)
 
     return figure
 
 
 def _fraction_of_rectangle(method: str) -> Figure:
     def figure(rows: list[Row]) -> float | None:
-        chosen = _pick(rows, method, m=256, n=32768, d=512, dtype="float32")
-        return _worst((row.fraction for row in chosen), min)
+        chosen = pick(rows, method, m=256, n=32768, d=512, dtype="float32")
+        return worst_of((row.fraction for row in chosen), min)
 
     return figure
 
@@ -93,19 +94,19 @@ def _rest(half: bool) -> Figure:
 
     def figure(rows: list[Row]) -> float | None:
         found = []
-        for row in _pick(rows, "fastclip"):
+        for row in pick(rows, "fastclip"):
             if (row.dtype != "float32") == half and row.rest_mib is not None:
                 allowed = 4 * row.n * row.d / 2**20 if half else 0.0
                 found.append(max(0.0, row.rest_mib - allowed))
-        return _worst(found, max)
+        return worst_of(found, max)
 
     return figure
 
 
 def _error(rows: list[Row]) -> float | None:
     """The largest gradient error of CLIP on separated pairs."""
-    chosen = _pick(rows, "fastclip", loss="clip", dtype="float32", data="separated")
-    return _worst((getattr(row, name) for row in chosen for name in GRADIENTS), max)
+    chosen = pick(rows, "fastclip", loss="clip", dtype="float32", data="separated")
+    return worst_of((getattr(row, name) for row in chosen for name in GRADIENTS), max)
 
 
 def _error_over_dense(**wanted: object) -> Figure:
@@ -117,10 +118,10 @@ def _error_over_dense(**wanted: object) -> Figure:
 
     def figure(rows: list[Row]) -> float | None:
         pairs = []
-        for own in _pick(rows, "fastclip", **wanted):
+        for own in pick(rows, "fastclip", **wanted):
             key = {name: getattr(own, name) for name in ("m", "n", "d", "dtype", "loss")}
-            pairs += [(own, dense) for dense in _pick(rows, "dense", **key)]
-        return _worst((_ratio_of_rms(pairs, name) for name in GRADIENTS), max)
+            pairs += [(own, dense) for dense in pick(rows, "dense", **key)]
+        return worst_of((_ratio_of_rms(pairs, name) for name in GRADIENTS), max)
 
     return figure
 
@@ -136,8 +137,8 @@ def _ratio_of_rms(pairs: list[tuple[Row, Row]], name: str) -> float | None:
 
 
 def _seconds(rows: list[Row]) -> float | None:
-    chosen = _pick(rows, "fastclip", loss="clip", m=65536, n=65536, d=512, dtype="float32")
-    return _worst((row.ms / 1e3 for row in chosen if row.ms is not None), max)
+    chosen = pick(rows, "fastclip", loss="clip", m=65536, n=65536, d=512, dtype="float32")
+    return worst_of((row.ms / 1e3 for row in chosen if row.ms is not None), max)
 
 
 def _of_both(

@@ -37,7 +37,7 @@ LOSS_TESTS = _files(
     "accuracy",
 )  # fmt: skip
 TEST_PACKAGES = ("pytest", "numpy")
-CARD_SECONDS, LOSS_SECONDS, BENCH_SECONDS, CASE_SECONDS = 180, 110, 120, 1.0
+CARD_SECONDS, LOSS_SECONDS, BENCH_SECONDS, TILE_SECONDS, CASE_SECONDS = 200, 70, 110, 40, 0.7
 
 
 def missing(packages: Iterable[str]) -> list[str]:
@@ -67,17 +67,28 @@ def bench(plan: list[cases.Case], device: str) -> tuple[list[results.Row], Path]
     return runner.run(plan, options), path
 
 
+def time_tiles(path: Path) -> str:
+    """The Triton engine's candidates, in a process of their own; how that ended."""
+    target = path.with_name(f"{path.stem}-tiles.csv")
+    command = [sys.executable, "-m", "bench.tiles", str(target)]
+    try:
+        code = subprocess.run(command, cwd=ROOT, timeout=TILE_SECONDS).returncode
+    except subprocess.TimeoutExpired:
+        return f"not done in {TILE_SECONDS} s"
+    return f"in {target}" if code == 0 else f"not timed: the process ended with {code}"
+
+
 def broken(rows: list[results.Row]) -> list[results.Row]:
     """Rows of our own that should have a time and have none."""
     own = (row for row in rows if row.method.startswith("fastclip") and row.mode != "skipped")
     return [row for row in own if row.ms is None]
 
 
-def report(tests: str, rows: list[results.Row], path: Path) -> str:
+def report(tests: str, rows: list[results.Row], path: Path, tiles: str = "not timed") -> str:
     """How all of it ended, the table last."""
     lines = [f"not run: {row.note}" for row in rows if row.mode == "skipped"]
     lines += [f"FAILED: {row.method} on {row.loss} {row.n}: {row.note}" for row in broken(rows)]
-    lines += [f"tests on the device: {tests}", f"rows in {path}"]
+    lines += [f"tests on the device: {tests}", f"rows in {path}", f"tiles: {tiles}"]
     return "\n".join([*lines, "", table.provenance(rows), "", table.brief(rows)])
 
 
@@ -100,7 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     of_losses = run_tests([*pytest, "--exitfirst", *LOSS_TESTS], LOSS_SECONDS, to_the_end=False)
     tests += f"; of the losses: {of_losses}"
     rows, path = bench(cases.gpu(), "cuda")
-    print(f"\n{report(tests, rows, path)}")
+    state = fastclip.backends()["triton"]
+    tiles = time_tiles(path) if state == "available" else f"not timed: {state}"
+    print(f"\n{report(tests, rows, path, tiles)}")
     return 1 if "FAILED" in tests or broken(rows) else 0
 
 

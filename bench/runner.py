@@ -91,6 +91,10 @@ def measure_case(case: Case, shared: Run, tell: Callable[[str, str], None]) -> l
         except (Unavailable, ImportError) as error:
             shared.skipped[method] = str(error)
             continue
+        except Exception as error:  # a rival's step that no graph can capture
+            rows[method] = _blank(case, method, shared)
+            rows[method].note = f"{type(error).__name__}: {_first_line(error)}"[:200]
+            continue
         rows[method] = row = _blank(case, method, shared)
         try:
             value = _warm_up(step)

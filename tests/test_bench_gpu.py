@@ -1,14 +1,17 @@
 """The bench's part for CUDA devices, as far as it can be judged without one."""
 
 import sys
+from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_import import TINY, rows_of_a_case
 
-from bench import cases, gpu, memory, progress, results, runner, timing
+from bench import baselines, cases, goals, gpu, memory, progress, results, runner, tiles, timing
 
 
 class FakeEvent:
@@ -92,10 +95,74 @@ def test_the_cases_are_those_of_the_tables_and_the_large_ones_last():
         for scale in cases.SCALES
     }
     assert all("fastclip" in case.methods for case in plan)
-    dense = [case for case in plan if 2048 <= case.n < 1 << 20]
+    dense = [case for case in plan if 2048 <= case.n < 1 << 20 and case.mode == "both"]
     assert all(case.memory and "memeff" in case.methods for case in dense)
     for group in (gpu.CARD_TESTS, gpu.LOSS_TESTS):
         assert all((gpu.ROOT / file).exists() for file in group)
+
+
+def test_graphs_are_timed_where_a_step_waits_for_launches():
+    graphs = [case for case in cases.gpu() if case.mode == "graph"]
+    assert {(case.loss, case.n) for case in graphs} == {
+        (loss, n) for loss in cases.LOSSES for n in (256, 512, 1024, 2048)
+    }
+    assert all({"open_clip", "fastclip"} <= set(case.methods) for case in graphs)
+
+
+def test_a_replayed_step_returns_what_it_captured(monkeypatch):
+    """A graph that runs its capture again, in the place of CUDA's."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    replays = []
+    for name, value in {
+        "Stream": lambda: stream, "current_stream": lambda: stream,
+        "stream": lambda s: nullcontext(), "graph": lambda g: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: replays.append(None)),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    steps = iter(range(100))
+    replay = baselines._captured(lambda: next(steps), "cuda")
+    assert (replay(), replay(), len(replays)) == (3, 3, 2), "three runs before the captured one"
+    with pytest.raises(baselines.Unavailable, match="need a CUDA device"):
+        baselines._captured(lambda: None, "cpu")
+
+
+def test_the_cards_goals():
+    """Ratios on any card, milliseconds on the one that they were set for."""
+
+    def verdicts(rows: list[results.Row]) -> dict[str, str]:
+        cells = [line.strip("|").split("|") for line in goals.table_of(rows).splitlines()[2:]]
+        return {line[0].strip(): line[-1].strip() for line in cells}
+
+    card = {"threads": 0, "capability": "sm_90", "dtype": "bfloat16"}
+    large = rows_of_a_case(**card, m=32768, n=32768, d=768, cpu="NVIDIA H100 80GB HBM3")
+    found = verdicts(large)
+    assert not any("milliseconds" in goal for goal in found)
+    assert found["CLIP bfloat16, 32768 x 768: faster than open_clip"] == "aim"
+    assert found["CLIP bfloat16, 32768 x 768: of the GEMM limit"] == "aim"
+    assert found["CLIP bfloat16, 65536 x 768: of the GEMM limit"] == "not measured"
+    compiled = replace(large[1], method="compiled", peak_mib=2000.0)
+    assert verdicts([*large, compiled])["the same: memory over torch.compile's"] == "missed"
+    for milliseconds, verdict in ((9.5, "aim"), (11.0, "floor"), (13.0, "missed")):
+        rows = [replace(row, cpu="NVIDIA H200", ms=milliseconds) for row in large]
+        assert verdicts(rows)["CLIP bfloat16, 32768 x 768: milliseconds"] == verdict
+    small = [row for n in (256, 512, 1024) for row in rows_of_a_case(**card, m=n, n=n)]
+    text = "CLIP bfloat16, N = 256 .. 2048: faster than open_clip"
+    assert verdicts(small)[text] == "not measured"
+    small += rows_of_a_case(**card, m=2048, n=2048, over_open_clip=1.2)
+    assert verdicts(small)[text] == "floor"
+    assert verdicts(small)[text.replace("2048:", "2048 in a CUDA graph:")] == "not measured"
+
+
+def test_tile_candidates_are_written_with_their_times(tmp_path):
+    key = ("cuda:0", torch.bfloat16, False, 768, 8, "sweep")
+    config = namedtuple("Config", "bm bn bk")  # as the engine's, which needs Triton
+    rows = tiles.rows_of({key: {config(128, 256, 64): 1.25, config(128, 128, 64): float("inf")}})
+    tiles.write(tmp_path / "tiles.csv", rows)
+    assert (tmp_path / "tiles.csv").read_text().split() == [
+        "kernel,n,d,bm,bn,bk,ms",
+        "sweep,32768,768,128,256,64,1.2500",
+        "sweep,32768,768,128,128,64,inf",
+    ]
 
 
 def test_it_goes_into_out_by_the_same_runner(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_autotuning_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(configurations, "_table", lambda _: configurations.TABLE["interpreter"])
     monkeypatch.setattr(configurations, "INTERPRETED", SimpleNamespace(value=False))
-    monkeypatch.setattr(configurations, "_TUNED", {})
+    monkeypatch.setattr(configurations, "TIMES", {})
     monkeypatch.setattr(configurations, "_time", time)
     arguments = (cpu, torch.bfloat16, False, 768, 8, "weigh", lambda config: None)
     monkeypatch.delenv(configurations.AUTOTUNE, raising=False)

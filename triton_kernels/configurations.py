@@ -97,7 +97,8 @@ TABLE: dict[str, Table] = {
     "interpreter": _table_of(_SMALL, _SMALL, _SMALL, _SMALL, _SMALL),
 }  # fmt: skip
 
-_TUNED: dict[tuple[object, ...], Config] = {}
+# Milliseconds of each candidate, where they were timed.
+TIMES: dict[tuple[object, ...], dict[Config, float]] = {}
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -135,11 +136,11 @@ def choose(
     if run is None or os.environ.get(AUTOTUNE) != "1" or INTERPRETED.value:
         return default
     key = (device, dtype, tf32, d, unit, kernel)
-    if key not in _TUNED:
+    if key not in TIMES:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return default
-        _TUNED[key] = min(candidates(default), key=lambda config: _time(run, config))
-    return _TUNED[key]
+        TIMES[key] = {config: _time(run, config) for config in candidates(default)}
+    return min(TIMES[key], key=TIMES[key].__getitem__)
 
 
 def candidates(default: Config) -> list[Config]:

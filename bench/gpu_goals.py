@@ -1,0 +1,98 @@
+"""What the library sets itself on GPUs, and what the rows of a CSV say to it.
+
+Ratios, within one run, hold on any card; milliseconds were set for an H200 and are asked of no
+other. Every goal is one figure for each scale, as in `goals.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .cases import LOSSES
+from .goals import Figure, Goal, pick, worst_of
+from .markdown import LOSS_NAMES, mebibytes, percent, times
+from .results import Row
+
+H200 = "H200"
+
+
+def gpu_goals(rows: list[Row]) -> list[Goal]:
+    """The goals of the card that the rows are from."""
+    is_h200 = any(H200 in row.cpu for row in rows)
+    return [*_OF_AN_H200, *_RATIOS] if is_h200 else _RATIOS
+
+
+def _of(
+    column: str, loss: str, n: int, d: int, worst: Callable[..., float], **wanted: str
+) -> Figure:
+    def figure(rows: list[Row]) -> float | None:
+        chosen = pick(rows, "fastclip", loss=loss, m=n, n=n, d=d, dtype="bfloat16", **wanted)
+        return worst_of((getattr(row, column) for row in chosen), worst)
+
+    return figure
+
+
+def _time(loss: str, n: int, d: int, floor: float, aim: float) -> Goal:
+    text = f"{LOSS_NAMES[loss]} bfloat16, {n} x {d}: milliseconds"
+    figure = _of("ms", loss, n, d, max)
+    return Goal(text, figure, floor, (aim, aim), "{:.3g}".format, at_most=True)
+
+
+def _small(loss: str, mode: str, floor: float) -> Goal:
+    """The least over sizes at which a step waits for launches; None where one is missing."""
+    sizes = (256, 512, 1024, 2048)
+
+    def figure(rows: list[Row]) -> float | None:
+        found = [_of("over_open_clip", loss, n, 512, min, mode=mode)(rows) for n in sizes]
+        return None if None in found else min(found)
+
+    how = " in a CUDA graph" if mode == "graph" else ""
+    text = f"{LOSS_NAMES[loss]} bfloat16, N = 256 .. 2048{how}: faster than open_clip"
+    return Goal(text, figure, floor, (1.5, 1.5), times)
+
+
+def _memory_over_compiled(rows: list[Row]) -> float | None:
+    """Of ours, as a part of the compiled dense loss's, at 32,768."""
+    wanted = dict(loss="clip", m=32768, n=32768, d=768, dtype="bfloat16")
+    own, dense = (pick(rows, method, **wanted) for method in ("fastclip", "compiled"))
+    if not own or not dense or own[0].peak_mib is None or not dense[0].peak_mib:
+        return None
+    return own[0].peak_mib / dense[0].peak_mib
+
+
+_MILLION = 1 << 20
+_OF_AN_H200 = [
+    _time("clip", 32768, 768, 12, 10),
+    _time("clip", 65536, 768, 48, 40),
+    _time("siglip", 65536, 768, 40, 30),
+    # The floor is that it runs.
+    _time("clip", _MILLION, 512, float("inf"), 7000),
+]
+_RATIOS = [
+    Goal(
+        "CLIP bfloat16, 32768 x 768: faster than open_clip",
+        _of("over_open_clip", "clip", 32768, 768, min), 1.5, (2.5, 2.5), times,
+    ),
+    Goal(
+        "CLIP bfloat16, 32768 x 768: faster than torch.compile",
+        _of("over_compiled", "clip", 32768, 768, min), 0.9, (1.1, 1.1), times,
+    ),
+    Goal(
+        "the same: memory over torch.compile's", _memory_over_compiled, 0.1, (0.1, 0.1), percent,
+        at_most=True,
+    ),
+    Goal(
+        "CLIP bfloat16, 65536 x 768: MiB beyond the inputs",
+        _of("peak_mib", "clip", 65536, 768, max), 2e9 / 2**20, (1e9 / 2**20,) * 2, mebibytes,
+        at_most=True,
+    ),
+    *(
+        Goal(
+            f"{LOSS_NAMES[loss]} bfloat16, {n} x 768: of the GEMM limit",
+            _of("fraction", loss, n, 768, min), 0.7, (0.85, 0.85), percent,
+        )
+        for loss in LOSSES
+        for n in (32768, 65536)
+    ),
+    *(_small(loss, mode, 1.0) for loss in LOSSES for mode in ("both", "graph")),
+]  # fmt: skip
