@@ -122,6 +122,13 @@ def test_a_frozen_tower(ranks: Ranks, frozen: str, ring: bool) -> None:
 WAYS = list(product((False, True), (False, True)))
 
 
+@pytest.fixture
+def several(ranks: Ranks) -> Ranks:
+    if size_of(ranks) == 1:
+        pytest.skip("one rank has nothing to share")
+    return ranks
+
+
 def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], what: object) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         for name, value in other.items():
@@ -132,36 +139,34 @@ def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], what: 
 @pytest.mark.filterwarnings("ignore:ClipLoss")
 @pytest.mark.parametrize("local_loss, gather_with_grad", WAYS)
 def test_every_combination_is_open_clips(
-    ranks: Ranks, local_loss: bool, gather_with_grad: bool
+    several: Ranks, local_loss: bool, gather_with_grad: bool
 ) -> None:
     """Value of every rank, and gradients after the mean."""
     import_open_clip()
     options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
     for upstream in (None, (2.0, 0.5, -1.0, 3.0)):
-        case = Case("clip", EVEN[size_of(ranks)], upstream=upstream)
-        one, other = (ranks.run(module, case, theirs, options) for theirs in (False, True))
+        case = Case("clip", EVEN[size_of(several)], upstream=upstream)
+        one, other = (several.run(module, case, theirs, options) for theirs in (False, True))
         assert_same(one, other, str(options))
 
 
 @pytest.mark.parametrize("dist_impl", ["bidir", "shift", "reduce", "gather"])
-def test_every_exchange_is_open_clips(ranks: Ranks, dist_impl: str) -> None:
+def test_every_exchange_is_open_clips(several: Ranks, dist_impl: str) -> None:
     import_open_clip()
-    case = Case("siglip", EVEN[size_of(ranks)], upstream=(2.0, 0.5, -1.0, 3.0))
+    case = Case("siglip", EVEN[size_of(several)], upstream=(2.0, 0.5, -1.0, 3.0))
     options = {"dist_impl": dist_impl}
-    one, other = (ranks.run(module, case, theirs, options) for theirs in (False, True))
+    one, other = (several.run(module, case, theirs, options) for theirs in (False, True))
     assert_same(one, other, dist_impl)
 
 
-def test_the_factor_table(ranks: Ranks) -> None:
+def test_the_factor_table(several: Ranks) -> None:
     """What `fastclip.distributed` says of the four: towers' gradients over the exact ones."""
-    size = size_of(ranks)
-    if size == 1:
-        pytest.skip("one rank has nothing to share")
+    size = size_of(several)
     case = Case("clip", EVEN[size])
     exact = truth("clip", *case.towers, 14.3, -3.0, PRECISIONS["float64"])
     for local_loss, gather_with_grad in WAYS:
         options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
-        found = joined(ranks.run(module, case, False, options))
+        found = joined(several.run(module, case, False, options))
         assert found["dscale"] == pytest.approx(float(exact.dscale), rel=1e-9)
         ratio = np.linalg.norm(found["dx"]) / np.linalg.norm(np.asarray(exact.dx, float))
         cosine = (found["dx"] * np.asarray(exact.dx, float)).sum() / (
