@@ -61,15 +61,15 @@ def clip_loss(
         image_features, text_features: (b, D), this rank's pairs, as in `fastclip.clip_loss`.
         logit_scale, logit_bias: the same on all ranks.
         process_group: the ranks that share the batch; None: all processes.
-        ring: texts travel from rank to rank, and each rank holds two ranks' of them, O(b D),
-            instead of all, O(B D): slower, for batches whose texts do not fit.
+        ring: texts travel from rank to rank, both ways at once, and a rank holds four ranks' of
+            them at most, O(b D), instead of all, O(B D): slower, for batches that do not fit.
         uneven: batches may differ in size from rank to rank. Sizes are exchanged at every step,
             which on GPUs waits for the device.
         normalize, backend, memory_budget: as in `fastclip.clip_loss`.
 
     Bytes that a rank sends, E per feature element: `(R - 1) b D E` for the texts, `4 (R - 1) b D`
     for their gradients in fp32, at most 40 B for states. Around the ring texts travel twice, for
-    the forward and for the backward, and gradients come home: `2 (R - 1) b D E + 4 R b D`.
+    the forward and for the backward, and gradients follow: `(R - 1) b D (2 E + 4)`.
 
     Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,
         dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. In a group that

@@ -8,6 +8,7 @@ after it is collectives on tensors of known sizes. Ranks here are ranks within t
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,11 +21,12 @@ from .operands import FLOATING
 
 
 class Shard(NamedTuple):
-    """Rows `start` .. `start + sizes[rank]` of the batch are this rank's."""
+    """Of the batch a rank has `sizes[rank]` rows, from `starts[rank]` on."""
 
     group: dist.ProcessGroup
     rank: int
     sizes: tuple[int, ...]
+    starts: tuple[int, ...]
     # Whether any rank wants gradients of its x, of its y: then all take part in making them.
     needs_x: bool
     needs_y: bool
@@ -35,11 +37,14 @@ class Shard(NamedTuple):
 
     @property
     def start(self) -> int:
-        return sum(self.sizes[: self.rank])
+        return self.starts[self.rank]
 
     def rows_of(self, rank: int) -> slice:
-        start = sum(self.sizes[:rank])
-        return slice(start, start + self.sizes[rank])
+        return slice(self.starts[rank], self.starts[rank] + self.sizes[rank])
+
+    def at(self, distance: int) -> int:
+        """The rank so many after this one; before it, if negative."""
+        return (self.rank + distance) % self.world_size
 
     @property
     def mine(self) -> slice:
@@ -48,7 +53,7 @@ class Shard(NamedTuple):
     @property
     def batch(self) -> int:
         """Pairs of all ranks."""
-        return sum(self.sizes)
+        return self.starts[-1] + self.sizes[-1]
 
     @property
     def is_even(self) -> bool:
@@ -202,9 +207,11 @@ def agree(
     found = _exchange(group, tuple(mine.values()), through)
     told = dict(zip(mine, found, strict=True))
     _check(told)
+    starts = itertools.accumulate(told["batch"][:-1], initial=0)
     shard = Shard(
-        group, dist.get_rank(group), told["batch"], any(told["needs_x"]), any(told["needs_y"])
-    )
+        group, dist.get_rank(group), told["batch"], tuple(starts), any(told["needs_x"]),
+        any(told["needs_y"]),
+    )  # fmt: skip
     if relies:
         _AGREED[key] = shard
     return shard

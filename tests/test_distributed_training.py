@@ -64,8 +64,8 @@ def test_bytes_sent_are_the_stated_ones(
     found = three.run(rank_training.bytes_sent, loss, b, d, dtype, ring)
     texts, gradients = b * d * dtype.itemsize, 4 * b * d
     others = world_size - 1
-    # Around a ring texts travel for the forward and for the backward, gradients one hop further.
-    stated = 2 * others * texts + world_size * gradients if ring else others * (texts + gradients)
+    # Around a ring texts travel for the forward and for the backward.
+    stated = others * ((2 if ring else 1) * texts + gradients)
     for sent in found:
         total = sum(sent.values())
         assert stated <= total <= stated + 5 * 8 * world_size * b, dict(sent)

@@ -1,0 +1,105 @@
+"""The ring's order of visits and its way home, for more ranks than processes would be cheap for.
+
+Ranks are threads here, and messages go through queues, in order between two ranks.
+"""
+
+import itertools
+import queue
+import threading
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastclip import visits
+from fastclip.shard import Shard
+from fastclip.visits import Ring
+
+WORLD_SIZES = range(1, 10)
+
+
+class Mail:
+    """What `visits.py` uses of torch.distributed, between threads. A group is a rank."""
+
+    isend, irecv = "isend", "irecv"
+
+    def __init__(self) -> None:
+        self.boxes: dict[tuple[int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        self.exchanges: dict[int, int] = defaultdict(int)
+
+    def P2POp(self, op: str, tensor: Tensor, group: int, group_peer: int) -> Any:
+        return SimpleNamespace(op=op, tensor=tensor, rank=group, peer=group_peer)
+
+    def batch_isend_irecv(self, operations: list[Any]) -> list[Any]:
+        self.exchanges[operations[0].rank] += 1
+        for o in operations:
+            if o.op == "isend":
+                self.boxes[o.rank, o.peer].put(o.tensor.clone())
+        return [SimpleNamespace(wait=lambda o=o: self._wait(o)) for o in operations]
+
+    def _wait(self, operation: Any) -> None:
+        if operation.op == "irecv":
+            box = self.boxes[operation.peer, operation.rank]
+            operation.tensor.copy_(box.get(timeout=10))  # fails, too, where shapes differ
+
+
+def on_every_rank(world_size: int, sizes: tuple[int, ...], run: Any) -> list[Any]:
+    starts = tuple(itertools.accumulate(sizes[:-1], initial=0))
+    results: list[Any] = [None] * world_size
+
+    def one(rank: int) -> None:
+        results[rank] = run(Ring(Shard(rank, rank, sizes, starts, True, True)))  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    return results
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_everybody_visits_everybody_once(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mail = Mail()
+    monkeypatch.setattr(visits, "dist", mail)
+    sizes = tuple(2 + (3 * rank) % 4 for rank in range(world_size))
+    batch = torch.arange(float(sum(sizes)))[:, None]
+
+    def run(ring: Ring) -> list[int]:
+        seen = []
+        for features, columns in ring.visits(batch[ring.shard.mine]):
+            assert torch.equal(features, batch[columns])
+            seen += range(columns.start, columns.stop)
+        return seen
+
+    for rank, seen in enumerate(on_every_rank(world_size, sizes, run)):
+        assert sorted(seen) == list(range(len(batch)))
+        assert seen[: sizes[rank]] == list(range(*slice_of(sizes, rank)))  # its own come first
+    # Two ranks' features come with each exchange.
+    assert set(mail.exchanges.values()) <= {world_size // 2}
+
+
+def slice_of(sizes: tuple[int, ...], rank: int) -> tuple[int, int]:
+    return sum(sizes[:rank]), sum(sizes[: rank + 1])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gradients_get_home(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank r's part of every gradient is 10^r: a digit for each rank that has been added."""
+    monkeypatch.setattr(visits, "dist", Mail())
+    sizes = tuple(1 + rank % 3 for rank in range(world_size))
+
+    def run(ring: Ring) -> Tensor:
+        mine = torch.zeros(sizes[ring.shard.rank], 2, dtype=torch.float64)
+        parts = (
+            features + 10.0**ring.shard.rank + columns.start / 1e3
+            for features, columns in ring.visits(mine)
+        )
+        return ring.home(parts)
+
+    for rank, gradient in enumerate(on_every_rank(world_size, sizes, run)):
+        total = sum(10.0**r for r in range(world_size)) + world_size * sum(sizes[:rank]) / 1e3
+        torch.testing.assert_close(gradient, torch.full((sizes[rank], 2), total).double())
