@@ -32,7 +32,7 @@ test: .venv/extension
 	$(BIN)/pytest $(ARGS)
 
 ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradients_requested shapes \
-  scalars_and_dtypes spoilt_inputs switches operator_sizes properties accuracy
+  scalars_and_dtypes spoilt_inputs switches operator_sizes properties accuracy live
 emulated: .venv/extension
 	FASTCLIP_TEST_DEVICE=emulated $(BIN)/pytest $(ON_ANY_ENGINE:%=tests/test_%.py) $(ARGS)
 

@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import choose
+from .block_row import Sharing
 from .function import Plan
-from .inputs import budget_of, check_features, product_dtype, scalar
+from .inputs import budget_of, check_features, check_live, product_dtype, scalar
 from .shard import Shard, agree, check_world, refuse, uncompiled
-from .sharded import Sharing, sharded_loss
+from .sharded import sharded_loss
 
 LOSSES = ("softmax", "sigmoid")
 
@@ -45,6 +46,7 @@ def clip_loss(
     uneven: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
+    live: tuple[int, int] | None = None,
 ) -> Tensor:
     """This rank's share of `fastclip.clip_loss` on all ranks' pairs. Equivalent to:
 
@@ -65,11 +67,17 @@ def clip_loss(
             them at most, O(b D), instead of all, O(B D): slower, for batches that do not fit.
         uneven: batches may differ in size from rank to rank. Sizes are exchanged at every step,
             which on GPUs waits for the device.
+        live: (start, stop), as in `fastclip.clip_loss`, of this rank's pairs; the same on all ranks
+            unless `uneven`.
         normalize, backend, memory_budget: as in `fastclip.clip_loss`.
 
     Bytes that a rank sends, E per feature element: `(R - 1) b D E` for the texts, `4 (R - 1) b D`
     for their gradients in fp32, at most 40 B for states. Around the ring texts travel twice, for
     the forward and for the backward, and gradients follow: `(R - 1) b D (2 E + 4)`.
+
+    Bytes that a rank holds beside its inputs, at most: `B D (E + 4)` for all texts and their
+    gradients, and `4 B D` while gloo adds these up; around the ring `b D (4 E + 32)`, whatever R.
+    Either way `100 B` for states, the engine's work space and `memory_budget`.
 
     Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,
         dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. In a group that
@@ -78,7 +86,7 @@ def clip_loss(
     """
     return shared_loss(
         "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
-        Sharing(ring=ring), uneven, normalize, backend, memory_budget,
+        Sharing(ring=ring), uneven, normalize, backend, memory_budget, live,
     )  # fmt: skip
 
 
@@ -94,6 +102,7 @@ def siglip_loss(
     uneven: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
+    live: tuple[int, int] | None = None,
 ) -> Tensor:
     """This rank's share of `fastclip.siglip_loss` on all ranks' pairs. Equivalent to:
 
@@ -107,7 +116,7 @@ def siglip_loss(
     """
     return shared_loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
-        Sharing(ring=ring), uneven, normalize, backend, memory_budget,
+        Sharing(ring=ring), uneven, normalize, backend, memory_budget, live,
     )  # fmt: skip
 
 
@@ -116,7 +125,8 @@ def shared_loss(
     loss: str, x: Tensor, y: Tensor, logit_scale: Tensor | float,
     logit_bias: Tensor | float | None, process_group: dist.ProcessGroup | None, sharing: Sharing,
     uneven: bool, normalize: bool = False, backend: str | None = None,
-    memory_budget: int | None = None, world: tuple[str, int, int] | None = None,
+    memory_budget: int | None = None, live: tuple[int, int] | None = None,
+    world: tuple[str, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """What every loss across processes calls: checks, an agreement among ranks, the loss.
 
@@ -130,6 +140,7 @@ def shared_loss(
         if world is not None:
             check_world(*world, process_group)
         check_features(x, y)
+        live = check_live(live, x.shape[0])
         scale = scalar("logit_scale", logit_scale, x)
         bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
         dtype = product_dtype(x, y)
@@ -144,7 +155,7 @@ def shared_loss(
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     # Autocast may be on for some ranks alone.
     alike["dtype of products"] = dtype
-    shard = agree(process_group, x, y, wants, uneven, **alike)
+    shard = agree(process_group, x, y, wants, uneven, live, **alike)
     plan = Plan(loss, engine, dtype, normalize, "mean", budget)
     return sharded_loss(*inputs, plan, shard, sharing)
 

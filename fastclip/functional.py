@@ -9,8 +9,11 @@ from torch import Tensor
 
 from . import reference
 from .backends import choose
+from .block_row import Sharing
 from .function import REDUCTIONS, Plan, fused_loss
-from .inputs import budget_of, check_features, product_dtype, scalar
+from .inputs import budget_of, check_features, check_live, product_dtype, scalar
+from .shard import shard_of_one, uncompiled
+from .sharded import sharded_loss
 
 
 def clip_loss(
@@ -23,6 +26,7 @@ def clip_loss(
     reduction: str = "mean",
     backend: str | None = None,
     memory_budget: int | None = None,
+    live: tuple[int, int] | None = None,
 ) -> Tensor:
     """CLIP's symmetric softmax loss without its N x N matrix. Equivalent to:
 
@@ -49,6 +53,12 @@ def clip_loss(
             being recomputed. Default: 256 MiB on CPUs, 0 on GPUs. Results do not depend on it
             beyond rounding. On CPUs they stay with the process for the next step:
             `fastclip.release_workspace()` frees them.
+        live: (start, stop), the pairs whose features this step differentiates, for accumulation
+            over micro-batches: the others' features are in the batch as constants. The value is
+            the live pairs' share of the loss, and so are the gradients of scale and bias; those of
+            live features are complete. Over slices that cover the batch, values and gradients add
+            up to the whole batch's. A backward costs `2 (stop - start) / N` of a whole one's;
+            `fastclip.cached_step` makes the loss once instead.
 
     Returns:
         The loss in float32 (float64 for float64 features), on the features' device. The gradients
@@ -58,11 +68,12 @@ def clip_loss(
     Raises:
         TypeError: features that are no tensors or not floating point, or a DTensor.
         ValueError: shapes or devices that do not fit, an empty batch, an unknown reduction, a
-            backend that is unknown or cannot run here, a negative budget.
+            backend that is unknown or cannot run here, a negative budget, live pairs that are not
+            within the batch or that are to be reduced to "none".
     """
     return _loss(
         "softmax", image_features, text_features, logit_scale, logit_bias,
-        normalize, reduction, backend, memory_budget,
+        normalize, reduction, backend, memory_budget, live,
     )  # fmt: skip
 
 
@@ -76,6 +87,7 @@ def siglip_loss(
     reduction: str = "mean",
     backend: str | None = None,
     memory_budget: int | None = None,
+    live: tuple[int, int] | None = None,
 ) -> Tensor:
     """SigLIP's pairwise sigmoid loss without its N x N matrix. Equivalent to:
 
@@ -92,7 +104,7 @@ def siglip_loss(
     """
     return _loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias,
-        normalize, reduction, backend, memory_budget,
+        normalize, reduction, backend, memory_budget, live,
     )  # fmt: skip
 
 
@@ -102,6 +114,7 @@ _REFERENCES = {"softmax": reference.clip_loss, "sigmoid": reference.siglip_loss}
 def _loss(
     loss: str, x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
     normalize: bool, reduction: str, backend: str | None, memory_budget: int | None,
+    live: tuple[int, int] | None,
 ) -> Tensor:  # fmt: skip
     check_features(x, y)
     if reduction not in REDUCTIONS:
@@ -111,6 +124,24 @@ def _loss(
     dtype = product_dtype(x, y)
     budget = budget_of(memory_budget, x.device)
     engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1])
+    if live is not None:
+        live = check_live(live, x.shape[0])
+        if reduction == "none" or engine == "reference":
+            raise ValueError(
+                'live pairs must be reduced to "mean" or "sum" by a fused engine, got '
+                f"reduction={reduction!r}, backend={backend!r}"
+            )
+        plan = Plan(loss, engine, dtype, normalize, "mean", budget)
+        value = _live_loss(x, y, scale, bias, plan, live)
+        return value * x.shape[0] if reduction == "sum" else value
     if engine == "reference":
         return _REFERENCES[loss](x, y, scale, bias, normalize=normalize, reduction=reduction)
     return fused_loss(x, y, scale, bias, Plan(loss, engine, dtype, normalize, reduction, budget))
+
+
+@uncompiled
+def _live_loss(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan, live: tuple[int, int]
+) -> Tensor:
+    """One process is a rank without others."""
+    return sharded_loss(x, y, scale, bias, plan, shard_of_one(x, y, live), Sharing())

@@ -6,6 +6,7 @@ An error says the rule, what was expected and what it got.
 from __future__ import annotations
 
 import numbers
+import operator
 
 import torch
 from torch import Tensor
@@ -75,6 +76,21 @@ def budget_of(memory_budget: int | None, device: torch.device) -> int:
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
     return memory_budget
+
+
+def check_live(live: tuple[int, int] | None, pairs: int) -> tuple[int, int] | None:
+    """Raises ValueError unless it is None or (start, stop) within the pairs."""
+    if live is None:
+        return None
+    try:
+        start, stop = map(operator.index, live)
+    except (TypeError, ValueError):
+        start = stop = -1
+    if not 0 <= start < stop <= pairs:
+        raise ValueError(
+            f"live must be (start, stop) with 0 <= start < stop <= {pairs} pairs, got {live!r}"
+        )
+    return start, stop
 
 
 def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:

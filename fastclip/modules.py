@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block_row import Sharing
 from .distributed import gather_features, shared_loss
 from .functional import clip_loss, siglip_loss
-from .sharded import Sharing
 
 
 def _overrides(loss: nn.Module, base: type[nn.Module], others: tuple[str, ...] = ()) -> bool:
@@ -34,13 +34,20 @@ def _dense_logits(
     return logits if logit_bias is None else logits + logit_bias
 
 
+def _refuse_live(live: tuple[int, int] | None) -> None:
+    if live is not None:
+        raise ValueError(
+            f"live must be None for a loss that makes its own logits or labels, got {live!r}"
+        )
+
+
 @functools.cache
 def _warn_of_direction() -> None:
     warnings.warn(
         "ClipLoss(local_loss=True, gather_with_grad=False) returns open_clip's gradient, which is "
         "not that of the loss, in direction either: what other ranks' losses contribute is left "
         "out; gather_with_grad=True is exact",
-        stacklevel=3,
+        stacklevel=5,  # whoever calls the module, past two frames of nn.Module's
     )
 
 
@@ -134,12 +141,14 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        live: tuple[int, int] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or `{"contrastive_loss": loss}`."""
+        """The loss, or `{"contrastive_loss": loss}`; `live` as in `fastclip.clip_loss`."""
         inputs = (image_features, text_features, logit_scale, logit_bias)
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
             _warn_of_direction()
         if _overrides(self, ClipLoss):
+            _refuse_live(live)
             per_image, per_text = self.get_logits(*inputs)
             labels = self.get_ground_truth(image_features.device, per_image.shape[0])
             loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
@@ -147,10 +156,10 @@ class ClipLoss(nn.Module):
             sharing = Sharing(not self.local_loss, self.gather_with_grad, self.ring)
             world = ("ClipLoss", self.rank, self.world_size)
             loss = shared_loss(
-                "softmax", *inputs, self.process_group, sharing, self.uneven, world=world
+                "softmax", *inputs, self.process_group, sharing, self.uneven, live=live, world=world
             )
         else:
-            loss = clip_loss(*inputs)
+            loss = clip_loss(*inputs, live=live)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -261,18 +270,20 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None,
         output_dict: bool = False,
+        live: tuple[int, int] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or `{"contrastive_loss": loss}`."""
+        """The loss, or `{"contrastive_loss": loss}`; `live` as in `fastclip.clip_loss`."""
         inputs = (image_features, text_features, logit_scale, logit_bias)
-        if self.world_size == 1:
-            loss = self._loss(*inputs)
+        if _overrides(self, SigLipLoss, ("_loss",)):
+            _refuse_live(live)
+            across = self._dense_across if self.world_size > 1 else self._loss
+            loss = across(*inputs)
+        elif self.world_size > 1:
+            sharing = Sharing(ring=self.dist_impl in ("bidir", "shift"))
+            world = ("SigLipLoss", self.rank, self.world_size)
+            loss = shared_loss(
+                "sigmoid", *inputs, self.process_group, sharing, self.uneven, live=live, world=world
+            )
         else:
-            if _overrides(self, SigLipLoss, ("_loss",)):
-                loss = self._dense_across(*inputs)
-            else:
-                sharing = Sharing(ring=self.dist_impl in ("bidir", "shift"))
-                world = ("SigLipLoss", self.rank, self.world_size)
-                loss = shared_loss(
-                    "sigmoid", *inputs, self.process_group, sharing, self.uneven, world=world
-                )
+            loss = siglip_loss(*inputs, live=live)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -12,6 +12,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,18 @@ from torch import Tensor
 
 from .operands import FLOATING
 
+_Told = dict[str, tuple[int, ...]]  # of each field what the ranks brought
+
 
 class Shard(NamedTuple):
     """Of the batch a rank has `sizes[rank]` rows, from `starts[rank]` on."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None  # None: one rank, that talks to nobody
     rank: int
     sizes: tuple[int, ...]
     starts: tuple[int, ...]
+    # Of each rank's rows those that this step differentiates; the others are constants.
+    live: tuple[slice, ...]
     # Whether any rank wants gradients of its x, of its y: then all take part in making them.
     needs_x: bool
     needs_y: bool
@@ -34,6 +39,10 @@ class Shard(NamedTuple):
     @property
     def world_size(self) -> int:
         return len(self.sizes)
+
+    @property
+    def rows(self) -> int:
+        return self.sizes[self.rank]
 
     @property
     def start(self) -> int:
@@ -59,6 +68,29 @@ class Shard(NamedTuple):
     def is_even(self) -> bool:
         return len(set(self.sizes)) == 1
 
+    @property
+    def all_live(self) -> bool:
+        return self.live == _all_rows(self.sizes)
+
+    @property
+    def of_live(self) -> Shard:
+        """A shard of the ranks' live rows alone."""
+        sizes = tuple(rows.stop - rows.start for rows in self.live)
+        return self._replace(sizes=sizes, starts=_starts(sizes), live=_all_rows(sizes))
+
+    def where_live(self, device: torch.device) -> Tensor:
+        """Where in the batch all ranks' live rows are, int64."""
+        rows = self.live[0]
+        if self.is_even and len({(r.start, r.stop) for r in self.live}) == 1:
+            # The usual case: nothing is copied to the device.
+            starts = torch.arange(self.world_size, device=device) * self.rows
+            return (starts[:, None] + torch.arange(rows.start, rows.stop, device=device)).flatten()
+        parts = [
+            torch.arange(start + r.start, start + r.stop)
+            for start, r in zip(self.starts, self.live, strict=True)
+        ]
+        return torch.cat(parts).to(device)
+
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' rows (B, ...), in the order of ranks."""
         if self.world_size == 1:
@@ -80,7 +112,7 @@ class Shard(NamedTuple):
             x = torch.cat([_padded(part, most) for part in x.split(self.sizes)])
         out = x.new_empty((most, *x.shape[1:]))
         reduce_scatter(out, x.contiguous(), self.group)
-        return out[: self.sizes[self.rank]]
+        return out[: self.rows]
 
     def sum(self, x: Tensor) -> Tensor:
         """In place."""
@@ -111,6 +143,19 @@ class Shard(NamedTuple):
         return x.repeat_interleave(counts, output_size=self.batch)
 
 
+def _starts(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(itertools.accumulate(sizes[:-1], initial=0))
+
+
+def _all_rows(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in sizes)
+
+
+def shard_of_one(x: Tensor, y: Tensor, live: tuple[int, int]) -> Shard:
+    """The whole batch: one process, without a group."""
+    return Shard(None, 0, (x.shape[0],), (0,), (slice(*live),), x.requires_grad, y.requires_grad)
+
+
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
     # torch 2.13 has new names for these two, and warns of the old ones.
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -134,11 +179,16 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     Collectives and what depends on their answers are no part of a compiled graph: it is cut there.
     """
 
+    disabled: Callable[..., Any] | None = None
+
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        return torch.compiler.disable(function)(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
 
     return run
 
@@ -169,15 +219,15 @@ def check_world(
         )
 
 
-# What ranks agreed upon where an exchange at every call would wait for the device: the first
-# call's, for what this rank brings.
-_AGREED: dict[tuple[object, ...], Shard] = {}
+# What ranks of a group brought where an exchange at every call would wait for the device: at the
+# first call, for what this rank brought.
+_TOLD: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Told]] = WeakKeyDictionary()
 _REFUSED = -1
 
 
 def agree(
     process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, needs_any: bool, uneven: bool,
-    **alike: int | torch.dtype,
+    live: tuple[int, int] | None = None, **alike: int | torch.dtype,
 ) -> Shard:  # fmt: skip
     """The shard of paired features x, y (b, D), after every rank saw that all of them fit.
 
@@ -186,35 +236,37 @@ def agree(
     a group that moves GPU tensors alone, reading an answer waits for the device: there the first
     call of each kind compares and later ones rely on it, unless `uneven` asks for sizes each time.
 
+    live: of this rank's rows, start and stop of those that are differentiated; None: all.
     alike: what the ranks must have in common besides.
 
     Raises, on every rank:
-        ValueError: widths, dtypes or options that differ, or sizes, unless `uneven` allows that; a
-            rank without anything to differentiate, for whose backward the others would wait.
+        ValueError: widths, dtypes or options that differ, or sizes and live rows, unless `uneven`
+            allows that; a rank without anything to differentiate, for whose backward the others
+            would wait.
     """
     group = group_of(process_group)
     mine: dict[str, int] = {
-        "batch": x.shape[0], "needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad),
+        "batch": x.shape[0], **dict(zip(_LIVE, live or (0, x.shape[0]), strict=True)),
+        "needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad),
         "requires_grad": int(needs_any), "width D": x.shape[1], "dtype of images": _code(x.dtype),
         "dtype of texts": _code(y.dtype), "uneven": int(uneven),
         **{name: _code(value) for name, value in alike.items()},
     }  # fmt: skip
     through = _exchanging_device(group, x.device)
     relies = through.type != "cpu" and not uneven
-    key = (group, x.device, tuple(mine.values()))
-    if relies and key in _AGREED:
-        return _AGREED[key]
-    found = _exchange(group, tuple(mine.values()), through)
-    told = dict(zip(mine, found, strict=True))
-    _check(told)
-    starts = itertools.accumulate(told["batch"][:-1], initial=0)
-    shard = Shard(
-        group, dist.get_rank(group), told["batch"], tuple(starts), any(told["needs_x"]),
-        any(told["needs_y"]),
+    key = x.device, *mine.values()
+    known = _TOLD.setdefault(group, {}) if relies else {}
+    if key not in known:
+        found = _exchange(group, tuple(mine.values()), through)
+        told = dict(zip(mine, found, strict=True))
+        _check(told)
+        known[key] = told
+    told = known[key]
+    sizes, live_rows = told["batch"], zip(*(told[name] for name in _LIVE), strict=True)
+    return Shard(
+        group, dist.get_rank(group), sizes, _starts(sizes), tuple(slice(*r) for r in live_rows),
+        any(told["needs_x"]), any(told["needs_y"]),
     )  # fmt: skip
-    if relies:
-        _AGREED[key] = shard
-    return shard
 
 
 def refuse(process_group: dist.ProcessGroup | None, count: int) -> None:
@@ -228,7 +280,10 @@ def refuse(process_group: dist.ProcessGroup | None, count: int) -> None:
 
 
 # Of `agree`, before what must be alike besides.
-_FIELDS = 8
+_FIELDS = 10
+_LIVE = ("start of live pairs", "end of live pairs")
+# Of these, those that may differ: whether a tower is frozen.
+_FREE = ("needs_x", "needs_y")
 
 
 def _code(value: int | torch.dtype) -> int:
@@ -254,7 +309,7 @@ def _exchange(
     return list(zip(*heard.view(world_size, -1).tolist(), strict=True))
 
 
-def _check(told: dict[str, tuple[int, ...]]) -> None:
+def _check(told: _Told) -> None:
     def each(field: str) -> str:
         values = told[field]
         if field.startswith("dtype"):
@@ -267,13 +322,15 @@ def _check(told: dict[str, tuple[int, ...]]) -> None:
             f"all ranks must have arguments that the loss accepts, got others on rank "
             f"{', '.join(refused)}: the error raised there says which"
         )
-    for field in list(told)[4:]:
-        if len(set(told[field])) > 1:
+    sizes = ("batch", *_LIVE)
+    for field in told:
+        special = (*sizes, *_FREE, "requires_grad")
+        if field not in special and len(set(told[field])) > 1:
             raise ValueError(f"all ranks must have one {field}, got {each(field)}")
-    if not told["uneven"][0] and len(set(told["batch"])) > 1:
-        raise ValueError(
-            f"all ranks must have batches of one size unless uneven=True, got {each('batch')}"
-        )
+    for field in () if told["uneven"][0] else sizes:
+        if len(set(told[field])) > 1:
+            name = "batches of one size" if field == "batch" else f"one {field}"
+            raise ValueError(f"all ranks must have {name} unless uneven=True, got {each(field)}")
     if len(set(told["requires_grad"])) > 1:
         raise ValueError(
             "all ranks or none must have something to differentiate, since a backward waits for "

@@ -26,6 +26,9 @@ class Gathered:
         """What a rank keeps of y (b, ...) between forward and backward."""
         return self.shard.gather(y)
 
+    def own(self, held: Tensor) -> Tensor:
+        return held[self.shard.mine]
+
     def visits(self, held: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Features and the columns that they are."""
         yield held, slice(0, self.shard.batch)
@@ -41,7 +44,7 @@ class Ring:
     so that half as many steps as ranks are enough. Gradients follow them from rank to rank, and go
     straight home from the last one.
 
-    At most four ranks' features and six ranks' gradients are here at a time.
+    Beside a rank's own at most four ranks' features and five gradients are here at a time.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -50,6 +53,9 @@ class Ring:
 
     def held(self, y: Tensor) -> Tensor:
         return y.contiguous()
+
+    def own(self, held: Tensor) -> Tensor:
+        return held
 
     def visits(self, held: Tensor) -> Iterator[tuple[Tensor, slice]]:
         here = [held, held]  # one for each way

@@ -4,6 +4,8 @@ Every rank makes the whole batch, takes its own part, and returns what it got as
 gradients of its features as they are after DDP's mean, scalars averaged over ranks.
 """
 
+import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,6 +79,29 @@ def ours(rank: int, world_size: int, case: Case, options: dict[str, Any]) -> dic
     )  # fmt: skip
 
 
+def accumulated(rank: int, world_size: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
+    """`ours` in three micro-batches, of whose features alone there is a graph."""
+    function = getattr(distributed, f"{case.loss}_loss")
+    b = case.sizes[rank]
+    cuts = (0, 1, 1 + (b - 1) // 2, b)
+
+    def loss(x: Tensor, y: Tensor, *scalars: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for live in itertools.pairwise(cuts):
+            own = slice(*live)
+            towers = []
+            for tower in (x, y):
+                spliced = tower.detach().clone()
+                spliced[own] = tower[own]
+                towers.append(spliced)
+            total = total + function(
+                *towers, *scalars, normalize=case.normalize, live=live, **options
+            )
+        return total
+
+    return results(case, rank, world_size, loss)
+
+
 def module(
     rank: int, world_size: int, case: Case, theirs: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -90,6 +115,17 @@ def module(
         source = modules
     loss = getattr(source, name)(rank=rank, world_size=world_size, **options)
     return results(case, rank, world_size, loss)
+
+
+def warnings_of(rank: int, world_size: int, local_loss: bool, gather_with_grad: bool) -> list[str]:
+    """Of two steps in a process that has had no warning yet; each with its file."""
+    modules._warn_of_direction.cache_clear()
+    loss = modules.ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world_size)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss(*leaves(Case("clip", (3,) * world_size), slice(3 * rank, 3 * rank + 3)))
+    return [f"{warning.filename}: {warning.message}" for warning in found]
 
 
 def whole(case: Case, loss: Callable[..., Tensor]) -> dict[str, Any]:

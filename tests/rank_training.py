@@ -1,17 +1,20 @@
 """Models that ranks train in `test_distributed_training.py`, and what their exchanges amount to."""
 
+import itertools
 from collections import Counter
 from typing import Any
-from unittest import mock
 
+import bench_import  # noqa: F401 -- makes `bench` importable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from bench.traffic import Traffic
 from fastclip import cached_step, distributed, reference
 from fastclip.loss import ClipLoss
 
@@ -123,40 +126,26 @@ def compiled(rank: int, world_size: int) -> float:
     return worst(found, gradients_of_one_process(world_size))
 
 
+def most_held(rank: int, world_size: int, b: int, d: int, dtype: torch.dtype, ring: bool) -> int:
+    """The most bytes that a rank has at a time beside its features, gradients included."""
+    x, y = (torch.randn(b, d).to(dtype).requires_grad_() for _ in range(2))
+
+    def step() -> None:
+        distributed.clip_loss(x, y, 5.0, normalize=True, ring=ring, memory_budget=0).backward()
+
+    step()
+    x.grad = y.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        step()
+    events = run.profiler.kineto_results.events()
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+
+
 def bytes_sent(
     rank: int, world_size: int, loss: str, b: int, d: int, dtype: torch.dtype, ring: bool
 ) -> Counter:
     """By kind of exchange, what this rank sends to others in a forward and a backward."""
-    sent: Counter = Counter()
-
-    def counting(name: str, factor: float, position: int) -> Any:
-        function = getattr(dist, name)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            sent[name] += round(factor * args[position].numel() * args[position].element_size())
-            return function(*args, **kwargs)
-
-        return mock.patch.object(dist, name, run)
-
-    exchange = dist.batch_isend_irecv
-
-    def hop(operations: list[Any]) -> Any:
-        for operation in operations:
-            if operation.op is dist.isend:
-                sent["hop"] += operation.tensor.numel() * operation.tensor.element_size()
-        return exchange(operations)
-
     x, y = (torch.randn(b, d).to(dtype).requires_grad_() for _ in range(2))
-    others = world_size - 1
-    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    scatter = "reduce_scatter_tensor"
-    if hasattr(dist, "reduce_scatter_single"):
-        scatter = "reduce_scatter_single"
-    with (
-        counting(gather, others, 1),  # to each other rank
-        counting(scatter, others / world_size, 1),
-        counting("all_reduce", 2 * others / world_size, 0),  # as a ring does it
-        mock.patch.object(dist, "batch_isend_irecv", hop),
-    ):
+    with Traffic() as traffic:
         getattr(distributed, f"{loss}_loss")(x, y, 5.0, -1.0, normalize=True, ring=ring).backward()
-    return sent
+    return traffic.sent

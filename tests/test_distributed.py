@@ -13,13 +13,14 @@ import pytest
 import torch
 from judge import PRECISIONS, allowance, error, truth
 from open_clip_import import import_open_clip
-from rank_cases import Case, leaves, module, ours
+from rank_cases import Case, accumulated, leaves, module, ours, warnings_of
 from ranks import Ranks
 
 WORLD_SIZES = (1, 2, 3, 4)
 # Of a batch: pairs of each rank. A rank with one pair has no negatives of its own.
 EVEN = {1: (13,), 2: (9, 9), 3: (7, 7, 7), 4: (5, 5, 5, 5)}
 UNEVEN = {1: (13,), 2: (11, 6), 3: (9, 1, 4), 4: (5, 8, 1, 3)}
+MIXED = {1: (13,), 2: (11, 6), 3: (9, 3, 4), 4: (5, 8, 3, 7)}
 QUANTITIES = ("loss", "dx", "dy", "dscale", "dbias")
 
 
@@ -117,6 +118,18 @@ def test_a_frozen_tower(ranks: Ranks, frozen: str, ring: bool) -> None:
         assert found[f"d{frozen}"] is None and not mistakes(case, found)
 
 
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_live_slices_add_up(ranks: Ranks, loss: str, ring: bool) -> None:
+    """Micro-batch by micro-batch, of different sizes on the ranks of an uneven batch."""
+    wrong = []
+    for sizes, normalize in ((EVEN, False), (MIXED, True)):
+        case = Case(loss, sizes[size_of(ranks)], kind="lengths", normalize=normalize)
+        found = ranks.run(accumulated, case, {"ring": ring, "uneven": sizes is MIXED})
+        wrong += mistakes(case, joined(found))
+    assert not wrong, "\n".join(wrong)
+
+
 # ---- open_clip's classes -------------------------------------------------------------------------
 
 WAYS = list(product((False, True), (False, True)))
@@ -177,3 +190,11 @@ def test_the_factor_table(several: Ranks) -> None:
         else:
             assert cosine == pytest.approx(1, abs=1e-9)
             assert ratio == pytest.approx(1 if gather_with_grad else 1 / size, rel=1e-9)
+
+
+def test_the_wrong_direction_is_announced_once(several: Ranks) -> None:
+    for warnings in several.run(warnings_of, True, False):
+        (message,) = warnings
+        assert "ClipLoss(local_loss=True, gather_with_grad=False)" in message
+        assert "rank_cases.py" in message  # where it was called
+    assert several.run(warnings_of, True, True) == [[]] * size_of(several)

@@ -69,3 +69,18 @@ def test_bytes_sent_are_the_stated_ones(
     for sent in found:
         total = sum(sent.values())
         assert stated <= total <= stated + 5 * 8 * world_size * b, dict(sent)
+
+
+def test_memory_is_the_stated_one(three: Ranks) -> None:
+    """`fastclip.distributed`'s formula: a rank's part of the features is 4 MiB here."""
+    world_size, b, d, itemsize = 3, 1024, 1024, 4
+    gathered, ring = (
+        max(three.run(rank_training.most_held, b, d, torch.float32, ring)) / (b * d)
+        for ring in (False, True)
+    )
+    # Less than another part beyond: states, work space, gradients in the features' dtype.
+    slack = 0.9 * itemsize
+    gradients = 2 * itemsize
+    assert world_size * (itemsize + 4) < gathered
+    assert gathered < world_size * (itemsize + 8) + gradients + slack
+    assert ring < 4 * itemsize + 32 + slack and ring < gathered - itemsize

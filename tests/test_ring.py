@@ -6,7 +6,9 @@ Ranks are threads here, and messages go through queues, in order between two ran
 import itertools
 import queue
 import threading
+import weakref
 from collections import defaultdict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,8 +31,10 @@ class Mail:
     def __init__(self) -> None:
         self.boxes: dict[tuple[int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
         self.exchanges: dict[int, int] = defaultdict(int)
+        self.tensors: dict[int, list[weakref.ref[Tensor]]] = defaultdict(list)
 
     def P2POp(self, op: str, tensor: Tensor, group: int, group_peer: int) -> Any:
+        self.tensors[group].append(weakref.ref(tensor))
         return SimpleNamespace(op=op, tensor=tensor, rank=group, peer=group_peer)
 
     def batch_isend_irecv(self, operations: list[Any]) -> list[Any]:
@@ -40,6 +44,10 @@ class Mail:
                 self.boxes[o.rank, o.peer].put(o.tensor.clone())
         return [SimpleNamespace(wait=lambda o=o: self._wait(o)) for o in operations]
 
+    def held(self, rank: int) -> int:
+        """Of all tensors that a rank ever sent or received, those that still exist."""
+        return len({id(x) for x in (ref() for ref in self.tensors[rank]) if x is not None})
+
     def _wait(self, operation: Any) -> None:
         if operation.op == "irecv":
             box = self.boxes[operation.peer, operation.rank]
@@ -48,10 +56,11 @@ class Mail:
 
 def on_every_rank(world_size: int, sizes: tuple[int, ...], run: Any) -> list[Any]:
     starts = tuple(itertools.accumulate(sizes[:-1], initial=0))
+    every = tuple(slice(0, size) for size in sizes)
     results: list[Any] = [None] * world_size
 
     def one(rank: int) -> None:
-        results[rank] = run(Ring(Shard(rank, rank, sizes, starts, True, True)))  # type: ignore[arg-type]
+        results[rank] = run(Ring(Shard(rank, rank, sizes, starts, every, True, True)))  # type: ignore[arg-type]
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -103,3 +112,33 @@ def test_gradients_get_home(world_size: int, monkeypatch: pytest.MonkeyPatch) ->
     for rank, gradient in enumerate(on_every_rank(world_size, sizes, run)):
         total = sum(10.0**r for r in range(world_size)) + world_size * sum(sizes[:rank]) / 1e3
         torch.testing.assert_close(gradient, torch.full((sizes[rank], 2), total).double())
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_rank_holds_few(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its own: four ranks' features and five gradients at most, however many ranks."""
+    mail = Mail()
+    monkeypatch.setattr(visits, "dist", mail)
+    sizes = (3,) * world_size
+
+    def visiting(ring: Ring) -> int:
+        rank = ring.shard.rank
+        mine = torch.zeros(3, 2)
+        return max(mail.held(rank) for _ in ring.visits(mine)) - (world_size > 1)
+
+    assert max(on_every_rank(world_size, sizes, visiting)) <= 4
+
+    mail.tensors.clear()
+
+    def homing(ring: Ring) -> int:
+        most = []
+
+        def parts() -> Iterator[Tensor]:
+            for _ in range(world_size):
+                most.append(1 + mail.held(ring.shard.rank))  # and the part that is being made
+                yield torch.zeros(3, 2)
+
+        ring.home(parts())
+        return max(most)
+
+    assert max(on_every_rank(world_size, sizes, homing)) <= 5
