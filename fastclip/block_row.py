@@ -16,6 +16,7 @@ from .chunked import merge
 from .epilogues import EPILOGUES
 from .function import Plan, cast, factor_of, operator
 from .operands import accumulation_dtype, state_dtype
+from .ops import rows_to_keep
 from .shard import Shard
 from .visits import Gathered, Ring
 
@@ -139,14 +140,15 @@ class Swept(NamedTuple):
 
     state: Tensor  # (2, b + B): own rows, then all columns
     positive: Tensor  # (b)
-    kept: Tensor
     coefficients: Tensor  # (b + B)
     of_rows: Tensor  # (b): the positives' weights, as their rows have them
     of_columns: Tensor  # (b): as their columns have them
+    kept: tuple[Tensor, ...]  # products, of each visit
 
 
-def sweep(context: Context, o: Operands, keep: int) -> tuple[Tensor, Swept]:
-    """The sum of the losses of this rank's pairs, and what the second sweep needs."""
+def sweep(context: Context, o: Operands, budget: int) -> tuple[Tensor, Swept]:
+    """The sum of the losses of this rank's pairs, and what the second sweep needs. Budget: bytes
+    of products that may be kept for it."""
     plan, shard, pairs = context.plan, context.shard, context.pairs
     b, needs_state = o.x.shape[0], context.epilogue.needs_state
     # A row's weights need other rows' states only through columns.
@@ -154,12 +156,15 @@ def sweep(context: Context, o: Operands, keep: int) -> tuple[Tensor, Swept]:
     bound = _bound(context, o)
     state = torch.zeros((2, b + shard.batch), dtype=state_dtype(o.x.device), device=o.x.device)
     rows, columns = state[:, :b], state[:, b:]
-    positive, kept = rows.new_zeros(b), None
+    positive, kept = rows.new_zeros(b), []
     for k, visit in enumerate(visits(context, o)):
-        found, here, kept = operator("sweep", plan)(
+        n = visit.y.shape[0]
+        keep = rows_to_keep(b, n, accumulation_dtype(o.x).itemsize, budget * n // shard.batch)
+        found, here, products = operator("sweep", plan)(
             *block(o, swept, visit.y, visit.factor), bound,
             shard.start + swept.start - visit.start, plan.loss, keep,
         )  # fmt: skip
+        kept.append(products)
         count = swept.stop - swept.start
         columns[:, visit.where] = found[:, count:]
         if k == 0:  # own columns come first, or with all others: here are the positives
@@ -170,14 +175,15 @@ def sweep(context: Context, o: Operands, keep: int) -> tuple[Tensor, Swept]:
         losses, coefficients, weights = context.finish(rows, positive, o.scale, o.bias)
         # A sum over pairs: a rank's share are its rows, its columns belong to the others' rows.
         coefficients = torch.cat((coefficients, coefficients.new_zeros(shard.batch)))
-        return losses[pairs].sum(), Swept(state, positive, kept, coefficients, weights, weights * 0)
+        swept_rows = Swept(state, positive, coefficients, weights, weights * 0, tuple(kept))
+        return losses[pairs].sum(), swept_rows
     columns.copy_(merge_columns(columns, shard))
     positives = torch.cat((positive, shard.gather(positive)))
     losses, coefficients, weights = context.finish(state, positives, o.scale, o.bias)
     own = (losses[:b][pairs].sum() + losses[b:][shard.mine][pairs].sum()) / 2
     # A pair counts half its row's and half its column's loss.
     return own, Swept(
-        state, positive, kept, coefficients / 2, weights[:b] / 2, weights[b:][shard.mine] / 2
+        state, positive, coefficients / 2, weights[:b] / 2, weights[b:][shard.mine] / 2, tuple(kept)
     )
 
 
@@ -201,11 +207,11 @@ class Weighing(NamedTuple):
         factors = a, b, positive_weight
 
         def parts() -> Iterator[Tensor]:
-            for visit in visits(context, self.operands):
+            for visit, kept in zip(visits(context, self.operands), self.swept.kept, strict=True):
                 offset = context.shard.start + pairs.start - visit.start
                 more, dy, sums = self._weigh(
                     pairs, visit.y, visit.factor, visit.where, offset, factors,
-                    (needs[0], needs[1] and at_once),
+                    (needs[0], needs[1] and at_once), kept,
                 )  # fmt: skip
                 if needs[0]:
                     dx[pairs].add_(more)
@@ -240,13 +246,16 @@ class Weighing(NamedTuple):
                 continue
             # Of rows beside the live ones no positive is among these columns.
             offset = own if rows is pairs and own is not None else y.shape[0]
-            _, part, _ = self._weigh(rows, y, factor, where, offset, factors, (False, True))
+            _, part, _ = self._weigh(
+                rows, y, factor, where, offset, factors, (False, True), self.swept.kept[0]
+            )
             total = part if total is None else total.add_(part)
         return total
 
     def _weigh(
         self, rows: slice, y: Tensor, factor_y: Tensor | None, columns: slice | Tensor,
         offset: int, factors: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, bool],
+        kept: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         plan, (a, b, positive_weight) = self.context.plan, factors
         state, positive = self.swept.state, self.swept.positive
@@ -254,6 +263,6 @@ class Weighing(NamedTuple):
         state = torch.cat((state[:, : len(a)][:, rows], state[:, len(a) :][:, columns]), 1)
         return operator("weigh", plan)(
             *block(self.operands, rows, y, factor_y), state, positive[rows],
-            torch.cat((a[rows], b[columns])), positive_weight[rows], self.gain, self.swept.kept,
+            torch.cat((a[rows], b[columns])), positive_weight[rows], self.gain, kept,
             offset, plan.loss, *needs, plan.normalize, dtype, dtype,
         )  # fmt: skip

@@ -17,7 +17,6 @@ from torch import Tensor
 from .block_row import Context, Operands, Sharing, Swept, Weighing, block, sweep, visits
 from .function import Plan, cast, operator, refuse_second_derivative, scalar_like
 from .operands import accumulation_dtype, state_dtype
-from .ops import rows_to_keep
 from .shard import Shard
 
 
@@ -31,7 +30,7 @@ def sharded_loss(
         t is not None and t.requires_grad for t in (x, y, scale, bias)
     ):
         return _ShardedLoss.apply(x, y, scale, bias, context)
-    own, _ = sweep(context, Operands.of(context, x, y, scale, bias), keep=0)
+    own, _ = sweep(context, Operands.of(context, x, y, scale, bias), budget=0)
     return _value(context, own)
 
 
@@ -56,15 +55,10 @@ class _ShardedLoss(torch.autograd.Function):
             value, *gradients = _sweep_and_weigh(context, operands, ctx.needs_input_grad[0])
             ctx.save_for_backward(x, y, scale, bias, *gradients)
             return value
-        keep = 0
         # What is kept serves a second sweep over the very same blocks.
-        same = not context.sharing.ring and context.shard.all_live
-        if context.plan.engine != "torch" and same:
-            itemsize = accumulation_dtype(operands.x).itemsize
-            budget = context.plan.memory_budget
-            keep = rows_to_keep(x.shape[0], context.shard.batch, itemsize, budget)
-        own, swept = sweep(context, operands, keep)
-        ctx.save_for_backward(x, y, scale, bias, *operands, *swept)
+        keeps = context.plan.engine != "torch" and context.shard.all_live
+        own, swept = sweep(context, operands, context.plan.memory_budget if keeps else 0)
+        ctx.save_for_backward(x, y, scale, bias, *operands, *swept[:-1], *swept.kept)
         return _value(context, own)
 
     @staticmethod
@@ -148,8 +142,9 @@ def _weigh(ctx: Any, g: Tensor) -> list[Tensor | None]:
     context = ctx.context
     shard, sharing = context.shard, context.sharing
     _, _, _, bias, *saved = ctx.saved_tensors
-    count = len(Operands._fields)
-    operands, swept = Operands(*saved[:count]), Swept(*saved[count:])
+    operands, saved = Operands(*saved[: len(Operands._fields)]), saved[len(Operands._fields) :]
+    single = len(Swept._fields) - 1
+    swept = Swept(*saved[:single], tuple(saved[single:]))
     upstream = _upstream(context, g, swept.state.dtype)
     a, b = swept.coefficients.split([shard.rows, shard.batch])
     a, b = a * upstream.of_rows, b * upstream.of_columns
