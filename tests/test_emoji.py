@@ -9,7 +9,7 @@ import torch
 
 from fastclip import emoji as emoji_data
 from fastclip.emoji import FOLDER, SIZE, VENDORS, Emoji
-from fastclip.emoji.batches import augment, batches, on_white
+from fastclip.emoji.batches import Batches, augment, on_white
 from fastclip.emoji.evaluate import CATEGORY_WORDS, per_class_accuracy, recall
 from fastclip.emoji.rebuild import VOCABULARY
 from fastclip.emoji.split import Split, split
@@ -126,7 +126,7 @@ def test_no_caption_is_in_two_groups(emoji: Emoji, parts: Split) -> None:
     # The name stays with whom it is the Unicode name of.
     by_code = {concept.code: concept.captions for concept in emoji.concepts}
     assert by_code["1F408"][0] == "cat" and by_code["1F431"] == ("cat face",)
-    stream = batches(emoji, parts, lambda texts: torch.zeros(len(texts), 1), len(parts.vendors), 7)
+    stream = Batches(emoji, parts, lambda texts: torch.zeros(len(texts), 1), len(parts.vendors), 7)
     for batch in itertools.islice(stream, 12):  # each a whole epoch
         assert len(set(batch.captions)) == len(batch.captions)
 
@@ -142,7 +142,7 @@ def test_the_tokenizer_is_learnt_from_the_trained_captions(
 
 def test_no_batch_holds_a_false_negative(emoji: Emoji, parts: Split, tokenizer: Tokenizer) -> None:
     held = {i for group in parts.held_out for i in parts.members[group]}
-    stream = batches(emoji, parts, lambda texts: tokenizer.encode(texts, 32), 512, seed=3)
+    stream = Batches(emoji, parts, lambda texts: tokenizer.encode(texts, 32), 512, seed=3)
     members, vendors = set(), Counter()
     for batch in itertools.islice(stream, 12):
         groups = [emoji.concepts[i].look_alike for i in batch.concepts]
@@ -166,14 +166,14 @@ def test_no_batch_holds_a_false_negative(emoji: Emoji, parts: Split, tokenizer: 
 
 def test_batches_follow_from_the_seed(emoji: Emoji, parts: Split, tokenizer: Tokenizer) -> None:
     def first(seed: int) -> torch.Tensor:
-        stream = batches(emoji, parts, lambda texts: tokenizer.encode(texts, 32), 64, seed)
+        stream = Batches(emoji, parts, lambda texts: tokenizer.encode(texts, 32), 64, seed)
         return next(stream).images
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
     for size in (1, len(parts.vendors) + 1):
         with pytest.raises(ValueError, match=rf"from 2 to {len(parts.vendors)}, got {size}"):
-            batches(emoji, parts, lambda texts: tokenizer.encode(texts, 32), size, 0)
+            Batches(emoji, parts, lambda texts: tokenizer.encode(texts, 32), size, 0)
 
 
 def test_augmentation_moves_the_drawing_and_changes_what_is_behind() -> None:

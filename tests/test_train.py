@@ -10,13 +10,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import demo_task
 import pytest
 import torch
 from PIL import Image
 
 from fastclip.emoji.evaluate import CATEGORY_WORDS, evaluate, pictures
+from fastclip.loop import LOSSES, Run, optimizer_for, rate, train
 from fastclip.model import CLIP
-from fastclip.train import LOSSES, Run, Task, main, optimizer_for, rate, train
+from fastclip.train import Task, main
 from fastclip.zero_shot import class_features, classify
 
 RUN = [sys.executable, "-m", "fastclip.train"]
@@ -24,10 +26,7 @@ RUN = [sys.executable, "-m", "fastclip.train"]
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    """The demo's own task with a smaller model."""
-    task = Task.load()
-    small = {"embed_dim": 32, "image_width": 32, "image_heads": 2, "text_width": 32}
-    return replace(task, config=replace(task.config, **small, text_heads=2))
+    return demo_task.small()
 
 
 def trained(task: Task, loss: str, seed: int = 0, steps: int = 12, lr: float = 1e-3) -> Run:
@@ -161,7 +160,7 @@ def test_interrupting_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     assert code == 130
     assert "Traceback" not in error
     assert "stopped after" in error and "clip.safetensors" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["clip.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"clip.safetensors", "training.pt"}
     model = CLIP.load(tmp_path / "clip.safetensors")
     fresh, _ = Task.load().start(0, 16)
     # It is the trained one, not the one that training began with.
@@ -183,7 +182,7 @@ def test_interrupting_before_the_first_step_saves_nothing(
         if place == where:
             raise KeyboardInterrupt
 
-    def load(device: torch.device) -> Task:
+    def load(*_: object) -> Task:
         interrupt_at("load")
         return task
 
@@ -220,6 +219,7 @@ def test_interrupting_before_the_first_step_saves_nothing(
         (["--device", "toaster"], "cannot use device 'toaster': "),
         (["--device", "cuda:99"], "cannot use device 'cuda:99': "),
         (["--loss", "dens"], "argument --loss: invalid choice: 'dens'"),
+        (["--checkpoint-every", "-1"], "argument --checkpoint-every: must be at least 0, got -1"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--out", "FILE/below"], "FILE"),
     ],

@@ -8,8 +8,9 @@ background is drawn anew each time. All of it follows from the seed, whatever th
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ TINT = 0.2  # how far a drawing's colours are mixed and brightened
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (B, 3, SIZE, SIZE) in [-1, 1] and `tokens` (B, T), and what was drawn for them."""
+    """`images` (b, 3, SIZE, SIZE) in [-1, 1] and `tokens` (b, T) of the rows that are made, and
+    what was drawn for all B pairs."""
 
     images: Tensor
     tokens: Tensor
@@ -36,47 +38,74 @@ class Batch:
     captions: tuple[str, ...]
 
 
-def batches(
-    emoji: Emoji,
-    split: Split,
-    encode: Callable[[list[str]], Tensor],
-    batch_size: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
+class Batches:
     """Endless batches of the split's trained side.
 
     Args:
         encode: captions to token ids.
+        rows: which pairs of each batch are made into pictures and tokens, for a process that has
+            these alone; what is drawn, and with it every other batch, stays the same.
 
     Raises:
         ValueError: a batch size below 2 or above the number of trained groups, of which a batch
             cannot hold one twice.
     """
-    groups = list(split.vendors)
-    if not 2 <= batch_size <= len(groups):
-        raise ValueError(f"batch size must be from 2 to {len(groups)}, got {batch_size}")
-    # Two streams: a caption's choice must not move when the augmentation draws more numbers.
-    choose, noise = random.Random(seed), torch.Generator().manual_seed(seed)
-    drawings = emoji.drawings.to(device)
 
-    def endless() -> Iterator[Batch]:
-        while True:
-            choose.shuffle(groups)
-            # What is left of an epoch is dropped: another rest each time.
-            for first in range(0, len(groups) - batch_size + 1, batch_size):
-                chosen = groups[first : first + batch_size]
-                concepts = tuple(choose.choice(split.members[group]) for group in chosen)
-                vendors = tuple(choose.choice(split.vendors[group]) for group in chosen)
-                captions = tuple(
-                    _template(choose).format(_caption(emoji, concept, choose))
-                    for concept in concepts
-                )
-                images = augment(drawings[list(concepts), list(vendors)], noise)
-                tokens = encode(list(captions)).to(device)
-                yield Batch(images, tokens, concepts, vendors, captions)
+    def __init__(
+        self,
+        emoji: Emoji,
+        split: Split,
+        encode: Callable[[list[str]], Tensor],
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rows: slice = slice(None),
+    ) -> None:
+        self._groups = list(split.vendors)
+        if not 2 <= batch_size <= len(self._groups):
+            raise ValueError(f"batch size must be from 2 to {len(self._groups)}, got {batch_size}")
+        self._emoji, self._split, self._encode = emoji, split, encode
+        self._batch_size, self._rows = batch_size, rows
+        # Two streams: a caption's choice must not move when the augmentation draws more numbers.
+        self._choose, self._noise = random.Random(seed), torch.Generator().manual_seed(seed)
+        self._drawings = emoji.drawings.to(device)
+        self._next = len(self._groups)  # the first epoch has yet to be shuffled
 
-    return endless()
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        # What is left of an epoch is dropped: another rest each time.
+        if self._next + self._batch_size > len(self._groups):
+            self._choose.shuffle(self._groups)
+            self._next = 0
+        chosen = self._groups[self._next : self._next + self._batch_size]
+        self._next += self._batch_size
+        choose, split = self._choose, self._split
+        concepts = tuple(choose.choice(split.members[group]) for group in chosen)
+        vendors = tuple(choose.choice(split.vendors[group]) for group in chosen)
+        captions = tuple(
+            _template(choose).format(_caption(self._emoji, concept, choose)) for concept in concepts
+        )
+        drawings = self._drawings[list(concepts), list(vendors)]
+        images = augment(drawings, self._noise, self._rows)
+        tokens = self._encode(list(captions[self._rows])).to(images.device)
+        return Batch(images, tokens, concepts, vendors, captions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is; the same whatever its `rows`."""
+        return {
+            "groups": list(self._groups),
+            "next": self._next,
+            "choose": self._choose.getstate(),
+            "noise": self._noise.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the batch that followed when `state` was taken."""
+        self._groups, self._next = list(state["groups"]), state["next"]
+        self._choose.setstate(state["choose"])
+        self._noise.set_state(state["noise"])
 
 
 def _template(choose: random.Random) -> str:
@@ -88,17 +117,19 @@ def _caption(emoji: Emoji, concept: int, choose: random.Random) -> str:
     return choose.choice(others) if others and choose.random() < 0.4 else name
 
 
-def augment(drawings: Tensor, noise: torch.Generator) -> Tensor:
+def augment(drawings: Tensor, noise: torch.Generator, rows: slice = slice(None)) -> Tensor:
     """(B, 4, SIZE, SIZE) uint8 drawings, shifted, zoomed, tinted, on backgrounds of random colours.
 
-    `noise` is a CPU generator whatever the drawings' device: the same numbers everywhere.
+    `noise` is a CPU generator whatever the drawings' device: the same numbers everywhere. They are
+    drawn for all drawings, of which `rows` are returned: the same numbers for any slices.
     """
-    count, device = len(drawings), drawings.device
+    whole, device = len(drawings), drawings.device
 
     def uniform(*shape: int) -> Tensor:  # in [-1, 1)
-        return (2 * torch.rand(count, *shape, generator=noise) - 1).to(device)
+        return (2 * torch.rand(whole, *shape, generator=noise) - 1)[rows].to(device)
 
-    colour, opacity = premultiply(drawings)
+    colour, opacity = premultiply(drawings[rows])
+    count = len(colour)
     tint = torch.eye(3, device=device) * (1 + TINT * uniform(1, 1)) + TINT / 2 * uniform(3, 3)
     colour = (tint @ colour.flatten(2)).unflatten(2, (SIZE, SIZE))
     corner = torch.eye(2, device=device) * (1 + ZOOM * uniform(1, 1))

@@ -1,0 +1,89 @@
+"""The state of a training after a step, in a file that it goes on from bit for bit.
+
+The parts of a training have `state_dict` and `load_state_dict`, as in torch. The file is a
+`torch.save` of theirs that `torch.load(weights_only=True)` reads: no code is in it.
+"""
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+class Part(Protocol):
+    """What a training consists of: a model, an optimizer, a stream of batches, an account."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where, when and with what a training's state is kept.
+
+    settings: what decides the curve; only a training with the same ones can go on.
+    place: what decides its rounding, such as the number of ranks; it may change.
+    every: steps; 0: never.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    place: Mapping[str, Any]
+    every: int = 0
+
+    def save(self, parts: Mapping[str, Part]) -> None:
+        """Writes the file, whole or not at all."""
+        state = {"settings": dict(self.settings), "place": dict(self.place)}
+        part_of_it = self.path.with_name(self.path.name + ".part")
+        torch.save(
+            {**state, **{name: part.state_dict() for name, part in parts.items()}}, part_of_it
+        )
+        os.replace(part_of_it, self.path)
+
+    def load(self) -> dict[str, Any]:
+        """What `save` wrote, for `restore`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another file, or other settings.
+        """
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} must be there to resume from, got no such file; a training that ends "
+                "removes its own"
+            )
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            settings, _ = state["settings"], state["place"]
+        except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{self.path} must be a training's state, got: {what}") from None
+        names = [n for n in (*self.settings, *settings) if self.settings.get(n) != settings.get(n)]
+        if names:
+            wanted, got = (
+                ", ".join(f"{n} {values.get(n)}" for n in dict.fromkeys(names))
+                for values in (settings, self.settings)
+            )
+            raise ValueError(f"settings must be those of {self.path}: {wanted}, got {got}")
+        return state
+
+    def moved(self, state: Mapping[str, Any]) -> str:
+        """How the place differs from that of `state`, in words; empty if it does not."""
+        return ", ".join(
+            f"{state['place'].get(name)} {name} before, {value} now"
+            for name, value in self.place.items()
+            if state["place"].get(name) != value
+        )
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def restore(state: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
