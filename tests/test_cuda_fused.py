@@ -1,12 +1,11 @@
 """The fused tensor-core kernels of the CUDA engine, without a card: compiled for one and
 inspected; their launches against a mock runtime; their epilogues on the CPU, thread by thread.
 
-Only with FASTCLIP_TEST_FUSED=1: two units of a minute and 3.3 GB each. Not covered here, since only
-a card can: the products (CUTLASS's), memory ordering between threads, and speed.
+Two units of a minute and 3.3 GB each. Not covered here, since only a card can: the products
+(CUTLASS's), memory ordering between threads, and speed.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,11 +16,8 @@ import cuda_case
 import pytest
 from cuda_fused import build
 
-if os.environ.get("FASTCLIP_TEST_FUSED") != "1":
-    REASON: str | None = "FASTCLIP_TEST_FUSED=1 compiles the fused kernels"
-else:
-    REASON = build.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+REASON = build.why_not()
+pytestmark = [pytest.mark.minutes, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 SHARED_MEMORY = 227 << 10  # of sm_90, for one block
 MULTIPROCESSORS = 132  # the mock's

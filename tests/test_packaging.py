@@ -308,6 +308,7 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
+@pytest.mark.minutes
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_an_extension_with_the_cuda_engine_loads_without_a_card(

@@ -133,8 +133,9 @@ def test_reference_can_be_differentiated_twice(loss: str, device: torch.device) 
 def test_reference_has_the_signature_of_the_fused_loss(loss: str) -> None:
     ours = inspect.signature(REFERENCES[loss]).parameters.values()
     fused = inspect.signature(getattr(fastclip.loss, f"{loss}_loss")).parameters.values()
+    # Of live pairs the value and the gradients are not those of one dense loss.
     assert [(p.name, p.kind, p.default) for p in ours] == [
-        (p.name, p.kind, p.default) for p in fused
+        (p.name, p.kind, p.default) for p in fused if p.name != "live"
     ]
 
 
