@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import cases, results
@@ -16,17 +17,19 @@ EPILOG = """\
   python -m bench --quick                       a look in two minutes, kept out of bench/results
   python -m bench --only 'clip 8192*float32*'   these cases again, their rows replaced
   python -m bench --list --full                 what would run, and what cannot
+  python -m bench distributed                   losses across processes, on this machine
+  python -m bench scale --tflops 400            what they would take on thousands of GPUs: a model
   python -m bench table                         the CSVs of bench/results as Markdown
   python -m bench plot                          and as PNGs beside them
-  python -m bench readme                        and into README.md, between its bench markers
+  python -m bench readme                        and into README.md, between its markers
 
 Run it with nothing else on the machine: the medians are of interleaved runs, but a load that comes
-and goes still shows in the quartiles. results.Row documents the columns of the CSV.
+and goes still shows in the quartiles. results.Row and distributed/row.py document the columns.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of all four commands."""
+    """The options of all commands but `scale`, which has its own."""
     made = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time, memory and error of the losses, beside what they replace.",
@@ -34,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
-        "command", nargs="?", choices=("run", "table", "plot", "readme"), default="run"
-    )
+        "command", nargs="?", default="run",
+        choices=("run", "distributed", "scale", "table", "plot", "readme"),
+    )  # fmt: skip
     size = made.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="few and small cases, two minutes")
     size.add_argument(
@@ -93,44 +97,100 @@ def measure(options: argparse.Namespace) -> int:
     if options.list:
         show_plan(plan, options.device)
         return 0
-    if len(options.csv) > 1:
-        raise SystemExit("--csv: a run writes one file")
-    name = f"{results.machine_row(options.device).machine}.csv"
-    folder = ROOT / "build" / "bench" if options.quick else results.RESULTS
-    path = options.csv[0] if options.csv else folder / name
+    path = _path_of(options, results.RESULTS)
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     chosen = runner.Options(
         path, seconds, options.device, not options.no_memory, not options.no_errors
     )
+    return _finish(path, lambda: table.report(runner.run(plan, chosen)))
+
+
+def measure_across_processes(options: argparse.Namespace) -> int:
+    """The same for losses across processes."""
+    from .distributed import cases as across
+    from .distributed import row, runner, table
+
+    made = across.quick() if options.quick else across.standard()
+    plan = cases.matching(made, options.only)
+    plan = [case for case in plan if runner.taking_part(case, options.methods)]
+    if not plan:
+        raise SystemExit("no case matches; python -m bench distributed --list names them")
+    if options.list:
+        for case in plan:
+            print(f"{case.name}: {', '.join(runner.taking_part(case, options.methods))}")
+        return 0
+    path = _path_of(options, row.RESULTS)
+    seconds = options.seconds or (runner.QUICK_SECONDS if options.quick else runner.SECONDS)
+    chosen = runner.Options(path, seconds, not options.no_memory)
+    return _finish(path, lambda: table.report(runner.run(plan, chosen, options.methods)))
+
+
+def _path_of(options: argparse.Namespace, folder: Path) -> Path:
+    """Where a run writes: quick ones stay out of what is committed."""
+    if len(options.csv) > 1:
+        raise SystemExit("--csv: a run writes one file")
+    if options.csv:
+        return options.csv[0]
+    if options.quick:
+        folder = ROOT / "build" / "bench" / folder.relative_to(results.RESULTS)
+    return folder / f"{results.machine_row(options.device).machine}.csv"
+
+
+def _finish(path: Path, run: Callable[[], str]) -> int:
+    """Prints what `run` returns; the exit status."""
     try:
-        rows = runner.run(plan, chosen)
+        print(run())
     except KeyboardInterrupt:
         print(f"\nInterrupted; the cases that were finished are in {path}", file=sys.stderr)
         return 130
-    print(table.report(rows))
     print(f"\nRows in {os.path.relpath(path)}")
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["scale"]:
+        from . import scale_page, table
+
+        return scale_page.main(arguments[1:], table.committed())
     options = parser().parse_args(arguments)
     if options.command == "run":
         return measure(options)
-    from . import plot, table
+    if options.command == "distributed":
+        return measure_across_processes(options)
+    return show(options)
 
-    paths = options.csv or table.committed()
+
+def show(options: argparse.Namespace) -> int:
+    """Tables, pictures or the README's part, of the files given or of those committed."""
+    from . import plot, scale_page, table
+    from .distributed import row
+    from .distributed import table as across
+
+    paths = options.csv or [*table.committed(), *row.committed()]
     if not paths:
         raise SystemExit(f"no CSV in {results.RESULTS}: run `python -m bench` first")
+    of_ranks = [path for path in paths if results.holds(path, row.Row)]
+    of_one = [path for path in paths if path not in of_ranks]
     if options.command == "plot":
-        for path in paths:
+        for path in of_one:
             picture = plot.draw(results.read(path), path.with_suffix(".png"))
             print(os.path.relpath(picture) if picture else f"{path}: too few sizes to plot")
+        if not options.csv:
+            print(os.path.relpath(scale_page.draw(of_one)))
     elif options.command == "readme":
-        table.into_readme(options.readme, paths)
+        if of_one:
+            table.into_readme(options.readme, of_one)
+        if of_ranks:
+            across.into_readme(options.readme, of_ranks)
+        if not options.csv:
+            scale_page.into_readme(options.readme, of_one)
         print(f"Tables of {', '.join(path.name for path in paths)} put into {options.readme}")
     else:
-        print("\n\n".join(table.report(results.read(path)) for path in paths))
+        reports = [table.report(results.read(path)) for path in of_one]
+        reports += [across.report(results.read(path, row.Row)) for path in of_ranks]
+        print("\n\n".join(reports))
     return 0
 
 

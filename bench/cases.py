@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ STREAMED = ("fastclip", "fastclip budget=0", "fastclip torch")
 GPU_ENGINES = ("fastclip triton", "fastclip cuda")
 PEERS = ("inf_cl", "memeff", "siglip_kernel")
 METHODS = (*DENSE, "reference", "checkpoint", *STREAMED, *PEERS)
+
+C = TypeVar("C")
 
 # The float64 truth of a larger case takes minutes.
 LARGEST_TRUTH = 16384
@@ -183,10 +186,16 @@ def select(cases: Iterable[Case], patterns: list[str], methods: list[str]) -> li
     """Cases whose name matches any pattern (`*` and `?` as in a shell, anywhere in the name), with
     the methods named; no patterns or no methods: all of them."""
     chosen = []
-    for case in cases:
-        if patterns and not any(fnmatch.fnmatch(case.name, f"*{one}*") for one in patterns):
-            continue
+    for case in matching(cases, patterns):
         taking_part = tuple(one for one in case.methods if not methods or one in methods)
         if taking_part:
             chosen.append(replace(case, methods=taking_part))
     return chosen
+
+
+def matching(cases: Iterable[C], patterns: list[str]) -> list[C]:
+    """Those with a name that matches any pattern, of any kind of case."""
+    return [
+        case for case in cases
+        if not patterns or any(fnmatch.fnmatch(case.name, f"*{one}*") for one in patterns)
+    ]  # fmt: skip

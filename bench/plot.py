@@ -26,6 +26,10 @@ STYLES: dict[str, tuple[str, str]] = {
     "siglip_kernel": ("#9b5de5", ":"),
 }
 INK, GRID = "#2b2d42", "#dfe3ea"
+TEXT = {
+    "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#b8bfca",
+}  # fmt: skip
 
 
 def draw(rows: list[Row], path: Path) -> Path | None:
@@ -46,11 +50,7 @@ def draw(rows: list[Row], path: Path) -> Path | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
-        "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
-        "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#b8bfca",
-    }  # fmt: skip
-    with plt.rc_context(style):
+    with plt.rc_context(TEXT):
         figure, axes = plt.subplots(3, 2, figsize=(10.5, 11.5), sharex="row", sharey="row")
         for column, loss in enumerate(LOSSES):
             own = [row for row in chosen if row.loss == loss]

@@ -1,5 +1,7 @@
 """The CSV of one machine: its columns, how rows are read, replaced and written, the machine's name.
 
+Of every kind of row: `Row` is that of one process, `distributed/row.py` has the other.
+
 This file never measures anything.
 """
 
@@ -12,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import TypeVar, get_type_hints
 
 import torch
 
@@ -20,12 +22,28 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass
-class Row:
-    """One method on one case. A number that was not measured is None, an empty cell in the file.
+class Where:
+    """Where rows were measured: `machine` (the file's name), `cpu` (or GPU), `threads` of a process
+    (0 on a GPU), `capability` (of torch's own kernels; a GPU's as sm_90), `torch`, `python`,
+    `compiler` (of fastclip's extension), `when` (UTC)."""
 
-    Where it ran: `machine` (the file's name), `cpu` (or GPU), `threads` (0 on a GPU), `capability`
-    (of torch's own kernels; a GPU's as sm_90), `torch`, `python`, `compiler` (of fastclip's
-    extension), `when` (UTC).
+    machine: str = ""
+    cpu: str = ""
+    threads: int = 0
+    capability: str = ""
+    torch: str = ""
+    python: str = ""
+    compiler: str = ""
+    when: str = ""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.capability.startswith("sm_")
+
+
+@dataclass
+class Row(Where):
+    """One method on one case. A number that was not measured is None, an empty cell in the file.
 
     What: `loss`, `m`, `n`, `d`, `dtype`, `data`, `scale`, `mode` as in `cases.Case`; `method`. A
     row whose mode is "skipped" stands for a whole method; its `note` says why it did not run.
@@ -45,14 +63,6 @@ class Row:
     2-norms. `note`: what went wrong, if anything.
     """
 
-    machine: str = ""
-    cpu: str = ""
-    threads: int = 0
-    capability: str = ""
-    torch: str = ""
-    python: str = ""
-    compiler: str = ""
-    when: str = ""
     loss: str = ""
     m: int = 0
     n: int = 0
@@ -86,35 +96,44 @@ class Row:
     note: str = ""
 
     @property
-    def on_gpu(self) -> bool:
-        return self.capability.startswith("sm_")
-
-    @property
     def key(self) -> tuple[object, ...]:
         """What a later measurement replaces."""
         shape = (self.m, self.n, self.d)
         return (self.loss, *shape, self.dtype, self.data, self.scale, self.mode, self.method)
 
 
-COLUMNS = [field.name for field in fields(Row)]
-_TYPES = get_type_hints(Row)
+R = TypeVar("R", bound=Where)  # rows of one kind; `key` is what a later measurement replaces
 
 
-def read(path: Path) -> list[Row]:
+def columns(kind: type[R]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def holds(path: Path, kind: type[R]) -> bool:
+    """Whether the file has the columns of that kind of row."""
+    with path.open(newline="") as file:
+        return next(csv.reader(file), None) == columns(kind)
+
+
+def read(path: Path, kind: type[R] = Row) -> list[R]:
     """The rows of a file of `write`.
 
     Raises:
-        ValueError: if its columns are not those of `Row`.
+        ValueError: if its columns are not those of `kind`.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path}: expected the columns {COLUMNS}, got {reader.fieldnames}")
-        return [Row(**{name: _parse(name, text) for name, text in line.items()}) for line in reader]
+        expected, got = columns(kind), reader.fieldnames
+        if got != expected:
+            raise ValueError(f"{path}: expected the columns {expected}, got {got}")
+        types = get_type_hints(kind)
+        return [
+            kind(**{name: _parse(types[name], text) for name, text in line.items()})
+            for line in reader
+        ]
 
 
-def _parse(name: str, text: str) -> object:
-    kind = _TYPES[name]
+def _parse(kind: object, text: str) -> object:
     if kind is str:
         return text
     if text == "":
@@ -122,14 +141,14 @@ def _parse(name: str, text: str) -> object:
     return int(text) if kind in (int, int | None) else float(text)
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, rows: Iterable[R], kind: type[R] = Row) -> None:
     """Replaces the file in one step: a run that is interrupted leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_format(getattr(row, name)) for name in COLUMNS] for row in rows)
+        writer.writerow(columns(kind))
+        writer.writerows([_format(getattr(row, name)) for name in columns(kind)] for row in rows)
     partial.replace(path)
 
 
@@ -137,14 +156,14 @@ def _format(value: object) -> object:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
-def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+def merge(old: Iterable[R], new: Iterable[R]) -> list[R]:
     """`old` with the rows that `new` measures again in their old places, the others at the end."""
     merged = {row.key: row for row in old}
     merged.update({row.key: row for row in new})
     return list(merged.values())
 
 
-def machine_row(device: str = "cpu") -> Row:
+def machine_row(device: str = "cpu", kind: type[R] = Row) -> R:
     """A row that knows only where it ran."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = device == "cuda"
@@ -153,7 +172,7 @@ def machine_row(device: str = "cpu") -> Row:
     name = re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "cpu"
     if device == "cpu":
         name = f"{name}-{_instructions()}-{cores}core"
-    return Row(
+    return kind(
         machine=name,
         cpu=model,
         threads=0 if on_gpu else torch.get_num_threads(),

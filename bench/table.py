@@ -110,18 +110,22 @@ def _skipped(rows: list[Row]) -> list[str]:
 
 
 def into_readme(readme: Path, paths: Iterable[Path]) -> None:
-    """Replaces what stands between the markers by the tables of `paths`.
+    """Replaces what stands between the markers by the tables of `paths`."""
+    body = "\n\n".join(essentials(results.read(path), path) for path in paths)
+    readme.write_text(between(readme, BEGIN, END, body))
+
+
+def between(readme: Path, begin: str, end: str, body: str) -> str:
+    """The file's text with `body` between two of its lines.
 
     Raises:
         SystemExit: if the file does not hold the two markers in their order.
     """
-    text = readme.read_text()
-    before, found, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
+    before, found, rest = readme.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
     if not found or not ended:
-        raise SystemExit(f"{readme}: expected the markers {BEGIN} and {END}, one after the other")
-    body = "\n\n".join(essentials(results.read(path), path) for path in paths)
-    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+        raise SystemExit(f"{readme}: expected the markers {begin} and {end}, one after the other")
+    return f"{before}{begin}\n{body}\n{end}{after}"
 
 
 def essentials(rows: list[Row], path: Path) -> str:

@@ -62,6 +62,7 @@ def interleaved(
     seconds: float,
     between: Run = lambda: None,
     clock: Clock = host_clock,
+    now: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Times all `runs` in turns for about `seconds`.
 
@@ -71,17 +72,20 @@ def interleaved(
             very long.
         between: called once before each round, outside the clock.
         clock: of the device that the runs are on.
+        now: seconds that have passed; processes that take their rounds together must agree on it,
+            or one would go on alone. Default: the host's.
     """
+    now = now or time.perf_counter
     repeats = {name: _repeats(run, clock) for name, run in runs.items()}
     order = list(runs)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    began = time.perf_counter()
+    began = now()
     while True:
         between()
         for name in order:
             times[name].append(clock(runs[name], repeats[name]))
         order = order[1:] + order[:1]  # so that nobody always follows the same neighbour
-        rounds, spent = len(times[order[0]]), time.perf_counter() - began
+        rounds, spent = len(times[order[0]]), now() - began
         if rounds >= (FEWEST_ROUNDS if spent / rounds < LONGEST_ROUND else 1) and (
             rounds >= MOST_ROUNDS or spent + spent / rounds > seconds
         ):

@@ -1,0 +1,63 @@
+"""What `bench/scale.py` says of a case that was measured: the same formulas, this machine's rates.
+
+Work goes at the rate of one process on a rank's own pairs while all ranks do the same, so that what
+ranks share of the machine, cores or memory, is in it; exchanges go at the rates of theirs.
+"""
+
+from __future__ import annotations
+
+from .. import baselines, scale
+from ..timing import Timing
+from .cases import Case
+from .methods import GATHERED, GATHERED_RECOMPUTED, RING, RING_RECOMPUTED
+from .rank import GATHER, HOP, SCATTER, SINGLE, SMALL
+
+
+def makes_gradients_at_once(case: Case, method: str) -> bool:
+    return (case.loss, case.dtype, method) == ("siglip", "float32", GATHERED)
+
+
+def passes(case: Case, method: str) -> float:
+    """That are due across ranks: the second sweep takes what is kept of the first one's products.
+    SigLIP's weights need no state: where all texts are there, its gradients are made at once, if
+    they can wait in the features' dtype."""
+    if makes_gradients_at_once(case, method):
+        return 3.0
+    rows_by_all = baselines.Case("clip", case.b, case.ranks * case.b, case.d, case.dtype, 14.3)
+    return baselines.METHODS["fastclip"].passes(rows_by_all, "cpu")
+
+
+def small_exchanges(case: Case, method: str) -> int:
+    """On CPUs ranks compare what they bring at every step. SigLIP has no states to exchange, and
+    gradients that the forward has made need no other ranks' upstream ones."""
+    if case.loss == "clip":
+        return scale.STATE_EXCHANGES + 1
+    return 1 if makes_gradients_at_once(case, method) else 2
+
+
+def predicted_ms(case: Case, method: str, times: dict[str, Timing]) -> float | None:
+    """None of open_clip's, whose logits' traffic has no rate here, and of a single rank."""
+    if method not in (GATHERED, RING) or case.ranks == 1:
+        return None
+    due = baselines.METHODS["fastclip"].passes(case.single, "cpu")
+    job = scale.Job(
+        case.ranks, case.b, case.d, case.itemsize, passes(case, method),
+        small_exchanges(case, method),
+    )  # fmt: skip
+    net = scale.Loopback(
+        flops=due * job.block_flops / times[SINGLE].median,
+        gathered=job.others * job.features / times[GATHER].median,
+        scattered=job.others * job.gradients / times[SCATTER].median,
+        hopped=job.features / times[HOP].median,
+        small=times[SMALL].median,
+    )
+    predict = scale.ring_seconds if method == RING else scale.gathered_seconds
+    return 1e3 * predict(job, net)
+
+
+def stated_mib(case: Case, method: str) -> float | None:
+    """What a rank holds where no products are kept. gloo adds gradients up in a copy of them."""
+    job = scale.Job(case.ranks, case.b, case.d, case.itemsize)
+    if method == GATHERED_RECOMPUTED:
+        return scale.gathered_bytes(job, scratch=job.ranks * job.gradients) / 2**20
+    return scale.ring_bytes(job) / 2**20 if method == RING_RECOMPUTED else None

@@ -1,0 +1,161 @@
+"""What a rank does: times, bytes sent and errors of a case; the peak of memory of one method.
+
+A time is the slowest rank's, from a barrier on. All ranks call these functions together, and what
+they decide on their way they decide alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+import warnings
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..baselines import Step, make_step
+from ..cases import Inputs, make_inputs
+from ..memory import WARM_UP_PAIRS, peak_bytes
+from ..timing import Run, Timing, host_clock, interleaved
+from ..traffic import Traffic
+from ..truth import relative_error, truth
+from . import methods
+from .cases import Case, own_inputs
+
+# Timed in the same rounds as the methods, for the scale model's check: this rank's pairs as a batch
+# of one process, while the others do the same; the exchanges of a gathered loss, of a ring and of
+# states.
+SINGLE = "single"
+GATHER, SCATTER, HOP, SMALL = "gather", "scatter", "hop", "small"
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+@dataclass
+class Measured:
+    """Of one rank; times are the slowest rank's, and errors of all ranks, on the first alone."""
+
+    times: dict[str, Timing] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # dx, dscale
+
+
+def measure(rank: int, ranks: int, case: Case, wanted: tuple[str, ...], seconds: float) -> Measured:
+    """All methods in turns, about so many seconds for the rounds."""
+    warnings.simplefilter("ignore", FutureWarning)  # of torch.distributed.nn, which open_clip calls
+    whole = make_inputs(case.whole)
+    inputs = own_inputs(case, rank, whole)
+    steps = {method: step_of(case, method, rank, ranks, inputs) for method in wanted}
+    found = Measured()
+    results = {}
+    for method, step in steps.items():
+        with Traffic() as traffic:
+            results[method] = step()
+        found.sent[method] = traffic.total
+    if not case.timed:
+        return found
+    found.errors = errors(case, rank, ranks, whole, results)
+    results.clear()
+    yardsticks = _yardsticks(case, rank, ranks, inputs)
+    for run in yardsticks.values():
+        run()
+    runs = {**steps, **yardsticks}
+    found.times = interleaved(runs, seconds, clock=_slowest, now=_agreed_time)
+    return found
+
+
+def step_of(case: Case, method: str, rank: int, ranks: int, inputs: Inputs) -> Step:
+    loss = methods.make(case.loss, method, rank, ranks)
+
+    def both() -> tuple[Tensor | None, ...]:
+        value = loss(inputs.x, inputs.y, inputs.scale, inputs.bias)
+        return value.detach(), *torch.autograd.grad(value, inputs.leaves, allow_unused=True)
+
+    return both
+
+
+def _yardsticks(case: Case, rank: int, ranks: int, inputs: Inputs) -> dict[str, Run]:
+    from fastclip.shard import all_gather, reduce_scatter
+
+    group, texts = dist.group.WORLD, inputs.y.detach()
+    every = texts.new_empty((ranks * case.b, case.d))
+    gradients, own = every.float(), texts.float()
+    arriving = torch.empty_like(texts)
+    states = torch.zeros(ranks * case.b, dtype=torch.float64)
+
+    def hop() -> None:
+        operations = [
+            dist.P2POp(dist.isend, texts, (rank + 1) % ranks),
+            dist.P2POp(dist.irecv, arriving, (rank - 1) % ranks),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+    return {
+        SINGLE: make_step(case.single, "fastclip", inputs),
+        GATHER: lambda: all_gather(every, texts, group),
+        SCATTER: lambda: reduce_scatter(own, gradients, group),
+        HOP: hop,
+        SMALL: lambda: dist.all_reduce(states),
+    }
+
+
+def _slowest(run: Run, repeats: int) -> float:
+    dist.barrier()
+    taken = torch.tensor(host_clock(run, repeats), dtype=torch.float64)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return float(taken)
+
+
+def _agreed_time() -> float:
+    """The first rank's."""
+    now = torch.tensor(time.perf_counter(), dtype=torch.float64)
+    dist.broadcast(now, 0)
+    return float(now)
+
+
+def errors(
+    case: Case, rank: int, ranks: int, whole: Inputs, results: dict[str, tuple[Tensor | None, ...]]
+) -> dict[str, tuple[float, float]]:
+    """Against one process's float64 gradients on all pairs, after the mean over ranks."""
+    true = None
+    if rank == 0:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or threads)  # all others wait
+        true = truth(case.loss, whole.x, whole.y, whole.scale, whole.bias)
+        torch.set_num_threads(threads)
+    found = {}
+    for method, (_, dx, _, dscale, *_) in results.items():
+        parts = [torch.empty_like(dx) for _ in range(ranks)] if rank == 0 else None
+        dist.gather(dx, parts)
+        sum_of_dscale = dscale.double()
+        dist.all_reduce(sum_of_dscale)
+        if true is not None:
+            found[method] = (
+                relative_error(torch.cat(parts).double() / ranks, true.dx),
+                relative_error(sum_of_dscale / ranks, true.dscale),
+            )
+    return found
+
+
+def peak(rank: int, ranks: int, case: Case, method: str) -> int | None:
+    """Bytes beyond the rank's inputs, gradients included; in a fresh process."""
+    warnings.simplefilter("ignore", FutureWarning)
+    _give_back_at_once()
+    small = replace(case, b=min(WARM_UP_PAIRS, case.b))
+    step_of(small, method, rank, ranks, own_inputs(small, rank))()
+    step = step_of(case, method, rank, ranks, own_inputs(case, rank))
+    results: list[object] = []  # the gradients live until the mark has been read
+    dist.barrier()
+    return peak_bytes(lambda: results.append(step()))
+
+
+def _give_back_at_once() -> None:
+    """What is freed, so that the mark is of what is held. glibc's own threshold for that grows with
+    the blocks that are freed: it kept a third more of open_clip's peak resident."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
