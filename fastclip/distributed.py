@@ -76,7 +76,7 @@ def clip_loss(
     the forward and for the backward, and gradients follow: `(R - 1) b D (2 E + 4)`.
 
     Bytes that a rank holds beside its inputs, at most: `B D (E + 4)` for all texts and their
-    gradients, and `4 B D` while gloo adds these up; around the ring `b D (4 E + 32)`, whatever R.
+    gradients, on CPUs `4 B D` more while these add up; around the ring `b D (4 E + 32)`, whatever R.
     Either way `100 B` for states, the engine's work space and `memory_budget`.
 
     Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,

@@ -163,6 +163,12 @@ def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    if x.device.type == "cpu":
+        # gloo's own adds up the whole everywhere: measured twice to three times as slow.
+        parts = torch.empty_like(x)
+        dist.all_to_all_single(parts, x, group=group)
+        torch.sum(parts.view(-1, *out.shape), 0, out=out)
+        return
     new, old = "reduce_scatter_single", "reduce_scatter_tensor"
     getattr(dist, new if hasattr(dist, new) else old)(out, x, group=group)
 
