@@ -24,12 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .agreement import agree, check_world, refuse
 from .backends import choose
 from .block_row import Sharing
 from .function import Plan
 from .inputs import budget_of, check_features, check_live, product_dtype, scalar
-from .shard import Shard, agree, check_world, refuse, uncompiled
+from .shard import Shard
 from .sharded import sharded_loss
+from .uncompiled import uncompiled
 
 LOSSES = ("softmax", "sigmoid")
 
@@ -76,7 +78,7 @@ def clip_loss(
     the forward and for the backward, and gradients follow: `(R - 1) b D (2 E + 4)`.
 
     Bytes that a rank holds beside its inputs, at most: `B D (E + 4)` for all texts and their
-    gradients, on CPUs `4 B D` more while these add up; around the ring `b D (4 E + 32)`, whatever R.
+    gradients, on CPUs `4 B D` more while these add up; around the ring `b D (4 E + 32)`.
     Either way `100 B` for states, the engine's work space and `memory_budget`.
 
     Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,

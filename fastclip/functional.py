@@ -12,8 +12,9 @@ from .backends import choose
 from .block_row import Sharing
 from .function import REDUCTIONS, Plan, fused_loss
 from .inputs import budget_of, check_features, check_live, product_dtype, scalar
-from .shard import shard_of_one, uncompiled
+from .shard import shard_of_one
 from .sharded import sharded_loss
+from .uncompiled import uncompiled
 
 
 def clip_loss(

@@ -103,7 +103,7 @@ class Workers:
         options = {}
         if self.restarts and self.local_size == self.size:
             # torchrun's store outlives a restart, and in it the addresses of the dead, to which
-            # gloo connects (pytorch issue 135712). Counts of several machines may differ.
+            # gloo connects (pytorch/pytorch#135712). Counts of several machines may differ.
             store, rank, size = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"restart {self.restarts}", store)
             options = {"store": store, "rank": rank, "world_size": size}

@@ -79,11 +79,11 @@ def step_of(case: Case, method: str, rank: int, ranks: int, inputs: Inputs) -> S
 
 
 def _yardsticks(case: Case, rank: int, ranks: int, inputs: Inputs) -> dict[str, Run]:
-    from fastclip.shard import all_gather, reduce_scatter
+    from fastclip.collectives import gather_rows, scatter_sum_rows
 
     group, texts = dist.group.WORLD, inputs.y.detach()
-    every = texts.new_empty((ranks * case.b, case.d))
-    gradients, own = every.float(), texts.float()
+    sizes = (case.b,) * ranks
+    gradients = torch.zeros((ranks * case.b, case.d))
     arriving = torch.empty_like(texts)
     states = torch.zeros(ranks * case.b, dtype=torch.float64)
 
@@ -97,8 +97,8 @@ def _yardsticks(case: Case, rank: int, ranks: int, inputs: Inputs) -> dict[str, 
 
     return {
         SINGLE: make_step(case.single, "fastclip", inputs),
-        GATHER: lambda: all_gather(every, texts, group),
-        SCATTER: lambda: reduce_scatter(own, gradients, group),
+        GATHER: lambda: gather_rows(texts, sizes, group),
+        SCATTER: lambda: scatter_sum_rows(gradients, sizes, rank, group),
         HOP: hop,
         SMALL: lambda: dist.all_reduce(states),
     }

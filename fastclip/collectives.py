@@ -1,0 +1,47 @@
+"""Rows of all ranks together, sums of rows back home: each as torch and the device do it best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows, in the order of ranks, of which each has as many as `sizes` says."""
+    most = max(sizes)
+    x = _padded(x, most)
+    out = x.new_empty((len(sizes) * most, *x.shape[1:]))
+    # torch 2.13 has new names for these two, and warns of the old ones.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(out, x, group=group)
+    if min(sizes) == most:
+        return out
+    return torch.cat([part[:size] for part, size in zip(out.split(most), sizes, strict=True)])
+
+
+def scatter_sum_rows(
+    x: Tensor, sizes: Sequence[int], rank: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Of the ranks' x (B, ...) the sum; of it this rank's rows."""
+    if x.device.type == "cpu":
+        # gloo's own reduce-scatter adds up the whole everywhere: two to three times as slow.
+        each = sizes[rank]
+        parts = x.new_empty((len(sizes) * each, *x.shape[1:]))
+        dist.all_to_all_single(parts, x.contiguous(), [each] * len(sizes), list(sizes), group=group)
+        return parts.unflatten(0, (len(sizes), each)).sum(0)
+    most = max(sizes)
+    if min(sizes) != most:
+        x = torch.cat([_padded(part, most) for part in x.split(list(sizes))])
+    out = x.new_empty((most, *x.shape[1:]))
+    new, old = "reduce_scatter_single", "reduce_scatter_tensor"
+    getattr(dist, new if hasattr(dist, new) else old)(out, x.contiguous(), group=group)
+    return out[: sizes[rank]]
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    if x.shape[0] == rows:
+        return x.contiguous()
+    return torch.cat((x, x.new_zeros((rows - x.shape[0], *x.shape[1:]))))
