@@ -32,8 +32,8 @@ ACCESSES = 9
 # Of b x B logits at once in open_clip's loss: both directions' logits and log-softmax; later both
 # log-softmax and two gradients.
 LOGITS_HELD = 4
-# A ring's blocks, at most at a time: of features, of gradients, own ones included.
-RING_FEATURES, RING_GRADIENTS = 4, 8
+# Other ranks' blocks around a ring, at most at a time: of features, of gradients.
+RING_FEATURES, RING_GRADIENTS = 4, 6
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,9 @@ def open_clip_seconds(job: Job, net: Cluster) -> float:
 # ---- memory beyond the inputs, in bytes, as `fastclip.distributed.clip_loss` states it -----------
 
 
-def _states(job: Job) -> int:
-    return STATE_BYTES * job.batch
+def _own(job: Job) -> int:
+    """A rank's gradients, in fp32 and in the features' dtype, and states of all pairs."""
+    return 2 * (job.features + job.gradients) + STATE_BYTES * job.batch
 
 
 def gathered_bytes(job: Job, scratch: int = 0) -> int:
@@ -204,12 +205,12 @@ def gathered_bytes(job: Job, scratch: int = 0) -> int:
 
     scratch: kept products, an engine's work space, what a library adds gradients up in.
     """
-    return job.ranks * (job.features + job.gradients) + _states(job) + scratch
+    return job.ranks * (job.features + job.gradients) + _own(job) + scratch
 
 
 def ring_bytes(job: Job, scratch: int = 0) -> int:
     blocks = RING_FEATURES * job.features + RING_GRADIENTS * job.gradients
-    return blocks + _states(job) + scratch
+    return blocks + _own(job) + scratch
 
 
 def open_clip_bytes(job: Job) -> int:

@@ -231,14 +231,11 @@ class Weighing(NamedTuple):
     def _live_columns(self, visit: Columns, factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """dy of the visit's live columns, from all own rows."""
         shard, pairs = self.context.shard, self.context.pairs
-        if self.context.sharing.ring:
-            rank = shard.starts.index(visit.start)
-            picked = shard.live[rank]
-            where = slice(visit.start + picked.start, visit.start + picked.stop)
-            own = 0 if rank == shard.rank else None
+        picked, own = self.context.columns.live(visit.start, visit.y.device)
+        if isinstance(picked, slice):
+            where: slice | Tensor = slice(picked.start + visit.start, picked.stop + visit.start)
         else:
-            where = picked = shard.where_live(visit.y.device)
-            own = shard.of_live.start
+            where = picked + visit.start
         y, factor = visit.y[picked], None if visit.factor is None else visit.factor[picked]
         total = None
         for rows in (slice(0, pairs.start), pairs, slice(pairs.stop, shard.rows)):

@@ -75,16 +75,20 @@ def clip_loss(
 
     Bytes that a rank sends, E per feature element: `(R - 1) b D E` for the texts, `4 (R - 1) b D`
     for their gradients in fp32, at most 40 B for states. Around the ring texts travel twice, for
-    the forward and for the backward, and gradients follow: `(R - 1) b D (2 E + 4)`.
+    the forward and for the backward, and gradients follow: `(R - 1) b D (2 E + 4)`. Uneven batches
+    are gathered as if all had the largest one's b.
 
     Bytes that a rank holds beside its inputs, at most: `B D (E + 4)` for all texts and their
-    gradients, on CPUs `4 B D` more while these add up; around the ring `b D (4 E + 32)`.
-    Either way `100 B` for states, the engine's work space and `memory_budget`.
+    gradients, on CPUs `4 B D` more while these add up; around the ring `b D (4 E + 24)`. Either way
+    `b D (2 E + 8)` for its own gradients, `100 B` for states, the engine's work space and
+    `memory_budget`. Uneven texts are held twice while they are gathered.
 
     Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,
         dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. In a group that
         moves GPU tensors alone (NCCL without gloo beside it) only the first call of each kind
-        compares. RuntimeError without an initialised process group.
+        compares; elsewhere every call does, through CPU memory. RuntimeError without an initialised
+        process group, or where a rank has died: within the group's timeout, which is gloo's and
+        NCCL's to keep.
     """
     return shared_loss(
         "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
@@ -114,7 +118,9 @@ def siglip_loss(
         labels[range(b), start + torch.arange(b)] = 1
         loss = -F.logsigmoid(labels * logits).sum() / b
 
-    (Zhai et al., arXiv 2303.15343.) Args, Raises: as `clip_loss`.
+    (Zhai et al., arXiv 2303.15343.) Args, Raises: as `clip_loss`; so are bytes, but that where the
+    forward makes the gradients (all texts gathered, float32 or on GPUs) these wait for the backward
+    and are there twice, `4 B D` more, when it scales them.
     """
     return shared_loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
@@ -216,7 +222,10 @@ def gather_features(
         )
         images, texts = (_Gather.apply(t, shard) for t in towers)
         return images, texts
-    gathered = [shard.gather(t.detach()).clone() for t in towers]
+    # Of one rank they would be the inputs themselves.
+    gathered = [shard.gather(t.detach()) for t in towers]
+    if shard.world_size == 1:
+        gathered = [t.clone() for t in gathered]
     if not local_loss:
         for every, own in zip(gathered, towers, strict=True):
             every[shard.mine] = own

@@ -55,16 +55,17 @@ def clip_loss(
             beyond rounding. On CPUs they stay with the process for the next step:
             `fastclip.release_workspace()` frees them.
         live: (start, stop), the pairs whose features this step differentiates, for accumulation
-            over micro-batches: the others' features are in the batch as constants. The value is
-            the live pairs' share of the loss, and so are the gradients of scale and bias; those of
-            live features are complete. Over slices that cover the batch, values and gradients add
-            up to the whole batch's. A backward costs `2 (stop - start) / N` of a whole one's;
+            over micro-batches: the others' features are in the batch as constants. Gradients of
+            live features are those of the whole batch's loss. The value and the gradients of scale
+            and bias are shares, which mean something in sum alone: over slices that cover the batch
+            all of them add up to the whole batch's. CLIP's forward costs what it always does,
+            SigLIP's and the backward `(stop - start) / N` of that, or 4/3 of it.
             `fastclip.cached_step` makes the loss once instead.
 
     Returns:
         The loss in float32 (float64 for float64 features), on the features' device. The gradients
-        have their input's dtype and shape and are those of the returned loss, exactly; they have no
-        second derivative.
+        have their input's dtype and shape and are those of the returned loss, exactly (but see
+        `live`); they have no second derivative.
 
     Raises:
         TypeError: features that are no tensors or not floating point, or a DTensor.

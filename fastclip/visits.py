@@ -7,9 +7,11 @@ travel on behind, in fp32. Distances are between ranks, modulo their number.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -32,6 +34,11 @@ class Gathered:
     def visits(self, held: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Features and the columns that they are."""
         yield held, slice(0, self.shard.batch)
+
+    def live(self, start: int, device: torch.device) -> tuple[slice | Tensor, int | None]:
+        """Which of the columns visiting from `start` on are live, and from which place among these
+        on this rank's own are; None: none are."""
+        return self.shard.where_live(device), self.shard.of_live.start
 
     def home(self, parts: Iterator[Tensor]) -> Tensor:
         """Sums of the ranks' parts, one for each visit; this rank's own rows."""
@@ -67,6 +74,10 @@ class Ring:
             for x, owner in zip(here, self._owners(step), strict=False):
                 yield x, self.shard.rows_of(self.shard.at(owner))
             here = arriving.wait()
+
+    def live(self, start: int, device: torch.device) -> tuple[slice | Tensor, int | None]:
+        owner = bisect.bisect_right(self.shard.starts, start) - 1
+        return self.shard.live[owner], 0 if owner == self.shard.rank else None
 
     def home(self, parts: Iterator[Tensor]) -> Tensor:
         own = next(parts)

@@ -126,12 +126,15 @@ def compiled(rank: int, world_size: int) -> float:
     return worst(found, gradients_of_one_process(world_size))
 
 
-def most_held(rank: int, world_size: int, b: int, d: int, dtype: torch.dtype, ring: bool) -> int:
+def most_held(
+    rank: int, world_size: int, loss: str, b: int, d: int, dtype: torch.dtype, ring: bool
+) -> int:
     """The most bytes that a rank has at a time beside its features, gradients included."""
     x, y = (torch.randn(b, d).to(dtype).requires_grad_() for _ in range(2))
 
     def step() -> None:
-        distributed.clip_loss(x, y, 5.0, normalize=True, ring=ring, memory_budget=0).backward()
+        options = {"normalize": True, "ring": ring, "memory_budget": 0}
+        getattr(distributed, f"{loss}_loss")(x, y, 5.0, -1.0, **options).backward()
 
     step()
     x.grad = y.grad = None

@@ -29,7 +29,8 @@ class Mail:
     isend, irecv = "isend", "irecv"
 
     def __init__(self) -> None:
-        self.boxes: dict[tuple[int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        ranks = range(max(WORLD_SIZES))  # before threads look for them
+        self.boxes = {(a, b): queue.Queue[Tensor]() for a in ranks for b in ranks}
         self.exchanges: dict[int, int] = defaultdict(int)
         self.tensors: dict[int, list[weakref.ref[Tensor]]] = defaultdict(list)
 
@@ -58,15 +59,22 @@ def on_every_rank(world_size: int, sizes: tuple[int, ...], run: Any) -> list[Any
     starts = tuple(itertools.accumulate(sizes[:-1], initial=0))
     every = tuple(slice(0, size) for size in sizes)
     results: list[Any] = [None] * world_size
+    failures: list[Exception] = []
 
     def one(rank: int) -> None:
-        results[rank] = run(Ring(Shard(rank, rank, sizes, starts, every, True, True)))  # type: ignore[arg-type]
+        try:
+            shard = Shard(rank, rank, sizes, starts, every, True, True)  # type: ignore[arg-type]
+            results[rank] = run(Ring(shard))
+        except Exception as error:
+            failures.append(error)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=20)
+    if failures:
+        raise failures[0]
     return results
 
 

@@ -56,7 +56,7 @@ def predicted_ms(case: Case, method: str, times: dict[str, Timing]) -> float | N
 
 
 def stated_mib(case: Case, method: str) -> float | None:
-    """What a rank holds where no products are kept. gloo adds gradients up in a copy of them."""
+    """What a rank holds where no products are kept. On CPUs a copy of gradients is added up."""
     job = scale.Job(case.ranks, case.b, case.d, case.itemsize)
     if method == GATHERED_RECOMPUTED:
         return scale.gathered_bytes(job, scratch=job.ranks * job.gradients) / 2**20
