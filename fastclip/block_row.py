@@ -150,16 +150,16 @@ def sweep(context: Context, o: Operands, budget: int) -> tuple[Tensor, Swept]:
     """The sum of the losses of this rank's pairs, and what the second sweep needs. Budget: bytes
     of products that may be kept for it."""
     plan, shard, pairs = context.plan, context.shard, context.pairs
-    b, needs_state = o.x.shape[0], context.epilogue.needs_state
+    m, needs_state = shard.rows, context.epilogue.needs_state
     # A row's weights need other rows' states only through columns.
-    swept = slice(0, b) if needs_state else pairs
+    swept = slice(0, m) if needs_state else pairs
     bound = _bound(context, o)
-    state = torch.zeros((2, b + shard.batch), dtype=state_dtype(o.x.device), device=o.x.device)
-    rows, columns = state[:, :b], state[:, b:]
-    positive, kept = rows.new_zeros(b), []
+    state = torch.zeros((2, m + shard.batch), dtype=state_dtype(o.x.device), device=o.x.device)
+    rows, columns = state[:, :m], state[:, m:]
+    positive, kept = rows.new_zeros(m), []
     for k, visit in enumerate(visits(context, o)):
         n = visit.y.shape[0]
-        keep = rows_to_keep(b, n, accumulation_dtype(o.x).itemsize, budget * n // shard.batch)
+        keep = rows_to_keep(m, n, accumulation_dtype(o.x).itemsize, budget * n // shard.batch)
         found, here, products = operator("sweep", plan)(
             *block(o, swept, visit.y, visit.factor), bound,
             shard.start + swept.start - visit.start, plan.loss, keep,
@@ -180,10 +180,10 @@ def sweep(context: Context, o: Operands, budget: int) -> tuple[Tensor, Swept]:
     columns.copy_(merge_columns(columns, shard))
     positives = torch.cat((positive, shard.gather(positive)))
     losses, coefficients, weights = context.finish(state, positives, o.scale, o.bias)
-    own = (losses[:b][pairs].sum() + losses[b:][shard.mine][pairs].sum()) / 2
+    own = (losses[:m][pairs].sum() + losses[m:][shard.mine][pairs].sum()) / 2
     # A pair counts half its row's and half its column's loss.
     return own, Swept(
-        state, positive, coefficients / 2, weights[:b] / 2, weights[b:][shard.mine] / 2, tuple(kept)
+        state, positive, coefficients / 2, weights[:m] / 2, weights[m:][shard.mine] / 2, tuple(kept)
     )
 
 

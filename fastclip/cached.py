@@ -80,7 +80,8 @@ def cached_step(
             or as a dictionary by open_clip's names. It is called twice for every micro-batch, with
             the same state of the random number generators, so dropout is the same; running
             statistics, as of batch normalisation, are updated twice and are a micro-batch's.
-            Wrapped in DDP it exchanges gradients once, after the last micro-batch.
+            Wrapped in DDP or FSDP2 it exchanges gradients once, after the last micro-batch; FSDP2
+            gathers parameters for each, so that all ranks must have as many micro-batches.
         loss: of what the model returns, for the whole batch; called once. For a batch spread over
             processes one of `fastclip.distributed`'s losses, or `ClipLoss` with its world size.
         inputs: (N, ...), N pairs.
