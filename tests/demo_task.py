@@ -52,6 +52,22 @@ def curve_and_state(
     return trained(task, batch_size, workers=workers, **options, stop=stop).losses
 
 
+def step_of_which_one_asks_to_stop(rank: int, size: int) -> tuple[int, tuple[float, bool]]:
+    """The step after which it stops, 0 where it is never told to; what the ranks' account says."""
+    workers, run = Workers(rank, size), Run()
+    last = rank == size - 1
+    model, stream = replace(small(), workers=workers).start(0, 8)
+    loss = loss_of("fused", workers, 8)
+    try:
+        # Its steps are over then: a rank that does not hear of it ends, and waits for nobody.
+        train(model, stream, loss, run, steps=1, lr=1e-3, workers=workers, asked=lambda: last)
+    except KeyboardInterrupt:
+        stopped = len(run.losses)
+    else:
+        stopped = 0
+    return stopped, workers.account(torch.tensor(float(rank)), last)
+
+
 def bucket_layouts(rank: int, size: int, steps: int) -> list[list[tuple[int, ...]]]:
     """For each step, which parameters' gradients travel in which order."""
     workers = Workers(rank, size)

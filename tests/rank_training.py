@@ -98,7 +98,8 @@ def cached_in_a_static_graph(rank: int, world_size: int) -> str:
     return "no error"
 
 
-def under_fsdp(rank: int, world_size: int) -> float:
+def under_fsdp(rank: int, world_size: int, micro_batch: int | None) -> tuple[float, int]:
+    """The worst gradient; bytes of gradients that this rank sends."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -107,9 +108,15 @@ def under_fsdp(rank: int, world_size: int) -> float:
     for tower in (model.image, model.text):
         fully_shard(tower, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    distributed.clip_loss(*model(*own(rank, data(world_size)))).backward()
+    pairs = own(rank, data(world_size))
+    with Traffic() as traffic:
+        if micro_batch is None:
+            distributed.clip_loss(*model(*pairs)).backward()
+        else:
+            cached_step(model, distributed.clip_loss, *pairs, micro_batch=micro_batch)
     found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    return worst(found, gradients_of_one_process(world_size, shape=(1,)))
+    error = worst(found, gradients_of_one_process(world_size, shape=(1,)))
+    return error, traffic.sent["reduce_scatter"]
 
 
 def compiled(rank: int, world_size: int) -> float:

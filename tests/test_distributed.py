@@ -11,9 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from block_cases import compiled_only
 from judge import PRECISIONS, allowance, error, truth
 from open_clip_import import import_open_clip
-from rank_cases import Case, accumulated, leaves, module, ours, warnings_of
+from rank_cases import (
+    Case,
+    Module,
+    accumulated,
+    each_module,
+    emulated,
+    leaves,
+    module,
+    ours,
+    ours_and_kept,
+    warnings_of,
+)
 from ranks import Ranks
 
 WORLD_SIZES = (1, 2, 3, 4)
@@ -130,16 +142,89 @@ def test_live_slices_add_up(ranks: Ranks, loss: str, ring: bool) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-# ---- open_clip's classes -------------------------------------------------------------------------
-
-WAYS = list(product((False, True), (False, True)))
-
-
 @pytest.fixture
 def several(ranks: Ranks) -> Ranks:
     if size_of(ranks) == 1:
         pytest.skip("one rank has nothing to share")
     return ranks
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_towers_frozen_on_single_ranks(several: Ranks, loss: str, ring: bool) -> None:
+    """They get nothing; all others get what they get beside ranks that froze nothing."""
+    last = size_of(several) - 1
+    frozen = ((0, "x"), (last, "y"))
+    case = Case(loss, UNEVEN[size_of(several)])
+    options = {"ring": ring, "uneven": True}
+    found, exact = (several.run(ours, c, options) for c in (case._replace(frozen_on=frozen), case))
+    for rank, name in frozen:
+        assert found[rank].pop(f"d{name}") is None
+    for one, other in zip(found, exact, strict=True):
+        for name, value in one.items():
+            assert error(np.asarray(value), np.asarray(other[name])) < 1e-12, name
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    "loss, ring", [("clip", False), ("clip", True), ("siglip", True)],
+    ids=["clip-gathered", "clip-ring", "siglip-ring"],
+)  # fmt: skip
+def test_visits_share_the_budget_of_kept_products(several: Ranks, loss: str, ring: bool) -> None:
+    case = Case(loss, (48, 32, 64, 48)[: size_of(several)])
+    budget = 24 << 10  # some of each visit's rows; most of a single visit's
+    options = {"ring": ring, "uneven": True, "memory_budget": budget}
+    found = several.run(ours_and_kept, case, options)
+    assert not mistakes(case, joined([results for results, _ in found]))
+    for _, kept in found:
+        assert 0 < kept <= budget
+
+
+# ---- open_clip's classes -------------------------------------------------------------------------
+
+WAYS = list(product((False, True), (False, True)))
+
+
+def modules_for(size: int) -> Iterator[Module]:
+    """Every mode in every precision on batches of one size and of several; in slices, too, with
+    ranks that scale their losses differently."""
+    modes = [
+        ("clip", {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "ring": ring})
+        for (local_loss, gather_with_grad), ring in product(WAYS, (False, True))
+    ]
+    modes += [("siglip", {"dist_impl": name}) for name in ("bidir", "shift", "reduce", "gather")]
+    for (loss, options), uneven in product(modes, (False, True)):
+        options = {**options, "uneven": uneven}
+        for precision in ("float64", "float32", "bfloat16"):
+            yield Module(Case(loss, (UNEVEN if uneven else EVEN)[size], precision), options)
+        # The time goes into exchanges: slices of one size are for few ranks.
+        if uneven or size <= 2:
+            upstream = (2.0, 0.5, -1.0, 3.0)[:size]
+            case = Case(loss, (MIXED if uneven else EVEN)[size], upstream=upstream)
+            yield Module(case, options, sliced=True)
+
+
+def test_modules_in_every_mode(ranks: Ranks) -> None:
+    """Values of every rank, gradients, and the way that features come."""
+    every, wrong = list(modules_for(size_of(ranks))), []
+    by_module = zip(*ranks.run(each_module, every), strict=True)
+    for one, found in zip(every, by_module, strict=True):
+        case, precision = one.case, PRECISIONS[one.case.precision]
+        expected = emulated(case, **one.combination)
+        exact = truth(case.loss, *case.towers, case.scale, -3.0, precision)
+        values = [np.array([rank["value"] for rank in each]) for each in (found, expected)]
+        compared = {name: (joined(found)[name], joined(expected)[name]) for name in QUANTITIES}
+        for name, (mine, true) in {**compared, "loss": values}.items():
+            dtype = {"dx": precision.x, "dy": precision.y}.get(name, precision.scalars)
+            allowed = max(4 * allowance(name, exact, precision, dtype), 1e-11)
+            mistake = error(np.asarray(mine), np.asarray(true))
+            if not mistake <= allowed:
+                wrong.append(f"{one} {name}: {mistake:.2e}, allowed {allowed:.2e}")
+        for rank in found:
+            around = one.is_ring and size_of(ranks) > 1
+            if case.precision == "float64" and ("send" in rank["exchanges"]) != around:
+                wrong.append(f"{one}: {rank['exchanges']}")
+    assert not wrong, "\n".join(wrong)
 
 
 def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], what: object) -> None:

@@ -15,6 +15,13 @@ def three() -> Iterator[Ranks]:
     pool.close()
 
 
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    pool = Ranks(4, seconds=60)
+    yield pool
+    pool.close()
+
+
 MISFITS = {
     "sizes": (
         [{"n": 4}, {"n": 5}, {"n": 4}],
@@ -57,11 +64,33 @@ def test_sizes_may_differ_where_that_is_allowed(three: Ranks) -> None:
 
 
 def test_an_argument_refused_on_one_rank_fails_on_all(three: Ranks) -> None:
-    errors = three.run(rank_failures.bad_call)
-    assert errors[1].startswith("TypeError: image_features must be float64")
-    for error in (errors[0], errors[2]):
-        assert error.startswith("ValueError: all ranks must have arguments that the loss accepts")
-        assert "rank 1" in error
+    """Of a loss, of `gather_features`."""
+    for errors in zip(*three.run(rank_failures.bad_calls), strict=True):
+        assert errors[1].startswith("TypeError: image_features must be float64")
+        for error in (errors[0], errors[2]):
+            accepted = "ValueError: all ranks must have arguments that the loss accepts"
+            assert error.startswith(accepted) and "rank 1" in error
+
+
+def test_where_only_gpu_tensors_travel_first_calls_alone_compare(three: Ranks) -> None:
+    """A call of another kind compares anew, uneven ones always; misfits are not remembered, so that
+    what fits later does."""
+    four, live = (4, 4, 4), [{"live": (0, 2)}, {"live": (2, 4)}]
+    uneven, misfit = ((5, 4, 1), {"uneven": True}), ((7, 8, 7), {})
+    first, known, compared = (1, "no error"), (0, "no error"), (1, "ValueError")
+    calls = {
+        "four": ((four, {}), first), "four again": ((four, {}), known),
+        "five": (((5, 5, 5), {}), first), "four after five": ((four, {}), known),
+        "ring": ((four, {"ring": True}), first), "ring again": ((four, {"ring": True}), known),
+        "live": ((four, live[0]), first), "other live": ((four, live[1]), first),
+        "uneven": (uneven, first), "uneven again": (uneven, first),
+        "misfit": (misfit, compared), "misfit again": (misfit, compared),
+        "rank 0's of the misfit": (((7, 7, 7), {}), first),
+    }  # fmt: skip
+    every = [call for call, _ in calls.values()]
+    for found in three.run(rank_failures.exchanges_for_agreement, every):
+        for (what, (_, expected)), (exchanges, error) in zip(calls.items(), found, strict=True):
+            assert (exchanges, error.split(":")[0]) == expected, f"{what}: {error}"
 
 
 def test_a_rank_that_one_process_has_wrong_fails_on_all(three: Ranks) -> None:
@@ -84,8 +113,9 @@ def test_a_block_of_ones_own_is_honoured(three: Ranks) -> None:
 
 
 def test_rows_of_zeros_in_fp16_have_no_gradient(three: Ranks) -> None:
-    """And not an infinite one, also where products are of a wider dtype."""
-    assert all(three.run(rank_failures.zero_row_in_fp16))
+    """And not an infinite one, also where products are of a wider dtype; all other rows have one,
+    in either tower and on every rank."""
+    assert three.run(rank_failures.zero_rows_in_fp16) == [[True] * 4] * 3
 
 
 def test_modules_ask_for_their_real_rank(three: Ranks) -> None:
@@ -99,25 +129,22 @@ def test_no_second_derivative(three: Ranks) -> None:
         assert "no second derivative" in error
 
 
-def test_a_group_within_a_larger_world() -> None:
-    pool = Ranks(4)
-    try:
-        found = pool.run(rank_failures.in_group_of_odd_ranks)
-    finally:
-        pool.close()
+def test_a_group_within_a_larger_world(four: Ranks) -> None:
+    """For functions and modules."""
+    found = four.run(rank_failures.in_group_of_odd_ranks)
     for rank in (1, 3):
-        assert len(found[rank]) == 4 and max(found[rank]) < 1e-12
+        assert len(found[rank]) == 2 * 6 and max(found[rank]) < 1e-12
     for rank in (0, 2):
         assert "process_group must have this process among its ranks" in found[rank][0]
 
 
-def test_a_killed_rank_ends_the_others() -> None:
-    """With an error, within the time that any answer has."""
-    pool = Ranks(3, seconds=60)
-    try:
-        found = pool.outcomes(rank_failures.dies)
-    finally:
-        pool.close()
+def test_a_killed_rank_ends_the_others(four: Ranks) -> None:
+    """With an error, within the group's time, also on a rank that the ring has no link from to the
+    dead one. The last test of these ranks."""
+    seconds = 4.0
+    found = four.outcomes(rank_failures.dies, seconds)
     assert isinstance(found[0], Failed) and "died" in str(found[0])
     for result in found[1:]:
-        assert isinstance(result, str) and result.startswith("RuntimeError"), result
+        assert not isinstance(result, Failed) and len(result) == 4, result
+        for what, (error, spent) in result.items():
+            assert error.startswith("RuntimeError") and spent < 5 * seconds, (what, error, spent)

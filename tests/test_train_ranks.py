@@ -64,6 +64,11 @@ def test_what_the_first_rank_says_is_heard_by_all(two: Ranks) -> None:
         assert heard[1:] == ["ValueError: no", "FileNotFoundError: none", None]
 
 
+def test_one_rank_that_is_asked_to_stop_stops_all(two: Ranks) -> None:
+    for stopped, account in two.run(demo_task.step_of_which_one_asks_to_stop):
+        assert stopped == 1 and account == (0.5, True)
+
+
 def test_a_lone_worker_has_no_group() -> None:
     assert not demo_task.groups_of_a_lone_worker()
     assert Workers.launched() == Workers()
