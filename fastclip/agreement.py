@@ -49,7 +49,7 @@ def check_world(
 # What ranks of a group brought where an exchange at every call would wait for the device: at the
 # first call, for what this rank brought.
 _TOLD: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Told]] = WeakKeyDictionary()
-_REFUSED = -1
+_REFUSED = -1  # instead of a batch size
 
 
 def agree(
@@ -96,18 +96,18 @@ def agree(
     )  # fmt: skip
 
 
-def refuse(process_group: dist.ProcessGroup | None, count: int) -> None:
-    """Instead of `agree` with `count` options, on a rank that is about to raise: so that others do,
-    too. Where they would not listen, because nothing is exchanged, nothing is told."""
+def refuse(process_group: dist.ProcessGroup | None) -> None:
+    """Instead of `agree`, on a rank that is about to raise: so that others do, too. Where they
+    would not listen, because nothing is exchanged, nothing is told."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     group = group_of(process_group)
-    if _exchanging_device(group, torch.device("cpu")).type == "cpu" and _has_cpu(group):
-        _exchange(group, (_REFUSED,) * (_FIELDS + count), torch.device("cpu"))
+    if _has_cpu(group):
+        _exchange(group, (_REFUSED,), torch.device("cpu"))
 
 
-# Of `agree`, before what must be alike besides.
-_FIELDS = 10
+# Numbers that a rank sends, however many it has to say: one that refuses has one.
+_MOST_FIELDS = 24
 _LIVE = ("start of live pairs", "end of live pairs")
 # Of these, those that may differ: whether a tower is frozen.
 _FREE = ("needs_x", "needs_y")
@@ -130,9 +130,10 @@ def _exchange(
 ) -> list[tuple[int, ...]]:
     """Of each field what the ranks bring."""
     world_size = dist.get_world_size(group)
-    told = torch.tensor(mine, dtype=torch.int64, device=device)
-    heard = gather_rows(told, (len(mine),) * world_size, group)
-    return list(zip(*heard.view(world_size, -1).tolist(), strict=True))
+    padded = mine + (0,) * (_MOST_FIELDS - len(mine))
+    told = torch.tensor(padded, dtype=torch.int64, device=device)
+    heard = gather_rows(told, (len(padded),) * world_size, group)
+    return list(zip(*heard.view(world_size, -1).tolist(), strict=True))[: len(mine)]
 
 
 def _check(told: _Told) -> None:

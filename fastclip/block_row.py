@@ -204,19 +204,19 @@ class Weighing(NamedTuple):
         dx = x.new_zeros(x.shape if needs[0] else (0,), dtype=accumulation_dtype(x))
         totals = []
         pairs, at_once = context.pairs, context.shard.all_live
-        factors = a, b, positive_weight
+        weights = a, b, positive_weight
 
         def parts() -> Iterator[Tensor]:
             for visit, kept in zip(visits(context, self.operands), self.swept.kept, strict=True):
                 offset = context.shard.start + pairs.start - visit.start
                 more, dy, sums = self._weigh(
-                    pairs, visit.y, visit.factor, visit.where, offset, factors,
+                    pairs, visit.y, visit.factor, visit.where, offset, weights,
                     (needs[0], needs[1] and at_once), kept,
                 )  # fmt: skip
                 if needs[0]:
                     dx[pairs].add_(more)
                 totals.append(sums)
-                yield dy if at_once or not needs[1] else self._live_columns(visit, factors)
+                yield dy if at_once or not needs[1] else self._live_columns(visit, weights)
 
         # Every visit has to be made, whether or not it leaves something to take home.
         if not needs[1]:
@@ -228,7 +228,7 @@ class Weighing(NamedTuple):
             dy[pairs] = type(context.columns)(context.shard.of_live).home(parts())
         return dx, dy, torch.stack(totals).sum(0)
 
-    def _live_columns(self, visit: Columns, factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _live_columns(self, visit: Columns, weights: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """dy of the visit's live columns, from all own rows."""
         shard, pairs = self.context.shard, self.context.pairs
         picked, own = self.context.columns.live(visit.start, visit.y.device)
@@ -244,17 +244,17 @@ class Weighing(NamedTuple):
             # Of rows beside the live ones no positive is among these columns.
             offset = own if rows is pairs and own is not None else y.shape[0]
             _, part, _ = self._weigh(
-                rows, y, factor, where, offset, factors, (False, True), self.swept.kept[0]
+                rows, y, factor, where, offset, weights, (False, True), self.swept.kept[0]
             )
             total = part if total is None else total.add_(part)
         return total
 
     def _weigh(
         self, rows: slice, y: Tensor, factor_y: Tensor | None, columns: slice | Tensor,
-        offset: int, factors: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, bool],
+        offset: int, weights: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, bool],
         kept: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        plan, (a, b, positive_weight) = self.context.plan, factors
+        plan, (a, b, positive_weight) = self.context.plan, weights
         state, positive = self.swept.state, self.swept.positive
         dtype = accumulation_dtype(y)
         state = torch.cat((state[:, : len(a)][:, rows], state[:, len(a) :][:, columns]), 1)

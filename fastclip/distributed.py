@@ -157,7 +157,7 @@ def shared_loss(
             raise ValueError("backend must be an engine, which the dense 'reference' is not")
         budget = budget_of(memory_budget, x.device)
     except (TypeError, ValueError):
-        refuse(process_group, len(alike) + 1)
+        refuse(process_group)
         raise
     inputs = (x, y, scale, bias)
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -168,13 +168,18 @@ def shared_loss(
     return sharded_loss(*inputs, plan, shard, sharing)
 
 
+def _all_rows(x: Tensor, shard: Shard) -> Tensor:
+    """All ranks' rows, in a tensor of their own: of one rank they would be x itself."""
+    return shard.gather(x).clone() if shard.world_size == 1 else shard.gather(x)
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' rows; the gradient is the sum of what the ranks make of them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
         ctx.shard = shard
-        return shard.gather(x).clone() if shard.world_size == 1 else shard.gather(x)
+        return _all_rows(x, shard)
 
     @staticmethod
     @once_differentiable
@@ -208,7 +213,7 @@ def gather_features(
             check_world("gather_features", rank, world_size, process_group)
         check_features(image_features, text_features)
     except (TypeError, ValueError):
-        refuse(process_group, len(alike))
+        refuse(process_group)
         raise
     towers = image_features, text_features
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in towers)
@@ -222,10 +227,7 @@ def gather_features(
         )
         images, texts = (_Gather.apply(t, shard) for t in towers)
         return images, texts
-    # Of one rank they would be the inputs themselves.
-    gathered = [shard.gather(t.detach()) for t in towers]
-    if shard.world_size == 1:
-        gathered = [t.clone() for t in gathered]
+    gathered = [_all_rows(t.detach(), shard) for t in towers]
     if not local_loss:
         for every, own in zip(gathered, towers, strict=True):
             every[shard.mine] = own

@@ -13,9 +13,8 @@ import torch
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compiler.disable`, without importing the compiler before somebody compiles.
 
-    Collectives and what depends on their answers are no part of a compiled graph: it is cut there.
+    For collectives and what depends on their answers.
     """
-
     disabled: Callable[..., Any] | None = None
 
     @functools.wraps(function)

@@ -1,5 +1,6 @@
 """The demo's own task with a smaller model, and what ranks of `ranks.py` train on it."""
 
+import signal
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -104,6 +105,12 @@ def told_by_the_first(rank: int, size: int, answers: list[Any]) -> list[Any]:
         except (ValueError, OSError) as error:
             heard.append(f"{type(error).__name__}: {error}")
     return heard
+
+
+def heed_interrupts() -> None:
+    """In a process about to be started: a shell that runs the tests in the background has them, and
+    what they start, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def groups_of_a_lone_worker() -> bool:

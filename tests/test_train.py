@@ -144,8 +144,7 @@ def test_interrupting_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     command = [*RUN, "--steps", "100000", "--batch-size", "16", "--out", str(tmp_path)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-        # A shell that runs the tests in the background has them, and what they start, ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=demo_task.heed_interrupts,
     )  # fmt: skip
     os.set_blocking(process.stderr.fileno(), False)
     seen, deadline = b"", time.monotonic() + 100

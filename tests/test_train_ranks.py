@@ -124,8 +124,7 @@ def launched(command: list[str], out: Path, *elastic: str, **streams: Any) -> su
     return subprocess.Popen(
         [*TORCHRUN, *elastic, "-m", "fastclip.train", *command, "--out", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        # A shell that runs the tests in the background has them, and what they start, ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **streams,
+        preexec_fn=demo_task.heed_interrupts, **streams,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import contextlib
 
 from ..baselines import Unavailable
-from . import methods, rank  # noqa: F401
+from . import methods, rank  # noqa: F401 -- for those that are forked
 
 for method in methods.of("clip"):
     with contextlib.suppress(Unavailable, ImportError):
