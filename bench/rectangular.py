@@ -20,7 +20,7 @@ def clip(engine: str, inputs: Inputs, budget: int) -> tuple[Tensor, ...]:
 
     `engine` is "cpu" or "torch"; it may keep `budget` bytes of products between the sweeps.
     """
-    from fastclip.ops import rows_to_keep
+    from fastclip.kept import rows_to_keep
 
     sweep, finish, weigh = (
         getattr(getattr(torch.ops.fastclip, name), engine) for name in ("sweep", "finish", "weigh")

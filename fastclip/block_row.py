@@ -15,8 +15,8 @@ from torch import Tensor
 from .chunked import merge
 from .epilogues import EPILOGUES
 from .function import Plan, cast, factor_of, operator
+from .kept import PLANS
 from .operands import accumulation_dtype, state_dtype
-from .ops import rows_to_keep
 from .shard import Shard
 from .visits import Gathered, Ring
 
@@ -159,7 +159,7 @@ def sweep(context: Context, o: Operands, budget: int) -> tuple[Tensor, Swept]:
     positive, kept = rows.new_zeros(m), []
     for k, visit in enumerate(visits(context, o)):
         n = visit.y.shape[0]
-        keep = rows_to_keep(m, n, accumulation_dtype(o.x).itemsize, budget * n // shard.batch)
+        keep = PLANS[plan.engine].keep(o.x, visit.y, budget * n // shard.batch)
         found, here, products = operator("sweep", plan)(
             *block(o, swept, visit.y, visit.factor), bound,
             shard.start + swept.start - visit.start, plan.loss, keep,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .epilogues import EPILOGUES
-from .ops import accumulation_dtype, rows_to_keep, state_dtype
+from .kept import PLANS
+from .operands import accumulation_dtype, state_dtype
 
 EPS = 1e-12  # F.normalize's
 
@@ -104,10 +105,7 @@ class _FusedLoss(torch.autograd.Function):
                 ctx.save_for_backward(x, y, scale, bias)
                 ctx.waiting = gradients
         else:
-            keep = 0
-            if plan.engine != "torch":
-                itemsize = accumulation_dtype(problem[0]).itemsize
-                keep = rows_to_keep(x.shape[0], y.shape[0], itemsize, plan.memory_budget)
+            keep = PLANS[plan.engine].keep(*problem[:2], plan.memory_budget)
             state, positive, kept = operator("sweep", plan)(*problem, None, 0, plan.loss, keep)
         losses, coefficients, weights = operator("finish", plan)(
             state, positive, *problem[4:], plan.loss

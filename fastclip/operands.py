@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .epilogues import EPILOGUES
+from .kept import Products, Weights
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,12 +99,10 @@ def weigh(*arguments: Any) -> None:
         "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M)",
         state, coefficients, positive, positive_weight,
     )  # fmt: skip
-    fit = (
-        kept.dtype == accumulation_dtype(x)
-        and kept.is_contiguous()
-        and kept.numel() % min(m, n) == 0
-    )
-    _check(fit, "kept must come from a sweep of the same features", kept)
+    _check(
+        kept.is_contiguous() and any(plan.made(x, y, kept) for plan in (Products, Weights)),
+        "kept must come from a sweep of the same features", kept,
+    )  # fmt: skip
     fit = dtype_x in FLOATING and dtype_y in FLOATING
     _check(
         fit, "gradients are float64, float32, bfloat16 or float16", dtype_x, dtype_y,

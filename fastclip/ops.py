@@ -13,12 +13,13 @@ between them a finish of O(M + N).
     bound: one element, an upper bound of `|t_ij|`, or None: the engine finds one.
     offset: the positive of row i is column i + offset, where that lies in the block.
     loss: "softmax" or "sigmoid".
-    keep: how many rows of t to keep for `weigh`; what is not kept is recomputed.
+    keep: how many rows to keep for `weigh`, along the longer side; what is not kept is recomputed
+    (`kept.py`).
 
     state (2, M + N), float64: rows first, then columns. softmax: references in log2 units and
     sums of `2^(s_ij * log2(e) - reference)`; sigmoid: zeros and sums of `softplus(s_ij)`.
     positive (M), float64: t of the positives, NaN for a row whose positive is not in the block.
-    kept: opaque, for `weigh` on the same x, y.
+    kept: opaque, for `weigh` on the same x, y and scale.
 
 `finish(state, positive, scale, bias, loss) -> losses, coefficients, weights`
     Finishes lines, rows or columns: O(L), float64.
@@ -57,6 +58,7 @@ import torch
 from torch import Tensor
 
 from . import operands
+from .kept import PLANS, Products, Weights
 from .operands import accumulation_dtype, state_dtype
 
 _BLOCK = "Tensor x, Tensor y, Tensor? factor_x, Tensor? factor_y, Tensor scale, Tensor? bias"
@@ -76,9 +78,6 @@ SCHEMAS = {
 # Each an overload of every operator.
 ENGINES = ("cpu", "cuda", "torch", "triton")
 
-# Rows of kept products are padded to this many.
-KEPT_ROW_UNIT = 16
-
 _library = torch.library.Library("fastclip", "DEF")
 
 
@@ -92,8 +91,11 @@ def _fake_sweep(
     x: Tensor, y: Tensor, factor_x: Any, factor_y: Any, scale: Tensor, bias: Any, bound: Any,
     offset: int, loss: str, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kept = x.new_empty((keep * torch.sym_min(x.shape[0], y.shape[0]),), dtype=accumulation_dtype(x))
-    return *_fake_states(x, y), kept
+    return *_fake_states(x, y), Products.empty(x, y, keep)
+
+
+def _fake_sweep_of_weights(x: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_states(x, y), Weights.empty(x, y, others[-1])
 
 
 def _fake_finish(
@@ -133,8 +135,11 @@ _FAKES = {
 
 for _engine in ENGINES:
     for _name, _schema in SCHEMAS.items():
+        _fake = _FAKES[_name]
+        if _name == "sweep" and PLANS[_engine] is Weights:
+            _fake = _fake_sweep_of_weights
         _library.define(f"{_name}.{_engine}{_schema}")
-        torch.library.register_fake(f"fastclip::{_name}.{_engine}", _FAKES[_name], lib=_library)
+        torch.library.register_fake(f"fastclip::{_name}.{_engine}", _fake, lib=_library)
 
 
 def implement(engine: str, module: ModuleType) -> None:
@@ -161,11 +166,3 @@ def implement(engine: str, module: ModuleType) -> None:
     for name in SCHEMAS:
         _library.impl(f"{name}.{engine}", isolated(name), "CompositeExplicitAutograd")
         torch.library.register_autograd(f"fastclip::{name}.{engine}", refuse, lib=_library)
-
-
-def rows_to_keep(m: int, n: int, itemsize: int, budget: int) -> int:
-    """`keep` for a budget in bytes: whole rows of t, along the longer side, in steps of 16."""
-    long, short = torch.sym_max(m, n), torch.sym_min(m, n)
-    padded = (long + KEPT_ROW_UNIT - 1) // KEPT_ROW_UNIT * KEPT_ROW_UNIT
-    affordable = budget // (short * itemsize) // KEPT_ROW_UNIT * KEPT_ROW_UNIT
-    return torch.sym_min(padded, affordable)

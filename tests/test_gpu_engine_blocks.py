@@ -22,7 +22,7 @@ from dense_block import (
 from dense_block import weigh as run_weigh
 from gpu_engine_case import check, check_in_one_go, library_products, prepare, small_chunks
 
-from fastclip.ops import rows_to_keep
+from fastclip.kept import PLANS, Weights
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
@@ -131,14 +131,16 @@ def test_kept_products(gpu_engine: str, loss: str, shape: tuple[int, int, int]) 
     block = make_block(*shape, torch.bfloat16, loss=loss, offset=-3, factors=(True, True))
     m, n, _ = shape
     for budget in (32 * 40 * 4, 1 << 40):
-        keep = rows_to_keep(m, n, 4, budget)
+        keep = PLANS[gpu_engine].keep(block.x, block.y, budget)
         check(gpu_engine, block, keep, what=f"{keep} rows")
         state, positive, kept = sweep(gpu_engine, block, keep)
-        assert kept.shape == (keep * min(m, n),) and kept.dtype == torch.float32
+        assert 0 < kept.nbytes <= budget and PLANS[gpu_engine].made(block.x, block.y, kept)
         weights = make_weights(state, m)
         before = run_weigh(gpu_engine, block, state, positive, weights, kept)
-        after = run_weigh(gpu_engine, block, state, positive, weights, kept.zero_())
-        assert not torch.allclose(before[2], after[2])
+        # Of kept weights the bytes before the rows say whether they are to be read.
+        kept[Weights.header(m, n) if kept.dtype == torch.uint8 else 0 :] = 0
+        after = run_weigh(gpu_engine, block, state, positive, weights, kept)
+        assert not torch.allclose(before[0], after[0])
 
 
 def test_any_strides(gpu_engine: str) -> None:

@@ -25,7 +25,7 @@ from dense_block import (
 )
 
 import fastclip
-from fastclip.ops import rows_to_keep
+from fastclip.kept import rows_to_keep
 
 pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 
@@ -121,7 +121,7 @@ from block_cases import SHAPES
 from dense_block import DTYPES, LOSSES, Dense, accumulator, assert_gradients, make_block
 from dense_block import make_weights, sweep, weigh
 import fastclip
-from fastclip.ops import rows_to_keep
+from fastclip.kept import rows_to_keep
 
 own, *others = map(Path, sys.argv[1:])
 assert fastclip.build_info()["capability"] == own.name.upper()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dense_block import Block, Weights, make_block, make_weights, operator, sweep
 
-from fastclip import ops
+from fastclip.kept import rows_to_keep
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
@@ -28,7 +28,7 @@ class Call:
     def __init__(self, engine: str) -> None:
         self.engine = engine
         self.block = make_block(M, N, 5, factors=(True, True))
-        keep = ops.rows_to_keep(M, N, 4, 1 << 20) if engine == "cpu" else 0
+        keep = rows_to_keep(M, N, 4, 1 << 20) if engine == "cpu" else 0
         self.state, self.positive, self.kept = sweep(engine, self.block, keep)
         self.weights: Weights = make_weights(self.state, M)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastclip import ops
+from fastclip.kept import rows_to_keep
 from fastclip.loss import clip_loss, siglip_loss
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
@@ -69,7 +70,7 @@ def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, t
 
 def arguments(name: str, engine: str, block: Block, needs: tuple[bool, bool]) -> tuple:
     m, n = len(block.x), len(block.y)
-    keep = ops.rows_to_keep(m, n, 8, 1 << 30) if engine == "cpu" else 0
+    keep = rows_to_keep(m, n, 8, 1 << 30) if engine == "cpu" else 0
     if name == "sweep":
         bound = torch.tensor(40.0, dtype=torch.float64) if needs[0] else None
         return *block.tensors, bound, block.offset, block.loss, keep

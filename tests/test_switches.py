@@ -25,8 +25,8 @@ from dense_block import (
 from torch import Tensor
 
 from fastclip import chunked, reference
+from fastclip.kept import rows_to_keep
 from fastclip.loss import clip_loss, siglip_loss
-from fastclip.ops import rows_to_keep
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 REFERENCES = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}

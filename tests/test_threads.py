@@ -14,8 +14,8 @@ from dense_block import DTYPES, make_block, make_weights, operator, sweep, weigh
 from torch import Tensor
 
 import fastclip
+from fastclip.kept import rows_to_keep
 from fastclip.loss import clip_loss, siglip_loss
-from fastclip.ops import rows_to_keep
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 

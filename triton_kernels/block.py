@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import card, configurations, weights
+from . import card, configurations, plan, weights
 from .card import COLUMNS, ROWS, takes_tf32
 from .configurations import Config
 from .epilogues import EPILOGUES
+from .kept import Kept
 from .plan import Chunk, cdiv
 
 
@@ -33,6 +34,7 @@ class Block:
         self.unit = self._unit()
         # Beyond the block every offset is alike; within 32 bits there is one kernel for all.
         self.offset = max(-self.m, min(offset, self.n))
+        self.is_small = plan.is_small(self.m, self.n)
 
     def _operand(self, x: Tensor) -> Tensor:
         x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -53,13 +55,20 @@ class Block:
                 return 1
         return unit
 
-    def part(self, chunk: Chunk) -> tuple[Any, ...]:
-        """The features of a chunk, which is a block of its own."""
+    def features(self, chunk: Chunk, config: Config | None = None) -> tuple[Any, Any]:
+        """x and y of a chunk, which is a block of its own; as descriptors if a config is given and
+        asks for them."""
+        x, y = self.x[chunk.row_slice], self.y[chunk.column_slice]
+        if config is None or not config.descriptors:
+            return x, y
+        return card.described(x, config.bm, config.bk), card.described(y, config.bn, config.bk)
+
+    def affine(self, chunk: Chunk) -> tuple[Any, ...]:
+        """What makes logits of the products of a chunk's features."""
         fx, fy = self.factor_x, self.factor_y
-        rows, columns = chunk.row_slice, chunk.column_slice
         return (
-            self.x[rows], self.y[columns], None if fx is None else fx[rows],
-            None if fy is None else fy[columns], self.scale, self.bias,
+            None if fx is None else fx[chunk.row_slice],
+            None if fy is None else fy[chunk.column_slice], self.scale, self.bias,
         )  # fmt: skip
 
     def offset_of(self, chunk: Chunk) -> int:
@@ -67,26 +76,52 @@ class Block:
         offset = self.offset + chunk.start - chunk.column_start
         return max(-chunk.rows, min(offset, chunk.columns))
 
+    def skipped(self, chunk: Chunk) -> int:
+        """Tiles of each row of tiles that the edges' launch takes: all in a small block, which
+        waits for launches."""
+        if self.is_small:
+            return chunk.columns // chunk.bn
+        return chunk.skipped(self.offset_of(chunk))
+
     @property
-    def lengths(self) -> tuple[int, int, int]:
-        """D and the strides of rows, in units."""
-        unit = self.unit
-        return self.d // unit, self.x.stride(0) // unit, self.y.stride(0) // unit
+    def width(self) -> int:
+        """D, in units."""
+        return self.d // self.unit
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Of rows, in units."""
+        return self.x.stride(0) // self.unit, self.y.stride(0) // self.unit
 
     def tiles(self, config: Config) -> dict[str, Any]:
-        """Compile-time arguments of a kernel that makes tiles."""
+        """Compile-time arguments of every kernel that makes tiles."""
         return {
-            "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group,
-            "EVEN": self.d % config.bk == 0, "PRECISION": "tf32" if self.tf32 else "ieee",
-            "UNIT": self.unit, "num_warps": config.warps, "num_stages": config.stages,
+            "BM": config.bm, "BN": config.bn, "BK": config.bk, "EVEN": self.d % config.bk == 0,
+            "PRECISION": "tf32" if self.tf32 else "ieee", "UNIT": self.unit,
+            "num_warps": config.warps, "num_stages": config.stages,
         }  # fmt: skip
 
-    def config(self, kernel: str, run: Callable[[Config], object] | None = None) -> Config:
+    def plain_tiles(self, config: Config) -> dict[str, Any]:
+        """And of one for plain tiles."""
+        return {
+            "D": self.width, "GROUP": config.group, "SLICES": config.slices,
+            "DESCRIBED": config.descriptors, **self.tiles(config),
+        }  # fmt: skip
+
+    def programs(self, tiles: int, config: Config) -> int:
+        """For so many plain tiles."""
+        return min(tiles, card.room(self.x.device, config)) if config.descriptors else tiles
+
+    def config(self, kind: str, run: Callable[[Config], object] | None = None) -> Config:
         x = self.x
-        return configurations.choose(x.device, x.dtype, self.tf32, self.d, self.unit, kernel, run)
+        return configurations.choose(x.device, x.dtype, self.tf32, self.d, self.unit, kind, run)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def kept(self, kept: Tensor) -> Kept:
+        """The parts of what a first sweep has kept; a small one keeps nothing."""
+        return Kept() if self.is_small else Kept.of(kept, self.m, self.n, self.x)
 
     def new_states(self) -> tuple[Tensor, Tensor]:
         positive = self.empty(self.m, dtype=torch.float64)

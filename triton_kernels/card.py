@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configurations import Config
 from .epilogues import INTERPRETED
 
 # Lanes of single programs.
@@ -20,10 +22,36 @@ LANES = 1024
 # Rows and columns of a program that goes over features alone. The interpreter takes as long for
 # many as for few.
 ROWS, COLUMNS = (64 if INTERPRETED.value else 8), 128
+# In how many parts a tile of the edges goes through the epilogue: masks take registers.
+EDGE_SLICES = 1 if INTERPRETED.value else 4
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     kernel[(programs,)](*arguments, **constants)
+
+
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def stored(out: Tensor | None, config: Config) -> Any:
+    """A matrix that plain tiles are written to, as their kernel takes it."""
+    if out is None or not config.descriptors:
+        return out
+    return described(out, config.bm, config.bn // config.slices)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if INTERPRETED.value:
+        return 2  # fewer than the tiles of a test
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def room(device: torch.device, config: Config) -> int:
+    """Programs that run at the same time: one of eight warps has registers for no other beside
+    it."""
+    return _processors(device) * max(1, 8 // config.warps)
 
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,12 +6,14 @@ normalisation's Jacobian, gain and scale; and the totals' positives.
 
 x^ being x times its factor; without projection gain * scale * g_i. O((M + N) D), a row at a time.
 
-More run-time parameters than fifteen: two towers' rows and one gradient.
+More run-time parameters than fifteen: two towers' rows and both their gradients.
 """
 
 import triton
 import triton.language as tl
 
+from .finalise import added_totals, tiles_made
+from .flags import is_set
 from .tile import stored_as
 
 
@@ -29,9 +31,9 @@ def _gradient(
     return g + tl.where(has_partner[:, None], partner_weight[:, None] * partner, 0.0)
 
 
-@triton.jit(do_not_specialize=["M", "N", "first", "offset"])
-def complete_kernel(
-    PRODUCT, X, PARTNER, FX, FP, WEIGHT, GAIN, SCALE, OUT, M, N, D, first, offset, stride_product,
+@triton.jit
+def _complete(
+    program, PRODUCT, X, PARTNER, FX, FP, WEIGHT, gain, OUT, M, N, D, first, offset, stride_product,
     stride_x, stride_partner, stride_out, BY_PARTNER: tl.constexpr, SPREAD: tl.constexpr,
     PROJECT: tl.constexpr, CLAMPED_IS_ZERO: tl.constexpr, ENLARGED: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr,
@@ -39,7 +41,7 @@ def complete_kernel(
     """Rows first .. first + M of one tower; the partner of row i is row i + offset of the other's
     N. WEIGHT belongs to the rows, or to the partners (BY_PARTNER). PRODUCT may be OUT: every
     element is read by the program that overwrites it, before it does."""
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = program * ROWS + tl.arange(0, ROWS)
     row = i < M
     j = first + i + offset
     has_partner = row & (j >= 0) & (j < N)
@@ -55,7 +57,6 @@ def complete_kernel(
     divisor = tl.full((ROWS,), 1.0 / ENLARGED, tl.float32)
     if SPREAD:
         divisor = divisor / factor
-    gain = (tl.load(GAIN).to(tl.float64) * tl.load(SCALE).to(tl.float64)).to(tl.float32)
     multiplier = tl.zeros((ROWS,), tl.float32) + gain
     # A norm below 1e-12 was clamped: the features were divided by a constant.
     clamped = factor >= 0.9999e12
@@ -86,12 +87,16 @@ def complete_kernel(
             # 1e12 times anything overflows fp16: a zero row has no gradient, not an infinite one.
             g = tl.where(clamped[:, None], 0.0, g)
         out = OUT + i.to(tl.int64)[:, None] * stride_out + (start + tl.arange(0, BK))[None, :]
-        tl.store(out, stored_as(g, OUT), mask=mask)
+        tl.store(out, stored_as(g, OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "N", "offset"])
-def complete_totals_kernel(TOTALS, WEIGHT, POSITIVE, GAIN, OUT, M, N, offset, LANES: tl.constexpr):
-    """gain times the sums of w and of w * t, those of the positives included."""
+@triton.jit
+def _complete_totals(
+    PARTIAL, FLAG, TOTALS, VALID, MOMENTS, COEFFICIENTS, WEIGHT, POSITIVE, GAIN, OUT, M, N, offset,
+    tiles, tiles_otherwise, kept_rows, LANES: tl.constexpr,
+):  # fmt: skip
+    """gain times the sums of w and of w * t, those of the positives included. PARTIAL has the last
+    chunk's, TOTALS the earlier ones', MOMENTS those of the kept rows, if they are VALID."""
     lane = tl.arange(0, LANES)
     w, wt = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
     for start in range(0, M, LANES):
@@ -100,6 +105,66 @@ def complete_totals_kernel(TOTALS, WEIGHT, POSITIVE, GAIN, OUT, M, N, offset, LA
         p = tl.load(WEIGHT + i, mask=here, other=0.0).to(tl.float64)
         w += p
         wt += p * tl.load(POSITIVE + i, mask=here, other=0.0)
+    sum_w, sum_wt = tl.sum(w, 0), tl.sum(wt, 0)
+    if TOTALS is not None:
+        sum_w += tl.load(TOTALS)
+        sum_wt += tl.load(TOTALS + 1)
+    tiles = tiles_made(FLAG, tiles, tiles_otherwise)
+    sum_w += added_totals(PARTIAL, tiles, LANES)
+    sum_wt += added_totals(PARTIAL + tiles, tiles, LANES)
+    if is_set(VALID, False) != 0:
+        w, wt = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
+        for start in range(0, M + N, LANES):
+            line = start + lane
+            mask = (line < M + N) & ((line < kept_rows) | (line >= M))
+            a = tl.load(COEFFICIENTS + line, mask=mask, other=0.0)
+            w += a * tl.load(MOMENTS + line, mask=mask, other=0.0)
+            wt += a * tl.load(MOMENTS + M + N + line, mask=mask, other=0.0)
+        sum_w += tl.sum(w, 0)
+        sum_wt += tl.sum(wt, 0)
     gain = tl.load(GAIN).to(tl.float64)
-    tl.store(OUT, gain * (tl.load(TOTALS) + tl.sum(w, 0)))
-    tl.store(OUT + 1, gain * (tl.load(TOTALS + 1) + tl.sum(wt, 0)))
+    tl.store(OUT, gain * sum_w)
+    tl.store(OUT + 1, gain * sum_wt)
+
+
+COUNTS = ["tiles", "tiles_otherwise", "kept_rows"]
+
+
+@triton.jit(do_not_specialize=["M", "N", "rows", "first", "offset", *COUNTS])
+def complete_kernel(
+    PRODUCT_X, PRODUCT_Y, X, Y, FX, FY, WEIGHT, GAIN, SCALE, OUT_X, OUT_Y, PARTIAL, FLAG, TOTALS,
+    VALID, MOMENTS, COEFFICIENTS, POSITIVE, OUT_TOTALS, M, N, D, rows, first, offset, tiles,
+    tiles_otherwise, kept_rows, stride_product_x, stride_product_y, stride_x, stride_y,
+    stride_out_x, stride_out_y, SPREAD: tl.constexpr, PROJECT_X: tl.constexpr,
+    PROJECT_Y: tl.constexpr, CLAMPED_IS_ZERO_X: tl.constexpr, CLAMPED_IS_ZERO_Y: tl.constexpr,
+    ENLARGED: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """`rows` rows of x from `first` on, then all of y, then the totals, whichever have an OUT: one
+    launch, since a small batch waits for launches."""
+    programs_x, programs_y = 0, 0
+    if OUT_X is not None:
+        programs_x = tl.cdiv(rows, ROWS)
+    if OUT_Y is not None:
+        programs_y = tl.cdiv(N, ROWS)
+    program = tl.program_id(0)
+    gain = (tl.load(GAIN).to(tl.float64) * tl.load(SCALE).to(tl.float64)).to(tl.float32)
+    if program < programs_x:
+        if OUT_X is not None:
+            _complete(
+                program, PRODUCT_X, X, Y, FX, FY, WEIGHT, gain, OUT_X, rows, N, D, first, offset,
+                stride_product_x, stride_x, stride_y, stride_out_x, False, SPREAD, PROJECT_X,
+                CLAMPED_IS_ZERO_X, ENLARGED, ROWS, BK,
+            )  # fmt: skip
+    elif program < programs_x + programs_y:
+        if OUT_Y is not None:
+            _complete(
+                program - programs_x, PRODUCT_Y, Y, X, FY, FX, WEIGHT, gain, OUT_Y, N, M, D, 0,
+                -offset, stride_product_y, stride_y, stride_x, stride_out_y, True, SPREAD,
+                PROJECT_Y, CLAMPED_IS_ZERO_Y, ENLARGED, ROWS, BK,
+            )  # fmt: skip
+    else:
+        if OUT_TOTALS is not None:
+            _complete_totals(
+                PARTIAL, FLAG, TOTALS, VALID, MOMENTS, COEFFICIENTS, WEIGHT, POSITIVE, GAIN,
+                OUT_TOTALS, M, N, offset, tiles, tiles_otherwise, kept_rows, LANES,
+            )  # fmt: skip

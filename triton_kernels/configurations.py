@@ -8,7 +8,6 @@ and D; never M or N, which change from batch to batch.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,6 +28,10 @@ class Config(NamedTuple):
     warps: int
     stages: int
     group: int = 8
+    # How many parts of its columns a tile goes through the epilogue in: more take fewer registers.
+    slices: int = 1
+    # Tensor descriptors, and as many programs as the card has room for, each with many tiles.
+    descriptors: bool = False
 
 
 # Bytes of shared memory that one program may ask for.
@@ -41,60 +44,77 @@ SHARED_MEMORY = {
 }
 
 
+KINDS = ("sweep", "kept", "weigh", "both", "tile", "small")
 Table = dict[tuple[str, str, str], Config]
 
 
-def _table_of(sweep: Config, half: Config, tf32: Config, ieee: Config, odd: Config) -> Table:
-    """For the "sweep" of a light loss, "both" sweeps in one go, which have no registers for more
-    than half a tile, and all other kernels ("tile"); "half" (bf16 and fp16 on tensor cores),
-    "tf32", and "ieee" (fp32 on the ordinary cores); rows that are "wide", "narrow" (no use for a
-    long step along D) and "odd" (they do not begin on 16 bytes: loads go through registers)."""
+def _table_of(half: dict[str, Config], tf32: dict[str, Config], ieee: Config, odd: Config) -> Table:
+    """For each kind of kernel: the first "sweep", one whose weights are "kept", the second one
+    ("weigh"), "both" in one go, "tile" for whichever references each line has, "small" blocks. For
+    each arithmetic: "half" (bf16 and fp16 on tensor cores), "tf32", and "ieee" (fp32 on the
+    ordinary cores). For each width: rows that are "wide", "narrow" (no use for a long step along D)
+    and "odd" (they do not begin on 16 bytes: loads go through registers).
+
+    A kind that is not named has the configuration of "tile"."""
     table = {}
-    for kernel, arithmetic, wide in (
-        ("sweep", "half", sweep), ("tile", "half", half), ("both", "half", half._replace(bn=64)),
-        ("sweep", "tf32", tf32), ("tile", "tf32", tf32), ("both", "tf32", tf32),
-    ):  # fmt: skip
-        table[kernel, arithmetic, "wide"] = wide
-        narrow = half if (kernel, arithmetic) == ("sweep", "half") else wide
-        table[kernel, arithmetic, "narrow"] = narrow._replace(bk=min(wide.bk, NARROW), stages=2)
-        table[kernel, arithmetic, "odd"] = odd
-    for kernel, width in itertools.product(("sweep", "tile", "both"), ("wide", "narrow", "odd")):
-        table[kernel, "ieee", width] = ieee
+    for arithmetic, configs in (("half", half), ("tf32", tf32), ("ieee", {"tile": ieee})):
+        for kind in KINDS:
+            config = configs.get(kind, configs["tile"])
+            table[kind, arithmetic, "wide"] = config
+            narrow = config._replace(bk=min(config.bk, NARROW), stages=2)
+            table[kind, arithmetic, "narrow"] = config if arithmetic == "ieee" else narrow
+            table[kind, arithmetic, "odd"] = config if arithmetic == "ieee" else odd
     return table
 
 
 NARROW = 32
 _IEEE = Config(64, 64, 16, 4, 3)
 _ODD = Config(64, 64, 32, 4, 2)
-_SMALL = Config(32, 32, 32, 1, 1, group=2)
+_SMALL = Config(64, 64, 64, 4, 3)
+_TF32 = {"tile": Config(128, 64, 32, 8, 3), "small": Config(64, 64, 32, 4, 3)}
+_INTERPRETED = Config(32, 32, 32, 1, 1, group=2)
+_DESCRIBED = _INTERPRETED._replace(descriptors=True, slices=2)
 
 TABLE: dict[str, Table] = {
     "sm_80": _table_of(
-        Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 64, 32, 8, 3),
-        _IEEE, _ODD,
+        {"tile": Config(128, 128, 64, 8, 3), "both": Config(128, 64, 64, 8, 3), "small": _SMALL},
+        _TF32, _IEEE, _ODD,
     ),
     # Also sm_89 and sm_120: 99 KB of shared memory.
     "sm_86": _table_of(
-        Config(128, 128, 32, 8, 3), Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3),
-        _IEEE, _ODD,
+        {"tile": Config(128, 128, 32, 8, 3), "both": Config(128, 64, 32, 8, 3), "small": _SMALL},
+        _TF32, _IEEE, _ODD,
     ),
-    # A tile twice as wide halves what columns cost in L2, and has room for one exponential a pair,
-    # not for weights.
+    # A tile twice as wide, or as high, halves what the other tower costs in L2. The first sweep's
+    # sums of columns take half the shuffles in a high one; a wide one has registers for weights.
     "sm_90": _table_of(
-        Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 64, 32, 8, 3),
+        {
+            "sweep": Config(256, 128, 64, 8, 3, descriptors=True),
+            "kept": Config(128, 128, 64, 8, 3, slices=2, descriptors=True),
+            "weigh": Config(128, 256, 64, 8, 4, slices=2, descriptors=True),
+            "both": Config(128, 256, 64, 8, 3, slices=4, descriptors=True),
+            "tile": Config(128, 128, 64, 8, 3),
+            "small": _SMALL,
+        },
+        {
+            "sweep": Config(128, 128, 32, 8, 3, descriptors=True),
+            "weigh": Config(128, 128, 32, 8, 3, descriptors=True),
+            **_TF32,
+        },
         _IEEE, _ODD,
     ),
     "sm_100": _table_of(
-        Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(128, 64, 32, 8, 3),
-        _IEEE, _ODD,
+        {"tile": Config(128, 128, 64, 8, 3, slices=2), "small": _SMALL}, _TF32, _IEEE, _ODD
     ),
     # ROCm, and whatever comes next.
     "default": _table_of(
-        Config(128, 128, 32, 8, 2), Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2),
-        _IEEE._replace(stages=2), _ODD,
+        {"tile": Config(128, 128, 32, 8, 2), "both": Config(128, 64, 32, 8, 2), "small": _SMALL},
+        {"tile": Config(64, 64, 32, 4, 2)}, _IEEE._replace(stages=2), _ODD,
     ),
     # Small, so that small blocks have edges, corners and several tiles.
-    "interpreter": _table_of(_SMALL, _SMALL, _SMALL, _SMALL, _SMALL),
+    "interpreter": _table_of(
+        {"tile": _DESCRIBED}, {"tile": _DESCRIBED}, _INTERPRETED, _INTERPRETED
+    ),
 }  # fmt: skip
 
 # Milliseconds of each candidate, where they were timed.
@@ -127,11 +147,11 @@ def choose(
     device: torch.device, dtype: torch.dtype, tf32: bool, d: int, unit: int, kernel: str,
     run: Callable[[Config], object] | None = None,
 ) -> Config:  # fmt: skip
-    """The configuration of a kernel, "sweep", "both" or any other, for features (_, d) whose rows
-    begin at multiples of `unit` elements. `run` launches it once with a candidate: it is what
-    autotuning, where it is asked for, takes the time of."""
+    """The configuration of a kernel, one of KINDS and, after a comma, which of them, for features
+    (_, d) whose rows begin at multiples of `unit` elements. `run` launches it once with a
+    candidate: it is what autotuning, where it is asked for, takes the time of."""
     width = "odd" if unit == 1 else "narrow" if d <= NARROW else "wide"
-    kind = kernel if kernel in ("sweep", "both") else "tile"
+    kind = kernel.partition(",")[0]
     default = _table(device)[kind, arithmetic_of(dtype, tf32), width]
     if run is None or os.environ.get(AUTOTUNE) != "1" or INTERPRETED.value:
         return default

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastclip.kept import Weights
+
 from . import card, plan
 from .block import Block
 from .card import LANES, on_its_device
@@ -16,8 +18,9 @@ from .configurations import Config
 from .epilogues import EPILOGUES
 from .finalise import finish_kernel
 from .gradients import Tail, Weighing
+from .kept import Kept
 from .plan import Chunk, cdiv
-from .states import add_sums, reference_of, run_sweep, sweep_maxima
+from .states import add_moments, add_sums, reference_of, run_sweep, sweep_maxima
 
 
 @on_its_device
@@ -25,34 +28,53 @@ def sweep(
     x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None, scale: Tensor,
     bias: Tensor | None, bound: Tensor | None, offset: int, loss: str, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`ops.py`'s sweep. What it keeps are the leading rows of t, whichever tower is longer."""
+    """`ops.py`'s sweep. What it keeps is described in `kept.py`; a small block keeps nothing."""
     block = Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
     state, positive = block.new_states()
-    kept = block.empty(keep * min(block.m, block.n))
+    keeping = Weights.empty(x, y, keep)
+    kept = block.kept(keeping)
+    if block.is_small and block.epilogue.needs_state:
+        config = block.config("small")
+        chunks = plan.sweep(block.n, config, plan.MAXIMA_LAYERS, 0, block.m)
+        partial = block.empty(plan.MAXIMA_LAYERS * max(chunk.partials for chunk in chunks))
+        sweep_maxima(block, config, chunks, partial, state, positive, kept, None)
+    else:
+        _sweep(block, bound, state, positive, kept)
+    return state, positive, keeping
+
+
+def _sweep(block: Block, bound: Tensor | None, state: Tensor, positive: Tensor, kept: Kept) -> None:
+    """With one reference for all lines, if they have any, and a way out if that is not enough."""
     reference = flag = None
     if block.epilogue.needs_state:
-        reference, flag = reference_of(block, bound)
+        reference, flag = reference_of(block, bound, kept)
+    by_maxima = block.config("tile")
 
-    by_maxima = block.config("maxima")
-
-    def prepare(config: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:
-        chunks = plan.sweep(block.m, block.n, config, 1)
-        again = [] if flag is None else plan.sweep(block.m, block.n, by_maxima, 2)
-        sizes = [chunk.partials for chunk in chunks] + [2 * chunk.partials for chunk in again]
+    def prepare(config: Config, keeping: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:
+        m, n = block.m, block.n
+        chunks = plan.sweep(n, keeping, plan.KEPT_LAYERS, 0, kept.rows, kept=True)
+        chunks += plan.sweep(n, config, plan.LAYERS, kept.rows, m)
+        again = [] if flag is None else plan.sweep(n, by_maxima, plan.MAXIMA_LAYERS, 0, m)
+        sizes = [(plan.KEPT_LAYERS if c.kept else plan.LAYERS) * c.partials for c in chunks]
+        sizes += [plan.MAXIMA_LAYERS * chunk.partials for chunk in again]
         return chunks, again, block.empty(max(sizes))
 
     def first(config: Config) -> None:
-        chunks, _, partial = prepare(config)
+        chunks, _, partial = prepare(config, config)
         run_sweep(block, config, chunks[0], reference, positive, kept, partial)
 
-    config = block.config("sweep" if block.epilogue.is_light else f"sweep, {loss}", first)
-    chunks, again, partial = prepare(config)
+    kind = "small" if block.is_small else "sweep"
+    keeping = block.config("kept", first) if kept.rows else by_maxima
+    config = block.config(kind, first) if kept.rows < block.m else keeping
+    chunks, again, partial = prepare(config, keeping)
     for chunk in chunks:
-        run_sweep(block, config, chunk, reference, positive, kept, partial)
+        chosen = keeping if chunk.kept else config
+        run_sweep(block, chosen, chunk, reference, positive, kept, partial)
         add_sums(block, chunk, partial, state, positive, reference, flag)
+        if chunk.kept:
+            add_moments(block, chunk, partial, kept)
     if flag is not None:
-        sweep_maxima(block, by_maxima, again, partial, state, flag)
-    return state, positive, kept
+        sweep_maxima(block, by_maxima, again, partial, state, None, kept, flag)
 
 
 @on_its_device
@@ -81,16 +103,14 @@ def weigh(
     """`ops.py`'s weigh: a chunk of weights, two products with the features, the next chunk."""
     block = Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
     work = Weighing(
-        block, state, positive.contiguous(), coefficients, (needs_x, needs_y), kept=kept
-    )
-    tail = Tail(work, positive_weight, gain, project)
+        block, state, positive.contiguous(), coefficients, (needs_x, needs_y), block.kept(kept)
+    )  # fmt: skip
     dx = block.empty(block.m if needs_x else 0, block.d, dtype=dtype_x)
     dy = block.empty(block.n if needs_y else 0, block.d, dtype=dtype_y)
     product = dy if dtype_y == torch.float32 else block.empty(*dy.shape)
-    totals = work.run("weigh", dx, product, tail)
-    if needs_y:
-        tail.finish_columns(product, dy)
-    return dx, dy, tail.totals(totals)
+    tail = Tail(work, positive_weight, gain, project, dx, dy)
+    last = work.run("small" if block.is_small else "weigh", dx, product, tail.finish_rows)
+    return dx, dy, tail.finish(last, product)
 
 
 @on_its_device
@@ -102,15 +122,11 @@ def sweep_and_weigh(
     """`ops.py`'s sweep_and_weigh: every tile is made once, folded and weighed."""
     block = Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
     state, positive = block.new_states()
-    work = Weighing(block, state, positive, None, (needs_x, needs_y), also_fold=True)
+    work = Weighing(block, state, positive, None, (needs_x, needs_y), Kept(), also_fold=True)
     dx = block.empty(block.m if needs_x else 0, block.d)
     dy = block.empty(block.n if needs_y else 0, block.d)
-    totals = work.run("both", dx, dy, None)
+    last = work.run("small" if block.is_small else "both", dx, dy)
     # Only now the positives, whose weights the gradients wait for, are known.
     _, _, weights = finish(state[:, : block.m], positive, scale, block.bias, loss)
-    tail = Tail(work, weights, gain, project)
-    if needs_x:
-        tail.finish_rows(dx, dx, 0)
-    if needs_y:
-        tail.finish_columns(dy, dy)
-    return state, positive, dx, dy, tail.totals(totals)
+    totals = Tail(work, weights, gain, project, dx, dy).finish(last, dy, every_row=True)
+    return state, positive, dx, dy, totals

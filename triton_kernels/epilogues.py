@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -30,6 +31,16 @@ def fma(a, b, c):
         return (a.to(tl.float64) * b + c).to(tl.float32)
     else:
         return tl.fma(a, b, c)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b for b between 1 and 2: there the card's reciprocal, an instruction, is off by two units
+    in the last place at most. A division of any two floats takes a dozen."""
+    if INTERPRETED:
+        return a / b
+    else:
+        return libdevice.fast_dividef(a, b)
 
 
 @triton.jit
@@ -102,15 +113,15 @@ def log1p_unit(u):
 @triton.jit
 def sigmoid_fold(t, k, m):
     x = logit(t, k)
-    # tl.where and not tl.maximum, which would lose a NaN.
-    return tl.where(x > 0, x * LN2, 0 * x) + log1p_unit(tl.exp2(-tl.abs(x)))
+    # The maximum loses a NaN, the other term keeps it.
+    return tl.maximum(x, 0.0) * LN2 + log1p_unit(tl.exp2(-tl.abs(x)))
 
 
 @triton.jit
 def sigmoid_activation(t, k, m):
     x = logit(t, k)
     u = tl.exp2(-tl.abs(x))
-    return tl.where(x > 0, 1.0, u) / (u + 1.0)
+    return quotient(tl.where(x > 0, 1.0, u), u + 1.0)
 
 
 @triton.jit

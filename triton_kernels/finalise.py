@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .epilogues import LOG2E
+from .flags import is_set
 
 # The least R + P of a line that one reference can serve: what such a line lost lies below fp32's
 # resolution of it.
@@ -46,6 +47,18 @@ def positive_of(POSITIVE, is_row, out, rows_total, columns_total, offset):
     return tl.load(POSITIVE + i, mask=here, other=0.0), here
 
 
+@triton.jit
+def _added(PARTIAL, line, length, parts, LINES: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of each line's partials."""
+    part = tl.arange(0, PARTS)
+    total = tl.zeros((LINES,), tl.float64)
+    for p in range(0, parts, PARTS):
+        at = (p + part).to(tl.int64)[:, None] * length + line[None, :]
+        mask = (p + part < parts)[:, None] & (line < length)[None, :]
+        total += tl.sum(tl.load(PARTIAL + at, mask=mask, other=0.0).to(tl.float64), 0)
+    return total
+
+
 SIZES = ["M", "N", "tiles_m", "tiles_n", "row_start", "column_start", "rows_total"]
 SIZES += ["columns_total", "offset", "fresh_rows", "fresh_columns", "is_last"]
 
@@ -62,15 +75,10 @@ def sums_kernel(
     is_row, line, base, out, length, parts = owned(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
-    part = tl.arange(0, PARTS)
     mask = line < length
-    total = tl.zeros((LINES,), tl.float64)
-    for p in range(0, parts, PARTS):
-        at = base + (p + part).to(tl.int64)[:, None] * length + line[None, :]
-        partial = tl.load(PARTIAL + at, mask=(p + part < parts)[:, None] & mask[None, :], other=0.0)
-        total += tl.sum(partial.to(tl.float64), 0)
     lines = rows_total + columns_total
     fresh = tl.where(is_row, fresh_rows, fresh_columns)
+    total = _added(PARTIAL + base, line, length, parts, LINES, PARTS)
     total += tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
     tl.store(STATE + lines + out, total, mask=mask)
     reference = 0.0
@@ -89,6 +97,25 @@ def sums_kernel(
     tl.store(STATE + out, tl.zeros((LINES,), tl.float64) + reference, mask=mask)
 
 
+@triton.jit(do_not_specialize=SIZES)
+def moments_kernel(
+    PARTIAL, MOMENTS, M, N, tiles_m, tiles_n, row_start, column_start, rows_total, columns_total,
+    fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Sums of the kept w and of w * t of each line, (2, rows_total + columns_total): the second and
+    the third layer of partials."""
+    is_row, line, base, out, length, parts = owned(
+        M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
+    )
+    layer = tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
+    mask = line < length
+    old = mask & (tl.where(is_row, fresh_rows, fresh_columns) == 0)
+    for moment in tl.static_range(2):
+        total = _added(PARTIAL + (1 + moment) * layer + base, line, length, parts, LINES, PARTS)
+        at = MOMENTS + moment * (rows_total + columns_total) + out
+        tl.store(at, total + tl.load(at, mask=old, other=0.0), mask=mask)
+
+
 @triton.jit
 def _merge(reference, total, other_reference, other):
     """States relative to references; -inf is the reference of one without terms."""
@@ -100,12 +127,16 @@ def _merge(reference, total, other_reference, other):
 
 @triton.jit(do_not_specialize=SIZES)
 def maxima_sums_kernel(
-    PARTIAL, STATE, FLAG, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
-    columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTS: tl.constexpr,
+    PARTIAL, STATE, FLAG, KEPT_REFERENCE, M, N, tiles_m, tiles_n, row_start, column_start,
+    rows_total, columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Partials that have references of their own, behind them. Writes only if the flag is set."""
-    if tl.load(FLAG) == 0:
+    """Partials that have references of their own, behind them. With a FLAG, writes only if it is
+    set; what was kept relative to the one reference is then of no use."""
+    if is_set(FLAG, True) == 0:
         return
+    if KEPT_REFERENCE is not None:
+        tl.store(KEPT_REFERENCE, float("nan"))
     is_row, line, base, out, length, parts = owned(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
@@ -135,19 +166,57 @@ def maxima_sums_kernel(
     tl.store(STATE + out, tl.where(absent, 0.0, reference), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tiles", "is_first"])
-def totals_kernel(PARTIAL, TOTALS, tiles, is_first, LANES: tl.constexpr):
-    """Adds the sums of w and of w * t, (2, tiles), to the totals of earlier chunks."""
+@triton.jit
+def added_totals(PARTIAL, tiles, LANES: tl.constexpr):
     lane = tl.arange(0, LANES)
-    PARTIAL += tl.program_id(0).to(tl.int64) * tiles
     total = tl.zeros((LANES,), tl.float64)
     for start in range(0, tiles, LANES):
         here = tl.load(PARTIAL + start + lane, mask=start + lane < tiles, other=0.0)
         total += here.to(tl.float64)
-    sum = tl.sum(total, 0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def tiles_made(FLAG, tiles, tiles_otherwise):
+    """How many tiles wrote totals: `tiles` where FLAG is absent or set."""
+    return tl.where(is_set(FLAG, True), tiles, tiles_otherwise)
+
+
+@triton.jit(do_not_specialize=["tiles", "tiles_otherwise", "is_first"])
+def totals_kernel(PARTIAL, TOTALS, FLAG, tiles, tiles_otherwise, is_first, LANES: tl.constexpr):
+    """Adds the sums of w and of w * t, (2, tiles), to the totals of earlier chunks."""
+    tiles = tiles_made(FLAG, tiles, tiles_otherwise)
+    sum = added_totals(PARTIAL + tl.program_id(0).to(tl.int64) * tiles, tiles, LANES)
     if is_first == 0:
         sum += tl.load(TOTALS + tl.program_id(0))
     tl.store(TOTALS + tl.program_id(0), sum)
+
+
+@triton.jit(do_not_specialize=["lines"])
+def lines_kernel(REFERENCES, COEFFICIENTS, KEPT_REFERENCE, FLAGS, OUT, lines, LANES: tl.constexpr):
+    """Lines as the second sweep takes them: coefficients in fp32; and one program's answer to
+    whether one exponential serves (all references are equal), and whether kept weights do (that is
+    the one they are relative to)."""
+    programs = tl.cdiv(lines, LANES)
+    lane = tl.arange(0, LANES)
+    if tl.program_id(0) < programs:
+        line = tl.program_id(0) * LANES + lane
+        value = tl.load(COEFFICIENTS + line, mask=line < lines, other=0.0)
+        tl.store(OUT + line, value.to(tl.float32), mask=line < lines)
+    else:
+        valid = 1
+        if REFERENCES is not None:
+            reference = tl.load(REFERENCES)
+            differs = tl.zeros((LANES,), tl.int32)
+            for start in range(0, lines, LANES):
+                at = start + lane
+                other = tl.load(REFERENCES + at, mask=at < lines, other=reference)
+                differs += (other != reference).to(tl.int32)
+            one = (tl.max(differs, 0) == 0).to(tl.int32)
+            tl.store(FLAGS, one)
+            if KEPT_REFERENCE is not None:
+                valid = one * (tl.load(KEPT_REFERENCE) == reference).to(tl.int32)
+        tl.store(FLAGS + 1, valid)
 
 
 @triton.jit(do_not_specialize=["lines", "period", "stride"])

@@ -2,9 +2,10 @@
 forgotten.
 
 `sweep_kernel` has one reference for all pairs, so one exponential serves row and column.
-`maxima_kernel` is launched after it, always, and returns at once unless the flag says that this
-was too coarse: then it gives every row and column of a tile the reference that its largest logit
-asks for. The host never learns which of them did the work.
+`maxima_kernel` gives every row and column of a tile the reference that its largest logit asks for.
+A large block takes the first, and launches the second after it, always: it returns at once unless
+the flag says that one reference was too coarse, and the host never learns which of them did the
+work. A small block, which waits for launches, takes the second alone.
 
 Both write partials, a number for each (line, tile) pair: rows first, (tiles_n, M), then columns,
 (tiles_m, N). `finalise.py` adds them up in a fixed order.
@@ -16,51 +17,161 @@ import triton
 import triton.language as tl
 
 from .epilogues import affine, logit
-from .tile import has_positives, negatives, normalised, position, product
+from .flags import is_set
+from .tile import (
+    described_product,
+    edge_position,
+    in_slices,
+    negatives,
+    normalised,
+    plain_position,
+    position,
+    product,
+    store_positives,
+    store_tile,
+)
 
 
 @triton.jit
-def store_lines(PARTIAL, rows, columns, pid_m, pid_n, i, j, M, N, BN: tl.constexpr):
-    row = PARTIAL + pid_n.to(tl.int64) * M
-    column = PARTIAL + tl.cdiv(N, BN).to(tl.int64) * M + pid_m.to(tl.int64) * N
-    tl.store(row + i, rows, mask=i < M)
-    tl.store(column + j, columns, mask=j < N)
+def store_rows(PARTIAL, rows, pid_n, row, M, BM: tl.constexpr, PLAIN: tl.constexpr):
+    at = PARTIAL + pid_n.to(tl.int64) * M + row + tl.arange(0, BM)
+    if PLAIN:
+        tl.store(at, rows)
+    else:
+        tl.store(at, rows, mask=row + tl.arange(0, BM) < M)
 
 
 @triton.jit
-def fold_tile(
-    t, k, m, i, j, pid_m, pid_n, POSITIVE, PARTIAL, M, N, offset, BN: tl.constexpr,
-    FOLD: tl.constexpr,
-):  # fmt: skip
-    """Positives and partial sums of a tile whose lines share the reference m."""
-    if has_positives(i, j, offset):
-        j_of_row = i + offset
-        here = (j_of_row >= tl.min(j, 0)) & (j_of_row <= tl.max(j, 0)) & (j_of_row < N)
-        positive = tl.sum(tl.where(j_of_row[:, None] == j[None, :], t, 0.0), 1)
-        tl.store(POSITIVE + i, positive.to(tl.float64), mask=here & (i < M))
-    e = tl.where(negatives(i, j, M, N, offset), FOLD(t, k, m), 0.0)
-    store_lines(PARTIAL, tl.sum(e, 1), tl.sum(e, 0), pid_m, pid_n, i, j, M, N, BN)
+def columns_of(PARTIAL, pid_m, M, N, BN: tl.constexpr):
+    """Where the partials of the columns in a row of tiles begin."""
+    return PARTIAL + tl.cdiv(N, BN).to(tl.int64) * M + pid_m.to(tl.int64) * N
 
 
-@triton.jit(do_not_specialize=["M", "N", "offset", "kept_rows"])
-def sweep_kernel(
-    X, Y, FX, FY, SCALE, BIAS, REFERENCE, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
-    stride_kept, offset, kept_rows, FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
-):  # fmt: skip
-    pid_m, pid_n = position(tl.program_id(0), M, N, BM, BN, GROUP)
-    i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
-    t = product(X, Y, i, j, M, N, D, stride_x, stride_y, BK, EVEN, PRECISION, UNIT)
-    t = normalised(t, FX, FY, i, j, M, N)
+@triton.jit
+def store_columns(COLUMNS, columns, j, N, PLAIN: tl.constexpr):
+    if PLAIN:
+        tl.store(COLUMNS + j, columns)
+    else:
+        tl.store(COLUMNS + j, columns, mask=j < N)
+
+
+@triton.jit
+def partials(M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Numbers in one layer of partials."""
+    return tl.cdiv(N, BN).to(tl.int64) * M + tl.cdiv(M, BM).to(tl.int64) * N
+
+
+@triton.jit
+def _sweep_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
+    """Stores what columns remember, and the weights that are kept; returns what rows remember, and
+    sums of rows of the kept w and of w * t."""
+    # By number: unpacking would make tensors of the constants.
+    row, M, N, offset, layer = arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]
+    FX, FY, POSITIVE, COLUMNS = arguments[5], arguments[6], arguments[7], arguments[8]
+    KEPT, stride_kept, k, m = arguments[9], arguments[10], arguments[11], arguments[12]
+    PLAIN: tl.constexpr = arguments[13]
+    DESCRIBED: tl.constexpr = arguments[14]
+    FOLD: tl.constexpr = arguments[15]
+    ACTIVATION: tl.constexpr = arguments[16]
+    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    t = normalised(t, FX, FY, i, j, M, N, PLAIN)
+    e = FOLD(t, k, m)
+    if not PLAIN:
+        store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
+        live = negatives(i, j, M, N, offset)
+        e = tl.where(live, e, 0.0)
+    store_columns(COLUMNS, tl.sum(e, 0), j, N, PLAIN)
+    rows = tl.sum(e, 1)
+    rows_w, rows_wt = rows, rows
     if KEPT is not None:
-        kept = KEPT + i.to(tl.int64)[:, None] * stride_kept + j[None, :]
-        tl.store(kept, t, mask=(i < tl.minimum(M, kept_rows))[:, None] & (j < N)[None, :])
+        w = ACTIVATION(t, k, m)
+        if not PLAIN:
+            w, t = tl.where(live, w, 0.0), tl.where(live, t, 0.0)
+        store_tile(KEPT, w, row, column, M, N, stride_kept, PLAIN, DESCRIBED, BM, BN)
+        store_columns(COLUMNS + layer, tl.sum(w, 0), j, N, PLAIN)
+        rows_w = tl.sum(w, 1)
+        w *= t
+        store_columns(COLUMNS + 2 * layer, tl.sum(w, 0), j, N, PLAIN)
+        rows_wt = tl.sum(w, 1)
+    return rows, rows_w, rows_wt
+
+
+@triton.jit
+def _sweep_tile(
+    pid_m, pid_n, X, Y, FX, FY, k, m, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+    stride_kept, offset, PLAIN: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    row, column = pid_m * BM, pid_n * BN
+    if DESCRIBED:
+        t = described_product(X, Y, row, column, D, BM, BN, BK, PRECISION, UNIT)
+    else:
+        t = product(
+            X, Y, row, column, M, N, D, stride_x, stride_y, PLAIN, BM, BN, BK, EVEN, PRECISION,
+            UNIT,
+        )  # fmt: skip
+    COLUMNS, layer = columns_of(PARTIAL, pid_m, M, N, BN), partials(M, N, BM, BN)
+    arguments = (
+        row, M, N, offset, layer, FX, FY, POSITIVE, COLUMNS, KEPT, stride_kept, k, m, PLAIN,
+        DESCRIBED, FOLD, ACTIVATION,
+    )  # fmt: skip
+    rows, rows_w, rows_wt = in_slices(_sweep_slice, t, column, arguments, BM, BN, SLICES)
+    store_rows(PARTIAL, rows, pid_n, row, M, BM, PLAIN)
+    if KEPT is not None:
+        store_rows(PARTIAL + layer, rows_w, pid_n, row, M, BM, PLAIN)
+        store_rows(PARTIAL + 2 * layer, rows_wt, pid_n, row, M, BM, PLAIN)
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset", "skipped"])
+def sweep_kernel(
+    X, Y, FX, FY, SCALE, BIAS, REFERENCE, KEPT, PARTIAL, M, N, stride_x, stride_y, stride_kept,
+    offset, skipped, D: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """The plain tiles. DESCRIBED: X, Y and KEPT are tensor descriptors, and as many programs as the
+    card has room for go through the tiles, each reading the next one's features already."""
     m = 0.0
     if REFERENCE is not None:
         m = tl.load(REFERENCE)
     k = affine(SCALE, BIAS)
-    fold_tile(t, k, m, i, j, pid_m, pid_n, POSITIVE, PARTIAL, M, N, offset, BN, FOLD)
+    if DESCRIBED:
+        tiles = (M // BM) * (N // BN - skipped)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            pid_m, pid_n = plain_position(tile, M, N, offset, skipped, BM, BN, GROUP)
+            _sweep_tile(
+                pid_m, pid_n, X, Y, FX, FY, k, m, None, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+                stride_kept, offset, True, FOLD, ACTIVATION, BM, BN, BK, EVEN, PRECISION, UNIT,
+                SLICES, True,
+            )  # fmt: skip
+    else:
+        pid_m, pid_n = plain_position(tl.program_id(0), M, N, offset, skipped, BM, BN, GROUP)
+        _sweep_tile(
+            pid_m, pid_n, X, Y, FX, FY, k, m, None, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+            stride_kept, offset, True, FOLD, ACTIVATION, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES,
+            False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset", "skipped"])
+def sweep_edges_kernel(
+    X, Y, FX, FY, SCALE, BIAS, REFERENCE, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+    stride_kept, offset, skipped, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """The tiles of the edges, a program each."""
+    m = 0.0
+    if REFERENCE is not None:
+        m = tl.load(REFERENCE)
+    k = affine(SCALE, BIAS)
+    pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
+    _sweep_tile(
+        pid_m, pid_n, X, Y, FX, FY, k, m, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+        stride_kept, offset, False, FOLD, ACTIVATION, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES,
+        False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -76,29 +187,36 @@ def _usable(reference):
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def maxima_kernel(
-    X, Y, FX, FY, SCALE, BIAS, FLAG, PARTIAL, M, N, D, stride_x, stride_y, offset,
+    X, Y, FX, FY, SCALE, BIAS, FLAG, POSITIVE, PARTIAL, M, N, D, stride_x, stride_y, offset,
     FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums, and behind them, in the same layout, the references that they are relative to.
+    """Partial sums, and behind them, in the same layout, the references that they are relative to;
+    positives where POSITIVE is given.
 
-    Fewer programs than tiles, since as a rule all they do is return.
+    With a FLAG there are fewer programs than tiles, since as a rule all they do is return.
     """
-    if tl.load(FLAG) == 0:
+    if is_set(FLAG, True) == 0:
         return
-    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        pid_m, pid_n = position(tile, M, N, BM, BN, GROUP)
-        i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
-        t = product(X, Y, i, j, M, N, D, stride_x, stride_y, BK, EVEN, PRECISION, UNIT)
-        t = normalised(t, FX, FY, i, j, M, N)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = position(tile, tiles_m, tiles_n, GROUP)
+        row, column = pid_m * BM, pid_n * BN
+        i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+        t = product(
+            X, Y, row, column, M, N, D, stride_x, stride_y, False, BM, BN, BK, EVEN, PRECISION, UNIT
+        )
+        t = normalised(t, FX, FY, i, j, M, N, False)
+        if POSITIVE is not None:
+            store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
         k = affine(SCALE, BIAS)
         live = negatives(i, j, M, N, offset)
         x = tl.where(live, logit(t, k), float("-inf"))
-        row, column = _reference_of_lines(x, 1), _reference_of_lines(x, 0)
-        rows = tl.sum(tl.where(live, FOLD(t, k, _usable(row)[:, None]), 0.0), 1)
-        columns = tl.sum(tl.where(live, FOLD(t, k, _usable(column)[None, :]), 0.0), 0)
-        store_lines(PARTIAL, rows, columns, pid_m, pid_n, i, j, M, N, BN)
-        references = PARTIAL + tl.cdiv(N, BN).to(tl.int64) * M + tl.cdiv(M, BM).to(tl.int64) * N
-        store_lines(references, row, column, pid_m, pid_n, i, j, M, N, BN)
+        reference, other = _reference_of_lines(x, 1), _reference_of_lines(x, 0)
+        rows = tl.sum(tl.where(live, FOLD(t, k, _usable(reference)[:, None]), 0.0), 1)
+        columns = tl.sum(tl.where(live, FOLD(t, k, _usable(other)[None, :]), 0.0), 0)
+        REFERENCES = PARTIAL + partials(M, N, BM, BN)
+        store_rows(PARTIAL, rows, pid_n, row, M, BM, False)
+        store_rows(REFERENCES, reference, pid_n, row, M, BM, False)
+        store_columns(columns_of(PARTIAL, pid_m, M, N, BN), columns, j, N, False)
+        store_columns(columns_of(REFERENCES, pid_m, M, N, BN), other, j, N, False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,12 @@ from . import weights as weight_kernels
 from .block import Block
 from .card import COLUMNS, LANES, ROWS
 from .configurations import Config
+from .kept import Kept
 from .plan import Chunk, cdiv
 from .states import add_sums
+
+# Rows and columns of a program that turns kept weights into weights.
+KEPT_TILE = {"BM": 16, "BN": 256}
 
 
 def accumulate(a: Tensor, b: Tensor, out: Tensor, begins: bool) -> None:
@@ -40,21 +47,57 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out += torch.mm(a, b, out_dtype=out.dtype)
 
 
+class Lines:
+    """What the second sweep takes of each line, rows first: the references, the coefficients a and
+    b (None where they add up to 1), and two flags that the device sets: whether one reference
+    serves, and whether what was kept does."""
+
+    def __init__(
+        self, block: Block, state: Tensor, coefficients: Tensor | None, kept: Kept
+    ) -> None:
+        self.rows, self.references = block.m, state[0] if block.epilogue.needs_state else None
+        self.coefficients = self.exact = coefficients
+        self.one = self.valid = None
+        if coefficients is None or (block.is_small and kept.rows == 0):
+            return
+        lines = block.m + block.n
+        self.coefficients = block.empty(lines)
+        flags = block.empty(2, dtype=torch.int32)
+        card.launch(
+            finalise.lines_kernel, cdiv(lines, LANES) + 1, self.references, coefficients,
+            kept.reference, flags, self.coefficients, lines, LANES=LANES,
+        )  # fmt: skip
+        if self.references is not None:
+            self.one = flags[:1]
+        if kept.rows:
+            self.valid = flags[1:]
+
+    def _of(self, values: Tensor | None, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        if values is None:
+            return None, None
+        first, last = self.rows + chunk.column_start, self.rows + chunk.column_stop
+        return values[chunk.row_slice], values[first:last]
+
+    def references_of(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        return self._of(self.references, chunk)
+
+    def coefficients_of(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        return self._of(self.coefficients, chunk)
+
+
 class Weighing:
     """The second sweep of a block, or both in one go (`also_fold`)."""
 
     def __init__(
         self, block: Block, state: Tensor, positive: Tensor, coefficients: Tensor | None,
-        needs: tuple[bool, bool], kept: Tensor | None = None, also_fold: bool = False,
+        needs: tuple[bool, bool], kept: Kept, also_fold: bool = False,
     ) -> None:  # fmt: skip
         self.block, self.state, self.positive = block, state, positive
-        # a, then b; None where they add up to 1.
-        self.coefficients = coefficients
-        if coefficients is not None:
-            self.coefficients = coefficients.to(torch.float64).contiguous()
         self.needs_x, self.needs_y = needs
         self.kept, self.fold = kept, also_fold
-        self.kept_rows = 0 if kept is None else kept.numel() // block.n
+        if coefficients is not None:
+            coefficients = coefficients.to(torch.float64).contiguous()
+        self.lines = Lines(block, state, coefficients, kept)
         dtype = block.x.dtype
         # Of weights, which are at most 2: the largest possible becomes 2^14.
         self.enlarged = 2.0**13 if dtype == torch.float16 else 1.0
@@ -64,124 +107,214 @@ class Weighing:
             x_operand = self._unit(block.x, block.factor_x) if self.needs_y else x_operand
             y_operand = self._unit(block.y, block.factor_y) if self.needs_x else y_operand
         self.x_operand, self.y_operand = x_operand, y_operand
-        # Decided here and not in each tile, where it costs the kernel 40 to 60 registers.
-        self.one = None
-        if block.epilogue.needs_state:
-            self.one = (state[0] == state[0, 0]).all().view(torch.uint8)
+        self._config_apart = block.config("small" if block.is_small else "tile")
 
     @staticmethod
     def _unit(x: Tensor, factor: Tensor | None) -> Tensor:
         # Into half precision at once: no copy in fp32.
         return x if factor is None else torch.mul(x, factor[:, None], out=torch.empty_like(x))
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"SPREAD": self.spread, "ENLARGED": self.enlarged}
+
     def weigh(
         self, config: Config, chunk: Chunk, weights: Tensor | None, totals: Tensor,
         partial: Tensor | None,
     ) -> None:  # fmt: skip
-        block, m = self.block, self.block.m
-        x, *others = block.part(chunk)
-        width, stride, stride_y = block.lengths
+        """The weights of a chunk. Where lines may have references of their own, every way to make
+        them is launched, and the device's flags say which one works."""
+        by_state = self.block.epilogue.needs_state
         if chunk.kept:
-            x, stride = self.kept[chunk.start * block.n + chunk.column_start :], block.n
-        rows = slice(chunk.start, chunk.stop)
-        columns = slice(m + chunk.column_start, m + chunk.column_stop)
-        references = (self.state[0, rows], self.state[0, columns])
-        coefficients = (None, None)
-        if self.coefficients is not None:
-            coefficients = self.coefficients[rows], self.coefficients[columns]
-        write = weights is not None
+            self._read(chunk, weights)
+        elif not (by_state and self.block.is_small):
+            self._one_reference(config, chunk, weights, totals, partial)
+        if by_state:
+            self._apart(chunk, weights, totals, self.lines.valid if chunk.kept else self.lines.one)
+
+    def _one_reference(
+        self, config: Config, chunk: Chunk, weights: Tensor | None, totals: Tensor,
+        partial: Tensor | None,
+    ) -> None:  # fmt: skip
+        block, lines = self.block, self.lines
+        skipped = block.skipped(chunk)
+        plain = chunk.plain(skipped)
+        stride = 0 if weights is None else weights.stride(0)
+        where = (*block.strides, stride, block.offset_of(chunk), skipped)
+        coefficients = lines.coefficients_of(chunk)
+        given = (*block.affine(chunk), lines.references, lines.one, *coefficients)
+        kinds = {"FOLD": block.epilogue.fold, "ACTIVATION": block.epilogue.activation}
+        if plain:
+            card.launch(
+                weight_kernels.weigh_kernel, block.programs(plain, config),
+                *block.features(chunk, config), *given, card.stored(weights, config), totals,
+                partial, chunk.rows, chunk.columns, *where, **kinds, **self.constants,
+                **block.plain_tiles(config),
+            )  # fmt: skip
+        if chunk.tiles > plain:
+            card.launch(
+                weight_kernels.weigh_edges_kernel, chunk.tiles - plain, *block.features(chunk),
+                *given, weights, totals, self.positive[chunk.row_slice] if self.fold else None,
+                partial, chunk.rows, chunk.columns, block.width, *where, **kinds, **self.constants,
+                SLICES=card.EDGE_SLICES, **block.tiles(config),
+            )  # fmt: skip
+
+    def _apart(
+        self, chunk: Chunk, weights: Tensor | None, totals: Tensor, unless: Tensor | None
+    ) -> None:
+        block, config, chunk = self.block, self._config_apart, self._cut_apart(chunk)
+        programs = chunk.tiles if unless is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         card.launch(
-            weight_kernels.weigh_kernel, chunk.programs, x, *others,
-            *(references if self.one is not None else (None, None)), self.one,
-            *coefficients, weights, totals,
-            self.positive[rows] if self.fold else None, partial, chunk.rows, chunk.columns,
-            width, stride, stride_y, weights.stride(0) if write else 0,
-            block.offset_of(chunk), KEPT=chunk.kept, SPREAD=self.spread, ENLARGED=self.enlarged,
-            FOLD=block.epilogue.fold, ACTIVATION=block.epilogue.activation, **block.tiles(config),
+            weight_kernels.weigh_apart_kernel, programs, *block.features(chunk),
+            *block.affine(chunk), *self.lines.references_of(chunk), unless,
+            *self.lines.coefficients_of(chunk), weights, totals, chunk.rows, chunk.columns,
+            block.width, *block.strides, 0 if weights is None else weights.stride(0),
+            block.offset_of(chunk), ACTIVATION=block.epilogue.activation, GROUP=config.group,
+            **self.constants, **block.tiles(config),
         )  # fmt: skip
 
-    def _prepare(self, config: Config) -> tuple[list[Chunk], tuple[Tensor | None, ...]]:
+    def _read(self, chunk: Chunk, weights: Tensor | None) -> None:
+        if weights is None:
+            return
+        block, kept = self.block, self.kept.weights[chunk.row_slice, chunk.column_slice]
+        factors = block.affine(chunk)[:2]
+        programs = cdiv(chunk.rows, KEPT_TILE["BM"]) * cdiv(chunk.columns, KEPT_TILE["BN"])
+        card.launch(
+            weight_kernels.weigh_kept_kernel, programs, kept, *factors, self.lines.valid,
+            *self.lines.coefficients_of(chunk), weights, chunk.rows, chunk.columns, kept.stride(0),
+            weights.stride(0), IS_TF32=block.tf32, **self.constants, **KEPT_TILE,
+        )  # fmt: skip
+
+    def _cut_apart(self, chunk: Chunk) -> Chunk:
+        config = self._config_apart
+        return chunk._replace(bm=config.bm, bn=config.bn)
+
+    def totals_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
+        """A flag, and how many tiles write a chunk's totals: where it is set, and where it is
+        not."""
+        apart = self._cut_apart(chunk).tiles
+        if not self.block.epilogue.needs_state:
+            return None, 0 if chunk.kept else chunk.tiles, 0
+        if chunk.kept:  # its moments were kept, too
+            return self.lines.valid, 0, apart
+        return (None, apart, 0) if self.block.is_small else (self.lines.one, chunk.tiles, apart)
+
+    def prepare(self, config: Config) -> tuple[list[Chunk], tuple[Tensor | None, ...]]:
         """Chunks, and room for the weights, totals and partial sums of any of them."""
         block, itemsize = self.block, self.block.x.element_size()
-        chunks = list(plan.weigh(block.m, block.n, config, itemsize, self.kept_rows))
-        sums = block.empty(2 * max(chunk.programs for chunk in chunks))
+        chunks = list(plan.weigh(block.m, block.n, config, itemsize, self.kept.rows))
+        totals = block.empty(2 * max(max(self.totals_of(chunk)[1:]) for chunk in chunks))
         partial = block.empty(max(c.partials for c in chunks)) if self.fold else None
         weights = None
         if self.needs_x or self.needs_y:
             stride = cdiv(max(c.columns for c in chunks), plan.COLUMN_UNIT) * plan.COLUMN_UNIT
             weights = block.empty(max(c.rows for c in chunks), stride, dtype=block.x.dtype)
-        return chunks, (weights, sums, partial)
+        return chunks, (weights, totals, partial)
 
-    def run(self, kernel: str, dx: Tensor, dy: Tensor, tail: Tail | None) -> Tensor:
-        """Fills dy with products, dx with gradients; returns the negatives' totals."""
+    def run(
+        self, kind: str, dx: Tensor, product_y: Tensor,
+        finish_rows: Callable[[Tensor, Chunk], None] | None = None,
+    ) -> Last:  # fmt: skip
+        """All chunks. Products with y go to dx, or where that is narrower than fp32 to a room for
+        those of one chunk: `finish_rows` makes gradients of them, but for the last rows'."""
         block = self.block
 
         def first(config: Config) -> None:
-            chunks, buffers = self._prepare(config)
+            chunks, buffers = self.prepare(config)
             self.weigh(config, chunks[0], *buffers)
 
-        config = block.config(kernel, first)
-        chunks, (weights, sums, partial) = self._prepare(config)
-        totals = block.empty(2, dtype=torch.float64)
+        config = block.config(kind, first)
+        chunks, (weights, sums, partial) = self.prepare(config)
+        totals = block.empty(2, dtype=torch.float64) if len(chunks) > 1 else None
         room = None
         if self.needs_x and dx.dtype != torch.float32:
             room = block.empty(max(c.rows for c in chunks), block.d)
         for index, chunk in enumerate(chunks):
             self.weigh(config, chunk, weights, sums, partial)
-            fresh = int(index == 0)
-            card.launch(finalise.totals_kernel, 2, sums, totals, chunk.programs, fresh, LANES=LANES)
             if self.fold:
                 add_sums(block, chunk, partial, self.state, self.positive, None, None)
-            if weights is None:
-                continue
-            w = weights[: chunk.rows, : chunk.columns]
+            made, is_last = self.totals_of(chunk), index + 1 == len(chunks)
+            if not is_last:  # the last chunk's are added in the last launch
+                card.launch(
+                    finalise.totals_kernel, 2, sums, totals, *made, int(index == 0), LANES=LANES
+                )
+            product = None
             if self.needs_x:
                 product = dx[chunk.row_slice] if room is None else room[: chunk.rows]
-                begins = chunk.column_start == 0
-                accumulate(w, self.y_operand[chunk.column_slice], product, begins)
-                if tail is not None and chunk.column_stop == block.n:
-                    tail.finish_rows(product, dx[chunk.row_slice], chunk.start)
+                w, y = weights[: chunk.rows, : chunk.columns], self.y_operand[chunk.column_slice]
+                accumulate(w, y, product, chunk.column_start == 0)
             if self.needs_y:
-                x = self.x_operand[chunk.row_slice]
-                accumulate(w.T, x, dy[chunk.column_slice], chunk.start == 0)
-        return totals
+                w, x = weights[: chunk.rows, : chunk.columns], self.x_operand[chunk.row_slice]
+                accumulate(w.T, x, product_y[chunk.column_slice], chunk.start == 0)
+            if not is_last and product is not None and chunk.column_stop == block.n and finish_rows:
+                finish_rows(product, chunk)
+        return Last(chunk, product, (sums, made[0], totals), made[1:])
+
+
+class Last(NamedTuple):
+    """What the last chunk leaves for the last launch."""
+
+    chunk: Chunk
+    product_x: Tensor | None
+    totals: tuple[Tensor, Tensor | None, Tensor | None]  # its own, a flag, the earlier chunks'
+    tiles: tuple[int, int]  # that wrote its own, where the flag is set and where it is not
 
 
 class Tail:
     """What follows the products: positives, factors, gain, scale."""
 
     def __init__(
-        self, sweep: Weighing, positive_weight: Tensor, gain: Tensor, project: bool
-    ) -> None:
+        self, sweep: Weighing, positive_weight: Tensor, gain: Tensor, project: bool, dx: Tensor,
+        dy: Tensor,
+    ) -> None:  # fmt: skip
         self.sweep, self.block, self.gain, self.project = sweep, sweep.block, gain, project
         self.weight = positive_weight.to(torch.float64).contiguous()
+        self.dx, self.dy = dx, dy
 
-    def finish_rows(self, product: Tensor, out: Tensor, first: int) -> None:
-        b = self.block
-        self._complete(product, out, first, b.x, b.y, b.factor_x, b.factor_y, b.offset, False)
+    def finish_rows(self, product: Tensor, chunk: Chunk) -> None:
+        self._complete((product, self.dx[chunk.row_slice], chunk.start))
 
-    def finish_columns(self, product: Tensor, out: Tensor) -> None:
-        b = self.block
-        self._complete(product, out, 0, b.y, b.x, b.factor_y, b.factor_x, -b.offset, True)
+    def finish(self, last: Last, product_y: Tensor, every_row: bool = False) -> Tensor:
+        """The last chunk's rows, or all of them, the columns, and the totals, which it returns."""
+        rows = None
+        if self.sweep.needs_x:
+            chunk = last.chunk
+            rows = (last.product_x, self.dx[chunk.row_slice], chunk.start)
+            if every_row:
+                rows = (self.dx, self.dx, 0)
+        columns = (product_y, self.dy) if self.sweep.needs_y else None
+        totals = self.block.empty(2, dtype=torch.float64)
+        self._complete(rows, columns, last, totals)
+        return totals
 
     def _complete(
-        self, product: Tensor, out: Tensor, first: int, mine: Tensor, other: Tensor,
-        factor: Tensor | None, other_factor: Tensor | None, offset: int, by_partner: bool,
+        self, rows: tuple[Tensor, Tensor, int] | None, columns: tuple[Tensor, Tensor] | None = None,
+        last: Last | None = None, totals: Tensor | None = None,
     ) -> None:  # fmt: skip
+        b, sweep = self.block, self.sweep
+        product_x, out_x, first = rows or (None, None, 0)
+        product_y, out_y = columns or (None, None)
+        sums, tiles = (last.totals, last.tiles) if last else ((None, None, None), (0, 0))
+        kept, lines = sweep.kept, sweep.lines
+        outs, factors = (out_x, out_y), (b.factor_x, b.factor_y)
+        projects = [self.project and factor is not None for factor in factors]
+        zeroes = [
+            self.project
+            and torch.float16 in (b.x.dtype, *(o.dtype for o in (out,) if o is not None))
+            for out in outs
+        ]
+        count = 0 if out_x is None else len(out_x)
+        programs = (
+            cdiv(count, ROWS) + (0 if out_y is None else cdiv(b.n, ROWS)) + (last is not None)
+        )
+        strides = [0 if t is None else t.stride(0) for t in (product_x, product_y)]
+        strides += [b.x.stride(0), b.y.stride(0)]
+        strides += [0 if t is None else t.stride(0) for t in outs]
         card.launch(
-            complete.complete_kernel, cdiv(out.shape[0], ROWS), product, mine, other, factor,
-            other_factor, self.weight, self.gain, self.block.scale, out, out.shape[0],
-            other.shape[0], self.block.d, first, offset, product.stride(0), mine.stride(0),
-            other.stride(0), out.stride(0), BY_PARTNER=by_partner,
-            SPREAD=self.sweep.spread, PROJECT=self.project and factor is not None,
-            CLAMPED_IS_ZERO=torch.float16 in (out.dtype, mine.dtype) and self.project,
-            ENLARGED=self.sweep.enlarged, ROWS=ROWS, BK=COLUMNS,
+            complete.complete_kernel, programs, product_x, product_y, b.x, b.y, *factors,
+            self.weight, self.gain, b.scale, *outs, *sums, lines.valid, kept.moments, lines.exact,
+            sweep.positive, totals, b.m, b.n, b.d, count, first, b.offset, *tiles, kept.rows,
+            *strides, SPREAD=sweep.spread, PROJECT_X=projects[0], PROJECT_Y=projects[1],
+            CLAMPED_IS_ZERO_X=zeroes[0], CLAMPED_IS_ZERO_Y=zeroes[1], ENLARGED=sweep.enlarged,
+            ROWS=ROWS, BK=COLUMNS, LANES=LANES,
         )  # fmt: skip
-
-    def totals(self, totals: Tensor) -> Tensor:
-        out = torch.empty_like(totals)
-        card.launch(
-            complete.complete_totals_kernel, 1, totals, self.weight, self.sweep.positive, self.gain,
-            out, self.block.m, self.block.n, self.block.offset, LANES=LANES,
-        )  # fmt: skip
-        return out

@@ -20,16 +20,22 @@ from typing import NamedTuple
 
 from .configurations import Config
 
+# Up to so many pairs a block is small: launches cost it more than a second exponential a pair.
+SMALL_PAIRS = 1 << 23
+
 PARTIAL_BYTES = 128 << 20
 WEIGHT_BYTES = 256 << 20
 WEIGHT_ROWS = WEIGHT_COLUMNS = 11264
 # Rows of weights come in multiples of this, and rows of them lie this many elements apart.
 ROW_UNIT, COLUMN_UNIT = 128, 16
+# Numbers of a line in each tile: what it remembers; where weights are kept, sums of w and of w * t;
+# where lines have references of their own, these.
+LAYERS, KEPT_LAYERS, MAXIMA_LAYERS = 1, 3, 2
 # Most a launch may have in one dimension.
 MOST_PROGRAMS = (1 << 31) - 1
 
-# Programs of the kernel that as a rule returns at once: enough to fill any card when it does not.
-MAXIMA_PROGRAMS = 1024
+# Programs of a kernel that as a rule returns at once: enough to fill any card when it does not.
+SELDOM_PROGRAMS = 1024
 
 
 def cdiv(a: int, b: int) -> int:
@@ -43,9 +49,9 @@ class Chunk(NamedTuple):
     stop: int
     column_start: int
     column_stop: int
-    tiles_m: int
-    tiles_n: int
-    kept: bool = False  # its products are read, not made
+    bm: int
+    bn: int
+    kept: bool = False  # its weights are kept, or read
 
     @property
     def rows(self) -> int:
@@ -64,8 +70,33 @@ class Chunk(NamedTuple):
         return slice(self.column_start, self.column_stop)
 
     @property
-    def programs(self) -> int:
+    def tiles_m(self) -> int:
+        return cdiv(self.rows, self.bm)
+
+    @property
+    def tiles_n(self) -> int:
+        return cdiv(self.columns, self.bn)
+
+    @property
+    def tiles(self) -> int:
         return self.tiles_m * self.tiles_n
+
+    def skipped(self, offset: int) -> int:
+        """How many whole tiles of a row of tiles the diagonal may pass through; the positive of row
+        i is column i + offset."""
+        full_m, full_n = self.rows // self.bm, self.columns // self.bn
+        if offset + full_m * self.bm <= 0 or offset >= full_n * self.bn:
+            return 0
+        touched = cdiv(self.bm - 1, self.bn) + 1
+        if self.bm % self.bn == 0 and offset % self.bn == 0:
+            touched = self.bm // self.bn
+        elif self.bn % self.bm == 0 and offset % self.bm == 0:
+            touched = 1
+        return min(touched, full_n)
+
+    def plain(self, skipped: int) -> int:
+        """Its whole tiles but for the skipped ones."""
+        return self.rows // self.bm * (self.columns // self.bn - skipped)
 
     @property
     def partials(self) -> int:
@@ -73,9 +104,8 @@ class Chunk(NamedTuple):
         return self.tiles_n * self.rows + self.tiles_m * self.columns
 
 
-def _cut(start: int, stop: int, columns: tuple[int, int], config: Config, kept: bool) -> Chunk:
-    tiles = cdiv(stop - start, config.bm), cdiv(columns[1] - columns[0], config.bn)
-    return Chunk(start, stop, *columns, *tiles, kept)
+def is_small(m: int, n: int) -> bool:
+    return m * n <= SMALL_PAIRS
 
 
 def sweep_rows(n: int, config: Config, layers: int) -> int:
@@ -86,11 +116,16 @@ def sweep_rows(n: int, config: Config, layers: int) -> int:
     return max(1, tiles_m) * config.bm
 
 
-def sweep(m: int, n: int, config: Config, layers: int) -> list[Chunk]:
-    """Whole rows: a row's sums are complete in its chunk. layers: 2 where a sweep with running
-    maxima may have to follow, in the same buffer, else 1."""
+def sweep(
+    n: int, config: Config, layers: int, start: int, stop: int, kept: bool = False
+) -> list[Chunk]:
+    """Rows start .. stop, and whole rows: their sums are complete in their chunk. layers: numbers
+    that a line has in each tile."""
     step = sweep_rows(n, config, layers)
-    return [_cut(start, min(start + step, m), (0, n), config, False) for start in range(0, m, step)]
+    return [
+        Chunk(first, min(first + step, stop), 0, n, config.bm, config.bn, kept)
+        for first in range(start, stop, step)
+    ]
 
 
 def weight_shape(m: int, n: int, itemsize: int) -> tuple[int, int]:
@@ -110,7 +145,7 @@ def weigh(m: int, n: int, config: Config, itemsize: int, kept_rows: int = 0) -> 
         for start in range(first, last, rows):
             for column in range(0, n, columns):
                 within = (column, min(column + columns, n))
-                yield _cut(start, min(start + rows, last), within, config, kept)
+                yield Chunk(start, min(start + rows, last), *within, config.bm, config.bn, kept)
 
 
 class Cost(NamedTuple):
@@ -138,12 +173,16 @@ def _features(chunk: Chunk, config: Config, d: int, itemsize: int) -> int:
 def sweep_cost(
     m: int, n: int, d: int, config: Config, itemsize: int, layers: int, kept_rows: int = 0
 ) -> Cost:
-    """Of the first sweep with one reference. Partial sums are written and read once."""
-    chunks = sweep(m, n, config, layers)
+    """Of the first sweep with one reference. Partial sums are written and read once, three times as
+    many where weights are kept."""
+    kept_rows = min(kept_rows, m)
+    kept = sweep(n, config, KEPT_LAYERS, 0, kept_rows, kept=True)
+    chunks = kept + sweep(n, config, layers, kept_rows, m)
     moved = sum(_features(c, config, d, itemsize) + 8 * c.partials for c in chunks)
+    moved += sum(16 * c.partials + itemsize * c.rows * c.columns for c in kept)
     flops = sum(2 * c.rows * c.columns * d for c in chunks)
-    work = max(4 * layers * c.partials for c in chunks)
-    return Cost(flops, moved + 4 * min(kept_rows, m) * n, work)
+    work = max(4 * (KEPT_LAYERS if c.kept else layers) * c.partials for c in chunks)
+    return Cost(flops, moved, work)
 
 
 def weigh_cost(
@@ -156,7 +195,7 @@ def weigh_cost(
     for c in weigh(m, n, config, itemsize, kept_rows):
         pairs = c.rows * c.columns
         flops += 2 * pairs * d * ((not c.kept) + needs_x + needs_y)
-        moved += 4 * pairs if c.kept else _features(c, config, d, itemsize)
+        moved += itemsize * pairs if c.kept else _features(c, config, d, itemsize)
         moved += itemsize * pairs * (needs_x + needs_y + (needs_x or needs_y))
         moved += fold * 8 * c.partials
         for needed, lines, others, begins in (

@@ -10,52 +10,61 @@ from . import card, finalise, fold, plan
 from .block import Block
 from .card import COLUMNS, LANES, ROWS
 from .configurations import Config
+from .kept import Kept
 from .plan import Chunk, cdiv
 
 # Lines and partials of a program of `finalise.py`.
 LINES, PARTS = 32, 64
 
 
-def _squares(features: Tensor, factor: Tensor | None) -> Tensor | None:
-    """Squared norms, the largest of each few rows; None where factors make them 1."""
-    if factor is not None:
-        return None
-    programs = cdiv(features.shape[0], ROWS)
-    squares = torch.empty(programs, dtype=torch.float32, device=features.device)
-    card.launch(
-        bound_kernels.longest_kernel, programs, features, squares, *features.shape,
-        features.stride(0), ROWS=ROWS, BK=COLUMNS,
-    )  # fmt: skip
-    return squares
-
-
-def reference_of(block: Block, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+def reference_of(block: Block, bound: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
     """The one reference, and the flag that will say whether it was too coarse."""
     reference, flag = block.empty(1), block.empty(1, dtype=torch.int32)
+    counts, squares = [0, 0], None
     if bound is None:
-        squares = [_squares(block.x, block.factor_x), _squares(block.y, block.factor_y)]
-        counts = [0 if s is None else s.numel() for s in squares]
-    else:
-        squares, counts = [None, None], [0, 0]
+        # Those of features with factors are 1.
+        lines = [
+            0 if factor is not None else len(features)
+            for features, factor in ((block.x, block.factor_x), (block.y, block.factor_y))
+        ]
+        counts = [cdiv(count, ROWS) for count in lines]
+        if any(counts):
+            squares = block.empty(sum(counts))
+            card.launch(
+                bound_kernels.longest_kernel, sum(counts), block.x, block.y, squares, *lines,
+                block.d, block.x.stride(0), block.y.stride(0), ROWS=ROWS, BK=COLUMNS,
+            )  # fmt: skip
     card.launch(
-        bound_kernels.reference_kernel, 1, bound, *squares, block.scale, reference, flag, *counts,
-        LANES=LANES,
+        bound_kernels.reference_kernel, 1, bound, squares, block.scale, reference, kept.reference,
+        flag, *counts, LANES=LANES,
     )  # fmt: skip
     return reference, flag
 
 
 def run_sweep(
     block: Block, config: Config, chunk: Chunk, reference: Tensor | None, positive: Tensor,
-    kept: Tensor, partial: Tensor,
+    kept: Kept, partial: Tensor,
 ) -> None:  # fmt: skip
-    kept_rows = kept.numel() // block.n
-    keep = chunk.start < kept_rows
-    card.launch(
-        fold.sweep_kernel, chunk.programs, *block.part(chunk), reference,
-        positive[chunk.row_slice], kept[chunk.start * block.n :] if keep else None, partial,
-        chunk.rows, chunk.columns, *block.lengths, block.n, block.offset_of(chunk),
-        kept_rows - chunk.start, FOLD=block.epilogue.fold, **block.tiles(config),
-    )  # fmt: skip
+    """Every tile of a chunk, plain ones and those of the edges."""
+    skipped = block.skipped(chunk)
+    plain = chunk.plain(skipped)
+    keeping = kept.weights[chunk.row_slice] if chunk.kept else None
+    stride_kept = keeping.stride(0) if chunk.kept else 0
+    kinds = {"FOLD": block.epilogue.fold, "ACTIVATION": block.epilogue.activation}
+    sizes = (chunk.rows, chunk.columns)
+    where = (*block.strides, stride_kept, block.offset_of(chunk), skipped)
+    if plain:
+        card.launch(
+            fold.sweep_kernel, block.programs(plain, config), *block.features(chunk, config),
+            *block.affine(chunk), reference, card.stored(keeping, config), partial, *sizes, *where, **kinds,
+            **block.plain_tiles(config),
+        )  # fmt: skip
+    if chunk.tiles > plain:
+        card.launch(
+            fold.sweep_edges_kernel, chunk.tiles - plain, *block.features(chunk),
+            *block.affine(chunk), reference, positive[chunk.row_slice], keeping, partial, *sizes,
+            block.width, *where, **kinds, SLICES=card.EDGE_SLICES, **block.tiles(config),
+        )  # fmt: skip
 
 
 def _programs_of_lines(chunk: Chunk) -> int:
@@ -85,18 +94,29 @@ def add_sums(
     )  # fmt: skip
 
 
+def add_moments(block: Block, chunk: Chunk, partial: Tensor, kept: Kept) -> None:
+    card.launch(
+        finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, *_lines(chunk),
+        block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES, PARTS=PARTS,
+    )  # fmt: skip
+
+
 def sweep_maxima(
-    block: Block, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor, flag: Tensor
-) -> None:
-    """Where the flag is set the states are made anew, with a reference for each line."""
+    block: Block, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
+    positive: Tensor | None, kept: Kept, flag: Tensor | None,
+) -> None:  # fmt: skip
+    """States with a reference for each line: made anew where the flag is set, or, without one, in
+    the only sweep, which makes the positives, too."""
     for chunk in chunks:
+        programs = chunk.tiles if flag is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         card.launch(
-            fold.maxima_kernel, min(chunk.programs, plan.MAXIMA_PROGRAMS), *block.part(chunk),
-            flag, partial, chunk.rows, chunk.columns, *block.lengths, block.offset_of(chunk),
-            FOLD=block.epilogue.fold, **block.tiles(config),
+            fold.maxima_kernel, programs, *block.features(chunk), *block.affine(chunk), flag,
+            None if positive is None else positive[chunk.row_slice], partial, chunk.rows,
+            chunk.columns, block.width, *block.strides, block.offset_of(chunk),
+            FOLD=block.epilogue.fold, GROUP=config.group, **block.tiles(config),
         )  # fmt: skip
         card.launch(
             finalise.maxima_sums_kernel, _programs_of_lines(chunk), partial, state, flag,
-            *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
+            kept.reference, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
             LINES=LINES, PARTS=PARTS,
         )  # fmt: skip

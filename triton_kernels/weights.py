@@ -9,6 +9,10 @@ factor_x_i, column j of `w.T @ x` by factor_y_j. fp16 has no range for factors (
 products take normalised copies) and needs ENLARGED instead: weights are at most 2, it would lose
 those below 6e-8 and blur those below 6e-5.
 
+`weigh_kernel` takes the plain tiles, `weigh_edges_kernel` the others, both for one reference;
+`weigh_apart_kernel` takes any tile and a reference for each line. Which of them work is decided on
+the device: a flag says whether all references are equal.
+
 More run-time parameters than fifteen: they are a block of logits and its lines' states.
 """
 
@@ -16,8 +20,21 @@ import triton
 import triton.language as tl
 
 from .epilogues import affine
-from .fold import fold_tile
-from .tile import negatives, normalised, position, product, rounded, stored_as
+from .flags import is_set
+from .fold import columns_of, store_columns, store_rows
+from .tile import (
+    described_product,
+    edge_position,
+    in_slices,
+    negatives,
+    normalised,
+    plain_position,
+    position,
+    product,
+    rounded,
+    store_positives,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -32,72 +49,228 @@ def to_tf32_kernel(X, OUT, M, D, stride_x, ROWS: tl.constexpr, BK: tl.constexpr)
 
 
 @triton.jit
-def weigh_tile(
-    t, k, FX, FY, REFERENCE_X, REFERENCE_Y, ONE, A, B, W, i, j, M, N, stride_w, offset,
-    SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr, IS_TF32: tl.constexpr,
-):  # fmt: skip
-    """Writes the weights of a tile; returns their sum and that of w * t."""
-    row, column = i < M, j < N
-    if A is not None:
-        a = tl.load(A + i, mask=row, other=0.0).to(tl.float32)[:, None]
-        b = tl.load(B + j, mask=column, other=0.0).to(tl.float32)[None, :]
-    if A is None:
-        w = ACTIVATION(t, k, 0.0)
-    elif REFERENCE_X is not None:
-        if tl.load(ONE) != 0:
-            w = ACTIVATION(t, k, tl.load(REFERENCE_X).to(tl.float32)) * (a + b)
-        else:
-            m = tl.load(REFERENCE_X + i, mask=row, other=0.0).to(tl.float32)[:, None]
-            w = ACTIVATION(t, k, m) * a
-            m = tl.load(REFERENCE_Y + j, mask=column, other=0.0).to(tl.float32)[None, :]
-            w += ACTIVATION(t, k, m) * b
+def line(VALUES, i, M, PLAIN: tl.constexpr):
+    """A number of each line, in fp32."""
+    if PLAIN:
+        return tl.load(VALUES + i).to(tl.float32)
     else:
-        w = ACTIVATION(t, k, 0.0) * (a + b)
-    live = negatives(i, j, M, N, offset)
-    w = tl.where(live, w, 0.0)
-    # Not row by row first: the sum of a sliced layout makes the compiler for sm_100 abort.
-    sum_w, sum_wt = tl.sum(w), tl.sum(w * tl.where(live, t, 0.0))
-    if W is not None:
-        w *= ENLARGED
-        if SPREAD:
-            w = normalised(w, FX, FY, i, j, M, N)
-        if IS_TF32:
-            w = rounded(w, 13)
-        out = W + i.to(tl.int64)[:, None] * stride_w + j[None, :]
-        tl.store(out, stored_as(w, W), mask=row[:, None] & column[None, :])
-    return sum_w, sum_wt
+        return tl.load(VALUES + i, mask=i < M, other=0.0).to(tl.float32)
 
 
-# States and coefficients of columns begin at M + column: their alignment would follow the batch.
-UNALIGNED = ["REFERENCE_X", "REFERENCE_Y", "A", "B"]
-
-
-@triton.jit(do_not_specialize=["M", "N", "offset"], do_not_specialize_on_alignment=UNALIGNED)
-def weigh_kernel(
-    X, Y, FX, FY, SCALE, BIAS, REFERENCE_X, REFERENCE_Y, ONE, A, B, W, TOTALS, POSITIVE, PARTIAL,
-    M, N, D, stride_x, stride_y, stride_w, offset, KEPT: tl.constexpr, SPREAD: tl.constexpr,
-    ENLARGED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr,
+@triton.jit
+def scaled(
+    w, FX, FY, i, j, M, N, PLAIN: tl.constexpr, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
+    IS_TF32: tl.constexpr,
 ):  # fmt: skip
-    """KEPT: X is t as the first sweep kept it, and there is no product. PARTIAL: both sweeps in
-    one go. A and B are absent where they add up to 1. ONE: whether all references are equal, so
-    that one exponential serves."""
-    pid_m, pid_n = position(tl.program_id(0), M, N, BM, BN, GROUP)
-    i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
-    if KEPT:
-        t = X + i.to(tl.int64)[:, None] * stride_x + j[None, :]
-        t = tl.load(t, mask=(i < M)[:, None] & (j < N)[None, :], other=0.0)
-    else:
-        t = product(X, Y, i, j, M, N, D, stride_x, stride_y, BK, EVEN, PRECISION, UNIT)
-        t = normalised(t, FX, FY, i, j, M, N)
-    k = affine(SCALE, BIAS)
-    if PARTIAL is not None:
-        fold_tile(t, k, 0.0, i, j, pid_m, pid_n, POSITIVE, PARTIAL, M, N, offset, BN, FOLD)
-    sum_w, sum_wt = weigh_tile(
-        t, k, FX, FY, REFERENCE_X, REFERENCE_Y, ONE, A, B, W, i, j, M, N, stride_w, offset,
-        SPREAD, ENLARGED, ACTIVATION, PRECISION == "tf32",
+    """A tile of weights as the products take it."""
+    w *= ENLARGED
+    if SPREAD:
+        w = normalised(w, FX, FY, i, j, M, N, PLAIN)
+    if IS_TF32:
+        w = rounded(w, 13)
+    return w
+
+
+@triton.jit
+def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
+    """Stores weights, and what columns remember where both sweeps are one; returns what rows
+    remember and the sums of w and of w * t."""
+    # By number: unpacking would make tensors of the constants.
+    row, M, N, offset, k = arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]
+    m, FX, FY, A, B, W = (
+        arguments[5], arguments[6], arguments[7], arguments[8], arguments[9], arguments[10]
     )  # fmt: skip
-    tl.store(TOTALS + tl.program_id(0), sum_w)
-    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    tl.store(TOTALS + tiles + tl.program_id(0), sum_wt)
+    stride_w, POSITIVE, COLUMNS = arguments[11], arguments[12], arguments[13]
+    PLAIN: tl.constexpr = arguments[14]
+    DESCRIBED: tl.constexpr = arguments[15]
+    SPREAD: tl.constexpr = arguments[16]
+    ENLARGED: tl.constexpr = arguments[17]
+    IS_TF32: tl.constexpr = arguments[18]
+    FOLD: tl.constexpr = arguments[19]
+    ACTIVATION: tl.constexpr = arguments[20]
+    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    t = normalised(t, FX, FY, i, j, M, N, PLAIN)
+    w = ACTIVATION(t, k, m)
+    if A is not None:
+        w *= line(A, i, M, PLAIN)[:, None] + line(B, j, N, PLAIN)[None, :]
+    if PLAIN:
+        # Not row by row first: the sum of a sliced layout makes the compiler for sm_100 abort.
+        sum_w, sum_wt = tl.sum(w), tl.sum(w * t)
+    else:
+        live = negatives(i, j, M, N, offset)
+        w = tl.where(live, w, 0.0)
+        sum_w, sum_wt = tl.sum(w), tl.sum(w * tl.where(live, t, 0.0))
+    if W is not None:
+        w = scaled(w, FX, FY, i, j, M, N, PLAIN, SPREAD, ENLARGED, IS_TF32)
+        store_tile(W, w, row, column, M, N, stride_w, PLAIN, DESCRIBED, BM, BN)
+    # After the weights: the other way round their registers do not suffice.
+    rows = 0.0
+    if COLUMNS is not None:
+        e = FOLD(t, k, m)
+        if not PLAIN:
+            store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
+            e = tl.where(live, e, 0.0)
+        store_columns(COLUMNS, tl.sum(e, 0), j, N, PLAIN)
+        rows = tl.sum(e, 1)
+    return rows, sum_w, sum_wt
+
+
+@triton.jit
+def _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    tiles_n = tl.cdiv(N, BN)
+    at = TOTALS + pid_m * tiles_n + pid_n
+    tl.store(at, sum_w)
+    tl.store(at + tl.cdiv(M, BM) * tiles_n, sum_wt)
+
+
+@triton.jit
+def _weigh_tile(
+    pid_m, pid_n, X, Y, FX, FY, k, m, A, B, W, TOTALS, POSITIVE, PARTIAL, M, N, D, stride_x,
+    stride_y, stride_w, offset, PLAIN: tl.constexpr, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
+    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    row, column = pid_m * BM, pid_n * BN
+    if DESCRIBED:
+        t = described_product(X, Y, row, column, D, BM, BN, BK, PRECISION, UNIT)
+    else:
+        t = product(
+            X, Y, row, column, M, N, D, stride_x, stride_y, PLAIN, BM, BN, BK, EVEN, PRECISION,
+            UNIT,
+        )  # fmt: skip
+    COLUMNS = None
+    if PARTIAL is not None:
+        COLUMNS = columns_of(PARTIAL, pid_m, M, N, BN)
+    arguments = (
+        row, M, N, offset, k, m, FX, FY, A, B, W, stride_w, POSITIVE, COLUMNS, PLAIN, DESCRIBED,
+        SPREAD, ENLARGED, PRECISION == "tf32", FOLD, ACTIVATION,
+    )  # fmt: skip
+    rows, sum_w, sum_wt = in_slices(_weigh_slice, t, column, arguments, BM, BN, SLICES)
+    if PARTIAL is not None:
+        store_rows(PARTIAL, rows, pid_n, row, M, BM, PLAIN)
+    _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
+
+
+# Coefficients of columns begin at M + column: their alignment would follow the batch.
+UNALIGNED = ["A", "B"]
+
+
+@triton.jit(
+    do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
+)
+def weigh_kernel(
+    X, Y, FX, FY, SCALE, BIAS, REFERENCE, ONE, A, B, W, TOTALS, PARTIAL, M, N, stride_x, stride_y,
+    stride_w, offset, skipped, D: tl.constexpr, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
+    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """The plain tiles. ONE: whether all references are equal, and so one exponential serves.
+    PARTIAL: both sweeps in one go. A and B are absent where they add up to 1. DESCRIBED: X, Y and W
+    are tensor descriptors, and programs go through the tiles, as in the first sweep."""
+    if is_set(ONE, True) == 0:
+        return
+    m = 0.0
+    if REFERENCE is not None:
+        m = tl.load(REFERENCE).to(tl.float32)
+    k = affine(SCALE, BIAS)
+    if DESCRIBED:
+        tiles = (M // BM) * (N // BN - skipped)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            pid_m, pid_n = plain_position(tile, M, N, offset, skipped, BM, BN, GROUP)
+            _weigh_tile(
+                pid_m, pid_n, X, Y, FX, FY, k, m, A, B, W, TOTALS, None, PARTIAL, M, N, D, stride_x,
+                stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD, ACTIVATION, BM, BN, BK,
+                EVEN, PRECISION, UNIT, SLICES, True,
+            )  # fmt: skip
+    else:
+        pid_m, pid_n = plain_position(tl.program_id(0), M, N, offset, skipped, BM, BN, GROUP)
+        _weigh_tile(
+            pid_m, pid_n, X, Y, FX, FY, k, m, A, B, W, TOTALS, None, PARTIAL, M, N, D, stride_x,
+            stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD, ACTIVATION, BM, BN, BK, EVEN,
+            PRECISION, UNIT, SLICES, False,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
+)
+def weigh_edges_kernel(
+    X, Y, FX, FY, SCALE, BIAS, REFERENCE, ONE, A, B, W, TOTALS, POSITIVE, PARTIAL, M, N, D,
+    stride_x, stride_y, stride_w, offset, skipped, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
+    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    """The tiles of the edges, a program each."""
+    if is_set(ONE, True) == 0:
+        return
+    m = 0.0
+    if REFERENCE is not None:
+        m = tl.load(REFERENCE).to(tl.float32)
+    k = affine(SCALE, BIAS)
+    pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
+    _weigh_tile(
+        pid_m, pid_n, X, Y, FX, FY, k, m, A, B, W, TOTALS, POSITIVE, PARTIAL, M, N, D, stride_x,
+        stride_y, stride_w, offset, False, SPREAD, ENLARGED, FOLD, ACTIVATION, BM, BN, BK, EVEN,
+        PRECISION, UNIT, SLICES, False,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["M", "N", "offset"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "REFERENCE_X", "REFERENCE_Y"],
+)
+def weigh_apart_kernel(
+    X, Y, FX, FY, SCALE, BIAS, REFERENCE_X, REFERENCE_Y, UNLESS, A, B, W, TOTALS, M, N, D,
+    stride_x, stride_y, stride_w, offset, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Every tile, with a reference for each line: two exponentials a pair. Returns at once if
+    UNLESS is set."""
+    if is_set(UNLESS, False) != 0:
+        return
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    k = affine(SCALE, BIAS)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = position(tile, tiles_m, tiles_n, GROUP)
+        row, column = pid_m * BM, pid_n * BN
+        i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+        t = product(
+            X, Y, row, column, M, N, D, stride_x, stride_y, False, BM, BN, BK, EVEN, PRECISION, UNIT
+        )
+        t = normalised(t, FX, FY, i, j, M, N, False)
+        m, a = line(REFERENCE_X, i, M, False), line(A, i, M, False)
+        w = ACTIVATION(t, k, m[:, None]) * a[:, None]
+        m, b = line(REFERENCE_Y, j, N, False), line(B, j, N, False)
+        w += ACTIVATION(t, k, m[None, :]) * b[None, :]
+        live = negatives(i, j, M, N, offset)
+        w = tl.where(live, w, 0.0)
+        sum_w, sum_wt = tl.sum(w), tl.sum(w * tl.where(live, t, 0.0))
+        _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
+        if W is not None:
+            w = scaled(w, FX, FY, i, j, M, N, False, SPREAD, ENLARGED, PRECISION == "tf32")
+            store_tile(W, w, row, column, M, N, stride_w, False, False, BM, BN)
+
+
+@triton.jit(do_not_specialize=["M", "N"], do_not_specialize_on_alignment=UNALIGNED)
+def weigh_kept_kernel(
+    KEPT, FX, FY, VALID, A, B, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
+    ENLARGED: tl.constexpr, IS_TF32: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Weights of what the first sweep has kept: read, times (a_i + b_j), written. Their sums come
+    from the moments that were kept with them. Returns at once unless VALID."""
+    if is_set(VALID, True) == 0:
+        return
+    tiles_n = tl.cdiv(N, BN)
+    pid_m = tl.program_id(0) // tiles_n
+    row, column = pid_m * BM, (tl.program_id(0) - pid_m * tiles_n) * BN
+    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    mask = (i < M)[:, None] & (j // 8 < tl.cdiv(N, 8))[None, :]
+    w = tl.load(KEPT + i.to(tl.int64)[:, None] * stride_kept + j[None, :], mask=mask, other=0.0)
+    a, b = line(A, i, M, False), line(B, j, N, False)
+    w = w.to(tl.float32) * (a[:, None] + b[None, :])
+    w = scaled(w, FX, FY, i, j, M, N, False, SPREAD, ENLARGED, IS_TF32)
+    store_tile(W, w, row, column, M, N, stride_w, False, False, BM, BN)

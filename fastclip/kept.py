@@ -1,0 +1,115 @@
+"""What a first sweep keeps for the second one: how many rows a budget holds, and in which tensor.
+
+`keep`, the operators' argument, counts rows along the longer side; `kept`, their result, is opaque
+to all but the engine that made it. Engines keep one of three things: products, weights, nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows are kept in multiples of this; rows of weights lie a multiple of it apart.
+UNIT = 16
+
+
+def _smaller(a: int, b: int) -> int:
+    # Of symbolic sizes `min` would compile one order alone. Of plain ones `sym_min` is refused by
+    # the compilers of torch 2.10 and 2.11: it is an operator of torch that returns no tensor.
+    plain = isinstance(a, int) and isinstance(b, int)
+    return min(a, b) if plain else torch.sym_min(a, b)
+
+
+def _padded(n: int) -> int:
+    return (n + UNIT - 1) // UNIT * UNIT
+
+
+def rows_to_keep(m: int, n: int, itemsize: int, budget: int) -> int:
+    """`keep` of products for a budget in bytes: whole rows of t, along the longer side, in steps of
+    16."""
+    short = _smaller(m, n)
+    affordable = budget // (short * itemsize) // UNIT * UNIT
+    return _smaller(_padded(m + n - short), affordable)
+
+
+class Products:
+    """t = <x^_i, y^_j> in the dtype that it was accumulated in."""
+
+    @staticmethod
+    def dtype(x: Tensor) -> torch.dtype:
+        return torch.promote_types(x.dtype, torch.float32)
+
+    @staticmethod
+    def keep(x: Tensor, y: Tensor, budget: int) -> int:
+        """`keep` for a budget in bytes."""
+        return rows_to_keep(x.shape[0], y.shape[0], Products.dtype(x).itemsize, budget)
+
+    @staticmethod
+    def empty(x: Tensor, y: Tensor, keep: int) -> Tensor:
+        """What `keep` asks for, not yet filled in."""
+        return x.new_empty((keep * _smaller(x.shape[0], y.shape[0]),), dtype=Products.dtype(x))
+
+    @staticmethod
+    def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
+        """Whether a sweep of x and y may have made it."""
+        return kept.dtype == Products.dtype(x) and kept.numel() % min(len(x), len(y)) == 0
+
+
+class Nothing:
+    @staticmethod
+    def keep(x: Tensor, y: Tensor, budget: int) -> int:
+        return 0
+
+    empty = Products.empty
+
+
+class Weights:
+    """Weights up to their coefficients, of leading rows of x: 2 bytes a pair for half features, as
+    bfloat16 whichever they are, since exponentials need float32's range; else 4, as float32.
+
+    A tensor of bytes: sums of w and of w * t for every line, float64; the reference that w is
+    relative to, float64; the rows.
+    """
+
+    @staticmethod
+    def dtype(x: Tensor) -> torch.dtype:
+        return torch.bfloat16 if x.dtype.itemsize == 2 else torch.float32
+
+    @staticmethod
+    def header(m: int, n: int) -> int:
+        return 16 * (m + n + 1)
+
+    @staticmethod
+    def row(x: Tensor, n: int) -> int:
+        return _padded(n) * Weights.dtype(x).itemsize
+
+    @staticmethod
+    def keep(x: Tensor, y: Tensor, budget: int) -> int:
+        m, n = x.shape[0], y.shape[0]
+        affordable = (budget - Weights.header(m, n)) // Weights.row(x, n) // UNIT * UNIT
+        rows = -_smaller(-_smaller(affordable, m), 0)
+        # Along the longer side they count n / min(m, n) times as many.
+        short = _smaller(m, n)
+        return (rows * n + short - 1) // short
+
+    @staticmethod
+    def rows(m: int, n: int, keep: int) -> int:
+        """Rows of x that `keep` comes to."""
+        return _smaller(keep * _smaller(m, n) // n, m)
+
+    @staticmethod
+    def empty(x: Tensor, y: Tensor, keep: int) -> Tensor:
+        m, n = x.shape[0], y.shape[0]
+        rows = Weights.rows(m, n, keep)
+        nothing = isinstance(keep, int) and keep == 0
+        size = 0 if nothing else Weights.header(m, n) + rows * Weights.row(x, n)
+        return x.new_empty((size,), dtype=torch.uint8)
+
+    @staticmethod
+    def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
+        rows = kept.numel() - Weights.header(len(x), len(y))
+        whole = rows >= 0 and rows % Weights.row(x, len(y)) == 0
+        return kept.dtype == torch.uint8 and (kept.numel() == 0 or whole)
+
+
+PLANS = {"cpu": Products, "cuda": Products, "torch": Nothing, "triton": Weights}

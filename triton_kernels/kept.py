@@ -1,0 +1,34 @@
+"""What a first sweep has kept: weights up to their coefficients, and their moments.
+
+`fastclip.kept` says how long the tensor is; this is what lies where in it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastclip.kept import UNIT, Weights
+
+from .plan import cdiv
+
+
+class Kept(NamedTuple):
+    """The parts of `kept` for a block."""
+
+    rows: int = 0
+    moments: Tensor | None = None  # sums of w and of w * t for every line, (2, m + n)
+    reference: Tensor | None = None  # that w is relative to, (1)
+    weights: Tensor | None = None  # (rows, n and what its rows are padded by)
+
+    @staticmethod
+    def of(kept: Tensor, m: int, n: int, x: Tensor) -> Kept:
+        if kept.numel() == 0:
+            return Kept()
+        header = Weights.header(m, n)
+        numbers = kept[:header].view(torch.float64)
+        weights = kept[header:].view(Weights.dtype(x)).view(-1, cdiv(n, UNIT) * UNIT)
+        moments = numbers[: 2 * (m + n)].view(2, m + n)
+        return Kept(len(weights), moments, numbers[2 * (m + n) : 2 * (m + n) + 1], weights)
