@@ -15,17 +15,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastclip.triton_kernels import card, configurations, engine
+from fastclip.triton_kernels import card, configurations, engine, plan
 
 # What a compiler is told, and the table and the limit that a card of that kind has.
 TARGETS = {
@@ -38,6 +39,9 @@ TARGETS = {
 TABLE = Path(__file__).parent / "triton_resources.csv"
 # Of a row, those in the table: what the card is asked for.
 COLUMNS = ["architecture", "kernel", "case", "tile", "warps", "registers", "shared"]
+COLUMNS += ["instructions", "barriers", "stores", "spilled"]
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +\S")
+WIDTHS = {"U8": "8", "U16": "16", "32": "32", "64": "64", "128": "128"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "ieee": torch.float32}
 DTYPES["tf32"] = torch.float32
@@ -59,23 +63,44 @@ class Driver:
         return 0
 
 
-def cases() -> Iterator[tuple[str, str, int, bool, bool]]:
-    """loss, arithmetic, D, normalised by the engine, both sweeps in one go."""
+class Case(NamedTuple):
+    loss: str
+    arithmetic: str
+    d: int
+    normalize: bool = False
+    one_go: bool = False
+    small: bool = False
+    kept: bool = False
+
+    def __str__(self) -> str:
+        words = [self.loss, self.arithmetic, f"D={self.d}"]
+        flags = ("one_go", "small", "kept")
+        words += ["factors" if self.normalize else "unit", *(f for f in flags if getattr(self, f))]
+        return " ".join(words)
+
+
+def cases() -> Iterator[Case]:
     for loss, arithmetic in itertools.product(("softmax", "sigmoid"), DTYPES):
-        yield loss, arithmetic, 768, True, loss == "sigmoid"
-    yield "softmax", "bf16", 768, False, False
-    yield "sigmoid", "bf16", 768, False, False
-    yield "softmax", "bf16", 24, False, False
-    yield "softmax", "ieee", 24, False, False
-    yield "softmax", "bf16", 1000, False, False  # no step divides it
-    yield "softmax", "bf16", 1001, False, False  # rows begin anywhere
-    yield "sigmoid", "bf16", 1001, True, True
+        yield Case(loss, arithmetic, 768, True, one_go=loss == "sigmoid")
+    for loss in ("softmax", "sigmoid"):
+        yield Case(loss, "bf16", 768)
+        yield Case(loss, "bf16", 768, True, kept=True)
+        yield Case(loss, "bf16", 768, True, one_go=loss == "sigmoid", small=True)
+    yield Case("softmax", "fp16", 768, True, kept=True)
+    yield Case("sigmoid", "bf16", 768, one_go=True)
+    yield Case("softmax", "bf16", 24)
+    yield Case("softmax", "ieee", 24)
+    yield Case("softmax", "bf16", 1000)  # no step divides it
+    yield Case("softmax", "bf16", 1001)  # rows begin anywhere
+    yield Case("sigmoid", "bf16", 1001, True, one_go=True)
 
 
-def run(loss: str, arithmetic: str, d: int, normalize: bool, one_go: bool) -> None:
+def run(case: Case) -> None:
     """One step of the engine; what it computes is garbage."""
+    loss, arithmetic, d, normalize, one_go, small, kept = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
-    n = 256
+    plan.SMALL_PAIRS = 1 << 23 if small else 0
+    n = 1024  # several tiles of any size, and so plain ones
     x, y = torch.zeros(2, n, d, dtype=DTYPES[arithmetic]).unbind()
     factors = (torch.ones(n), torch.ones(n)) if normalize else (None, None)
     scale, bias = torch.ones(()), torch.zeros(())
@@ -83,17 +108,26 @@ def run(loss: str, arithmetic: str, d: int, normalize: bool, one_go: bool) -> No
     if one_go:
         engine.sweep_and_weigh(*block, gain, 0, loss, True, True, normalize)
         return
-    keep = 128 if normalize and arithmetic == "bf16" else 0
-    state, positive, kept = engine.sweep(*block, None, 0, loss, keep)
+    state, positive, keeping = engine.sweep(*block, None, 0, loss, 512 if kept else 0)
     engine.finish(state, positive, scale, bias, loss)
     engine.weigh(
-        *block, state, positive, state[1], positive, gain, kept, 0, loss, True, True, normalize,
+        *block, state, positive, state[1], positive, gain, keeping, 0, loss, True, True, normalize,
         x.dtype, x.dtype,
     )  # fmt: skip
 
 
-def resources(kernel: Any, has_product: bool) -> dict[str, Any]:
-    """Of a compiled kernel, by the tools that come with Triton."""
+def stores(sass: str) -> str:
+    """How many stores to global memory of each width, in bits; TMA's are of whole tiles."""
+    widths = Counter(
+        next((part for part in parts.split(".") if part in WIDTHS), "32")
+        for parts in re.findall(r"\bSTG\.(\S+)", sass)
+    )
+    found = [f"{WIDTHS.get(width, width)}x{widths[width]}" for width in sorted(widths)]
+    return " ".join([*found, *(["TMA"] if "UTMASTG" in sass else [])])
+
+
+def resources(kernel: Any, pairs: int) -> dict[str, Any]:
+    """Of a compiled kernel, by the tools that come with Triton; pairs: of each thread."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         numbers = {
@@ -104,7 +138,10 @@ def resources(kernel: Any, has_product: bool) -> dict[str, Any]:
                 ("stack", "private_segment_fixed_size"),
             )
         }
-        return numbers | {"mma": len(re.findall("v_mfma", text)), "wide": "dwordx4" in text}
+        return numbers | {
+            "mma": len(re.findall("v_mfma", text)), "wide": "dwordx4" in text, "instructions": "",
+            "barriers": len(re.findall("s_barrier", text)), "stores": "",
+        }  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -113,8 +150,8 @@ def resources(kernel: Any, has_product: bool) -> dict[str, Any]:
             command = [CUOBJDUMP, what, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        # Disassembly takes most of a second run, and only products are looked into.
-        usage, sass = dump("-res-usage"), dump("-sass") if has_product else ""
+        # Disassembly takes most of a second run, and only tiles are looked into.
+        usage, sass = dump("-res-usage"), dump("-sass") if pairs else ""
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     local = int(re.search(r"LOCAL:(\d+)", usage)[1])
     return {
@@ -125,6 +162,9 @@ def resources(kernel: Any, has_product: bool) -> dict[str, Any]:
         "wgmma": "HGMMA" in sass,
         "wide": bool(re.search(r"LDG\.E(?:\.\w+)*\.128|LDGSTS\.E(?:\.\w+)*\.128|UTMALDG", sass)),
         "exponentials": len(re.findall(r"MUFU\.EX2", sass)),
+        "instructions": f"{len(INSTRUCTION.findall(sass)) / pairs:.0f}" if pairs else "",
+        "barriers": len(re.findall(r"\bBAR\.SYNC", sass)) if pairs else "",
+        "stores": stores(sass),
     }
 
 
@@ -132,6 +172,7 @@ def build(architecture: str) -> list[dict[str, Any]]:
     target, table = TARGETS[architecture]
     driver.set_active(Driver(target))
     configurations._table = lambda device: configurations.TABLE[table]
+    card._processors = lambda device: 132
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -139,23 +180,22 @@ def build(architecture: str) -> list[dict[str, Any]]:
         if compiled.hash in seen:
             return
         seen.add(compiled.hash)
-        key = (kernel.__name__, *case)
+        key = (kernel.__name__, str(case))
         while key in rows:  # the same kernel again, for other parts of the block
-            key = (*key, "again")
+            key = (key[0], f"{key[1]} again")
+        warps = compiled.metadata.num_warps
+        pairs = constants.get("BM", 0) * constants.get("BN", 0) // (32 * warps)
         rows[key] = {
-            "architecture": architecture, "kernel": kernel.__name__, "case": " ".join(key[1:]),
+            "architecture": architecture, "kernel": kernel.__name__, "case": key[1],
             "tile": "x".join(str(constants[k]) for k in ("BM", "BN", "BK") if k in constants),
-            "warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared,
-            **resources(compiled, has_product="BM" in constants),
+            "warps": warps, "shared": compiled.metadata.shared, **resources(compiled, pairs),
         }  # fmt: skip
 
     seen: set[str] = set()
     card.launch = compile_only
-    for loss, arithmetic, d, normalize, one_go in cases():
-        if arithmetic == "tf32" and target.backend == "hip":
-            continue
-        case = (loss, arithmetic, f"D={d}", "factors" if normalize else "unit")
-        run(loss, arithmetic, d, normalize, one_go)
+    for case in cases():
+        if case.arithmetic != "tf32" or target.backend != "hip":
+            run(case)
     return list(rows.values())
 
 

@@ -112,6 +112,13 @@ class Block:
         """For so many plain tiles."""
         return min(tiles, card.room(self.x.device, config)) if config.descriptors else tiles
 
+    @property
+    def kind_of_weights(self) -> str:
+        """Configurations that the kernels have which make weights."""
+        if self.is_small:
+            return "small"
+        return "weigh" if self.epilogue.is_light else "both"
+
     def config(self, kind: str, run: Callable[[Config], object] | None = None) -> Config:
         x = self.x
         return configurations.choose(x.device, x.dtype, self.tf32, self.d, self.unit, kind, run)

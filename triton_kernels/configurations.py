@@ -92,7 +92,7 @@ TABLE: dict[str, Table] = {
             "sweep": Config(256, 128, 64, 8, 3, descriptors=True),
             "kept": Config(128, 128, 64, 8, 3, slices=2, descriptors=True),
             "weigh": Config(128, 256, 64, 8, 4, slices=2, descriptors=True),
-            "both": Config(128, 256, 64, 8, 3, slices=4, descriptors=True),
+            "both": Config(128, 128, 64, 8, 4, slices=4, descriptors=True),
             "tile": Config(128, 128, 64, 8, 3),
             "small": _SMALL,
         },

@@ -109,7 +109,7 @@ def weigh(
     dy = block.empty(block.n if needs_y else 0, block.d, dtype=dtype_y)
     product = dy if dtype_y == torch.float32 else block.empty(*dy.shape)
     tail = Tail(work, positive_weight, gain, project, dx, dy)
-    last = work.run("small" if block.is_small else "weigh", dx, product, tail.finish_rows)
+    last = work.run(block.kind_of_weights, dx, product, tail.finish_rows)
     return dx, dy, tail.finish(last, product)
 
 
@@ -125,7 +125,7 @@ def sweep_and_weigh(
     work = Weighing(block, state, positive, None, (needs_x, needs_y), Kept(), also_fold=True)
     dx = block.empty(block.m if needs_x else 0, block.d)
     dy = block.empty(block.n if needs_y else 0, block.d)
-    last = work.run("small" if block.is_small else "both", dx, dy)
+    last = work.run(block.kind_of_weights, dx, dy)
     # Only now the positives, whose weights the gradients wait for, are known.
     _, _, weights = finish(state[:, : block.m], positive, scale, block.bias, loss)
     totals = Tail(work, weights, gain, project, dx, dy).finish(last, dy, every_row=True)

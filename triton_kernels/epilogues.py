@@ -136,7 +136,7 @@ class Epilogue(NamedTuple):
     # Weights depend on the finished state, and lines have references; else neither.
     needs_state: bool
     uses_bias: bool
-    # Little enough for a sweep to fold the widest tile without spilling.
+    # Little enough for weights of the widest tile without spilling.
     is_light: bool
 
 

@@ -42,9 +42,9 @@ def store_rows(PARTIAL, rows, pid_n, row, M, BM: tl.constexpr, PLAIN: tl.constex
 
 
 @triton.jit
-def columns_of(PARTIAL, pid_m, M, N, BN: tl.constexpr):
-    """Where the partials of the columns in a row of tiles begin."""
-    return PARTIAL + tl.cdiv(N, BN).to(tl.int64) * M + pid_m.to(tl.int64) * N
+def columns_of(pid_m, M, N, BN: tl.constexpr):
+    """Where, behind those of the rows, the partials of the columns in a row of tiles begin."""
+    return tl.cdiv(N, BN).to(tl.int64) * M + pid_m.to(tl.int64) * N
 
 
 @triton.jit
@@ -66,13 +66,16 @@ def _sweep_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     """Stores what columns remember, and the weights that are kept; returns what rows remember, and
     sums of rows of the kept w and of w * t."""
     # By number: unpacking would make tensors of the constants.
-    row, M, N, offset, layer = arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]
-    FX, FY, POSITIVE, COLUMNS = arguments[5], arguments[6], arguments[7], arguments[8]
-    KEPT, stride_kept, k, m = arguments[9], arguments[10], arguments[11], arguments[12]
-    PLAIN: tl.constexpr = arguments[13]
-    DESCRIBED: tl.constexpr = arguments[14]
-    FOLD: tl.constexpr = arguments[15]
-    ACTIVATION: tl.constexpr = arguments[16]
+    row, M, N, offset, layer, FX, FY, POSITIVE = (
+        arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5],
+        arguments[6], arguments[7],
+    )  # fmt: skip
+    COLUMNS = arguments[8] + arguments[9]
+    KEPT, stride_kept, k, m = arguments[10], arguments[11], arguments[12], arguments[13]
+    PLAIN: tl.constexpr = arguments[14]
+    DESCRIBED: tl.constexpr = arguments[15]
+    FOLD: tl.constexpr = arguments[16]
+    ACTIVATION: tl.constexpr = arguments[17]
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
     t = normalised(t, FX, FY, i, j, M, N, PLAIN)
     e = FOLD(t, k, m)
@@ -111,12 +114,16 @@ def _sweep_tile(
             X, Y, row, column, M, N, D, stride_x, stride_y, PLAIN, BM, BN, BK, EVEN, PRECISION,
             UNIT,
         )  # fmt: skip
-    COLUMNS, layer = columns_of(PARTIAL, pid_m, M, N, BN), partials(M, N, BM, BN)
-    arguments = (
-        row, M, N, offset, layer, FX, FY, POSITIVE, COLUMNS, KEPT, stride_kept, k, m, PLAIN,
-        DESCRIBED, FOLD, ACTIVATION,
+    columns, layer = columns_of(pid_m, M, N, BN), partials(M, N, BM, BN)
+    # A variable would make tensors of the constants among them.
+    rows, rows_w, rows_wt = in_slices(
+        _sweep_slice, t, column,
+        (
+            row, M, N, offset, layer, FX, FY, POSITIVE, PARTIAL, columns, KEPT, stride_kept, k, m,
+            PLAIN, DESCRIBED, FOLD, ACTIVATION,
+        ),
+        BM, BN, SLICES,
     )  # fmt: skip
-    rows, rows_w, rows_wt = in_slices(_sweep_slice, t, column, arguments, BM, BN, SLICES)
     store_rows(PARTIAL, rows, pid_n, row, M, BM, PLAIN)
     if KEPT is not None:
         store_rows(PARTIAL + layer, rows_w, pid_n, row, M, BM, PLAIN)
@@ -218,5 +225,6 @@ def maxima_kernel(
         REFERENCES = PARTIAL + partials(M, N, BM, BN)
         store_rows(PARTIAL, rows, pid_n, row, M, BM, False)
         store_rows(REFERENCES, reference, pid_n, row, M, BM, False)
-        store_columns(columns_of(PARTIAL, pid_m, M, N, BN), columns, j, N, False)
-        store_columns(columns_of(REFERENCES, pid_m, M, N, BN), other, j, N, False)
+        at = columns_of(pid_m, M, N, BN)
+        store_columns(PARTIAL + at, columns, j, N, False)
+        store_columns(REFERENCES + at, other, j, N, False)

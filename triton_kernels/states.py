@@ -56,8 +56,8 @@ def run_sweep(
     if plain:
         card.launch(
             fold.sweep_kernel, block.programs(plain, config), *block.features(chunk, config),
-            *block.affine(chunk), reference, card.stored(keeping, config), partial, *sizes, *where, **kinds,
-            **block.plain_tiles(config),
+            *block.affine(chunk), reference, card.stored(keeping, config), partial, *sizes, *where,
+            **kinds, **block.plain_tiles(config),
         )  # fmt: skip
     if chunk.tiles > plain:
         card.launch(

@@ -1,4 +1,4 @@
-"""A tile of t_ij = <x_i, y_j> * factor_x_i * factor_y_j, where it lies, and which of its pairs count.
+"""A tile of t_ij = <x_i, y_j> * factor_x_i * factor_y_j, its place, and which of its pairs count.
 
 The tiles of a chunk are of two kinds, and each kind has a launch of its own:
 

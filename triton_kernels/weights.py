@@ -80,14 +80,16 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     m, FX, FY, A, B, W = (
         arguments[5], arguments[6], arguments[7], arguments[8], arguments[9], arguments[10]
     )  # fmt: skip
-    stride_w, POSITIVE, COLUMNS = arguments[11], arguments[12], arguments[13]
-    PLAIN: tl.constexpr = arguments[14]
-    DESCRIBED: tl.constexpr = arguments[15]
-    SPREAD: tl.constexpr = arguments[16]
-    ENLARGED: tl.constexpr = arguments[17]
-    IS_TF32: tl.constexpr = arguments[18]
-    FOLD: tl.constexpr = arguments[19]
-    ACTIVATION: tl.constexpr = arguments[20]
+    stride_w, POSITIVE, PARTIAL, columns = (
+        arguments[11], arguments[12], arguments[13], arguments[14]
+    )  # fmt: skip
+    PLAIN: tl.constexpr = arguments[15]
+    DESCRIBED: tl.constexpr = arguments[16]
+    SPREAD: tl.constexpr = arguments[17]
+    ENLARGED: tl.constexpr = arguments[18]
+    IS_TF32: tl.constexpr = arguments[19]
+    FOLD: tl.constexpr = arguments[20]
+    ACTIVATION: tl.constexpr = arguments[21]
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
     t = normalised(t, FX, FY, i, j, M, N, PLAIN)
     w = ACTIVATION(t, k, m)
@@ -105,12 +107,12 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
         store_tile(W, w, row, column, M, N, stride_w, PLAIN, DESCRIBED, BM, BN)
     # After the weights: the other way round their registers do not suffice.
     rows = 0.0
-    if COLUMNS is not None:
+    if PARTIAL is not None:
         e = FOLD(t, k, m)
         if not PLAIN:
             store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
             e = tl.where(live, e, 0.0)
-        store_columns(COLUMNS, tl.sum(e, 0), j, N, PLAIN)
+        store_columns(PARTIAL + columns, tl.sum(e, 0), j, N, PLAIN)
         rows = tl.sum(e, 1)
     return rows, sum_w, sum_wt
 
@@ -139,14 +141,16 @@ def _weigh_tile(
             X, Y, row, column, M, N, D, stride_x, stride_y, PLAIN, BM, BN, BK, EVEN, PRECISION,
             UNIT,
         )  # fmt: skip
-    COLUMNS = None
-    if PARTIAL is not None:
-        COLUMNS = columns_of(PARTIAL, pid_m, M, N, BN)
-    arguments = (
-        row, M, N, offset, k, m, FX, FY, A, B, W, stride_w, POSITIVE, COLUMNS, PLAIN, DESCRIBED,
-        SPREAD, ENLARGED, PRECISION == "tf32", FOLD, ACTIVATION,
+    columns = columns_of(pid_m, M, N, BN)
+    # A variable would make tensors of the constants among them.
+    rows, sum_w, sum_wt = in_slices(
+        _weigh_slice, t, column,
+        (
+            row, M, N, offset, k, m, FX, FY, A, B, W, stride_w, POSITIVE, PARTIAL, columns, PLAIN, DESCRIBED,
+            SPREAD, ENLARGED, PRECISION == "tf32", FOLD, ACTIVATION,
+        ),
+        BM, BN, SLICES,
     )  # fmt: skip
-    rows, sum_w, sum_wt = in_slices(_weigh_slice, t, column, arguments, BM, BN, SLICES)
     if PARTIAL is not None:
         store_rows(PARTIAL, rows, pid_n, row, M, BM, PLAIN)
     _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
