@@ -3,8 +3,8 @@
 The tiles of a chunk are of two kinds, and each kind has a launch of its own:
 
     plain    whole tiles without positives: no masks at all, so that every store is 16 bytes wide
-    edges    the others: on the right and lower edge, and `skipped` whole tiles of each row of tiles,
-             those around the diagonal
+    edges    the others: on the right and lower edge, and around the diagonal, `skipped` whole tiles
+             of each row of tiles
 
 One kernel with a branch for both keeps both outcomes alive and spills. Rows and columns past an
 edge are computed from row or column 0 instead of being masked, so that loads stay wide; `negatives`

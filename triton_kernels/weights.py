@@ -146,8 +146,8 @@ def _weigh_tile(
     rows, sum_w, sum_wt = in_slices(
         _weigh_slice, t, column,
         (
-            row, M, N, offset, k, m, FX, FY, A, B, W, stride_w, POSITIVE, PARTIAL, columns, PLAIN, DESCRIBED,
-            SPREAD, ENLARGED, PRECISION == "tf32", FOLD, ACTIVATION,
+            row, M, N, offset, k, m, FX, FY, A, B, W, stride_w, POSITIVE, PARTIAL, columns, PLAIN,
+            DESCRIBED, SPREAD, ENLARGED, PRECISION == "tf32", FOLD, ACTIVATION,
         ),
         BM, BN, SLICES,
     )  # fmt: skip
