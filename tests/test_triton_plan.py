@@ -4,6 +4,7 @@ Every pair is in exactly one chunk; 4 passes for softmax, 3 for the sigmoid and 
 kept; work space within its bounds at N = 1M; traffic a small part of what the FLOPs take.
 """
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -32,16 +33,71 @@ def test_every_pair_is_in_one_chunk(m: int, n: int) -> None:
 
     for kept_rows in (0, 100, m + 5):
         for chunks in (
-            plan.sweep(m, n, config("sweep"), 1),
-            plan.sweep(m, n, config(), 2),
-            list(plan.weigh(m, n, config(), 2, kept_rows)),
+            plan.sweep(n, config("sweep"), 1, 0, m),
+            plan.sweep(n, config(), 2, 0, m),
+            list(plan.weigh(m, n, config("weigh"), 2, kept_rows)),
         ):
             assert sum(c.rows * c.columns for c in chunks) == m * n
             assert cover([(c.start, c.stop) for c in chunks], m)
             assert cover([(c.column_start, c.column_stop) for c in chunks], n)
             for c in chunks:
-                assert 0 < c.programs < 2**31
+                assert 0 < c.tiles < 2**31
                 assert not c.kept or c.stop <= kept_rows
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "interpreter"])
+@pytest.mark.parametrize("kind", ["sweep", "weigh", "both"])
+def test_every_tile_is_plain_or_of_the_edges(kind: str, architecture: str) -> None:
+    """Once, whatever the offset; and a plain tile is whole and has no positive: by the kernels' own
+    arithmetic."""
+    from fastclip.triton_kernels.plan import Chunk
+
+    bm, bn, *_ = config(kind, architecture)
+    sizes = [(3 * bm, 5 * bn), (3 * bm + 1, 2 * bn - 1), (bm - 1, 4 * bn), (6 * bm, bn), (1, 1)]
+    for m, n in sizes:
+        chunk = Chunk(0, m, 0, n, bm, bn)
+        near = [k * step + by for k in (-3, -1, 0, 1, 2) for step in (bm, bn) for by in (-1, 0, 1)]
+        for offset in sorted({-m, -m + 1, n - 1, n, *near}):
+            skipped = chunk.skipped(offset)
+            where = (m, n, offset, skipped, bm, bn)
+            plain = [plain_place(tile, *where) for tile in range(chunk.plain(skipped))]
+            edges = [edge_place(tile, *where) for tile in range(chunk.tiles - len(plain))]
+            every = product(range(chunk.tiles_m), range(chunk.tiles_n))
+            assert sorted(plain + edges) == list(every)
+            for i, j in plain:
+                assert (i + 1) * bm <= m and (j + 1) * bn <= n
+                first = i * bm + offset - j * bn  # of the diagonal, within the tile
+                assert first >= bn or first + bm <= 0
+            if skipped < n // bn:
+                assert skipped <= bm // bn + 2, "few tiles are made with masks"
+
+
+def place(tile: int, tiles_m: int, tiles_n: int, group: int = 2) -> tuple[int, int]:
+    first, within = divmod(tile, group * tiles_n)
+    height = min(tiles_m - first * group, group)
+    return first * group + within % height, within // height
+
+
+def first_skipped(row: int, n: int, offset: int, skipped: int, bm: int, bn: int) -> int:
+    return min(max(row * bm + offset, 0) // bn, n // bn - skipped)
+
+
+def plain_place(
+    tile: int, m: int, n: int, offset: int, skipped: int, bm: int, bn: int
+) -> tuple[int, int]:
+    i, j = place(tile, m // bm, n // bn - skipped)
+    return i, j + skipped * (j >= first_skipped(i, n, offset, skipped, bm, bn))
+
+
+def edge_place(
+    tile: int, m: int, n: int, offset: int, skipped: int, bm: int, bn: int
+) -> tuple[int, int]:
+    if tile < m // bm * skipped:
+        i, j = divmod(tile, skipped)
+        return i, j + first_skipped(i, n, offset, skipped, bm, bn)
+    tile -= m // bm * skipped
+    on_the_right = -(-m // bm) if n % bn else 0
+    return (tile, n // bn) if tile < on_the_right else (m // bm, tile - on_the_right)
 
 
 @pytest.mark.parametrize("n", NS)
@@ -99,7 +155,7 @@ def test_traffic_is_hidden_behind_the_products(n: int, d: int) -> None:
         plan.weigh_cost(n, n, d, config("both"), 2, fold=True),
     ):
         assert cost.bytes / BYTES < 0.5 * cost.flops / FLOPS
-    chunks = plan.sweep(n, n, config("sweep"), 1)
+    chunks = plan.sweep(n, config("sweep"), 1, 0, n)
     partial = 8 * sum(c.partials for c in chunks)
     assert partial / BYTES < 0.05 * 2 * n * n * d / FLOPS
 
