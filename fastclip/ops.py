@@ -82,6 +82,13 @@ KEPT_ROW_UNIT = 16
 _library = torch.library.Library("fastclip", "DEF")
 
 
+def _smaller(a: int, b: int) -> int:
+    # Of symbolic sizes `min` would compile one order alone. Of plain ones `sym_min` is refused by
+    # the compilers of torch 2.10 and 2.11: it is an operator of torch that returns no tensor.
+    plain = isinstance(a, int) and isinstance(b, int)
+    return min(a, b) if plain else torch.sym_min(a, b)
+
+
 def _fake_states(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     dtype = state_dtype(x.device)
     m, n = x.shape[0], y.shape[0]
@@ -92,7 +99,7 @@ def _fake_sweep(
     x: Tensor, y: Tensor, factor_x: Any, factor_y: Any, scale: Tensor, bias: Any, bound: Any,
     offset: int, loss: str, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kept = x.new_empty((keep * torch.sym_min(x.shape[0], y.shape[0]),), dtype=accumulation_dtype(x))
+    kept = x.new_empty((keep * _smaller(x.shape[0], y.shape[0]),), dtype=accumulation_dtype(x))
     return *_fake_states(x, y), kept
 
 
@@ -165,7 +172,8 @@ def implement(engine: str, module: ModuleType) -> None:
 
 def rows_to_keep(m: int, n: int, itemsize: int, budget: int) -> int:
     """`keep` for a budget in bytes: whole rows of t, along the longer side, in steps of 16."""
-    long, short = torch.sym_max(m, n), torch.sym_min(m, n)
+    short = _smaller(m, n)
+    long = m + n - short
     padded = (long + KEPT_ROW_UNIT - 1) // KEPT_ROW_UNIT * KEPT_ROW_UNIT
     affordable = budget // (short * itemsize) // KEPT_ROW_UNIT * KEPT_ROW_UNIT
-    return torch.sym_min(padded, affordable)
+    return _smaller(padded, affordable)
