@@ -5,13 +5,14 @@
 #   make test ARGS='-k clip'  ARGS goes to the program behind demo, test and bench
 #   make PIP_ARGS='--index-url URL' test     takes the packages from another index
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
+#   make test-oldest          what touches torch's own changes, with the oldest torch that is promised
 #   make gpu                  no .venv: the running python3, its torch and its GPU
 #   make emulated             tests of losses and operators, for the CUDA engine, on the CPU: minutes
 #   make test-cuda            what compiles for minutes, the experimental tensor-core kernels foremost
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cuda emulated bench lint format clean gpu
+.PHONY: demo test test-oldest test-cuda emulated bench lint format clean gpu
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -35,6 +36,12 @@ ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradient
   scalars_and_dtypes spoilt_inputs switches operator_sizes properties accuracy live
 emulated: .venv/extension
 	FASTCLIP_TEST_DEVICE=emulated $(BIN)/pytest $(ON_ANY_ENGINE:%=tests/test_%.py) $(ARGS)
+
+# In an environment of its own, where a copy of fastclip is installed: an editable installation would
+# put its extension into fastclip/, in the place of .venv's, which is of another torch.
+OLDEST := compile operators drop_in shapes errors dispatch triton_dispatch triton_plan gpu_engine_*
+test-oldest: .venv-oldest/extension
+	.venv-oldest/bin/pytest $(OLDEST:%=tests/test_%.py) $(ARGS)
 
 # CUTLASS's headers alone: what its package asks for besides is for generating kernels. Where they or
 # nvcc are missing these tests are skipped.
@@ -65,19 +72,29 @@ gpu:
 	$(PYTHON) -m bench.gpu
 
 clean:
-	rm -rf .venv build dist demo *.egg-info fastclip/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist demo *.egg-info fastclip/_C.* .pytest_cache .ruff_cache .hypothesis
 	find fastclip triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # Of pip's some hundred lines those about large files are shown; errors go to stderr, past the filter.
 .venv/packages: .requirements.txt
+.venv-oldest/packages: .requirements-oldest.txt
+.venv/packages .venv-oldest/packages:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python >= 3.10: make PYTHON=...")'
-	@echo 'Making .venv from .requirements.txt. Where torch is built for CUDA this takes several GB.'
-	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/pip install --progress-bar off $(PIP_ARGS) -r .requirements.txt \
+	@echo 'Making $(@D) from $<. Where torch is built for CUDA this takes several GB.'
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/pip install --progress-bar off $(PIP_ARGS) -r $< \
 	  | { grep --line-buffered -E 'Downloading .*([0-9]{2}\.[0-9] MB|GB)\)' || true; }
 	@touch $@
 
 .venv/extension: .venv/packages setup.py pyproject.toml $(CSRC)
 	@echo 'Building the extension: a minute or two the first time.'
 	@$(BIN)/pip --quiet $(INSTALL)
+	@touch $@
+
+# Not from an earlier copy in build/, which keeps modules that are gone.
+.venv-oldest/extension: .venv-oldest/packages setup.py pyproject.toml $(CSRC) \
+  $(shell find fastclip triton_kernels -name '*.py')
+	@echo 'Building the extension for the oldest torch: a minute or two the first time.'
+	@rm -rf build/lib*
+	@.venv-oldest/bin/pip --quiet $(filter-out --editable,$(INSTALL))
 	@touch $@

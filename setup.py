@@ -4,8 +4,9 @@ The extension is optional: where torch or a C++ compiler is missing, or the comp
 package installs without it and its plain PyTorch engine serves. Nothing here asks what hardware
 this machine has: every capability of the architecture is compiled, the choice falls at run time.
 
-The CUDA engine joins where torch is built for CUDA and nvcc, found by CUDA_HOME or on PATH, has the
-same major version; else one line says why not. TORCH_CUDA_ARCH_LIST names the cards to compile for.
+The CUDA engine joins where torch is built for CUDA and nvcc has the same major version; else one
+line says why not. CUDA_HOME names nvcc's folder; without it PATH is searched, then the places where
+torch looks for a toolkit. TORCH_CUDA_ARCH_LIST names the cards to compile for.
 """
 
 import hashlib
@@ -102,7 +103,21 @@ def install_without(reason: object) -> None:
 
 
 class NoCuda(Exception):
-    """Why the CUDA engine cannot be built."""
+    """Why the CUDA engine cannot be built, in a line; and nvcc's output, where it said more."""
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        super().__init__(reason)
+        self.output = output.strip()
+
+    def explained(self) -> str:
+        """The reason above the end of the output: pip may show no line but those of the error."""
+        lines = self.output.splitlines()
+        if len(lines) > LAST_LINES:
+            lines[:-LAST_LINES] = [f"[{len(lines) - LAST_LINES} lines before these]"]
+        return "\n  ".join([str(self), *lines])
+
+
+LAST_LINES = 40  # of nvcc's output in an error
 
 
 class Toolkit(NamedTuple):
@@ -139,6 +154,24 @@ def cuda_architectures(asked: str, known: Collection[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def find_nvcc() -> str:
+    """Of CUDA_HOME where that is set; else on PATH, else where torch finds a toolkit."""
+    if home := os.environ.get("CUDA_HOME"):
+        nvcc, searched = nvcc_in(home), f"under CUDA_HOME={home}"
+    else:
+        from torch.utils.cpp_extension import CUDA_HOME as usual  # such as /usr/local/cuda
+
+        nvcc = shutil.which("nvcc") or (nvcc_in(usual) if usual else None)
+        searched = f"on PATH{f' or under {usual}' if usual else ''}, and CUDA_HOME is not set"
+    if nvcc is None:
+        raise NoCuda(f"there is no nvcc {searched}")
+    return nvcc
+
+
+def nvcc_in(home: str) -> str | None:
+    return shutil.which("nvcc", path=str(Path(home) / "bin"))
+
+
 def find_toolkit(torch_version: str, torch_cuda: str | None) -> Toolkit:
     """The nvcc that goes with torch; raises NoCuda."""
     asked = os.environ.get("FASTCLIP_CUDA", "")
@@ -148,17 +181,14 @@ def find_toolkit(torch_version: str, torch_cuda: str | None) -> Toolkit:
         raise NoCuda("FASTCLIP_CUDA=0 left it out")
     if torch_cuda is None:
         raise NoCuda(f"torch {torch_version} is not built for CUDA")
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
-    if nvcc is None:
-        where = f"under CUDA_HOME={home}" if home else "on PATH, and CUDA_HOME is not set"
-        raise NoCuda(f"there is no nvcc {where}")
+    nvcc = find_nvcc()
 
     def ask(*arguments: str) -> str:
         done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+        output = done.stdout + done.stderr
         if done.returncode:
-            raise NoCuda(f"{shlex.join([nvcc, *arguments])} fails")
-        return done.stdout + done.stderr
+            raise NoCuda(f"{shlex.join([nvcc, *arguments])} fails", output)
+        return output
 
     told = re.search(r"release (\d+\.\d+)", ask("--version"))
     version = told[1] if told else "unknown"
@@ -206,8 +236,12 @@ def compile_cuda(toolkit: Toolkit, source: CudaSource, folder: Path) -> str:
     if not (target.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest()):
         folder.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
-        if subprocess.run(command).returncode:
-            raise NoCuda(f"nvcc {toolkit.version} fails at {source.path}")
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        if done.returncode:
+            raise NoCuda(f"nvcc {toolkit.version} fails at {source.path}", done.stdout)
+        sys.stderr.write(done.stdout)  # its warnings
         stamp.write_text(digest.hexdigest())
     return str(target)
 
@@ -226,8 +260,8 @@ def add_cuda(extension: Any, toolkit: Toolkit, objects: list[str]) -> None:
 def leave_out_cuda(extension: Any, reason: NoCuda) -> None:
     """Tell why there is no CUDA engine, or stop where FASTCLIP_CUDA=1 asks for one."""
     if os.environ.get("FASTCLIP_CUDA") == "1":
-        sys.exit(f"fastclip: FASTCLIP_CUDA=1, but {reason}")
-    print(f"fastclip: no CUDA engine: {reason}", file=sys.stderr, flush=True)
+        sys.exit(f"fastclip: FASTCLIP_CUDA=1, but {reason.explained()}")
+    print(f"fastclip: no CUDA engine: {reason.explained()}", file=sys.stderr, flush=True)
     extension.define_macros.append(("FASTCLIP_WHY_NO_CUDA", json.dumps(str(reason))))
 
 
@@ -254,7 +288,8 @@ def extension_arguments() -> dict[str, Any]:
             super().finalize_options()
             # An editable install would build in a new temporary folder each time; in a fixed one
             # ninja recompiles only what changed. It knows headers and flags, so it is always asked.
-            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            # One for each torch: two that took turns would recompile everything each time.
+            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
             self.build_temp = str(Path("build") / f"objects-{tag}")
             self.force = True
 

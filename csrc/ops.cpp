@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
                 *const q = weights.mutable_data_ptr<double>();
   at::parallel_for(0, lines, 2048, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      PORTABLE::Line line;
+      PORTABLE::Line line{NAN, NAN, NAN};  // as far as the compiler knows, for_loss may call nothing
       PORTABLE::for_loss(name, [&](auto loss) {
         line = loss.finish(reference[i], reference[lines + i], k * t[i % period] + (loss.kUsesBias ? k0 : 0.));
       });

@@ -132,7 +132,8 @@ def _unit_gradients_fit(x: Tensor, y: Tensor, needs_x: bool, needs_y: bool, plan
     Where the features have that dtype they become the gradients; else they are work space, which
     GPUs have: there a sweep saved is a quarter of the time.
     """
-    waiting = x.shape[0] * x.shape[1] * needs_x + y.shape[0] * y.shape[1] * needs_y
+    # Torch 2.11 compiles no product of a symbolic size and a bool.
+    waiting = x.shape[0] * x.shape[1] * int(needs_x) + y.shape[0] * y.shape[1] * int(needs_y)
     dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
     if x.dtype == y.dtype == dtype or x.device.type == "cuda":
         return True

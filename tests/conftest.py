@@ -23,8 +23,10 @@ except ImportError:
     setuptools = None
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import dense_block
 import judge
@@ -33,6 +35,27 @@ import torch
 
 import fastclip
 from fastclip import chunked
+
+
+def mend_interpreter() -> None:
+    """Before 3.7 Triton interprets a scalar as an array of shape (1,), of which NumPy 2.4 makes no
+    `int` any more: no kernel with a loop would run. `item` takes arrays of one element."""
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: Any) -> None:
+        patch_language(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        mend_interpreter()
 
 TESTED = os.environ.get("FASTCLIP_TEST_DEVICE", "cpu")
 DEVICE = torch.device("cpu" if TESTED == "emulated" else TESTED)
@@ -48,6 +71,7 @@ if TESTED == "emulated":
     dense_block.assert_gradients = functools.partial(
         dense_block.assert_gradients, half_products=True
     )
+
 BACKENDS = [name for name in ON_DEVICE if fastclip.backends().get(name) == "available"]
 
 

@@ -7,6 +7,7 @@ sources as they are now, and else compiles: minutes become seconds.
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 
@@ -15,7 +16,8 @@ def built_object(checkout: Path, out: Path) -> Path | None:
     names = [k for k, part in enumerate(out.parts) if part.startswith("objects-")]
     built = checkout.joinpath("build", *out.parts[names[0] :]) if names else out
     # An editable build ends with the library: ninja has then seen to every object.
-    linked = max((path.stat().st_mtime for path in checkout.glob("fastclip/_C.*")), default=0)
+    library = f"fastclip/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    linked = max((path.stat().st_mtime for path in checkout.glob(library)), default=0)
     newest = max(path.stat().st_mtime for path in (checkout / "csrc").iterdir())
     return built if built.is_file() and linked > newest else None
 

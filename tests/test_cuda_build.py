@@ -181,7 +181,8 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "--list-gpu-code) echo sm_75; echo sm_80; echo sm_90 ;;\n"
         f"""--dryrun*) echo '#$ LIBRARIES=  "-L{tmp_path}/stubs" "-L{tmp_path}/lib"' >&2 ;;\n"""
         # Compiling: the source's first word says whether that works.
-        '*) for last; do :; done; grep -q "^fine" "$LAST_SOURCE" && echo object > "$OBJECT" ;;\n'
+        '*) if grep -q "^fine" "$LAST_SOURCE"; then echo object > "$OBJECT"; echo "a warning" >&2\n'
+        '   else seq -f "note %g" 100; echo "error: broken" >&2; exit 1; fi ;;\n'
         "esac\n"
     )
     nvcc.chmod(0o755)
@@ -205,18 +206,40 @@ def test_nvcc_is_found_on_path(
     assert setup.find_toolkit("2.13.0+cu126", "12.6").nvcc == str(toolkit / "bin/nvcc")
 
 
+def test_nvcc_is_found_where_torch_finds_a_toolkit(
+    setup: SimpleNamespace, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither on PATH nor named, as in many an image; one on PATH goes before."""
+    no_nvcc(toolkit, monkeypatch)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(toolkit))
+    assert setup.find_toolkit("2.13.0+cu126", "12.6").nvcc == str(toolkit / "bin/nvcc")
+    monkeypatch.setenv("PATH", str(toolkit / "bin"))
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/elsewhere")
+    assert setup.find_nvcc() == str(toolkit / "bin/nvcc")
+
+
 def no_nvcc(toolkit: Path, patch: pytest.MonkeyPatch) -> None:
     patch.delenv("CUDA_HOME")
     patch.setenv("PATH", str(toolkit / "lib"))
+    patch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+
+
+def no_nvcc_there(toolkit: Path, patch: pytest.MonkeyPatch) -> None:
+    no_nvcc(toolkit, patch)
+    patch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/elsewhere")
 
 
 def broken_nvcc(toolkit: Path, patch: pytest.MonkeyPatch) -> None:
-    (toolkit / "bin/nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (toolkit / "bin/nvcc").write_text("#!/bin/sh\necho no licence >&2\nexit 1\n")
 
 
 OBSTACLES = {
     "no CUDA in torch": (None, None, "torch 2.13.0 is not built for CUDA"),
     "no nvcc": ("12.6", no_nvcc, "there is no nvcc on PATH, and CUDA_HOME is not set"),
+    "no nvcc where torch looks": (
+        "12.6", no_nvcc_there,
+        "there is no nvcc on PATH or under /elsewhere, and CUDA_HOME is not set",
+    ),
     "no nvcc there": (
         "12.6", lambda toolkit, patch: (toolkit / "bin/nvcc").unlink(),
         "there is no nvcc under CUDA_HOME=",
@@ -255,13 +278,14 @@ def test_what_stands_in_the_way_is_one_line_or_an_error(
     extension = SimpleNamespace(define_macros=[])
     setup.leave_out_cuda(extension, raised.value)
     told = capsys.readouterr().err
-    assert told == f"fastclip: no CUDA engine: {raised.value}\n"
+    assert told == f"fastclip: no CUDA engine: {raised.value.explained()}\n"
+    assert ("\n  no licence\n" in told) == (arrange is broken_nvcc)
     ((name, value),) = extension.define_macros
     assert name == "FASTCLIP_WHY_NO_CUDA" and str(raised.value) in value
     monkeypatch.setenv("FASTCLIP_CUDA", "1")
     with pytest.raises(SystemExit, match="fastclip: FASTCLIP_CUDA=1, but ") as stopped:
         setup.leave_out_cuda(extension, raised.value)
-    assert message in str(stopped.value)
+    assert message in str(stopped.value) and raised.value.explained() in str(stopped.value)
 
 
 def test_a_setting_of_neither_kind_is_an_error(
@@ -278,8 +302,9 @@ def test_no_card_is_asked_for() -> None:
 
 
 def test_an_object_is_made_anew_when_something_changed(
-    setup: SimpleNamespace, toolkit: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    setup: SimpleNamespace, toolkit: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("csrc").mkdir()
     source, header, made = Path("csrc/a.cu"), Path("csrc/a.h"), Path("objects/a.o")
@@ -302,10 +327,15 @@ def test_an_object_is_made_anew_when_something_changed(
     assert is_made(architectures=["sm_90"]) and not is_made(architectures=["sm_90"])
     assert is_made(version="12.9")
     assert is_made()
+    assert capfd.readouterr().err == "a warning\n" * 5
     source.write_text("broken\n")
     for _ in range(2):  # a failure is not remembered as a success
-        with pytest.raises(setup.NoCuda, match=r"nvcc 12\.8 fails at csrc/a\.cu"):
+        with pytest.raises(setup.NoCuda, match=r"^nvcc 12\.8 fails at csrc/a\.cu$") as raised:
             is_made()
+    # An error must say itself what nvcc found: of a failed build pip may show no other line.
+    told = raised.value.explained()
+    assert told.startswith("nvcc 12.8 fails at csrc/a.cu\n  [61 lines before these]\n  note 62\n")
+    assert told.endswith("\n  note 100\n  error: broken")
     source.write_text("fine\n")  # nor as what was there before
     assert is_made() and not is_made()
 
@@ -318,8 +348,9 @@ def test_the_command_has_each_card_and_the_units_own_flags(
     Path("csrc/a.cu").touch()
     commands = []
     monkeypatch.setattr(
-        subprocess, "run", lambda c: (commands.append(c), SimpleNamespace(returncode=0))[1]
-    )
+        subprocess, "run",
+        lambda c, **_: (commands.append(c), SimpleNamespace(returncode=0, stdout=""))[1],
+    )  # fmt: skip
     toolkit = setup.Toolkit("nvcc", "13.0", [], ["sm_80", "sm_90a", "compute_120"])
     setup.compile_cuda(toolkit, setup.CudaSource("csrc/a.cu", ("-DA",)), Path("objects"))
     setup.compile_cuda(toolkit, setup.CudaSource("csrc/a.cu", (), ("sm_90a",)), Path("others"))

@@ -251,7 +251,7 @@ def test_importing_and_asking_touches_no_card() -> None:
         "print(reason)"
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip()
 

@@ -326,7 +326,7 @@ def test_an_extension_with_the_cuda_engine_loads_without_a_card(
     c = ["-x", "c", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", stub]
     subprocess.run([*shlex.split(compiler), *c, str(tmp_path / "torch_cuda.c")], check=True)
     built = subprocess.run(
-        [sys.executable, "-P", "-c", BUILD_FOR_CUDA, "build_ext", "--build-lib", str(tmp_path),
+        [sys.executable, "-I", "-c", BUILD_FOR_CUDA, "build_ext", "--build-lib", str(tmp_path),
          version],
         cwd=shutil.copytree(sources, tmp_path / "sources"),
         env=environment(

@@ -101,7 +101,7 @@ def test_importing_fastclip_imports_neither_triton_nor_its_kernels() -> None:
         "'fastclip.triton_kernels.')])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
 
