@@ -166,11 +166,14 @@ def _go_on_if_alive(
 def _blank(case: Case, method: str, shared: Run) -> Row:
     return replace(
         shared.where,
-        when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        loss=case.loss, m=case.m, n=case.n, d=case.d, dtype=case.dtype, data=case.data,
+        when=_now(), loss=case.loss, m=case.m, n=case.n, d=case.d, dtype=case.dtype, data=case.data,
         scale=case.scale, mode=case.mode, method=method,
         passes=METHODS[method].passes(case, shared.options.device),
     )  # fmt: skip
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
 
 
 def _first_line(error: Exception) -> str:
@@ -258,7 +261,7 @@ def _skipped_rows(shared: Run, rows: list[Row]) -> list[Row]:
     """One for each method that ran on no case at all."""
     ran = {row.method for row in rows}
     return [
-        replace(shared.where, mode="skipped", method=method, note=reason)
+        replace(shared.where, when=_now(), mode="skipped", method=method, note=reason)
         for method, reason in shared.skipped.items()
         if method not in ran
     ]

@@ -15,7 +15,6 @@ from .cases import GROUPS
 from .steps import CUT, FAILED, NOT_RUN, Outcome, Session
 
 MOST_FAILURES = 6  # of one step
-SHOWN = ("headline", "engines", "again")
 
 
 def report(session: Session) -> str:
@@ -24,7 +23,8 @@ def report(session: Session) -> str:
     path = rows.path_of(session.out, session.device, session.again)
     found = results.read(path) if path.exists() else []
     found = [row for row in found if row.when >= session.began]
-    parts += [part for group in SHOWN if (part := table_of(found, group))]
+    shown = ("again",) if session.again else ("headline", "engines")
+    parts += [part for group in shown if (part := table_of(found, group))]
     if not session.again:
         found_tiles = winners.winners(session.out / tiles.FILE)
         parts += ["\n".join(map(str, found_tiles))] if found_tiles else []

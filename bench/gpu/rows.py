@@ -26,14 +26,25 @@ def path_of(out: Path, device: str, again: bool = False) -> Path:
     return out / ("gpu-again-rows.csv" if again else f"{machine}.csv")
 
 
+def of_group(rows: list[results.Row], group: str) -> list[results.Row]:
+    """The rows of a group's cases and methods."""
+    wanted = {(*case_key(case), name) for case in cases.GROUPS[group]() for name in case.methods}
+    return [row for row in rows if row.key in wanted]
+
+
+def case_key(case: Case) -> tuple[object, ...]:
+    """What the keys of its rows begin with."""
+    shape = (case.m, case.n, case.d)
+    return (case.loss, *shape, case.dtype, case.data, case.scale, case.mode)
+
+
 def remaining(plan: list[Case], done: list[results.Row], without: list[str]) -> list[Case]:
     """What of a plan is left to measure, given the rows of this run."""
     lost = {row.method for row in done if row.note.startswith(runner.LOST)} | set(without)
     known = {row.key for row in done if row.ms is not None or row.note}
     left = []
     for case in plan:
-        shape = (case.loss, case.m, case.n, case.d)
-        key = (*shape, case.dtype, case.data, case.scale, case.mode)
+        key = case_key(case)
         methods = tuple(
             name for name in case.methods if name not in lost and (*key, name) not in known
         )
@@ -65,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     except runner.DeviceLost as error:
         print(f"device lost: {error}", flush=True)
         return steps.LOST
-    rows = [row for row in done + rows if row.mode != "skipped"]
+    rows = of_group(done + rows, options.group)
     broken = failures(rows)
     for row in broken:
         print(f"FAILED: {row.method} on {row.loss} {row.n} {row.dtype}: {row.note}", flush=True)

@@ -11,11 +11,10 @@ import os
 import subprocess
 import tempfile
 import types
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build, jit
@@ -30,8 +29,17 @@ PROPERTIES = types.SimpleNamespace(
 )  # fmt: skip
 
 
+class Anything:
+    """A module that is not loaded: whatever it has is called in vain."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
 class Driver:
     """Enough of a driver to compile with."""
+
+    utils = Anything()
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
@@ -43,20 +51,12 @@ class Driver:
         return 0
 
 
-class Products(TorchDispatchMode):
-    """Matrix products whose result is not looked at."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        if name not in ("mm", "addmm", "bmm"):
-            return func(*args, **kwargs)
-        if "out" in kwargs:
-            return kwargs["out"]
-        a, b = args[-2:] if name != "addmm" else args[1:3]
-        return torch.empty(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
+def product(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+    """In the place of a library's: of the right shape, and garbage."""
+    if options.get("out") is not None:
+        return options["out"]
+    dtype = options.get("out_dtype", a.dtype)
+    return torch.empty(*a.shape[:-1], *b.shape[1:], dtype=dtype, device=a.device)
 
 
 def pretend() -> None:
@@ -69,8 +69,21 @@ def pretend() -> None:
     backends = importlib.import_module("fastclip.backends")  # beside it there is a function
     backends._STATUS["triton", None] = backends.AVAILABLE
     backends._SERVED["triton"] = ("cuda", "cpu")
+    # Where the tensors' device decides what is launched, it is the card that counts.
+    function = importlib.import_module("fastclip.function")
+    function._unit_gradients_fit = lambda *arguments: True
+    _skip_products()
     _compile_only()
     _build_launchers()
+
+
+def _skip_products() -> None:
+    torch.mm = torch.matmul = torch.Tensor.__matmul__ = torch.Tensor.mm = product
+    torch.addmm = lambda total, a, b, **options: product(a, b, **options)
+    # On a CPU its operands are copied into fp32 first, half a gigabyte each.
+    gradients = importlib.import_module("fastclip.triton_kernels.gradients")
+    if hasattr(gradients, "accumulate"):
+        gradients.accumulate = lambda *arguments, **options: None
 
 
 def _compile_only() -> None:
@@ -89,33 +102,16 @@ def _compile_only() -> None:
 def _build_launchers() -> None:
     """Launchers and the driver's own module are C, compiled where they are missing: they go into
     the cache, linked to a library of the driver's name, and are not loaded."""
-    folder = Path(tempfile.mkdtemp(prefix="libcuda-"))
-    empty = ["cc", "-shared", "-x", "c", os.devnull, "-o", str(folder / "libcuda.so.1")]
-    subprocess.run([*empty, "-Wl,-soname,libcuda.so.1"], check=True)
-    nvidia.libcuda_dirs = nvidia.library_dirs = lambda: [str(folder)]
+    folder = tempfile.mkdtemp(prefix="libcuda-")
+    library = ["cc", "-shared", "-x", "c", os.devnull, "-o", f"{folder}/libcuda.so.1"]
+    subprocess.run([*library, "-Wl,-soname,libcuda.so.1"], check=True)
+    nvidia.libcuda_dirs = nvidia.library_dirs = lambda: [folder]
+    link = build._build
 
-    def compile_module(
-        src: str, name: str, library_dirs: Any = None, include_dirs: Any = None,
-        libraries: Any = None, ccflags: Any = None,
-    ) -> Any:  # fmt: skip
-        key = build.hashlib.sha256((src + build.platform_key()).encode()).hexdigest()
-        suffix = build.sysconfig.get_config_var("EXT_SUFFIX")
-        cache = build.get_cache_manager(key)
-        if cache.get_file(f"{name}{suffix}") is None:
-            with tempfile.TemporaryDirectory() as place:
-                source = Path(place) / f"{name}.c"
-                source.write_text(src)
-                # The empty library defines nothing, and must be asked for at run time all the same.
-                flags = ["-Wl,--no-as-needed", *(ccflags or [])]
-                made = build._build(
-                    name, str(source), place, library_dirs or [], include_dirs or [],
-                    libraries or [], flags,
-                )  # fmt: skip
-                cache.put(Path(made).read_bytes(), f"{name}{suffix}", binary=True)
-        return types.SimpleNamespace(launch=None)
+    def build_module(*arguments: Any) -> str:
+        # The empty library defines nothing, and must be asked for at run time all the same.
+        return link(*arguments[:-1], [*arguments[-1], "-Wl,--no-as-needed"])
 
-    nvidia.compile_module_from_src = compile_module
-    compile_module(
-        (Path(nvidia.dirname) / "driver.c").read_text(), "cuda_utils", nvidia.library_dirs(),
-        nvidia.include_dirs, nvidia.libraries,
-    )  # fmt: skip
+    build._build = build_module
+    build._load_module_from_path = lambda name, path: Anything()
+    nvidia.CudaUtils()
