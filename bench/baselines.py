@@ -252,12 +252,12 @@ def kept_bytes(case: Case, method: str, device: str) -> int:
     CLIP keeps whole rows of products, but the PyTorch engine none. SigLIP keeps float32 gradients
     where the features' own are of another dtype.
     """
-    from fastclip.ops import rows_to_keep
+    from fastclip.kept import rows_to_keep
 
     if not method.startswith("fastclip") or case.mode == "forward":
         return 0
     if _keeps_everything(case, method):
-        # The Triton engine's exponentials of half features are in half precision.
+        # The Triton engine's weights of half features are in half precision.
         return case.m * case.n * (2 if case.half and "triton" in method else 4)
     budget = _budget(method, device)
     if case.loss == "siglip":

@@ -48,7 +48,7 @@ class Configurations(types.ModuleType):
         return [default, default._replace(stages=4), default._replace(descriptors=True)]
 
 
-def tile_step(loss: str, n: int, d: int, device: str) -> None:
+def tile_step(loss: str, n: int, d: int, device: str, keeps: bool = False) -> None:
     """Asks for the tiles of a kernel, as the engine does."""
     kernel = {"clip": "sweep", "siglip": "both"}[loss]
 

@@ -83,7 +83,7 @@ def test_smoke_compares_bits_and_asks_of_every_engine_the_same(monkeypatch):
 
     on_cpu = list(smoke.checks("clip", "bfloat16", "cpu"))
     on_card = list(smoke.checks("clip", "bfloat16", "cuda"))
-    assert [check for _, check in on_cpu].count("accuracy") == 18
+    assert [check for _, check in on_cpu].count("accuracy") == 24
     assert [check for _, check in on_card].count("graph") == 2
     assert {(p.n, p.d, p.normalize) for p, check in on_card if check == "kept"} == {
         (n, d, normalize) for n, d in smoke.SHAPES for normalize in (False, True)
@@ -193,7 +193,7 @@ def test_a_candidate_that_takes_its_process_along_is_not_tried_again(
 ):
     """It is written down before it runs."""
 
-    def step(loss, n, d, device):
+    def step(loss, n, d, device, keeps=False):
         def run(config: Config) -> None:
             if config.descriptors:
                 raise SystemExit("a crash")
@@ -218,14 +218,16 @@ def test_a_candidate_that_takes_its_process_along_is_not_tried_again(
 def test_shares_of_candidates_are_compiled_apart(configurations, monkeypatch):
     ran = []
 
-    def step(loss, n, d, device):
-        configurations.choose(device, "bf16", False, d, 8, loss, lambda c: ran.append((loss, c)))
+    def step(loss, n, d, device, keeps=False):
+        name = f"{loss}{' kept' if keeps else ''}"
+        configurations.choose(device, "bf16", False, d, 8, name, lambda c: ran.append((name, c)))
 
     monkeypatch.setattr(tiles, "step", step)
     for index in range(2):
         tiles.compile_share(index, 2, "cpu")
     found = configurations.candidates(Config(128, 3, False))
-    assert sorted(ran) == sorted((loss, c) for loss in ("clip", "siglip") for c in found)
+    names = ("clip", "siglip", "clip kept")
+    assert sorted(ran) == sorted((name, c) for name in names for c in found)
 
 
 def test_winners_take_the_tables_place_where_they_were_timed(tmp_path, configurations):

@@ -1,6 +1,6 @@
 """Times the Triton engine's tile candidates in turns: `python -m bench.gpu.tiles`.
 
-One step of each loss at 32,768 x 768 in bf16. Where the engine asks its table for a kernel's tiles,
+Steps of each loss at 32,768 x 768 in bf16. Where the engine asks its table for a kernel's tiles,
 all candidates run: first each once, to be compiled, then in rounds, so that clocks and neighbours
 favour none. Processes beforehand fill Triton's cache in parallel. A candidate that fails is a row
 with its message; one whose process ends with it is not tried again.
@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from .. import results
+from ..baselines import bytes_of_everything
 from ..cases import LOSSES, Case, make_inputs
 from ..timing import CLOCKS, wait_for
 from . import figures, process, steps
 
 FILE = "gpu-tiles.csv"
 N, D = 32768, 768
-# What compiles needs no size, but what is compiled for depends on strides' divisibility.
-SMALL = 2048
+# For compiling: as small as a block can be that is not one of those with kernels of their own.
+SMALL = 4096
 PROCESSES = 12
 ROUNDS, SECONDS = 7, 8.0  # of one kernel's candidates, at most
 COMPILING_SECONDS = 60.0
@@ -62,14 +63,26 @@ def run_of(arguments: tuple[object, ...]) -> Callable[[Any], object] | None:
     return arguments[1 + len(KEY)] if len(arguments) > 1 + len(KEY) else None
 
 
-def step(loss: str, n: int, d: int, device: str) -> None:
-    """One step, forward and backward, of the Triton engine."""
+def step(loss: str, n: int, d: int, device: str, keeps: bool = False) -> None:
+    """One step, forward and backward, of the Triton engine, that `keeps` everything or nothing."""
     from fastclip import loss as losses
 
-    inputs = make_inputs(Case(loss, n, n, d, "bfloat16", 14.3), device)
+    case = Case(loss, n, n, d, "bfloat16", 14.3)
+    inputs = make_inputs(case, device)
     function = losses.clip_loss if loss == "clip" else losses.siglip_loss
-    function(inputs.x, inputs.y, inputs.scale, inputs.bias, backend="triton").backward()
+    budget = bytes_of_everything(case) if keeps else 0
+    value = function(
+        inputs.x, inputs.y, inputs.scale, inputs.bias, backend="triton", memory_budget=budget
+    )
+    value.backward()
     wait_for(device)
+
+
+def all_steps(n: int, d: int, device: str) -> None:
+    """Steps that between them ask for the tiles of every kernel."""
+    for loss in LOSSES:
+        step(loss, n, d, device)
+    step("clip", n, d, device, keeps=True)
 
 
 class Candidates:
@@ -175,8 +188,7 @@ def compile_share(index: int, of: int, device: str) -> None:
         return default
 
     with choosing(choose):
-        for loss in LOSSES:
-            step(loss, SMALL, D, device)
+        all_steps(SMALL, D, device)
 
 
 def compile_all(device: str, seconds: float) -> None:
@@ -216,8 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = Candidates(path, options.device, N)
     try:
         with choosing(found.choose):
-            for loss in LOSSES:
-                step(loss, N, D, options.device)
+            all_steps(N, D, options.device)
     except DeviceLost:
         return steps.LOST
     ran = sum(bool(row["rounds"]) for row in found.rows.values())
