@@ -296,6 +296,16 @@ def test_half_a_line_is_dropped_and_columns_are_checked(tmp_path):
     assert figures.read(tmp_path / "none.csv") == []
 
 
+def test_an_errors_reason_is_what_began_it():
+    try:
+        try:
+            raise TypeError("cannot convert\nto tensor")
+        except TypeError as error:
+            raise RuntimeError("at 19:4: a page of source") from error
+    except RuntimeError as error:
+        assert figures.reason(error) == "TypeError: cannot convert to tensor"
+
+
 def test_rates_are_work_over_time(monkeypatch):
     monkeypatch.setitem(rates.CLOCKS, "cpu", lambda run, repeats: 0.5)
     assert rates.rate(100.0, lambda: None, "cpu") == (200.0, 0.5)

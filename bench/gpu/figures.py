@@ -51,6 +51,13 @@ def read(path: Path) -> list[dict[str, str]]:
         return [line for line in csv.DictReader(file) if None not in line.values()]
 
 
+def reason(error: BaseException, most: int = 300) -> str:
+    """An error in one line: what began it, for a compiler's own message is a page of source."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:most]
+
+
 def replace(path: Path, rows: Iterable[Mapping[str, object]], columns: Iterable[str]) -> None:
     """Writes all of a file in one step: a cut leaves the old one or the new one."""
     columns = list(columns)

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             except Exception as error:
                 failed += 1
-                print(f"FAILED: {subject}: {type(error).__name__}: {error}"[:200], flush=True)
+                print(f"FAILED: {subject}: {figures.reason(error)}", flush=True)
                 continue
             profiled += 1
             _write(path, subject, found)

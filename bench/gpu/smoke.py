@@ -203,8 +203,7 @@ def work(label: str, loss: str, dtype: str, device: str, path: Path, tiles: Path
             try:
                 row.update(JUDGES[check](problem, engine))
             except Exception as error:
-                note = f"{type(error).__name__}: {error}"[:300]
-                row.update(status="FAILED", note=note)
+                row.update(status="FAILED", note=figures.reason(error))
             figures.append(path, row, COLUMNS)
             try:
                 wait_for(device)

@@ -135,8 +135,8 @@ def run_all(steps: Sequence[Step], session: Session) -> None:
         try:
             outcome = step.run(session, seconds)
         except Exception as error:  # of this package's own: no reason to lose the card's time
-            note = f"{type(error).__name__}: {error}"
-            outcome = Outcome(step.name, FAILED, session.clock() - began, note)
+            spent = session.clock() - began
+            outcome = Outcome(step.name, FAILED, spent, figures.reason(error))
         _note(session, outcome)
 
 

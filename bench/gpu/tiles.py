@@ -142,7 +142,7 @@ class Candidates:
             run(config)
             wait_for(self.device)
         except Exception as error:  # no room, no such tile, a compiler that fails
-            row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            row["note"] = figures.reason(error)
             self.write()
             try:
                 wait_for(self.device)

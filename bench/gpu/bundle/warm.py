@@ -16,7 +16,7 @@ import torch
 
 from ...baselines import bytes_of_everything
 from ...cases import LOSSES, Case, Inputs
-from .. import cases, smoke, tiles
+from .. import cases, figures, smoke, tiles
 from . import pretended
 
 
@@ -76,8 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             step()
         except Exception as error:
             failed += 1
-            told = " ".join(str(error).split())[:200]
-            print(f"FAILED: {name}: {type(error).__name__}: {told}", flush=True)
+            print(f"FAILED: {name}: {figures.reason(error)}", flush=True)
         print(f"{time.monotonic() - began:6.1f} s  {name}", flush=True)
     return 1 if failed else 0
 
