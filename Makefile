@@ -6,13 +6,16 @@
 #   make PIP_ARGS='--index-url URL' test     takes the packages from another index
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
 #   make test-oldest          what touches torch's own changes, with the oldest torch that is promised
-#   make gpu                  no .venv: the running python3, its torch and its GPU
+#   make gpu                  no .venv: the running python3, its torch and its GPU; eight minutes
+#   make gpu AGAIN=1          then, with the tiles that won: four minutes
+#   make gpu BUNDLE=folder    takes what `make gpu-bundle` made on a machine without a card
+#   make gpu-bundle PYTHON=python3.12        makes it, gpu-bundle/, for torch 2.11 and Hopper cards
 #   make emulated             tests of losses and operators, for the CUDA engine, on the CPU: minutes
 #   make test-cuda            what compiles for minutes, the experimental tensor-core kernels foremost
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest test-cuda emulated bench lint format clean gpu
+.PHONY: demo test test-oldest test-cuda emulated bench lint format clean gpu gpu-bundle
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -62,17 +65,25 @@ format: .venv/packages
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-# The running python3 may belong to the system; pip then wants to be told that this is meant. The
-# CUDA engine is compiled for the machine's own card, a sixth of the time that all take.
+# Installs fastclip, checks and times it. Files go to $OUT, else to bench/results; `ARGS=--seconds=N`
+# gives it less time or more.
 gpu:
-	@$(PYTHON) -m bench.gpu --check
-	card=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); \
-	  FASTCLIP_REQUIRE_EXTENSION=0 PIP_BREAK_SYSTEM_PACKAGES=1 \
-	  TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$card} $(PYTHON) -m pip --quiet $(INSTALL)
-	$(PYTHON) -m bench.gpu
+	@$(PYTHON) -m bench.gpu $(if $(AGAIN),--again) $(if $(BUNDLE),--bundle '$(BUNDLE)') \
+	  $(if $(WINNERS),--winners '$(WINNERS)') $(ARGS)
+
+# BUNDLE_PYTHON names an environment that has the packages of bench/gpu/bundle/requirements.txt.
+BUNDLE_PYTHON ?= .venv-bundle/bin/python
+gpu-bundle: $(if $(filter .venv-bundle/%,$(BUNDLE_PYTHON)),.venv-bundle/packages)
+	$(BUNDLE_PYTHON) -m bench.gpu.bundle gpu-bundle $(ARGS)
+
+.venv-bundle/packages: bench/gpu/bundle/requirements.txt
+	@$(PYTHON) -m venv --clear .venv-bundle
+	@.venv-bundle/bin/pip install --quiet --progress-bar off $(PIP_ARGS) -r $<
+	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist demo *.egg-info fastclip/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-bundle gpu-bundle build dist demo *.egg-info fastclip/_C.* \
+	  .pytest_cache .ruff_cache .hypothesis
 	find fastclip triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # Of pip's some hundred lines those about large files are shown; errors go to stderr, past the filter.

@@ -11,11 +11,11 @@
     runner.py       all of it, case by case, into the CSV of this machine
     progress.py     how far it has come
     results.py      that CSV: its columns, the machine's name
-    table.py goals.py plot.py markdown.py   that CSV as tables and as a picture
+    table.py goals.py gpu_goals.py plot.py markdown.py   that CSV as tables and as a picture
     distributed/    losses across processes; results/distributed has its CSVs
     traffic.py      the bytes that a rank sends
     scale.py scale_page.py   a model of thousands of GPUs, and its page
-    gpu.py          the loss tests and few cases on a CUDA device, for `make gpu`
+    gpu/            `make gpu`: checks, times and tests on a CUDA device, step by step
 
 It is no part of the package: nothing in `fastclip` imports it.
 """

@@ -7,7 +7,8 @@ fastclip's own engines are methods like any other.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,12 +35,13 @@ class Unavailable(Exception):
 @dataclass(frozen=True)
 class Method:
     """`make` and `passes` take a case and a device; passes are the matmuls of 2 M N D FLOP that the
-    method cannot do without."""
+    method cannot do without. `within`, if any, is entered for each run and left after it."""
 
     name: str
     text: str
     make: Callable[[Case, str], Loss]
     passes: Callable[[Case, str], float]
+    within: Callable[[], contextlib.AbstractContextManager[None]] | None = None
 
 
 def make_step(case: Case, method: str, inputs: Inputs) -> Step:
@@ -66,9 +68,17 @@ def make_step(case: Case, method: str, inputs: Inputs) -> Step:
             value = loss(x, y, scale, bias)
         return value.detach(), *torch.autograd.grad(value, inputs.leaves, allow_unused=True)
 
-    if case.mode == "graph":
-        return _captured(both, device)
-    return forward if case.mode == "forward" else both
+    step = forward if case.mode == "forward" else both
+    if within := METHODS[method].within:
+        step = partial(_run_within, within, step)
+    return _captured(step, device) if case.mode == "graph" else step
+
+
+def _run_within(
+    within: Callable[[], contextlib.AbstractContextManager[None]], step: Step
+) -> tuple[Tensor | None, ...]:
+    with within():
+        return step()
 
 
 def _captured(step: Step, device: str) -> Step:
@@ -181,11 +191,34 @@ def _engine(device: str, wanted: str | None) -> str | None:
     return engine
 
 
-def _fastclip(case: Case, device: str, wanted: str | None, budget: int | None) -> Loss:
+def _fastclip(
+    case: Case, device: str, wanted: str | None, budget: int | None, needs_fused: bool = False
+) -> Loss:
     from fastclip import loss as losses
 
+    engine = _engine(device, wanted)
+    if needs_fused and not fused_is_built():
+        raise Unavailable("fastclip was built without the fused kernels (CUTLASS's headers)")
+    if budget == EVERYTHING:
+        if case.loss == "siglip":
+            raise Unavailable("SigLIP keeps nothing: its gradients are made in the forward")
+        budget = bytes_of_everything(case)
     chosen = losses.clip_loss if case.loss == "clip" else losses.siglip_loss
-    return partial(chosen, backend=_engine(device, wanted), memory_budget=budget)
+    return partial(chosen, backend=engine, memory_budget=budget)
+
+
+def fused_is_built() -> bool:
+    """Whether the CUDA engine has its tensor-core kernels."""
+    import fastclip
+
+    info = getattr(fastclip, "build_info", lambda: None)() or {}
+    return bool(info.get("cuda") and info["cuda"].get("fused"))
+
+
+def bytes_of_everything(case: Case) -> int:
+    """A memory budget that no engine can exceed: an fp32 number for each pair."""
+    long, short = max(case.m, case.n), min(case.m, case.n)
+    return 4 * (long + 16) * short
 
 
 def _reference(case: Case, device: str) -> Loss:
@@ -209,16 +242,23 @@ def _budget(method: str, device: str) -> int:
     return 0 if method == "fastclip budget=0" or device != "cpu" else CPU_MEMORY_BUDGET
 
 
+def _keeps_everything(case: Case, method: str) -> bool:
+    return method.endswith(" kept") and case.loss == "clip" and case.mode != "forward"
+
+
 def kept_bytes(case: Case, method: str, device: str) -> int:
     """How much of its memory budget a method fills: zero for all but fastclip.
 
     CLIP keeps whole rows of products, but the PyTorch engine none. SigLIP keeps float32 gradients
     where the features' own are of another dtype.
     """
-    from fastclip.ops import rows_to_keep
+    from fastclip.kept import rows_to_keep
 
     if not method.startswith("fastclip") or case.mode == "forward":
         return 0
+    if _keeps_everything(case, method):
+        # The Triton engine's weights of half features are in half precision.
+        return case.m * case.n * (2 if case.half and "triton" in method else 4)
     budget = _budget(method, device)
     if case.loss == "siglip":
         waiting = (case.m + case.n) * case.d * 4
@@ -231,10 +271,13 @@ def kept_bytes(case: Case, method: str, device: str) -> int:
 def _passes_of_fastclip(case: Case, device: str, method: str) -> float:
     if case.mode == "forward":
         return 1.0
+    if _keeps_everything(case, method):
+        return 3.0
     kept = kept_bytes(case, method, device)
     if case.loss == "siglip":
-        # The forward makes the gradients as well, where they have room to wait for the backward.
-        return 3.0 if kept or case.dtype != "bfloat16" else 4.0
+        # The forward makes the gradients as well, where they have room to wait for the backward:
+        # on GPUs always.
+        return 3.0 if kept or case.dtype != "bfloat16" or device != "cpu" else 4.0
     return 4.0 - min(1.0, kept / (4 * case.m * case.n))
 
 
@@ -272,9 +315,27 @@ def _checkpoint_passes(case: Case, device: str) -> float:
     return forward if case.mode == "forward" else 4 * forward
 
 
-def _own(name: str, text: str, engine: str | None, budget: int | None = None) -> Method:
-    make = partial(_fastclip, wanted=engine, budget=budget)
-    return Method(name, text, make, partial(_passes_of_fastclip, method=name))
+# In the place of a memory budget: as much as the case can use.
+EVERYTHING = -1
+
+
+@contextlib.contextmanager
+def fused_tiles() -> Iterator[None]:
+    """The CUDA engine asks its environment at every call."""
+    before = os.environ.get("FASTCLIP_CUDA_TILES", "library")
+    os.environ["FASTCLIP_CUDA_TILES"] = "fused"
+    try:
+        yield
+    finally:
+        os.environ["FASTCLIP_CUDA_TILES"] = before
+
+
+def _own(
+    name: str, text: str, engine: str | None, budget: int | None = None, fused: bool = False
+) -> Method:
+    make = partial(_fastclip, wanted=engine, budget=budget, needs_fused=fused)
+    passes = partial(_passes_of_fastclip, method=name)
+    return Method(name, text, make, passes, fused_tiles if fused else None)
 
 
 METHODS: dict[str, Method] = {
@@ -290,6 +351,9 @@ METHODS: dict[str, Method] = {
         _own("fastclip torch", 'backend="torch"', "torch"),
         _own("fastclip triton", 'backend="triton"', "triton"),
         _own("fastclip cuda", 'backend="cuda"', "cuda"),
+        _own("fastclip triton kept", "the same, every product kept", "triton", EVERYTHING),
+        _own("fastclip cuda kept", "the same, every product kept", "cuda", EVERYTHING),
+        _own("fastclip cuda fused", "its own tensor-core kernels", "cuda", fused=True),
         *(_peer(name) for name in peers.PEERS),
     )
 }

@@ -38,21 +38,39 @@ class Goal:
         return figure <= bound if self.at_most else figure >= bound
 
 
-def table_of(rows: list[Row]) -> str:
-    """Every goal as Markdown, those without rows as not measured."""
-    from .gpu_goals import gpu_goals  # which is made of this file's
+@dataclass(frozen=True)
+class Judged:
+    """A goal, its figure at each scale, and "aim", "floor", "missed" or "not measured"."""
 
-    lines = []
-    for goal in gpu_goals(rows) if any(row.on_gpu for row in rows) else GOALS:
+    goal: Goal
+    figures: list[float | None]
+    verdict: str
+
+
+def judged(rows: list[Row]) -> list[Judged]:
+    """Every goal of the device that the rows are from."""
+    from .gpu_goals import GPU_GOALS  # which is made of this file's
+
+    found = []
+    for goal in GPU_GOALS if any(row.on_gpu for row in rows) else GOALS:
         figures = [goal.figure([row for row in rows if row.scale == scale]) for scale in SCALES]
         known = [pair for pair in zip(figures, goal.aims, strict=True) if pair[0] is not None]
         verdict = "missed" if known else "not measured"
         if known and all(goal.reached(figure, goal.floor) for figure, _ in known):
             every = all(goal.reached(figure, aim) for figure, aim in known)
             verdict = "aim" if every else "floor"
+        found.append(Judged(goal, figures, verdict))
+    return found
+
+
+def table_of(rows: list[Row]) -> str:
+    """Every goal as Markdown, those without rows as not measured."""
+    lines = []
+    for one in judged(rows):
+        goal = one.goal
         aims = [goal.form(aim) for aim in dict.fromkeys(goal.aims)]
-        here = ["" if figure is None else goal.form(figure) for figure in figures]
-        lines.append([goal.text, goal.form(goal.floor), ", ".join(aims), *here, verdict])
+        here = ["" if figure is None else goal.form(figure) for figure in one.figures]
+        lines.append([goal.text, goal.form(goal.floor), ", ".join(aims), *here, one.verdict])
     header = ["goal", "floor", "aim", *(f"scale {scale:g}" for scale in SCALES), "reached"]
     return markdown(header, lines)
 

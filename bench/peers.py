@@ -1,6 +1,7 @@
 """Published losses of other projects. All of them need a CUDA device and their package installed.
 
     inf_cl 1.2.1         arXiv 2410.17243: a one-way softmax, called once for each direction
+    liger_kernel 0.8.5   its fused linear layer and cross-entropy, called once for each direction
     memeff 0.3.1         a two-way softmax; its temperature is a number and gets no gradient
     siglip_kernel 0.1.2  SigLIP
 
@@ -71,6 +72,19 @@ def _inf_cl(case: Case, device: str) -> Loss:
     return loss
 
 
+def _liger(case: Case, device: str) -> Loss:
+    functional = _module("liger_kernel.transformers.functional", case, device, "clip")
+    labels = torch.arange(case.m, device=device)
+    one_way = functional.liger_fused_linear_cross_entropy
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        # The scale has a gradient only as a factor of the features, in their dtype.
+        factor = scale.to(x.dtype)
+        return (one_way(factor * x, y, labels) + one_way(factor * y, x, labels)) / 2
+
+    return loss
+
+
 def _memeff(case: Case, device: str) -> Loss:
     package = _module("memeff", case, device, "clip")
     module = package.MemoryEfficientCLIPLoss(
@@ -86,6 +100,7 @@ def _siglip_kernel(case: Case, device: str) -> Loss:
 
 PEERS: dict[str, Peer] = {
     "inf_cl": Peer("Inf-CL, both directions", _inf_cl, 2, 10),
+    "liger": Peer("Liger's linear cross-entropy, both ways", _liger, 2, 6),
     "memeff": Peer("MemoryEfficientCLIPLoss", _memeff, 1, 5),
     "siglip_kernel": Peer("fused_siglip_loss", _siglip_kernel, 3, 3),
 }

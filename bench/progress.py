@@ -1,4 +1,7 @@
-"""How far a run has come: tqdm's bar, or a line for each case where tqdm is not installed."""
+"""How far a run has come: tqdm's bar on a terminal, else a line for each case.
+
+A bar in a log is some kilobytes of what nobody reads.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,6 @@ class Lines:
 
 def bar(total: int) -> Lines:
     """A bar of `total` rows, to be used in a `with`."""
-    if tqdm is None:
+    if tqdm is None or not sys.stderr.isatty():
         return Lines(total)
     return tqdm(total=total, unit="row", dynamic_ncols=True, smoothing=0)

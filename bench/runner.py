@@ -21,11 +21,17 @@ from . import memory, progress, results
 from .baselines import METHODS, Step, Unavailable, kept_bytes, make_step
 from .cases import LARGEST_TRUTH, Case, Inputs, make_inputs
 from .results import Row
-from .timing import CLOCKS, GemmLimit, Timing, interleaved
+from .timing import CLOCKS, GemmLimit, Timing, interleaved, wait_for
 from .truth import Truth, relative_error, truth
 
 MIB = 2**20
 SECOND_WARM_UP_BELOW = 1.0  # seconds
+# How the note of a method begins that no later process should try.
+LOST = "device lost: "
+
+
+class DeviceLost(Exception):
+    """A kernel's failure has made the device useless to this process; no row is lost."""
 
 
 @dataclass
@@ -70,16 +76,26 @@ def run(plan: list[Case], options: Options) -> list[Row]:
             def tell(method: str, doing: str) -> None:
                 bar.set_postfix_str(f"{doing} {method}")
 
-            rows += measure_case(case, shared, tell)
+            def keep(found: list[Row], before: tuple[Row, ...] = tuple(rows)) -> None:
+                done = [*before, *found]
+                done += _skipped_rows(shared, done)
+                results.write(options.path, results.merge(old, done))
+
+            rows += measure_case(case, shared, tell, keep)
             bar.update(len(case.methods))
-            done = rows + _skipped_rows(shared, rows)
-            results.write(options.path, results.merge(old, done))
             gc.collect()
     return rows + _skipped_rows(shared, rows)
 
 
-def measure_case(case: Case, shared: Run, tell: Callable[[str, str], None]) -> list[Row]:
-    """The rows of one case, one for each method that there is for it here."""
+def measure_case(
+    case: Case, shared: Run, tell: Callable[[str, str], None], keep: Callable[[list[Row]], None]
+) -> list[Row]:
+    """The rows of one case, one for each method that there is for it here. `keep` is given them as
+    soon as they say something new.
+
+    Raises:
+        DeviceLost: after `keep` has the rows, the culprit's last.
+    """
     options = shared.options
     inputs = make_inputs(case, options.device)
     steps: dict[str, Step] = {}
@@ -92,50 +108,85 @@ def measure_case(case: Case, shared: Run, tell: Callable[[str, str], None]) -> l
             shared.skipped[method] = str(error)
             continue
         except Exception as error:  # a rival's step that no graph can capture
-            rows[method] = _blank(case, method, shared)
-            rows[method].note = f"{type(error).__name__}: {_first_line(error)}"[:200]
+            rows[method] = _failed(case, method, shared, error)
+            _go_on_if_alive(options.device, rows, keep, method)
             continue
         rows[method] = row = _blank(case, method, shared)
         try:
-            value = _warm_up(step)
-            if options.errors and case.m * case.n <= LARGEST_TRUTH**2:
+            value = _warm_up(step, options.device)
+            if options.errors and case.m * case.n <= LARGEST_TRUTH[options.device] ** 2:
                 tell(method, "error of")
                 _set_errors(row, value, _truth(case, inputs, shared))
             steps[method] = step
         except Exception as error:  # a rival's failure is a result, not the end of the run
-            row.note = f"{type(error).__name__}: {_first_line(error)}"[:200]
+            rows[method] = _failed(case, method, shared, error)
+            _go_on_if_alive(options.device, rows, keep, method)
         value = None
     if steps:
         tell(f"{len(steps)} methods", "timing")
-        _set_times(case, steps, rows, shared)
+        try:
+            _set_times(case, steps, rows, shared)
+        except Exception as error:  # in a round: nobody can tell whose turn it was
+            for method in steps:
+                rows[method] = _failed(case, method, shared, error)
+            _go_on_if_alive(options.device, rows, keep)
+    keep(list(rows.values()))
     del inputs, steps  # before other processes need the memory
     gc.collect()
     if options.memory and case.memory:
         for method, row in rows.items():
             tell(method, "memory of")
             _set_memory(case, method, row, shared)
+        keep(list(rows.values()))
     return list(rows.values())
+
+
+def _failed(case: Case, method: str, shared: Run, error: Exception) -> Row:
+    note = f"{type(error).__name__}: {_first_line(error)}"[:200]
+    return replace(_blank(case, method, shared), note=note)
+
+
+def _go_on_if_alive(
+    device: str, rows: dict[str, Row], keep: Callable[[list[Row]], None], culprit: str = ""
+) -> None:
+    """Whatever is asked of a CUDA device after a kernel's failure fails as well, and rivals would
+    have rows that accuse them. What ran out of memory leaves it to them."""
+    gc.collect()
+    try:
+        wait_for(device)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    except RuntimeError as error:
+        if culprit:
+            rows[culprit].note = f"{LOST}{rows[culprit].note}"[:200]
+        keep(list(rows.values()))
+        raise DeviceLost(_first_line(error)) from error
 
 
 def _blank(case: Case, method: str, shared: Run) -> Row:
     return replace(
         shared.where,
-        when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        loss=case.loss, m=case.m, n=case.n, d=case.d, dtype=case.dtype, data=case.data,
+        when=_now(), loss=case.loss, m=case.m, n=case.n, d=case.d, dtype=case.dtype, data=case.data,
         scale=case.scale, mode=case.mode, method=method,
         passes=METHODS[method].passes(case, shared.options.device),
     )  # fmt: skip
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "no message")
 
 
-def _warm_up(step: Step) -> tuple[torch.Tensor | None, ...]:
+def _warm_up(step: Step, device: str) -> tuple[torch.Tensor | None, ...]:
     began = time.perf_counter()
     value = step()
+    wait_for(device)
     if time.perf_counter() - began < SECOND_WARM_UP_BELOW:
         value = step()
+        wait_for(device)
     return value
 
 
@@ -210,7 +261,7 @@ def _skipped_rows(shared: Run, rows: list[Row]) -> list[Row]:
     """One for each method that ran on no case at all."""
     ran = {row.method for row in rows}
     return [
-        replace(shared.where, mode="skipped", method=method, note=reason)
+        replace(shared.where, when=_now(), mode="skipped", method=method, note=reason)
         for method, reason in shared.skipped.items()
         if method not in ran
     ]

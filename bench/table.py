@@ -25,8 +25,9 @@ README_METHODS = ("open_clip", "compiled", "checkpoint", "fastclip")
 
 
 def committed() -> list[Path]:
-    """The CSVs in bench/results."""
-    return sorted(results.RESULTS.glob("*.csv"))
+    """The CSVs of rows in bench/results: `make gpu` puts others beside them."""
+    found = sorted(results.RESULTS.glob("*.csv"))
+    return [path for path in found if not path.name.startswith("gpu-")]
 
 
 def spread(row: Row) -> str:

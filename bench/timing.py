@@ -57,6 +57,12 @@ def cuda_clock(run: Run, repeats: int) -> float:
 CLOCKS: dict[str, Clock] = {"cpu": host_clock, "cuda": cuda_clock}
 
 
+def wait_for(device: str) -> None:
+    """Returns when the device is done: a kernel's failure is then told here and nowhere else."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def interleaved(
     runs: dict[str, Run],
     seconds: float,

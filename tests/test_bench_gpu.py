@@ -1,17 +1,18 @@
 """The bench's part for CUDA devices, as far as it can be judged without one."""
 
-import sys
-from collections import namedtuple
+import os
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_import import TINY, rows_of_a_case
+from bench_rehearsal import Limit
 
-from bench import baselines, cases, goals, gpu, memory, progress, results, runner, tiles, timing
+from bench import baselines, goals, memory, progress, results, runner, timing
+from bench.cases import LOSSES, SCALES, Case, make_inputs
+from bench.gpu import cases, rows
 
 
 class FakeEvent:
@@ -57,7 +58,7 @@ def test_memory_on_a_gpu_is_torchs_own_peak_in_this_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 100))
 
-    def make_step(case: cases.Case, method: str, inputs: None):
+    def make_step(case: Case, method: str, inputs: None):
         def step() -> None:
             peak[0] = max(peak[0], 100 + (7000 if case.m < TINY.m * 2 else 400))
             if method == "too large":
@@ -66,7 +67,7 @@ def test_memory_on_a_gpu_is_torchs_own_peak_in_this_process(monkeypatch):
         return step
 
     monkeypatch.setattr(memory, "make_step", make_step)
-    large = cases.Case("clip", 512, 512, 16, "float32", 14.3)
+    large = Case("clip", 512, 512, 16, "float32", 14.3)
     monkeypatch.setattr(memory, "WARM_UP_PAIRS", 8)  # whose peak does not count
     assert memory.measure(large, "dense", "cuda") == (400, "")
     assert memory.measure(large, "too large", "cuda") == (None, "memory: OutOfMemoryError")
@@ -81,32 +82,103 @@ def test_a_gpus_rows_are_told_from_a_cpus(monkeypatch):
     assert not results.machine_row("cpu").on_gpu
 
 
-def test_the_cases_are_those_of_the_tables_and_the_large_ones_last():
-    plan = cases.gpu()
-    assert [case.n for case in plan] == sorted(case.n for case in plan)
-    assert len({case.name for case in plan}) == len(plan)
-    # Those the README's tables are made of, and the ones that a streaming loss is for.
-    widths = {(case.d, case.n > 8192) for case in plan if case.n < 1 << 20}
-    assert widths == {(512, False), (768, True)} and plan[-1].n == 1 << 20
-    assert {(case.loss, case.dtype, case.scale) for case in plan if case.n == 8192} == {
-        (loss, dtype, scale)
-        for loss in cases.LOSSES
-        for dtype in ("bfloat16", "float32")
-        for scale in cases.SCALES
+def test_the_headline_comes_first_and_our_own_methods_before_rivals():
+    plan = cases.headline()
+    assert [(case.loss, case.n) for case in plan[:2]] == [("clip", 32768), ("clip", 65536)]
+    assert {(case.loss, case.n, case.scale) for case in plan} == {
+        (loss, n, scale) for loss in LOSSES for n in cases.LARGE for scale in SCALES
     }
-    assert all("fastclip" in case.methods for case in plan)
-    dense = [case for case in plan if 2048 <= case.n < 1 << 20 and case.mode == "both"]
-    assert all(case.memory and "memeff" in case.methods for case in dense)
-    for group in (gpu.CARD_TESTS, gpu.LOSS_TESTS):
-        assert all((gpu.ROOT / file).exists() for file in group)
+    for case in plan:
+        assert case.methods[: len(cases.OWN)] == cases.OWN and case.memory
+    compiled = [(case.n, case.scale) for case in plan if "compiled" in case.methods]
+    assert compiled == [(32768, 14.3)] * 2, "once for each loss"
+    for made in cases.GROUPS.values():
+        names = [case.name for case in made()]
+        assert len(set(names)) == len(names)
+        for case in made():
+            assert set(case.methods) <= {*baselines.METHODS, cases.WINNERS}
 
 
-def test_graphs_are_timed_where_a_step_waits_for_launches():
-    graphs = [case for case in cases.gpu() if case.mode == "graph"]
-    assert {(case.loss, case.n) for case in graphs} == {
-        (loss, n) for loss in cases.LOSSES for n in (256, 512, 1024, 2048)
+def test_fp32_is_compared_with_the_dense_loss_and_no_method_is_measured_twice():
+    plan = cases.engines()
+    fp32 = [case for case in plan if case.dtype == "float32"]
+    assert {(case.n, case.d) for case in fp32} == {(16384, 768)}
+    wanted = {"dense", "fastclip", "fastclip triton", "fastclip cuda"}
+    assert all(wanted <= set(case.methods) for case in fp32)
+    half = [case for case in plan if case.dtype == "bfloat16"]
+    # The library's products are the headline's rows.
+    assert {(case.loss, case.n, case.methods) for case in half} == {
+        (loss, 32768, ("fastclip cuda fused",)) for loss in LOSSES
     }
-    assert all({"open_clip", "fastclip"} <= set(case.methods) for case in graphs)
+    names = [
+        (case.name, method)
+        for group in ("headline", "engines", "small", "rest")
+        for case in cases.GROUPS[group]()
+        for method in case.methods
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_small_batches_are_timed_eager_and_in_a_graph():
+    found = {(case.loss, case.n, case.mode) for case in cases.small()}
+    assert found == {
+        (loss, n, mode)
+        for loss in LOSSES for n in (256, 512, 1024, 2048) for mode in ("both", "graph")
+    }  # fmt: skip
+    assert all({"open_clip", "fastclip"} <= set(case.methods) for case in cases.small())
+    assert cases.rest()[0].n == 1 << 20
+
+
+def test_inputs_are_made_on_the_device(monkeypatch):
+    """With its own generator; those on a CPU are what committed results came from."""
+    asked = []
+    generator = torch.Generator
+
+    def on_cpu(device: str) -> torch.Generator:
+        asked.append(device)
+        return generator()
+
+    monkeypatch.setattr(torch, "Generator", on_cpu)
+    inputs = make_inputs(TINY, "cpu")
+    assert asked == ["cpu"]
+    drawn = torch.randn(32, 16, generator=generator().manual_seed(32 * 31 + 32 * 17 + 16))
+    assert torch.equal(inputs.x, torch.nn.functional.normalize(drawn, dim=1))
+
+
+def test_what_is_kept_counts_as_memory_and_saves_a_pass():
+    clip = Case("clip", 64, 64, 16, "bfloat16", 14.3)
+    passes = {
+        name: baselines.METHODS[name].passes(clip, "cuda")
+        for name in ("fastclip", "fastclip triton kept", "fastclip cuda kept")
+    }
+    assert passes == {"fastclip": 4.0, "fastclip triton kept": 3.0, "fastclip cuda kept": 3.0}
+    assert baselines.kept_bytes(clip, "fastclip triton kept", "cuda") == 2 * 64 * 64
+    assert baselines.kept_bytes(clip, "fastclip cuda kept", "cuda") == 4 * 64 * 64
+    # On a card a sigmoid loss's gradients always wait for the backward.
+    siglip = replace(clip, loss="siglip")
+    assert baselines.METHODS["fastclip"].passes(siglip, "cuda") == 3.0
+    assert baselines.METHODS["fastclip"].passes(replace(siglip, n=8192, m=8192, d=8192), "cpu") == 4
+    monkey = baselines.METHODS["fastclip triton kept"]
+    with pytest.raises(baselines.Unavailable):
+        monkey.make(siglip, "cpu")
+
+
+def test_a_methods_setting_holds_while_it_runs_and_no_longer(monkeypatch):
+    monkeypatch.delenv("FASTCLIP_CUDA_TILES", raising=False)
+    seen = []
+
+    def loss(x, y, scale, bias):
+        seen.append(os.environ.get("FASTCLIP_CUDA_TILES"))
+        return (x * y).sum() * scale
+
+    fused = baselines.METHODS["fastclip cuda fused"]
+    monkeypatch.setitem(baselines.METHODS, fused.name, replace(fused, make=lambda *case: loss))
+    plain = replace(fused, name="plain", make=lambda *case: loss, within=None)
+    monkeypatch.setitem(baselines.METHODS, "plain", plain)
+    inputs = make_inputs(TINY)
+    for name in ("fastclip cuda fused", "plain"):
+        baselines.make_step(TINY, name, inputs)()
+    assert seen[0] == "fused" and seen[1] in (None, "library")
 
 
 def test_a_replayed_step_returns_what_it_captured(monkeypatch):
@@ -127,24 +199,38 @@ def test_a_replayed_step_returns_what_it_captured(monkeypatch):
 
 
 def test_the_cards_goals():
-    """Ratios on any card, milliseconds on the one that they were set for."""
+    """Ratios on any card, milliseconds on the one that they are set for."""
 
     def verdicts(rows: list[results.Row]) -> dict[str, str]:
         cells = [line.strip("|").split("|") for line in goals.table_of(rows).splitlines()[2:]]
         return {line[0].strip(): line[-1].strip() for line in cells}
 
     card = {"threads": 0, "capability": "sm_90", "dtype": "bfloat16"}
-    large = rows_of_a_case(**card, m=32768, n=32768, d=768, cpu="NVIDIA H100 80GB HBM3")
+    large = rows_of_a_case(**card, m=32768, n=32768, d=768, cpu="NVIDIA A100")
     found = verdicts(large)
-    assert not any("milliseconds" in goal for goal in found)
+    times = [goal for goal in found if "milliseconds" in goal]
+    assert len(times) == 7 and {found[goal] for goal in times} == {"not measured"}
     assert found["CLIP bfloat16, 32768 x 768: faster than open_clip"] == "aim"
     assert found["CLIP bfloat16, 32768 x 768: of the GEMM limit"] == "aim"
     assert found["CLIP bfloat16, 65536 x 768: of the GEMM limit"] == "not measured"
     compiled = replace(large[1], method="compiled", peak_mib=2000.0)
-    assert verdicts([*large, compiled])["the same: memory over torch.compile's"] == "missed"
-    for milliseconds, verdict in ((9.5, "aim"), (11.0, "floor"), (13.0, "missed")):
-        rows = [replace(row, cpu="NVIDIA H200", ms=milliseconds) for row in large]
-        assert verdicts(rows)["CLIP bfloat16, 32768 x 768: milliseconds"] == verdict
+    memory_goal = "CLIP bfloat16, 32768 x 768: memory over torch.compile's"
+    assert verdicts([*large, compiled])[memory_goal] == "missed"
+    for name, milliseconds, verdict in (
+        ("H100", 9.3, "aim"), ("H100", 9.5, "floor"), ("H100", 13.0, "missed"),
+        ("H200", 9.5, "aim"), ("H200", 11.0, "floor"), ("H200", 13.0, "missed"),
+    ):  # fmt: skip
+        rows = [replace(row, cpu=f"NVIDIA {name}", ms=milliseconds) for row in large]
+        found = verdicts(rows)
+        assert found[f"CLIP bfloat16, 32768 x 768, {name}: milliseconds"] == verdict
+        other = {"H100": "H200", "H200": "H100"}[name]
+        assert found[f"CLIP bfloat16, 32768 x 768, {other}: milliseconds"] == "not measured"
+    for over, card_name, verdict in ((1.2, "H100", "floor"), (1.2, "H200", "aim")):
+        rows = [replace(row, cpu=card_name, over_compiled=over) for row in large]
+        goal = f"CLIP bfloat16, 32768 x 768, {card_name}: faster than torch.compile"
+        assert verdicts(rows)[goal] == verdict
+    fp32 = rows_of_a_case(**{**card, "dtype": "float32"}, m=16384, n=16384, d=768, over_dense=2.0)
+    assert verdicts(fp32)["CLIP float32, 16384 x 768: faster than the dense loss"] == "floor"
     small = [row for n in (256, 512, 1024) for row in rows_of_a_case(**card, m=n, n=n)]
     text = "CLIP bfloat16, N = 256 .. 2048: faster than open_clip"
     assert verdicts(small)[text] == "not measured"
@@ -153,93 +239,87 @@ def test_the_cards_goals():
     assert verdicts(small)[text.replace("2048:", "2048 in a CUDA graph:")] == "not measured"
 
 
-def test_tile_candidates_are_written_with_their_times(tmp_path):
-    key = ("cuda:0", torch.bfloat16, False, 768, 8, "sweep")
-    config = namedtuple("Config", "bm bn bk")  # as the engine's, which needs Triton
-    rows = tiles.rows_of({key: {config(128, 256, 64): 1.25, config(128, 128, 64): float("inf")}})
-    tiles.write(tmp_path / "tiles.csv", rows)
-    assert (tmp_path / "tiles.csv").read_text().split() == [
-        "kernel,n,d,bm,bn,bk,ms",
-        "sweep,32768,768,128,256,64,1.2500",
-        "sweep,32768,768,128,128,64,inf",
-    ]
-
-
-def test_it_goes_into_out_by_the_same_runner(tmp_path, monkeypatch):
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu, "CASE_SECONDS", 0.05)
-    case = cases.replace(TINY, methods=("dense", "fastclip torch", "siglip_kernel"))
-    rows, path = gpu.bench([case], "cpu")
-    assert path.parent == tmp_path and results.read(path)[0].method == "dense"
-    assert [row.mode for row in rows] == ["both", "both", "skipped"]
-    assert all(row.ms > 0 and row.err_dx < 1e-5 for row in rows[:2])
-    report = gpu.report("passed", rows, path)
-    assert report.splitlines()[-1].startswith("| clip 32x32 float32 ")
-    assert "tests on the device: passed" in report and "not run: needs a CUDA device" in report
-
-
 def test_cases_that_do_not_fit_in_the_time_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "tqdm", None)
     options = runner.Options(tmp_path / "test.csv", 0.05, memory=False, at_most=-1.0)
     assert runner.run([TINY], options) == []
     assert capsys.readouterr().err == f"left out for time: {TINY.name}\n"
 
 
-def test_a_line_for_each_case_where_tqdm_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "tqdm", None)
+@pytest.fixture
+def no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "GemmLimit", Limit)
+
+
+@pytest.mark.usefixtures("no_limit")
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_line_for_each_case_where_there_is_no_terminal(installed, tmp_path, monkeypatch, capsys):
+    if not installed:
+        monkeypatch.setattr(progress, "tqdm", None)
     options = runner.Options(tmp_path / "test.csv", 0.05, memory=False)
-    plan = [cases.replace(TINY, methods=("dense",)), cases.replace(TINY, n=64, methods=("dense",))]
+    plan = [replace(TINY, methods=("dense",)), replace(TINY, n=64, methods=("dense",))]
     runner.run(plan, options)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"{done}/2 rows, now {case.name}" for done, case in enumerate(plan)]
 
 
-def test_the_tests_end_is_told(monkeypatch):
-    def python(code: str) -> list[str]:
-        return [sys.executable, "-c", code]
+@pytest.mark.usefixtures("no_limit")
+def test_a_lost_device_ends_the_run_and_its_rows_say_who_lost_it(tmp_path, monkeypatch):
+    """A kernel's failure is met where the device is waited for, in the culprit's turn."""
+    lost = []
 
-    device = "import os, sys; sys.exit(os.environ['FASTCLIP_TEST_DEVICE'] != 'cuda')"
-    assert gpu.run_tests(python(device)) == "passed"
-    assert gpu.run_tests(python("raise SystemExit(3)")) == "FAILED: pytest ended with 3"
-    hangs = python("import time; time.sleep(60)")
-    assert gpu.run_tests(hangs, 0.2) == "FAILED: not done in 0.2 s"
-    assert gpu.run_tests(hangs, 0.2, to_the_end=False) == "passed for 0.2 s"
-    failing = python("raise SystemExit(1)")
-    assert gpu.run_tests(failing, 9, to_the_end=False) == "FAILED: pytest ended with 1"
-    monkeypatch.setattr(gpu, "TEST_PACKAGES", ("pytest", "no_such_package"))
-    assert gpu.run_tests(hangs) == "not run: no_such_package is not installed"
+    def make(case, device):
+        def loss(*inputs):
+            lost.append(None)
+            return inputs[0].sum() * inputs[2]
 
+        return loss
 
-@pytest.mark.parametrize(
-    ("tests", "status"), [("passed", 0), ("not run: pytest is not installed", 0), ("FAILED", 1)]
-)
-def test_what_is_missing_is_no_failure(tests, status, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "run_tests", lambda command, *seconds, **end: tests)
-    rows = rows_of_a_case()
-    rows[-1].note = "open_clip is not installed"
-    monkeypatch.setattr(gpu, "bench", lambda plan, device: (rows, tmp_path / "gpu.csv"))
-    assert gpu.main([]) == status
-    out = capsys.readouterr().out
-    assert "not run: open_clip is not installed\n" in out and tests in out
-    assert out.splitlines()[-1].startswith("| clip 8192x8192 float32 ")
+    def wait_for(device: str) -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access")
 
-
-def test_without_a_device_it_says_so_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for arguments in ([], ["--check"]):
-        assert gpu.main(arguments) == 2
-        captured = capsys.readouterr()
-        assert captured.err.count("\n") == 1 and "finds no CUDA device" in captured.err
-        assert captured.out == ""
+    dense = baselines.METHODS["dense"]
+    monkeypatch.setitem(baselines.METHODS, "memeff", replace(dense, name="memeff", make=make))
+    monkeypatch.setattr(runner, "wait_for", wait_for)
+    case = replace(TINY, methods=("dense", "memeff", "fastclip torch"))
+    path = tmp_path / "test.csv"
+    with pytest.raises(runner.DeviceLost):
+        runner.run([case], runner.Options(path, 0.05, memory=False))
+    found = {row.method: row for row in results.read(path)}
+    assert list(found) == ["dense", "memeff"], "whoever comes later is not accused"
+    assert found["memeff"].note.startswith("device lost: RuntimeError: CUDA error")
+    # In a new process the culprit is left out, and what has no time yet is done.
+    left = rows.remaining([case], results.read(path), without=[])
+    assert [one.methods for one in left] == [("dense", "fastclip torch")]
+    lost.clear()
+    runner.run(left, runner.Options(path, 0.05, memory=False))
+    assert rows.remaining([case], results.read(path), without=[]) == []
+    assert rows.failures(results.read(path)) == []
 
 
-def test_a_method_of_ours_that_fails_is_named_and_ends_in_failure():
-    rows = rows_of_a_case()
-    assert gpu.broken(rows) == []
-    rows[2] = replace(rows[2], ms=None, note="RuntimeError: an illegal memory access")
-    report = gpu.report("passed", rows, Path("test.csv"))
-    assert "FAILED: fastclip on clip 8192: RuntimeError: an illegal memory access" in report
-    # Of others it is told in the table.
-    rows[1] = replace(rows[1], ms=None, note="OutOfMemoryError")
-    assert [row.method for row in gpu.broken(rows)] == ["fastclip"]
+@pytest.mark.usefixtures("no_limit")
+def test_rows_are_written_before_memory_is_measured(tmp_path, monkeypatch):
+    path = tmp_path / "test.csv"
+    seen = []
+
+    def measure(case, method, device):
+        seen.append([(row.method, row.ms is not None) for row in results.read(path)])
+        return None, "memory: cut here"
+
+    monkeypatch.setattr(memory, "measure", measure)
+    case = replace(TINY, methods=("dense", "fastclip torch"), memory=True)
+    runner.run([case], runner.Options(path, 0.05))
+    assert seen[0] == [("dense", True), ("fastclip torch", True)]
+    assert results.read(path)[0].note == "memory: cut here"
+
+
+@pytest.mark.usefixtures("no_limit")
+def test_a_failure_in_a_round_is_a_note_of_all_that_took_part(tmp_path, monkeypatch):
+    def interleaved(*arguments):
+        raise torch.OutOfMemoryError("33 GiB")
+
+    monkeypatch.setattr(runner, "interleaved", interleaved)
+    case = replace(TINY, methods=("dense", "fastclip torch"))
+    found = runner.run([case], runner.Options(tmp_path / "test.csv", 0.05, memory=False))
+    assert [row.note for row in found] == ["OutOfMemoryError: 33 GiB"] * 2
+    assert [row.method for row in rows.failures(found)] == ["fastclip torch"]

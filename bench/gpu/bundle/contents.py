@@ -1,0 +1,29 @@
+"""What a bundle consists of, for those who make it and those who use it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from ..process import ROOT
+
+DESCRIPTION, CACHE, WHEELS = "bundle.json", "triton-cache.tar.xz", "wheels"
+# Triton's index of a kernel holds absolute paths: the cache lies here when it is made and when it
+# is used.
+TRITON_CACHE = "/var/tmp/fastclip-triton-cache"
+LARGEST = 45 << 20
+
+
+def digest_of_sources() -> str:
+    """Of what the extension is compiled from: it fits these sources alone."""
+    digest = hashlib.sha256()
+    for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").iterdir())]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def size_of(folder: Path) -> int:
+    return sum(
+        (Path(place) / name).stat().st_size for place, _, names in os.walk(folder) for name in names
+    )

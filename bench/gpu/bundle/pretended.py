@@ -1,0 +1,117 @@
+"""A card that is not here: Triton's kernels are compiled for it, with their launchers, not run.
+
+What computes on it computes garbage. Products of libraries are skipped: on a CPU they would take
+hours. Not under TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import tempfile
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import build, jit
+from triton.runtime import driver as runtime
+
+CAPABILITY = (9, 0)
+# Of an H100: what a persistent kernel's grid depends on.
+PROPERTIES = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
+    total_memory=80 << 30, L2_cache_size=50 << 20, shared_memory_per_multiprocessor=228 << 10,
+    shared_memory_per_block_optin=227 << 10, warp_size=32, regs_per_multiprocessor=65536,
+)  # fmt: skip
+
+
+class Anything:
+    """A module that is not loaded: whatever it has is called in vain."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+class Driver:
+    """Enough of a driver to compile with."""
+
+    utils = Anything()
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def product(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+    """In the place of a library's: of the right shape, and garbage."""
+    if options.get("out") is not None:
+        return options["out"]
+    dtype = options.get("out_dtype", a.dtype)
+    return torch.empty(*a.shape[:-1], *b.shape[1:], dtype=dtype, device=a.device)
+
+
+def pretend() -> None:
+    """From now on the Triton engine takes CPU tensors and compiles for the card."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET must be 0: interpreted kernels are not compiled")
+    runtime.set_active(Driver())
+    torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+    torch.cuda.get_device_properties = lambda device=None: PROPERTIES
+    backends = importlib.import_module("fastclip.backends")  # beside it there is a function
+    backends._STATUS["triton", None] = backends.AVAILABLE
+    backends._SERVED["triton"] = ("cuda", "cpu")
+    # Where the tensors' device decides what is launched, it is the card that counts.
+    function = importlib.import_module("fastclip.function")
+    function._unit_gradients_fit = lambda *arguments: True
+    _skip_products()
+    _compile_only()
+    _build_launchers()
+
+
+def _skip_products() -> None:
+    torch.mm = torch.matmul = torch.Tensor.__matmul__ = torch.Tensor.mm = product
+    torch.addmm = lambda total, a, b, **options: product(a, b, **options)
+    # On a CPU its operands are copied into fp32 first, half a gigabyte each.
+    gradients = importlib.import_module("fastclip.triton_kernels.gradients")
+    if hasattr(gradients, "accumulate"):
+        gradients.accumulate = lambda *arguments, **options: None
+
+
+def _compile_only() -> None:
+    run, launchers = jit.JITFunction.run, set()
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
+        if compiled is not None and compiled.hash not in launchers:
+            launchers.add(compiled.hash)
+            nvidia.CudaLauncher(compiled.src, compiled.metadata)
+        return compiled
+
+    jit.JITFunction.run = compile_only
+
+
+def _build_launchers() -> None:
+    """Launchers and the driver's own module are C, compiled where they are missing: they go into
+    the cache, linked to a library of the driver's name, and are not loaded."""
+    folder = tempfile.mkdtemp(prefix="libcuda-")
+    library = ["cc", "-shared", "-x", "c", os.devnull, "-o", f"{folder}/libcuda.so.1"]
+    subprocess.run([*library, "-Wl,-soname,libcuda.so.1"], check=True)
+    nvidia.libcuda_dirs = nvidia.library_dirs = lambda: [folder]
+    link = build._build
+
+    def build_module(*arguments: Any) -> str:
+        # The empty library defines nothing, and must be asked for at run time all the same.
+        return link(*arguments[:-1], [*arguments[-1], "-Wl,--no-as-needed"])
+
+    build._build = build_module
+    build._load_module_from_path = lambda name, path: Anything()
+    nvidia.CudaUtils()

@@ -1,0 +1,85 @@
+"""Compiles what `make gpu` launches, on a pretended card: `python -m bench.gpu.bundle.warm I OF`.
+
+Every `OF`-th item of a list whose order is that of `make gpu`. Shapes are those of the headline and
+of the smoke test: some arguments are compiled for, and so must be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from ...baselines import bytes_of_everything
+from ...cases import LOSSES, Case, Inputs
+from .. import cases, figures, smoke, tiles
+from . import pretended
+
+
+def items() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names and steps: timed cases, the smoke test's problems, tile candidates."""
+    seen = set()
+    for case in [one for group in cases.GROUPS.values() for one in group()]:
+        budgets = [0]
+        if case.loss == "clip" and case.n == 32768:
+            budgets.append(bytes_of_everything(case))
+        for budget in budgets:
+            key = (case.loss, case.n, case.d, case.dtype, budget)
+            if case.n <= 65536 and key not in seen:
+                seen.add(key)
+                yield f"{case.name} {budget}", partial(timed, case, budget)
+    for loss in LOSSES:
+        for dtype in smoke.DTYPES:
+            for problem, check in smoke.checks(loss, dtype, "cpu"):
+                if check in ("rerun", "kept"):
+                    yield f"smoke {problem} {check}", partial(smoked, problem, check)
+    for index in range(CANDIDATE_SHARES):
+        share = partial(tiles.compile_share, index, CANDIDATE_SHARES, "cpu")
+        yield f"tiles {index}", share
+
+
+CANDIDATE_SHARES = 8
+
+
+def timed(case: Case, budget: int) -> None:
+    from fastclip import loss as losses
+
+    dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
+    x, y = (torch.zeros(n, case.d, dtype=dtype) for n in (case.m, case.n))
+    bias = torch.tensor(-10.0) if case.loss == "siglip" else None
+    inputs = Inputs(x, y, torch.tensor(case.scale), bias)
+    for leaf in inputs.leaves:
+        leaf.requires_grad_()
+    function = losses.clip_loss if case.loss == "clip" else losses.siglip_loss
+    function(*inputs.leaves, backend="triton", memory_budget=budget).backward()
+
+
+def smoked(problem: smoke.Problem, check: str) -> None:
+    budget = smoke.budget_of_everything(problem) if check == "kept" else 0
+    problem.step("triton", problem.leaves(), budget)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.bundle.warm")
+    parser.add_argument("index", type=int)
+    parser.add_argument("of", type=int)
+    options = parser.parse_args(arguments)
+    pretended.pretend()
+    failed = 0
+    for name, step in list(items())[options.index :: options.of]:
+        began = time.monotonic()
+        try:
+            step()
+        except Exception as error:
+            failed += 1
+            print(f"FAILED: {name}: {figures.reason(error)}", flush=True)
+        print(f"{time.monotonic() - began:6.1f} s  {name}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What `make gpu` measures, in groups; within each the most important first, should it be cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..cases import LOSSES, PEERS, SCALES, Case
+
+TRITON = ("fastclip triton", "fastclip triton kept")
+CUDA = ("fastclip cuda", "fastclip cuda kept")
+OWN = ("fastclip", *TRITON, *CUDA)
+LARGE = (32768, 65536)
+WINNERS = "fastclip triton winners"
+
+
+def headline() -> list[Case]:
+    """Large batches in bf16. Rivals come behind our own: they are slower, and may fail.
+
+    Times of peers and of the compiled loss do not depend on the scale.
+    """
+    cases = []
+    for scale in SCALES:
+        for loss, n in (("clip", 32768), ("clip", 65536), ("siglip", 65536), ("siglip", 32768)):
+            methods = (*OWN, "open_clip")
+            if scale == SCALES[0]:
+                methods += (*PEERS, *(("compiled",) if n == 32768 else ()))
+            case = Case(loss, n, n, 768, "bfloat16", scale, methods=methods, memory=True)
+            cases.append(case)
+    return cases
+
+
+def engines() -> list[Case]:
+    """The CUDA engine's own tensor-core kernels, beside the headline's rows; and IEEE fp32, where
+    that engine comes first."""
+    cases = [
+        Case(loss, 32768, 32768, 768, "bfloat16", scale, methods=("fastclip cuda fused",))
+        for scale in SCALES
+        for loss in LOSSES
+    ]
+    fp32 = ("fastclip", "fastclip triton", "fastclip cuda", "dense", "open_clip")
+    cases += [
+        Case("clip", 16384, 16384, 768, "float32", scale, methods=fp32, memory=True)
+        for scale in SCALES
+    ]
+    return cases
+
+
+def small() -> list[Case]:
+    """Batches that wait for launches, not for arithmetic: eager, and captured in a CUDA graph."""
+    methods = ("open_clip", "dense", "fastclip", "fastclip triton", "fastclip cuda")
+    return [
+        Case(loss, n, n, 512, "bfloat16", SCALES[0], mode=mode, methods=methods)
+        for n in (256, 512, 1024, 2048)
+        for loss in LOSSES
+        for mode in ("both", "graph")
+    ]
+
+
+def rest() -> list[Case]:
+    """A million pairs; then sizes whose errors a float64 truth can tell, less those of `small`."""
+    million = 1 << 20
+    cases = [Case("clip", million, million, 512, "bfloat16", SCALES[0], methods=("fastclip",))]
+    everything = ("fastclip", "fastclip triton", "fastclip cuda", "dense", "open_clip")
+    for n in (8192, 2048):
+        for dtype in ("bfloat16", "float32"):
+            for loss in LOSSES:
+                case = Case(loss, n, n, 512, dtype, SCALES[0], methods=everything, memory=True)
+                cases += [replace(case, scale=scale) for scale in SCALES]
+    known = {case.name for case in small()}
+    return [case for case in cases if case.name not in known]
+
+
+def again() -> list[Case]:
+    """The headline with the tiles that won in the first run, and without."""
+    methods = ("fastclip triton", WINNERS, "open_clip")
+    return [replace(case, methods=methods, memory=False) for case in headline()]
+
+
+GROUPS = {
+    "headline": headline,
+    "engines": engines,
+    "small": small,
+    "rest": rest,
+    "again": again,
+}

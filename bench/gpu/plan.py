@@ -1,0 +1,111 @@
+"""The steps of `make gpu`, in their order: what must be known first comes first.
+
+Their limits are the most that each may take: together they leave a minute for the tests on the
+device, and most steps need half of theirs. A first run takes eight minutes, the second four.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+from . import counters, figures, smoke, suite, winners
+from .cases import CUDA, OWN, TRITON, WINNERS
+from .install import install
+from .steps import Session, Step, commanded, module
+
+FIRST_SECONDS, AGAIN_SECONDS = 480.0, 240.0
+
+# The methods that run on an engine; the default one is Triton in bf16.
+METHODS_OF = {
+    "triton": ("fastclip", *TRITON, WINNERS),
+    "cuda": CUDA,
+    "cuda fused": ("fastclip cuda fused",),
+}
+
+
+def without(session: Session) -> list[str]:
+    """Methods whose engine crashed or hung in the smoke test: they would take others with them."""
+    lost = smoke.unusable(figures.read(session.out / smoke.FILE))
+    return [method for engine in lost for method in METHODS_OF.get(engine, ())]
+
+
+def rows(group: str, *arguments: str) -> Callable[[Session], list[str]]:
+    def command(session: Session) -> list[str]:
+        line = module("rows", group, *arguments)(session)
+        return [*line, "--without", *without(session)]
+
+    return command
+
+
+def kernels(session: Session) -> list[str]:
+    return [*module("kernels")(session), "--without", *without(session)]
+
+
+def no_triton(session: Session) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    lost = set(without(session)) & set(OWN)
+    return "the Triton engine failed the smoke test" if set(TRITON) & lost else None
+
+
+def no_counters(session: Session) -> str | None:
+    reason = None if counters.find() else "ncu is not on PATH"
+    return reason or no_triton(session)
+
+
+def no_tests(session: Session) -> str | None:
+    return suite.missing()
+
+
+def tests(name: str, group: str, seconds: float, until_cut: bool) -> Step:
+    run = commanded(name, lambda session: suite.command(group), until_cut, **suite.ENVIRONMENT)
+    return Step(name, seconds, run, no_tests)
+
+
+def first() -> list[Step]:
+    return [
+        Step("install", 120, install),
+        Step("rates", 20, commanded("rates", module("rates")), least=5),
+        Step("smoke", 60, commanded("smoke", module("smoke"))),
+        Step("tiles", 75, commanded("tiles", module("tiles")), no_triton),
+        Step("headline", 110, commanded("headline", rows("headline"))),
+        Step("kernels", 25, commanded("kernels", kernels)),
+        Step("ncu", 45, commanded("ncu", module("counters")), no_counters),
+        Step("engines", 40, commanded("engines", rows("engines"))),
+        Step("small", 30, commanded("small", rows("small"))),
+        tests("card tests", "card", 150, until_cut=False),
+        Step("rest", 60, commanded("rest", rows("rest"), until_cut=True)),
+        tests("loss tests", "losses", 120, until_cut=True),
+    ]
+
+
+def again() -> list[Step]:
+    """The winners of the first run's tiles, checked and timed; tests that had no time."""
+
+    def tiles_of(session: Session) -> str:
+        return str(winners.find(session.winners, session.out))
+
+    def no_winners(session: Session) -> str | None:
+        if winners.find(session.winners, session.out) is None:
+            return "no gpu-tiles.csv of a first run (WINNERS=path)"
+        return None
+
+    def table(session: Session) -> list[str]:
+        return module("winners", tiles_of(session))(session)
+
+    def check(session: Session) -> list[str]:
+        line = module("smoke", "--winners", tiles_of(session))(session)
+        return [*line, "--file", "gpu-again-smoke.csv", "--engines", "triton winners"]
+
+    def headline(session: Session) -> list[str]:
+        return module("rows", "again", "--winners", tiles_of(session))(session)
+
+    return [
+        Step("install", 120, install),
+        Step("winners", 15, commanded("winners", table), no_winners, least=5),
+        Step("smoke", 30, commanded("smoke", check), no_winners),
+        Step("headline", 70, commanded("headline", headline), no_winners),
+        tests("loss tests", "losses", 80, until_cut=True),
+        tests("sanitizers", "sanitizers", 120, until_cut=True),
+    ]

@@ -1,0 +1,313 @@
+"""Every engine against float64 on the device, within a minute: `python -m bench.gpu.smoke`.
+
+Shapes are awkward: no tile divides them. An engine may lose what plain PyTorch loses in fp32 on the
+same features, and one rounding of what it returns. The same call twice gives the same bits, and so
+does its replay in a CUDA graph.
+
+A process for each engine, loss and dtype, several at once: they mostly compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import baselines, results
+from ..cases import LOSSES, SIGLIP_BIAS
+from ..timing import wait_for
+from ..truth import Truth, truth
+from . import figures, process, steps, winners
+
+COLUMNS = ("engine", "loss", "dtype", "normalize", "n", "d", "scale", "check", "status",
+           "worst", "of", "note")  # fmt: skip
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Up to 2,896 pairs are a small block, with kernels of its own.
+SHAPES = ((513, 96), (1000, 520), (3001, 520), (4099, 768))
+SCALES = (14.3, 100.0, 500.0)
+PROCESSES = 8
+NAMES = ("loss", "dx", "dy", "dscale", "dbias")
+FILE = "gpu-smoke.csv"
+
+Step = baselines.Step
+
+
+@dataclass(frozen=True)
+class Problem:
+    loss: str
+    dtype: torch.dtype
+    normalize: bool
+    n: int
+    d: int
+    scale: float
+    device: str
+
+    def leaves(self) -> list[Tensor]:
+        """x, y, scale and, of SigLIP, the bias. Raw features have lengths from 1/2 to 2."""
+        generator = torch.Generator(self.device).manual_seed(self.n + self.d)
+        towers = torch.randn(2, self.n, self.d, device=self.device, generator=generator)
+        towers = F.normalize(towers, dim=-1)
+        if self.normalize:
+            lengths = torch.rand(2, self.n, 1, device=self.device, generator=generator)
+            towers = towers * torch.exp2(2 * lengths - 1)
+        found = [*towers.to(self.dtype).unbind(), torch.tensor(self.scale, device=self.device)]
+        if self.loss == "siglip":
+            found.append(torch.tensor(SIGLIP_BIAS, device=self.device))
+        return [leaf.clone().requires_grad_() for leaf in found]
+
+    def step(self, engine: str, leaves: list[Tensor], budget: int = 0) -> tuple[Tensor, ...]:
+        """The loss and its gradients by an engine. They are N times as large as the mean's, so that
+        half precision can hold them."""
+        from fastclip import loss as losses
+
+        function = losses.clip_loss if self.loss == "clip" else losses.siglip_loss
+        value = function(*leaves, normalize=self.normalize, backend=engine, memory_budget=budget)
+        return self._results(value, leaves)
+
+    def plain(self, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        """The same by plain PyTorch in fp32."""
+        wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+        x, y, scale, *bias = wide
+        if self.normalize:
+            x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
+        dense = baselines.dense_clip if self.loss == "clip" else baselines.dense_siglip
+        return self._results(dense(x, y, scale, bias[0] if bias else None), wide)
+
+    def _results(self, value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        upstream = torch.tensor(float(self.n), device=value.device, dtype=value.dtype)
+        return value.detach(), *torch.autograd.grad(value, leaves, upstream)
+
+    def truth(self, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        """In float64; the gradients of raw features through their normalisation, by hand."""
+        x, y, scale, *bias = (leaf.detach().double() for leaf in leaves)
+        u, v = (F.normalize(t, dim=1) for t in (x, y)) if self.normalize else (x, y)
+        exact: Truth = truth(self.loss, u, v, scale, bias[0] if bias else None)
+        dx, dy = exact.dx, exact.dy
+        if self.normalize:
+            dx, dy = _through_normalisation(x, u, dx), _through_normalisation(y, v, dy)
+        gradients = [dx, dy, exact.dscale, *([exact.dbias] if bias else [])]
+        return exact.loss, *(self.n * gradient for gradient in gradients)
+
+
+def _through_normalisation(x: Tensor, unit: Tensor, gradient: Tensor) -> Tensor:
+    along = (gradient * unit).sum(1, keepdim=True)
+    return (gradient - along * unit) / x.norm(dim=1, keepdim=True)
+
+
+def allowed(name: str, plain: float, dtype: torch.dtype) -> float:
+    """The relative error that an engine may make, given that of plain PyTorch in fp32."""
+    if name in ("dx", "dy"):
+        return 2 * plain + (0.6 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 2e-6)
+    return 2 * plain + (2e-6 if name == "loss" else 2e-5)
+
+
+def judge(problem: Problem, engine: str, budget: int = 0) -> dict[str, object]:
+    """A row: the result whose error is largest, as a multiple of what it may be."""
+    leaves = problem.leaves()
+    exact, plain = problem.truth(leaves), problem.plain(leaves)
+    got = problem.step(engine, leaves, budget)
+    worst, culprit = 0.0, ""
+    for name, value, true, rough in zip(NAMES, got, exact, plain, strict=False):
+        error, limit = _error(value, true), allowed(name, _error(rough, true), problem.dtype)
+        part = error / limit if error == error else float("inf")
+        if part >= worst:
+            worst, culprit = part, f"{name} {error:.1e} of {limit:.1e}"
+    status = "passed" if worst <= 1 else "FAILED"
+    return {"status": status, "worst": worst, "of": culprit}
+
+
+def _error(value: Tensor, true: Tensor) -> float:
+    error, size = (value.detach().double() - true).norm(), true.norm()
+    return float(error / size.clamp(min=1e-30))
+
+
+def judge_rerun(problem: Problem, engine: str) -> dict[str, object]:
+    leaves = problem.leaves()
+    first, second = problem.step(engine, leaves), problem.step(engine, leaves)
+    return _same(first, second)
+
+
+def judge_graph(problem: Problem, engine: str) -> dict[str, object]:
+    leaves = problem.leaves()
+    replay = baselines._captured(partial(problem.step, engine, leaves), problem.device)
+    return _same(problem.step(engine, leaves), replay())
+
+
+def judge_kept(problem: Problem, engine: str) -> dict[str, object]:
+    """With every product kept for the backward instead of being made anew."""
+    return judge(problem, engine, budget_of_everything(problem))
+
+
+def budget_of_everything(problem: Problem) -> int:
+    return 4 * problem.n * (problem.n + 16)
+
+
+def _same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> dict[str, object]:
+    pairs = zip(NAMES, one, other, strict=False)
+    differ = [name for name, a, b in pairs if not torch.equal(a, b)]
+    status = "FAILED" if differ else "passed"
+    return {"status": status, "of": " ".join(differ)}
+
+
+def checks(loss: str, dtype: str, device: str) -> Iterator[tuple[Problem, str]]:
+    """The problems of one process, and what is asked of each."""
+    for (n, d), normalize in itertools.product(SHAPES, (False, True)):
+        for scale in SCALES:
+            yield Problem(loss, DTYPES[dtype], normalize, n, d, scale, device), "accuracy"
+        problem = Problem(loss, DTYPES[dtype], normalize, n, d, SCALES[0], device)
+        yield problem, "rerun"
+        if loss == "clip":
+            yield problem, "kept"
+        if device == "cuda" and (n, d) == SHAPES[0]:
+            yield problem, "graph"
+
+
+JUDGES = {
+    "accuracy": judge, "rerun": judge_rerun, "kept": judge_kept, "graph": judge_graph,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def engine_of(label: str, tiles: Path | None) -> Iterator[str]:
+    """The backend behind "triton", "cuda", "cuda fused" or "triton winners"."""
+    backend, _, kind = label.partition(" ")
+    with contextlib.ExitStack() as stack:
+        if kind == "fused":
+            stack.enter_context(baselines.fused_tiles())
+        if kind == "winners":
+            stack.enter_context(winners.applied(winners.better_of(tiles)))
+        yield backend
+
+
+def work(label: str, loss: str, dtype: str, device: str, path: Path, tiles: Path | None) -> int:
+    """All checks of one process; its exit status."""
+    with engine_of(label, tiles) as engine:
+        for problem, check in checks(loss, dtype, device):
+            row = {
+                "engine": label, "loss": loss, "dtype": dtype, "normalize": problem.normalize,
+                "n": problem.n, "d": problem.d, "scale": problem.scale, "check": check,
+            }  # fmt: skip
+            try:
+                row.update(JUDGES[check](problem, engine))
+            except Exception as error:
+                row.update(status="FAILED", note=figures.reason(error))
+            figures.append(path, row, COLUMNS)
+            try:
+                wait_for(device)
+            except RuntimeError:  # whatever followed would fail as well
+                return steps.LOST
+    return 0
+
+
+def engines(device: str) -> list[str]:
+    """Those that can run here, the experimental tiles of the CUDA engine among them."""
+    import fastclip
+
+    names = ("triton", "cuda") if device == "cuda" else ("cpu", "torch")
+    found = [name for name in names if fastclip.backends()[name] == "available"]
+    if "cuda" in found and baselines.fused_is_built():
+        found.append("cuda fused")
+    return found
+
+
+def jobs(labels: list[str]) -> list[tuple[str, str, str]]:
+    """What each process checks, bf16 first."""
+    # Tile candidates are timed in bf16 alone; the fused kernels know half precision alone.
+    only = {"triton winners": ("bfloat16",), "cuda fused": ("bfloat16", "float16")}
+    return [
+        (label, loss, dtype)
+        for dtype in DTYPES
+        for label in labels
+        for loss in LOSSES
+        if dtype in only.get(label, DTYPES)
+    ]
+
+
+def run_job(
+    job: tuple[str, str, str], options: argparse.Namespace, path: Path, ends: float
+) -> None:
+    """A process of its own; one that does not end by itself has a row that says so."""
+    label, loss, dtype = job
+    command = [sys.executable, "-m", "bench.gpu.smoke", "--job", *job, "--device", options.device]
+    command += ["--out", str(options.out), "--file", options.file]
+    command += ["--winners", str(options.winners)] if options.winners else []
+    row = {"engine": label, "loss": loss, "dtype": dtype, "check": "process", "status": "FAILED"}
+    seconds = max(1.0, ends - time.monotonic())
+    child = subprocess.Popen(command, cwd=process.ROOT, stdin=subprocess.DEVNULL)
+    try:
+        code = child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+        figures.append(path, {**row, "note": f"not done in {seconds:.0f} s"}, COLUMNS)
+        return
+    if code:
+        figures.append(path, {**row, "note": f"ended with {code}"}, COLUMNS)
+
+
+def unusable(rows: list[dict[str, str]]) -> list[str]:
+    """Engines whose process in bf16 crashed or hung: the headline does without them."""
+    lost = [row for row in rows if row["check"] == "process" and row["dtype"] == "bfloat16"]
+    return sorted({row["engine"] for row in lost})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=results.RESULTS)
+    parser.add_argument("--file", default=FILE)
+    parser.add_argument("--engines", nargs="*", help="default: all that are available")
+    parser.add_argument("--winners", type=Path, help="a file of tile candidates")
+    parser.add_argument("--job", nargs=3, metavar=("ENGINE", "LOSS", "DTYPE"))
+    options = parser.parse_args(arguments)
+    path = options.out / options.file
+    if options.job:
+        return work(*options.job, options.device, path, options.winners)
+    figures.start(path, COLUMNS)
+    ends = time.monotonic() + min(steps.seconds_left() - 3, 1e6)
+    todo = jobs(engines(options.device) if options.engines is None else options.engines)
+    if not todo:
+        print("FAILED: no engine is available")
+        return 1
+    with ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda job: run_job(job, options, path, ends), todo):
+            pass
+    rows = figures.read(path)
+    for line in summary(rows):
+        print(line, flush=True)
+    return 1 if any(row["status"] == "FAILED" for row in rows) else 0
+
+
+def summary(rows: list[dict[str, str]], most: int = 12) -> list[str]:
+    """The failures, as many as fit a page, then one line for all."""
+    failed = [row for row in rows if row["status"] == "FAILED"]
+    lines = [
+        "FAILED: " + " ".join(
+            row[name] for name in ("engine", "loss", "dtype", "normalize", "n", "d", "scale",
+                                   "check", "of", "note") if row[name]
+        ) for row in failed[:most]
+    ]  # fmt: skip
+    if len(failed) > most:
+        lines.append(f"... and {len(failed) - most} more of {FILE}")
+    by_engine = {row["engine"]: [0, 0] for row in rows}
+    for row in rows:
+        by_engine[row["engine"]][row["status"] == "FAILED"] += 1
+    told = (f"{name} {good} passed, {bad} failed" for name, (good, bad) in by_engine.items())
+    return [*lines, "; ".join(told) or "nothing was checked"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
