@@ -136,7 +136,7 @@ def check_in_one_go(
 
 @contextmanager
 def small_chunks(
-    engine: str, patch: pytest.MonkeyPatch, rows: int = 32, columns: int = 32
+    engine: str, patch: pytest.MonkeyPatch, rows: int = EDGE, columns: int = EDGE
 ) -> Iterator[None]:
     """Every block in several chunks, of rows and of columns."""
     if engine == "cuda":
