@@ -180,6 +180,7 @@ def test_large_batches_are_right(case: Large, fused: str) -> None:
 
 
 @on_each
+@pytest.mark.usefixtures("on_the_device")
 @pytest.mark.parametrize("budget", [0, 64 * MIB])
 @pytest.mark.parametrize("case", [LARGE[1], LARGE[2], LARGE[7]], ids=str)
 def test_many_chunks_are_right(
