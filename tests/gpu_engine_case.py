@@ -49,10 +49,10 @@ def tile_of(engine: str) -> tuple[int, int]:
 
 
 def several_tiles(engine: str) -> tuple[int, int]:
-    """M and N: three rows of tiles by three columns or more, the last ones cut off."""
+    """M and N: three rows of tiles or more by two columns or more, the last ones cut off."""
     if ON_A_CARD:
         return 700, 900
-    return (70, 90) if engine == "triton" else (150, 600)
+    return (70, 60) if engine == "triton" else (150, 600)
 
 
 def many_tiles(engine: str) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def many_tiles(engine: str) -> tuple[int, int]:
 def depth(wide: int) -> int:
     """D: as it is on a card, whose products go along D in steps of 64 at most; where steps are 32
     long and take milliseconds, a few of them that end alike."""
-    return wide if ON_A_CARD else 64 * (wide > 64) + wide % 64
+    return wide if ON_A_CARD else 32 * (wide > 32) + wide % 64
 
 
 @contextmanager

@@ -120,7 +120,8 @@ def test_chunks_change_nothing(
     gpu_engine: str, loss: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tile at a time, on either side of the switch."""
-    for scale in (14.3, 1e4) if dtype == "bfloat16" else (14.3,):
+    has_switch = loss == "softmax" and dtype == "bfloat16"
+    for scale in (14.3, 1e4) if has_switch else (14.3,):
         block = make_block(
             *enlarged(70, 67), 16, HALVES[dtype], loss=loss, offset=3, factors=(True, True),
             scale=scale,

@@ -5,6 +5,7 @@ corners; several chunks; the numerical switch where one line far inside the bloc
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -13,11 +14,8 @@ from dense_block import (
     DTYPES,
     LOSSES,
     Block,
-    Dense,
-    assert_states,
     has_one_reference,
     make_block,
-    sweep,
 )
 from gpu_engine_case import (
     check,
@@ -67,7 +65,7 @@ def test_many_tiles(gpu_engine: str, case: Case) -> None:
     check(gpu_engine, case.block(many_tiles(gpu_engine), "softmax", 5))
 
 
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
+@pytest.mark.parametrize("case", CASES[:4:3], ids=str)
 def test_many_tiles_of_a_loss_without_state(gpu_engine: str, case: Case) -> None:
     check(gpu_engine, case.block(many_tiles(gpu_engine), "sigmoid", -5))
 
@@ -173,27 +171,25 @@ def low_column(block: Block) -> None:
 
 
 SWITCHES = [
-    (as_it_is, 112.3, "float32", True),
+    (as_it_is, 112.3, "float32", False),
     (one_long, 14.3, "float16", False),
-    (low_row, 100.0, "bfloat16", False),
-    (low_column, 100.0, "float32", False),
+    (low_row, 100.0, "bfloat16", True),
+    (low_column, 100.0, "float32", True),
 ]
 
 
 @pytest.mark.parametrize(
-    "spoil, scale, dtype, enough", SWITCHES, ids=lambda value: getattr(value, "__name__", None)
+    "spoil, scale, dtype, in_chunks", SWITCHES, ids=lambda value: getattr(value, "__name__", None)
 )
 def test_the_switch_among_tiles(
-    gpu_engine: str, spoil: Callable[[Block], None], scale: float, dtype: str, enough: bool,
+    gpu_engine: str, spoil: Callable[[Block], None], scale: float, dtype: str, in_chunks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In one chunk and in several: every line comes out right, not only the one that asks."""
+    """Every line comes out right, not only the one that asks for a reference of its own."""
     rows, columns = tile_of(gpu_engine)
     m, n = several_tiles(gpu_engine)
     block = make_block(m, n, 24, DTYPES[dtype], scale=scale, offset=rows + 1)
     spoil(block)
-    assert has_one_reference(check(gpu_engine, block)) == enough
-    with small_chunks(gpu_engine, monkeypatch, rows, columns):
-        state, positive, _ = sweep(gpu_engine, block)
-    assert_states(Dense(block), state, positive)
-    assert has_one_reference(state) == enough
+    with small_chunks(gpu_engine, monkeypatch, rows, columns) if in_chunks else nullcontext():
+        state = check(gpu_engine, block)
+    assert has_one_reference(state) == (spoil is as_it_is)
