@@ -2,7 +2,7 @@
 
 A test that takes `gpu_engine` runs for the Triton engine and for the CUDA one. Without a card the
 first is interpreted, milliseconds for a tile, and the second emulated: blocks are small, tiles and
-chunks smaller.
+chunks smaller. On a card the same tests take blocks of as many tiles.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import cuda_case
 import pytest
 import torch
+from conftest import DEVICE
 from dense_block import (
     Block,
     Dense,
@@ -29,6 +30,56 @@ import fastclip
 
 GPU_ENGINES = ("triton", "cuda")
 
+# ---- how large is several tiles ------------------------------------------------------------------
+# The one place that knows: a card's tiles are up to 128 x 256 or 256 x 128 pairs, interpreted ones
+# 32 x 32, emulated ones 64 x 256.
+
+ON_A_CARD = DEVICE.type == "cuda"
+EDGE = 256 if ON_A_CARD else 32
+
+
+def enlarged(*sizes: int) -> tuple[int, ...]:
+    """Sizes chosen for the interpreter's tiles, in the card's: as many edges and corners."""
+    return tuple(size * EDGE // 32 for size in sizes)
+
+
+def tile_of(engine: str) -> tuple[int, int]:
+    """Rows and columns of a part of the block whose edges are tiles' edges, however they lie."""
+    return (64, 256) if engine == "cuda" and not ON_A_CARD else (EDGE, EDGE)
+
+
+def several_tiles(engine: str) -> tuple[int, int]:
+    """M and N: three rows of tiles or more by two columns or more, the last ones cut off."""
+    if ON_A_CARD:
+        return 700, 900
+    return (70, 60) if engine == "triton" else (150, 600)
+
+
+def many_tiles(engine: str) -> tuple[int, int]:
+    """M and N, on a card of more tiles than twice its processors, so that programs that live on
+    meet a second tile and a third, and of more rows of tiles than share columns in L2."""
+    return (2700, 3500) if ON_A_CARD else several_tiles(engine)
+
+
+def depth(wide: int) -> int:
+    """D: as it is on a card, whose products go along D in steps of 64 at most; where steps are 32
+    long and take milliseconds, a few of them that end alike."""
+    return wide if ON_A_CARD else 32 * (wide > 32) + wide % 64
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """As a user allows them."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+# ---- a block through both sweeps -----------------------------------------------------------------
+
 
 def prepare(engine: str, device: torch.device, patch: pytest.MonkeyPatch) -> None:
     """Makes its operators, and the losses on it, take tensors on the device; skips if it cannot."""
@@ -38,6 +89,11 @@ def prepare(engine: str, device: torch.device, patch: pytest.MonkeyPatch) -> Non
         cuda_case.on_cpu_tensors(patch)
     elif (reason := fastclip.backends()[engine]) != "available":
         pytest.skip(f"the engine {engine!r} cannot run: {reason}")
+    if engine == "triton":
+        from fastclip.triton_kernels import plan
+
+        # Blocks take the way of large ones; that of small ones has tests of its own.
+        patch.setattr(plan, "SMALL_PAIRS", 0)
 
 
 def check(
@@ -85,7 +141,7 @@ def check_in_one_go(
 
 @contextmanager
 def small_chunks(
-    engine: str, patch: pytest.MonkeyPatch, rows: int = 32, columns: int = 32
+    engine: str, patch: pytest.MonkeyPatch, rows: int = EDGE, columns: int = EDGE
 ) -> Iterator[None]:
     """Every block in several chunks, of rows and of columns."""
     if engine == "cuda":

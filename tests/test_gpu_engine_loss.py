@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from hard_inputs import batch
 from judge import PRECISIONS, QUANTITIES, allowance, assert_accurate, evaluate, plain, truth
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 SCALES = (0.0, 1e-3, 1.0, 14.3, 100.0, 112.3, 1e4)
 KINDS = ("random", "separated", "duplicates", "cone", "negative", "dominating", "lengths")
-BIAS, CPU = -3.0, torch.device("cpu")
+BIAS = -3.0
 
 
 def check(
@@ -34,9 +35,9 @@ def check(
         upstream[::9] = 0
     options = {"normalize": normalize, "reduction": reduction, "upstream": upstream}
     exact = truth(loss, *case, **options)
-    theirs = evaluate(plain(loss), *case, CPU, **options)
+    theirs = evaluate(plain(loss), *case, DEVICE, **options)
     extra = {"backend": engine, "memory_budget": memory_budget}
-    ours = evaluate(LOSSES[loss], *case, CPU, **options, **extra)
+    ours = evaluate(LOSSES[loss], *case, DEVICE, **options, **extra)
     for name in QUANTITIES:
         eps = allowance(name, exact, p, ours[name].dtype)
         what = f"{name}, {kind}, {reduction}, {normalize=}"
@@ -84,7 +85,7 @@ def test_learnt_pairs_keep_their_gradient(gpu_engine: str) -> None:
 
 def test_fp16_weights_do_not_underflow(gpu_engine: str) -> None:
     """Rows that are nearly learnt have weights far below fp16's smallest number, 6e-8."""
-    x, y = (torch.from_numpy(t).half() for t in batch("separated", 65, 64))
+    x, y = (torch.from_numpy(t).to(DEVICE).half() for t in batch("separated", 65, 64))
     inputs = [t.requires_grad_() for t in (x, y)]
     clip_loss(*inputs, 20.0, backend=gpu_engine, memory_budget=0, reduction="sum").backward()
     wide = [t.detach().double().requires_grad_() for t in inputs]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dense_block import Block, make_block, make_weights, operator, sweep, weigh
+from gpu_engine_case import enlarged
 from torch import Tensor
 
 from fastclip.loss import clip_loss, siglip_loss
@@ -26,7 +27,7 @@ def test_they_are_operators_to_the_compiler(
         return loss(x, y, scale, -1.0, backend=gpu_engine, memory_budget=0)
 
     with device:  # left before the compiler comes, which would trace it
-        block = make_block(33, 33, 8)
+        block = make_block(*enlarged(33, 33), 8)
     results = []
     for f in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
         leaves = [t.clone().requires_grad_() for t in (block.x, block.y, block.scale)]
@@ -69,13 +70,14 @@ def test_they_have_no_derivative(gpu_engine: str) -> None:
 @on_the_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_autocast_does_not_reach_into_them(gpu_engine: str, dtype: torch.dtype) -> None:
-    block = make_block(33, 40, 24, dtype)
+    m, n = enlarged(33, 40)
+    block = make_block(m, n, 24, dtype)
 
     def results() -> list[Tensor]:
         state, positive, _ = sweep(gpu_engine, block)
         return [state, positive, *weigh(gpu_engine, block, state, positive, weights)]
 
-    weights = make_weights(sweep(gpu_engine, block)[0], 33)
+    weights = make_weights(sweep(gpu_engine, block)[0], m)
     outside = results()
     with torch.autocast(block.x.device.type, torch.bfloat16):
         inside = results()

@@ -18,13 +18,13 @@ from dense_block import (
     operator,
     sweep,
 )
-from gpu_engine_case import check
+from gpu_engine_case import check, enlarged
 from torch import Tensor
 
 from fastclip.loss import clip_loss, siglip_loss
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
-SHAPE = (40, 33)
+SHAPE = enlarged(40, 33)
 
 
 def random(scale: float) -> Block:
@@ -57,8 +57,8 @@ def low_row(scale: float) -> Block:
 def low_column(scale: float) -> Block:
     block = random(scale)
     block.x[:, 0] = block.x[:, 0].abs() + 1
-    block.y[32] = 0
-    block.y[32, 0] = -1
+    block.y[-1] = 0
+    block.y[-1, 0] = -1
     return block
 
 
@@ -88,6 +88,29 @@ def test_references(gpu_engine: str, case: tuple) -> None:
     assert has_one_reference(state) == enough
 
 
+def column_below(offset: int, along: float, across: float) -> Block:
+    """One column far below the others: its cosine with what all rows share, and its own part."""
+    block = make_block(60, 66, 24, scale=100.0, offset=offset)
+    block.x[:, 0] = 1
+    block.y[:, 0] = 0
+    block.y[12] *= across / block.y[12].norm()
+    block.y[12, 0] = along
+    return block
+
+
+def test_a_column_that_one_reference_would_blur_asks_for_its_own(gpu_engine: str) -> None:
+    """Its sum would be about 2^-140: not zero, but with few digits left in fp32."""
+    state = check(gpu_engine, column_below(0, along=-0.30, across=0.15))
+    assert not has_one_reference(state)
+
+
+@pytest.mark.parametrize("offset", [5, -5])
+def test_a_column_is_judged_with_its_own_positive(gpu_engine: str, offset: int) -> None:
+    """Of all rows it is its positive's alone that could make up for the sum of its negatives."""
+    state = check(gpu_engine, column_below(offset, along=-1.0, across=0.0))
+    assert not has_one_reference(state)
+
+
 @pytest.mark.parametrize("bound, enough", [(1.02, True), (1e4, False)])
 def test_any_bound_that_is_one(gpu_engine: str, bound: float, enough: bool) -> None:
     state = check(gpu_engine, random(100.0), bound=torch.tensor(bound, dtype=torch.float64))
@@ -97,7 +120,7 @@ def test_any_bound_that_is_one(gpu_engine: str, bound: float, enough: bool) -> N
 @pytest.mark.parametrize("scale", [1.0, 43.0, 60.0, 76.0])
 def test_the_reference_leaves_room_above_and_below(gpu_engine: str, scale: float) -> None:
     """A negative with the largest possible logit and one with the smallest."""
-    block = make_block(33, 33, 12, scale=scale)
+    block = make_block(*enlarged(33, 33), 12, scale=scale)
     block.y[4] = block.x[9] = torch.eye(12)[0]
     block.y[6] = block.x[11] = torch.eye(12)[1]
     block.x[12] = -block.x[11]
@@ -119,7 +142,7 @@ def test_norms_that_overflow(gpu_engine: str, swap: bool) -> None:
 
 
 @pytest.mark.parametrize("scale", [14.3, 1e4])
-@pytest.mark.parametrize("shape", [(1, 30), (30, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, *enlarged(40)), (*enlarged(40), 1), (1, 1)], ids=str)
 def test_a_line_of_nothing_but_its_positive(
     gpu_engine: str, shape: tuple[int, int], scale: float
 ) -> None:
@@ -137,9 +160,10 @@ def test_a_line_of_nothing_but_its_positive(
 @pytest.mark.parametrize("scale", [0.0, 14.3, 100.0])
 def test_positives_tie_with_their_duplicates(gpu_engine: str, scale: float) -> None:
     """All features alike: every row's loss is log(N)."""
-    x = make_block(33, 33, 24).x[:1].repeat(33, 1)
+    n = SHAPE[1]
+    x = make_block(n, n, 24).x[:1].repeat(n, 1)
     loss = clip_loss(x, x, scale, backend=gpu_engine, memory_budget=0)
-    assert abs(float(loss) - math.log(33)) < 1e-5
+    assert abs(float(loss) - math.log(n)) < 1e-5
 
 
 # ---- values nobody wants, which must show --------------------------------------------------------
@@ -161,8 +185,8 @@ def gradients(
 def test_spoilt_features_show(gpu_engine: str, loss: str, value: float) -> None:
     """In loss and gradients, in the last lane of the last tile as well, and in half precision."""
     for dtype in (torch.float32, torch.float16):
-        x, y = torch.randn(2, 33, 6).unbind()
-        x[32, 5] = value
+        x, y = torch.randn(2, SHAPE[1], 6).unbind()
+        x[-1, 5] = value
         results = gradients(gpu_engine, loss, x.to(dtype), y.to(dtype), 2.0, normalize=False)
         if math.isnan(value):
             assert results[0].isnan()
@@ -174,15 +198,30 @@ def test_absurd_scales_give_the_loss_or_no_number(gpu_engine: str, loss: str) ->
     from fastclip import reference
 
     truths = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
-    x, y = torch.randn(2, 33, 6).unbind()
+    x, y = torch.randn(2, SHAPE[1], 6).unbind()
     for scale in (math.nan, math.inf, 1e30, -1e30, 1e8, 1e300):
         ours = float(gradients(gpu_engine, loss, x, y, scale, normalize=True)[0])
         exact = float(truths[loss](x.double(), y.double(), scale, -1.0, normalize=True))
         assert not math.isfinite(ours) or ours == pytest.approx(exact, rel=1e-2), scale
 
 
+@pytest.mark.parametrize("scale, all_finite", [(1e8, True), (1e10, False)])
+def test_no_loss_of_an_absurd_scale_is_invented(
+    gpu_engine: str, scale: float, all_finite: bool
+) -> None:
+    """Line by line: a mean of them would be NaN, whatever some of them say."""
+    x, y = torch.randn(2, SHAPE[1], 6).unbind()
+    options = {"normalize": True, "reduction": "none"}
+    ours = clip_loss(x, y, scale, backend=gpu_engine, memory_budget=0, **options).double()
+    exact = clip_loss(x.double(), y.double(), scale, backend="reference", **options)
+    sound = ours.isfinite()
+    assert bool(sound.all()) == all_finite
+    # Rounded logits move a loss by so much.
+    assert ((ours - exact).abs() <= 1e-6 * scale)[sound].all()
+
+
 def test_a_positive_that_is_not_finite_is_not_lost(gpu_engine: str) -> None:
-    block = make_block(33, 40, 6)
+    block = make_block(*enlarged(33, 40), 6)
     block.x[3, 0] = block.y[3, 0] = 1e20
     positive = sweep(gpu_engine, block)[1]
     assert not positive[3].isfinite() and positive[:3].isfinite().all()
