@@ -4,15 +4,17 @@ Importing this package imports no Triton and touches no device: each operator im
 when it is first called.
 
     epilogues.py       every loss once, as functions of a tile
-    tile.py            a tile of <x_i, y_j>: order of the programs, product, what is live in it
+    tile.py            a tile of <x_i, y_j>: its place, product, slices, stores
+    flags.py           which of several launches is to work: the device decides
     bound.py           the one reference of a softmax sweep, made on the device
-    fold.py            the first sweep: what rows and columns remember of a tile
+    fold.py            the first sweep: what rows and columns remember of a tile, what is kept of it
     finalise.py        partial sums to float64 states, in a fixed order
-    weights.py         the second sweep: the weights of a tile
+    weights.py         the second sweep: the weights of a tile, made or read
     complete.py        from products of weights and features to gradients
-    configurations.py  tile sizes, warps and stages for each architecture
+    configurations.py  tile sizes, warps, stages, slices for each architecture; candidates
     plan.py            launches, their buffers and their traffic, as plain arithmetic
     card.py            one place to launch from, on the features' device
+    kept.py            what lies where in the tensor that a first sweep keeps
     block.py           the host's side: a block's operands and layout
     states.py            of the first sweep
     gradients.py         of the second: two library products a chunk
