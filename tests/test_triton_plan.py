@@ -188,7 +188,8 @@ def test_autotuning_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cpu = torch.device("cpu")
     default = configurations.TABLE["interpreter"]["tile", "half", "wide"]
-    best = default._replace(stages=default.stages + 1)
+    every = configurations.candidates(default, "weigh")
+    best = every[2]
     timed = []
 
     def time(run: object, candidate: object) -> float:
@@ -205,5 +206,18 @@ def test_autotuning_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(configurations.AUTOTUNE, "1")
     assert configurations.choose(*arguments) == best
     tried = len(timed)
-    assert tried == len(configurations.candidates(default))
+    assert tried == len(every) > 10
     assert configurations.choose(*arguments) == best and len(timed) == tried
+
+
+def test_candidates_of_a_card() -> None:
+    """High and wide tiles, two programs on a processor, other depths, orders and loads."""
+    from fastclip.triton_kernels.configurations import candidates
+
+    for kind in ("sweep", "weigh"):
+        found = candidates(config(kind), kind)
+        assert found[0] == config(kind) and len(set(found)) == len(found)
+        shapes = {(c.bm, c.bn, c.warps) for c in found}
+        assert shapes >= {(256, 128, 8), (128, 256, 8), (128, 128, 4)}
+        assert {c.stages for c in found} == {3, 4} and {c.group for c in found} == {4, 8, 16}
+        assert {c.descriptors for c in found} == {True, False}

@@ -8,6 +8,7 @@ the engine passed: so what is compiled is what a card would be given. Not under 
 """
 
 import csv
+import functools
 import itertools
 import json
 import os
@@ -213,7 +214,8 @@ def recorded() -> tuple[str, list[dict[str, str]]]:
     return first.removeprefix("# Triton "), list(csv.DictReader(lines))
 
 
-def built_apart(architecture: str) -> list[dict[str, Any]]:
+@functools.cache
+def built(architecture: str) -> list[dict[str, Any]]:
     """In a process of its own: Triton remembers the first target that a kernel was compiled for."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", __file__, architecture]
@@ -222,14 +224,14 @@ def built_apart(architecture: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def built(architectures: Sequence[str]) -> list[dict[str, Any]]:
+def built_together(architectures: Sequence[str]) -> list[dict[str, Any]]:
     """Two at a time; Triton keeps what it has compiled, and a second run takes seconds."""
     with ThreadPoolExecutor(2) as pool:
-        return [row for found in pool.map(built_apart, architectures) for row in found]
+        return [row for found in pool.map(built, architectures) for row in found]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["table"]:
-        write_table(built(list(TARGETS)))
+        write_table(built_together(list(TARGETS)))
     else:
         print(json.dumps(build(sys.argv[1])))

@@ -159,18 +159,36 @@ def choose(
     if key not in TIMES:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return default
-        TIMES[key] = {config: _time(run, config) for config in candidates(default)}
+        TIMES[key] = {config: _time(run, config) for config in candidates(default, kind)}
     return min(TIMES[key], key=TIMES[key].__getitem__)
 
 
-def candidates(default: Config) -> list[Config]:
-    """Neighbours of the default, itself first: of equal times the first wins."""
+# Tiles that compile without spilling for sm_90, by Triton 3.6 and 3.7: rows, columns, warps, slices.
+# With four warps two programs share a processor: one multiplies while the other folds.
+SHAPES = {
+    "sweep": ((256, 128, 8, 1), (128, 256, 8, 1), (128, 128, 8, 1), (128, 128, 4, 1)),
+    "weigh": ((128, 256, 8, 2), (256, 128, 8, 2), (128, 128, 8, 1), (128, 128, 4, 2)),
+    "kept": ((128, 128, 8, 2), (128, 128, 4, 4)),
+    "both": ((128, 128, 8, 4), (128, 256, 8, 4), (128, 128, 4, 4)),
+}
+
+
+def candidates(default: Config, kind: str) -> list[Config]:
+    """What may be faster for a kind of kernel, the default first: of equal times the first wins."""
     found = [default]
-    for stages in (default.stages - 1, default.stages + 1):
-        found.append(default._replace(stages=max(stages, 1)))
-    found.append(default._replace(warps=default.warps // 2 or 1))
-    found.append(default._replace(bm=default.bm // 2, warps=default.warps // 2 or 1))
-    found.append(default._replace(bn=default.bn // 2, warps=default.warps // 2 or 1))
+    if default.descriptors:
+        for bm, bn, warps, slices in SHAPES.get(kind, ()):
+            shape = default._replace(bm=bm, bn=bn, warps=warps, slices=slices)
+            found += [shape._replace(stages=stages) for stages in (3, 4)]
+        found += [default._replace(group=group) for group in (4, 8, 16)]
+        found.append(default._replace(descriptors=False))
+    else:
+        found += [
+            default._replace(stages=max(stages, 1))
+            for stages in (default.stages - 1, default.stages + 1)
+        ]
+        fewer = default._replace(warps=default.warps // 2 or 1)
+        found += [fewer, fewer._replace(bm=default.bm // 2), fewer._replace(bn=default.bn // 2)]
     return list(dict.fromkeys(found))
 
 
