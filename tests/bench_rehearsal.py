@@ -44,7 +44,7 @@ class Configurations(types.ModuleType):
         return Config(128, 3, False)
 
     @staticmethod
-    def candidates(default: Config) -> list[Config]:
+    def candidates(default: Config, kind: str) -> list[Config]:
         return [default, default._replace(stages=4), default._replace(descriptors=True)]
 
 

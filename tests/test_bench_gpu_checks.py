@@ -225,7 +225,7 @@ def test_shares_of_candidates_are_compiled_apart(configurations, monkeypatch):
     monkeypatch.setattr(tiles, "step", step)
     for index in range(2):
         tiles.compile_share(index, 2, "cpu")
-    found = configurations.candidates(Config(128, 3, False))
+    found = configurations.candidates(Config(128, 3, False), "sweep")
     names = ("clip", "siglip", "clip kept")
     assert sorted(ran) == sorted((name, c) for name in names for c in found)
 

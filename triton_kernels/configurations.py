@@ -163,7 +163,7 @@ def choose(
     return min(TIMES[key], key=TIMES[key].__getitem__)
 
 
-# Tiles that compile without spilling for sm_90, by Triton 3.6 and 3.7: rows, columns, warps, slices.
+# Rows, columns, warps, slices of tiles that Triton 3.6 and 3.7 compile for sm_90 without spilling.
 # With four warps two programs share a processor: one multiplies while the other folds.
 SHAPES = {
     "sweep": ((256, 128, 8, 1), (128, 256, 8, 1), (128, 128, 8, 1), (128, 128, 4, 1)),

@@ -105,7 +105,7 @@ class Candidates:
         run, key = run_of(arguments), key_of(arguments)
         if run is not None and key not in self.done:
             self.done.add(key)
-            self.time(key, run, configurations.candidates(default))
+            self.time(key, run, configurations.candidates(default, key[-1]))
         return default
 
     def time(self, key: tuple[str, ...], run: Callable[[Any], object], found: list[Any]) -> None:
@@ -182,7 +182,7 @@ def compile_share(index: int, of: int, device: str) -> None:
 
         default = own(*arguments[: 1 + len(KEY)])
         if (run := run_of(arguments)) is not None:
-            for config in configurations.candidates(default)[index::of]:
+            for config in configurations.candidates(default, str(arguments[len(KEY)]))[index::of]:
                 with contextlib.suppress(Exception):
                     run(config)
         return default
