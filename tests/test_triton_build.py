@@ -16,7 +16,8 @@ ARCHITECTURES = [
         for name in ("sm_80", "sm_100", "sm_89", "gfx942")
     ),
 ]
-pytestmark = [needs_triton, pytest.mark.parametrize("architecture", ARCHITECTURES)]
+pytestmark = needs_triton
+on_each = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 TABLE_OF = {"sm_89": "sm_86", "gfx942": "default"}
 TILES = {
@@ -47,10 +48,12 @@ def has_product(row: dict) -> bool:
     return row["kernel"] in TILES and "ieee" not in row["case"]
 
 
+@on_each
 def test_every_kernel_is_there(rows: list[dict]) -> None:
     assert {row["kernel"] for row in rows} >= TILES | OTHERS
 
 
+@on_each
 def test_shared_memory_fits(rows: list[dict]) -> None:
     from fastclip.triton_kernels.configurations import SHARED_MEMORY
 
@@ -59,11 +62,13 @@ def test_shared_memory_fits(rows: list[dict]) -> None:
         assert row["shared"] <= SHARED_MEMORY[table], name(row)
 
 
+@on_each
 def test_nothing_is_spilled(rows: list[dict]) -> None:
     for row in rows:
         assert row["spilled"] == 0 and row["stack"] == 0, name(row)
 
 
+@on_each
 def test_products_run_on_tensor_cores(rows: list[dict]) -> None:
     for row in rows:
         if has_product(row):
@@ -72,6 +77,7 @@ def test_products_run_on_tensor_cores(rows: list[dict]) -> None:
                 assert row["wgmma"], name(row)
 
 
+@on_each
 def test_loads_are_wide(rows: list[dict]) -> None:
     """Wherever rows begin on 16 bytes, also where no step divides D."""
     found = [row for row in rows if has_product(row) and "D=1001" not in row["case"]]
@@ -80,6 +86,7 @@ def test_loads_are_wide(rows: list[dict]) -> None:
         assert row["wide"], name(row)
 
 
+@on_each
 def test_stores_are_wide(rows: list[dict], architecture: str) -> None:
     """Weights, made, read or kept: 16 bytes at a time, or whole tiles, whatever M, N and D are."""
     if architecture == "gfx942":
@@ -95,6 +102,7 @@ def test_stores_are_wide(rows: list[dict], architecture: str) -> None:
             assert "TMA" in widths or any(width.startswith("128x") for width in widths), name(row)
 
 
+@on_each
 def test_one_exponential_a_pair(rows: list[dict]) -> None:
     """The first sweep's, for each thread: as many as its pairs."""
     for row in rows:
@@ -103,6 +111,7 @@ def test_one_exponential_a_pair(rows: list[dict]) -> None:
             assert row["exponentials"] == bm * bn // (32 * row["warps"]), name(row)
 
 
+@on_each
 def test_resources_are_the_recorded_ones(rows: list[dict], architecture: str) -> None:
     import triton
     from triton_build import COLUMNS, recorded
@@ -114,3 +123,17 @@ def test_resources_are_the_recorded_ones(rows: list[dict], architecture: str) ->
     found = {tuple(r[k] for k in key): {c: str(r[c]) for c in COLUMNS} for r in rows}
     known = [row for row in expected if row["architecture"] == architecture]
     assert found == {tuple(row[k] for k in key): row for row in known}
+
+
+@pytest.mark.minutes
+def test_tile_candidates_fit_a_card_too() -> None:
+    """Those that are timed beside the table's: none spills more than four registers."""
+    from triton_build import built
+
+    from fastclip.triton_kernels.configurations import SHAPES, SHARED_MEMORY
+
+    rows = built("candidates")
+    assert {row["kind"] for row in rows} == {*SHAPES}
+    for row in rows:
+        assert row["shared"] <= SHARED_MEMORY["sm_90"], row
+        assert row["stack"] <= 16 and row["wgmma"] and "16x" not in row["stores"], row

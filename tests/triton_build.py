@@ -2,11 +2,13 @@
 
     python triton_build.py sm_90     prints a JSON list, a row for each kernel
     python triton_build.py table     writes those of every card to triton_resources.csv
+    python triton_build.py candidates    prints those of the tiles that sm_90's may be replaced by
 
 The engine itself runs, on CPU tensors, but each launch is only compiled, with the arguments that
 the engine passed: so what is compiled is what a card would be given. Not under TRITON_INTERPRET.
 """
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -200,6 +202,48 @@ def build(architecture: str) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+# For each kind of tile candidates, what its kernel is compiled with.
+TRIED = {
+    "sweep": ("sweep_kernel", [Case("softmax", "bf16", 768, True), Case("sigmoid", "bf16", 768, True)]),
+    "kept": ("sweep_kernel", [Case("softmax", "bf16", 768, True, kept=True)]),
+    "weigh": ("weigh_kernel", [Case("softmax", "bf16", 768, True), Case("softmax", "fp16", 768, True)]),
+    "both": ("weigh_kernel", [Case("sigmoid", "bf16", 768, n, one_go=True) for n in (True, False)]),
+}  # fmt: skip
+
+
+class Compiled(Exception):
+    """The kernel that was asked for: what follows it need not run."""
+
+
+def build_candidates() -> list[dict[str, Any]]:
+    """Plain tiles of every candidate for sm_90; orders of programs have one code."""
+    driver.set_active(Driver(TARGETS["sm_90"][0]))
+    card._processors = lambda device: 132
+    table = configurations.TABLE["sm_90"]
+    rows = []
+
+    def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        if kernel.__name__ == wanted:
+            compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
+            shared = compiled.metadata.shared
+            rows.append(
+                {"kind": kind, "config": config, "shared": shared, **resources(compiled, 1)}
+            )
+            raise Compiled
+
+    card.launch = compile_only
+    for kind, (wanted, tried) in TRIED.items():
+        default = table[kind, "half", "wide"]
+        every = (c._replace(group=8) for c in configurations.candidates(default, kind))
+        for config in dict.fromkeys(every):
+            chosen = {**table, (kind, "half", "wide"): config}
+            configurations._table = lambda device, chosen=chosen: chosen
+            for case in tried:
+                with contextlib.suppress(Compiled):
+                    run(case)
+    return rows
+
+
 def write_table(rows: list[dict[str, Any]]) -> None:
     with TABLE.open("w", newline="") as file:
         file.write(f"# Triton {triton.__version__}\n")
@@ -234,4 +278,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["table"]:
         write_table(built_together(list(TARGETS)))
     else:
-        print(json.dumps(build(sys.argv[1])))
+        rows = build_candidates() if sys.argv[1] == "candidates" else build(sys.argv[1])
+        print(json.dumps(rows))
