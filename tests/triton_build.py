@@ -202,15 +202,6 @@ def build(architecture: str) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-# For each kind of tile candidates, what its kernel is compiled with.
-TRIED = {
-    "sweep": ("sweep_kernel", [Case("softmax", "bf16", 768, True), Case("sigmoid", "bf16", 768, True)]),
-    "kept": ("sweep_kernel", [Case("softmax", "bf16", 768, True, kept=True)]),
-    "weigh": ("weigh_kernel", [Case("softmax", "bf16", 768, True), Case("softmax", "fp16", 768, True)]),
-    "both": ("weigh_kernel", [Case("sigmoid", "bf16", 768, n, one_go=True) for n in (True, False)]),
-}  # fmt: skip
-
-
 class Compiled(Exception):
     """The kernel that was asked for: what follows it need not run."""
 
@@ -219,28 +210,37 @@ def build_candidates() -> list[dict[str, Any]]:
     """Plain tiles of every candidate for sm_90; orders of programs have one code."""
     driver.set_active(Driver(TARGETS["sm_90"][0]))
     card._processors = lambda device: 132
-    table = configurations.TABLE["sm_90"]
-    rows = []
+    plain, normal = Case("softmax", "bf16", 768), Case("softmax", "bf16", 768, True)
+    tried = {
+        "sweep": ("sweep_kernel", [plain, normal, Case("sigmoid", "bf16", 768, True)]),
+        "kept": ("sweep_kernel", [normal._replace(kept=True)]),
+        "weigh": ("weigh_kernel", [plain, normal, normal._replace(arithmetic="fp16")]),
+        "both": (
+            "weigh_kernel", [c._replace(loss="sigmoid", one_go=True) for c in (plain, normal)]
+        ),
+    }  # fmt: skip
+    return [row for kind in tried for row in _candidates_of(kind, *tried[kind])]
+
+
+def _candidates_of(kind: str, wanted: str, cases: list[Case]) -> list[dict[str, Any]]:
+    table, rows = configurations.TABLE["sm_90"], []
+    default = table[kind, "half", "wide"]
 
     def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         if kernel.__name__ == wanted:
             compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
-            shared = compiled.metadata.shared
-            rows.append(
-                {"kind": kind, "config": config, "shared": shared, **resources(compiled, 1)}
-            )
+            row = {"kind": kind, "config": config, "shared": compiled.metadata.shared}
+            rows.append({**row, **resources(compiled, 1)})
             raise Compiled
 
     card.launch = compile_only
-    for kind, (wanted, tried) in TRIED.items():
-        default = table[kind, "half", "wide"]
-        every = (c._replace(group=8) for c in configurations.candidates(default, kind))
-        for config in dict.fromkeys(every):
-            chosen = {**table, (kind, "half", "wide"): config}
-            configurations._table = lambda device, chosen=chosen: chosen
-            for case in tried:
-                with contextlib.suppress(Compiled):
-                    run(case)
+    every = (c._replace(group=8) for c in configurations.candidates(default, kind))
+    for config in dict.fromkeys(every):
+        chosen = {**table, (kind, "half", "wide"): config}
+        configurations._table = lambda device, chosen=chosen: chosen
+        for case in cases:
+            with contextlib.suppress(Compiled):
+                run(case)
     return rows
 
 

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from .finalise import added_totals, tiles_made
-from .flags import is_set
 from .tile import stored_as
 
 
@@ -112,11 +111,12 @@ def _complete_totals(
     tiles = tiles_made(FLAG, tiles, tiles_otherwise)
     sum_w += added_totals(PARTIAL, tiles, LANES)
     sum_wt += added_totals(PARTIAL + tiles, tiles, LANES)
-    if is_set(VALID, False) != 0:
+    if MOMENTS is not None:
+        valid = tl.load(VALID) != 0
         w, wt = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
         for start in range(0, M + N, LANES):
             line = start + lane
-            mask = (line < M + N) & ((line < kept_rows) | (line >= M))
+            mask = valid & (line < M + N) & ((line < kept_rows) | (line >= M))
             a = tl.load(COEFFICIENTS + line, mask=mask, other=0.0)
             w += a * tl.load(MOMENTS + line, mask=mask, other=0.0)
             wt += a * tl.load(MOMENTS + M + N + line, mask=mask, other=0.0)

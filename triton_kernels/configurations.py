@@ -77,12 +77,22 @@ _DESCRIBED = _INTERPRETED._replace(descriptors=True, slices=2)
 
 TABLE: dict[str, Table] = {
     "sm_80": _table_of(
-        {"tile": Config(128, 128, 64, 8, 3), "both": Config(128, 64, 64, 8, 3), "small": _SMALL},
+        {
+            "kept": Config(128, 128, 64, 8, 3, slices=4),
+            "both": Config(128, 64, 64, 8, 3, slices=2),
+            "tile": Config(128, 128, 64, 8, 3),
+            "small": _SMALL,
+        },
         _TF32, _IEEE, _ODD,
     ),
     # Also sm_89 and sm_120: 99 KB of shared memory.
     "sm_86": _table_of(
-        {"tile": Config(128, 128, 32, 8, 3), "both": Config(128, 64, 32, 8, 3), "small": _SMALL},
+        {
+            "kept": Config(128, 128, 32, 8, 3, slices=4),
+            "both": Config(128, 64, 32, 8, 3, slices=2),
+            "tile": Config(128, 128, 32, 8, 3),
+            "small": _SMALL,
+        },
         _TF32, _IEEE, _ODD,
     ),
     # A tile twice as wide, or as high, halves what the other tower costs in L2. The first sweep's
@@ -104,11 +114,21 @@ TABLE: dict[str, Table] = {
         _IEEE, _ODD,
     ),
     "sm_100": _table_of(
-        {"tile": Config(128, 128, 64, 8, 3, slices=2), "small": _SMALL}, _TF32, _IEEE, _ODD
+        {
+            "kept": Config(128, 128, 64, 8, 3, slices=4),
+            "tile": Config(128, 128, 64, 8, 3, slices=2),
+            "small": _SMALL,
+        },
+        _TF32, _IEEE, _ODD,
     ),
     # ROCm, and whatever comes next.
     "default": _table_of(
-        {"tile": Config(128, 128, 32, 8, 2), "both": Config(128, 64, 32, 8, 2), "small": _SMALL},
+        {
+            "kept": Config(128, 64, 32, 8, 2, slices=2),
+            "both": Config(128, 64, 32, 8, 2),
+            "tile": Config(128, 128, 32, 8, 2),
+            "small": _SMALL,
+        },
         {"tile": Config(64, 64, 32, 4, 2)}, _IEEE._replace(stages=2), _ODD,
     ),
     # Small, so that small blocks have edges, corners and several tiles.

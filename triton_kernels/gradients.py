@@ -316,5 +316,5 @@ class Tail:
             sweep.positive, totals, b.m, b.n, b.d, count, first, b.offset, *tiles, kept.rows,
             *strides, SPREAD=sweep.spread, PROJECT_X=projects[0], PROJECT_Y=projects[1],
             CLAMPED_IS_ZERO_X=zeroes[0], CLAMPED_IS_ZERO_Y=zeroes[1], ENLARGED=sweep.enlarged,
-            ROWS=ROWS, BK=COLUMNS, LANES=LANES,
+            ROWS=ROWS, BK=COLUMNS, LANES=LANES, num_warps=8,
         )  # fmt: skip
