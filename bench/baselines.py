@@ -237,9 +237,9 @@ def _rectangular_step(case: Case, method: str, inputs: Inputs) -> Step:
 
 def _budget(method: str, device: str) -> int:
     """The bytes that fastclip may keep: its default, or none."""
-    from fastclip.inputs import CPU_MEMORY_BUDGET
+    from fastclip.inputs import budget_of
 
-    return 0 if method == "fastclip budget=0" or device != "cpu" else CPU_MEMORY_BUDGET
+    return 0 if method == "fastclip budget=0" else budget_of(None, torch.device(device))
 
 
 def _keeps_everything(case: Case, method: str) -> bool:

@@ -50,9 +50,10 @@ def clip_loss(
         reduction: "mean", "sum", or "none" for (N,) losses, half the row's plus half the column's
             cross-entropy.
         backend: None picks the fastest that can run; see `fastclip.backends()`.
-        memory_budget: bytes of work space in which products may wait for the backward instead of
-            being recomputed. Default: 256 MiB on CPUs, 0 on GPUs. Results do not depend on it
-            beyond rounding. On CPUs they stay with the process for the next step:
+        memory_budget: bytes of work space in which products (on GPUs with Triton: weights, 2 bytes
+            a pair of half features) may wait for the backward instead of being recomputed.
+            Default: 256 MiB on CPUs, 0 on GPUs. Results do not depend on it beyond rounding. On
+            CPUs they stay with the process for the next step:
             `fastclip.release_workspace()` frees them.
         live: (start, stop), the pairs whose features this step differentiates, for accumulation
             over micro-batches: the others' features are in the batch as constants. Gradients of

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .operands import FLOATING
 
-# On CPUs a product costs more than the memory traffic of keeping it. On GPUs it is the other way
-# round.
-CPU_MEMORY_BUDGET = 256 << 20
+# On CPUs a product costs more than the memory traffic of keeping it. On GPUs no card has told yet.
+DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
 
 
 def check_features(x: Tensor, y: Tensor) -> None:
@@ -72,7 +71,7 @@ def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
 def budget_of(memory_budget: int | None, device: torch.device) -> int:
     """Bytes of work space that may hold products for the backward."""
     if memory_budget is None:
-        return CPU_MEMORY_BUDGET if device.type == "cpu" else 0
+        return DEFAULT_BUDGETS.get(device.type, 0)
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
     return memory_budget
