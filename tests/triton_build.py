@@ -1,6 +1,7 @@
 """Compiles every kernel that the Triton engine launches, for a card that is not here.
 
     python triton_build.py sm_90     prints a JSON list, a row for each kernel
+    python triton_build.py sm_90 few     only of the two losses' usual steps
     python triton_build.py table     writes those of every card to triton_resources.csv
     python triton_build.py candidates    prints those of the tiles that sm_90's may be replaced by
 
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,10 @@ def cases() -> Iterator[Case]:
     yield Case("sigmoid", "bf16", 1001, True, one_go=True)
 
 
+# What `make test` has the time for: the kernels of the two losses' usual steps.
+FEW = (Case("softmax", "bf16", 768), Case("sigmoid", "bf16", 768, True, one_go=True))
+
+
 def run(case: Case) -> None:
     """One step of the engine; what it computes is garbage."""
     loss, arithmetic, d, normalize, one_go, small, kept = case
@@ -171,7 +176,7 @@ def resources(kernel: Any, pairs: int) -> dict[str, Any]:
     }
 
 
-def build(architecture: str) -> list[dict[str, Any]]:
+def build(architecture: str, tried: Iterable[Case]) -> list[dict[str, Any]]:
     target, table = TARGETS[architecture]
     driver.set_active(Driver(target))
     configurations._table = lambda device: configurations.TABLE[table]
@@ -196,7 +201,7 @@ def build(architecture: str) -> list[dict[str, Any]]:
 
     seen: set[str] = set()
     card.launch = compile_only
-    for case in cases():
+    for case in tried:
         if case.arithmetic != "tf32" or target.backend != "hip":
             run(case)
     return list(rows.values())
@@ -259,12 +264,12 @@ def recorded() -> tuple[str, list[dict[str, str]]]:
 
 
 @functools.cache
-def built(architecture: str) -> list[dict[str, Any]]:
+def built(*what: str) -> list[dict[str, Any]]:
     """In a process of its own: Triton remembers the first target that a kernel was compiled for."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", __file__, architecture]
+    command = [sys.executable, "-P", __file__, *what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, f"{architecture}:\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{what}:\n{done.stderr[-3000:]}"
     return json.loads(done.stdout)
 
 
@@ -278,5 +283,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["table"]:
         write_table(built_together(list(TARGETS)))
     else:
-        rows = build_candidates() if sys.argv[1] == "candidates" else build(sys.argv[1])
+        what, *few = sys.argv[1:]
+        rows = build_candidates() if what == "candidates" else build(what, FEW if few else cases())
         print(json.dumps(rows))
