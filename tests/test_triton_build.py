@@ -8,7 +8,7 @@ installed is the one that made it (`python triton_build.py table` makes it anew)
 import pytest
 from triton_case import needs_triton
 
-# `make test` has the time for one card and the losses' usual steps, `make test-cuda` for all of them.
+# `make test` has the time for one card and usual steps of both losses, `make test-cuda` for all.
 EVERY = ("sm_90", "sm_80", "sm_100", "sm_89", "gfx942")
 BUILDS = [("sm_90", "few"), *(pytest.param((n,), marks=pytest.mark.minutes) for n in EVERY)]
 pytestmark = needs_triton

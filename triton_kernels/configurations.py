@@ -115,8 +115,11 @@ TABLE: dict[str, Table] = {
     ),
     "sm_100": _table_of(
         {
+            "sweep": Config(128, 128, 64, 8, 3, slices=2),
             "kept": Config(128, 128, 64, 8, 3, slices=4),
-            "tile": Config(128, 128, 64, 8, 3, slices=2),
+            "weigh": Config(128, 128, 64, 8, 3, slices=2),
+            "both": Config(128, 128, 64, 8, 3, slices=2),
+            "tile": Config(128, 64, 64, 8, 3),
             "small": _SMALL,
         },
         _TF32, _IEEE, _ODD,
