@@ -95,13 +95,11 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     w = ACTIVATION(t, k, m)
     if A is not None:
         w *= line(A, i, M, PLAIN)[:, None] + line(B, j, N, PLAIN)[None, :]
-    if PLAIN:
-        # Not row by row first: the sum of a sliced layout makes the compiler for sm_100 abort.
-        sum_w, sum_wt = tl.sum(w), tl.sum(w * t)
-    else:
+    if not PLAIN:
         live = negatives(i, j, M, N, offset)
         w = tl.where(live, w, 0.0)
-        sum_w, sum_wt = tl.sum(w), tl.sum(w * tl.where(live, t, 0.0))
+    # Not row by row first: the sum of a sliced layout makes the compiler for sm_100 abort.
+    sum_w, sum_wt = tl.sum(w), tl.sum(w * t)
     if W is not None:
         w = scaled(w, FX, FY, i, j, M, N, PLAIN, SPREAD, ENLARGED, IS_TF32)
         store_tile(W, w, row, column, M, N, stride_w, PLAIN, DESCRIBED, BM, BN)
