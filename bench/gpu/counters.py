@@ -23,7 +23,9 @@ from . import figures, process, steps, tiles
 
 N = 16384
 # A kernel is looked at once: the first whose name matches.
-KERNELS = {"sweep": "^sweep_kernel$", "weigh": "^weigh_kernel$", "product": "gemm|nvjet|cutlass|xmma"}
+KERNELS = {
+    "sweep": "^sweep_kernel$", "weigh": "^weigh_kernel$", "product": "gemm|nvjet|cutlass|xmma",
+}  # fmt: skip
 METRICS = {
     "time": r"^gpu__time_duration\.sum$",
     "registers a thread": r"^launch__registers_per_thread$",
@@ -32,7 +34,7 @@ METRICS = {
     "DRAM, % of peak": r"^dram__throughput\..*pct_of_peak_sustained_elapsed$",
     "sectors a store request": r"^l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_st",
     "warps active, % of peak": r"^sm__warps_active\.avg\.pct_of_peak_sustained_active$",
-    "stalled for": r"^smsp__average_warps?_issue_stalled_.*_per_issue_active",
+    "stalled for": r"^smsp__average_warps?_issue_stalled_(?!.*not_issued).*_per_issue_active",
 }
 STALLS = 3  # the longest of them are printed
 
