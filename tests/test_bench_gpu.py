@@ -291,6 +291,9 @@ def test_a_lost_device_ends_the_run_and_its_rows_say_who_lost_it(tmp_path, monke
     # In a new process the culprit is left out, and what has no time yet is done.
     left = rows.remaining([case], results.read(path), without=[])
     assert [one.methods for one in left] == [("dense", "fastclip torch")]
+    other = replace(TINY, m=64, n=64, methods=("memeff", "dense"))
+    assert rows.remaining([other], results.read(path), [])[0].methods == ("dense",)
+    assert rows.remaining([other], [], ["dense"])[0].methods == ("memeff",)
     lost.clear()
     runner.run(left, runner.Options(path, 0.05, memory=False))
     assert rows.remaining([case], results.read(path), without=[]) == []

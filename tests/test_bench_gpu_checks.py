@@ -135,6 +135,25 @@ def test_a_smoke_process_that_crashes_or_hangs_is_a_row(code, seconds, note, tmp
     assert smoke.unusable([row]) == ["triton"]
 
 
+def test_a_smoke_process_that_is_still_compiling_is_cut_and_its_engine_is_used(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "s.csv"
+    code = "import time; time.sleep(60)"
+
+    def popen(command, start=smoke.subprocess.Popen, **more):
+        row = {"engine": "triton", "loss": "clip", "dtype": "bfloat16", "status": "passed"}
+        figures.append(path, row, smoke.COLUMNS)
+        return start([sys.executable, "-c", code], **more)
+
+    monkeypatch.setattr(smoke.subprocess, "Popen", popen)
+    options = argparse.Namespace(device="cpu", out=tmp_path, file="s.csv", winners=None)
+    smoke.run_job(("triton", "clip", "bfloat16"), options, path, smoke.time.monotonic())
+    rows = figures.read(path)
+    assert rows[-1]["status"] == "cut" and smoke.unusable(rows) == []
+    assert smoke.summary(rows) == ["triton 1 passed, 0 failed, 1 processes cut"]
+
+
 @needs_triton
 def test_engines_of_a_label(monkeypatch):
     monkeypatch.delenv("FASTCLIP_CUDA_TILES", raising=False)

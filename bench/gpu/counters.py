@@ -23,7 +23,9 @@ from . import figures, process, steps, tiles
 
 N = 16384
 # A kernel is looked at once: the first whose name matches.
-KERNELS = {"sweep": "sweep_kernel", "weigh": "weigh", "product": "gemm|nvjet|cutlass|xmma"}
+KERNELS = {
+    "sweep": "^sweep_kernel$", "weigh": "^weigh_kernel$", "product": "gemm|nvjet|cutlass|xmma",
+}  # fmt: skip
 METRICS = {
     "time": r"^gpu__time_duration\.sum$",
     "registers a thread": r"^launch__registers_per_thread$",
