@@ -208,7 +208,8 @@ class Weighing:
 
     def prepare(self, config: Config) -> tuple[list[Chunk], tuple[Tensor | None, ...]]:
         """Chunks, and room for the weights, totals and partial sums of any of them."""
-        block, itemsize = self.block, self.parts * self.dtype.itemsize
+        block = self.block
+        itemsize = plan.SPLIT_BYTES if block.split else self.dtype.itemsize
         chunks = list(plan.weigh(block.m, block.n, config, itemsize, self.kept.rows))
         totals = block.empty(2 * max(max(self.totals_of(chunk)[1:]) for chunk in chunks))
         partial = block.empty(max(c.partials for c in chunks)) if self.fold else None
