@@ -2,11 +2,15 @@
 
 The first row whose conditions all hold says the order; the plain PyTorch engine comes after all of
 them. No row rests on a measurement yet. FASTCLIP_GPU=cuda|triton|torch overrules the table, as
-`backend=` does.
+`backend=` does. FASTCLIP_FP32=split|ieee says how float32 features are multiplied: as six products
+of bfloat16 parts, as exact as IEEE ones and meant for cards whose bfloat16 is more than six times
+faster (A100, H100, B200 and their like), or as they are.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -17,7 +21,7 @@ class Row(NamedTuple):
     """An order of engines and where it holds; None is no condition, of a range the end is out."""
 
     engines: tuple[str, ...]
-    products: str | None = None  # "half", "tf32" or "fp32": what multiplies
+    products: str | None = None  # "half", "tf32", "split" or "fp32": what multiplies
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None  # of the card
     n: tuple[int, int] | None = None  # pairs
     d: tuple[int, int] | None = None  # features
@@ -33,10 +37,14 @@ TABLE = (
     # IEEE fp32 has no tensor cores: Triton's product is a loop of its own on the ordinary ones, the
     # CUDA engine's is cuBLAS's.
     Row(("cuda", "triton"), products="fp32"),
-    # Half precision and tf32: Triton's tiles are folded while they are in registers, the CUDA
-    # engine's are written and read once more.
+    # Half precision, tf32, and fp32 in parts of bf16, which Triton alone has: Triton's tiles are
+    # folded while they are in registers, the CUDA engine's are written and read once more.
     Row(("triton", "cuda")),
 )
+
+
+# Without FASTCLIP_FP32. No card has shown yet how fast "split" is, nor its errors.
+FP32 = "ieee"
 
 
 def order(rows: Iterable[Row], n: int, d: int) -> tuple[str, ...]:
@@ -50,7 +58,20 @@ def products_of(dtype: torch.dtype) -> str:
     """The arithmetic that the user's settings give to the products of features of this dtype."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "split" if _fp32() == "split" and not torch.version.hip else "fp32"
+
+
+@functools.cache
+def _fp32() -> str:
+    """What FASTCLIP_FP32 asks for."""
+    asked, known = os.environ.get("FASTCLIP_FP32") or FP32, ("split", "ieee")
+    if asked not in known:
+        raise ValueError(
+            f"FASTCLIP_FP32 must be one of {', '.join(map(repr, known))}, got {asked!r}"
+        )
+    return asked
 
 
 def _within(value: Any, span: tuple[Any, Any] | None) -> bool:

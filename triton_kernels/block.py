@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import card, configurations, plan, weights
-from .card import COLUMNS, ROWS, takes_tf32
+from . import card, configurations, parts, plan, split, weights
+from .card import COLUMNS, ROWS, takes_split, takes_tf32
 from .configurations import Config
 from .epilogues import EPILOGUES
 from .kept import Kept
@@ -25,8 +25,13 @@ class Block:
     ) -> None:  # fmt: skip
         self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
         self.epilogue = EPILOGUES[loss]
-        self.tf32 = takes_tf32(x)
-        self.x, self.y = (self._operand(t) for t in (x, y))
+        self.tf32, self.split = takes_tf32(x), takes_split(x)
+        self.x, self.y = (self._rows(t) for t in (x, y))
+        # As products take them, `depth` features long.
+        self.depth = split.padded(self.d) if self.split else self.d
+        self.operands = (self.x, self.y)
+        if self.split:
+            self.operands = (self._parts(self.x), self._parts(self.y))
         self.factor_x, self.factor_y = (
             None if f is None else f.to(torch.float32).contiguous() for f in (factor_x, factor_y)
         )
@@ -36,7 +41,7 @@ class Block:
         self.offset = max(-self.m, min(offset, self.n))
         self.is_small = plan.is_small(self.m, self.n)
 
-    def _operand(self, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor) -> Tensor:
         x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
         if not self.tf32:
             return x
@@ -47,10 +52,18 @@ class Block:
         )  # fmt: skip
         return rounded
 
+    def _parts(self, x: Tensor) -> Tensor:
+        out = torch.empty(len(x), 3 * self.depth, dtype=torch.bfloat16, device=x.device)
+        card.launch(
+            parts.to_parts_kernel, cdiv(len(x), ROWS), x, out, *x.shape, x.stride(0),
+            WIDTH=self.depth, ROWS=ROWS, BK=COLUMNS,
+        )  # fmt: skip
+        return out
+
     def _unit(self) -> int:
-        """Elements in 16 bytes, if every row of both towers begins on 16 bytes, else 1."""
-        unit = 16 // self.x.element_size()
-        for t in (self.x, self.y):
+        """Elements in 16 bytes, if every row of both operands begins on 16 bytes, else 1."""
+        unit = 16 // self.operands[0].element_size()
+        for t in self.operands:
             if t.data_ptr() % 16 or t.shape[1] % unit or t.stride(0) % unit:
                 return 1
         return unit
@@ -58,7 +71,8 @@ class Block:
     def features(self, chunk: Chunk, config: Config | None = None) -> tuple[Any, Any]:
         """x and y of a chunk, which is a block of its own; as descriptors if a config is given and
         asks for them."""
-        x, y = self.x[chunk.row_slice], self.y[chunk.column_slice]
+        x, y = self.operands
+        x, y = x[chunk.row_slice], y[chunk.column_slice]
         if config is None or not config.descriptors:
             return x, y
         return card.described(x, config.bm, config.bk), card.described(y, config.bn, config.bk)
@@ -85,20 +99,26 @@ class Block:
 
     @property
     def width(self) -> int:
-        """D, in units."""
-        return self.d // self.unit
+        """Features of an operand, in units."""
+        return self.depth // self.unit
 
     @property
     def strides(self) -> tuple[int, int]:
         """Of rows, in units."""
-        return self.x.stride(0) // self.unit, self.y.stride(0) // self.unit
+        x, y = self.operands
+        return x.stride(0) // self.unit, y.stride(0) // self.unit
+
+    @property
+    def precision(self) -> str:
+        """Of the products."""
+        return "tf32" if self.tf32 else "split" if self.split else "ieee"
 
     def tiles(self, config: Config) -> dict[str, Any]:
         """Compile-time arguments of every kernel that makes tiles."""
         return {
-            "BM": config.bm, "BN": config.bn, "BK": config.bk, "EVEN": self.d % config.bk == 0,
-            "PRECISION": "tf32" if self.tf32 else "ieee", "UNIT": self.unit,
-            "num_warps": config.warps, "num_stages": config.stages,
+            "BM": config.bm, "BN": config.bn, "BK": config.bk, "EVEN": self.depth % config.bk == 0,
+            "PRECISION": self.precision, "UNIT": self.unit, "num_warps": config.warps,
+            "num_stages": config.stages,
         }  # fmt: skip
 
     def plain_tiles(self, config: Config) -> dict[str, Any]:
@@ -121,7 +141,9 @@ class Block:
 
     def config(self, kind: str, run: Callable[[Config], object] | None = None) -> Config:
         x = self.x
-        return configurations.choose(x.device, x.dtype, self.tf32, self.d, self.unit, kind, run)
+        return configurations.choose(
+            x.device, x.dtype, self.tf32, self.d, self.unit, kind, run, self.split
+        )
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)

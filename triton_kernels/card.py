@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastclip import preference
+
 from .configurations import Config
 from .epilogues import INTERPRETED
 
@@ -61,6 +63,11 @@ def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
             return operator(x, *arguments)
 
     return run
+
+
+def takes_split(x: Tensor) -> bool:
+    """Whether fp32 products are made of bf16 ones."""
+    return preference.products_of(x.dtype) == "split"
 
 
 def takes_tf32(x: Tensor) -> bool:

@@ -44,20 +44,25 @@ SHARED_MEMORY = {
 }
 
 
-KINDS = ("sweep", "kept", "weigh", "both", "tile", "small")
+KINDS = ("sweep", "kept", "weigh", "both", "gradient", "tile", "small")
 Table = dict[tuple[str, str, str], Config]
 
 
-def _table_of(half: dict[str, Config], tf32: dict[str, Config], ieee: Config, odd: Config) -> Table:
+def _table_of(
+    half: dict[str, Config], tf32: dict[str, Config], split: dict[str, Config], ieee: Config,
+    odd: Config,
+) -> Table:  # fmt: skip
     """For each kind of kernel: the first "sweep", one whose weights are "kept", the second one
-    ("weigh"), "both" in one go, "tile" for whichever references each line has, "small" blocks. For
-    each arithmetic: "half" (bf16 and fp16 on tensor cores), "tf32", and "ieee" (fp32 on the
-    ordinary cores). For each width: rows that are "wide", "narrow" (no use for a long step along D)
+    ("weigh"), "both" in one go, the products of split weights ("gradient"), "tile" for whichever
+    references each line has, "small" blocks. For each arithmetic: "half" (bf16 and fp16 on tensor
+    cores), "tf32", "split" (fp32 in parts of bf16), and "ieee" (fp32 on the ordinary cores). For
+    each width: rows that are "wide", "narrow" (no use for a long step along D)
     and "odd" (they do not begin on 16 bytes: loads go through registers).
 
     A kind that is not named has the configuration of "tile"."""
     table = {}
-    for arithmetic, configs in (("half", half), ("tf32", tf32), ("ieee", {"tile": ieee})):
+    tables = {"half": half, "tf32": tf32, "split": split, "ieee": {"tile": ieee}}
+    for arithmetic, configs in tables.items():
         for kind in KINDS:
             config = configs.get(kind, configs["tile"])
             table[kind, arithmetic, "wide"] = config
@@ -72,6 +77,8 @@ _IEEE = Config(64, 64, 16, 4, 3)
 _ODD = Config(64, 64, 32, 4, 2)
 _SMALL = Config(64, 64, 64, 4, 3)
 _TF32 = {"tile": Config(128, 64, 32, 8, 3), "small": Config(64, 64, 32, 4, 3)}
+# A step takes three parts of either tower and a second accumulator.
+_SPLIT = {"tile": Config(128, 64, 32, 8, 3), "small": Config(64, 64, 32, 4, 3)}
 _INTERPRETED = Config(32, 32, 32, 1, 1, group=2)
 _DESCRIBED = _INTERPRETED._replace(descriptors=True, slices=2)
 
@@ -83,7 +90,7 @@ TABLE: dict[str, Table] = {
             "tile": Config(128, 128, 64, 8, 3),
             "small": _SMALL,
         },
-        _TF32, _IEEE, _ODD,
+        _TF32, _SPLIT, _IEEE, _ODD,
     ),
     # Also sm_89 and sm_120: 99 KB of shared memory.
     "sm_86": _table_of(
@@ -93,7 +100,9 @@ TABLE: dict[str, Table] = {
             "tile": Config(128, 128, 32, 8, 3),
             "small": _SMALL,
         },
-        _TF32, _IEEE, _ODD,
+        _TF32,
+        {"tile": Config(128, 64, 32, 8, 2), "small": Config(64, 64, 32, 4, 2)},
+        _IEEE, _ODD,
     ),
     # A tile twice as wide, or as high, halves what the other tower costs in L2. The first sweep's
     # sums of columns take half the shuffles in a high one; a wide one has registers for weights.
@@ -111,6 +120,17 @@ TABLE: dict[str, Table] = {
             "weigh": Config(128, 128, 32, 8, 3, descriptors=True),
             **_TF32,
         },
+        {
+            # The next step's features are asked for when a step's products are done: of two
+            # stages none would be on its way meanwhile.
+            "sweep": Config(128, 128, 32, 8, 4, descriptors=True),
+            "kept": Config(128, 128, 32, 8, 4, slices=4, descriptors=True),
+            "weigh": Config(128, 128, 32, 8, 4, slices=2, descriptors=True),
+            "both": Config(128, 128, 32, 8, 4, slices=4, descriptors=True),
+            "gradient": Config(128, 128, 32, 8, 4),
+            "tile": Config(128, 64, 32, 8, 3),
+            "small": _SPLIT["small"],
+        },
         _IEEE, _ODD,
     ),
     "sm_100": _table_of(
@@ -122,7 +142,7 @@ TABLE: dict[str, Table] = {
             "tile": Config(128, 64, 64, 8, 3),
             "small": _SMALL,
         },
-        _TF32, _IEEE, _ODD,
+        _TF32, _SPLIT, _IEEE, _ODD,
     ),
     # ROCm, and whatever comes next.
     "default": _table_of(
@@ -132,11 +152,12 @@ TABLE: dict[str, Table] = {
             "tile": Config(128, 128, 32, 8, 2),
             "small": _SMALL,
         },
-        {"tile": Config(64, 64, 32, 4, 2)}, _IEEE._replace(stages=2), _ODD,
+        {"tile": Config(64, 64, 32, 4, 2)}, {"tile": Config(64, 64, 32, 4, 1)},
+        _IEEE._replace(stages=2), _ODD,
     ),
     # Small, so that small blocks have edges, corners and several tiles.
     "interpreter": _table_of(
-        {"tile": _DESCRIBED}, {"tile": _DESCRIBED}, _INTERPRETED, _INTERPRETED
+        {"tile": _DESCRIBED}, {"tile": _DESCRIBED}, {"tile": _DESCRIBED}, _INTERPRETED, _INTERPRETED
     ),
 }  # fmt: skip
 
@@ -162,20 +183,20 @@ def _table(device: torch.device) -> Table:
     return TABLE[architecture(torch.cuda.get_device_capability(device))]
 
 
-def arithmetic_of(dtype: torch.dtype, tf32: bool) -> str:
-    return "half" if dtype.itemsize == 2 else "tf32" if tf32 else "ieee"
+def arithmetic_of(dtype: torch.dtype, tf32: bool, split: bool = False) -> str:
+    return "half" if dtype.itemsize == 2 else "tf32" if tf32 else "split" if split else "ieee"
 
 
 def choose(
     device: torch.device, dtype: torch.dtype, tf32: bool, d: int, unit: int, kernel: str,
-    run: Callable[[Config], object] | None = None,
+    run: Callable[[Config], object] | None = None, split: bool = False,
 ) -> Config:  # fmt: skip
     """The configuration of a kernel, one of KINDS and, after a comma, which of them, for features
     (_, d) whose rows begin at multiples of `unit` elements. `run` launches it once with a
     candidate: it is what autotuning, where it is asked for, takes the time of."""
     width = "odd" if unit == 1 else "narrow" if d <= NARROW else "wide"
     kind = kernel.partition(",")[0]
-    default = _table(device)[kind, arithmetic_of(dtype, tf32), width]
+    default = _table(device)[kind, arithmetic_of(dtype, tf32, split), width]
     if run is None or os.environ.get(AUTOTUNE) != "1" or INTERPRETED.value:
         return default
     key = (device, dtype, tf32, d, unit, kernel)

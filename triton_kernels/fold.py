@@ -90,7 +90,7 @@ def _sweep_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
         w = ACTIVATION(t, k, m)
         if not PLAIN:
             w, t = tl.where(live, w, 0.0), tl.where(live, t, 0.0)
-        store_tile(KEPT, w, row, column, M, N, stride_kept, PLAIN, DESCRIBED, BM, BN)
+        store_tile(KEPT, w, row, column, 0, M, N, stride_kept, PLAIN, DESCRIBED, BM, BN)
         store_columns(COLUMNS + layer, tl.sum(w, 0), j, N, PLAIN)
         rows_w = tl.sum(w, 1)
         w *= t

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import card, complete, finalise, plan
+from . import card, complete, finalise, plan, split_gradients
 from . import weights as weight_kernels
 from .block import Block
 from .card import COLUMNS, LANES, ROWS
@@ -99,6 +99,7 @@ class Weighing:
             coefficients = coefficients.to(torch.float64).contiguous()
         self.lines = Lines(block, state, coefficients, kept)
         dtype = block.x.dtype
+        self.dtype = torch.bfloat16 if block.split else dtype
         # Of weights, which are at most 2: the largest possible becomes 2^14.
         self.enlarged = 2.0**13 if dtype == torch.float16 else 1.0
         self.spread = dtype != torch.float16
@@ -106,7 +107,10 @@ class Weighing:
         if not self.spread:
             x_operand = self._unit(block.x, block.factor_x) if self.needs_y else x_operand
             y_operand = self._unit(block.y, block.factor_y) if self.needs_x else y_operand
+        if block.split:
+            x_operand, y_operand = block.operands
         self.x_operand, self.y_operand = x_operand, y_operand
+        self.parts = 3 if block.split else 1
         self._config_apart = block.config("small" if block.is_small else "tile")
 
     @staticmethod
@@ -139,8 +143,7 @@ class Weighing:
         block, lines = self.block, self.lines
         skipped = block.skipped(chunk)
         plain = chunk.plain(skipped)
-        stride = 0 if weights is None else weights.stride(0)
-        where = (*block.strides, stride, block.offset_of(chunk), skipped)
+        where = (*block.strides, self._stride(weights), block.offset_of(chunk), skipped)
         coefficients = lines.coefficients_of(chunk)
         given = (*block.affine(chunk), lines.references, lines.one, *coefficients)
         kinds = {"FOLD": block.epilogue.fold, "ACTIVATION": block.epilogue.activation}
@@ -168,7 +171,7 @@ class Weighing:
             weight_kernels.weigh_apart_kernel, programs, *block.features(chunk),
             *block.affine(chunk), *self.lines.references_of(chunk), unless,
             *self.lines.coefficients_of(chunk), weights, totals, chunk.rows, chunk.columns,
-            block.width, *block.strides, 0 if weights is None else weights.stride(0),
+            block.width, *block.strides, self._stride(weights),
             block.offset_of(chunk), ACTIVATION=block.epilogue.activation, GROUP=config.group,
             **self.constants, **block.tiles(config),
         )  # fmt: skip
@@ -182,8 +185,12 @@ class Weighing:
         card.launch(
             weight_kernels.weigh_kept_kernel, programs, kept, *factors, self.lines.valid,
             *self.lines.coefficients_of(chunk), weights, chunk.rows, chunk.columns, kept.stride(0),
-            weights.stride(0), IS_TF32=block.tf32, **self.constants, **KEPT_TILE,
+            self._stride(weights), PRECISION=block.precision, **self.constants, **KEPT_TILE,
         )  # fmt: skip
+
+    def _stride(self, weights: Tensor | None) -> int:
+        """From a row of weights to the next, or from a part of it to the next."""
+        return 0 if weights is None else weights.stride(0) // self.parts
 
     def _cut_apart(self, chunk: Chunk) -> Chunk:
         config = self._config_apart
@@ -201,14 +208,16 @@ class Weighing:
 
     def prepare(self, config: Config) -> tuple[list[Chunk], tuple[Tensor | None, ...]]:
         """Chunks, and room for the weights, totals and partial sums of any of them."""
-        block, itemsize = self.block, self.block.x.element_size()
+        block = self.block
+        itemsize = plan.SPLIT_BYTES if block.split else self.dtype.itemsize
         chunks = list(plan.weigh(block.m, block.n, config, itemsize, self.kept.rows))
         totals = block.empty(2 * max(max(self.totals_of(chunk)[1:]) for chunk in chunks))
         partial = block.empty(max(c.partials for c in chunks)) if self.fold else None
         weights = None
         if self.needs_x or self.needs_y:
             stride = cdiv(max(c.columns for c in chunks), plan.COLUMN_UNIT) * plan.COLUMN_UNIT
-            weights = block.empty(max(c.rows for c in chunks), stride, dtype=block.x.dtype)
+            shape = (max(c.rows for c in chunks), self.parts * stride)
+            weights = block.empty(*shape, dtype=self.dtype)
         return chunks, (weights, totals, partial)
 
     def run(
@@ -241,14 +250,43 @@ class Weighing:
             product = None
             if self.needs_x:
                 product = dx[chunk.row_slice] if room is None else room[: chunk.rows]
-                w, y = weights[: chunk.rows, : chunk.columns], self.y_operand[chunk.column_slice]
-                accumulate(w, y, product, chunk.column_start == 0)
+                self._add_rows(weights, chunk, product)
             if self.needs_y:
-                w, x = weights[: chunk.rows, : chunk.columns], self.x_operand[chunk.row_slice]
-                accumulate(w.T, x, product_y[chunk.column_slice], chunk.start == 0)
+                self._add_columns(weights, chunk, product_y[chunk.column_slice])
             if not is_last and product is not None and chunk.column_stop == block.n and finish_rows:
                 finish_rows(product, chunk)
         return Last(chunk, product, (sums, made[0], totals), made[1:])
+
+    def _add_rows(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
+        y, begins = self.y_operand[chunk.column_slice], chunk.column_start == 0
+        if self.block.split:
+            self._add_split(weights, y, out, begins, transposed=False)
+        else:
+            accumulate(weights[: chunk.rows, : chunk.columns], y, out, begins)
+
+    def _add_columns(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
+        x, begins = self.x_operand[chunk.row_slice], chunk.start == 0
+        if self.block.split:
+            self._add_split(weights, x, out, begins, transposed=True)
+        else:
+            accumulate(weights[: chunk.rows, : chunk.columns].T, x, out, begins)
+
+    def _add_split(
+        self, weights: Tensor, features: Tensor, out: Tensor, begins: bool, transposed: bool
+    ) -> None:
+        """out = or += weights, or their transpose, times features, all in parts."""
+
+        def run(config: Config) -> None:
+            programs = cdiv(len(out), config.bm) * cdiv(out.shape[1], config.bn)
+            card.launch(
+                split_gradients.split_gradient_kernel, programs, weights, features, out, len(out),
+                len(features), self._stride(weights), out.stride(0), D=self.block.d,
+                WIDTH=self.block.depth, TRANSPOSED=transposed, BEGINS=begins, BM=config.bm,
+                BN=config.bn, BK=config.bk, GROUP=config.group, num_warps=config.warps,
+                num_stages=config.stages,
+            )  # fmt: skip
+
+        run(self.block.config("small" if self.block.is_small else "gradient"))
 
 
 class Last(NamedTuple):

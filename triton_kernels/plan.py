@@ -34,6 +34,9 @@ LAYERS, KEPT_LAYERS, MAXIMA_LAYERS = 1, 3, 2
 # Most a launch may have in one dimension.
 MOST_PROGRAMS = (1 << 31) - 1
 
+# An fp32 product made of bf16 ones: products, and bytes of a number in parts (`split.py`).
+SPLIT_PRODUCTS, SPLIT_BYTES = 6, 6
+
 # Programs of a kernel that as a rule returns at once: enough to fill any card when it does not.
 SELDOM_PROGRAMS = 1024
 
@@ -171,31 +174,44 @@ def _features(chunk: Chunk, config: Config, d: int, itemsize: int) -> int:
 
 
 def sweep_cost(
-    m: int, n: int, d: int, config: Config, itemsize: int, layers: int, kept_rows: int = 0
-) -> Cost:
+    m: int, n: int, d: int, config: Config, itemsize: int, layers: int, kept_rows: int = 0,
+    products: int = 1,
+) -> Cost:  # fmt: skip
     """Of the first sweep with one reference. Partial sums are written and read once, three times as
-    many where weights are kept."""
+    many where weights are kept. products: that one of the features is made of; if several, they and
+    their weights have SPLIT_BYTES, but for those that are kept."""
+    kept_itemsize, itemsize = itemsize, itemsize if products == 1 else SPLIT_BYTES
     kept_rows = min(kept_rows, m)
     kept = sweep(n, config, KEPT_LAYERS, 0, kept_rows, kept=True)
     chunks = kept + sweep(n, config, layers, kept_rows, m)
     moved = sum(_features(c, config, d, itemsize) + 8 * c.partials for c in chunks)
-    moved += sum(16 * c.partials + itemsize * c.rows * c.columns for c in kept)
-    flops = sum(2 * c.rows * c.columns * d for c in chunks)
+    moved += sum(16 * c.partials + kept_itemsize * c.rows * c.columns for c in kept)
+    flops = sum(2 * products * c.rows * c.columns * d for c in chunks)
     work = max(4 * (KEPT_LAYERS if c.kept else layers) * c.partials for c in chunks)
-    return Cost(flops, moved, work)
+    return _with_parts(Cost(flops, moved, work), (m + n) * d, products)
+
+
+def _with_parts(cost: Cost, features: int, products: int) -> Cost:
+    """With the parts of all features beside it, made of them and written once."""
+    if products == 1:
+        return cost
+    made = SPLIT_BYTES * features
+    return Cost(cost.flops, cost.bytes + 4 * features + made, cost.work_space + made)
 
 
 def weigh_cost(
     m: int, n: int, d: int, config: Config, itemsize: int, kept_rows: int = 0,
-    needs_x: bool = True, needs_y: bool = True, fold: bool = False,
+    needs_x: bool = True, needs_y: bool = True, fold: bool = False, products: int = 1,
 ) -> Cost:  # fmt: skip
     """Of the second sweep, or of both in one go (fold): the weights' tiles, written once and
-    read by each product; the products' accumulators, read where they are added to."""
+    read by each product; the products' accumulators, read where they are added to. products: as
+    for the first sweep."""
+    kept_itemsize, itemsize = itemsize, itemsize if products == 1 else SPLIT_BYTES
     flops = moved = work = 0
     for c in weigh(m, n, config, itemsize, kept_rows):
         pairs = c.rows * c.columns
-        flops += 2 * pairs * d * ((not c.kept) + needs_x + needs_y)
-        moved += itemsize * pairs if c.kept else _features(c, config, d, itemsize)
+        flops += 2 * products * pairs * d * ((not c.kept) + needs_x + needs_y)
+        moved += kept_itemsize * pairs if c.kept else _features(c, config, d, itemsize)
         moved += itemsize * pairs * (needs_x + needs_y + (needs_x or needs_y))
         moved += fold * 8 * c.partials
         for needed, lines, others, begins in (
@@ -206,4 +222,4 @@ def weigh_cost(
         stride = cdiv(c.columns, COLUMN_UNIT) * COLUMN_UNIT
         space = itemsize * c.rows * stride * (needs_x or needs_y) + 4 * fold * c.partials
         work = max(work, space + 4 * needs_x * c.rows * d + 4 * needs_y * n * d)
-    return Cost(flops, moved, work)
+    return _with_parts(Cost(flops, moved, work), (m + n) * d, products)

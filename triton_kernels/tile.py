@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .epilogues import INTERPRETED
+from .split import add_product
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def rounded(x, BITS: tl.constexpr):
 @triton.jit
 def stored_as(x, dtype: tl.constexpr):
     # A card rounds; the interpreter's conversion to bf16 truncates.
-    if INTERPRETED and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         x = rounded(x, 16)
     return x.to(dtype)
 
@@ -91,6 +92,7 @@ def product(
     """<x_i, y_j> for the BM rows from `row` and the BN columns from `column` on, in fp32.
 
     D and the strides count UNIT elements: the compiler then knows that rows begin on 16 bytes.
+    PRECISION "split": of operands in three parts, D apart (`parts.py`), and D is a multiple of BK.
     """
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
     if not PLAIN:
@@ -101,15 +103,21 @@ def product(
     y = Y + j.to(tl.int64)[None, :] * stride_y * UNIT + k[:, None]
     t = tl.zeros((BM, BN), tl.float32)
     for start in range(0, D * UNIT, BK):
-        if EVEN:
-            a, b = tl.load(x), tl.load(y)
+        if PRECISION == "split":
+            t = add_product(
+                t, tl.load(x), tl.load(x + D * UNIT), tl.load(x + 2 * D * UNIT), tl.load(y),
+                tl.load(y + D * UNIT), tl.load(y + 2 * D * UNIT),
+            )  # fmt: skip
         else:
-            a = tl.load(x, mask=(start + k < D * UNIT)[None, :], other=0.0)
-            b = tl.load(y, mask=(start + k < D * UNIT)[:, None], other=0.0)
-        # The interpreter would multiply the bit patterns of bf16.
-        if INTERPRETED:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        t = tl.dot(a, b, t, input_precision=PRECISION)
+            if EVEN:
+                a, b = tl.load(x), tl.load(y)
+            else:
+                a = tl.load(x, mask=(start + k < D * UNIT)[None, :], other=0.0)
+                b = tl.load(y, mask=(start + k < D * UNIT)[:, None], other=0.0)
+            # The interpreter would multiply the bit patterns of bf16.
+            if INTERPRETED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            t = tl.dot(a, b, t, input_precision=PRECISION)
         x += BK
         y += BK
     return t
@@ -128,9 +136,16 @@ def described_product(
     t = tl.zeros((BM, BN), tl.float32)
     for start in range(0, D * UNIT, BK):
         a, b = X.load([row, start]), Y.load([column, start])
-        if INTERPRETED:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        t = tl.dot(a, b.T, t, input_precision=PRECISION)
+        if PRECISION == "split":
+            middle, low = D * UNIT + start, 2 * D * UNIT + start
+            t = add_product(
+                t, a, X.load([row, middle]), X.load([row, low]), b.T, Y.load([column, middle]).T,
+                Y.load([column, low]).T,
+            )  # fmt: skip
+        else:
+            if INTERPRETED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            t = tl.dot(a, b.T, t, input_precision=PRECISION)
     return t
 
 
@@ -171,17 +186,17 @@ def store_positives(POSITIVE, t, row, column, M, N, offset, BM: tl.constexpr, BN
 
 @triton.jit
 def store_tile(
-    OUT, value, row, column, M, N, stride, PLAIN: tl.constexpr, DESCRIBED: tl.constexpr,
+    OUT, value, row, column, shift, M, N, stride, PLAIN: tl.constexpr, DESCRIBED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of OUT lie a multiple of 16 numbers apart, and past N they may be written up to a
+    """`shift` columns further right than where it belongs. Rows of OUT lie a multiple of 16 numbers apart, and past N they may be written up to a
     multiple of 8: then the compiler knows that eight neighbours are stored or none, and 16 bytes
     leave at once. A mask of `j < N` makes it store number by number."""
     if DESCRIBED:
-        OUT.store([row, column], stored_as(value, OUT.dtype))
+        OUT.store([row, column + shift], stored_as(value, OUT.dtype))
     else:
         i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        at = i.to(tl.int64)[:, None] * stride + j[None, :]
+        at = i.to(tl.int64)[:, None] * stride + (shift + j)[None, :]
         if PLAIN:
             tl.store(OUT + at, stored_as(value, OUT.dtype.element_ty))
         else:

@@ -22,6 +22,7 @@ import triton.language as tl
 from .epilogues import affine
 from .flags import is_set
 from .fold import columns_of, store_columns, store_rows
+from .parts import parts_of
 from .tile import (
     described_product,
     edge_position,
@@ -58,17 +59,27 @@ def line(VALUES, i, M, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def scaled(
-    w, FX, FY, i, j, M, N, PLAIN: tl.constexpr, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
-    IS_TF32: tl.constexpr,
+def store_weights(
+    W, w, FX, FY, row, column, M, N, stride_w, PLAIN: tl.constexpr, DESCRIBED: tl.constexpr,
+    SPREAD: tl.constexpr, ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of weights as the products take it."""
+    """A tile of weights as the products take it; for those in parts, which lie side by side,
+    stride_w is from one to the next."""
     w *= ENLARGED
     if SPREAD:
+        i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
         w = normalised(w, FX, FY, i, j, M, N, PLAIN)
-    if IS_TF32:
-        w = rounded(w, 13)
-    return w
+    if PRECISION == "split":
+        high, middle, low = parts_of(w)
+        stride = 3 * stride_w
+        store_tile(W, high, row, column, 0, M, N, stride, PLAIN, DESCRIBED, BM, BN)
+        store_tile(W, middle, row, column, stride_w, M, N, stride, PLAIN, DESCRIBED, BM, BN)
+        store_tile(W, low, row, column, 2 * stride_w, M, N, stride, PLAIN, DESCRIBED, BM, BN)
+    else:
+        if PRECISION == "tf32":
+            w = rounded(w, 13)
+        store_tile(W, w, row, column, 0, M, N, stride_w, PLAIN, DESCRIBED, BM, BN)
 
 
 @triton.jit
@@ -87,7 +98,7 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     DESCRIBED: tl.constexpr = arguments[16]
     SPREAD: tl.constexpr = arguments[17]
     ENLARGED: tl.constexpr = arguments[18]
-    IS_TF32: tl.constexpr = arguments[19]
+    PRECISION: tl.constexpr = arguments[19]
     FOLD: tl.constexpr = arguments[20]
     ACTIVATION: tl.constexpr = arguments[21]
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
@@ -101,8 +112,10 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     # Not row by row first: the sum of a sliced layout makes the compiler for sm_100 abort.
     sum_w, sum_wt = tl.sum(w), tl.sum(w * t)
     if W is not None:
-        w = scaled(w, FX, FY, i, j, M, N, PLAIN, SPREAD, ENLARGED, IS_TF32)
-        store_tile(W, w, row, column, M, N, stride_w, PLAIN, DESCRIBED, BM, BN)
+        store_weights(
+            W, w, FX, FY, row, column, M, N, stride_w, PLAIN, DESCRIBED, SPREAD, ENLARGED,
+            PRECISION, BM, BN,
+        )  # fmt: skip
     # After the weights: the other way round their registers do not suffice.
     rows = 0.0
     if PARTIAL is not None:
@@ -145,7 +158,7 @@ def _weigh_tile(
         _weigh_slice, t, column,
         (
             row, M, N, offset, k, m, FX, FY, A, B, W, stride_w, POSITIVE, PARTIAL, columns, PLAIN,
-            DESCRIBED, SPREAD, ENLARGED, PRECISION == "tf32", FOLD, ACTIVATION,
+            DESCRIBED, SPREAD, ENLARGED, PRECISION, FOLD, ACTIVATION,
         ),
         BM, BN, SLICES,
     )  # fmt: skip
@@ -253,14 +266,16 @@ def weigh_apart_kernel(
         sum_w, sum_wt = tl.sum(w), tl.sum(w * tl.where(live, t, 0.0))
         _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
         if W is not None:
-            w = scaled(w, FX, FY, i, j, M, N, False, SPREAD, ENLARGED, PRECISION == "tf32")
-            store_tile(W, w, row, column, M, N, stride_w, False, False, BM, BN)
+            store_weights(
+                W, w, FX, FY, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED,
+                PRECISION, BM, BN,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "N"], do_not_specialize_on_alignment=UNALIGNED)
 def weigh_kept_kernel(
     KEPT, FX, FY, VALID, A, B, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
-    ENLARGED: tl.constexpr, IS_TF32: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Weights of what the first sweep has kept: read, times (a_i + b_j), written. Their sums come
     from the moments that were kept with them. Returns at once unless VALID."""
@@ -274,5 +289,6 @@ def weigh_kept_kernel(
     w = tl.load(KEPT + i.to(tl.int64)[:, None] * stride_kept + j[None, :], mask=mask, other=0.0)
     a, b = line(A, i, M, False), line(B, j, N, False)
     w = w.to(tl.float32) * (a[:, None] + b[None, :])
-    w = scaled(w, FX, FY, i, j, M, N, False, SPREAD, ENLARGED, IS_TF32)
-    store_tile(W, w, row, column, M, N, stride_w, False, False, BM, BN)
+    store_weights(
+        W, w, FX, FY, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED, PRECISION, BM, BN
+    )
