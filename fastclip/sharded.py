@@ -56,8 +56,8 @@ class _ShardedLoss(torch.autograd.Function):
             ctx.save_for_backward(x, y, scale, bias, *gradients)
             return value
         # What is kept serves a second sweep over the very same blocks.
-        keeps = context.plan.engine != "torch" and context.shard.all_live
-        own, swept = sweep(context, operands, context.plan.memory_budget if keeps else 0)
+        budget = context.plan.memory_budget if context.shard.all_live else 0
+        own, swept = sweep(context, operands, budget)
         ctx.save_for_backward(x, y, scale, bias, *operands, *swept[:-1], *swept.kept)
         return _value(context, own)
 
