@@ -251,7 +251,7 @@ def _ratio(size: Tensor, result: Tensor) -> float:
 
 
 def takes_tf32(x: Tensor) -> bool:
-    """Whether products of these features on a GPU round them, and weights, to tf32."""
+    """A GPU engine rounds these features, and weights, to tf32 before it multiplies them."""
     return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -260,9 +260,8 @@ def product_error(x: Tensor) -> float:
     d = x.shape[1]
     terms = 8 + d**0.5
     if x.is_cuda and (x.itemsize == 2 or takes_tf32(x)):
-        # Tensor cores truncate where other cores round, so errors of like terms add up: at most
-        # 0.1 D roundoffs on pairs alike, by an emulation of the 8 products a step of Ampere's,
-        # 0.05 D by one of the 16 of Hopper's.
+        # Tensor cores truncate, so the errors of terms of one sign add up. Emulated on pairs that
+        # are alike: at most 0.1 D roundoffs on Ampere (8 products a step), 0.05 D on Hopper (16).
         terms += d / 8
     return terms * roundoff(accumulator(x.dtype))
 

@@ -1,4 +1,4 @@
-"""What every test of a GPU engine asks for: a block checked through both sweeps.
+"""Blocks for the tests of a GPU engine: their sizes, and a check through both sweeps.
 
 A test that takes `gpu_engine` runs for the Triton engine and for the CUDA one. Without a card the
 first is interpreted, milliseconds for a tile, and the second emulated: blocks are small, tiles and
@@ -44,7 +44,7 @@ def enlarged(*sizes: int) -> tuple[int, ...]:
 
 
 def tile_of(engine: str) -> tuple[int, int]:
-    """Rows and columns of a part of the block whose edges are tiles' edges, however they lie."""
+    """Rows and columns that every tile of the engine divides."""
     return (64, 256) if engine == "cuda" and not ON_A_CARD else (EDGE, EDGE)
 
 
@@ -56,20 +56,20 @@ def several_tiles(engine: str) -> tuple[int, int]:
 
 
 def many_tiles(engine: str) -> tuple[int, int]:
-    """M and N, on a card of more tiles than twice its processors, so that programs that live on
-    meet a second tile and a third, and of more rows of tiles than share columns in L2."""
+    """M and N: on a card more than two tiles a processor, so that a persistent program takes a
+    second and a third, and more rows of tiles than share columns in L2."""
     return (2700, 3500) if ON_A_CARD else several_tiles(engine)
 
 
 def depth(wide: int) -> int:
-    """D: as it is on a card, whose products go along D in steps of 64 at most; where steps are 32
-    long and take milliseconds, a few of them that end alike."""
+    """D: unchanged on a card, whose products go along D in steps of 64 at most. The interpreter
+    needs milliseconds for a step of 32: it gets few of them, with the same remainder."""
     return wide if ON_A_CARD else 32 * (wide > 32) + wide % 64
 
 
 @contextmanager
 def tf32_products() -> Iterator[None]:
-    """As a user allows them."""
+    """fp32 products may round their operands to tf32 within, as a user's setting allows."""
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, "tf32"
     try:

@@ -1,8 +1,8 @@
 """A loss of a large batch and its gradients in float64, a few rows of logits at a time.
 
-The truth where a dense one would not fit: for 12,345 pairs it holds some 1 GB instead of 10. In the
-usual form, `softmax - 1`, which cancels on learnt pairs: for features where positives are nothing
-special. Plain torch on any device, nothing of an engine.
+For batches whose dense logits would not fit: 12,345 pairs take about 1 GB. The positives' weights
+are `softmax - 1`, which cancels on learnt pairs, so this serves features whose positives do not
+stand out. Plain torch on any device, nothing of an engine.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def truth(
     normalize: bool = False,
     rows: int = 1024,
 ) -> Truth:
-    """Of the mean over all pairs of "clip" or "siglip", for square batches."""
+    """The mean loss, "clip" or "siglip", of a square batch, and its gradients."""
     x, y = (t.detach().double().requires_grad_() for t in (x, y))
     units = [F.normalize(t, dim=1) if normalize else t for t in (x, y)]
     n = len(x)

@@ -1,4 +1,4 @@
-"""What only a card can show of its engines: nothing waits, graphs, memory, large offsets.
+"""Only a card can show these: nothing waits, graphs, memory, large batches and offsets.
 
 Run by `make gpu`; skipped elsewhere.
 """
@@ -86,7 +86,7 @@ def test_a_step_can_be_captured_in_a_graph(loss: str, fused: str) -> None:
 
 
 def chunk_bytes(engine: str) -> int:
-    """Of what an engine holds of one chunk of a block of any size."""
+    """The most that an engine holds of one chunk, however large the block."""
     if engine == "cuda":
         return (243 + 122 + 8) * MIB  # products, weights, partial sums (csrc/chunks_cuda.h)
     from fastclip.triton_kernels import plan
@@ -114,7 +114,7 @@ def test_memory_is_bounded(loss: str, n: int, d: int, fused: str) -> None:
 
 
 class Large(NamedTuple):
-    """normalize: also features of many lengths."""
+    """A batch; normalize also asks for features of two lengths."""
 
     loss: str
     dtype: str
@@ -158,7 +158,7 @@ def assert_is_right(case: Large, n: int, engine: str, **options: object) -> None
     exact, *gradients = truth(case.loss, *leaves, normalize=case.normalize)
     assert (value - exact).abs() <= 4e-6 * exact
     for name, result, right in zip(("dx", "dy", "dscale"), results, gradients, strict=False):
-        # What any gradient of this dtype is off by; of fp16, some of it lies below 6e-5.
+        # No gradient of this dtype comes closer. fp16 has fewer digits below 6e-5.
         stored = (right.to(result.dtype) - right).norm() / right.norm()
         # Half-precision weights, whose errors add up to no more than their own.
         weights = roundoff(result.dtype) / 2 if result.dtype.itemsize == 2 else 0.0
@@ -175,7 +175,7 @@ def assert_is_right(case: Large, n: int, engine: str, **options: object) -> None
 @on_each
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_batches_are_right(case: Large, fused: str) -> None:
-    """On several chunks of weights, as large ones as they come."""
+    """On several chunks of weights, of the engine's own size."""
     assert_is_right(case, 12345, fused)
 
 
@@ -223,7 +223,7 @@ def test_offsets_beyond_32_bits(fused: str) -> None:
         )[0]  # fmt: skip
 
     whole, part = gradient(slice(None))[-last:].double(), gradient(slice(m - last, m)).double()
-    # Of two sizes the library may take two kernels: the last digit in bf16 may differ.
+    # The library may take another kernel for another size: the last digit in bf16 may differ.
     assert part.norm() > 1
     assert (whole - part).norm() <= 2**-8 * part.norm()
 

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 def shapes(rows: int, columns: int) -> dict[str, tuple[int, int, int]]:
-    """Of blocks in tiles of rows x columns."""
+    """M, N and D by how tiles of rows x columns divide the block."""
     return {
         "whole tiles": (rows, 2 * columns, 64),
         "one more": (rows + 1, 2 * columns + 1, 7),
@@ -135,7 +135,7 @@ def test_chunks_change_nothing(
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_chunks_of_several_tiles(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the CUDA engine's; the last ones are narrower, and of rows that begin anywhere."""
+    """The CUDA engine's: the last chunks are narrower, and their rows begin anywhere."""
     prepare("cuda", DEVICE, monkeypatch)
     block = make_block(300, 701, 8, loss=loss, offset=150, factors=(True, False))
     with small_chunks("cuda", monkeypatch, 130, 300):
@@ -236,7 +236,7 @@ def test_run_to_run_bit_for_bit(gpu_engine: str) -> None:
 
 
 def test_tf32_rounds_its_operands_to_nearest(gpu_engine: str) -> None:
-    """Where the user allows it: products are those of rounded features, nothing else changes."""
+    """Once the user allows it, products are those of rounded features; nothing else changes."""
     m, n = enlarged(40, 33)
     block = make_block(m, n, 24, scale=1.0)
     bits = [t.view(torch.int32) for t in block[:2]]

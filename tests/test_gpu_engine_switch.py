@@ -89,7 +89,7 @@ def test_references(gpu_engine: str, case: tuple) -> None:
 
 
 def column_below(offset: int, along: float, across: float) -> Block:
-    """One column far below the others: its cosine with what all rows share, and its own part."""
+    """One column, 12, is far below the others: `along` what all rows share, `across` elsewhere."""
     block = make_block(60, 66, 24, scale=100.0, offset=offset)
     block.x[:, 0] = 1
     block.y[:, 0] = 0
@@ -106,7 +106,7 @@ def test_a_column_that_one_reference_would_blur_asks_for_its_own(gpu_engine: str
 
 @pytest.mark.parametrize("offset", [5, -5])
 def test_a_column_is_judged_with_its_own_positive(gpu_engine: str, offset: int) -> None:
-    """Of all rows it is its positive's alone that could make up for the sum of its negatives."""
+    """Its own is low, too: taken for another row's, it would make up for the lost negatives."""
     state = check(gpu_engine, column_below(offset, along=-1.0, across=0.0))
     assert not has_one_reference(state)
 
@@ -209,7 +209,7 @@ def test_absurd_scales_give_the_loss_or_no_number(gpu_engine: str, loss: str) ->
 def test_no_loss_of_an_absurd_scale_is_invented(
     gpu_engine: str, scale: float, all_finite: bool
 ) -> None:
-    """Line by line: a mean of them would be NaN, whatever some of them say."""
+    """Each pair's loss is right or no number. A mean would be NaN and hide the invented ones."""
     x, y = torch.randn(2, SHAPE[1], 6).unbind()
     options = {"normalize": True, "reduction": "none"}
     ours = clip_loss(x, y, scale, backend=gpu_engine, memory_budget=0, **options).double()

@@ -1,7 +1,7 @@
-"""Blocks of several tiles, on a card, too: partial sums meet, edges and corners lie anywhere.
+"""The GPU engines are right on blocks of several tiles, on a card as well as interpreted.
 
-Losses, dtypes, factors and depths that tiles do not divide; diagonals through their edges and
-corners; several chunks; the numerical switch where one line far inside the block asks for it.
+Both losses in every dtype, with factors and at depths that steps do not divide; diagonals through
+edges and corners of tiles; several chunks; the numerical switch, asked for by one line.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def test_many_tiles_in_one_go(gpu_engine: str, case: Case) -> None:
 
 
 def test_many_tiles_in_tf32(gpu_engine: str) -> None:
-    """Of features that tf32 holds: what is rounded besides are weights."""
+    """The features hold tf32 numbers, so only weights are rounded."""
     for loss, run in zip(LOSSES, (check, check_in_one_go), strict=True):
         block = Case("float32", 520, (True, False)).block(many_tiles(gpu_engine), loss, -5)
         held = [(t.view(torch.int32) & -(1 << 13)).view(torch.float32) for t in block[:2]]
