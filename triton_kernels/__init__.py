@@ -9,6 +9,9 @@ when it is first called.
     fold.py            the first sweep: what rows and columns remember of a tile
     finalise.py        partial sums to float64 states, in a fixed order
     weights.py         the second sweep: the weights of a tile
+    split.py           an fp32 product of bf16 ones that is as accurate; opt-in
+    parts.py             its operands
+    split_gradients.py   its weights' products with the features
     complete.py        from products of weights and features to gradients
     configurations.py  tile sizes, warps and stages for each architecture
     plan.py            launches, their buffers and their traffic, as plain arithmetic

@@ -77,8 +77,8 @@ _IEEE = Config(64, 64, 16, 4, 3)
 _ODD = Config(64, 64, 32, 4, 2)
 _SMALL = Config(64, 64, 64, 4, 3)
 _TF32 = {"tile": Config(128, 64, 32, 8, 3), "small": Config(64, 64, 32, 4, 3)}
-# Steps of three parts of either tower: the widest that leave shared memory for two.
-_SPLIT = {"tile": Config(128, 128, 32, 8, 3), "small": Config(64, 64, 32, 4, 3)}
+# A step takes three parts of either tower and a second accumulator.
+_SPLIT = {"tile": Config(128, 64, 32, 8, 3), "small": Config(64, 64, 32, 4, 3)}
 _INTERPRETED = Config(32, 32, 32, 1, 1, group=2)
 _DESCRIBED = _INTERPRETED._replace(descriptors=True, slices=2)
 
@@ -130,7 +130,8 @@ TABLE: dict[str, Table] = {
     # ROCm, and whatever comes next.
     "default": _table_of(
         {"tile": Config(128, 128, 32, 8, 2), "both": Config(128, 64, 32, 8, 2), "small": _SMALL},
-        {"tile": Config(64, 64, 32, 4, 2)}, {"tile": Config(64, 64, 32, 4, 1)}, _IEEE._replace(stages=2), _ODD,
+        {"tile": Config(64, 64, 32, 4, 2)}, {"tile": Config(64, 64, 32, 4, 1)},
+        _IEEE._replace(stages=2), _ODD,
     ),
     # Small, so that small blocks have edges, corners and several tiles.
     "interpreter": _table_of(

@@ -257,7 +257,6 @@ class Weighing:
                 finish_rows(product, chunk)
         return Last(chunk, product, (sums, made[0], totals), made[1:])
 
-
     def _add_rows(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
         y, begins = self.y_operand[chunk.column_slice], chunk.column_start == 0
         if self.block.split:

@@ -189,7 +189,8 @@ def store_tile(
     OUT, value, row, column, shift, M, N, stride, PLAIN: tl.constexpr, DESCRIBED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """`shift` columns further right than where it belongs. Rows of OUT lie a multiple of 16 numbers apart, and past N they may be written up to a
+    """`shift` columns further right than the tile is, where OUT holds several matrices side by
+    side. Rows of OUT lie a multiple of 16 numbers apart, and past N they may be written up to a
     multiple of 8: then the compiler knows that eight neighbours are stored or none, and 16 bytes
     leave at once. A mask of `j < N` makes it store number by number."""
     if DESCRIBED:
