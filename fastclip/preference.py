@@ -37,8 +37,8 @@ TABLE = (
     # IEEE fp32 has no tensor cores: Triton's product is a loop of its own on the ordinary ones, the
     # CUDA engine's is cuBLAS's.
     Row(("cuda", "triton"), products="fp32"),
-    # Half precision, tf32, and fp32 in parts of bf16, which Triton alone has: Triton's tiles are
-    # folded while they are in registers, the CUDA engine's are written and read once more.
+    # Half precision and tf32: Triton's tiles are folded while they are in registers, the CUDA
+    # engine's are written and read once more. "split" is Triton's alone.
     Row(("triton", "cuda")),
 )
 

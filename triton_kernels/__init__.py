@@ -10,6 +10,9 @@ when it is first called.
     fold.py            the first sweep: what rows and columns remember of a tile, what is kept of it
     finalise.py        partial sums to float64 states, in a fixed order
     weights.py         the second sweep: the weights of a tile, made or read
+    split.py           an fp32 product of bf16 ones that is as accurate; opt-in
+    parts.py             its operands
+    split_gradients.py   its weights' products with the features
     complete.py        from products of weights and features to gradients
     configurations.py  tile sizes, warps, stages, slices for each architecture; candidates
     plan.py            launches, their buffers and their traffic, as plain arithmetic

@@ -19,7 +19,8 @@ def split_gradient_kernel(
 ):  # fmt: skip
     """OUT (M, D) = W @ X, or += unless it BEGINS; W is (M, K), or (K, M) if TRANSPOSED. Parts of a
     row of W are stride_w apart, those of X (K, D) WIDTH. W is 0 from K up to a multiple of 8, where
-    rows end: eight neighbours are loaded or none."""
+    rows end: eight neighbours are loaded or none. Past the last row nothing is loaded, whatever may
+    lie there."""
     tiles_n = tl.cdiv(D, BN)
     pid_m, pid_n = position(tl.program_id(0), tl.cdiv(M, BM), tiles_n, GROUP)
     i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
@@ -30,23 +31,22 @@ def split_gradient_kernel(
         w = W + k.to(tl.int64)[None, :] * (3 * stride_w) + i[:, None]
         row = (i // 8 < tl.cdiv(M, 8))[:, None]
     else:
-        w = W + tl.where(i < M, i, 0).to(tl.int64)[:, None] * (3 * stride_w) + k[None, :]
+        w = W + i.to(tl.int64)[:, None] * (3 * stride_w) + k[None, :]
+        row = (i < M)[:, None]
     t = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         here = start + k < K
-        if TRANSPOSED:
-            mask = row & here[None, :]
-        else:
-            mask = ((start + k) // 8 < tl.cdiv(K, 8))[None, :]
-        high, middle, low = (
-            tl.load(w, mask=mask, other=0.0), tl.load(w + stride_w, mask=mask, other=0.0),
-            tl.load(w + 2 * stride_w, mask=mask, other=0.0),
-        )  # fmt: skip
-        mask = here[:, None] & column
+        along = here if TRANSPOSED else (start + k) // 8 < tl.cdiv(K, 8)
+        mask_w, mask_x = row & along[None, :], here[:, None] & column
         t = add_product(
-            t, high, middle, low, tl.load(x, mask=mask, other=0.0),
-            tl.load(x + WIDTH, mask=mask, other=0.0), tl.load(x + 2 * WIDTH, mask=mask, other=0.0),
-        )  # fmt: skip
+            t,
+            tl.load(w, mask=mask_w, other=0.0),
+            tl.load(w + stride_w, mask=mask_w, other=0.0),
+            tl.load(w + 2 * stride_w, mask=mask_w, other=0.0),
+            tl.load(x, mask=mask_x, other=0.0),
+            tl.load(x + WIDTH, mask=mask_x, other=0.0),
+            tl.load(x + 2 * WIDTH, mask=mask_x, other=0.0),
+        )
         if TRANSPOSED:
             w += BK * 3 * stride_w.to(tl.int64)
         else:
