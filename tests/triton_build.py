@@ -30,6 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fastclip import preference
 from fastclip.triton_kernels import card, configurations, engine, plan
 
 # What a compiler is told, and the table and the limit that a card of that kind has.
@@ -48,7 +49,7 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +\S")
 WIDTHS = {"U8": "8", "U16": "16", "32": "32", "64": "64", "128": "128"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "ieee": torch.float32}
-DTYPES["tf32"] = torch.float32
+DTYPES["tf32"] = DTYPES["split"] = torch.float32
 
 
 class Driver:
@@ -107,6 +108,7 @@ def run(case: Case) -> None:
     """One step of the engine; what it computes is garbage."""
     loss, arithmetic, d, normalize, one_go, small, kept = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
+    preference._fp32 = lambda: "split" if arithmetic == "split" else "ieee"
     plan.SMALL_PAIRS = 1 << 23 if small else 0
     n = 1024  # several tiles of any size, and so plain ones
     x, y = torch.zeros(2, n, d, dtype=DTYPES[arithmetic]).unbind()
@@ -202,7 +204,7 @@ def build(architecture: str, tried: Iterable[Case]) -> list[dict[str, Any]]:
     seen: set[str] = set()
     card.launch = compile_only
     for case in tried:
-        if case.arithmetic != "tf32" or target.backend != "hip":
+        if case.arithmetic not in ("tf32", "split") or target.backend != "hip":
             run(case)
     return list(rows.values())
 
