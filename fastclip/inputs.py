@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .operands import FLOATING
 
-# On CPUs a product costs more than the memory traffic of keeping it. On GPUs no card has told yet.
+# On CPUs a product costs more than the memory traffic of keeping it. Not measured on GPUs yet.
 DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
 
 

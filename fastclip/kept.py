@@ -85,6 +85,8 @@ class Weights:
 
     @staticmethod
     def keep(x: Tensor, y: Tensor, budget: int) -> int:
+        if x.dtype == torch.float64:  # the plain engine's
+            return 0
         m, n = x.shape[0], y.shape[0]
         affordable = (budget - Weights.header(m, n)) // Weights.row(x, n) // UNIT * UNIT
         rows = -_smaller(-_smaller(affordable, m), 0)
@@ -99,17 +101,18 @@ class Weights:
 
     @staticmethod
     def empty(x: Tensor, y: Tensor, keep: int) -> Tensor:
+        if x.dtype == torch.float64:
+            return Products.empty(x, y, keep)
         m, n = x.shape[0], y.shape[0]
         rows = Weights.rows(m, n, keep)
-        nothing = isinstance(keep, int) and keep == 0
-        size = 0 if nothing else Weights.header(m, n) + rows * Weights.row(x, n)
+        # No rows, no header: in arithmetic, since a symbolic number of rows decides nothing.
+        size = _smaller(rows, 1) * Weights.header(m, n) + rows * Weights.row(x, n)
         return x.new_empty((size,), dtype=torch.uint8)
 
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
         rows = kept.numel() - Weights.header(len(x), len(y))
-        whole = rows >= 0 and rows % Weights.row(x, len(y)) == 0
-        return kept.dtype == torch.uint8 and (kept.numel() == 0 or whole)
+        return kept.dtype == torch.uint8 and rows > 0 and rows % Weights.row(x, len(y)) == 0
 
 
 PLANS = {"cpu": Products, "cuda": Products, "torch": Nothing, "triton": Weights}

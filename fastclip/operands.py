@@ -86,7 +86,7 @@ def finish(state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, 
     _loss(loss)
 
 
-def weigh(*arguments: Any) -> None:
+def weigh(*arguments: Any, plan: type[Products | Weights]) -> None:
     *block, state, positive, coefficients, positive_weight, gain, kept, _, loss = arguments[:14]
     *_, dtype_x, dtype_y = arguments
     _block(*block)
@@ -100,7 +100,7 @@ def weigh(*arguments: Any) -> None:
         state, coefficients, positive, positive_weight,
     )  # fmt: skip
     _check(
-        kept.is_contiguous() and any(plan.made(x, y, kept) for plan in (Products, Weights)),
+        kept.is_contiguous() and (kept.numel() == 0 or plan.made(x, y, kept)),
         "kept must come from a sweep of the same features", kept,
     )  # fmt: skip
     fit = dtype_x in FLOATING and dtype_y in FLOATING

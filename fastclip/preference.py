@@ -18,7 +18,7 @@ import torch
 
 
 class Row(NamedTuple):
-    """An order of engines and where it holds; None is no condition, of a range the end is out."""
+    """An order of engines and where it holds; None matches anything; ranges exclude their end."""
 
     engines: tuple[str, ...]
     products: str | None = None  # "half", "tf32", "split" or "fp32": what multiplies
@@ -65,7 +65,7 @@ def products_of(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _fp32() -> str:
-    """What FASTCLIP_FP32 asks for."""
+    """Returns what FASTCLIP_FP32 asks for."""
     asked, known = os.environ.get("FASTCLIP_FP32") or FP32, ("split", "ieee")
     if asked not in known:
         raise ValueError(

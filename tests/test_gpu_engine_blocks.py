@@ -31,6 +31,7 @@ from gpu_engine_case import (
     tf32_products,
     tile_of,
 )
+from triton_case import needs_engine
 
 from fastclip import kept as kept_plans
 from fastclip.kept import PLANS
@@ -264,3 +265,27 @@ def test_tf32_rounds_its_weights_to_nearest(gpu_engine: str) -> None:
     assert not (dx.view(torch.int32) & 8191).any()
     unit = torch.exp2(torch.floor(torch.log2(exact)) - 10)
     assert ((dx.double() - exact).abs() <= 0.501 * unit).all()
+
+
+@needs_engine
+@pytest.mark.parametrize("keep", [1, 16])
+def test_a_budget_for_no_whole_row_keeps_nothing(
+    keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`keep` counts rows along the longer side: of a wide block they may come to none."""
+    prepare("triton", DEVICE, monkeypatch)
+    m, n = enlarged(40, 800)
+    block = make_block(m, n, 12, torch.bfloat16)
+    assert sweep("triton", block, keep)[2].numel() == 0
+    check("triton", block, keep)
+
+
+@needs_engine
+def test_kept_sums_that_overflow_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials may reach 2^100, and of long features t as much as it likes."""
+    prepare("triton", DEVICE, monkeypatch)
+    m, n = enlarged(40, 70)
+    x = torch.ones(m, 8)
+    block = make_block(m, n, 8, scale=1e-14)._replace(x=1e8 * x, y=1e8 * torch.ones(n, 8))
+    keep = PLANS["triton"].keep(block.x, block.y, 1 << 30)
+    check("triton", block, keep)

@@ -100,9 +100,9 @@ def test_where_small_ends(monkeypatch: pytest.MonkeyPatch, launches: Counter) ->
     from fastclip.triton_kernels import plan
 
     block = make_block(33, 40, 24)
-    monkeypatch.setattr(plan, "SMALL_PAIRS", 33 * 40)
+    monkeypatch.setattr(plan, "SMALL_PAIRS", 33 * 40 + 1)
     check("triton", block)
     assert not launches["reference_kernel"]
-    monkeypatch.setattr(plan, "SMALL_PAIRS", 33 * 40 - 1)
+    monkeypatch.setattr(plan, "SMALL_PAIRS", 33 * 40)
     check("triton", block)
     assert launches["reference_kernel"] == 1

@@ -24,7 +24,7 @@ class Block:
         scale: Tensor, bias: Tensor | None, offset: int, loss: str,
     ) -> None:  # fmt: skip
         self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
-        self.epilogue = EPILOGUES[loss]
+        self.loss, self.epilogue = loss, EPILOGUES[loss]
         self.tf32, self.split = takes_tf32(x), takes_split(x)
         self.x, self.y = (self._rows(t) for t in (x, y))
         # As products take them, `depth` features long.
@@ -42,7 +42,10 @@ class Block:
         self.is_small = plan.is_small(self.m, self.n)
 
     def _rows(self, x: Tensor) -> Tensor:
-        x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        side_by_side = x.stride(1) == 1 or x.shape[1] == 1
+        # Descriptors take no rows that overlap, such as one row expanded.
+        apart = x.stride(0) >= x.shape[1] or x.shape[0] == 1
+        x = x if side_by_side and apart else x.contiguous()
         if not self.tf32:
             return x
         rounded = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -86,7 +89,7 @@ class Block:
         )  # fmt: skip
 
     def offset_of(self, chunk: Chunk) -> int:
-        """Of a chunk; again within 32 bits."""
+        """A chunk's offset, again within 32 bits."""
         offset = self.offset + chunk.start - chunk.column_start
         return max(-chunk.rows, min(offset, chunk.columns))
 
@@ -130,7 +133,9 @@ class Block:
 
     def programs(self, tiles: int, config: Config) -> int:
         """For so many plain tiles."""
-        return min(tiles, card.room(self.x.device, config)) if config.descriptors else tiles
+        if not config.descriptors:
+            return tiles
+        return min(tiles, card.room(self.x.device, config, self.operands[0].element_size()))
 
     @property
     def kind_of_weights(self) -> str:

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastclip import preference
 
-from .configurations import Config
+from .configurations import SHARED_MEMORY, Config
 from .epilogues import INTERPRETED
 
 # Lanes of single programs.
@@ -50,10 +50,12 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def room(device: torch.device, config: Config) -> int:
-    """Programs that run at the same time: one of eight warps has registers for no other beside
-    it."""
-    return _processors(device) * max(1, 8 // config.warps)
+def room(device: torch.device, config: Config, itemsize: int) -> int:
+    """Programs that run at the same time: one of eight warps has registers for no other beside it,
+    two of four warps may not have the shared memory."""
+    step = (config.bm + config.bn) * config.bk * itemsize
+    by_memory = SHARED_MEMORY["sm_90"] // (config.stages * step)
+    return _processors(device) * max(1, min(8 // config.warps, by_memory))
 
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:

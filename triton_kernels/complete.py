@@ -139,32 +139,33 @@ def complete_kernel(
     PROJECT_Y: tl.constexpr, CLAMPED_IS_ZERO_X: tl.constexpr, CLAMPED_IS_ZERO_Y: tl.constexpr,
     ENLARGED: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`rows` rows of x from `first` on, then all of y, then the totals, whichever have an OUT: one
-    launch, since a small batch waits for launches."""
-    programs_x, programs_y = 0, 0
+    """The totals, `rows` rows of x from `first` on, all of y, whichever have an OUT: one launch,
+    since a small batch waits for launches."""
+    programs_x = 0
     if OUT_X is not None:
         programs_x = tl.cdiv(rows, ROWS)
-    if OUT_Y is not None:
-        programs_y = tl.cdiv(N, ROWS)
     program = tl.program_id(0)
+    # First, because one program goes through all lines.
+    if OUT_TOTALS is not None:
+        program -= 1
     gain = (tl.load(GAIN).to(tl.float64) * tl.load(SCALE).to(tl.float64)).to(tl.float32)
-    if program < programs_x:
+    if program < 0:
+        if OUT_TOTALS is not None:
+            _complete_totals(
+                PARTIAL, FLAG, TOTALS, VALID, MOMENTS, COEFFICIENTS, WEIGHT, POSITIVE, GAIN,
+                OUT_TOTALS, M, N, offset, tiles, tiles_otherwise, kept_rows, LANES,
+            )  # fmt: skip
+    elif program < programs_x:
         if OUT_X is not None:
             _complete(
                 program, PRODUCT_X, X, Y, FX, FY, WEIGHT, gain, OUT_X, rows, N, D, first, offset,
                 stride_product_x, stride_x, stride_y, stride_out_x, False, SPREAD, PROJECT_X,
                 CLAMPED_IS_ZERO_X, ENLARGED, ROWS, BK,
             )  # fmt: skip
-    elif program < programs_x + programs_y:
+    else:
         if OUT_Y is not None:
             _complete(
                 program - programs_x, PRODUCT_Y, Y, X, FY, FX, WEIGHT, gain, OUT_Y, N, M, D, 0,
                 -offset, stride_product_y, stride_y, stride_x, stride_out_y, True, SPREAD,
                 PROJECT_Y, CLAMPED_IS_ZERO_Y, ENLARGED, ROWS, BK,
-            )  # fmt: skip
-    else:
-        if OUT_TOTALS is not None:
-            _complete_totals(
-                PARTIAL, FLAG, TOTALS, VALID, MOMENTS, COEFFICIENTS, WEIGHT, POSITIVE, GAIN,
-                OUT_TOTALS, M, N, offset, tiles, tiles_otherwise, kept_rows, LANES,
             )  # fmt: skip

@@ -191,7 +191,7 @@ def choose(
     device: torch.device, dtype: torch.dtype, tf32: bool, d: int, unit: int, kernel: str,
     run: Callable[[Config], object] | None = None, split: bool = False,
 ) -> Config:  # fmt: skip
-    """The configuration of a kernel, one of KINDS and, after a comma, which of them, for features
+    """The configuration of a kernel, one of KINDS and, after commas, which of them, for features
     (_, d) whose rows begin at multiples of `unit` elements. `run` launches it once with a
     candidate: it is what autotuning, where it is asked for, takes the time of."""
     width = "odd" if unit == 1 else "narrow" if d <= NARROW else "wide"
@@ -199,7 +199,7 @@ def choose(
     default = _table(device)[kind, arithmetic_of(dtype, tf32, split), width]
     if run is None or os.environ.get(AUTOTUNE) != "1" or INTERPRETED.value:
         return default
-    key = (device, dtype, tf32, d, unit, kernel)
+    key = (device, dtype, tf32 or split, d, unit, kernel)
     if key not in TIMES:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return default
@@ -207,8 +207,8 @@ def choose(
     return min(TIMES[key], key=TIMES[key].__getitem__)
 
 
-# Rows, columns, warps, slices of tiles that Triton 3.6 and 3.7 compile for sm_90 without spilling
-# (the last one's four warps spill 16 bytes). With four warps two programs share a processor: one
+# Rows, columns, warps, slices. Triton 3.6 and 3.7 compile them for sm_90 without spilling but the
+# last, which spills 16 bytes. Two programs of four warps and three stages share a processor: one
 # multiplies while the other folds.
 SHAPES = {
     "sweep": ((256, 128, 8, 1), (128, 256, 8, 1), (128, 128, 8, 1), (128, 128, 4, 1)),
@@ -222,7 +222,7 @@ def candidates(default: Config, kind: str) -> list[Config]:
     """What may be faster for a kind of kernel, the default first: of equal times the first wins."""
     found = [default]
     if default.descriptors:
-        for bm, bn, warps, slices in SHAPES.get(kind, ()):
+        for bm, bn, warps, slices in SHAPES.get(kind.partition(",")[0], ()):
             shape = default._replace(bm=bm, bn=bn, warps=warps, slices=slices)
             found += [shape._replace(stages=stages) for stages in (3, 4)]
         found += [default._replace(group=group) for group in (4, 8, 16)]

@@ -28,7 +28,7 @@ def sweep(
     x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None, scale: Tensor,
     bias: Tensor | None, bound: Tensor | None, offset: int, loss: str, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`ops.py`'s sweep. What it keeps is described in `kept.py`; a small block keeps nothing."""
+    """`ops.py`'s sweep. What it keeps is described in `kept.py`; a small block fills in nothing."""
     block = Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
     state, positive = block.new_states()
     keeping = Weights.empty(x, y, keep)
@@ -61,11 +61,18 @@ def _sweep(block: Block, bound: Tensor | None, state: Tensor, positive: Tensor, 
 
     def first(config: Config) -> None:
         chunks, _, partial = prepare(config, config)
+        chunk = chunks[-1] if kept.rows < block.m else chunks[0]
+        run_sweep(block, config, chunk, reference, positive, kept, partial)
+
+    def first_kept(config: Config) -> None:
+        chunks, _, partial = prepare(config, config)
         run_sweep(block, config, chunks[0], reference, positive, kept, partial)
 
     kind = "small" if block.is_small else "sweep"
-    keeping = block.config("kept", first) if kept.rows else by_maxima
-    config = block.config(kind, first) if kept.rows < block.m else keeping
+    keeping = block.config(f"kept, {block.loss}", first_kept) if kept.rows else by_maxima
+    config = keeping
+    if kept.rows < block.m:
+        config = block.config(f"{kind}, {block.loss}", first)
     chunks, again, partial = prepare(config, keeping)
     for chunk in chunks:
         chosen = keeping if chunk.kept else config

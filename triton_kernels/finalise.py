@@ -27,8 +27,8 @@ def power_of_two(k):
 
 @triton.jit
 def owned(M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl.constexpr):
-    """Of this program: whether its lines are rows, the lines, where the first partials of them and
-    their states lie, their number, and how many partials each has."""
+    """Returns, for this program: whether its lines are rows, the lines, where their first partials
+    and their states lie, their number, and how many partials each has."""
     programs_of_rows = tl.cdiv(M, LINES)
     is_row = tl.program_id(0) < programs_of_rows
     first = tl.program_id(0) - tl.where(is_row, 0, programs_of_rows)
@@ -99,11 +99,12 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
-    PARTIAL, MOMENTS, M, N, tiles_m, tiles_n, row_start, column_start, rows_total, columns_total,
-    fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTS: tl.constexpr,
+    PARTIAL, MOMENTS, KEPT_REFERENCE, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
+    columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sums of the kept w and of w * t of each line, (2, rows_total + columns_total): the second and
-    the third layer of partials."""
+    the third layer of partials. Exponentials may be as large as 2^100: where w * t overflows,
+    nothing that was kept is of use."""
     is_row, line, base, out, length, parts = owned(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
@@ -112,6 +113,8 @@ def moments_kernel(
     old = mask & (tl.where(is_row, fresh_rows, fresh_columns) == 0)
     for moment in tl.static_range(2):
         total = _added(PARTIAL + (1 + moment) * layer + base, line, length, parts, LINES, PARTS)
+        if tl.max((mask & ((tl.abs(total) < float("inf")) == 0)).to(tl.int32), 0) > 0:
+            tl.store(KEPT_REFERENCE, float("nan"))
         at = MOMENTS + moment * (rows_total + columns_total) + out
         tl.store(at, total + tl.load(at, mask=old, other=0.0), mask=mask)
 

@@ -43,7 +43,7 @@ def store_rows(PARTIAL, rows, pid_n, row, M, BM: tl.constexpr, PLAIN: tl.constex
 
 @triton.jit
 def columns_of(pid_m, M, N, BN: tl.constexpr):
-    """Where, behind those of the rows, the partials of the columns in a row of tiles begin."""
+    """Returns where the partials of columns in a row of tiles begin: behind those of the rows."""
     return tl.cdiv(N, BN).to(tl.int64) * M + pid_m.to(tl.int64) * N
 
 

@@ -55,7 +55,8 @@ class Lines:
     def __init__(
         self, block: Block, state: Tensor, coefficients: Tensor | None, kept: Kept
     ) -> None:
-        self.rows, self.references = block.m, state[0] if block.epilogue.needs_state else None
+        self.rows = block.m
+        self.references = state[0].contiguous() if block.epilogue.needs_state else None
         self.coefficients = self.exact = coefficients
         self.one = self.valid = None
         if coefficients is None or (block.is_small and kept.rows == 0):
@@ -230,9 +231,11 @@ class Weighing:
 
         def first(config: Config) -> None:
             chunks, buffers = self.prepare(config)
-            self.weigh(config, chunks[0], *buffers)
+            made = (chunk for chunk in chunks if not chunk.kept)
+            self.weigh(config, next(made, chunks[0]), *buffers)
 
-        config = block.config(kind, first)
+        how = ", in one go" if self.fold else ""
+        config = block.config(f"{kind}, {block.loss}{how}", first)
         chunks, (weights, sums, partial) = self.prepare(config)
         totals = block.empty(2, dtype=torch.float64) if len(chunks) > 1 else None
         room = None

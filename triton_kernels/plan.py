@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from .configurations import Config
 
-# Up to so many pairs a block is small: launches cost it more than a second exponential a pair.
+# Below so many pairs a block is small: launches cost it more than a second exponential a pair.
 SMALL_PAIRS = 1 << 23
 
 PARTIAL_BYTES = 128 << 20
@@ -108,7 +108,7 @@ class Chunk(NamedTuple):
 
 
 def is_small(m: int, n: int) -> bool:
-    return m * n <= SMALL_PAIRS
+    return m * n < SMALL_PAIRS
 
 
 def sweep_rows(n: int, config: Config, layers: int) -> int:
@@ -177,9 +177,9 @@ def sweep_cost(
     m: int, n: int, d: int, config: Config, itemsize: int, layers: int, kept_rows: int = 0,
     products: int = 1,
 ) -> Cost:  # fmt: skip
-    """Of the first sweep with one reference. Partial sums are written and read once, three times as
-    many where weights are kept. products: that one of the features is made of; if several, they and
-    their weights have SPLIT_BYTES, but for those that are kept."""
+    """Returns the first sweep's, with one reference. Partial sums are written and read once, three
+    times as many where weights are kept. products: that one of the features is made of; if several,
+    they and their weights have SPLIT_BYTES, but for those that are kept."""
     kept_itemsize, itemsize = itemsize, itemsize if products == 1 else SPLIT_BYTES
     kept_rows = min(kept_rows, m)
     kept = sweep(n, config, KEPT_LAYERS, 0, kept_rows, kept=True)
@@ -203,9 +203,9 @@ def weigh_cost(
     m: int, n: int, d: int, config: Config, itemsize: int, kept_rows: int = 0,
     needs_x: bool = True, needs_y: bool = True, fold: bool = False, products: int = 1,
 ) -> Cost:  # fmt: skip
-    """Of the second sweep, or of both in one go (fold): the weights' tiles, written once and
-    read by each product; the products' accumulators, read where they are added to. products: as
-    for the first sweep."""
+    """Returns the second sweep's, or that of both in one go (fold): the weights' tiles, written
+    once and read by each product; the products' accumulators, read where they are added to.
+    products: as for the first sweep."""
     kept_itemsize, itemsize = itemsize, itemsize if products == 1 else SPLIT_BYTES
     flops = moved = work = 0
     for c in weigh(m, n, config, itemsize, kept_rows):

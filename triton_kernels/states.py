@@ -96,8 +96,8 @@ def add_sums(
 
 def add_moments(block: Block, chunk: Chunk, partial: Tensor, kept: Kept) -> None:
     card.launch(
-        finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, *_lines(chunk),
-        block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES, PARTS=PARTS,
+        finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, kept.reference,
+        *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES, PARTS=PARTS,
     )  # fmt: skip
 
 

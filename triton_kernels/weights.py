@@ -109,6 +109,7 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     if not PLAIN:
         live = negatives(i, j, M, N, offset)
         w = tl.where(live, w, 0.0)
+    # Dead pairs' t is finite, or the features are not, and then the loss is not either.
     # Not row by row first: the sum of a sliced layout makes the compiler for sm_100 abort.
     sum_w, sum_wt = tl.sum(w), tl.sum(w * t)
     if W is not None:
