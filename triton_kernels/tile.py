@@ -128,7 +128,8 @@ def described_product(
     X, Y, row, column, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Returns the same from tensor descriptors: no address takes a register, and past D they read zeros.
+    """Returns the same from tensor descriptors: addresses take no registers, and past D they read
+    zeros.
 
     D should be a constant: of a loop of unknown length, within the loop over tiles, the compiler
     leaves a second copy of the epilogue behind, for a product of no steps.
