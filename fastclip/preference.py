@@ -60,11 +60,11 @@ def products_of(dtype: torch.dtype) -> str:
         return "half"
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
-    return "split" if _fp32() == "split" and not torch.version.hip else "fp32"
+    return "split" if fp32() == "split" and not torch.version.hip else "fp32"
 
 
 @functools.cache
-def _fp32() -> str:
+def fp32() -> str:
     """Returns what FASTCLIP_FP32 asks for."""
     asked, known = os.environ.get("FASTCLIP_FP32") or FP32, ("split", "ieee")
     if asked not in known:

@@ -84,7 +84,7 @@ def test_smoke_compares_bits_and_asks_of_every_engine_the_same(monkeypatch):
     on_cpu = list(smoke.checks("clip", "bfloat16", "cpu"))
     on_card = list(smoke.checks("clip", "bfloat16", "cuda"))
     assert [check for _, check in on_cpu].count("accuracy") == 24
-    assert [check for _, check in on_card].count("graph") == 2
+    assert [check for _, check in on_card].count("graph") == 4
     assert {(p.n, p.d, p.normalize) for p, check in on_card if check == "kept"} == {
         (n, d, normalize) for n, d in smoke.SHAPES for normalize in (False, True)
     }
@@ -100,11 +100,11 @@ def test_a_check_that_raises_is_a_row_and_a_lost_device_ends_the_process(tmp_pat
     path = tmp_path / "smoke.csv"
     assert smoke.work("no such engine", "clip", "float32", "cpu", path, None) == 0
     rows = figures.read(path)
-    assert len(rows) == 10 and {row["status"] for row in rows} == {"FAILED"}
+    assert len(rows) == 12 and {row["status"] for row in rows} == {"FAILED"}
     assert "ValueError" in rows[0]["note"]
     lines = smoke.summary(rows, most=3)
     assert lines[0].startswith("FAILED: no such engine clip float32 False 17 8 14.3 accuracy")
-    assert lines[3:] == ["... and 7 more of gpu-smoke.csv", "no such engine 0 passed, 10 failed"]
+    assert lines[3:] == ["... and 9 more of gpu-smoke.csv", "no such engine 0 passed, 12 failed"]
 
     def wait_for(device: str) -> None:
         raise RuntimeError("CUDA error: an illegal memory access")

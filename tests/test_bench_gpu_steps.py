@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from bench.gpu import figures, install, plan, process, report, rows, smoke, step
 
 FIRST = ["install", "rates", "smoke", "tiles", "headline", "kernels", "ncu", "engines", "small",
          "card tests", "rest", "loss tests"]  # fmt: skip
-AGAIN = ["install", "winners", "smoke", "headline", "loss tests", "sanitizers"]
+AGAIN = ["install", "winners", "smoke", "headline", "card tests", "sanitizers", "loss tests"]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"
 )  # fmt: skip
@@ -108,7 +109,7 @@ def test_a_second_run_tries_the_winners_and_leaves_the_first_runs_files(tmp_path
     now = statuses(tmp_path / "gpu-again-steps.csv")
     assert list(now) == AGAIN
     # Here the Triton engine cannot run: its rows say so, and the rest goes on.
-    assert now["winners"] == now["loss tests"] == now["sanitizers"] == "passed"
+    assert now["winners"] == now["sanitizers"] == now["loss tests"] == "passed"
     log = "\n".join(lines_of(tmp_path / "gpu-again-log.txt"))
     told = "(128, 3, False) -> (128, 3, True), 1.000 ms instead of 1.250 (-20 %)"
     assert f"sweep, bfloat16, D = 768: {told}" in log
@@ -226,6 +227,18 @@ def test_engines_that_crash_in_the_smoke_test_are_left_out_of_the_headline(tmp_p
     assert plan.no_triton(session) is not None
     line = plan.rows("headline")(session)
     assert line[line.index("--without") + 1 :] == plan.without(session)
+
+
+def test_the_verdict_counts_this_runs_rows_alone(tmp_path, order):
+    """A crashed headline must not look like the last one, whose rows are in the same file."""
+    session = order.session(tmp_path)
+    path = rows.path_of(tmp_path, "cpu")
+    card = {"threads": 0, "cpu": "NVIDIA H100", "m": 32768, "n": 32768, "d": 768}
+    made = rows_of_a_case(**card, dtype="bfloat16")
+    results.write(path, made)
+    assert "goals" not in report.verdict(session) and not report.rows_of(session)
+    results.write(path, [replace(row, when=session.began) for row in made])
+    assert "goals: " in report.verdict(session)
 
 
 def test_the_limits_leave_time_for_the_tests():

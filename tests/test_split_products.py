@@ -36,7 +36,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 features are multiplied in parts, and no block is too small for all of the kernels."""
     from fastclip.triton_kernels import plan
 
-    monkeypatch.setattr(preference, "_fp32", lambda: "split")
+    monkeypatch.setattr(preference, "fp32", lambda: "split")
     monkeypatch.setattr(plan, "SMALL_PAIRS", 0)
 
 
@@ -286,11 +286,11 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, 
         else:
             monkeypatch.setenv("FASTCLIP_FP32", asked)
         torch.backends.cuda.matmul.fp32_precision = precision
-        preference._fp32.cache_clear()
+        preference.fp32.cache_clear()
 
     yield be
     torch.backends.cuda.matmul.fp32_precision = before
-    preference._fp32.cache_clear()
+    preference.fp32.cache_clear()
 
 
 def test_it_is_asked_for(
@@ -320,7 +320,7 @@ def test_another_word_is_refused(settings: Callable[[str | None, str], None]) ->
 
 
 def test_it_takes_fp32_features_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preference, "_fp32", lambda: "split")
+    monkeypatch.setattr(preference, "fp32", lambda: "split")
     with nothing_known() as patch:
         pretend(patch, (9, 0), "3.7.1")
         assert backends.choose(None, CUDA, torch.float32, 1000, 512) == "triton"

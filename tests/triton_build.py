@@ -108,7 +108,7 @@ def run(case: Case) -> None:
     """One step of the engine; what it computes is garbage."""
     loss, arithmetic, d, normalize, one_go, small, kept = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
-    preference._fp32 = lambda: "split" if arithmetic == "split" else "ieee"
+    preference.fp32 = lambda: "split" if arithmetic == "split" else "ieee"
     plan.SMALL_PAIRS = 1 << 23 if small else 0
     n = 1024  # several tiles of any size, and so plain ones
     x, y = torch.zeros(2, n, d, dtype=DTYPES[arithmetic]).unbind()

@@ -37,7 +37,8 @@ def engines() -> list[Case]:
         for scale in SCALES
         for loss in LOSSES
     ]
-    fp32 = ("fastclip", "fastclip triton", "fastclip cuda", "dense", "open_clip")
+    fp32 = ("fastclip", "fastclip triton", "fastclip triton split", "fastclip cuda", "dense")
+    fp32 += ("open_clip",)
     cases += [
         Case("clip", 16384, 16384, 768, "float32", scale, methods=fp32, memory=True)
         for scale in SCALES

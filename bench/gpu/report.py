@@ -20,9 +20,7 @@ MOST_FAILURES = 6  # of one step
 def report(session: Session) -> str:
     """The page; also of a run that was cut."""
     parts = ["\n=== report"]
-    path = rows.path_of(session.out, session.device, session.again)
-    found = results.read(path) if path.exists() else []
-    found = [row for row in found if row.when >= session.began]
+    found = rows_of(session)
     shown = ("again",) if session.again else ("headline", "engines")
     parts += [part for group in shown if (part := table_of(found, group))]
     if not session.again:
@@ -33,6 +31,13 @@ def report(session: Session) -> str:
     parts += skipped(found)
     parts += [failures] if (failures := failures_of(session.outcomes)) else []
     return "\n\n".join([*parts, verdict(session)])
+
+
+def rows_of(session: Session) -> list[results.Row]:
+    """This run's: the file may hold those of earlier ones, too."""
+    path = rows.path_of(session.out, session.device, session.again)
+    found = results.read(path) if path.exists() else []
+    return [row for row in found if row.when >= session.began]
 
 
 def table_of(found: list[results.Row], group: str) -> str:
@@ -113,9 +118,9 @@ def verdict(session: Session) -> str:
     told = [f"{passed} of {len(outcomes)} steps passed"]
     for text, names in (("FAILED", failed), ("cut", cut), ("not run", left)):
         told += [f"{text}: {', '.join(names)}"] if names else []
-    path = rows.path_of(session.out, session.device)
-    if path.exists() and not session.again:
-        counts = Counter(one.verdict for one in judged(results.read(path)))
+    found = [] if session.again else rows_of(session)
+    if found:
+        counts = Counter(one.verdict for one in judged(found))
         order = ("aim", "floor", "missed", "not measured")
         told.append("goals: " + ", ".join(f"{counts[name]} {name}" for name in order))
     return f"verdict: {'; '.join(told)}"

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +36,10 @@ from . import figures, process, steps, winners
 COLUMNS = ("engine", "loss", "dtype", "normalize", "n", "d", "scale", "check", "status",
            "worst", "of", "note")  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Up to 2,896 pairs are a small block, with kernels of its own.
-SHAPES = ((513, 96), (1000, 520), (3001, 520), (4099, 768))
+# The largest first, whose kernels the headline takes; up to 2,896 pairs are a small block, with
+# kernels of its own.
+SHAPES = ((4099, 768), (513, 96), (3001, 520), (1000, 520))
+CAPTURED = SHAPES[:2]
 SCALES = (14.3, 100.0, 500.0)
 PROCESSES = 8
 NAMES = ("loss", "dx", "dy", "dscale", "dbias")
@@ -172,7 +174,9 @@ def checks(loss: str, dtype: str, device: str) -> Iterator[tuple[Problem, str]]:
         yield problem, "rerun"
         if loss == "clip":
             yield problem, "kept"
-        if device == "cuda" and (n, d) == SHAPES[0]:
+            # Here one reference is not enough, and what was kept is of no use.
+            yield replace(problem, scale=SCALES[-1]), "kept"
+        if device == "cuda" and (n, d) in CAPTURED:
             yield problem, "graph"
 
 

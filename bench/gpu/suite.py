@@ -21,7 +21,7 @@ def _files(*patterns: str) -> tuple[str, ...]:
 
 # What only a card can show; then the losses' own tests, thousands of small kernels to compile.
 GROUPS = {
-    "card": _files("gpu", "gpu_engine_*", "errors"),
+    "card": _files("gpu", "gpu_engine_*", "split_products", "errors"),
     "losses": _files(
         "determinism", "gradients_requested", "shapes", "parts_of_a_block", "kept_products",
         "blocks", "accuracy",
