@@ -330,31 +330,12 @@ def fused_tiles() -> Iterator[None]:
         os.environ["FASTCLIP_CUDA_TILES"] = before
 
 
-@contextlib.contextmanager
-def split_products() -> Iterator[None]:
-    """fp32 features are multiplied in parts of bfloat16. The environment is read once."""
-    from fastclip import preference
-
-    before = os.environ.get("FASTCLIP_FP32")
-    os.environ["FASTCLIP_FP32"] = "split"
-    preference.fp32.cache_clear()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FASTCLIP_FP32"]
-        else:
-            os.environ["FASTCLIP_FP32"] = before
-        preference.fp32.cache_clear()
-
-
 def _own(
-    name: str, text: str, engine: str | None, budget: int | None = None,
-    within: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
-) -> Method:  # fmt: skip
-    make = partial(_fastclip, wanted=engine, budget=budget, needs_fused=within is fused_tiles)
+    name: str, text: str, engine: str | None, budget: int | None = None, fused: bool = False
+) -> Method:
+    make = partial(_fastclip, wanted=engine, budget=budget, needs_fused=fused)
     passes = partial(_passes_of_fastclip, method=name)
-    return Method(name, text, make, passes, within)
+    return Method(name, text, make, passes, fused_tiles if fused else None)
 
 
 METHODS: dict[str, Method] = {
@@ -372,8 +353,7 @@ METHODS: dict[str, Method] = {
         _own("fastclip cuda", 'backend="cuda"', "cuda"),
         _own("fastclip triton kept", "the same, every product kept", "triton", EVERYTHING),
         _own("fastclip cuda kept", "the same, every product kept", "cuda", EVERYTHING),
-        _own("fastclip cuda fused", "its own tensor-core kernels", "cuda", within=fused_tiles),
-        _own("fastclip triton split", "fp32 in parts of bf16", "triton", within=split_products),
+        _own("fastclip cuda fused", "its own tensor-core kernels", "cuda", fused=True),
         *(_peer(name) for name in peers.PEERS),
     )
 }

@@ -82,7 +82,7 @@ class Rehearsal:
 
     def __init__(self, patch: pytest.MonkeyPatch, real: bool = True) -> None:
         self.now, self.real = 1000.0, real
-        self.seconds = {"headline": 100.0, "tiles": 50.0, "card": 90.0, "losses": 60.0}
+        self.seconds = {"headline": 100.0, "tiles": 50.0, "card": 90.0, "losses": 60.0, "ncu": 5.0}
         self.codes: dict[str, int] = {}
         self.look: Callable[[str], None] = lambda name: None
         patch.setattr(process, "run", self.run)
@@ -164,7 +164,7 @@ def _make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(memory, "measure", lambda case, method, device: (1 << 20, ""))
     patch.setattr(runner, "GemmLimit", Limit)
     patch.setattr(smoke, "SHAPES", ((17, 8),))
-    patch.setattr(smoke, "SCALES", (14.3,))
+    patch.setattr(smoke, "SCALES", (14.3, 100.0))
     patch.setattr(smoke, "run_job", _job_in_this_process)
     patch.setattr(rates, "ROUNDS", 1)
     patch.setattr(rates, "SHORTEST", 1e-4)

@@ -12,7 +12,8 @@ from bench_rehearsal import Limit
 
 from bench import baselines, goals, memory, progress, results, runner, timing
 from bench.cases import LOSSES, SCALES, Case, make_inputs
-from bench.gpu import cases, rows
+from bench.gpu import cases, rows, split
+from fastclip import preference
 
 
 class FakeEvent:
@@ -96,14 +97,14 @@ def test_the_headline_comes_first_and_our_own_methods_before_rivals():
         names = [case.name for case in made()]
         assert len(set(names)) == len(names)
         for case in made():
-            assert set(case.methods) <= {*baselines.METHODS, cases.WINNERS}
+            assert set(case.methods) <= {*baselines.METHODS, cases.WINNERS, cases.SPLIT}
 
 
 def test_fp32_is_compared_with_the_dense_loss_and_no_method_is_measured_twice():
     plan = cases.engines()
     fp32 = [case for case in plan if case.dtype == "float32"]
     assert {(case.n, case.d) for case in fp32} == {(16384, 768)}
-    wanted = {"dense", "fastclip", "fastclip triton", "fastclip cuda"}
+    wanted = {"dense", "fastclip", "fastclip triton", "fastclip triton split", "fastclip cuda"}
     assert all(wanted <= set(case.methods) for case in fp32)
     half = [case for case in plan if case.dtype == "bfloat16"]
     # The library's products are the headline's rows.
@@ -179,6 +180,24 @@ def test_a_methods_setting_holds_while_it_runs_and_no_longer(monkeypatch):
     for name in ("fastclip cuda fused", "plain"):
         baselines.make_step(TINY, name, inputs)()
     assert seen[0] == "fused" and seen[1] in (None, "library")
+
+
+def test_fp32_is_split_within_the_method_alone(monkeypatch):
+    monkeypatch.setattr(baselines, "METHODS", {**baselines.METHODS})
+    split.add_method()
+    method = baselines.METHODS["fastclip triton split"]
+    for before in (None, "ieee"):
+        if before is None:
+            monkeypatch.delenv("FASTCLIP_FP32", raising=False)
+        else:
+            monkeypatch.setenv("FASTCLIP_FP32", before)
+        preference.fp32.cache_clear()
+        assert preference.products_of(torch.float32) == "fp32"
+        with method.within():
+            assert preference.products_of(torch.float32) == "split"
+        assert preference.products_of(torch.float32) == "fp32"
+        assert os.environ.get("FASTCLIP_FP32") == before
+    preference.fp32.cache_clear()
 
 
 def test_a_replayed_step_returns_what_it_captured(monkeypatch):

@@ -47,12 +47,14 @@ def bundle(tmp_path) -> Path:
     return made
 
 
-def describe(bundle: Path, **changes: str) -> None:
+def describe(bundle: Path, **changes: str | None) -> None:
+    """None takes an entry away."""
     file = bundle / contents.DESCRIPTION
     told = json.loads(file.read_text()) if file.exists() else {
         "torch": torch.__version__, "sources": contents.digest_of_sources(),
     }  # fmt: skip
-    file.write_text(json.dumps({**told, **changes}))
+    changed = {**told, **changes}
+    file.write_text(json.dumps({name: said for name, said in changed.items() if said is not None}))
 
 
 class Commands:
@@ -118,6 +120,13 @@ def test_what_fits_is_used(tmp_path, root, bundle, commands, monkeypatch):
         (lambda b: describe(b, torch="1.0"), "it was built against torch 1.0"),
         (lambda b: describe(b, sources="other"), "it was built from other sources"),
         (lambda b: (b / contents.DESCRIPTION).write_text("{"), "cannot be read"),
+        (
+            lambda b: (b / contents.DESCRIPTION).write_text("[]"),
+            "lacks torch, sources, triton_cache",
+        ),
+        (lambda b: describe(b, torch=None), "lacks torch: it does not fit; building"),
+        (lambda b: describe(b, sources=None), "lacks sources: it does not fit"),
+        (lambda b: describe(b, triton_cache=None), "lacks triton_cache: it does not fit"),
     ],
 )
 def test_an_extension_that_does_not_fit_is_built_here(
@@ -145,6 +154,16 @@ def test_a_cache_that_cannot_be_unpacked_is_done_without(tmp_path, root, bundle,
     outcome = install.install(made, 60.0)
     assert "no warm Triton cache" in said(made) and "TRITON_CACHE_DIR" not in made.environment
     assert outcome.note == "from the bundle"
+
+
+def test_a_cache_of_another_user_is_left_alone(tmp_path, root, bundle, commands, monkeypatch):
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    (tmp_path / "cache").mkdir()
+    made = session(tmp_path, bundle)
+    assert install.install(made, 60.0).note == "from the bundle"
+    assert "is not owned by this user" in said(made)
+    assert "TRITON_CACHE_DIR" not in made.environment and not list((tmp_path / "cache").iterdir())
 
 
 def test_a_failing_nvcc_is_told_and_the_rest_goes_on_without_it(

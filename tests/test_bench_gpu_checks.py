@@ -15,6 +15,7 @@ from bench_rehearsal import NCU, Config, Configurations, tile_step
 import fastclip
 from bench import baselines
 from bench.gpu import counters, figures, kernels, rates, smoke, tiles, winners
+from fastclip import preference
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"
@@ -88,11 +89,24 @@ def test_smoke_compares_bits_and_asks_of_every_engine_the_same(monkeypatch):
     assert {(p.n, p.d, p.normalize) for p, check in on_card if check == "kept"} == {
         (n, d, normalize) for n, d in smoke.SHAPES for normalize in (False, True)
     }
+    # A cut leaves what the headline runs: large blocks come first.
+    first = [(p.n, p.d, p.scale, check) for p, check in on_card[:6]]
+    assert first == [
+        (4099, 768, scale, check)
+        for scale, check in ((14.3, "accuracy"), (100.0, "accuracy"), (14.3, "kept"),
+                             (500.0, "kept"), (14.3, "rerun"), (14.3, "graph"))
+    ]  # fmt: skip
+    assert list(dict.fromkeys(p.n for p, _ in on_card)) == [4099, 1000, 513, 3001]
     assert smoke.jobs(["triton", "cuda fused", "triton winners"])[:2] == [
         ("triton", "clip", "bfloat16"), ("triton", "siglip", "bfloat16"),
     ]  # fmt: skip
     dtypes = {dtype for label, _, dtype in smoke.jobs(["cuda fused"])}
     assert dtypes == {"bfloat16", "float16"}
+    monkeypatch.setattr(fastclip, "backends", lambda: {"triton": "available", "cuda": "no"})
+    assert smoke.engines("cuda") == ["triton", "triton split"]
+    assert smoke.jobs(["triton split"]) == [
+        ("triton split", "clip", "float32"), ("triton split", "siglip", "float32"),
+    ]  # fmt: skip
 
 
 def test_a_check_that_raises_is_a_row_and_a_lost_device_ends_the_process(tmp_path, monkeypatch):
@@ -100,11 +114,11 @@ def test_a_check_that_raises_is_a_row_and_a_lost_device_ends_the_process(tmp_pat
     path = tmp_path / "smoke.csv"
     assert smoke.work("no such engine", "clip", "float32", "cpu", path, None) == 0
     rows = figures.read(path)
-    assert len(rows) == 12 and {row["status"] for row in rows} == {"FAILED"}
+    assert len(rows) == 10 and {row["status"] for row in rows} == {"FAILED"}
     assert "ValueError" in rows[0]["note"]
     lines = smoke.summary(rows, most=3)
     assert lines[0].startswith("FAILED: no such engine clip float32 False 17 8 14.3 accuracy")
-    assert lines[3:] == ["... and 9 more of gpu-smoke.csv", "no such engine 0 passed, 12 failed"]
+    assert lines[3:] == ["... and 7 more of gpu-smoke.csv", "no such engine 0 passed, 10 failed"]
 
     def wait_for(device: str) -> None:
         raise RuntimeError("CUDA error: an illegal memory access")
@@ -119,7 +133,7 @@ def test_a_check_that_raises_is_a_row_and_a_lost_device_ends_the_process(tmp_pat
     ("code", "seconds", "note"),
     [
         ("import os; os.abort()", 60.0, "ended with -6"),
-        ("import time; time.sleep(60)", 0.0, "not done"),
+        ("import time; time.sleep(60)", 0.0, "CUT before 4099 x 768, not done"),
     ],
 )
 def test_a_smoke_process_that_crashes_or_hangs_is_a_row(code, seconds, note, tmp_path, monkeypatch):
@@ -135,23 +149,31 @@ def test_a_smoke_process_that_crashes_or_hangs_is_a_row(code, seconds, note, tmp
     assert smoke.unusable([row]) == ["triton"]
 
 
+@pytest.mark.parametrize(("n", "dtype", "status"), [
+    ("4099", "bfloat16", "cut"), ("513", "bfloat16", "FAILED"), ("513", "float32", "cut"),
+])  # fmt: skip
 def test_a_smoke_process_that_is_still_compiling_is_cut_and_its_engine_is_used(
-    tmp_path, monkeypatch
+    n, dtype, status, tmp_path, monkeypatch
 ):
+    """In bf16 it is a failure before the large blocks are checked."""
     path = tmp_path / "s.csv"
     code = "import time; time.sleep(60)"
 
     def popen(command, start=smoke.subprocess.Popen, **more):
-        row = {"engine": "triton", "loss": "clip", "dtype": "bfloat16", "status": "passed"}
+        row = {"engine": "triton", "loss": "clip", "dtype": dtype, "n": n, "status": "passed"}
         figures.append(path, row, smoke.COLUMNS)
         return start([sys.executable, "-c", code], **more)
 
     monkeypatch.setattr(smoke.subprocess, "Popen", popen)
     options = argparse.Namespace(device="cpu", out=tmp_path, file="s.csv", winners=None)
-    smoke.run_job(("triton", "clip", "bfloat16"), options, path, smoke.time.monotonic())
+    smoke.run_job(("triton", "clip", dtype), options, path, smoke.time.monotonic())
     rows = figures.read(path)
-    assert rows[-1]["status"] == "cut" and smoke.unusable(rows) == []
-    assert smoke.summary(rows) == ["triton 1 passed, 0 failed, 1 processes cut"]
+    assert rows[-1]["status"] == status and smoke.unusable(rows) == []
+    told = smoke.summary(rows)
+    if status == "cut":
+        assert told == ["triton 1 passed, 0 failed, 1 processes cut"]
+    else:
+        assert told[0].startswith("FAILED: triton clip bfloat16 large CUT before 4099 x 768")
 
 
 @needs_triton
@@ -162,6 +184,9 @@ def test_engines_of_a_label(monkeypatch):
     assert os.environ["FASTCLIP_CUDA_TILES"] == "library"
     with smoke.engine_of("triton", None) as engine:
         assert engine == "triton"
+        assert preference.products_of(torch.float32) == "fp32"
+    with smoke.engine_of("triton split", None) as engine:
+        assert (engine, preference.products_of(torch.float32)) == ("triton", "split")
 
 
 # ---- tiles -------------------------------------------------------------------------------------

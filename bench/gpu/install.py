@@ -83,16 +83,27 @@ def take(session: Session, ends: float) -> bool:
     except (OSError, ValueError) as error:
         session.say(f"bundle: {contents.DESCRIPTION} cannot be read: {error}; building")
         return False
+    known = told if isinstance(told, dict) else {}
+    if absent := [name for name in contents.KEYS if not isinstance(known.get(name), str)]:
+        names = ", ".join(absent)
+        session.say(f"bundle: {contents.DESCRIPTION} lacks {names}: it does not fit; building")
+        return False
     take_cache(session, bundle, told)
     take_peers(session, bundle, ends)
     return take_extension(session, bundle, told, ends)
 
 
 def take_cache(session: Session, bundle: Path, told: dict[str, str]) -> None:
-    """Triton finds code only under the path that it was compiled for."""
+    """Triton finds code only under the path that it was compiled for.
+
+    That is in a folder that anyone may write to, and what lies there is run: a cache of somebody
+    else's is left alone.
+    """
     folder = Path(told["triton_cache"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if folder.lstat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} is not owned by this user")
         with tarfile.open(bundle / contents.CACHE) as archive:
             archive.extractall(folder, filter="data")
     except (OSError, tarfile.TarError) as error:

@@ -1,8 +1,8 @@
 """The steps of `make gpu`, in their order: what must be known first comes first.
 
-Their limits are the most that each may take, and most steps need half of theirs. A first run takes
-eight minutes, the second four. Where building takes long, the tests on the device have little time
-left in the first run; the second begins with them.
+Their limits are the most that each may take. With fastclip from a bundle, a minute is left for the
+tests on a card even where every step before them takes all of its time; tests that the first run
+did not get through are the second run's. A first run takes eight minutes, the second four.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import importlib.util
 from collections.abc import Callable
 
 from . import counters, figures, smoke, suite, winners
-from .cases import CUDA, OWN, TRITON, WINNERS
+from .cases import CUDA, OWN, SPLIT, TRITON, WINNERS
 from .install import install
-from .steps import Session, Step, commanded, module
+from .steps import PASSED, Session, Step, commanded, module
 
 FIRST_SECONDS, AGAIN_SECONDS = 480.0, 240.0
+CARD_TESTS = "card tests"
 
 # The methods that run on an engine; the default one is Triton in bf16.
 METHODS_OF = {
-    "triton": ("fastclip", *TRITON, WINNERS),
+    "triton": ("fastclip", *TRITON, WINNERS, SPLIT),
+    "triton split": (SPLIT,),
     "cuda": CUDA,
     "cuda fused": ("fastclip cuda fused",),
 }
@@ -59,9 +61,19 @@ def no_tests(session: Session) -> str | None:
     return suite.missing()
 
 
-def tests(name: str, group: str, seconds: float, until_cut: bool) -> Step:
-    run = commanded(name, lambda session: suite.command(group), until_cut, **suite.ENVIRONMENT)
-    return Step(name, seconds, run, no_tests)
+def tests(
+    name: str,
+    group: str,
+    seconds: float,
+    until_cut: bool,
+    backwards: bool = False,
+    unless: Callable[[Session], str | None] = no_tests,
+) -> Step:
+    def command(session: Session) -> list[str]:
+        return suite.command(group, backwards)
+
+    run = commanded(name, command, until_cut, **suite.ENVIRONMENT)
+    return Step(name, seconds, run, unless)
 
 
 def first() -> list[Step]:
@@ -71,18 +83,21 @@ def first() -> list[Step]:
         Step("smoke", 60, commanded("smoke", module("smoke"))),
         Step("tiles", 60, commanded("tiles", module("tiles")), no_triton),
         Step("headline", 100, commanded("headline", rows("headline"))),
-        Step("kernels", 20, commanded("kernels", kernels)),
-        Step("ncu", 45, commanded("ncu", module("counters")), no_counters),
-        Step("engines", 40, commanded("engines", rows("engines"))),
-        Step("small", 30, commanded("small", rows("small"))),
-        tests("card tests", "card", 150, until_cut=False),
+        Step("kernels", 25, commanded("kernels", kernels)),
+        Step("ncu", 30, commanded("ncu", module("counters")), no_counters),
+        Step("engines", 35, commanded("engines", rows("engines"))),
+        Step("small", 40, commanded("small", rows("small"))),
+        tests(CARD_TESTS, "card", 150, until_cut=False),
         Step("rest", 60, commanded("rest", rows("rest"), until_cut=True)),
         tests("loss tests", "losses", 120, until_cut=True),
     ]
 
 
 def again() -> list[Step]:
-    """The winners of the first run's tiles, checked and timed; tests that may have had no time."""
+    """The winners of the first run's tiles, checked and timed; tests that had no time.
+
+    The losses' tests begin with the last file, for the first run was cut somewhere.
+    """
 
     def tiles_of(session: Session) -> str:
         return str(winners.find(session.winners, session.out))
@@ -91,6 +106,15 @@ def again() -> list[Step]:
         if winners.find(session.winners, session.out) is None:
             return "no gpu-tiles.csv of a first run (WINNERS=path)"
         return None
+
+    def no_card_tests(session: Session) -> str | None:
+        found = winners.find(session.winners, session.out)
+        folder = found.parent if found else session.out
+        passed = any(
+            (row["step"], row["status"]) == (CARD_TESTS, PASSED)
+            for row in figures.read(folder / "gpu-steps.csv")
+        )
+        return "passed in the first run" if passed else no_tests(session)
 
     def table(session: Session) -> list[str]:
         return module("winners", tiles_of(session))(session)
@@ -106,8 +130,8 @@ def again() -> list[Step]:
         Step("install", 120, install),
         Step("winners", 15, commanded("winners", table), no_winners, least=5),
         Step("smoke", 30, commanded("smoke", check), no_winners),
-        Step("headline", 60, commanded("headline", headline), no_winners),
-        tests("card tests", "card", 60, until_cut=True),
-        tests("sanitizers", "sanitizers", 60, until_cut=True),
-        tests("loss tests", "losses", 80, until_cut=True),
+        Step("headline", 70, commanded("headline", headline), no_winners),
+        tests(CARD_TESTS, "card", 80, until_cut=False, unless=no_card_tests),
+        tests("loss tests", "losses", 80, until_cut=True, backwards=True),
+        tests("sanitizers", "sanitizers", 120, until_cut=True),
     ]

@@ -20,7 +20,7 @@ MOST_FAILURES = 6  # of one step
 def report(session: Session) -> str:
     """The page; also of a run that was cut."""
     parts = ["\n=== report"]
-    found = rows_of(session)
+    found = measured(session)
     shown = ("again",) if session.again else ("headline", "engines")
     parts += [part for group in shown if (part := table_of(found, group))]
     if not session.again:
@@ -33,8 +33,8 @@ def report(session: Session) -> str:
     return "\n\n".join([*parts, verdict(session)])
 
 
-def rows_of(session: Session) -> list[results.Row]:
-    """This run's: the file may hold those of earlier ones, too."""
+def measured(session: Session) -> list[results.Row]:
+    """The rows of this run; its file may have those of earlier ones."""
     path = rows.path_of(session.out, session.device, session.again)
     found = results.read(path) if path.exists() else []
     return [row for row in found if row.when >= session.began]
@@ -118,7 +118,7 @@ def verdict(session: Session) -> str:
     told = [f"{passed} of {len(outcomes)} steps passed"]
     for text, names in (("FAILED", failed), ("cut", cut), ("not run", left)):
         told += [f"{text}: {', '.join(names)}"] if names else []
-    found = [] if session.again else rows_of(session)
+    found = [] if session.again else measured(session)
     if found:
         counts = Counter(one.verdict for one in judged(found))
         order = ("aim", "floor", "missed", "not measured")

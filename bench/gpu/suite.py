@@ -43,11 +43,12 @@ def missing() -> str | None:
     return f"{', '.join(absent)} not installed" if absent else None
 
 
-def command(group: str) -> list[str]:
+def command(group: str, backwards: bool = False) -> list[str]:
+    """`backwards`: the last file first, after a run that was cut before it."""
     line = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
     # A file that cannot be imported costs itself alone; a test that hangs says where.
     line += ["--continue-on-collection-errors", "-o", "faulthandler_timeout=60"]
     line += ["-m", MARKS[group], *(["--maxfail=20"] if group == "losses" else [])]
     if group != "sanitizers" and importlib.util.find_spec("xdist"):
         line += ["-n", str(min(PROCESSES, os.cpu_count() or 1))]
-    return [*line, *GROUPS[group]]
+    return [*line, *(GROUPS[group][::-1] if backwards else GROUPS[group])]

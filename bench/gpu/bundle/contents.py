@@ -9,6 +9,7 @@ from pathlib import Path
 from ..process import ROOT
 
 DESCRIPTION, CACHE, WHEELS = "bundle.json", "triton-cache.tar.xz", "wheels"
+KEYS = ("torch", "sources", "triton_cache")  # of the description
 # Triton's index of a kernel holds absolute paths: the cache lies here when it is made and when it
 # is used.
 TRITON_CACHE = "/var/tmp/fastclip-triton-cache"

@@ -1,0 +1,36 @@
+"""fp32 features multiplied as products of bf16 parts, as FASTCLIP_FP32=split asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .. import baselines
+from . import cases
+
+
+@contextlib.contextmanager
+def applied() -> Iterator[None]:
+    """The library asks its environment once, so what it remembers is forgotten before and after."""
+    from fastclip import preference
+
+    before = os.environ.get("FASTCLIP_FP32")
+    os.environ["FASTCLIP_FP32"] = "split"
+    preference.fp32.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FASTCLIP_FP32"]
+        else:
+            os.environ["FASTCLIP_FP32"] = before
+        preference.fp32.cache_clear()
+
+
+def add_method() -> None:
+    """A method of the bench beside the same engine's IEEE products."""
+    own = baselines.METHODS["fastclip triton"]
+    text = f"{own.text}, fp32 as bf16 parts"
+    baselines.METHODS[cases.SPLIT] = replace(own, name=cases.SPLIT, text=text, within=applied)
