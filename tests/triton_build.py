@@ -269,7 +269,7 @@ def recorded() -> tuple[str, list[dict[str, str]]]:
 def built(*what: str) -> list[dict[str, Any]]:
     """In a process of its own: Triton remembers the first target that a kernel was compiled for."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", __file__, *what]
+    command = [sys.executable, "-I", __file__, *what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, f"{what}:\n{done.stderr[-3000:]}"
     return json.loads(done.stdout)
