@@ -51,7 +51,7 @@ class Products:
 
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
-        """Whether a sweep of x and y may have made it."""
+        """Whether a sweep of x and y may have made it; an empty one is anybody's."""
         return kept.dtype == Products.dtype(x) and kept.numel() % min(len(x), len(y)) == 0
 
 
@@ -61,6 +61,10 @@ class Nothing:
         return 0
 
     empty = Products.empty
+
+    @staticmethod
+    def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
+        return False
 
 
 class Weights:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .epilogues import EPILOGUES
-from .kept import Products, Weights
+from .kept import Nothing, Products, Weights
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,7 +86,7 @@ def finish(state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, 
     _loss(loss)
 
 
-def weigh(*arguments: Any, plan: type[Products | Weights]) -> None:
+def weigh(*arguments: Any, plan: type[Products | Nothing | Weights]) -> None:
     *block, state, positive, coefficients, positive_weight, gain, kept, _, loss = arguments[:14]
     *_, dtype_x, dtype_y = arguments
     _block(*block)
