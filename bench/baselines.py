@@ -208,7 +208,7 @@ def _fastclip(
 
 
 def fused_is_built() -> bool:
-    """Whether the CUDA engine has its tensor-core kernels."""
+    """True if the CUDA engine has its tensor-core kernels."""
     import fastclip
 
     info = getattr(fastclip, "build_info", lambda: None)() or {}

@@ -32,7 +32,7 @@ CUTLASS = "nvidia-cutlass==4.2.0.0"
 # Peers, open_clip, and of what it stands on the packages that few machines have.
 WHEELS = ("siglip_kernel==0.1.2", "memeff==0.3.1", "inf_cl==1.2.1", "liger_kernel==0.8.5",
           "open_clip_torch==3.3.0", "ftfy==6.3.1", "wcwidth==0.9.4")  # fmt: skip
-# Of Triton's cache: code, its description, launchers. The rest are steps on the way.
+# Files of Triton's cache: code, its description, launchers. The rest are steps on the way.
 CACHED = (".cubin", ".json", ".so")
 
 
@@ -60,7 +60,7 @@ def copy_tree() -> None:
         else:
             TREE.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
-    # Where an installation has it; fastclip is imported from here and nowhere else.
+    # As in an installation; fastclip is imported from here and nowhere else.
     shutil.copytree(ROOT / "triton_kernels", TREE / "fastclip" / "triton_kernels",
                     ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
     site = TREE / "site"

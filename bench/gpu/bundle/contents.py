@@ -1,4 +1,4 @@
-"""What a bundle consists of, for those who make it and those who use it."""
+"""The contents of a bundle, for those who make it and those who use it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST = 45 << 20
 
 
 def digest_of_sources() -> str:
-    """Of what the extension is compiled from: it fits these sources alone."""
+    """A digest of the extension's sources: it fits these alone."""
     digest = hashlib.sha256()
     for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").iterdir())]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

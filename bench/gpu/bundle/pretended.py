@@ -21,7 +21,7 @@ from triton.runtime import build, jit
 from triton.runtime import driver as runtime
 
 CAPABILITY = (9, 0)
-# Of an H100: what a persistent kernel's grid depends on.
+# An H100's: a persistent kernel's grid depends on them.
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
     total_memory=80 << 30, L2_cache_size=50 << 20, shared_memory_per_multiprocessor=228 << 10,
@@ -69,7 +69,7 @@ def pretend() -> None:
     backends = importlib.import_module("fastclip.backends")  # beside it there is a function
     backends._STATUS["triton", None] = backends.AVAILABLE
     backends._SERVED["triton"] = ("cuda", "cpu")
-    # Where the tensors' device decides what is launched, it is the card that counts.
+    # The tensors' device decides what is launched: it is the card that counts.
     function = importlib.import_module("fastclip.function")
     function._unit_gradients_fit = lambda *arguments: True
     _skip_products()
