@@ -172,7 +172,7 @@ def test_a_run_that_is_told_to_stop_still_reports(cut, tmp_path, order):
     assert signal.getsignal(signal.SIGTERM) == before
     now = statuses(tmp_path / "gpu-steps.csv")
     step = {"losses": "loss tests"}.get(cut, cut)
-    assert list(now)[-1] == step and now[step] == "running"
+    assert list(now)[-1] == step and now[step] == "cut"
     passed = FIRST.index(step)
     log = lines_of(tmp_path / "gpu-log.txt")
     assert (
