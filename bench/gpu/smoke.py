@@ -43,6 +43,7 @@ SMALL = (513, 96)
 SHAPES = (LARGE, (1000, 520), SMALL, (3001, 520))
 SCALES = (14.3, 100.0, 500.0)
 PROCESSES = 8
+LEAST_SECONDS = 3.0  # with less a process is not begun
 NAMES = ("loss", "dx", "dy", "dscale", "dbias")
 FILE = "gpu-smoke.csv"
 
@@ -263,7 +264,11 @@ def run_job(
     command += ["--out", str(options.out), "--file", options.file]
     command += ["--winners", str(options.winners)] if options.winners else []
     row = {"engine": label, "loss": loss, "dtype": dtype, "check": "process", "status": "FAILED"}
-    seconds = max(1.0, ends - time.monotonic())
+    seconds = ends - time.monotonic()
+    if seconds < LEAST_SECONDS:  # it neither fails nor hangs
+        counts = {"check": "large"} if dtype == "bfloat16" else {"status": "cut"}
+        figures.append(path, {**row, **counts, "note": "left out for time"}, COLUMNS)
+        return
     child = subprocess.Popen(command, cwd=process.ROOT, stdin=subprocess.DEVNULL)
     try:
         code = child.wait(seconds)

@@ -137,6 +137,9 @@ def run_all(steps: Sequence[Step], session: Session) -> None:
         except Exception as error:  # of this package's own: no reason to lose the card's time
             spent = session.clock() - began
             outcome = Outcome(step.name, FAILED, spent, figures.reason(error))
+        except BaseException:  # whoever ended the run wants to know where it was
+            _note(session, Outcome(step.name, CUT, session.clock() - began, "interrupted"))
+            raise
         _note(session, outcome)
 
 

@@ -87,6 +87,7 @@ def make_extension(bundle: Path) -> str:
     if code or not made:
         raise Missing(f"setup.py ended with {code}")
     shutil.copy2(made[0], bundle / made[0].name)
+    describe(bundle, sources=contents.digest_of_sources(TREE))
     return made[0].name
 
 
@@ -158,6 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     bundle = options.folder.resolve()
     bundle.mkdir(parents=True, exist_ok=True)
     copy_tree()
+    describe(bundle)
     failed = False
     for part in options.parts:
         began = time.monotonic()
@@ -166,7 +168,6 @@ def main(arguments: list[str] | None = None) -> int:
         except Missing as reason:
             failed, told = True, f"FAILED: {reason}"
         print(f"{part}: {told}, in {time.monotonic() - began:.0f} s", flush=True)
-    describe(bundle)
     size = contents.size_of(bundle)
     print(f"{size / 2**20:.1f} MiB in {bundle}; make gpu BUNDLE={options.folder}")
     if size > contents.LARGEST:
@@ -175,14 +176,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def describe(bundle: Path) -> None:
+def describe(bundle: Path, **changes: str) -> None:
+    """What the bundle is for; of an extension that was not made again, what it was made from."""
     import triton
 
-    told = {
+    file = bundle / contents.DESCRIPTION
+    told = json.loads(file.read_text()) if file.exists() else {"sources": ""}
+    told |= {
         "python": sys.version.split()[0], "torch": torch.__version__, "triton": triton.__version__,
-        "triton_cache": contents.TRITON_CACHE, "sources": contents.digest_of_sources(),
+        "triton_cache": contents.TRITON_CACHE, **changes,
     }  # fmt: skip
-    (bundle / contents.DESCRIPTION).write_text(json.dumps(told, indent=1) + "\n")
+    file.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ TRITON_CACHE = "/var/tmp/fastclip-triton-cache"
 LARGEST = 45 << 20
 
 
-def digest_of_sources() -> str:
+def digest_of_sources(root: Path = ROOT) -> str:
     """A digest of the extension's sources: it fits these alone."""
     digest = hashlib.sha256()
-    for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").iterdir())]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    sources = sorted(path for path in (root / "csrc").rglob("*") if path.is_file())
+    for path in [root / "setup.py", *sources]:
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

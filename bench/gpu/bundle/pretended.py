@@ -6,12 +6,16 @@ hours. Not under TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
+import shlex
+import shutil
 import subprocess
 import tempfile
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,16 +106,16 @@ def _compile_only() -> None:
 def _build_launchers() -> None:
     """Launchers and the driver's own module are C, compiled where they are missing: they go into
     the cache, linked to a library of the driver's name, and are not loaded."""
-    folder = tempfile.mkdtemp(prefix="libcuda-")
-    library = ["cc", "-shared", "-x", "c", os.devnull, "-o", f"{folder}/libcuda.so.1"]
+    folder = Path(tempfile.mkdtemp(prefix="libcuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or "cc"
+    library = [compiler, "-shared", "-x", "c", os.devnull, "-o", str(folder / "libcuda.so.1")]
     subprocess.run([*library, "-Wl,-soname,libcuda.so.1"], check=True)
-    nvidia.libcuda_dirs = nvidia.library_dirs = lambda: [folder]
-    link = build._build
-
-    def build_module(*arguments: Any) -> str:
-        # The empty library defines nothing, and must be asked for at run time all the same.
-        return link(*arguments[:-1], [*arguments[-1], "-Wl,--no-as-needed"])
-
-    build._build = build_module
+    # That library defines nothing; a linker that asks only for what is needed would forget it.
+    wrapper = folder / "cc"
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(compiler)} -Wl,--no-as-needed "$@"\n')
+    wrapper.chmod(0o755)
+    os.environ["CC"] = str(wrapper)
+    nvidia.libcuda_dirs = nvidia.library_dirs = lambda: [str(folder)]
     build._load_module_from_path = lambda name, path: Anything()
     nvidia.CudaUtils()
