@@ -3,6 +3,7 @@
 #
 #   make demo                 trains a small CLIP with the fused loss and reports what it learnt
 #   make test ARGS='-k clip'  ARGS goes to the program behind demo, test and bench
+#   make test ARGS='-n 0'     in one process, where `--pdb` and `-s` work
 #   make PIP_ARGS='--index-url URL' test     takes the packages from another index
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
 #   make test-oldest          what touches torch's own changes, with the oldest torch that is promised
@@ -21,6 +22,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
+# A file's tests run in one process, since they share what takes long to make.
+PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 CSRC := $(wildcard csrc/*)
 FORMATTED := $(CSRC) $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu)
 INSTALL := install --no-build-isolation --no-deps --editable .
@@ -33,24 +36,24 @@ demo: .venv/extension
 	$(BIN)/python -m fastclip.train $(ARGS)
 
 test: .venv/extension
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/$(PYTEST) $(ARGS)
 
 ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradients_requested shapes \
   scalars_and_dtypes spoilt_inputs switches operator_sizes properties accuracy live
 emulated: .venv/extension
-	FASTCLIP_TEST_DEVICE=emulated $(BIN)/pytest $(ON_ANY_ENGINE:%=tests/test_%.py) $(ARGS)
+	FASTCLIP_TEST_DEVICE=emulated $(BIN)/$(PYTEST) $(ON_ANY_ENGINE:%=tests/test_%.py) $(ARGS)
 
 # In an environment of its own, where a copy of fastclip is installed: an editable installation would
 # put its extension into fastclip/, in the place of .venv's, which is of another torch.
 OLDEST := compile operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
 test-oldest: .venv-oldest/extension
-	.venv-oldest/bin/pytest $(OLDEST:%=tests/test_%.py) $(ARGS)
+	.venv-oldest/bin/$(PYTEST) $(OLDEST:%=tests/test_%.py) $(ARGS)
 
 # CUTLASS's headers alone: what its package asks for besides is for generating kernels. Where they or
 # nvcc are missing these tests are skipped.
 test-cuda: .venv/extension
 	$(BIN)/pip --quiet install --no-deps $(PIP_ARGS) nvidia-cutlass==4.2.0.0
-	$(BIN)/pytest -m minutes $(ARGS)
+	$(BIN)/$(PYTEST) -m minutes $(ARGS)
 
 bench: .venv/extension
 	$(BIN)/python -m bench $(ARGS)

@@ -6,6 +6,7 @@ then take CPU tensors. It is made once for each state of the sources, in build/c
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -76,21 +78,23 @@ def build() -> Path:
     for path in sources:
         digest.update(path.read_bytes())
     library = FOLDER / f"{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    scratch = FOLDER / str(os.getpid())  # of this process: others may be building, too
-    scratch.mkdir(parents=True)
-    try:
-        objects = {name: str(scratch / f"{name}.o") for name in UNITS}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in other processes wait for what this one makes
+        if not library.exists():
+            link(library)
+    return library
+
+
+def link(library: Path) -> None:
+    with TemporaryDirectory(dir=FOLDER) as scratch:
+        objects = {name: f"{scratch}/{name}.o" for name in UNITS}
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda n: run([*compile_unit(n), "-c", "-o", objects[n]]), UNITS))
-        made = str(scratch / library.name)
+        made = f"{scratch}/{library.name}"
         libraries = ["-L", str(TORCH / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"]
         run([*compiler(), "-shared", *objects.values(), "-o", made, *libraries])
         os.replace(made, library)
-    finally:
-        shutil.rmtree(scratch)
-    return library
 
 
 @functools.cache
