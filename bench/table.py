@@ -197,7 +197,8 @@ def _sizes(rows: list[Row], loss: str) -> str:
     square = [row for row in square if row.n % 32 == 0]  # 8191 and 8193 are as 8192
     sizes = sorted({row.n for row in square})
     lines = []
-    for method in METHODS:
+    # Those of `make gpu` alone follow.
+    for method in dict.fromkeys([*METHODS, *(row.method for row in square)]):
         own = {row.n: row for row in square if row.method == method}
         if not own:
             continue

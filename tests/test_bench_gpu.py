@@ -12,7 +12,7 @@ from bench_rehearsal import Limit
 
 from bench import baselines, goals, memory, progress, results, runner, timing
 from bench.cases import LOSSES, SCALES, Case, make_inputs
-from bench.gpu import cases, rows, split
+from bench.gpu import cases, fp32, rows
 from fastclip import preference
 
 
@@ -184,7 +184,7 @@ def test_a_methods_setting_holds_while_it_runs_and_no_longer(monkeypatch):
 
 def test_fp32_is_split_within_the_method_alone(monkeypatch):
     monkeypatch.setattr(baselines, "METHODS", {**baselines.METHODS})
-    split.add_method()
+    fp32.add_method()
     method = baselines.METHODS["fastclip triton split"]
     for before in (None, "ieee"):
         if before is None:

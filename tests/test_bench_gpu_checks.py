@@ -54,6 +54,25 @@ def test_smoke_passes_a_right_engine_and_no_wrong_one(loss, dtype, monkeypatch):
             assert found["of"].startswith(smoke.NAMES[which])
 
 
+def test_smoke_holds_an_engine_in_tf32_to_plain_pytorch_in_tf32(monkeypatch):
+    """Plain products rounded as tf32 rounds them; off a card the setting itself changes nothing."""
+    settings, plain = torch.backends.cuda.matmul, smoke.Problem.plain
+
+    def rounded(self, leaves):
+        if settings.fp32_precision == "tf32":
+            x, y = (leaf.detach().view(torch.int32) & ~0x1FFF for leaf in leaves[:2])
+            leaves = [x.view(torch.float32), y.view(torch.float32), *leaves[2:]]
+        return plain(self, leaves)
+
+    monkeypatch.setattr(smoke.Problem, "plain", rounded)
+    problem = smoke.Problem("clip", torch.float32, False, 65, 24, 100.0, "cpu")
+    with broken(monkeypatch, 1, 1 + 1e-4):
+        assert smoke.judge(problem, "torch")["status"] == "FAILED"
+        with smoke.engine_of("torch tf32", None) as engine:
+            assert smoke.judge(problem, engine)["status"] == "passed"
+        assert smoke.judge(problem, "torch")["status"] == "FAILED", "the setting is put back"
+
+
 def test_smokes_truth_is_that_of_autograd_in_float64():
     for loss in ("clip", "siglip"):
         problem = smoke.Problem(loss, torch.float32, True, 33, 12, 14.3, "cpu")
@@ -103,10 +122,9 @@ def test_smoke_compares_bits_and_asks_of_every_engine_the_same(monkeypatch):
     dtypes = {dtype for label, _, dtype in smoke.jobs(["cuda fused"])}
     assert dtypes == {"bfloat16", "float16"}
     monkeypatch.setattr(fastclip, "backends", lambda: {"triton": "available", "cuda": "no"})
-    assert smoke.engines("cuda") == ["triton", "triton split"]
-    assert smoke.jobs(["triton split"]) == [
-        ("triton split", "clip", "float32"), ("triton split", "siglip", "float32"),
-    ]  # fmt: skip
+    assert smoke.engines("cuda") == ["triton", "triton tf32", "triton split"]
+    for label in ("triton tf32", "cuda tf32", "triton split"):
+        assert smoke.jobs([label]) == [(label, loss, "float32") for loss in ("clip", "siglip")]
 
 
 def test_a_check_that_raises_is_a_row_and_a_lost_device_ends_the_process(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@
     smoke.py        every engine against float64 on the device
     tiles.py        the Triton engine's tile candidates, in turns
     winners.py      the best of them: what the engine's table should say
-    split.py        fp32 as products of bf16 parts: a method of the bench
+    fp32.py         ways of multiplying fp32: as bf16 parts, in tf32
     cases.py        what is measured, the most important first
     rows.py         these cases by `bench.runner`, one group of them in a process
     kernels.py      the time of each kernel of a step

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import results, runner
 from ..cases import Case
-from . import cases, split, steps, winners
+from . import cases, fp32, steps, winners
 
 # For the rounds of one case; large ones take three rounds, however long.
 SECONDS = {"headline": 2.5, "engines": 1.5, "small": 0.3, "rest": 1.0, "again": 2.0}
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--without", nargs="*", default=[], metavar="METHOD")
     parser.add_argument("--winners", type=Path, help="a file of tile candidates")
     options = parser.parse_args(arguments)
-    split.add_method()
+    fp32.add_method()
     if options.winners:
         winners.add_method(options.winners)
     path = path_of(options.out, options.device, options.group == "again")

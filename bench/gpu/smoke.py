@@ -31,7 +31,7 @@ from .. import baselines, results
 from ..cases import LOSSES, SIGLIP_BIAS
 from ..timing import wait_for
 from ..truth import Truth, truth
-from . import figures, process, split, steps, winners
+from . import figures, fp32, process, steps, winners
 
 COLUMNS = ("engine", "loss", "dtype", "normalize", "n", "d", "scale", "check", "status",
            "worst", "of", "note")  # fmt: skip
@@ -192,13 +192,15 @@ JUDGES = {
 
 @contextlib.contextmanager
 def engine_of(label: str, tiles: Path | None) -> Iterator[str]:
-    """The backend behind "triton", "cuda", "cuda fused", "triton split" or "triton winners"."""
+    """The backend behind "triton", "cuda tf32", and so on, set up as its second word says."""
     backend, _, kind = label.partition(" ")
     with contextlib.ExitStack() as stack:
         if kind == "fused":
             stack.enter_context(baselines.fused_tiles())
         if kind == "split":
-            stack.enter_context(split.applied())
+            stack.enter_context(fp32.split())
+        if kind == "tf32":
+            stack.enter_context(fp32.tf32())
         if kind == "winners":
             stack.enter_context(winners.applied(winners.better_of(tiles)))
         yield backend
@@ -230,6 +232,8 @@ def engines(device: str) -> list[str]:
 
     names = ("triton", "cuda") if device == "cuda" else ("cpu", "torch")
     found = [name for name in names if fastclip.backends()[name] == "available"]
+    if device == "cuda":
+        found += [f"{name} tf32" for name in found]
     if "triton" in found:
         found.append("triton split")
     if "cuda" in found and baselines.fused_is_built():
@@ -240,10 +244,12 @@ def engines(device: str) -> list[str]:
 def jobs(labels: list[str]) -> list[tuple[str, str, str]]:
     """What each process checks, bf16 first."""
     # Tile candidates are timed in bf16 alone; the fused kernels know half precision alone, and fp32
-    # alone is split.
+    # alone is split or rounded to tf32.
     only = {
         "triton winners": ("bfloat16",),
         "triton split": ("float32",),
+        "triton tf32": ("float32",),
+        "cuda tf32": ("float32",),
         "cuda fused": ("bfloat16", "float16"),
     }
     return [

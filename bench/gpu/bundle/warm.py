@@ -15,8 +15,8 @@ from functools import partial
 import torch
 
 from ...baselines import bytes_of_everything
-from ...cases import LOSSES, Case, Inputs
-from .. import cases, figures, smoke, tiles
+from ...cases import Case, Inputs
+from .. import cases, figures, fp32, smoke, tiles
 from . import pretended
 
 
@@ -32,11 +32,12 @@ def items() -> Iterator[tuple[str, Callable[[], object]]]:
             if case.n <= 65536 and key not in seen:
                 seen.add(key)
                 yield f"{case.name} {budget}", partial(timed, case, budget)
-    for loss in LOSSES:
-        for dtype in smoke.DTYPES:
-            for problem, check in smoke.checks(loss, dtype, "cpu"):
-                if check in ("rerun", "kept"):
-                    yield f"smoke {problem} {check}", partial(smoked, problem, check)
+                if cases.SPLIT in case.methods:
+                    yield f"{case.name} split", partial(timed_split, case)
+    for label, loss, dtype in smoke.jobs(["triton", "triton tf32", "triton split"]):
+        for problem, check in smoke.checks(loss, dtype, "cpu"):
+            if check in ("rerun", "kept"):
+                yield f"smoke {label} {problem} {check}", partial(smoked, label, problem, check)
     for index in range(CANDIDATE_SHARES):
         share = partial(tiles.compile_share, index, CANDIDATE_SHARES, "cpu")
         yield f"tiles {index}", share
@@ -58,9 +59,15 @@ def timed(case: Case, budget: int) -> None:
     function(*inputs.leaves, backend="triton", memory_budget=budget).backward()
 
 
-def smoked(problem: smoke.Problem, check: str) -> None:
+def timed_split(case: Case) -> None:
+    with fp32.split():
+        timed(case, 0)
+
+
+def smoked(label: str, problem: smoke.Problem, check: str) -> None:
     budget = smoke.budget_of_everything(problem) if check == "kept" else 0
-    problem.step("triton", problem.leaves(), budget)
+    with smoke.engine_of(label, None) as engine:
+        problem.step(engine, problem.leaves(), budget)
 
 
 def main(arguments: list[str] | None = None) -> int:

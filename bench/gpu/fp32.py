@@ -1,4 +1,4 @@
-"""fp32 features multiplied as products of bf16 parts, as FASTCLIP_FP32=split asks for."""
+"""Two more ways of multiplying fp32 features: as bf16 parts (FASTCLIP_FP32=split) and in tf32."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from .. import baselines
 from . import cases
 
 
 @contextlib.contextmanager
-def applied() -> Iterator[None]:
+def split() -> Iterator[None]:
     """The library asks its environment once, so what it remembers is forgotten before and after."""
     from fastclip import preference
 
@@ -29,8 +31,19 @@ def applied() -> Iterator[None]:
         preference.fp32.cache_clear()
 
 
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """For plain PyTorch, too: an engine is then held to what tf32 costs there."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def add_method() -> None:
     """A method of the bench beside the same engine's IEEE products."""
     own = baselines.METHODS["fastclip triton"]
     text = f"{own.text}, fp32 as bf16 parts"
-    baselines.METHODS[cases.SPLIT] = replace(own, name=cases.SPLIT, text=text, within=applied)
+    baselines.METHODS[cases.SPLIT] = replace(own, name=cases.SPLIT, text=text, within=split)
