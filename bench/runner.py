@@ -7,10 +7,12 @@ This file never prints a table, and knows no device but by name.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,7 +38,11 @@ class DeviceLost(Exception):
 
 @dataclass
 class Options:
-    """How a plan is run: `seconds` for the rounds of one case; none begins after `at_most`."""
+    """How a plan is run: `seconds` for the rounds of one case; none begins after `at_most`.
+
+    A method whose first calls take longer than `patience` loses the device: its row says so, and
+    then `give_up` ends the process, since nothing else stops a kernel that hangs.
+    """
 
     path: Path
     seconds: float = 6.0
@@ -44,6 +50,8 @@ class Options:
     memory: bool = True
     errors: bool = True
     at_most: float = math.inf
+    patience: float = math.inf
+    give_up: Callable[[], object] = lambda: None
 
 
 @dataclass
@@ -102,8 +110,15 @@ def measure_case(
     rows: dict[str, Row] = {}
     for method in case.methods:
         tell(method, "warming up")
+
+        def hung(method: str = method) -> None:
+            note = f"{LOST}no answer within {options.patience:g} s"
+            keep([*rows.values(), replace(_blank(case, method, shared), note=note)])
+            options.give_up()
+
         try:
-            step = make_step(case, method, inputs)
+            with _watched(options.patience, hung):
+                step = make_step(case, method, inputs)
         except (Unavailable, ImportError) as error:
             shared.skipped[method] = str(error)
             continue
@@ -113,7 +128,8 @@ def measure_case(
             continue
         rows[method] = row = _blank(case, method, shared)
         try:
-            value = _warm_up(step, options.device)
+            with _watched(options.patience, hung):
+                value = _warm_up(step, options.device)
             if options.errors and case.m * case.n <= LARGEST_TRUTH[options.device] ** 2:
                 tell(method, "error of")
                 _set_errors(row, value, _truth(case, inputs, shared))
@@ -139,6 +155,18 @@ def measure_case(
             _set_memory(case, method, row, shared)
         keep(list(rows.values()))
     return list(rows.values())
+
+
+@contextlib.contextmanager
+def _watched(seconds: float, hung: Callable[[], None]) -> Iterator[None]:
+    """Calls `hung`, in a thread of its own, if what is within takes longer."""
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), hung)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _failed(case: Case, method: str, shared: Run, error: Exception) -> Row:

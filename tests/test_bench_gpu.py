@@ -1,6 +1,8 @@
 """The bench's part for CUDA devices, as far as it can be judged without one."""
 
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from bench_rehearsal import Limit
 
 from bench import baselines, goals, memory, progress, results, runner, timing
 from bench.cases import LOSSES, SCALES, Case, make_inputs
-from bench.gpu import cases, fp32, rows
+from bench.gpu import cases, fp32, process, rows, steps
 from fastclip import preference
 
 
@@ -317,6 +319,36 @@ def test_a_lost_device_ends_the_run_and_its_rows_say_who_lost_it(tmp_path, monke
     runner.run(left, runner.Options(path, 0.05, memory=False))
     assert rows.remaining([case], results.read(path), without=[]) == []
     assert rows.failures(results.read(path)) == []
+
+
+HANGS = """
+import dataclasses, sys, time
+from bench import baselines, runner
+from bench.gpu import cases, rows
+rows.PATIENCE = 0.5
+cases.GROUPS["small"] = lambda: [
+    cases.Case("clip", 32, 32, 8, "float32", 14.3, methods=("dense", "memeff"))
+]
+dense = baselines.METHODS["dense"]
+hangs = lambda case, device: lambda *inputs: time.sleep(60)
+baselines.METHODS["memeff"] = dataclasses.replace(dense, name="memeff", make=hangs)
+sys.exit(rows.main(["small", "--device", "cpu", "--out", sys.argv[1]]))
+"""
+
+
+def test_a_method_that_hangs_ends_its_process_and_is_not_tried_again(tmp_path):
+    environment = {**os.environ, "FASTCLIP_BENCH_BEGAN": "2000-01-01 00:00"}
+
+    def ended() -> tuple[int, dict[str, results.Row]]:
+        command = [sys.executable, "-c", HANGS, str(tmp_path)]
+        done = subprocess.run(command, cwd=process.ROOT, env=environment, timeout=50)
+        (path,) = tmp_path.glob("*.csv")
+        return done.returncode, {row.method: row for row in results.read(path)}
+
+    code, found = ended()
+    assert code == steps.LOST and found["memeff"].note == "device lost: no answer within 0.5 s"
+    code, found = ended()
+    assert code == 0 and found["dense"].ms is not None and found["memeff"].ms is None
 
 
 @pytest.mark.usefixtures("no_limit")

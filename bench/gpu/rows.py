@@ -1,7 +1,7 @@
 """One group of cases by `bench.runner`: `python -m bench.gpu.rows GROUP`.
 
 Started again, it goes on where it was: cases and methods that have a row of this run are done, and
-a method that has lost the device is not tried again.
+a method that has lost the device, or does not answer, is not tried again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from .. import results, runner
 from ..cases import Case
 from . import cases, fp32, steps, winners
 
+# A loss is compiled in its first call.
+PATIENCE = 40.0
 # For the rounds of one case; large ones take three rounds, however long.
 SECONDS = {"headline": 2.5, "engines": 1.5, "small": 0.3, "rest": 1.0, "again": 2.0}
 
@@ -70,8 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     done = [row for row in old if began and row.when >= began]
     plan = remaining(cases.GROUPS[options.group](), done, options.without)
     chosen = runner.Options(
-        path, SECONDS[options.group], options.device, at_most=0.9 * steps.seconds_left()
-    )
+        path, SECONDS[options.group], options.device, at_most=0.9 * steps.seconds_left(),
+        patience=PATIENCE, give_up=lambda: os._exit(steps.LOST),
+    )  # fmt: skip
     try:
         rows = runner.run(plan, chosen)
     except runner.DeviceLost as error:
