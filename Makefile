@@ -3,7 +3,8 @@
 #
 #   make demo                 trains a small CLIP with the fused loss and reports what it learnt
 #   make test ARGS='-k clip'  ARGS goes to the program behind demo, test and bench
-#   make test ARGS='-n 0'     in one process, where `--pdb` and `-s` work
+#   make test ARGS='-n 0'     in one process, where `--pdb` and `-s` work; else one for each core,
+#                             at most four (`--maxprocesses`)
 #   make PIP_ARGS='--index-url URL' test     takes the packages from another index
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
 #   make test-oldest          what touches torch's own changes, with the oldest torch that is promised

@@ -197,7 +197,7 @@ def _sizes(rows: list[Row], loss: str) -> str:
     square = [row for row in square if row.n % 32 == 0]  # 8191 and 8193 are as 8192
     sizes = sorted({row.n for row in square})
     lines = []
-    # Those of `make gpu` alone follow.
+    # Methods that only `make gpu` adds come last.
     for method in dict.fromkeys([*METHODS, *(row.method for row in square)]):
         own = {row.n: row for row in square if row.method == method}
         if not own:

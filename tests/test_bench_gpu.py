@@ -325,7 +325,7 @@ HANGS = """
 import dataclasses, sys, time
 from bench import baselines, runner
 from bench.gpu import cases, rows
-rows.PATIENCE = 0.5
+rows.PATIENCE = 5.0
 cases.GROUPS["small"] = lambda: [
     cases.Case("clip", 32, 32, 8, "float32", 14.3, methods=("dense", "memeff"))
 ]
@@ -346,7 +346,7 @@ def test_a_method_that_hangs_ends_its_process_and_is_not_tried_again(tmp_path):
         return done.returncode, {row.method: row for row in results.read(path)}
 
     code, found = ended()
-    assert code == steps.LOST and found["memeff"].note == "device lost: no answer within 0.5 s"
+    assert code == steps.LOST and found["memeff"].note == "device lost: no answer within 5 s"
     code, found = ended()
     assert code == 0 and found["dense"].ms is not None and found["memeff"].ms is None
 

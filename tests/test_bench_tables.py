@@ -84,7 +84,7 @@ def test_the_readme_gets_its_tables_between_the_markers(tmp_path):
         table.into_readme(readme, [path])
 
 
-def test_the_readme_shows_methods_of_a_card_alone(tmp_path):
+def test_the_readme_shows_methods_that_only_a_card_has(tmp_path):
     rows = [*rows_of_a_case(), replace(rows_of_a_case()[0], method="fastclip triton split", ms=2.0)]
     lines = table.essentials(rows, tmp_path / "test.csv").splitlines()
     found = [line for line in lines if line.startswith("| fastclip triton split")]

@@ -17,7 +17,7 @@ def three() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Ranks]:
-    pool = Ranks(4, seconds=60)
+    pool = Ranks(4)
     yield pool
     pool.close()
 

@@ -30,19 +30,20 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def builds(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, ...], Future]]:
-    """Those that the tests of this run ask for, all begun now, two at a time."""
+    """Every build that this run's tests ask for: queued at once, and two run at a time."""
     # Not above: where Triton is missing there is nothing to import.
     from triton_build import built
 
     here = (item for item in request.session.items if item.module is request.module)
     wanted = dict.fromkeys(item.callspec.params["build"] for item in here)
-    with ThreadPoolExecutor(2) as pool:
-        yield {build: pool.submit(built, *build) for build in wanted}
+    pool = ThreadPoolExecutor(2)
+    yield {build: pool.submit(built, *build) for build in wanted}
+    pool.shutdown(cancel_futures=True)  # a run that ends early waits for no build in the queue
 
 
 @pytest.fixture
 def rows(build: tuple[str, ...], builds: dict[tuple[str, ...], Future]) -> list[dict]:
-    """Of a build."""
+    """The rows of a build."""
     return builds[build].result()
 
 
@@ -112,13 +113,14 @@ def test_stores_are_wide(rows: list[dict], build: tuple[str, ...]) -> None:
 
 @on_each
 def test_one_exponential_a_pair(rows: list[dict]) -> None:
-    """The first sweep's, for each thread: as many as its pairs. A tenth more is ptxas's choice: it
-    makes five of 64 anew on sm_89, where weights are kept, instead of holding them in registers."""
+    """The first sweep's, for each thread: as many as its pairs. Where weights are kept on sm_89,
+    ptxas makes 5 of 64 anew instead of holding them in registers."""
     for row in rows:
         if row["kernel"] == "sweep_kernel" and row["architecture"] != "gfx942":
             bm, bn, _ = map(int, row["tile"].split("x"))
+            anew = "kept" in row["case"].split() and row["architecture"] == "sm_89"
             pairs = bm * bn // (32 * row["warps"])
-            assert pairs <= row["exponentials"] <= 1.1 * pairs, name(row)
+            assert pairs <= row["exponentials"] <= pairs * (1.1 if anew else 1), name(row)
 
 
 @on_each

@@ -1,4 +1,4 @@
-"""Two more ways of multiplying fp32 features: as bf16 parts (FASTCLIP_FP32=split) and in tf32."""
+"""Ways of multiplying fp32 features besides IEEE products: as bf16 parts, and in tf32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from . import cases
 
 @contextlib.contextmanager
 def split() -> Iterator[None]:
-    """The library asks its environment once, so what it remembers is forgotten before and after."""
+    """FASTCLIP_FP32=split. The library asks its environment once, so what it remembers is forgotten
+    before and after."""
     from fastclip import preference
 
     before = os.environ.get("FASTCLIP_FP32")
@@ -33,7 +34,7 @@ def split() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    """For plain PyTorch, too: an engine is then held to what tf32 costs there."""
+    """Plain PyTorch's fp32 products are rounded, too."""
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, "tf32"
     try:

@@ -4,6 +4,7 @@ Objects are kept in build/cuda_emulation/programs under what they were made of: 
 source, the flags and the compiler. So a mutated header costs one object, an unchanged tree none.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -63,14 +64,15 @@ def _run(command: list[str]) -> str:
 
 
 def _make(path: Path, command: list[str]) -> Path:
-    """Of several processes that make it at a time, the last one's stays."""
-    if path.exists():
+    """Other processes make and remove files here, too; the last one's of a name stays."""
+    with contextlib.suppress(FileNotFoundError):
         os.utime(path)
         return path
     KEPT.mkdir(parents=True, exist_ok=True)
     for old in KEPT.iterdir():
-        if time.time() - old.stat().st_mtime > DAY:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > DAY:
+                old.unlink()
     with tempfile.NamedTemporaryFile(dir=KEPT, delete=False) as file:
         _run([*command, "-o", file.name])
     os.replace(file.name, path)
@@ -111,7 +113,7 @@ def build(
     return _make(KEPT / key, [*compiler()[0], *flags, *map(str, objects)])
 
 
-def run(program: Path, *arguments: str, seconds: int = 300) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: str, seconds: int = 600) -> subprocess.CompletedProcess[str]:
     """Sanitizers end it at the first thing they report."""
     options = {
         "ASAN_OPTIONS": "detect_leaks=0",
