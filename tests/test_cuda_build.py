@@ -80,6 +80,7 @@ def kernels(log: str) -> list[Kernel]:
 
 
 @needs_nvcc
+@pytest.mark.minutes
 def test_kernels_stay_in_registers(setup: SimpleNamespace) -> None:
     """The fused ones are test_cuda_fused.py's."""
     cards = ("sm_80", "sm_90", "sm_100")

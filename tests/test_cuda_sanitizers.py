@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from cuda_emulation.build import CSRC, FLAGS, build, driver, preprocessed, run
 
+pytestmark = pytest.mark.minutes
+
 BARRIER = re.compile(r"__syncthreads\(\);")
 
 
@@ -42,7 +44,6 @@ def barriers() -> Iterator[tuple[Path, re.Match[str]]]:
             yield from ((path, match) for match in BARRIER.finditer(path.read_text()))
 
 
-@pytest.mark.minutes
 def test_no_barrier_is_superfluous(tmp_path: Path) -> None:
     """Without any single one ThreadSanitizer reports a race: they are needed, and it looks."""
 
