@@ -51,7 +51,7 @@ class Products:
 
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
-        """Whether a sweep of x and y may have made it; an empty one is anybody's."""
+        """True if a sweep of x and y may have made it; an empty one is anybody's."""
         return kept.dtype == Products.dtype(x) and kept.numel() % min(len(x), len(y)) == 0
 
 

@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(bundle: Path, **changes: str) -> None:
-    """What the bundle is for; of an extension that was not made again, what it was made from."""
+    """Writes what the bundle fits: versions, and the sources that its extension was made from."""
     import triton
 
     file = bundle / contents.DESCRIPTION
