@@ -113,7 +113,8 @@ def measure_case(
 
         def hung(method: str = method) -> None:
             note = f"{LOST}no answer within {options.patience:g} s"
-            keep([*rows.values(), replace(_blank(case, method, shared), note=note)])
+            lost = replace(_blank(case, method, shared), note=note)
+            keep(list({**rows, method: lost}.values()))
             options.give_up()
 
         try:
@@ -160,7 +161,10 @@ def measure_case(
 @contextlib.contextmanager
 def _watched(seconds: float, hung: Callable[[], None]) -> Iterator[None]:
     """Calls `hung`, in a thread of its own, if what is within takes longer."""
-    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), hung)
+    if math.isinf(seconds):
+        yield
+        return
+    timer = threading.Timer(seconds, hung)
     timer.daemon = True
     timer.start()
     try:

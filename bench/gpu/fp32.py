@@ -33,10 +33,10 @@ def split() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tf32() -> Iterator[None]:
-    """Plain PyTorch's fp32 products are rounded, too."""
+def precision(name: str) -> Iterator[None]:
+    """Sets "tf32" or "ieee", for plain PyTorch's fp32 products, too."""
     settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    before, settings.fp32_precision = settings.fp32_precision, name
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ import torch
 
 from .. import results
 from ..timing import CLOCKS, wait_for
-from . import figures
+from . import figures, fp32
 
 # Of the copy, bytes; of the square product; of a chunk of weights; of all weights, kept; features.
 SIZES = {"cuda": (4 << 30, 8192, 11264, 32768, 768), "cpu": (1 << 20, 64, 96, 128, 32)}
@@ -54,12 +54,8 @@ def _square(device: str, name: str, dtype: torch.dtype, tf32: bool) -> tuple[str
     a = torch.randn(size, size, device=device).to(dtype)
 
     def multiply() -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        try:
+        with fp32.precision("tf32" if tf32 else "ieee"):
             torch.mm(a, a)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
 
     return f"{size}^3 {name}", 2 * size**3 / 1e12, "TFLOP/s", multiply
 

@@ -198,15 +198,13 @@ JUDGES = {
 def engine_of(label: str, tiles: Path | None) -> Iterator[str]:
     """The backend behind "triton", "cuda tf32", and so on, set up as its second word says."""
     backend, _, kind = label.partition(" ")
-    with contextlib.ExitStack() as stack:
-        if kind == "fused":
-            stack.enter_context(baselines.fused_tiles())
-        if kind == "split":
-            stack.enter_context(fp32.split())
-        if kind == "tf32":
-            stack.enter_context(fp32.tf32())
-        if kind == "winners":
-            stack.enter_context(winners.applied(winners.better_of(tiles)))
+    settings = {
+        "fused": baselines.fused_tiles,
+        "split": fp32.split,
+        "tf32": partial(fp32.precision, "tf32"),
+        "winners": lambda: winners.applied(winners.better_of(tiles)),
+    }
+    with settings.get(kind, contextlib.nullcontext)():
         yield backend
 
 
@@ -249,18 +247,17 @@ def jobs(labels: list[str]) -> list[tuple[str, str, str]]:
     # Tile candidates are timed in bf16 alone; the fused kernels know half precision alone, and fp32
     # alone is split or rounded to tf32.
     only = {
-        "triton winners": ("bfloat16",),
-        "triton split": ("float32",),
-        "triton tf32": ("float32",),
-        "cuda tf32": ("float32",),
-        "cuda fused": ("bfloat16", "float16"),
+        "winners": ("bfloat16",),
+        "split": ("float32",),
+        "tf32": ("float32",),
+        "fused": ("bfloat16", "float16"),
     }
     return [
         (label, loss, dtype)
         for dtype in DTYPES
         for label in labels
         for loss in LOSSES
-        if dtype in only.get(label, DTYPES)
+        if dtype in only.get(label.partition(" ")[2], DTYPES)
     ]
 
 
