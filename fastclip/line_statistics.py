@@ -80,15 +80,18 @@ def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStati
         found = _LineStatistics.apply(*arguments)
     else:
         state, positive, _ = ops.sweep(request.engine, block, occupied=occupied)
-        found = _finish(block, state, positive, inputs.bias)
-    return _named(found, block, request)
+        found = finish(block, state, positive, inputs.bias)
+    return named(found, block.same_id_positive, request.rows, request.columns)
 
 
-def _named(found: tuple[Tensor, ...], block: Block, request: Request) -> LineStatistics:
+def named(
+    found: tuple[Tensor, ...], same_id_positive: bool, rows: bool, columns: bool
+) -> LineStatistics:
     """Without what nobody asked for."""
-    wanted = request.rows, request.columns
-    rows, columns, positives, *by_id = found[: 5 if block.same_id_positive else 3]
-    lines = [t if asked else None for t, asked in zip((rows, columns), wanted, strict=True)]
+    wanted = rows, columns
+    *lines, positives = found[:3]
+    by_id = found[3:5] if same_id_positive else ()
+    lines = [t if asked else None for t, asked in zip(lines, wanted, strict=True)]
     by_id = [t if asked else None for t, asked in zip(by_id, wanted, strict=False)]
     return LineStatistics(*lines, positives, *by_id)
 
@@ -99,20 +102,19 @@ def statistic(kind: type[Kind], state: Tensor) -> Tensor:
     return (torch.log2(sums) + shift) * LN2 if kind.has_shift else sums
 
 
-def _finish(
+def finish(
     block: Block, state: Tensor, positive: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Statistics of rows and columns, own positives' logits, and with positives by id their
-    statistics of rows and columns."""
-    kind, (m, n) = kind_of(block.kind), block.shape
+    statistics of rows and columns. A side may be empty."""
+    kind, (m, _) = kind_of(block.kind), block.shape
     dtype = state.dtype
     common = 0.0 if bias is None else bias.reshape(()).to(dtype)
     moved = common if kind.has_shift else 0.0
     negatives = statistic(kind, state[:2]) + moved
     positives = positive * block.scale.reshape(()).to(dtype) + common
     if block.key_bias is not None:
-        columns, _ = pairs.partners(m, n, block.offset, positive.device)
-        positives = positives + block.key_bias.to(dtype)[columns]
+        positives = positives + pairs.at_rows(block.key_bias.to(dtype), m, block.offset, 0)
     found = (negatives[:m], negatives[m:], positives)
     if not block.same_id_positive:
         return found
@@ -152,7 +154,7 @@ class _LineStatistics(torch.autograd.Function):
         inputs, block, occupied, request = _unpacked(arguments)
         keep = PLANS[request.engine].keep(block, request.memory_budget)
         statistics = ops.sweep(request.engine, block, occupied=occupied, keep=keep)
-        found = _finish(block, statistics.state, statistics.positive, inputs.bias)
+        found = finish(block, statistics.state, statistics.positive, inputs.bias)
         return *found, *statistics
 
     @staticmethod
@@ -193,10 +195,10 @@ def _gradients(
     *found, state, positive, kept = output
     if all(g is None for g in upstream[: len(found)]):
         return [None] * len(needs)
-    weights, of_bias = _weights(block, inputs.bias, found, state, upstream)
+    upstream, of_bias = weights(block, inputs.bias, found, state, upstream)
     request = ctx.request
     dx, dy, totals, dkey_bias = ops.weigh(
-        request.engine, block, Statistics(state, positive, kept), weights,
+        request.engine, block, Statistics(state, positive, kept), upstream,
         Wanted(*needs[:2], needs[4], request.normalize, inputs.x.dtype, inputs.y.dtype),
     )  # fmt: skip
     if of_bias is not None:
@@ -207,18 +209,18 @@ def _gradients(
     ]
 
 
-def _weights(
+def weights(
     block: Block, bias: Tensor | None, found: list[Tensor], state: Tensor,
     upstream: tuple[Any, ...],
 ) -> tuple[Upstream, Tensor | None]:  # fmt: skip
     """Coefficients of lines and weights of own positives for the gradients of the statistics; and
-    the gradient of a bias that the engine does not see."""
+    the gradient of a bias that the engine does not see. A side may be empty."""
     kind, (m, n) = kind_of(block.kind), block.shape
     given = [
         torch.zeros_like(t) if g is None else g.to(state.dtype)
         for t, g in zip(found, upstream, strict=False)
     ]
-    columns, inside = pairs.partners(m, n, block.offset, state.device)
+    _, inside = pairs.partners(m, n, block.offset, state.device)
     of_own = torch.where(inside, given[2], 0)
     of_lines = torch.cat(given[:2])
     coefficients = [of_lines]
@@ -240,9 +242,9 @@ def _weights(
             share = share * kind.activation(own.log2, own.log2 * 0)
         coefficients.append(of_lines)
         share = torch.where(own.exists, share, 0)
-        of_own = of_own + share[:m] + torch.where(inside, share[m:][columns], 0)
+        of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
     # Weights keep order 1, whatever the upstream gradients: a common factor goes outside.
-    largest = torch.cat([of_own, *given[:2], *given[3:5]]).abs().amax()
+    largest = torch.cat([of_own, *given[:2], *given[3:5], of_own.new_zeros(1)]).abs().amax()
     unit = torch.where(largest > 0, largest, 1)
     stacked = torch.stack(coefficients) if len(coefficients) > 1 else coefficients[0]
     return Upstream(stacked / unit, of_own / unit, largest), total if kind.has_shift else None

@@ -20,6 +20,15 @@ def partners(m: int, n: int, offset: int, device: torch.device) -> tuple[Tensor,
     return columns.clamp(0, n - 1), inside
 
 
+def at_rows(values: Tensor, m: int, offset: int, absent: float) -> Tensor:
+    """(M): at each row the value (N) of its own positive's column."""
+    n = values.shape[0]
+    columns, inside = partners(m, n, offset, values.device)
+    # Of a block without columns, too, an index must be one.
+    padded = torch.cat((values, values.new_full((1,), absent)))
+    return padded[torch.where(inside, columns, n)]
+
+
 def at_columns(values: Tensor, n: int, offset: int, absent: float) -> Tensor:
     """(N): at each column the value (M) of the row whose own positive it is."""
     columns, inside = partners(values.shape[0], n, offset, values.device)
