@@ -20,13 +20,15 @@ from .shard import Shard, starts_of
 _Told = dict[str, tuple[int, ...]]  # of each field what the ranks brought
 
 
-def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group that a loss runs in; None stands for all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            "a loss across processes needs torch.distributed.init_process_group first, "
-            "got no initialised group"
-        )
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group that a loss runs in. None stands for all processes; None of them without an
+    initialised group: a process alone is a world of one."""
+    if process_group is None and not is_initialized():
+        return None
     group = dist.group.WORLD if process_group is None else process_group
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group must have this process among its ranks, got one without it")
@@ -36,9 +38,15 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 def check_world(
     name: str, rank: int, world_size: int, process_group: dist.ProcessGroup | None
 ) -> None:
-    """Raises ValueError unless these are this process's rank and the size of its group."""
+    """Raises unless these are this process's rank and the size of its group: ValueError, or
+    RuntimeError where several processes have no group."""
     group = group_of(process_group)
-    real = dist.get_rank(group), dist.get_world_size(group)
+    if group is None and world_size > 1:
+        raise RuntimeError(
+            f"{name}: a loss across processes needs torch.distributed.init_process_group first, "
+            f"got world_size {world_size} and no initialised group"
+        )
+    real = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if (rank, world_size) != real:
         raise ValueError(
             f"{name}: rank and world_size must be those of this process in its group, "
@@ -49,7 +57,7 @@ def check_world(
 # What ranks of a group brought where an exchange at every call would wait for the device: at the
 # first call, for what this rank brought.
 _TOLD: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Told]] = WeakKeyDictionary()
-_REFUSED = -1  # instead of a batch size
+_REFUSED = -1  # instead of the first field, a size
 
 
 def agree(
@@ -68,38 +76,82 @@ def agree(
 
     Raises, on every rank:
         ValueError: widths, dtypes or options that differ, or sizes and live rows, unless `uneven`
-            allows that; a rank without anything to differentiate, for whose backward the others
-            would wait.
+            allows that; a batch without pairs; a rank without anything to differentiate, for whose
+            backward the others would wait.
     """
+    start, stop = live or (0, x.shape[0])
+    sizes = {"batch": x.shape[0], "start of live pairs": start, "end of live pairs": stop}
+    group, told = _told(
+        process_group, ("images", x), ("texts", y), sizes, {}, needs_any, uneven, alike
+    )
+    live_rows = tuple(
+        slice(*rows)
+        for rows in zip(told["start of live pairs"], told["end of live pairs"], strict=True)
+    )
+    return _shard(group, told, told["batch"], live_rows)
+
+
+def agree_on_sides(
+    process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, key_bias: Tensor | None,
+    needs_any: bool, uneven: bool, **alike: int | torch.dtype,
+) -> Shard:  # fmt: skip
+    """`agree` for rows x (m, D) and columns y (n, D), which need not be as many: the shard of
+    columns."""
+    sizes = {"number of rows": x.shape[0], "number of columns": y.shape[0]}
+    needs = {"needs_key_bias": int(key_bias is not None and key_bias.requires_grad)}
+    alike["key_bias"] = int(key_bias is not None)
+    if key_bias is not None:
+        alike["dtype of key_bias"] = key_bias.dtype
+    group, told = _told(process_group, ("x", x), ("y", y), sizes, needs, needs_any, uneven, alike)
+    columns = told["number of columns"]
+    return _shard(group, told, columns, tuple(slice(0, n) for n in columns))
+
+
+def _told(
+    process_group: dist.ProcessGroup | None, named_x: tuple[str, Tensor],
+    named_y: tuple[str, Tensor], sizes: dict[str, int], needs: dict[str, int], needs_any: bool,
+    uneven: bool, alike: dict[str, int | torch.dtype],
+) -> tuple[dist.ProcessGroup | None, _Told]:  # fmt: skip
+    """Sizes may differ where that is allowed; needs may, whatever a rank has frozen."""
     group = group_of(process_group)
-    mine: dict[str, int] = {
-        "batch": x.shape[0], **dict(zip(_LIVE, live or (0, x.shape[0]), strict=True)),
-        "needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad),
-        "requires_grad": int(needs_any), "width D": x.shape[1], "dtype of images": _code(x.dtype),
-        "dtype of texts": _code(y.dtype), "uneven": int(uneven),
-        **{name: _code(value) for name, value in alike.items()},
+    (name_x, x), (name_y, y) = named_x, named_y
+    needs = {"needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad), **needs}
+    common = {
+        "width D": x.shape[1], f"dtype of {name_x}": x.dtype, f"dtype of {name_y}": y.dtype,
+        "uneven": int(uneven), **alike,
     }  # fmt: skip
+    mine: dict[str, int] = {
+        **sizes, **needs, "requires_grad": int(needs_any),
+        **{name: _code(value) for name, value in common.items()},
+    }  # fmt: skip
+    if group is None:
+        told = {name: (value,) for name, value in mine.items()}
+        _check(told, tuple(sizes), tuple(common))
+        return group, told
     through = _exchanging_device(group, x.device)
     relies = through.type != "cpu" and not uneven
-    key = x.device, *mine.values()
+    key = x.device, *mine.items()
     known = _TOLD.setdefault(group, {}) if relies else {}
     if key not in known:
         found = _exchange(group, tuple(mine.values()), through)
         told = dict(zip(mine, found, strict=True))
-        _check(told)
+        _check(told, tuple(sizes), tuple(common))
         known[key] = told
-    told = known[key]
-    sizes, live_rows = told["batch"], zip(*(told[name] for name in _LIVE), strict=True)
-    return Shard(
-        group, dist.get_rank(group), sizes, starts_of(sizes), tuple(slice(*r) for r in live_rows),
-        any(told["needs_x"]), any(told["needs_y"]),
-    )  # fmt: skip
+    return group, known[key]
+
+
+def _shard(
+    group: dist.ProcessGroup | None, told: _Told, sizes: tuple[int, ...], live: tuple[slice, ...]
+) -> Shard:
+    rank = 0 if group is None else dist.get_rank(group)
+    needs = (any(told.get(name, ())) for name in ("needs_x", "needs_y", "needs_key_bias"))
+    return Shard(group, rank, sizes, starts_of(sizes), live, *needs)
 
 
 def refuse(process_group: dist.ProcessGroup | None) -> None:
-    """Instead of `agree`, on a rank that is about to raise: so that others do, too. Where they
-    would not listen, because nothing is exchanged, nothing is told."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """Instead of `agree`, on a rank that is about to raise: so that others do, too. No-op where
+    nothing is exchanged."""
+    if not is_initialized():
         return
     group = group_of(process_group)
     if _has_cpu(group):
@@ -107,10 +159,9 @@ def refuse(process_group: dist.ProcessGroup | None) -> None:
 
 
 # Numbers that a rank sends, however many it has to say: one that refuses has one.
-_MOST_FIELDS = 24
-_LIVE = ("start of live pairs", "end of live pairs")
-# Of these, those that may differ: whether a tower is frozen.
-_FREE = ("needs_x", "needs_y")
+_MOST_FIELDS = 32
+# Of the whole batch there must be some.
+_COUNTS = ("batch", "number of rows", "number of columns")
 
 
 def _code(value: int | torch.dtype) -> int:
@@ -136,26 +187,26 @@ def _exchange(
     return list(zip(*heard.view(world_size, -1).tolist(), strict=True))[: len(mine)]
 
 
-def _check(told: _Told) -> None:
+def _check(told: _Told, sizes: tuple[str, ...], common: tuple[str, ...]) -> None:
     def each(field: str) -> str:
         values = told[field]
         if field.startswith("dtype"):
             values = tuple(FLOATING[index] for index in values)
         return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
 
-    refused = [str(rank) for rank, size in enumerate(told["batch"]) if size == _REFUSED]
+    refused = [str(rank) for rank, size in enumerate(told[sizes[0]]) if size == _REFUSED]
     if refused:
         raise ValueError(
             f"all ranks must have arguments that the loss accepts, got others on rank "
             f"{', '.join(refused)}: the error raised there says which"
         )
-    sizes = ("batch", *_LIVE)
-    for field in told:
-        special = (*sizes, *_FREE, "requires_grad")
-        if field not in special and len(set(told[field])) > 1:
-            raise ValueError(f"all ranks must have one {field}, got {each(field)}")
-    for field in () if told["uneven"][0] else sizes:
+    for field in common:
         if len(set(told[field])) > 1:
+            raise ValueError(f"all ranks must have one {field}, got {each(field)}")
+    for field in sizes:
+        if field in _COUNTS and sum(told[field]) == 0:
+            raise ValueError(f"the batch must not be empty, got {field} {each(field)}")
+        if not told["uneven"][0] and len(set(told[field])) > 1:
             name = "batches of one size" if field == "batch" else f"one {field}"
             raise ValueError(f"all ranks must have {name} unless uneven=True, got {each(field)}")
     if len(set(told["requires_grad"])) > 1:

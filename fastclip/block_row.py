@@ -1,13 +1,13 @@
-"""A rank's block of rows, `S[own rows, all columns]`: two sweeps, block of columns by block.
+"""A rank's block of rows, `S[own rows, all columns]`: two sweeps, visit by visit.
 
-`visits.py` brings the columns, all at once or rank by rank. Rows are complete here; columns are
-partial sums that ranks add up. States, positives and coefficients are O(B).
+`visits.py` brings the columns. Rows are complete here; columns are partial sums that ranks merge.
+States, positives and coefficients are O(B). Nothing here asks which loss the sweeps serve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from torch import Tensor
 from . import ops
 from .block import Block, Side, Statistics, Upstream, Wanted
 from .chunked import merge
-from .function import Plan, bias_of, cast, side_of
+from .function import cast
 from .kept import PLANS
 from .kinds import Kind, kind_of
 from .operands import accumulation_dtype, state_dtype
+from .ops import Gradients
 from .shard import Shard
-from .visits import Gathered, Ring
+from .visits import Gathered, Ring, Visit
 
 
 class Sharing(NamedTuple):
@@ -35,235 +36,251 @@ class Sharing(NamedTuple):
     ring: bool = False  # columns come rank by rank
 
 
-class Context(NamedTuple):
-    plan: Plan
-    shard: Shard
-    sharing: Sharing
+class BlockRow(NamedTuple):
+    """Own rows (m) and all columns (B).
+
+    block: its features y are those that this rank holds, everything else of columns is there for
+    all of them; the own positive of row i is this rank's column i + offset.
+    """
+
+    engine: str
+    columns: Gathered | Ring
+    normalize: bool
+    block: Block
+
+    @classmethod
+    def of(cls, engine: str, columns: Gathered | Ring, normalize: bool, own: Block) -> BlockRow:
+        """From a block of own rows and own columns: gathers what the columns have."""
+        features, *vectors = own.y
+
+        def gathered(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else columns.shard.gather(vector)
+
+        y = Side(columns.held(features), *map(gathered, vectors))
+        block = own._replace(y=y, key_bias=gathered(own.key_bias))
+        return cls(engine, columns, normalize, block)
 
     @property
-    def columns(self) -> Gathered | Ring:
-        return (Ring if self.sharing.ring else Gathered)(self.shard)
+    def shard(self) -> Shard:
+        return self.columns.shard
 
     @property
     def kind(self) -> type[Kind]:
-        return kind_of(self.plan.kind)
+        return kind_of(self.block.kind)
 
     @property
-    def pairs(self) -> slice:
-        """This rank's live ones, whose losses its value has."""
-        return self.shard.live[self.shard.rank]
-
-    def finish(self, state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None) -> Any:
-        return ops.finish(
-            self.plan.engine, state.contiguous(), positive, scale, bias, self.plan.kind
-        )
-
-
-class Operands(NamedTuple):
-    """Of the operators, but for the columns, of which this is what a rank holds."""
-
-    x: Tensor
-    held: Tensor
-    factor_x: Tensor | None
-    held_factor: Tensor | None
-    scale: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(
-        cls, context: Context, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
-    ) -> Operands:
-        plan = context.plan
-        rows, columns = (side_of(cast(t, plan.dtype), plan.normalize) for t in (x, y))
-        held = [
-            None if t is None else context.columns.held(t)
-            for t in (columns.features, columns.factor)
-        ]
-        bias = bias_of(bias, plan.kind)
-        return cls(rows.features, held[0], rows.factor, held[1], scale, bias)
-
-
-class Columns(NamedTuple):
-    """A block of columns, those of the batch from `start` on."""
-
-    y: Tensor
-    factor: Tensor | None
-    start: int
+    def rows(self) -> int:
+        return self.block.x.features.shape[0]
 
     @property
-    def where(self) -> slice:
-        return slice(self.start, self.start + self.y.shape[0])
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """For a Function to save; `with_tensors` puts them back."""
+        return self.block.flat()[:-_OPTIONS]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> BlockRow:
+        block, _ = Block.of((*tensors, *self.block.flat()[-_OPTIONS:]))
+        return self._replace(block=block)
+
+    def without_tensors(self) -> BlockRow:
+        return self.with_tensors((None,) * TENSORS)
+
+    def part(self, rows: slice, features: Tensor, columns: slice | Tensor, offset: int) -> Block:
+        """Some own rows, and some columns with their features."""
+
+        def of(places: slice | Tensor, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+            return [None if vector is None else vector[places] for vector in vectors]
+
+        x, y = Side(*of(rows, self.block.x)), Side(features, *of(columns, self.block.y[1:]))
+        (key_bias,) = of(columns, [self.block.key_bias])
+        return self.block._replace(x=x, y=y, key_bias=key_bias, offset=offset)
+
+    def visited(self, rows: slice, visit: Visit) -> Block:
+        offset = visit.features.shape[0]  # no positives
+        own = with_positive(self.rows, self.shard.rows, self.block.offset)
+        if visit.has_own and len(own) > 0:
+            own_columns = self.shard.start - visit.columns.start
+            offset = rows.start + self.block.offset + own_columns
+        return self.part(rows, visit.features, visit.columns, offset)
+
+    def bound(self) -> Tensor | None:
+        """The largest |t| of all ranks at most: with it they take one reference, and columns' sums
+        add up as they are. A NaN or infinity in it makes every rank take references of its own."""
+        if not self.kind.has_shift:
+            return None
+        x = self.block.x.features
+        dtype = state_dtype(x.device)
+        if self.normalize:
+            return torch.ones((), dtype=dtype, device=x.device)
+        longest = [_longest(t) for t in (x, self.columns.own(self.block.y.features))]
+        return self.shard.max(torch.stack(longest)).prod().to(dtype)
 
 
-def visits(context: Context, o: Operands) -> Iterator[Columns]:
-    factors = None
-    if o.held_factor is not None:
-        factors = context.columns.visits(o.held_factor)
-    for y, where in context.columns.visits(o.held):
-        yield Columns(y, None if factors is None else next(factors)[0], where.start)
+_OPTIONS = 3  # of a block, behind its tensors
+TENSORS = 2 * len(Side._fields) + len(Block._fields) - 2 - _OPTIONS
 
 
-def block(
-    context: Context, o: Operands, rows: slice, y: Tensor, factor_y: Tensor | None, offset: int
-) -> Block:
-    factor_x = None if o.factor_x is None else o.factor_x[rows]
-    sides = Side(o.x[rows], factor_x), Side(y, factor_y)
-    return Block(*sides, o.scale, o.bias, offset=offset, kind=context.plan.kind)
+def with_positive(m: int, n: int, offset: int) -> range:
+    """The rows of m that have an own positive among n columns."""
+    return range(max(0, -offset), min(m, n - offset))
 
 
-def _bound(context: Context, o: Operands) -> Tensor | None:
-    """Of |t| on all ranks: with it they take one reference, and columns' sums add up as they are.
-    A NaN or infinity in it makes every rank take references of its own."""
-    if not context.kind.has_shift:
-        return None
-    dtype = state_dtype(o.x.device)
-    if context.plan.normalize:
-        return torch.ones((), dtype=dtype, device=o.x.device)
-    longest = [
-        torch.linalg.vector_norm(t, dim=1, dtype=accumulation_dtype(t)).amax()
-        for t in (o.x, context.columns.own(o.held))
-    ]
-    return context.shard.max(torch.stack(longest)).prod().to(dtype)
-
-
-def merge_columns(state: Tensor, shard: Shard) -> Tensor:
-    """States (2, B) of the ranks' blocks to those of all their pairs.
-
-    As a rule all references are one number and this adds sums; where a rank had to take references
-    of its own, powers of two relate them.
-    """
-    reference, sums = state
-    absent = sums == 0
-    top = shard.max(torch.where(absent, -torch.inf, reference))
-    top = torch.where(top == -torch.inf, 0, top)
-    return torch.stack((top, shard.sum(torch.where(absent, 0, sums * (reference - top).exp2()))))
+def _longest(x: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=accumulation_dtype(x))
+    return norms.amax() if len(norms) else norms.new_zeros(())
 
 
 class Swept(NamedTuple):
-    """Between the sweeps, of a rank with b pairs."""
+    """What the first sweep of m rows finds out about them and B columns."""
 
-    state: Tensor  # (2, b + B): own rows, then all columns
-    positive: Tensor  # (b)
-    coefficients: Tensor  # (b + B)
-    of_rows: Tensor  # (b): the positives' weights, as their rows have them
-    of_columns: Tensor  # (b): as their columns have them
-    kept: tuple[Tensor, ...]  # products, of each visit
+    state: Tensor  # (2 or 4, m + B): own rows, complete; of columns this rank's part
+    positive: Tensor  # (m)
+    kept: tuple[Tensor, ...]  # of each visit
 
 
-def sweep(context: Context, o: Operands, budget: int) -> tuple[Tensor, Swept]:
-    """The sum of the losses of this rank's pairs, and what the second sweep needs. Budget: bytes
-    of products that may be kept for it."""
-    plan, shard, pairs = context.plan, context.shard, context.pairs
-    m, needs_state = shard.rows, context.kind.has_shift
-    # A row's weights need other rows' states only through columns.
-    swept = slice(0, m) if needs_state else pairs
-    bound = _bound(context, o)
-    state = torch.zeros((2, m + shard.batch), dtype=state_dtype(o.x.device), device=o.x.device)
-    rows, columns = state[:, :m], state[:, m:]
-    positive, kept = rows.new_zeros(m), []
-    for k, visit in enumerate(visits(context, o)):
-        n = visit.y.shape[0]
-        offset = shard.start + swept.start - visit.start
-        here_block = block(context, o, swept, visit.y, visit.factor, offset)
-        keep = PLANS[plan.engine].keep(here_block, budget * n // shard.batch)
-        found, here, products = ops.sweep(plan.engine, here_block, bound, keep=keep)
-        kept.append(products)
-        count = swept.stop - swept.start
-        columns[:, visit.where] = found[:, count:]
-        if k == 0:  # own columns come first, or with all others: here are the positives
-            rows[:, swept], positive[swept] = found[:, :count], here
-        else:
-            merge(*rows[:, swept], *found[:, :count])
-    if not needs_state:
-        losses, coefficients, weights = context.finish(rows, positive, o.scale, o.bias)
-        # A sum over pairs: a rank's share are its rows, its columns belong to the others' rows.
-        coefficients = torch.cat((coefficients, coefficients.new_zeros(shard.batch)))
-        swept_rows = Swept(state, positive, coefficients, weights, weights * 0, tuple(kept))
-        return losses[pairs].sum(), swept_rows
-    columns.copy_(merge_columns(columns, shard))
-    positives = torch.cat((positive, shard.gather(positive)))
-    losses, coefficients, weights = context.finish(state, positives, o.scale, o.bias)
-    own = (losses[:m][pairs].sum() + losses[m:][shard.mine][pairs].sum()) / 2
-    # A pair counts half its row's and half its column's loss.
-    return own, Swept(
-        state, positive, coefficients / 2, weights[:m] / 2, weights[m:][shard.mine] / 2, tuple(kept)
-    )
+Occupied = Callable[[Block], Tensor | None]
+
+
+def sweep(
+    row: BlockRow, rows: slice, budget: int, occupied: Occupied = lambda block: None
+) -> Swept:
+    """States of these of the own rows and of all columns. Budget: bytes of products that may be
+    kept for the second sweep. occupied: the operator's argument for a visit's block."""
+    m, shard = row.rows, row.shard
+    bound = row.bound()
+    x = row.block.x.features
+    state = torch.zeros(
+        (4 if row.block.same_id_positive else 2, m + shard.batch),
+        dtype=state_dtype(x.device), device=x.device,
+    )  # fmt: skip
+    of_rows, of_columns = state[:, :m][:, rows], state[:, m:]
+    positive, kept = state.new_zeros(m), []
+    positive[rows] = torch.nan
+    for visit in row.columns.start(row.block.y.features):
+        block = row.visited(rows, visit)
+        if 0 in block.shape:
+            kept.append(x.new_empty(0))
+            continue
+        keep = PLANS[row.engine].keep(block, budget * block.shape[1] // shard.batch)
+        found = ops.sweep(row.engine, block, bound, occupied(block), keep)
+        kept.append(found.kept)
+        count = block.shape[0]
+        of_columns[:, visit.columns] = found.state[:, count:]
+        if visit.has_own:  # the first one
+            of_rows.copy_(found.state[:, :count])
+            positive[rows] = found.positive
+            continue
+        for k in range(0, len(state), 2):
+            merge(*of_rows[k : k + 2], *found.state[k : k + 2, :count])
+    return Swept(state, positive, tuple(kept))
+
+
+def merge_columns(state: Tensor, kind: type[Kind], shard: Shard) -> Tensor:
+    """States of columns (2 or 4, B) of the ranks' blocks to those of all their pairs.
+
+    As a rule all shifts are one number and this adds sums; where a rank had to take shifts of its
+    own, powers of two relate them.
+    """
+    shift, sums = state[::2], state[1::2]
+    if kind.has_shift:
+        absent = sums == 0
+        top = shard.max(torch.where(absent, -torch.inf, shift))
+        top = torch.where(top == -torch.inf, 0, top)
+        sums = torch.where(absent, 0, sums * (shift - top).exp2())
+        shift = top
+    return torch.stack((shift, shard.sum(sums.contiguous())), 1).flatten(0, 1)
 
 
 class Weighing(NamedTuple):
-    """The second sweep: gradients, in fp32 at least, for coefficients a (b), b (B) and positives'
-    weights (b) that upstream gradients are part of."""
+    """The second sweep: gradients, in fp32 at least, of the live rows and columns.
 
-    context: Context
-    operands: Operands
-    swept: Swept
-    gain: Tensor
+    upstream: coefficients (m + B, or two rows of these) and positives' weights (m), which upstream
+    gradients are part of.
+    """
 
-    def run(
-        self, a: Tensor, b: Tensor, positive_weight: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dx and own rows of dy (b, D); this rank's part of dbias and dscale."""
-        context, x = self.context, self.operands.x
-        dx = x.new_zeros(x.shape if needs[0] else (0,), dtype=accumulation_dtype(x))
-        totals = []
-        pairs, at_once = context.pairs, context.shard.all_live
-        weights = a, b, positive_weight
+    row: BlockRow
+    swept: Swept  # with complete states
+    upstream: Upstream
 
-        def parts() -> Iterator[Tensor]:
-            for visit, kept in zip(visits(context, self.operands), self.swept.kept, strict=True):
-                offset = context.shard.start + pairs.start - visit.start
-                more, dy, sums = self._weigh(
-                    pairs, visit.y, visit.factor, visit.where, offset, weights,
-                    (needs[0], needs[1] and at_once), kept,
-                )  # fmt: skip
-                if needs[0]:
-                    dx[pairs].add_(more)
-                totals.append(sums)
-                yield dy if at_once or not needs[1] else self._live_columns(visit, weights)
-
+    def run(self, needs_x: bool, needs_y: bool, needs_key_bias: bool = False) -> Gradients:
+        """dx and dy of own rows (m, D) and columns (n, D); this rank's part of dbias and dscale,
+        and of dkey_bias of all columns (B)."""
+        row, shard = self.row, self.row.shard
+        x, live, at_once = row.block.x.features, shard.live[shard.rank], shard.all_live
+        rows = slice(0, row.rows) if at_once else live
+        dx = x.new_zeros(x.shape if needs_x else (0,), dtype=accumulation_dtype(x))
+        totals = self.swept.state.new_zeros(2)
+        dkey_bias = totals.new_zeros(shard.batch if needs_key_bias else 0)
+        needs = needs_x, needs_y and at_once, needs_key_bias
+        journey = row.columns.start(row.block.y.features, shard if at_once else shard.of_live)
         # Every visit has to be made, whether or not it leaves something to take home.
-        if not needs[1]:
-            return dx, [*parts()][-1], torch.stack(totals).sum(0)
-        if at_once:
-            dy = context.columns.home(parts())
-        else:
-            dy = dx.new_zeros(x.shape)
-            dy[pairs] = type(context.columns)(context.shard.of_live).home(parts())
-        return dx, dy, torch.stack(totals).sum(0)
+        for visit, kept in zip(journey, self.swept.kept, strict=True):
+            block = row.visited(rows, visit)
+            found = self._weigh(block, rows, visit.columns, kept, *needs)
+            totals += found.bias_scale
+            if needs_x:
+                dx[rows].add_(found.x)
+            if needs_key_bias:
+                dkey_bias[visit.columns] = found.key_bias
+            if needs_y:
+                journey.give_back(found.y if at_once else self._live_columns(visit))
+        if not needs_y:
+            return Gradients(dx, dx.new_zeros(0), totals, dkey_bias)
+        dy = journey.finish()
+        if not at_once:
+            of_live, dy = dy, dx.new_zeros((shard.rows, x.shape[1]))
+            dy[live] = of_live
+        return Gradients(dx, dy, totals, dkey_bias)
 
-    def _live_columns(self, visit: Columns, weights: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _live_columns(self, visit: Visit) -> Tensor:
         """dy of the visit's live columns, from all own rows."""
-        shard, pairs = self.context.shard, self.context.pairs
-        picked, own = self.context.columns.live(visit.start, visit.y.device)
-        if isinstance(picked, slice):
-            where: slice | Tensor = slice(picked.start + visit.start, picked.stop + visit.start)
-        else:
-            where = picked + visit.start
-        y, factor = visit.y[picked], None if visit.factor is None else visit.factor[picked]
-        total = None
-        for rows in (slice(0, pairs.start), pairs, slice(pairs.stop, shard.rows)):
-            if rows.start == rows.stop:
-                continue
-            # Of rows beside the live ones no positive is among these columns.
+        row, shard = self.row, self.row.shard
+        pairs = shard.live[shard.rank]
+        picked, own = row.columns.live(visit)
+        start = visit.columns.start
+        columns: slice | Tensor = (
+            slice(picked.start + start, picked.stop + start) if isinstance(picked, slice)
+            else picked + start
+        )  # fmt: skip
+        y = visit.features[picked]
+        total = torch.zeros(y.shape, dtype=accumulation_dtype(y), device=y.device)
+        for rows in (slice(0, pairs.start), pairs, slice(pairs.stop, row.rows)):
+            # Rows beside the live ones have no positive among these columns.
             offset = own if rows is pairs and own is not None else y.shape[0]
-            _, part, _ = self._weigh(
-                rows, y, factor, where, offset, weights, (False, True), self.swept.kept[0]
-            )
-            total = part if total is None else total.add_(part)
+            block = row.part(rows, y, columns, offset)
+            total += self._weigh(block, rows, columns, self.swept.kept[0], False, True, False).y
         return total
 
     def _weigh(
-        self, rows: slice, y: Tensor, factor_y: Tensor | None, columns: slice | Tensor,
-        offset: int, weights: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, bool],
-        kept: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        plan, (a, b, positive_weight) = self.context.plan, weights
-        state, positive = self.swept.state, self.swept.positive
-        dtype = accumulation_dtype(y)
-        state = torch.cat((state[:, : len(a)][:, rows], state[:, len(a) :][:, columns]), 1)
-        upstream = torch.cat((a[rows], b[columns])), positive_weight[rows], self.gain
+        self, block: Block, rows: slice, columns: slice | Tensor, kept: Tensor, needs_x: bool,
+        needs_y: bool, needs_key_bias: bool,
+    ) -> Gradients:  # fmt: skip
+        state, positive, _ = self.swept
+        coefficients, weights, gain = self.upstream
+        dtype, width = accumulation_dtype(block.x.features), block.x.features.shape[1]
+        if 0 in block.shape:
+            m, n = block.shape
+            nothing = [
+                block.x.features.new_zeros((k if needed else 0, width), dtype=dtype)
+                for k, needed in ((m, needs_x), (n, needs_y))
+            ]
+            return Gradients(
+                *nothing, state.new_zeros(2), state.new_zeros(n if needs_key_bias else 0)
+            )
+        own = self.row.rows
+
+        def of_lines(values: Tensor) -> Tensor:
+            return torch.cat((values[..., :own][..., rows], values[..., own:][..., columns]), -1)
+
         return ops.weigh(
-            plan.engine, block(self.context, self.operands, rows, y, factor_y, offset),
-            Statistics(state, positive[rows], kept), Upstream(*upstream),
-            Wanted(*needs, False, plan.normalize, dtype, dtype),
-        )[:3]  # fmt: skip
+            self.row.engine, block, Statistics(of_lines(state), positive[rows], kept),
+            Upstream(of_lines(coefficients), weights[rows], gain),
+            Wanted(needs_x, needs_y, needs_key_bias, self.row.normalize, dtype, dtype),
+        )  # fmt: skip
+
+
+def to_features(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """In the features' dtype. A row shorter than epsilon was divided by 1e-12: in fp16 it has no
+    gradient instead of an infinite one, as in one process."""
+    if dtype == torch.float16 and factor is not None:
+        gradient = gradient.masked_fill(factor[:, None] >= 0.9999e12, 0)
+    return cast(gradient, dtype)

@@ -1,4 +1,5 @@
-"""CLIP and SigLIP losses of a batch that is spread over processes.
+"""CLIP and SigLIP losses, and the statistics of `fastclip.contrast`, of a batch that is spread over
+processes.
 
 After DDP's mean over ranks the gradients of towers, scale and bias are those of one process on the
 concatenated batch. `fastclip.loss.ClipLoss` and `SigLipLoss` with `world_size > 1` come here.
@@ -13,6 +14,8 @@ DDP's mean; measured with open_clip 3.3.0):
     True        True              of own rows        exact
 
 Here all four make one block of logits a rank, (b, R b), of which no more than a tile exists.
+
+A process without an initialised group is a world of one: R = 1, nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -24,16 +27,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .agreement import agree, check_world, refuse
+from .agreement import agree, agree_on_sides, check_world, refuse
 from .backends import choose
 from .block_row import Sharing
 from .function import Plan
-from .inputs import budget_of, check_features, check_live, product_dtype, scalar
+from .inputs import (
+    budget_of,
+    check_features,
+    check_ids,
+    check_key_bias,
+    check_live,
+    check_offset,
+    check_sides,
+    product_dtype,
+    scalar,
+)
+from .kinds import KINDS, LineStatistics, kind_of
+from .line_statistics import Inputs, Request
 from .shard import Shard
 from .sharded import sharded_loss
+from .sharded_statistics import Task, sharded_statistics
 from .uncompiled import uncompiled
-
-LOSSES = ("softmax", "sigmoid")
 
 
 def clip_loss(
@@ -67,10 +81,11 @@ def clip_loss(
         process_group: the ranks that share the batch; None: all processes.
         ring: texts travel from rank to rank, both ways at once, and a rank holds four ranks' of
             them at most, O(b D), instead of all, O(B D): slower, for batches that do not fit.
-        uneven: batches may differ in size from rank to rank. Sizes are exchanged at every step,
-            which on GPUs waits for the device.
+        uneven: batches may differ in size from rank to rank, and a rank may have no pairs: it takes
+            part, and its value is 0. Sizes are exchanged at every step, which on GPUs waits for the
+            device.
         live: (start, stop), as in `fastclip.clip_loss`, of this rank's pairs; the same on all ranks
-            unless `uneven`.
+            unless `uneven`; None on a rank without pairs.
         normalize, backend, memory_budget: as in `fastclip.clip_loss`.
 
     Bytes that a rank sends, E per feature element: `(R - 1) b D E` for the texts, `4 (R - 1) b D`
@@ -86,9 +101,8 @@ def clip_loss(
     Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,
         dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. In a group that
         moves GPU tensors alone (NCCL without gloo beside it) only the first call of each kind
-        compares; elsewhere every call does, through CPU memory. RuntimeError without an initialised
-        process group, or where a rank has died: within the group's timeout, which is gloo's and
-        NCCL's to keep.
+        compares; elsewhere every call does, through CPU memory. RuntimeError where a rank has died:
+        within the group's timeout, which is gloo's and NCCL's to keep.
     """
     return shared_loss(
         "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
@@ -128,9 +142,20 @@ def siglip_loss(
     )  # fmt: skip
 
 
+def _index(kind: str) -> int:
+    return list(KINDS).index(kind_of(kind).name)
+
+
+def _engine(backend: str | None, x: Tensor, dtype: torch.dtype, kind: str) -> str:
+    engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1], kind)
+    if engine == "reference":
+        raise ValueError("backend must be an engine, which the dense 'reference' is not")
+    return engine
+
+
 @uncompiled
 def shared_loss(
-    loss: str, x: Tensor, y: Tensor, logit_scale: Tensor | float,
+    kind: str, x: Tensor, y: Tensor, logit_scale: Tensor | float,
     logit_bias: Tensor | float | None, process_group: dist.ProcessGroup | None, sharing: Sharing,
     uneven: bool, normalize: bool = False, backend: str | None = None,
     memory_budget: int | None = None, live: tuple[int, int] | None = None,
@@ -141,31 +166,124 @@ def shared_loss(
     world: of a module its name, and the rank and world size that it was told.
     """
     alike = {
-        "loss": LOSSES.index(loss), "normalize": int(normalize),
+        "loss": _index(kind), "normalize": int(normalize),
         **{name: int(value) for name, value in sharing._asdict().items()},
     }  # fmt: skip
     try:
         if world is not None:
             check_world(*world, process_group)
-        check_features(x, y)
+        check_features(x, y, may_be_empty=uneven)
         live = check_live(live, x.shape[0])
         scale = scalar("logit_scale", logit_scale, x)
         bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
         dtype = product_dtype(x, y)
-        engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1])
-        if engine == "reference":
-            raise ValueError("backend must be an engine, which the dense 'reference' is not")
+        engine = _engine(backend, x, dtype, kind)
         budget = budget_of(memory_budget, x.device)
     except (TypeError, ValueError):
         refuse(process_group)
         raise
     inputs = (x, y, scale, bias)
-    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     # Autocast may be on for some ranks alone.
     alike["dtype of products"] = dtype
-    shard = agree(process_group, x, y, wants, uneven, live, **alike)
-    plan = Plan(loss, engine, dtype, normalize, "mean", budget)
+    shard = agree(process_group, x, y, _wants(*inputs), uneven, live, **alike)
+    plan = Plan(kind, engine, dtype, normalize, "mean", budget)
     return sharded_loss(*inputs, plan, shard, sharing)
+
+
+def _wants(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+@uncompiled
+def contrast(
+    x: Tensor,  # (m, D)
+    y: Tensor,  # (n, D)
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    offset: int | None = 0,
+    ids: tuple[Tensor, Tensor] | None = None,
+    same_id: str = "ignore",
+    false_negative_margin: Tensor | float | None = None,
+    key_bias: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = True,
+    kind: str = "softmax",
+    normalize: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+    uneven: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> LineStatistics:
+    """`fastclip.contrast` of the rows and the columns of all ranks: of its statistics those of this
+    rank's lines.
+
+        c = contrast(x, y, logit_scale)
+        loss = (F.softplus(c.rows - c.positives) + F.softplus(c.columns - c.positives)).mean() / 2
+
+    is `clip_loss` here, of even batches. A loss of one's own is this rank's share of the whole, so
+    that the mean over ranks is meant: R / B times the sum over this rank's lines where batches
+    differ in size. After DDP's mean over ranks the gradients of towers, scale, biases are those of
+    one process that takes the mean of the ranks' losses.
+
+    Args:
+        x, y: (m, D), (n, D), this rank's rows and columns; m and n need not be equal.
+        offset: row i's own positive is this rank's column i + offset, where it has one; None: no
+            row has one, on any rank.
+        ids: (x_ids (m), y_ids (n)) of this rank's lines; compared across ranks.
+        false_negative_margin: each rank's own positives and margin say what its lines leave out.
+        key_bias: (n), of this rank's columns. Its gradient is the sum over all ranks.
+        process_group, ring, uneven: as in `clip_loss`. Sizes m and n are exchanged; with `uneven` a
+            rank may have no rows, no columns, or neither.
+        logit_scale, logit_bias, same_id, rows, columns, kind, normalize: the same on all ranks;
+            these, backend and memory_budget as in `fastclip.contrast`.
+
+    Every rank must go backward through something that it got, a rank without pairs too, since the
+    others' gradients wait for it: `c.rows.sum()` of no rows is enough.
+
+    Bytes that a rank sends, E per feature element, B columns of all ranks: `(R - 1) n D E` for the
+    features, `4 (R - 1) n D` for their gradients in fp32, around the ring features twice, as in
+    `clip_loss`. Beside them at most 56 B for states and coefficients; 40 B more with
+    `same_id="positive"`, 8 B for ids, 4 B for a margin, 16 B for key_bias.
+
+    Bytes that a rank holds: as in `clip_loss`; where some of its rows alone have their positive
+    among its columns, `4 B D` more while gathered gradients are put together.
+
+    Raises, on every rank: what `fastclip.contrast` does; ValueError and RuntimeError as in
+        `clip_loss`.
+    """
+    try:
+        check_sides(x, y, may_be_empty=uneven)
+        check_offset(offset)
+        ids = check_ids(ids, same_id, x, y)
+        check_key_bias(key_bias, y)
+        if not (rows or columns):
+            raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
+        alike: dict[str, Any] = {
+            "kind": _index(kind), "normalize": int(normalize), "ring": int(ring),
+            "same_id": int(same_id == "positive"), "ids": int(ids is not None),
+            "false_negative_margin": int(false_negative_margin is not None),
+            "offset=None": int(offset is None), "rows": int(rows), "columns": int(columns),
+        }  # fmt: skip
+        scale = scalar("logit_scale", logit_scale, x)
+        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+        margin = false_negative_margin
+        if margin is not None:
+            margin = scalar("false_negative_margin", margin, x).detach()
+        dtype = product_dtype(x, y)
+        engine = _engine(backend, x, dtype, kind)
+        budget = budget_of(memory_budget, x.device)
+    except (TypeError, ValueError):
+        refuse(process_group)
+        raise
+    inputs = Inputs(x, y, scale, bias, key_bias)
+    alike["dtype of products"] = dtype
+    shard = agree_on_sides(process_group, x, y, key_bias, _wants(*inputs), uneven, **alike)
+    request = Request(engine, dtype, normalize, bool(rows), bool(columns), budget)
+    offset = y.shape[0] if offset is None else offset
+    task = Task(request, ids, margin, offset, kind, same_id == "positive", shard, ring)
+    return sharded_statistics(inputs, task)
 
 
 def _all_rows(x: Tensor, shard: Shard) -> Tensor:

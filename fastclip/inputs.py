@@ -21,7 +21,7 @@ SAME_ID = ("ignore", "positive")
 DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
 
 
-def check_features(x: Tensor, y: Tensor) -> None:
+def check_features(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
     """Two towers' features, paired row by row."""
     names = "image_features", "text_features"
     for name, features in zip(names, (x, y), strict=True):
@@ -31,7 +31,7 @@ def check_features(x: Tensor, y: Tensor) -> None:
             "image_features and text_features must have one shape (N, D), got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
-    _check_together(names, x, y)
+    _check_together(names, x, y, may_be_empty)
 
 
 def check_sides(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:

@@ -62,8 +62,11 @@ def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, T
 
     A duplicate of the own positive stays, whichever way the products of both are rounded.
     """
+    m, n = x.features.shape[0], y.features.shape[0]
+    if m == 0 or n == 0:
+        dtype = accumulation_dtype(x.features)
+        return tuple(x.features.new_full((k,), torch.inf, dtype=dtype) for k in (m, n))
     t = own_products(x, y, offset)
-    n = y.features.shape[0]
     longest = [
         1.0 if side.factor is not None
         else torch.linalg.vector_norm(side.features, dim=1, dtype=t.dtype).amax()

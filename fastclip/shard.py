@@ -17,7 +17,8 @@ from .collectives import gather_rows, scatter_sum_rows
 
 
 class Shard(NamedTuple):
-    """Of the batch a rank has `sizes[rank]` rows, from `starts[rank]` on."""
+    """Of the batch a rank has `sizes[rank]` rows, from `starts[rank]` on; none, if that is 0. Rows
+    are pairs, or where rows and columns of logits come apart, those of y: columns."""
 
     group: dist.ProcessGroup | None  # None: one rank, that talks to nobody
     rank: int
@@ -28,6 +29,7 @@ class Shard(NamedTuple):
     # Whether any rank wants gradients of its x, of its y: then all take part in making them.
     needs_x: bool
     needs_y: bool
+    needs_key_bias: bool = False
 
     @property
     def world_size(self) -> int:

@@ -15,10 +15,53 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .block_row import Context, Operands, Sharing, Swept, Weighing, block, sweep, visits
-from .function import Plan, cast, differentiates, refuse_second_derivative, scalar_like
+from .block import Block, Upstream
+from .block_row import TENSORS, BlockRow, Sharing, Swept, Weighing, merge_columns, to_features
+from .block_row import sweep as sweep_row
+from .function import (
+    Plan,
+    bias_of,
+    cast,
+    differentiates,
+    refuse_second_derivative,
+    scalar_like,
+    side_of,
+)
+from .kinds import Kind, kind_of
 from .operands import accumulation_dtype, state_dtype
 from .shard import Shard
+from .visits import Gathered, Ring
+
+
+class Context(NamedTuple):
+    plan: Plan
+    shard: Shard
+    sharing: Sharing
+
+    @property
+    def kind(self) -> type[Kind]:
+        return kind_of(self.plan.kind)
+
+    @property
+    def pairs(self) -> slice:
+        """This rank's live ones, whose losses its value has."""
+        return self.shard.live[self.shard.rank]
+
+    def row(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> BlockRow:
+        plan = self.plan
+        sides = (side_of(cast(t, plan.dtype), plan.normalize) for t in (x, y))
+        own = Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
+        columns = (Ring if self.sharing.ring else Gathered)(self.shard)
+        return BlockRow.of(plan.engine, columns, plan.normalize, own)
+
+    def finish(self, row: BlockRow, state: Tensor, positive: Tensor) -> tuple[Tensor, ...]:
+        """Losses, coefficients and positives' weights of lines."""
+        if state.shape[1] == 0:
+            return (state.new_zeros(0),) * 3
+        block = row.block
+        return ops.finish(
+            row.engine, state.contiguous(), positive, block.scale, block.bias, block.kind
+        )
 
 
 def sharded_loss(
@@ -29,7 +72,7 @@ def sharded_loss(
     context = Context(plan, shard, sharing)
     if differentiates(x, y, scale, bias):
         return _ShardedLoss.apply(x, y, scale, bias, context)
-    own, _ = sweep(context, Operands.of(context, x, y, scale, bias), budget=0)
+    own, *_ = sweep(context, context.row(x, y, scale, bias), budget=0)
     return _value(context, own)
 
 
@@ -42,22 +85,53 @@ def _value(context: Context, own: Tensor) -> Tensor:
     return (own * (shard.world_size / shard.batch)).to(dtype)
 
 
+class _Lines(NamedTuple):
+    """What the weights of a rank with b pairs take of lines."""
+
+    coefficients: Tensor  # (b + B)
+    of_rows: Tensor  # (b): the positives' weights, as their rows have them
+    of_columns: Tensor  # (b): as their columns have them
+
+
+def sweep(context: Context, row: BlockRow, budget: int) -> tuple[Tensor, Swept, _Lines]:
+    """The sum of the losses of this rank's pairs, and what the second sweep needs."""
+    shard, pairs, m = context.shard, context.pairs, context.shard.rows
+    if not context.kind.has_shift:
+        # A row's weights need nothing of other rows.
+        swept = sweep_row(row, pairs, budget)
+        losses, coefficients, weights = context.finish(row, swept.state[:, :m], swept.positive)
+        # A sum over pairs: a rank's share are its rows, its columns belong to the others' rows.
+        coefficients = torch.cat((coefficients, coefficients.new_zeros(shard.batch)))
+        return losses[pairs].sum(), swept, _Lines(coefficients, weights, weights * 0)
+    # A row's weights need other rows' states through columns.
+    swept = sweep_row(row, slice(0, m), budget)
+    columns = swept.state[:, m:]
+    columns.copy_(merge_columns(columns, context.kind, shard))
+    positives = torch.cat((swept.positive, shard.gather(swept.positive)))
+    losses, coefficients, weights = context.finish(row, swept.state, positives)
+    own = (losses[:m][pairs].sum() + losses[m:][shard.mine][pairs].sum()) / 2
+    # A pair counts half its row's and half its column's loss.
+    lines = _Lines(coefficients / 2, weights[:m] / 2, weights[m:][shard.mine] / 2)
+    return own, swept, lines
+
+
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, context: Context
     ) -> Tensor:
         ctx.context, ctx.dtypes = context, (x.dtype, y.dtype)
-        operands = Operands.of(context, x, y, scale, bias)
+        row = context.row(x, y, scale, bias)
         ctx.in_one_go = _makes_gradients_at_once(context, x, y)
         if ctx.in_one_go:
-            value, *gradients = _sweep_and_weigh(context, operands, ctx.needs_input_grad[0])
+            value, *gradients = _sweep_and_weigh(context, row, ctx.needs_input_grad[0])
             ctx.save_for_backward(x, y, scale, bias, *gradients)
             return value
         # What is kept serves a second sweep over the very same blocks.
         budget = context.plan.memory_budget if context.shard.all_live else 0
-        own, swept = sweep(context, operands, budget)
-        ctx.save_for_backward(x, y, scale, bias, *operands, *swept[:-1], *swept.kept)
+        own, swept, lines = sweep(context, row, budget)
+        ctx.row = row.without_tensors()
+        ctx.save_for_backward(x, y, scale, bias, *row.tensors, *lines, *swept[:2], *swept.kept)
         return _value(context, own)
 
     @staticmethod
@@ -82,18 +156,27 @@ def _makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
 
 
 def _sweep_and_weigh(
-    context: Context, o: Operands, needs_x: bool
+    context: Context, row: BlockRow, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's value; dx, dy of all columns, dbias and dscale, for upstream 1."""
-    plan, shard = context.plan, context.shard
-    dtype = state_dtype(o.x.device)
-    share = torch.full((), shard.world_size / shard.batch, dtype=dtype, device=o.x.device)
-    (every,) = visits(context, o)
+    shard, x = context.shard, row.block.x.features
+    (every,) = row.columns.start(row.block.y.features)
+    if row.rows == 0:
+        dtype = accumulation_dtype(x)
+        dx, dy = (
+            t.new_zeros(t.shape if needed else (0, t.shape[1]), dtype=dtype)
+            for t, needed in ((x, needs_x), (every.features, shard.needs_y))
+        )
+        nothing = dx.new_zeros(2, dtype=state_dtype(x.device))
+        return _value(context, nothing.sum()), dx, dy, nothing
+    share = torch.full(
+        (), shard.world_size / shard.batch, dtype=state_dtype(x.device), device=x.device
+    )
     state, positive, *gradients = ops.sweep_and_weigh(
-        plan.engine, block(context, o, slice(None), every.y, every.factor, shard.start), share,
-        needs_x, shard.needs_y, plan.normalize,
+        row.engine, row.visited(slice(0, row.rows), every), share, needs_x, shard.needs_y,
+        row.normalize,
     )  # fmt: skip
-    losses, _, _ = context.finish(state[:, : o.x.shape[0]], positive, o.scale, o.bias)
+    losses, *_ = context.finish(row, state[:, : row.rows], positive)
     return _value(context, losses.sum()), *gradients
 
 
@@ -140,41 +223,42 @@ def _upstream(context: Context, g: Tensor, dtype: torch.dtype) -> _Upstream:
 def _weigh(ctx: Any, g: Tensor) -> list[Tensor | None]:
     context = ctx.context
     shard, sharing = context.shard, context.sharing
-    _, _, _, bias, *saved = ctx.saved_tensors
-    operands, saved = Operands(*saved[: len(Operands._fields)]), saved[len(Operands._fields) :]
-    single = len(Swept._fields) - 1
-    swept = Swept(*saved[:single], tuple(saved[single:]))
-    upstream = _upstream(context, g, swept.state.dtype)
-    a, b = swept.coefficients.split([shard.rows, shard.batch])
+    _, _, scale, bias, *saved = ctx.saved_tensors
+    row, saved = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
+    count = len(_Lines._fields)
+    lines, (state, positive, *kept) = _Lines(*saved[:count]), saved[count:]
+    swept = Swept(state, positive, tuple(kept))
+    upstream = _upstream(context, g, state.dtype)
+    a, b = lines.coefficients.split([shard.rows, shard.batch])
     a, b = a * upstream.of_rows, b * upstream.of_columns
-    of_rows, of_columns = swept.of_rows * upstream.of_rows, swept.of_columns * upstream.of_rows
+    of_rows, of_columns = lines.of_rows * upstream.of_rows, lines.of_columns * upstream.of_rows
+
+    def gradients(
+        a: Tensor, b: Tensor, weights: Tensor, needs_x: bool, needs_y: bool
+    ) -> ops.Gradients:
+        weighing = Weighing(row, swept, Upstream(torch.cat((a, b)), weights, upstream.gain))
+        return weighing.run(needs_x, needs_y)
+
     needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-    work = Weighing(context, operands, swept, upstream.gain)
     if sharing.from_others or sharing.whole_value:
-        dx, dy, totals = work.run(a, b, of_rows + of_columns, (needs_x, shard.needs_y))
+        dx, dy, totals, _ = gradients(a, b, of_rows + of_columns, needs_x, shard.needs_y)
     else:
         # Each tower as the anchor of its own rank's loss alone: rows for x, columns for y.
-        dx, _, of_x = work.run(a, b * 0, of_rows, (needs_x, False))
-        _, dy, of_y = work.run(a * 0, b, of_columns, (False, shard.needs_y))
+        dx, _, of_x, _ = gradients(a, b * 0, of_rows, needs_x, False)
+        _, dy, of_y, _ = gradients(a * 0, b, of_columns, False, shard.needs_y)
         totals = of_x + of_y
     if sharing.whole_value:
         totals = shard.sum(totals) * g
         dx, dy = dx * upstream.afterwards, dy * upstream.afterwards
-    own_factor = operands.held_factor
-    if own_factor is not None:
-        own_factor = context.columns.own(own_factor)
+    x, y = row.block.x, row.block.y
+    own_factor = None if y.factor is None else y.factor[shard.mine]
+    if bias is None or row.block.bias is None:
+        dbias = None if bias is None else torch.zeros_like(bias)
+    else:
+        dbias = scalar_like(totals[0], bias)
     return [
-        _to_features(dx, operands.factor_x, ctx.dtypes[0]) if needs_x else None,
-        _to_features(dy, own_factor, ctx.dtypes[1]) if needs_y else None,
-        scalar_like(totals[1], operands.scale) if needs_scale else None,
-        scalar_like(totals[0], bias) if needs_bias and operands.bias is not None
-        else torch.zeros_like(bias) if needs_bias else None,
-    ]  # fmt: skip
-
-
-def _to_features(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """In the features' dtype. A row shorter than epsilon was divided by 1e-12: in fp16 it has no
-    gradient instead of an infinite one, as in one process."""
-    if dtype == torch.float16 and factor is not None:
-        gradient = gradient.masked_fill(factor[:, None] >= 0.9999e12, 0)
-    return cast(gradient, dtype)
+        to_features(dx, x.factor, ctx.dtypes[0]) if needs_x else None,
+        to_features(dy, own_factor, ctx.dtypes[1]) if needs_y else None,
+        scalar_like(totals[1], scale) if needs_scale else None,
+        dbias if needs_bias else None,
+    ]

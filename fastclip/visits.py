@@ -1,13 +1,19 @@
 """How the other tower's features come to a rank's rows, and how their gradients get home.
 
-`Gathered` holds all of them, O(B D): one visit, one reduce-scatter. `Ring` holds a few ranks' at a
-time, O(b D): as many visits as ranks, the next ones under way while two are worked on; gradients
-travel on behind, in fp32. Distances are between ranks, modulo their number.
+`Gathered` holds all of them, O(B D), and reduce-scatters their gradients. `Ring` holds a few ranks'
+at a time, O(b D): as many visits as ranks, the next ones under way while two are worked on;
+gradients travel on behind, in fp32. Distances are between ranks, modulo their number.
+
+Both send features on a journey. One loop asks it for visits and hands their gradients back:
+
+    journey = columns.start(held)
+    for visit in journey:
+        journey.give_back(gradient of visit.features)
+    own = journey.finish()
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,11 +24,23 @@ from torch import Tensor
 from .shard import Shard
 
 
-class Gathered:
-    """All features at once."""
+class Visit(NamedTuple):
+    """Features, and the columns that they are."""
 
-    def __init__(self, shard: Shard) -> None:
+    features: Tensor
+    columns: slice
+    has_own: bool  # this rank's own are among them
+
+
+class Gathered:
+    """All features at once.
+
+    apart: a rank's own features visit first and alone, then those before and behind them.
+    """
+
+    def __init__(self, shard: Shard, apart: bool = False) -> None:
         self.shard = shard
+        self.apart = apart
 
     def held(self, y: Tensor) -> Tensor:
         """What a rank keeps of y (b, ...) between forward and backward."""
@@ -31,19 +49,45 @@ class Gathered:
     def own(self, held: Tensor) -> Tensor:
         return held[self.shard.mine]
 
-    def visits(self, held: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """Features and the columns that they are."""
-        yield held, slice(0, self.shard.batch)
+    def live(self, visit: Visit) -> tuple[slice | Tensor, int | None]:
+        """Which of the visiting columns are live, and where among these this rank's own begin;
+        None: none are its own."""
+        return self.shard.where_live(visit.features.device), self.shard.of_live.start
 
-    def live(self, start: int, device: torch.device) -> tuple[slice | Tensor, int | None]:
-        """Which of the columns visiting from `start` on are live, and from which place among these
-        on this rank's own are; None: none are."""
-        return self.shard.where_live(device), self.shard.of_live.start
+    def start(self, held: Tensor, home: Shard | None = None) -> _Stay:
+        """home: the shard of the gradients, where these are of live columns alone."""
+        return _Stay(self, held, home or self.shard)
 
-    def home(self, parts: Iterator[Tensor]) -> Tensor:
-        """Sums of the ranks' parts, one for each visit; this rank's own rows."""
-        (part,) = parts
-        return self.shard.scatter_sum(part)
+
+class _Stay:
+    """The journey of features that are here already."""
+
+    def __init__(self, gathered: Gathered, held: Tensor, home: Shard) -> None:
+        self.gathered, self.held, self.home = gathered, held, home
+        self.gradients: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[Visit]:
+        shard = self.gathered.shard
+        if not self.gathered.apart:
+            yield Visit(self.held, slice(0, shard.batch), True)
+            return
+        own = shard.mine
+        for columns in (own, slice(0, own.start), slice(own.stop, shard.batch)):
+            yield Visit(self.held[columns], columns, columns is own)
+
+    def give_back(self, gradient: Tensor) -> None:
+        """The gradient of the visit's features."""
+        self.gradients.append(gradient)
+
+    def finish(self) -> Tensor:
+        """The sum over ranks, this rank's own rows."""
+        own, *others = self.gradients
+        self.gradients = []
+        if others:
+            before, behind = others
+            own = torch.cat((before, own, behind))
+            del others, before, behind
+        return self.home.scatter_sum(own)
 
 
 class Ring:
@@ -64,48 +108,71 @@ class Ring:
     def own(self, held: Tensor) -> Tensor:
         return held
 
-    def visits(self, held: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        here = [held, held]  # one for each way
-        for step in range(self.steps + 1):
-            leaving = zip(here, self._owners(step + 1), strict=False)
-            arriving = _Exchange(
-                self.shard, [_Message(x, -_way(owner), _way(owner), owner) for x, owner in leaving]
-            )
-            for x, owner in zip(here, self._owners(step), strict=False):
-                yield x, self.shard.rows_of(self.shard.at(owner))
-            here = arriving.wait()
+    def live(self, visit: Visit) -> tuple[slice | Tensor, int | None]:
+        columns = [self.shard.rows_of(rank) for rank in range(self.shard.world_size)]
+        owner = columns.index(visit.columns)
+        return self.shard.live[owner], 0 if visit.has_own else None
 
-    def live(self, start: int, device: torch.device) -> tuple[slice | Tensor, int | None]:
-        owner = bisect.bisect_right(self.shard.starts, start) - 1
-        return self.shard.live[owner], 0 if owner == self.shard.rank else None
+    def start(self, held: Tensor, home: Shard | None = None) -> _Round:
+        return _Round(self, held, home or self.shard)
 
-    def home(self, parts: Iterator[Tensor]) -> Tensor:
-        own = next(parts)
-        last: _Exchange | None = None
-        arrivals = []
-        for step in range(1, self.steps + 1):
-            following = self._owners(step + 1)
-            messages = []
-            for k, owner in enumerate(self._owners(step)):
-                total = next(parts)
-                if last is not None:  # the sum of ranks that these features visited before
-                    total.add_(last.wait()[k])
-                if k < len(following):
-                    messages.append(_Message(total, -_way(owner), _way(owner), following[k]))
-                else:
-                    messages.append(_Message(total, owner, -owner, 0))
-            last = _Exchange(self.shard, messages)
-            arrivals += [(last, k) for k in range(len(following), len(messages))]
-        for exchange, k in arrivals:
-            own.add_(exchange.wait()[k])
-        return own
-
-    def _owners(self, step: int) -> list[int]:
+    def owners(self, step: int) -> list[int]:
         """Whose features visit at a step, as distances from this rank."""
         if step == 0:
             return [0]
         # Halfway round both ways end at the same rank.
         return [d for d in (step, -step) if -self.shard.world_size < 2 * d <= self.shard.world_size]
+
+
+class _Round:
+    """The journey round the ring."""
+
+    def __init__(self, ring: Ring, held: Tensor, home: Shard) -> None:
+        self.ring, self.held, self.home = ring, held, home
+        self.step = 0  # of the gradients
+        self.own: list[Tensor] = []
+        self.leaving: list[_Message] = []  # of this step's
+        self.last: _Exchange | None = None
+        self.arrivals: list[tuple[_Exchange, int]] = []
+
+    def __iter__(self) -> Iterator[Visit]:
+        ring, shard = self.ring, self.ring.shard
+        here = [self.held, self.held]  # one for each way
+        for step in range(ring.steps + 1):
+            leaving = zip(here, ring.owners(step + 1), strict=False)
+            arriving = _Exchange(
+                shard, [_Message(x, -_way(owner), _way(owner), owner) for x, owner in leaving]
+            )
+            for x, owner in zip(here, ring.owners(step), strict=False):
+                yield Visit(x, shard.rows_of(shard.at(owner)), owner == 0)
+            here = arriving.wait()
+
+    def give_back(self, gradient: Tensor) -> None:
+        """Sends them on with the last visit of a step, so that they travel during the next ones."""
+        if self.step == 0:
+            self.own.append(gradient)
+            self.step = 1
+            return
+        owners, following = self.ring.owners(self.step), self.ring.owners(self.step + 1)
+        k = len(self.leaving)
+        if self.last is not None:  # the sum of ranks that these features visited before
+            gradient.add_(self.last.wait()[k])
+        owner = owners[k]
+        if k < len(following):
+            self.leaving.append(_Message(gradient, -_way(owner), _way(owner), following[k]))
+        else:
+            self.leaving.append(_Message(gradient, owner, -owner, 0))
+        if len(self.leaving) == len(owners):
+            self.last = _Exchange(self.home, self.leaving)
+            self.arrivals += [(self.last, k) for k in range(len(following), len(owners))]
+            self.leaving, self.step = [], self.step + 1
+
+    def finish(self) -> Tensor:
+        own = self.own.pop()
+        for exchange, k in self.arrivals:
+            own.add_(exchange.wait()[k])
+        self.last, self.arrivals = None, []
+        return own
 
 
 def _way(owner: int) -> int:
@@ -123,7 +190,8 @@ class _Message(NamedTuple):
 
 
 class _Exchange:
-    """Messages under way; those between the same two ranks arrive in their order."""
+    """Messages under way; those between the same two ranks arrive in their order. Those without
+    rows, of ranks without columns, are not sent."""
 
     def __init__(self, shard: Shard, messages: list[_Message]) -> None:
         # All tensors stay alive until the exchange is over.
@@ -131,13 +199,16 @@ class _Exchange:
         operations = []
         for x, to, source, owner in messages:
             rows = shard.sizes[shard.at(owner)]
-            self.incoming.append(x.new_empty((rows, *x.shape[1:])))
-            operations += [
-                dist.P2POp(dist.isend, x, group=shard.group, group_peer=shard.at(to)),
-                dist.P2POp(
-                    dist.irecv, self.incoming[-1], group=shard.group, group_peer=shard.at(source)
-                ),
-            ]
+            incoming = x.new_empty((rows, *x.shape[1:]))
+            self.incoming.append(incoming)
+            if len(x):
+                operations.append(
+                    dist.P2POp(dist.isend, x, group=shard.group, group_peer=shard.at(to))
+                )
+            if rows:
+                operations.append(
+                    dist.P2POp(dist.irecv, incoming, group=shard.group, group_peer=shard.at(source))
+                )
         if operations:
             self.works = dist.batch_isend_irecv(operations)
 

@@ -95,9 +95,9 @@ def ours_and_kept(
     kept, sweep = [], sharded.sweep
 
     def seen(*arguments: Any, **named: Any) -> Any:
-        value, swept = sweep(*arguments, **named)
+        value, swept, lines = sweep(*arguments, **named)
         kept.extend(products.nbytes for products in swept.kept)
-        return value, swept
+        return value, swept, lines
 
     with mock.patch.object(sharded, "sweep", seen):
         return ours(rank, world_size, case, options), sum(kept)

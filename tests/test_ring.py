@@ -8,7 +8,6 @@ import queue
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,9 +86,10 @@ def test_everybody_visits_everybody_once(world_size: int, monkeypatch: pytest.Mo
 
     def run(ring: Ring) -> list[int]:
         seen = []
-        for features, columns in ring.visits(batch[ring.shard.mine]):
-            assert torch.equal(features, batch[columns])
-            seen += range(columns.start, columns.stop)
+        for visit in ring.start(batch[ring.shard.mine]):
+            assert torch.equal(visit.features, batch[visit.columns])
+            assert visit.has_own == (visit.columns == ring.shard.mine)
+            seen += range(visit.columns.start, visit.columns.stop)
         return seen
 
     for rank, seen in enumerate(on_every_rank(world_size, sizes, run)):
@@ -111,11 +111,11 @@ def test_gradients_get_home(world_size: int, monkeypatch: pytest.MonkeyPatch) ->
 
     def run(ring: Ring) -> Tensor:
         mine = torch.zeros(sizes[ring.shard.rank], 2, dtype=torch.float64)
-        parts = (
-            features + 10.0**ring.shard.rank + columns.start / 1e3
-            for features, columns in ring.visits(mine)
-        )
-        return ring.home(parts)
+        journey = ring.start(mine)
+        for visit in journey:
+            part = visit.features + 10.0**ring.shard.rank + visit.columns.start / 1e3
+            journey.give_back(part)
+        return journey.finish()
 
     for rank, gradient in enumerate(on_every_rank(world_size, sizes, run)):
         total = sum(10.0**r for r in range(world_size)) + world_size * sum(sizes[:rank]) / 1e3
@@ -132,7 +132,7 @@ def test_a_rank_holds_few(world_size: int, monkeypatch: pytest.MonkeyPatch) -> N
     def visiting(ring: Ring) -> int:
         rank = ring.shard.rank
         mine = torch.zeros(3, 2)
-        return max(mail.held(rank) for _ in ring.visits(mine)) - (world_size > 1)
+        return max(mail.held(rank) for _ in ring.start(mine)) - (world_size > 1)
 
     assert max(on_every_rank(world_size, sizes, visiting)) <= 4
 
@@ -140,13 +140,13 @@ def test_a_rank_holds_few(world_size: int, monkeypatch: pytest.MonkeyPatch) -> N
 
     def homing(ring: Ring) -> int:
         most = []
-
-        def parts() -> Iterator[Tensor]:
-            for _ in range(world_size):
-                most.append(1 + mail.held(ring.shard.rank))  # and the part that is being made
-                yield torch.zeros(3, 2)
-
-        ring.home(parts())
+        journey = ring.start(torch.zeros(3, 2))
+        features = len(mail.tensors[ring.shard.rank])
+        for _ in range(world_size):
+            most.append(1 + mail.held(ring.shard.rank))  # and the part that is being made
+            journey.give_back(torch.zeros(3, 2))
+        assert features == 0  # nothing travels that nobody asks for
+        journey.finish()
         return max(most)
 
     assert max(on_every_rank(world_size, sizes, homing)) <= 5

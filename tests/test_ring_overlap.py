@@ -3,7 +3,6 @@
 A rank on its own here: what it posts and waits for is noted, and nothing arrives.
 """
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastclip import block_row, visits
+from fastclip import visits
 from fastclip.shard import Shard
 from fastclip.visits import Ring
 
@@ -60,37 +59,47 @@ def steps_of(world_size: int) -> list[int]:
     return [(visit + 1) // 2 for visit in range(world_size)]
 
 
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_the_next_features_travel_during_a_visit(
-    post: Post, world_size: int, normalize: bool
-) -> None:
+def test_the_next_features_travel_during_a_visit(post: Post, world_size: int) -> None:
     """All along a step's visits; during the last step's nothing is to come."""
-    context = SimpleNamespace(columns=ring_of(world_size))
-    operands = SimpleNamespace(
-        held=torch.zeros(2, 3), held_factor=torch.ones(2) if normalize else None
-    )
-    seen = [(post.under_way, post.posted) for _ in block_row.visits(context, operands)]
+    journey = ring_of(world_size).start(torch.zeros(2, 3))
+    seen = [(post.under_way, post.posted) for _ in journey]
     steps = steps_of(world_size)
     assert len(seen) == world_size and post.under_way == 0
     for (under_way, posted), step in zip(seen, steps, strict=True):
-        # Of each exchange so far: features sent and received, and their factors as well.
+        # Of each exchange so far: features sent and received.
         ahead = min(step + 1, steps[-1])
-        assert posted == (2 if normalize else 1) * 2 * sum(1 <= s <= ahead for s in steps)
+        assert posted == 2 * sum(1 <= s <= ahead for s in steps)
         assert (under_way > 0) == (step < steps[-1])
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_gradients_travel_while_the_next_are_made(post: Post, world_size: int) -> None:
     steps, under_way = steps_of(world_size), []
-
-    def parts() -> Iterator[Tensor]:
-        for _ in steps:
-            under_way.append(post.under_way)
-            yield torch.zeros(2, 3)
-
-    ring_of(world_size).home(parts())
+    journey = ring_of(world_size).start(torch.zeros(2, 3))
+    for _ in steps:
+        under_way.append(post.under_way)
+        journey.give_back(torch.zeros(2, 3))
+    journey.finish()
     assert post.under_way == 0 and post.posted == 2 * (world_size - 1)
     for visit, step in enumerate(steps):
         if step > 1 and step != steps[visit - 1]:  # a step's first
             assert under_way[visit] > 0
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_loop_has_both_under_way(post: Post, world_size: int) -> None:
+    """While a step's first block is weighed: the features of the step after it, the gradients of
+    the step before."""
+    steps, under_way = steps_of(world_size), []
+    journey = ring_of(world_size).start(torch.zeros(2, 3))
+    for visit in journey:
+        under_way.append(post.under_way)
+        journey.give_back(torch.zeros_like(visit.features))
+    journey.finish()
+    assert post.under_way == 0 and post.posted == 4 * (world_size - 1)
+    for visit, step in enumerate(steps):
+        if step != steps[visit - 1]:
+            to_come = sum(s == step + 1 for s in steps)
+            gone = sum(s == step - 1 for s in steps if s > 1)
+            assert under_way[visit] == 2 * (to_come + gone)
