@@ -231,12 +231,14 @@ def weights(
         of_lines, by_id, own = torch.cat(given[3:5]), torch.cat(found[3:5]), _Own(block, found[2])
         share = of_lines * own.sign
         if kind.has_shift:
-            of_lines = of_lines.masked_fill(by_id == -torch.inf, 0)
+            nothing = by_id == -torch.inf
+            of_lines = of_lines.masked_fill(nothing, 0)
             total = total + of_lines.sum()
             # In logarithms: an own positive may exceed the other ones' shift by any power.
             common = 0.0 if bias is None else bias.reshape(()).to(state.dtype)
             beside = torch.exp2(state[2] - (by_id - common) * LOG2E)
-            share = of_lines * torch.exp(own.logits - by_id)
+            # A column that its bias takes out has an own positive of -inf.
+            share = of_lines * torch.exp(own.logits - by_id.masked_fill(nothing, 0))
             of_lines = torch.where(state[3] == 0, 0, of_lines * beside)
         else:
             share = share * kind.activation(own.log2, own.log2 * 0)
