@@ -43,8 +43,8 @@ def check_world(
     group = group_of(process_group)
     if group is None and world_size > 1:
         raise RuntimeError(
-            f"{name}: a loss across processes needs torch.distributed.init_process_group first, "
-            f"got world_size {world_size} and no initialised group"
+            f"{name}: a loss across {world_size} processes needs "
+            "torch.distributed.init_process_group first, got no initialised group"
         )
     real = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if (rank, world_size) != real:
