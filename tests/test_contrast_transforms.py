@@ -1,4 +1,4 @@
-"""What torch may do with `contrast` and the losses: compile, export, transform, count, fake them."""
+"""Compilers, exporters, transforms, counters and fake tensors take `contrast` and the losses."""
 
 import warnings
 from collections.abc import Callable, Iterator
