@@ -41,36 +41,49 @@ class Library {
   virtual void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) = 0;
 };
 
-// A rectangular block of logits. Of a Side the engine reads features, rows, stride and factor (fp32), and
+// A rectangular block of logits. Of a Side the engine reads features, rows, stride, factor (fp32), ids, threshold (fp32)
+// and of y the key_bias. Of its negatives, and with same_id_positive of its positives,
 //   sweep             writes reference and sum
-//   weigh             reads reference and coefficients, both float64, and writes gradient, where there is one
-//   sweep_and_weigh   writes reference, sum and gradient
+//   weigh             reads references and coefficients, both float64, and writes gradient and key_bias_sum, where there
+//                     are any
+//   sweep_and_weigh   writes reference and sum, and gradient
 struct Block {
   Side x, y;
   int64_t width = 0;            // D
   Dtype dtype = Dtype::kFloat;  // kFloat, kBFloat16 or kHalf
-  Loss loss = Loss::kSoftmax;
+  Kind kind{};
+  bool same_id_positive = false;
   Scalar scale, bias;  // bias.at may be null
   int64_t offset = 0;
   bool tf32 = false;   // products round fp32 operands to tf32, and so does the engine, to nearest
   bool fused = false;  // tiles from the engine's own tensor-core kernels, where they can, else from the library
   Stream stream = nullptr;
+
+  // Every pair but the own positives is a negative of both of its lines, no column has a bias, and nobody asks for one's
+  // gradient.
+  bool is_plain() const { return !x.ids && !x.threshold && !y.key_bias && !y.key_bias_sum; }
 };
 
-// The first sweep. bound.at: an upper bound of |t_ij|, or null. positive (M) out: t, only of rows whose positive lies
-// in the block. kept (kept_rows, N) out: products of the leading rows, without the factors.
-void sweep(const Block& block, Scalar bound, double* positive, float* kept, int64_t kept_rows, Library& library);
+// What the first sweep needs besides the block.
+struct Sweeping {
+  Scalar bound;                    // an upper bound of |t_ij|; bound.at may be null
+  const bool* occupied = nullptr;  // (sets, M + N), or null: see PartLines in finalise_cuda.h
+  double* positive = nullptr;      // (M) out: t, only of rows whose own positive lies in the block
+  float* kept = nullptr;           // (kept_rows, N) out: products of the leading rows, without the factors
+  int64_t kept_rows = 0;
+};
+void sweep(const Block& block, const Sweeping& sweeping, Library& library);
 
 // Lines, rows or columns, to losses, coefficients and weights of their positives. `period` lines share positives.
-struct Lines {
-  Loss loss = Loss::kSoftmax;
+struct Finishing {
+  Kind kind{};
   int64_t count = 0, period = 0;
   const double *reference = nullptr, *sum = nullptr, *positive = nullptr;
   Scalar scale, bias;
   double *losses = nullptr, *coefficients = nullptr, *weights = nullptr;
   Stream stream = nullptr;
 };
-void finish(const Lines& lines);
+void finish(const Finishing& lines);
 
 // What the second sweep needs besides the block.
 struct Weighing {
@@ -84,8 +97,8 @@ struct Weighing {
 };
 void weigh(const Block& block, const Weighing& weighing, Library& library);
 
-// Both in one go, for a loss whose weights need no state. positive (M) out, as in sweep; of the weighing only gain,
-// project and totals are read. Gradients are fp32.
+// Both in one go, for a linear kind and a plain block. positive (M) out, as in sweep; of the weighing only gain, project
+// and totals are read. Gradients are fp32.
 void sweep_and_weigh(const Block& block, double* positive, const Weighing& weighing, Library& library);
 
 // Rows and columns of a chunk of products. Tests make it small.
@@ -96,10 +109,6 @@ ChunkShape& chunk_shape();
 
 // Whether the fused kernels were compiled.
 bool has_fused();
-
-// The loss's traits, for the front.
-bool needs_state(Loss loss);
-bool uses_bias(Loss loss);
 
 }  // namespace cuda
 }  // namespace fastclip
