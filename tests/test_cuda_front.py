@@ -5,11 +5,22 @@ On CPU tensors, by the emulated engine.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import cuda_case
 import pytest
 import torch
-from dense_block import Block, make_block, make_weights, operator, sweep, weigh
+from dense_block import (
+    Block,
+    make_block,
+    make_masked_block,
+    make_weights,
+    occupied,
+    operator,
+    sweep,
+    weigh,
+    weigh_all,
+)
 from gpu_engine_case import library_products, prepare
 from torch.profiler import ProfilerActivity, profile
 
@@ -55,9 +66,10 @@ def test_fused_tiles_that_were_not_built_are_an_error(monkeypatch: pytest.Monkey
 
 def products(block: Block, keep: int, rows: int, columns: int) -> tuple[int, int]:
     """Products that torch makes in either sweep, of chunks of this shape."""
+    told = occupied(block)
     with cuda_case.chunks(rows, columns):
         with library_products() as first:
-            state, positive, kept = sweep("cuda", block, keep)
+            state, positive, kept = operator("sweep", "cuda")(*block.arguments, None, told, keep)
         weights = make_weights(state, len(block.x))
         with library_products() as second:
             weigh("cuda", block, state, positive, weights, kept)
@@ -97,9 +109,7 @@ def test_no_work_space_is_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
     with cuda_case.chunks(chunk, chunk), profile(activities=activities, profile_memory=True) as p:
         state, positive, kept = sweep("cuda", block)
         weigh("cuda", block, state, positive, make_weights(state, m), kept)
-        operator("sweep_and_weigh", "cuda")(
-            *block.tensors, gain, 0, block.loss, True, True, True
-        )  # fmt: skip
+        operator("sweep_and_weigh", "cuda")(*block.arguments, gain, True, True, True)
     allocated = [e.self_cpu_memory_usage for e in p.events() if e.self_cpu_memory_usage > 0]
     assert allocated and max(allocated) < m * n * 4 / 10
 
@@ -109,7 +119,7 @@ def test_no_work_space_is_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
 
 def test_operands_of_another_device_are_refused() -> None:
     """Such as a scale that was left on the CPU: its address means nothing on a card."""
-    block = make_block(9, 7, 4)
+    block = make_block(9, 7, 4, loss="sigmoid")
     state, positive, kept = sweep("cuda", block)
     weights = make_weights(state, 9)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -119,16 +129,20 @@ def test_operands_of_another_device_are_refused() -> None:
             operator(name, "cuda").redispatch(keys, *arguments)
 
     meta = torch.ones(9, device="meta")
+    ids, lines = meta.int(), torch.ones(7)
     for changes in (
         {"y": block.y.to("meta")}, {"factor_x": meta}, {"scale": meta[0]}, {"bias": meta[0]},
+        {"ids_x": ids, "ids_y": lines.int()}, {"threshold_x": meta, "threshold_y": lines},
+        {"key_bias": meta[:7]},
     ):  # fmt: skip
-        call("sweep", *block._replace(**changes).tensors, None, 0, "sigmoid", 0)
-    call("sweep", *block.tensors, meta[0], 0, "softmax", 0)
-    between = [state, positive, weights.coefficients, weights.positive_weight, weights.gain, kept]
+        call("sweep", *block._replace(**changes).arguments, None, None, 0)
+    call("sweep", *block.arguments, meta[0], None, 0)
+    call("sweep", *block.arguments, None, torch.ones(1, 16, dtype=torch.bool, device="meta"), 0)
+    between = [state, positive, kept, weights.coefficients, weights.positive_weight, weights.gain]
     for k in range(len(between)):
         others = [*between[:k], between[k].to("meta"), *between[k + 1 :]]
         call(
-            "weigh", *block.tensors, *others, 0, "softmax", True, True, False, torch.float32,
+            "weigh", *block.arguments, *others, True, True, False, False, torch.float32,
             torch.float32,
         )  # fmt: skip
     call("finish", state[:, :9], meta.double(), block.scale, None, "softmax")
@@ -154,3 +168,34 @@ def test_states_may_lie_anywhere() -> None:
     )
     for result, truth in zip(spread, losses, strict=True):
         assert torch.equal(result, truth) or torch.equal(result.isnan(), truth.isnan())
+
+
+def test_operands_of_pairs_may_lie_anywhere() -> None:
+    """Numbers that are not neighbours, a bias of any dtype, lines that are told apart."""
+    block = make_masked_block(9, 7, 4, ids=4, margin=-0.2, key_bias=1.0, same_id_positive=True)
+    block = block._replace(key_bias=block.key_bias.bfloat16())
+    names = ("ids_x", "ids_y", "threshold_x", "threshold_y", "key_bias")
+    spread = block._replace(
+        **{name: torch.stack((getattr(block, name),) * 2, 1)[:, 0] for name in names}
+    )
+    expected = sweep("cuda", block)
+    told = torch.stack((occupied(block),) * 2, 2)[..., 0]
+    assert not told.is_contiguous() and not spread.ids_x.is_contiguous()
+    results = operator("sweep", "cuda")(*spread.arguments, None, told, 0)
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, truth, rtol=0, atol=0, equal_nan=True)
+    state, positive, _ = expected
+    weights = make_weights(state, 9)
+    spread_weights = replace(weights, coefficients=weights.coefficients.T.contiguous().T)
+    for result, truth in zip(
+        weigh_all("cuda", spread, state.T.contiguous().T, positive, spread_weights),
+        weigh_all("cuda", block, state, positive, weights), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(result, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_positives_by_id_take_no_product_of_their_own(dtype: torch.dtype) -> None:
+    options = {"ids": 4, "margin": 0.1, "key_bias": 1.0, "same_id_positive": True}
+    block = make_masked_block(70, 40, 8, dtype, **options)
+    assert products(block, 0, 1 << 20, 1 << 20) == (1, 3)
