@@ -3,6 +3,7 @@
     from fastclip.loss import ClipLoss, SigLipLoss    # open_clip's signatures, call by call
     from fastclip.loss import clip_loss, siglip_loss  # the functions beneath
 
+    from fastclip import contrast                     # statistics to write a loss of one's own on
     from fastclip import distributed, cached_step     # batches over processes; beyond memory
 
 `fastclip.backends()` tells which engines can run here, and why each other one cannot;
@@ -11,6 +12,7 @@
 
 from .backends import backends, build_info, release_workspace
 from .cached import cached_step
+from .contrast import contrast
 from .loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "build_info",
     "cached_step",
     "clip_loss",
+    "contrast",
     "release_workspace",
     "siglip_loss",
 ]

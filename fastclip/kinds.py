@@ -24,6 +24,7 @@ has the two functions of, under the same name (`csrc/epilogues.h`, `triton_kerne
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,3 +127,21 @@ def kind_of(name: str) -> type[Kind]:
 
 for _kind in (Softmax, Sigmoid):
     register(_kind)
+
+
+class LineStatistics(NamedTuple):
+    """What each line knows of its pairs; float64 (float32 on Apple GPUs).
+
+    rows (M), columns (N): log-sum-exp of each line's negatives, -inf without any; with
+        `kind="sigmoid"` the sum of their softplus, 0 without any. None where not asked for.
+    positives (M): the logit of each row's own positive; NaN for a row without.
+    row_positives (M), column_positives (N): with `same_id="positive"` log-sum-exp of each line's
+        positives, its own included; with `kind="sigmoid"` the sum of softplus of their negated
+        logits. Else None.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+    positives: Tensor
+    row_positives: Tensor | None = None
+    column_positives: Tensor | None = None
