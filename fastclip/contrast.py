@@ -92,6 +92,7 @@ def contrast(
             backend, "positive" without ids, neither rows nor columns, a negative budget.
     """
     check_sides(x, y)
+    y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
     check_offset(offset)
     ids = check_ids(ids, same_id, x, y)
     check_key_bias(key_bias, y)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .block import Block, Side, Statistics, Upstream, Wanted
@@ -41,17 +42,29 @@ class Plan(NamedTuple):
 
 def fused_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """The loss of paired features x, y (N, D); scale, bias of one element each."""
+    refuse_forward_mode(x, y, scale, bias)
     with torch.no_grad():
         block = _block(x, y, scale, bias, plan)
     if differentiates(x, y, scale, bias):
         needs_x, needs_y = needs_gradient(x), needs_gradient(y)
         in_one_go = _makes_gradients_at_once(x, y, needs_x, needs_y, plan)
         plan = plan._replace(needs_x=needs_x, needs_y=needs_y, in_one_go=in_one_go)
-        value, *_ = _FusedLoss.apply(x, y, scale, bias, *block.flat(), *plan)
+        value, *_ = _FusedLoss.apply(x, y, scale, bias, *without_inputs(block).flat(), *plan)
         return value
     state, positive, _ = ops.sweep(plan.engine, block)
     losses, _, _ = _finish(block, state, positive, plan)
     return _reduce(losses, plan)
+
+
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """An error that says so, before a Function or an operator raises one that does not."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise RuntimeError(
+            "fastclip's losses have no forward-mode derivative (torch.func.jvp, dual numbers): "
+            "use reverse mode, or backend='reference', which is plain PyTorch"
+        )
 
 
 def needs_gradient(x: Tensor | None) -> bool:
@@ -64,13 +77,24 @@ def differentiates(*inputs: Tensor | None) -> bool:
 
 
 def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Block:
-    sides = (side_of(cast(t, plan.dtype), plan.normalize) for t in (x, y))
+    sides = (side_of(cast(t.detach(), plan.dtype), plan.normalize) for t in (x, y))
     return Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
 
 
 def bias_of(bias: Tensor | None, kind: str) -> Tensor | None:
     """The bias as far as an engine sees it: with a shift it cancels, or is added afterwards."""
     return None if kind_of(kind).has_shift else bias
+
+
+def without_inputs(block: Block) -> Block:
+    """Without what is an input of a Function beside it: Dynamo takes no tensor twice."""
+    return block._replace(scale=None, bias=None, key_bias=None)
+
+
+def with_inputs(
+    block: Block, scale: Tensor, bias: Tensor | None, key_bias: Tensor | None = None
+) -> Block:
+    return block._replace(scale=scale, bias=bias_of(bias, block.kind), key_bias=key_bias)
 
 
 def side_of(x: Tensor, normalize: bool) -> Side:
@@ -112,6 +136,7 @@ class _FusedLoss(torch.autograd.Function):
         x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *block_and_plan: Any
     ) -> tuple[Tensor, ...]:
         block, plan_fields = Block.of(block_and_plan)
+        block = with_inputs(block, scale, bias)
         plan = Plan(*plan_fields)
         if plan.in_one_go:
             state, positive, *gradients = _sweep_and_weigh(block, plan)
@@ -139,17 +164,13 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         x, y, scale, bias, x_operand, factor_x, y_operand, factor_y, *found = ctx.saved_tensors
         sides = Side(x_operand, factor_x), Side(y_operand, factor_y)
-        block = Block(*sides, scale, bias_of(bias, ctx.plan.kind), kind=ctx.plan.kind)
+        block = with_inputs(Block(*sides, scale, kind=ctx.plan.kind), scale, bias)
         with torch.no_grad():
             make = _unit_backward if ctx.plan.in_one_go else _weigh_backward
             gradients = make(ctx, block, (x, y, scale, bias), found, g)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = refuse_second_derivative(gradients, g, x, y, scale)
         return *gradients, *(None for _ in (*block.flat(), *ctx.plan))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        refuse_forward_mode()
 
 
 def is_traced() -> bool:
@@ -288,10 +309,3 @@ class _NoSecondDerivative(torch.autograd.Function):
             "fastclip's losses have no second derivative: their gradient was differentiated "
             "(create_graph=True); use backend='reference', which is plain PyTorch"
         )
-
-
-def refuse_forward_mode() -> None:
-    raise RuntimeError(
-        "fastclip's losses have no forward-mode derivative (torch.func.jvp): use reverse mode, or "
-        "backend='reference', which is plain PyTorch"
-    )

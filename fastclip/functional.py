@@ -120,6 +120,7 @@ def _loss(
     live: tuple[int, int] | None,
 ) -> Tensor:  # fmt: skip
     check_features(x, y)
+    y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     scale = scalar("logit_scale", logit_scale, x)

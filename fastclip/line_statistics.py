@@ -22,6 +22,8 @@ from .function import (
     refuse_forward_mode,
     refuse_second_derivative,
     side_of,
+    with_inputs,
+    without_inputs,
 )
 from .kept import PLANS
 from .kinds import LN2, LOG2E, Kind, LineStatistics, kind_of
@@ -54,7 +56,7 @@ def block_of(
 ) -> Block:  # fmt: skip
     """The operands of the inputs, as constants."""
     with torch.no_grad():
-        x, y = (side_of(cast(t, request.dtype), request.normalize) for t in inputs[:2])
+        x, y = (side_of(cast(t.detach(), request.dtype), request.normalize) for t in inputs[:2])
         if ids is not None:
             codes = pairs.codes_of(*ids)
             x, y = x._replace(ids=codes[0]), y._replace(ids=codes[1])
@@ -67,13 +69,14 @@ def block_of(
 
 def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStatistics:
     """The statistics of a block of the inputs."""
+    refuse_forward_mode(*inputs)
     with torch.no_grad():
         occupied = pairs.occupied(
             block.x, block.y, block.key_bias, block.offset, block.same_id_positive,
             request.rows, request.columns,
         )  # fmt: skip
     if differentiates(*inputs):
-        arguments = (*inputs, *block.flat(), occupied, *request)
+        arguments = (*inputs, *without_inputs(block).flat(), occupied, *request)
         found = _LineStatistics.apply(*arguments)
     else:
         state, positive, _ = ops.sweep(request.engine, block, occupied=occupied)
@@ -166,8 +169,8 @@ class _LineStatistics(torch.autograd.Function):
         count = len(Inputs._fields)
         inputs, sides, output = Inputs(*saved[:count]), saved[count : count + 8], saved[count + 8 :]
         x, y = Side(*sides[:4]), Side(*sides[4:])
-        bias = bias_of(inputs.bias, ctx.block_options[1])
-        block = Block(x, y, inputs.scale, bias, inputs.key_bias, *ctx.block_options)
+        block = Block(x, y, inputs.scale, None, None, *ctx.block_options)
+        block = with_inputs(block, *inputs[2:])
         with torch.no_grad():
             gradients = _gradients(ctx, inputs, block, output, upstream)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -175,15 +178,12 @@ class _LineStatistics(torch.autograd.Function):
             gradients = refuse_second_derivative(gradients, *sources, *inputs[:3])
         return *gradients, *(None for _ in (*block.flat(), None, *ctx.request))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        refuse_forward_mode()
-
 
 def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Block, Tensor | None, Request]:
     count = len(Inputs._fields)
     block, (occupied, *request) = Block.of(arguments[count:])
-    return Inputs(*arguments[:count]), block, occupied, Request(*request)
+    inputs = Inputs(*arguments[:count])
+    return inputs, with_inputs(block, *inputs[2:]), occupied, Request(*request)
 
 
 def _gradients(
