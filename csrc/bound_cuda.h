@@ -68,7 +68,7 @@ __device__ inline float largest_norm(const float* squares, int64_t count) {
 }
 
 // From |t| <= bound where that is given, else from norms; and from the largest biases of columns, in log2 units, where
-// these have any. Clears the flag that asks for running maxima. One block.
+// these have any. Sets the flag that asks for running maxima, or clears it. One block.
 static __global__ void __launch_bounds__(kThreads)
     reference_kernel(Scalar bound, const float* squares, int64_t count_x, int64_t count_y, const float* biases,
                      int64_t count_biases, Scalar scale, float* reference, int32_t* flag) {
@@ -82,8 +82,10 @@ static __global__ void __launch_bounds__(kThreads)
   const double above = fmin(fmax(2 * top - 120, 0.), 100.);
   // Integral, so that powers of two relate it to any other reference. Beyond 2^24 it rounds: there no one reference is
   // enough.
-  *reference = float(ceil(top - above) + (bias > -INFINITY ? double(bias) : 0.));
-  *flag = 0;
+  const float m = float(ceil(top - above) + (bias > -INFINITY ? double(bias) : 0.));
+  *reference = m;
+  // One that is no number serves nobody, not even a line without pairs.
+  *flag = fabsf(m) < INFINITY ? 0 : 1;
 }
 
 }  // namespace cuda

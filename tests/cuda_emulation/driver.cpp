@@ -135,6 +135,11 @@ struct Cases {
     Case c = base;
     c.m = 66, c.n = 70, c.d = 24, c.longest = 30;
     add(c, "one long feature");
+    if (c.dtype != Dtype::kHalf) {
+      Case alone = c;
+      alone.m = alone.n = 1, alone.longest = 1e30;
+      add(alone, "nothing but a positive, a norm that overflows");
+    }
     c.longest = 1, c.factor_x = true, c.has_zero_row = true;
     add(c, "a zero row, projected");
     c.project = false;
