@@ -1,5 +1,5 @@
-// What every kernel of the CUDA engine has in common: the kinds of statistic, numbers of any dtype, sums of a warp, and one place
-// to launch from.
+// What every kernel of the CUDA engine has in common: the kinds of statistic, numbers of any dtype, sums of a warp, and
+// one place to launch from.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -44,7 +44,8 @@ void sweep_and_weigh(const Block& block, double* positive, const Weighing& weigh
   if (!CUDA::is_linear(block.kind))
     throw std::invalid_argument("only a loss whose weights need no state can be swept and weighed in one go");
   if (!block.is_plain())
-    throw std::invalid_argument("a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
+    throw std::invalid_argument(
+        "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
   Work w(block, library);
   w.b.fused = false;  // no fused kernel folds and weighs; each of the two would make the products once more
   Sweeping sweeping;

@@ -41,10 +41,11 @@ class Library {
   virtual void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) = 0;
 };
 
-// A rectangular block of logits. Of a Side the engine reads features, rows, stride, factor (fp32), ids, threshold (fp32)
-// and of y the key_bias. Of its negatives, and with same_id_positive of its positives,
+// A rectangular block of logits. Of a Side the engine reads features, rows, stride, factor (fp32), ids, threshold
+// (fp32) and of y the key_bias. Of its negatives, and with same_id_positive of its positives,
 //   sweep             writes reference and sum
-//   weigh             reads references and coefficients, both float64, and writes gradient and key_bias_sum, where there
+//   weigh             reads references and coefficients, both float64, and writes gradient and key_bias_sum, where
+//   there
 //                     are any
 //   sweep_and_weigh   writes reference and sum, and gradient
 struct Block {
@@ -59,8 +60,8 @@ struct Block {
   bool fused = false;  // tiles from the engine's own tensor-core kernels, where they can, else from the library
   Stream stream = nullptr;
 
-  // Every pair but the own positives is a negative of both of its lines, no column has a bias, and nobody asks for one's
-  // gradient.
+  // Every pair but the own positives is a negative of both of its lines, no column has a bias, and nobody asks for
+  // one's gradient.
   bool is_plain() const { return !x.ids && !x.threshold && !y.key_bias && !y.key_bias_sum; }
 };
 
@@ -97,8 +98,8 @@ struct Weighing {
 };
 void weigh(const Block& block, const Weighing& weighing, Library& library);
 
-// Both in one go, for a linear kind and a plain block. positive (M) out, as in sweep; of the weighing only gain, project
-// and totals are read. Gradients are fp32.
+// Both in one go, for a linear kind and a plain block. positive (M) out, as in sweep; of the weighing only gain,
+// project and totals are read. Gradients are fp32.
 void sweep_and_weigh(const Block& block, double* positive, const Weighing& weighing, Library& library);
 
 // Rows and columns of a chunk of products. Tests make it small.

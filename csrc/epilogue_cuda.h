@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int q = 0; q < 4; q++) {
         const float spread = factor_x * factor_y[four][q];
         t[q] *= spread;
-        const Counts counts = options.counts(line, column_line[four][q], t[q],
-                                             c0 + q < columns && c0 + q != positive);
+        const Counts counts = options.counts(line, column_line[four][q], t[q], c0 + q < columns && c0 + q != positive);
         const bool is_live = counts.mine || counts.other || counts.positive;
         const auto& own = affine_of<Statistic>(k, bias[four][q], counts.positive);
         if (kFold && c0 + q == positive && folding.positive) folding.positive[i] = t[q];

@@ -21,8 +21,8 @@ struct PartLines {
 
 // Which lines of the block have any pairs to add up; of others a sum of zero is right.
 struct Occupied {
-  const bool* lines = nullptr;       // or null: all whose own positive is not their only pair
-  int64_t others = 0, shift = 0;     // the own positive of line l is number l + shift of the other ones
+  const bool* lines = nullptr;    // or null: all whose own positive is not their only pair
+  int64_t others = 0, shift = 0;  // the own positive of line l is number l + shift of the other ones
   __device__ __forceinline__ bool operator()(int64_t l) const {
     if (lines) return lines[l];
     const int64_t own = l + shift >= 0 && l + shift < others ? 1 : 0;
@@ -42,9 +42,9 @@ __device__ __forceinline__ double add_up(const PartLines& lines, int64_t l) {
 
 // Where there is one reference, the flag is raised if it was too coarse for a line: one whose sum is so small may have
 // lost terms that count.
-static __global__ void __launch_bounds__(kThreads) sums_kernel(PartLines rows, PartLines columns, Occupied rows_occupied,
-                                                               Occupied columns_occupied, const float* reference,
-                                                               int32_t* flag) {
+static __global__ void __launch_bounds__(kThreads)
+    sums_kernel(PartLines rows, PartLines columns, Occupied rows_occupied, Occupied columns_occupied,
+                const float* reference, int32_t* flag) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= rows.count + columns.count) return;
   const bool is_row = index < rows.count;

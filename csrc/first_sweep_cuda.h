@@ -87,16 +87,14 @@ class FirstSweep {
   }
 
  private:
-  States states_of(const Side& side) const {
-    return {side.negatives, w.b.same_id_positive ? side.positives : Lines()};
-  }
+  States states_of(const Side& side) const { return {side.negatives, w.b.same_id_positive ? side.positives : Lines()}; }
 
   // set: 0 for negatives, 1 for positives by id.
   void add_sums(const Chunk& c, float* partials, const Lines& x, const Lines& y, int64_t set) {
-    const PartLines rows = {rows_of(c, partials), c.rows, c.row, c.column == 0, c.column + c.columns == w.n(),
-                            x.reference, x.sum};
-    const PartLines columns = {columns_of(c, partials), c.columns, c.column, c.row == 0, c.row + c.rows == w.m(),
-                               y.reference, y.sum};
+    const PartLines rows = {rows_of(c, partials),          c.rows,      c.row, c.column == 0,
+                            c.column + c.columns == w.n(), x.reference, x.sum};
+    const PartLines columns = {columns_of(c, partials), c.columns,   c.column, c.row == 0,
+                               c.row + c.rows == w.m(), y.reference, y.sum};
     const bool* const occupied = sweeping_.occupied ? sweeping_.occupied + set * (w.m() + w.n()) : nullptr;
     launch(w.place("sums_kernel"), sums_kernel, cdiv(c.rows + c.columns, kThreads), rows, columns,
            Occupied{occupied, w.n(), w.b.offset}, Occupied{occupied ? occupied + w.m() : nullptr, w.m(), -w.b.offset},

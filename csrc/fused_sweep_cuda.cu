@@ -18,8 +18,9 @@ void sweep(const Part& part, const Folding& folding) {
 }  // namespace fused
 
 void fused_sweep(const Part& part, const Folding& folding) {
-  fused::for_kernel("fused_sweep", part,
-                    [&](auto statistic, auto element) { fused::sweep<decltype(statistic), decltype(element)>(part, folding); });
+  fused::for_kernel("fused_sweep", part, [&](auto statistic, auto element) {
+    fused::sweep<decltype(statistic), decltype(element)>(part, folding);
+  });
 }
 
 }  // namespace cuda

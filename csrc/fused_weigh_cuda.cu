@@ -21,8 +21,9 @@ void weigh(const Part& part, const PairWeights& weights) {
 
 void fused_weigh(const Part& part, const PairWeights& weights) {
   if (!fused_writes(weights)) throw std::invalid_argument("fused_weigh was not given rows on 16 bytes to write to");
-  fused::for_kernel("fused_weigh", part,
-                    [&](auto statistic, auto element) { fused::weigh<decltype(statistic), decltype(element)>(part, weights); });
+  fused::for_kernel("fused_weigh", part, [&](auto statistic, auto element) {
+    fused::weigh<decltype(statistic), decltype(element)>(part, weights);
+  });
 }
 
 }  // namespace cuda

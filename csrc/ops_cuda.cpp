@@ -343,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& arguments
   const Tensor state = given.state.contiguous(), coefficients = doubles(given.coefficients),
                t = doubles(given.positive), weight = doubles(given.positive_weight);
   const Number upstream("gain", given.gain, x);
-  const auto set_lines = [&](Lines Side::*lines, int64_t set) {
+  const auto set_lines = [&](Lines Side::* lines, int64_t set) {
     const double* const reference = state.const_data_ptr<double>() + 2 * set * (m + n);
     const double* const coefficient = coefficients.const_data_ptr<double>() + set * (m + n);
     (call.block.x.*lines).references = reference, (call.block.y.*lines).references = reference + m;

@@ -1,7 +1,7 @@
 // Which pairs count for their lines, and as what: ids, thresholds, positives by id; and biases of columns.
 //
-// A kernel that meets pairs is compiled for three kinds of blocks. A plain one pays for nothing; ids that take pairs out
-// cost a comparison; whoever has anything else has everything, of which what is absent has values that do nothing.
+// A kernel that meets pairs is compiled for three kinds of blocks. A plain one pays for nothing; ids that take pairs
+// out cost a comparison; whoever has anything else has everything, of which what is absent has values that do nothing.
 #pragma once
 
 #include "device_cuda.h"
@@ -47,7 +47,7 @@ struct Ids : Plain {
 
 struct All {
   static constexpr bool kHasAll = true;
-  const int32_t *ids_x = nullptr, *ids_y = nullptr;          // or null
+  const int32_t *ids_x = nullptr, *ids_y = nullptr;            // or null
   const float *threshold_x = nullptr, *threshold_y = nullptr;  // or null
   const LineBias<float>* biases = nullptr;                     // of the columns, or null
   bool same_id_positive = false;

@@ -137,8 +137,8 @@ class SecondSweep {
   Partials key_bias_of(const Chunk& c) const { return {key_bias_, cdiv(c.rows, kTileRows), 1, c.columns}; }
 
   void add_key_bias(const Chunk& c) const {
-    const PartLines columns = {key_bias_of(c), c.columns, c.column, c.row == 0, c.row + c.rows == w.m(), nullptr,
-                               w.b.y.key_bias_sum};
+    const PartLines columns = {key_bias_of(c),          c.columns, c.column,          c.row == 0,
+                               c.row + c.rows == w.m(), nullptr,   w.b.y.key_bias_sum};
     launch(w.place("weight_sums_kernel"), weight_sums_kernel, cdiv(c.columns, kThreads), columns);
   }
 

@@ -31,10 +31,11 @@ struct Case {
   bool project = true, needs_x = true, needs_y = true;
   Dtype gradient_x = Dtype::kFloat, gradient_y = Dtype::kFloat;
   bool tf32 = false;
-  int32_t ids = 0;            // different ones; 0: none
+  int32_t ids = 0;  // different ones; 0: none
   bool same_id_positive = false;
-  double margin = kNan;       // of thresholds above own positives; NaN: none
-  double key_bias = 0;        // their size; 0: none
+  double margin = kNan;  // of thresholds above own positives; NaN: none
+  double key_bias = 0;   // their size; 0: none
+  double key_bias_mean = 0;
   bool has_vanishing = true;  // one column's bias is -inf
   bool tells_occupied = true;
   bool needs_key_bias = false;
@@ -158,7 +159,7 @@ inline Masks invent_masks(const Case& c, const Numbers& t) {
     }
   }
   if (c.key_bias != 0) {
-    for (int64_t j = 0; j < c.n; j++) masks.key_bias.push_back(c.key_bias * normal(generator));
+    for (int64_t j = 0; j < c.n; j++) masks.key_bias.push_back(c.key_bias_mean + c.key_bias * normal(generator));
     if (c.has_vanishing) masks.key_bias[c.n / 2] = -kInfinity;
   }
   return masks;

@@ -42,8 +42,8 @@ struct Cases {
   std::vector<Case> all;
 
   void add(Case c, const std::string& what) {
-    c.name = what + ", " + c.kind + " " + name_of(c.dtype) + " " +
-             std::to_string(c.m) + " x " + std::to_string(c.n) + " x " + std::to_string(c.d);
+    c.name = what + ", " + c.kind + " " + name_of(c.dtype) + " " + std::to_string(c.m) + " x " + std::to_string(c.n) +
+             " x " + std::to_string(c.d);
     all.push_back(c);
   }
 
@@ -167,6 +167,8 @@ struct Cases {
              Option{"positives by id", [](Case& c) { c.ids = 9, c.same_id_positive = true; }},
              Option{"margin", [](Case& c) { c.margin = -0.3; }},
              Option{"key bias", [](Case& c) { c.key_bias = 4, c.needs_key_bias = true; }},
+             Option{"high key bias", [](Case& c) { c.key_bias = 1, c.key_bias_mean = 200; }},
+             Option{"low key bias", [](Case& c) { c.key_bias = 1, c.key_bias_mean = -2000; }},
              Option{"a key bias's gradient alone", [](Case& c) { c.needs_key_bias = true; }},
              Option{"ids and key bias", [](Case& c) { c.ids = 6, c.key_bias = 2; }},
              Option{"everything",

@@ -140,7 +140,7 @@ class Run {
     // line with few of its pairs or none.
     const bool is_one = std::all_of(references.begin(), references.end(), [&](double m) { return m == references[0]; });
     const bool is_told = c.tells_occupied || c.is_plain();
-    if (truth.largest_logit <= (c.is_plain() ? 76 : 40) && std::isnan(c.margin) && is_told)
+    if (truth.reach <= (c.is_plain() ? 76 : 40) && std::isnan(c.margin) && is_told)
       judge.expect(is_one, what + ": more than one reference");
     if (c.is_softmax())
       judge.close(what + ": log2 of the state", found, exact, arithmetic(), 1e-15);
@@ -228,8 +228,7 @@ class Run {
     for (int64_t i = 0; i < c.m; i++)
       if (truth.has_own(i)) weights[i] = -sigmoid(-truth.own_logit(i));
     const Numbers halves(size_t(lines()), 0.5);
-    compare_gradients("sweep_and_weigh", truth.weights(references, halves), weights, gain.value, dx, dy, totals,
-                      {});
+    compare_gradients("sweep_and_weigh", truth.weights(references, halves), weights, gain.value, dx, dy, totals, {});
   }
 
   void compare_gradients(const std::string& what, const Numbers& w, const Numbers& positive_weights, double gain,

@@ -47,6 +47,7 @@ class Truth {
   const Masks masks;
   Numbers t;                              // (m, n)
   double largest_product, largest_logit;  // bounds: rounding errors in exponentials grow with them
+  double reach;                           // a bound of logits, of biases only how far they are apart
 
   Truth(const Tower& x, const Tower& y, int64_t width, bool is_softmax, double scale, double bias, int64_t offset,
         const Masks& masks)
@@ -64,10 +65,13 @@ class Truth {
         unit_x_(unit(x)),
         unit_y_(unit(y)) {
     largest_product = longest(unit_x_, m) * longest(unit_y_, n);
-    double largest_bias = 0;
+    Numbers biases;
     for (const double v : masks.key_bias)
-      if (std::isfinite(v)) largest_bias = std::max(largest_bias, std::fabs(v));
-    largest_logit = std::fabs(scale) * largest_product + std::fabs(this->bias) + largest_bias;
+      if (std::isfinite(v)) biases.push_back(v);
+    reach = largest_logit = std::fabs(scale) * largest_product + std::fabs(this->bias);
+    if (biases.empty()) return;
+    const auto [least, most] = std::minmax_element(biases.begin(), biases.end());
+    largest_logit += std::max(std::fabs(*least), std::fabs(*most)), reach += *most - *least;
   }
 
   static Numbers products(const Tower& x, const Tower& y, int64_t width) {
@@ -101,8 +105,8 @@ class Truth {
     return numbers;
   }
 
-  // Calls f(i, j, line, logit) for each pair, of negatives or of positives by id, and each line that remembers it: row i,
-  // column j behind the rows.
+  // Calls f(i, j, line, logit) for each pair, of negatives or of positives by id, and each line that remembers it: row
+  // i, column j behind the rows.
   template <class Function>
   void for_pairs(bool of_positives, Function f) const {
     for (int64_t i = 0; i < m; i++)
@@ -140,8 +144,8 @@ class Truth {
     return lines;
   }
 
-  // Weights of the pairs, 0 at the own positives. references in log2 units, coefficients: rows first, those of positives
-  // by id behind the others.
+  // Weights of the pairs, 0 at the own positives. references in log2 units, coefficients: rows first, those of
+  // positives by id behind the others.
   Numbers weights(const Numbers& references, const Numbers& coefficients) const {
     Numbers w(size_t(m * n), 0.);
     for (const bool of_positives : {false, true}) {
@@ -169,8 +173,7 @@ class Truth {
       }
     g.key_bias.resize(size_t(n));
     Numbers of_columns(static_cast<size_t>(n));
-    for (int64_t q = 0; q < m * n; q++)
-      g.key_bias[q % n] += gain * w[q], of_columns[q % n] += std::fabs(gain * w[q]);
+    for (int64_t q = 0; q < m * n; q++) g.key_bias[q % n] += gain * w[q], of_columns[q % n] += std::fabs(gain * w[q]);
     g.condition_key_bias = ratio(of_columns, g.key_bias);
     g.totals[0] = totals[0], g.totals[1] = totals[1];
     g.condition_totals = ratio({sizes[0], sizes[1]}, {totals[0], totals[1]});

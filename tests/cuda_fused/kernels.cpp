@@ -46,7 +46,8 @@ __attribute__((visibility("default"))) void fused_sweep(const Part& part, const 
   emulated_sweeps++;
   for_kernel(part, [&](auto statistic, auto element) {
     using Layout = fused::Layout<kSweepTile>;
-    run<fused::Fold<decltype(statistic), decltype(element), Layout>, Layout>(part, {part, folding}, [](int, int, float) {});
+    run<fused::Fold<decltype(statistic), decltype(element), Layout>, Layout>(part, {part, folding},
+                                                                             [](int, int, float) {});
   });
 }
 
