@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
   Gradients out = allocate_gradients(call, given.needs_x, given.needs_y, given.dtype_x, given.dtype_y);
   const auto statistic = statistic_of(call.x);
   const double* const m = given.state.const_data_ptr<double>();
-  const Tensor& coefficients = call.held(given.coefficients.reshape({-1, lines}), statistic);
+  const Tensor& coefficients = call.held(given.coefficients, statistic);
   const auto set = [&](int64_t place, Lines& x, Lines& y) {
     const auto at = [&](const Tensor& t, int64_t line) {
       return static_cast<const char*>(t.const_data_ptr()) + t.element_size() * line;
@@ -256,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
   p.kept_rows = kept.numel() / p.y.rows;
   p.kept_ready = true;
   p.weigh = true;
-  Tensor key_bias = at::zeros({given.needs_key_bias ? call.n : 0}, call.x.options().dtype(at::kDouble));
+  Tensor key_bias = at::empty({given.needs_key_bias ? call.n : 0}, call.x.options().dtype(at::kDouble));
   if (given.needs_key_bias) {
     // Sums of weights are those of a biased block.
     TORCH_CHECK(block.key_bias, "a gradient of key_bias needs key_bias, got None");

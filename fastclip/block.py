@@ -40,6 +40,7 @@ class Block(NamedTuple):
         " Tensor scale, Tensor? bias, Tensor? key_bias, int offset, str kind,"
         " bool same_id_positive"
     )
+    COUNT = SCHEMA.count(",") + 1  # of arguments
 
     def flat(self) -> tuple[Any, ...]:
         """In the order of the schema."""
@@ -48,10 +49,9 @@ class Block(NamedTuple):
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> tuple[Block, tuple[Any, ...]]:
         """The block that an operator's arguments begin with, and the arguments that follow it."""
-        sides, block = 2 * len(Side._fields), 2 * len(Side._fields) + len(cls._fields) - 2
-        half = sides // 2
+        half, sides = len(Side._fields), 2 * len(Side._fields)
         x, y = Side(*arguments[:half]), Side(*arguments[half:sides])
-        return cls(x, y, *arguments[sides:block]), tuple(arguments[block:])
+        return cls(x, y, *arguments[sides : cls.COUNT]), tuple(arguments[cls.COUNT :])
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from .block import Block, Side, Statistics, Upstream, Wanted
 from .chunked import merge
-from .function import Plan, bias_of, cast, side_of
+from .function import Plan, bias_of, side_of
 from .kept import PLANS
 from .kinds import Kind, kind_of
 from .operands import accumulation_dtype, state_dtype
@@ -74,7 +74,7 @@ class Operands(NamedTuple):
         cls, context: Context, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
     ) -> Operands:
         plan = context.plan
-        rows, columns = (side_of(cast(t, plan.dtype), plan.normalize) for t in (x, y))
+        rows, columns = (side_of(t, plan.dtype, plan.normalize) for t in (x, y))
         held = [
             None if t is None else context.columns.held(t)
             for t in (columns.features, columns.factor)

@@ -19,6 +19,7 @@ from .function import (
     bias_of,
     cast,
     differentiates,
+    is_traced,
     refuse_forward_mode,
     refuse_second_derivative,
     side_of,
@@ -56,7 +57,7 @@ def block_of(
 ) -> Block:  # fmt: skip
     """The operands of the inputs, as constants."""
     with torch.no_grad():
-        x, y = (side_of(cast(t.detach(), request.dtype), request.normalize) for t in inputs[:2])
+        x, y = (side_of(t, request.dtype, request.normalize) for t in inputs[:2])
         if ids is not None:
             codes = pairs.codes_of(*ids)
             x, y = x._replace(ids=codes[0]), y._replace(ids=codes[1])
@@ -76,8 +77,11 @@ def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStati
             request.rows, request.columns,
         )  # fmt: skip
     if differentiates(*inputs):
-        arguments = (*inputs, *without_inputs(block).flat(), occupied, *request)
-        found = _LineStatistics.apply(*arguments)
+        if is_traced():
+            flat = without_inputs(block).flat()
+            found = _TracedStatistics.apply(*inputs, *flat, occupied, *request)
+        else:
+            found = _LineStatistics.apply(*inputs, block, occupied, request)
     else:
         state, positive, _ = ops.sweep(request.engine, block, occupied=occupied)
         found = _finish(block, state, positive, inputs.bias)
@@ -141,42 +145,74 @@ class _Own:
         self.log2 = self.logits * (self.sign * LOG2E)
 
 
+def _forward(
+    inputs: Inputs, block: Block, occupied: Tensor | None, request: Request
+) -> tuple[tuple[Tensor, ...], Statistics]:
+    keep = PLANS[request.engine].keep(block, request.memory_budget)
+    statistics = ops.sweep(request.engine, block, occupied=occupied, keep=keep)
+    return _finish(block, statistics.state, statistics.positive, inputs.bias), statistics
+
+
+def _save(
+    ctx: Any, inputs: Inputs, block: Block, request: Request, output: tuple[Tensor, ...]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.request = request
+    ctx.block_options = block.offset, block.kind, block.same_id_positive
+    ctx.save_for_backward(*inputs, *block.x, *block.y, *output)
+
+
+def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
+    """Gradients of the inputs."""
+    saved, sides = ctx.saved_tensors, []
+    inputs, saved = Inputs(*saved[: len(Inputs._fields)]), saved[len(Inputs._fields) :]
+    for _ in range(2):
+        sides.append(Side(*saved[: len(Side._fields)]))
+        saved = saved[len(Side._fields) :]
+    block = Block(*sides, inputs.scale, None, None, *ctx.block_options)
+    with torch.no_grad():
+        gradients = _gradients(ctx, inputs, with_inputs(block, *inputs[2:]), saved, upstream)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        sources = [g for g in upstream if g is not None]
+        gradients = refuse_second_derivative(gradients, *sources, *inputs[:3])
+    return gradients
+
+
 class _LineStatistics(torch.autograd.Function):
-    """Of the inputs, which it differentiates, their block, and a request. Returns the statistics,
-    and behind them what the backward takes."""
+    """In eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, block, occupied, request = arguments
+        found, statistics = _forward(Inputs(*inputs), block, occupied, request)
+        _save(ctx, Inputs(*inputs), block, request, (*found, *statistics))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, upstream), None, None, None
+
+
+class _TracedStatistics(torch.autograd.Function):
+    """For torch.compile and torch.func, as `function._TracedLoss`."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        inputs, block, occupied, request = _unpacked(arguments)
-        keep = PLANS[request.engine].keep(block, request.memory_budget)
-        statistics = ops.sweep(request.engine, block, occupied=occupied, keep=keep)
-        found = _finish(block, statistics.state, statistics.positive, inputs.bias)
+        found, statistics = _forward(*_unpacked(arguments))
         return *found, *statistics
 
     @staticmethod
     def setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        inputs, block, _, ctx.request = _unpacked(arguments)
+        inputs, block, _, request = _unpacked(arguments)
         ctx.mark_non_differentiable(*output[-len(Statistics._fields) :])
-        ctx.set_materialize_grads(False)
-        ctx.block_options = block.offset, block.kind, block.same_id_positive
-        ctx.save_for_backward(*inputs, *block.x, *block.y, *output)
+        _save(ctx, inputs, block, request, output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        count = len(Inputs._fields)
-        inputs, sides, output = Inputs(*saved[:count]), saved[count : count + 8], saved[count + 8 :]
-        x, y = Side(*sides[:4]), Side(*sides[4:])
-        block = Block(x, y, inputs.scale, None, None, *ctx.block_options)
-        block = with_inputs(block, *inputs[2:])
-        with torch.no_grad():
-            gradients = _gradients(ctx, inputs, block, output, upstream)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            sources = [g for g in upstream if g is not None]
-            gradients = refuse_second_derivative(gradients, *sources, *inputs[:3])
-        return *gradients, *(None for _ in (*block.flat(), None, *ctx.request))
+        others = Block.COUNT + 1 + len(ctx.request)
+        return *_backward(ctx, upstream), *(None for _ in range(others))
 
 
 def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Block, Tensor | None, Request]:
