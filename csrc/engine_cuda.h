@@ -41,13 +41,12 @@ class Library {
   virtual void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) = 0;
 };
 
-// A rectangular block of logits. Of a Side the engine reads features, rows, stride, factor (fp32), ids, threshold
-// (fp32) and of y the key_bias. Of its negatives, and with same_id_positive of its positives,
+// A rectangular block of logits. The engine reads features, rows, stride, factor (fp32), ids and threshold (fp32) of
+// either Side, and key_bias of y. In the negatives of a Side, and with same_id_positive in its positives,
 //   sweep             writes reference and sum
-//   weigh             reads references and coefficients, both float64, and writes gradient and key_bias_sum, where
-//   there
-//                     are any
-//   sweep_and_weigh   writes reference and sum, and gradient
+//   weigh             reads references and coefficients, both float64
+//   sweep_and_weigh   writes reference and sum
+// The latter two write gradient and weigh also key_bias_sum of y, where these are not null.
 struct Block {
   Side x, y;
   int64_t width = 0;            // D
@@ -65,12 +64,14 @@ struct Block {
   bool is_plain() const { return !x.ids && !x.threshold && !y.key_bias && !y.key_bias_sum; }
 };
 
-// What the first sweep needs besides the block.
+// The first sweep's arguments besides the block.
 struct Sweeping {
-  Scalar bound;                    // an upper bound of |t_ij|; bound.at may be null
-  const bool* occupied = nullptr;  // (sets, M + N), or null: see PartLines in finalise_cuda.h
-  double* positive = nullptr;      // (M) out: t, only of rows whose own positive lies in the block
-  float* kept = nullptr;           // (kept_rows, N) out: products of the leading rows, without the factors
+  Scalar bound;  // an upper bound of |t_ij|; bound.at may be null
+  // (M + N), rows first, behind them again as many for positives by id: whether a line has any pairs to add up, so that
+  // a sum near zero tells of lost ones. Null: every line that is longer than its own positive.
+  const bool* occupied = nullptr;
+  double* positive = nullptr;  // (M) out: t, only of rows whose own positive lies in the block
+  float* kept = nullptr;       // (kept_rows, N) out: products of the leading rows, without the factors
   int64_t kept_rows = 0;
 };
 void sweep(const Block& block, const Sweeping& sweeping, Library& library);

@@ -12,13 +12,13 @@ namespace cuda {
 using CUDA::LineBias;
 using BiasedAffine = Affine<float, float, true>;
 
-// Whether a pair is a negative of the line at hand, of its other line, and a positive by id of both.
+// A pair may be a negative of the line at hand, of its other line, or a positive by id of both.
 struct Counts {
   bool mine, other, positive;
 };
 
-// Of each kind of block: what there is to know of a line besides its factor, and how a pair counts that lies in the
-// block and is nobody's own positive.
+// A kind of block says what there is to know of a line besides its factor, and how a pair counts that lies in the block
+// and is nobody's own positive (is_pair).
 struct Plain {
   static constexpr bool kHasAll = false;
   struct Line {};
@@ -52,7 +52,7 @@ struct All {
   const LineBias<float>* biases = nullptr;                     // of the columns, or null
   bool same_id_positive = false;
 
-  // Of the positives by id, where there are any: their sums, and what weighs them (see Folding and PairWeights).
+  // Sums of positives by id, where there are any, and what weighs these (see Folding and PairWeights).
   Partials rows, columns;
   const float *reference_x = nullptr, *reference_y = nullptr, *c = nullptr, *d = nullptr;
   Partials weights;  // the columns' sums of weights, or null
@@ -70,7 +70,7 @@ struct All {
   __device__ __forceinline__ Line column(int64_t j) const {
     return {ids_y ? ids_y[j] : 1, threshold_y ? threshold_y[j] : INFINITY};
   }
-  // What a column adds to its logits, the bias of all of them included.
+  // A column's part in its logits, the bias of all of them included.
   template <class Statistic>
   __device__ __forceinline__ Bias bias(int64_t j, const Affine<float>& k) const {
     if (biases) return biases[j];
@@ -136,8 +136,8 @@ __device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<f
   return Statistic::kNegatesPositives && counts.positive ? -w : w;
 }
 
-// key_bias as kernels take it, together with the bias of all columns in kinds that see one; and of each block of
-// threads the largest finite one.
+// Makes of key_bias, and of the bias of all columns in kinds that see one, what kernels take; and the largest finite
+// one of each block of threads.
 template <class Statistic>
 __global__ void __launch_bounds__(kThreads)
     biases_kernel(const double* key_bias, int64_t columns, Scalar bias, LineBias<float>* biases, float* largest) {

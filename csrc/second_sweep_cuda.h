@@ -63,7 +63,7 @@ class SecondSweep {
   }
 
  private:
-  // Of negatives or of positives by id.
+  // x and y are both sides' negatives, or both sides' positives by id.
   void set_operands(const Lines& x, const Lines& y, PairWeights& to) {
     const bool has_references = CUDA::has_shift(w.b.kind);
     const int64_t lines = w.m() + w.n();
@@ -219,7 +219,7 @@ class SecondSweep {
   Weighing weighing_;
   bool fold_;
   Side x_operand_, y_operand_;
-  PairWeights weights_, positives_;  // of the positives by id only what weighs them
+  PairWeights weights_, positives_;  // of positives_ only what weighs pairs is set
   int32_t* differ_ = nullptr;
   float* key_bias_ = nullptr;
   float *products_ = nullptr, *product_x_ = nullptr, *product_y_ = nullptr;

@@ -55,7 +55,7 @@ class Work {
   Chunk whole() const { return {0, m(), 0, n(), false}; }
 
   // Calls f with what there is besides features and factors in a chunk, as one of the kinds of blocks that kernels are
-  // compiled for. In positives by id only the chunk's pairs are told.
+  // compiled for. Sums and weights of positives by id lie where the sweeps say.
   template <class Function>
   void with_options(const Chunk& c, Function f) const {
     const auto ids = [&](const Side& side, int64_t first) { return side.ids ? side.ids + first : nullptr; };

@@ -6,6 +6,7 @@ On CPU tensors, by the emulated engine.
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import cuda_case
 import pytest
@@ -199,3 +200,62 @@ def test_positives_by_id_take_no_product_of_their_own(dtype: torch.dtype) -> Non
     options = {"ids": 4, "margin": 0.1, "key_bias": 1.0, "same_id_positive": True}
     block = make_masked_block(70, 40, 8, dtype, **options)
     assert products(block, 0, 1 << 20, 1 << 20) == (1, 3)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+IDS = {"ids_x": torch.zeros(9, dtype=torch.int32), "ids_y": torch.zeros(7, dtype=torch.int32)}
+LIMITS = {"threshold_x": torch.zeros(9), "threshold_y": torch.zeros(7)}
+MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
+    "wide ids": (
+        r"ids_x must be \(M\), ids_y \(N\), int32", {**IDS, "ids_x": torch.zeros(9).long()}
+    ),
+    "ids of rows alone": ("int32, or both None, got .9. Int and None", {"ids_x": IDS["ids_x"]}),
+    "too few ids": ("int32, or both None", {**IDS, "ids_y": IDS["ids_x"]}),
+    "wide thresholds": (
+        r"threshold_x must be \(M\), threshold_y \(N\), float32",
+        {**LIMITS, "threshold_y": torch.zeros(7).double()},
+    ),
+    "thresholds of columns alone": (
+        "float32, or both None", {"threshold_y": LIMITS["threshold_y"]}
+    ),
+    "an integral bias": (
+        r"key_bias must be \(N\), floating point, got .7. Int", {"key_bias": IDS["ids_y"]}
+    ),
+    "a bias of rows": (r"key_bias must be \(N\)", {"key_bias": torch.zeros(9)}),
+    "positives by id without ids": (
+        "positives by id need ids_x and ids_y", {"same_id_positive": True}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_operands_of_pairs_that_do_not_fit_are_named(mistake: str) -> None:
+    pattern, changes = MISTAKES[mistake]
+    block = make_block(9, 7, 4)._replace(**changes)
+    with pytest.raises(RuntimeError, match=pattern):
+        operator("sweep", "cuda")(*block.arguments, None, None, 0)
+
+
+def test_lines_that_are_told_must_be_all() -> None:
+    block = make_block(9, 7, 4)._replace(**IDS, same_id_positive=True)
+    rule = r"occupied must be \(1, M \+ N\), with positives by id \(2, M \+ N\), bool, got"
+    for told in (torch.ones(1, 16, dtype=torch.bool), torch.ones(2, 16, dtype=torch.uint8)):
+        with pytest.raises(RuntimeError, match=rule):
+            operator("sweep", "cuda")(*block.arguments, None, told, 0)
+
+
+def test_statistics_of_positives_by_id_must_be_there() -> None:
+    block = make_block(9, 7, 4)
+    state, positive, _ = sweep("cuda", block)
+    weights = make_weights(state, 9)
+    with pytest.raises(RuntimeError, match=r"with positives by id state \(4, M \+ N\)"):
+        weigh("cuda", block._replace(**IDS, same_id_positive=True), state, positive, weights)
+
+
+@pytest.mark.parametrize("changes", [IDS, LIMITS, {"key_bias": torch.zeros(7)}], ids=list)
+def test_blocks_in_one_go_are_plain(changes: dict[str, Any]) -> None:
+    block = make_block(9, 7, 4, loss="sigmoid")._replace(**changes)
+    rule = "swept and weighed in one go must have no ids, thresholds and key_bias"
+    with pytest.raises(RuntimeError, match=rule):
+        operator("sweep_and_weigh", "cuda")(*block.arguments, torch.ones(()), True, True, False)
