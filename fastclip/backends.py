@@ -225,6 +225,8 @@ def _default(device: torch.device, dtype: torch.dtype, n: int, d: int, kind: str
             if _status(engine, device.index) == AVAILABLE:
                 return engine if _has_kind(engine, kind) else "torch"
         reason = "; ".join(f"{engine}: {_status(engine, device.index)}" for engine in engines)
+    elif device.type == "meta":
+        return "torch"
     else:
         reason = f"there is no fused engine for {device.type} yet"
     if not torch.compiler.is_compiling():

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# An offset that no block reaches; a number of its own, so that a compiled graph serves every N.
+NO_POSITIVES = 1 << 40
+
 
 class Side(NamedTuple):
     """The rows or the columns of a block: L lines."""

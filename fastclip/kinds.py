@@ -47,17 +47,19 @@ class Kind:
     # Positives by id are folded with the sign of their logits changed.
     negates_positives = False
 
-    @staticmethod
-    def fold(logit: Tensor, shift: Tensor) -> Tensor:
-        raise NotImplementedError
+    @classmethod
+    def fold(cls, logit: Tensor, shift: Tensor) -> Tensor:
+        raise NotImplementedError(f"kind {cls.name!r} must have a fold, got none")
 
-    @staticmethod
-    def activation(logit: Tensor, shift: Tensor) -> Tensor:
-        raise NotImplementedError
+    @classmethod
+    def activation(cls, logit: Tensor, shift: Tensor) -> Tensor:
+        raise NotImplementedError(f"kind {cls.name!r} must have an activation, got none")
 
-    @staticmethod
-    def finish(shift: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+    @classmethod
+    def finish(cls, shift: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError(
+            f"kind {cls.name!r} must have a finish for a fused loss, got none"
+        )
 
 
 class Softmax(Kind):

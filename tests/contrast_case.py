@@ -110,7 +110,8 @@ def check_statistics(
         )
         some = np.isfinite(truth)
         size = np.abs(truth) if problem.kind == "sigmoid" and name != "positives" else 1.0
-        error = (np.abs(value - truth) / np.maximum(size, 1e-30))[some]
+        size = np.broadcast_to(np.maximum(size, 1e-30), truth.shape)[some]
+        error = np.abs(value[some] - truth[some]) / size
         assert (error <= allowed * 4).all(), f"{name}: off by {error.max():.2e}, {allowed * 4:.2e}"
 
 
