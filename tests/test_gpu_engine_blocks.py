@@ -111,9 +111,7 @@ def test_only_what_is_needed(gpu_engine: str, needs: tuple[bool, bool]) -> None:
         weigh(gpu_engine, block, state, positive, weights, needs=needs)
     assert len(products) == expected
     with library_products() as products:
-        operator("sweep_and_weigh", gpu_engine)(
-            *sigmoid.arguments, one, *needs, False
-        )
+        operator("sweep_and_weigh", gpu_engine)(*sigmoid.arguments, one, *needs, False)
     assert len(products) == expected
 
 

@@ -47,8 +47,8 @@ def test_they_agree_with_their_fakes(gpu_engine: str) -> None:
         "sweep": (*block.arguments, None, None, 16),
         "finish": (state, positive, block.scale, None, "softmax"),
         "weigh": (
-            *block.arguments, state, positive, kept, state[1].reciprocal(), positive, gain, True, True,
-            False, False, torch.float32, torch.bfloat16,
+            *block.arguments, state, positive, kept, state[1].reciprocal(), positive, gain, True,
+            True, False, False, torch.float32, torch.bfloat16,
         ),
         "sweep_and_weigh": (*block._replace(loss="sigmoid").arguments, gain, True, False, False),
     }  # fmt: skip
@@ -146,8 +146,6 @@ def test_mistakes_between_the_sweeps_are_named(gpu_engine: str) -> None:
     with pytest.raises(RuntimeError, match=r"state must be \(2, L\) and positive \(L\) or a div"):
         operator("finish", gpu_engine)(state, positive[:3], block.scale, None, "softmax")
     with pytest.raises(ValueError, match="swept and weighed in one go"):
-        operator("sweep_and_weigh", gpu_engine)(
-            *block.arguments, weights.gain, True, True, False
-        )
+        operator("sweep_and_weigh", gpu_engine)(*block.arguments, weights.gain, True, True, False)
     with pytest.raises(RuntimeError, match="keep must be a number of rows >= 0, got -1"):
         sweep(gpu_engine, block, keep=-1)
