@@ -208,8 +208,8 @@ FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(
 // (arXiv 2103.00020). A bias common to all logits moves the logarithm of the sum by as much, and nobody needs it here.
 struct Softmax {
   static constexpr const char* kName = "softmax";
-  static constexpr bool kHasShift = true;   // sums are relative to references, and weights depend on sums
-  static constexpr bool kIsLinear = false;  // finished coefficients are 1: loss and gradients in one go
+  static constexpr bool kHasShift = true;           // sums are relative to references, and weights depend on sums
+  static constexpr bool kIsLinear = false;          // finished coefficients are 1: loss and gradients in one go
   static constexpr bool kNegatesPositives = false;  // positives by id are folded with their logits' sign changed
   template <class V, class K>
   static FASTCLIP_INLINE V fold(V t, const K& k, V m) {

@@ -106,19 +106,20 @@ inline void check_statistics(const BlockArguments& block, const WeighArguments& 
   const at::Tensor& coefficients = weigh.coefficients;
   const bool fits = sets == 2 ? coefficients.sizes() == at::IntArrayRef({sets, lines})
                               : coefficients.sizes() == at::IntArrayRef(lines);
-  TORCH_CHECK(weigh.state.sizes() == at::IntArrayRef({2 * sets, lines}) && weigh.state.scalar_type() == at::kDouble &&
-                  fits && weigh.positive.sizes() == at::IntArrayRef(m) &&
-                  weigh.positive_weight.sizes() == at::IntArrayRef(m),
-              "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M); with positives "
-              "by id state (4, M + N), coefficients (2, M + N), got ",
-              weigh.state.sizes(), " ", weigh.state.scalar_type(), ", ", coefficients.sizes(), ", ",
-              weigh.positive.sizes(), ", ", weigh.positive_weight.sizes());
+  TORCH_CHECK(
+      weigh.state.sizes() == at::IntArrayRef({2 * sets, lines}) && weigh.state.scalar_type() == at::kDouble && fits &&
+          weigh.positive.sizes() == at::IntArrayRef(m) && weigh.positive_weight.sizes() == at::IntArrayRef(m),
+      "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M); with positives "
+      "by id state (4, M + N), coefficients (2, M + N), got ",
+      weigh.state.sizes(), " ", weigh.state.scalar_type(), ", ", coefficients.sizes(), ", ", weigh.positive.sizes(),
+      ", ", weigh.positive_weight.sizes());
 }
 
 inline void check_in_one_go(const BlockArguments& block, bool is_linear) {
   TORCH_CHECK_VALUE(is_linear, "only a loss whose weights need no state can be swept and weighed in one go, got '",
                     block.kind, "'");
-  TORCH_CHECK(block.is_plain(), "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
+  TORCH_CHECK(block.is_plain(),
+              "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
 }
 
 }  // namespace fastclip
