@@ -88,6 +88,8 @@ bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occ
 
 bool states_hold(Call& call, const OptionalTensor& occupied, int64_t offset) {
   const Problem& p = call.problem;
+  // What is no number serves not even a line without pairs, whose sum is right.
+  if (!std::isfinite(p.reference)) return false;
   const Side &x = call.first(), &y = call.second();
   const int64_t lines = call.m + call.n;
   for (int64_t set = 0; set < (p.same_id_positive ? 2 : 1); set++) {

@@ -318,3 +318,14 @@ def test_what_does_not_fit_is_refused(what: str) -> None:
     arguments = {"x": X, "y": Y, "logit_scale": 1.0} | change
     with pytest.raises(error, match=pattern):
         contrast(**arguments)
+
+
+@pytest.mark.parametrize("value", [1e30, float("inf")])
+def test_a_pair_alone_has_no_negatives_whatever_it_is(
+    engine: str, device: torch.device, value: float
+) -> None:
+    """Norms that overflow leave no shift for anybody, and here nobody needs one."""
+    x = torch.full((1, 3), value, device=device)
+    c = contrast(x, x.clone(), 1.0, backend=engine)
+    assert c.rows == c.columns == -torch.inf
+    assert F.softplus(c.rows - 1).item() == 0
