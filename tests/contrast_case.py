@@ -10,7 +10,7 @@ import torch
 from judge import name_of, roundoff
 from numpy.typing import NDArray
 from oracle import rounded
-from statistics_oracle import NAMES, Exact, Problem
+from statistics_oracle import KINDS, NAMES, Exact, Problem
 from torch import Tensor
 
 import fastclip
@@ -109,7 +109,7 @@ def check_statistics(
             value[~np.isfinite(truth)], truth[~np.isfinite(truth)], equal_nan=True
         )
         some = np.isfinite(truth)
-        size = np.abs(truth) if problem.kind == "sigmoid" and name != "positives" else 1.0
+        size = np.abs(truth) if KINDS[problem.kind].is_relative and name != "positives" else 1.0
         size = np.broadcast_to(np.maximum(size, 1e-30), truth.shape)[some]
         error = np.abs(value[some] - truth[some]) / size
         assert (error <= allowed * 4).all(), f"{name}: off by {error.max():.2e}, {allowed * 4:.2e}"

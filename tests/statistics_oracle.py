@@ -9,12 +9,52 @@ that upstream gradients g arrive at.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from oracle import NORM_EPS
 
+
+def _softplus_sum(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    return np.where(counts, np.maximum(s, 0) + np.log1p(np.exp(-np.abs(s))), 0).sum(dim)
+
+
+def _sigmoid(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    small = np.exp(-np.abs(s))
+    return np.where(counts, np.where(s >= 0, 1, small) / (1 + small), 0)
+
+
+def _log_sum_exp(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    s = np.where(counts, s, -np.inf)
+    top = s.max(dim, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)
+    with np.errstate(divide="ignore"):
+        return (np.log(np.exp(s - top).sum(dim, keepdims=True)) + top).squeeze(dim)
+
+
+def _softmax(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    value = np.expand_dims(_log_sum_exp(s, counts, dim), dim)
+    exponent = s - np.where(np.isfinite(value), value, np.inf)
+    return np.exp(np.where(counts, exponent, -np.inf))
+
+
+class Kind(NamedTuple):
+    """Of logits, the pairs that count and the axis of the sum: the statistic of each line, and its
+    derivative with respect to each logit."""
+
+    statistic: Callable[[NDArray, NDArray, int], NDArray]
+    derivative: Callable[[NDArray, NDArray, int], NDArray]
+    sign_of_positives: int  # of their logits
+    is_relative: bool  # errors count relative to the statistic
+
+
+KINDS = {
+    "softmax": Kind(_log_sum_exp, _softmax, 1, is_relative=False),
+    "sigmoid": Kind(_softplus_sum, _sigmoid, -1, is_relative=True),
+}
 NAMES = ("rows", "columns", "positives", "row_positives", "column_positives")
 
 
@@ -83,35 +123,20 @@ class Exact:
         found["positives"] = np.where(self.own.any(1), positives, np.nan)
         return found
 
-    def _line(self, name: str) -> tuple[NDArray, int, int]:
-        """Logits as a statistic takes them, their sign, and the axis that it sums over."""
-        dim = 0 if name.startswith("column") else 1
-        negated = self.problem.kind == "sigmoid" and name.endswith("positives")
-        return (-self.s, -1, dim) if negated else (self.s, 1, dim)
+    def _line(self, name: str) -> tuple[Kind, int, int]:
+        """The kind, the sign of the logits as the statistic takes them, and the axis of its sum."""
+        kind = KINDS[self.problem.kind]
+        sign = kind.sign_of_positives if name.endswith("positives") else 1
+        return kind, sign, 0 if name.startswith("column") else 1
 
     def _value(self, name: str) -> NDArray:
-        s, _, dim = self._line(name)
-        counts = self.counts[name]
-        if self.problem.kind == "sigmoid":
-            softplus = np.maximum(s, 0) + np.log1p(np.exp(-np.abs(s)))
-            return np.where(counts, softplus, 0).sum(dim)
-        s = np.where(counts, s, -np.inf)
-        top = s.max(dim, keepdims=True)
-        top = np.where(np.isfinite(top), top, 0)
-        with np.errstate(divide="ignore"):
-            return (np.log(np.exp(s - top).sum(dim, keepdims=True)) + top).squeeze(dim)
+        kind, sign, dim = self._line(name)
+        return kind.statistic(sign * self.s, self.counts[name], dim)
 
     def _derivative(self, name: str) -> NDArray:
         """Of each line's statistic with respect to each of its logits."""
-        s, sign, dim = self._line(name)
-        if self.problem.kind == "sigmoid":
-            small = np.exp(-np.abs(s))
-            d = np.where(s >= 0, 1, small) / (1 + small)
-        else:
-            value = np.expand_dims(self._value(name), dim)
-            exponent = s - np.where(np.isfinite(value), value, np.inf)
-            d = np.exp(np.where(self.counts[name], exponent, -np.inf))
-        return sign * np.where(self.counts[name], d, 0)
+        kind, sign, dim = self._line(name)
+        return sign * kind.derivative(sign * self.s, self.counts[name], dim)
 
     def gradients(self, upstream: dict[str, NDArray]) -> Gradients:
         """For upstream gradients of some statistics, by name."""
@@ -162,5 +187,6 @@ def _unit(x: NDArray) -> NDArray:
 
 
 def _ratio(size: NDArray, result: NDArray) -> float:
+    """Where the result is zero errors are absolute."""
     size, result = float(np.linalg.norm(size)), float(np.linalg.norm(result))
-    return size / result if result else 1.0
+    return size / result if result else max(size, 1.0)

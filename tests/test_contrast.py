@@ -13,13 +13,12 @@ from contrast_case import (
     random_upstream,
 )
 from judge import PRECISIONS
-from statistics_oracle import Exact, Problem
+from statistics_oracle import KINDS, Exact, Problem
 from torch import Tensor
 
 import fastclip
 from fastclip import contrast, ops, reference
 
-KINDS = ("softmax", "sigmoid")
 DTYPES = {name: PRECISIONS[name].x for name in ("float64", "float32", "bfloat16", "float16")}
 SHAPES = {"tall": (60, 23, 10), "wide": (23, 60, 10), "row": (1, 30, 7), "column": (30, 1, 7)}
 
