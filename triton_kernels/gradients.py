@@ -154,9 +154,8 @@ class Weighing:
         skipped = block.skipped(chunk)
         plain = chunk.plain(skipped)
         where = (*block.strides, self._stride(weights), block.offset_of(chunk), skipped)
-        given = (
-            block.logits(chunk), lines.references, lines.one, lines.coefficients_of(chunk)
-        )  # fmt: skip
+        coefficients = lines.coefficients_of(chunk)
+        given = (block.logits(chunk), lines.references, lines.one, *coefficients)
         constants = {**block.functions, **self.constants}
         if plain:
             card.launch(
@@ -179,8 +178,8 @@ class Weighing:
         programs = chunk.tiles if unless is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         card.launch(
             weight_kernels.weigh_apart_kernel, programs, *block.features(chunk),
-            block.logits(chunk), self.lines.references_of(chunk), unless,
-            self.lines.coefficients_of(chunk), weights, totals, sums, chunk.rows, chunk.columns,
+            block.logits(chunk), *self.lines.references_of(chunk), unless,
+            *self.lines.coefficients_of(chunk), weights, totals, sums, chunk.rows, chunk.columns,
             block.width, *block.strides, self._stride(weights), block.offset_of(chunk),
             ACTIVATION=block.epilogue.activation, SAME_ID=block.same_id, GROUP=config.group,
             **self.constants, **block.tiles(config),
@@ -193,7 +192,7 @@ class Weighing:
         programs = cdiv(chunk.rows, KEPT_TILE["BM"]) * cdiv(chunk.columns, KEPT_TILE["BN"])
         card.launch(
             weight_kernels.weigh_kept_kernel, programs, kept, block.logits(chunk), self.lines.valid,
-            self.lines.coefficients_of(chunk), weights, chunk.rows, chunk.columns, kept.stride(0),
+            *self.lines.coefficients_of(chunk)[:2], weights, chunk.rows, chunk.columns, kept.stride(0),
             self._stride(weights), PRECISION=block.precision, **self.constants, **KEPT_TILE,
         )  # fmt: skip
 

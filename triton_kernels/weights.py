@@ -13,8 +13,8 @@ those below 6e-8 and blur those below 6e-5.
 `weigh_apart_kernel` takes any tile and a reference for each line. Which of them work is decided on
 the device: a flag says whether all references are equal.
 
-Coefficients and references come in tuples of pointers, for a and b, then c and d, each None where
-there is none. SAME_ID: as in the first sweep.
+Coefficients and references are those of rows and columns for negatives, then (_SAME) for positives
+by id, each None where there are none. SAME_ID: as in the first sweep.
 
 More run-time parameters than fifteen: they are a block of logits and its lines' states.
 """
@@ -196,22 +196,24 @@ def _weigh_tile(
     _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
 
 
-# Coefficients of columns begin at M + column: their alignment would follow the batch.
-UNALIGNED = ["COEFFICIENTS"]
+# Coefficients of columns begin at M + column: their alignment would follow the batch. Not in tuples,
+# whose members the compiler asks for their alignment all the same.
+UNALIGNED = ["A", "B", "A_SAME", "B_SAME"]
+REFERENCES = ["REFERENCE_X", "REFERENCE_Y", "REFERENCE_X_SAME", "REFERENCE_Y_SAME"]
 
 
 @triton.jit(
     do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
 )
 def weigh_kernel(
-    X, Y, LOGITS, REFERENCE, ONE, COEFFICIENTS, W, TOTALS, SUMS, PARTIAL, M, N, stride_x, stride_y,
-    stride_w, offset, skipped, D: tl.constexpr, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
-    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    X, Y, LOGITS, REFERENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, PARTIAL, M, N, stride_x,
+    stride_y, stride_w, offset, skipped, D: tl.constexpr, SPREAD: tl.constexpr,
+    ENLARGED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The plain tiles. ONE: whether all references are equal, and so one exponential serves.
-    PARTIAL: both sweeps in one go. COEFFICIENTS are absent where they add up to 1. SUMS: sums of
+    PARTIAL: both sweeps in one go. A and B are absent where they add up to 1. SUMS: sums of
     columns are wanted. DESCRIBED: X, Y and W are tensor descriptors, and programs go through the
     tiles, as in the first sweep."""
     if is_set(ONE, True) == 0:
@@ -225,15 +227,15 @@ def weigh_kernel(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             pid_m, pid_n = plain_position(tile, M, N, offset, skipped, BM, BN, GROUP)
             _weigh_tile(
-                pid_m, pid_n, X, Y, LOGITS, k, m, COEFFICIENTS, W, TOTALS, SUMS, None, PARTIAL, M,
-                N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD,
+                pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, None,
+                PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD,
                 ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, True,
             )  # fmt: skip
     else:
         pid_m, pid_n = plain_position(tl.program_id(0), M, N, offset, skipped, BM, BN, GROUP)
         _weigh_tile(
-            pid_m, pid_n, X, Y, LOGITS, k, m, COEFFICIENTS, W, TOTALS, SUMS, None, PARTIAL, M, N, D,
-            stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD, ACTIVATION, SAME_ID,
+            pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, None,
+            PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD, ACTIVATION, SAME_ID,
             BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, False,
         )  # fmt: skip
 
@@ -242,8 +244,8 @@ def weigh_kernel(
     do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
 )
 def weigh_edges_kernel(
-    X, Y, LOGITS, REFERENCE, ONE, COEFFICIENTS, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N, D,
-    stride_x, stride_y, stride_w, offset, skipped, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
+    X, Y, LOGITS, REFERENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N,
+    D, stride_x, stride_y, stride_w, offset, skipped, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
     FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, SLICES: tl.constexpr,
@@ -257,8 +259,8 @@ def weigh_edges_kernel(
     k = affine(LOGITS)
     pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
     _weigh_tile(
-        pid_m, pid_n, X, Y, LOGITS, k, m, COEFFICIENTS, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N, D,
-        stride_x, stride_y, stride_w, offset, False, SPREAD, ENLARGED, FOLD, ACTIVATION, SAME_ID,
+        pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, POSITIVE,
+        PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, False, SPREAD, ENLARGED, FOLD, ACTIVATION, SAME_ID,
         BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, False,
     )  # fmt: skip
 
@@ -276,13 +278,14 @@ def _apart(
 
 @triton.jit(
     do_not_specialize=["M", "N", "offset"],
-    do_not_specialize_on_alignment=[*UNALIGNED, "REFERENCES"],
+    do_not_specialize_on_alignment=[*UNALIGNED, *REFERENCES],
 )
 def weigh_apart_kernel(
-    X, Y, LOGITS, REFERENCES, UNLESS, COEFFICIENTS, W, TOTALS, SUMS, M, N, D, stride_x, stride_y,
-    stride_w, offset, SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr,
-    SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    X, Y, LOGITS, REFERENCE_X, REFERENCE_Y, REFERENCE_X_SAME, REFERENCE_Y_SAME, UNLESS, A, B,
+    A_SAME, B_SAME, W, TOTALS, SUMS, M, N, D, stride_x, stride_y, stride_w, offset,
+    SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Every tile, with a reference for each line: two exponentials a pair. Returns at once if
     UNLESS is set."""
@@ -299,9 +302,8 @@ def weigh_apart_kernel(
         )
         t = normalised(t, LOGITS, i, j, M, N, False)
         by_row, by_column = _apart(
-            t, k, LOGITS, REFERENCES[0], REFERENCES[1], COEFFICIENTS[0], COEFFICIENTS[1], i, j, M,
-            N, ACTIVATION,
-        )  # fmt: skip
+            t, k, LOGITS, REFERENCE_X, REFERENCE_Y, A, B, i, j, M, N, ACTIVATION
+        )
         live = negatives(LOGITS, i, j, M, N, offset, False)
         if LOGITS[THRESHOLD_X] is None:
             w = tl.where(live, by_row + by_column, 0.0)
@@ -311,8 +313,8 @@ def weigh_apart_kernel(
             w += tl.where(of_columns(live, t, LOGITS, j, N, False), by_column, 0.0)
         if SAME_ID != 0:
             by_row, by_column = _apart(
-                t, k, LOGITS, REFERENCES[2], REFERENCES[3], COEFFICIENTS[2], COEFFICIENTS[3], i, j,
-                M, N, ACTIVATION,
+                t, k, LOGITS, REFERENCE_X_SAME, REFERENCE_Y_SAME, A_SAME, B_SAME, i, j, M, N,
+                ACTIVATION,
             )  # fmt: skip
             same = positives(LOGITS, i, j, M, N, offset, False)
             w += tl.where(same, by_row + by_column, 0.0)
@@ -330,7 +332,7 @@ def weigh_apart_kernel(
 
 @triton.jit(do_not_specialize=["M", "N"], do_not_specialize_on_alignment=UNALIGNED)
 def weigh_kept_kernel(
-    KEPT, LOGITS, VALID, COEFFICIENTS, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
+    KEPT, LOGITS, VALID, A, B, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
     ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Weights of what the first sweep has kept: read, times (a_i + b_j), written. Their sums come
@@ -343,7 +345,7 @@ def weigh_kept_kernel(
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
     mask = (i < M)[:, None] & (j // 8 < tl.cdiv(N, 8))[None, :]
     w = tl.load(KEPT + i.to(tl.int64)[:, None] * stride_kept + j[None, :], mask=mask, other=0.0)
-    a, b = _rows(COEFFICIENTS[0], i, M, False), _columns(COEFFICIENTS[1], j, N, False)
+    a, b = _rows(A, i, M, False), _columns(B, j, N, False)
     w = w.to(tl.float32) * (a + b)
     store_weights(
         W, w, LOGITS, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED, PRECISION, BM, BN
