@@ -192,8 +192,9 @@ class Weighing:
         programs = cdiv(chunk.rows, KEPT_TILE["BM"]) * cdiv(chunk.columns, KEPT_TILE["BN"])
         card.launch(
             weight_kernels.weigh_kept_kernel, programs, kept, block.logits(chunk), self.lines.valid,
-            *self.lines.coefficients_of(chunk)[:2], weights, chunk.rows, chunk.columns, kept.stride(0),
-            self._stride(weights), PRECISION=block.precision, **self.constants, **KEPT_TILE,
+            *self.lines.coefficients_of(chunk)[:2], weights, chunk.rows, chunk.columns,
+            kept.stride(0), self._stride(weights), PRECISION=block.precision, **self.constants,
+            **KEPT_TILE,
         )  # fmt: skip
 
     def _stride(self, weights: Tensor | None) -> int:

@@ -196,8 +196,8 @@ def _weigh_tile(
     _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
 
 
-# Coefficients of columns begin at M + column: their alignment would follow the batch. Not in tuples,
-# whose members the compiler asks for their alignment all the same.
+# Coefficients of columns begin at M + column: their alignment would follow the batch. They are
+# in no tuple: the compiler asks after the alignment of its members all the same.
 UNALIGNED = ["A", "B", "A_SAME", "B_SAME"]
 REFERENCES = ["REFERENCE_X", "REFERENCE_Y", "REFERENCE_X_SAME", "REFERENCE_Y_SAME"]
 
@@ -228,15 +228,15 @@ def weigh_kernel(
             pid_m, pid_n = plain_position(tile, M, N, offset, skipped, BM, BN, GROUP)
             _weigh_tile(
                 pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, None,
-                PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD,
-                ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, True,
+                PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED,
+                FOLD, ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, True,
             )  # fmt: skip
     else:
         pid_m, pid_n = plain_position(tl.program_id(0), M, N, offset, skipped, BM, BN, GROUP)
         _weigh_tile(
             pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, None,
-            PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD, ACTIVATION, SAME_ID,
-            BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, False,
+            PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD,
+            ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, False,
         )  # fmt: skip
 
 
@@ -260,8 +260,8 @@ def weigh_edges_kernel(
     pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
     _weigh_tile(
         pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, POSITIVE,
-        PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, False, SPREAD, ENLARGED, FOLD, ACTIVATION, SAME_ID,
-        BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, False,
+        PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, False, SPREAD, ENLARGED, FOLD,
+        ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, False,
     )  # fmt: skip
 
 
