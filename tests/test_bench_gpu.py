@@ -13,8 +13,9 @@ from bench_import import TINY, rows_of_a_case
 from bench_rehearsal import Limit
 
 from bench import baselines, goals, memory, progress, results, runner, timing
-from bench.cases import LOSSES, SCALES, Case, make_inputs
+from bench.cases import SCALES, Case, make_inputs
 from bench.gpu import cases, fp32, process, rows, steps
+from bench.losses import LOSSES
 from fastclip import preference
 
 
