@@ -1,10 +1,13 @@
-"""A loss is an entry in the benchmark's registry: every list is derived, no loss passes for another."""
+"""A loss of the benchmark is an entry in its registry: no other one passes for it."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from bench_import import TINY, rows_of_a_case
+from bench_import import ROOT, TINY, rows_of_a_case
 
 from bench import baselines, cases, on_contrast, table
 from bench.distributed import cases as across
@@ -15,17 +18,18 @@ from bench.gpu import smoke, tiles
 from bench.losses import LOSSES, loss_of
 from fastclip import distributed, kinds, loss, reference
 
+
+def case_of(name: str) -> cases.Case:
+    return replace(TINY, loss=name)
+
+
 ASKED = {
-    "losses": lambda name: loss_of(name),
-    "inputs": lambda name: cases.make_inputs(replace(TINY, loss=name)),
-    "dense": lambda name: baselines.METHODS["dense"].make(replace(TINY, loss=name), "cpu"),
-    "fastclip": lambda name: baselines.METHODS["fastclip torch"].make(
-        replace(TINY, loss=name), "cpu"
-    ),
-    "contrast": lambda name: on_contrast.make(
-        replace(TINY, loss=name), cases.CONTRAST[0], "cpu", None
-    ),
-    "passes": lambda name: baselines.METHODS["fastclip"].passes(replace(TINY, loss=name), "cpu"),
+    "losses": loss_of,
+    "inputs": lambda name: cases.make_inputs(case_of(name)),
+    "dense": lambda name: baselines.METHODS["dense"].make(case_of(name), "cpu"),
+    "fastclip": lambda name: baselines.METHODS["fastclip torch"].make(case_of(name), "cpu"),
+    "contrast": lambda name: on_contrast.make(case_of(name), cases.CONTRAST[0], "cpu", None),
+    "passes": lambda name: baselines.METHODS["fastclip"].passes(case_of(name), "cpu"),
     "table": lambda name: table.report(rows_of_a_case(loss=name)),
     "across": lambda name: methods.make(name, "fastclip", 0, 1),
     "smoke": lambda name: list(smoke.checks(name, "bfloat16", "cpu")),
@@ -60,10 +64,32 @@ def test_a_third_loss_joins_every_list_and_passes_for_no_other(monkeypatch):
 def test_the_registry_agrees_with_the_library():
     for entry in LOSSES.values():
         assert entry.in_one_go == kinds.kind_of(entry.kind).is_linear
-        for name, module in (
-            ("loss", loss),
-            ("reference", reference),
-            ("distributed", distributed),
-        ):
+        for module in (loss, reference, distributed):
+            name = module.__name__.removeprefix("fastclip.")
             assert entry.of_fastclip(name) is getattr(module, entry.function)
         assert next(iter(entry.rivals)) == "open_clip"
+
+
+def test_ids_and_a_margin_are_asked_for_though_they_leave_nothing_out(monkeypatch):
+    asked = []
+
+    def record(*arguments: object, **options: object) -> None:
+        asked.append(options)
+        raise StopIteration
+
+    monkeypatch.setattr("fastclip.contrast", record)
+    for method in cases.CONTRAST:
+        with pytest.raises(StopIteration):
+            on_contrast.make(case_of("siglip"), method, "cpu", "torch")(None, None, None, None)
+    plain, with_ids, with_margin = asked
+    assert plain == {"kind": "sigmoid", "backend": "torch"}
+    ids_x, ids_y = with_ids.pop("ids")
+    assert torch.equal(ids_x, ids_y) and ids_x.dtype == torch.int64
+    assert sorted(ids_x.tolist()) == list(range(TINY.n)) and with_ids == plain
+    assert with_margin.pop("false_negative_margin") == 2.0 and with_margin == plain
+
+
+def test_the_steps_of_make_gpu_are_planned_before_fastclip_is_installed():
+    line = "import sys; sys.modules['fastclip'] = None; from bench.gpu import plan; plan.first()"
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}
+    subprocess.run([sys.executable, "-c", line], cwd=ROOT, env=environment, check=True, timeout=120)
