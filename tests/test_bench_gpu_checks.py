@@ -17,6 +17,7 @@ import fastclip
 from bench.gpu import counters, figures, kernels, rates, smoke, tiles, winners
 from bench.losses import LOSSES, loss_of
 from fastclip import preference
+from fastclip.block import Block, Side
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"
@@ -373,7 +374,7 @@ def test_the_triton_engine_asks_as_the_hook_expects():
         return own(*arguments)
 
     with tiles.choosing(hook):
-        made = block.Block(x, x, None, None, torch.ones(()), None, 0, "softmax")
+        made = block.LogitBlock(Block(Side(x), Side(x), torch.ones(())))
         made.config("sweep", print)
     assert tiles.key_of(asked[0])[0] == "torch.float32" and tiles.key_of(asked[0])[-1] == "sweep"
     assert tiles.run_of(asked[0]) is print
