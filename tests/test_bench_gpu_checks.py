@@ -376,7 +376,8 @@ def test_the_triton_engine_asks_as_the_hook_expects():
     with tiles.choosing(hook):
         made = block.LogitBlock(Block(Side(x), Side(x), torch.ones(())))
         made.config("sweep", print)
-    assert tiles.key_of(asked[0])[0] == "torch.float32" and tiles.key_of(asked[0])[-1] == "sweep"
+    key = tiles.key_of(asked[0])
+    assert key[0] == "torch.float32" and key[-1] == "sweep, softmax"
     assert tiles.run_of(asked[0]) is print
 
 
