@@ -186,8 +186,13 @@ class LogitBlock:
     # Masks take registers that the widest tiles do not have.
 
     @property
+    def kernel_of_lines(self) -> str:
+        """Configurations of the kernels that give each line a reference of its own."""
+        return "tile" if self.is_plain and not self.is_small else "small"
+
+    @property
     def kernel_of_sums(self) -> str:
-        """Configurations of the kernels that fold."""
+        """Of the kernels that fold."""
         return "small" if self.is_small else "sweep" if self.is_plain else "kept"
 
     @property

@@ -35,7 +35,7 @@ def sweep(
     state, positive = block.new_states()
     kept = block.kept(keeping)
     if block.is_small and block.kind.has_shift:
-        config = block.config("small")
+        config = block.config(block.kernel_of_lines)
         layers = plan.MAXIMA_LAYERS * block.folds
         chunks = plan.sweep(block.n, config, layers, 0, block.m)
         partial = block.empty(layers * max(chunk.partials for chunk in chunks))
@@ -54,7 +54,7 @@ def _sweep(
     reference = flag = None
     if block.kind.has_shift:
         reference, flag = reference_of(block, bound, kept)
-    by_maxima = block.config("tile")
+    by_maxima = block.config(block.kernel_of_lines)
     layers, maxima_layers = plan.LAYERS * block.folds, plan.MAXIMA_LAYERS * block.folds
 
     def prepare(config: Config, keeping: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:

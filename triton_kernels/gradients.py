@@ -126,7 +126,7 @@ class Weighing:
             x_operand, y_operand = block.operands
         self.x_operand, self.y_operand = x_operand, y_operand
         self.parts = 3 if block.split else 1
-        self._config_apart = block.config("small" if block.is_small else "tile")
+        self._config_apart = block.config(block.kernel_of_lines)
 
     @staticmethod
     def _unit(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -189,9 +189,10 @@ class Weighing:
         if weights is None:
             return
         block, kept = self.block, self.kept.weights[chunk.row_slice, chunk.column_slice]
+        factors = block.logits(chunk)[:2]
         programs = cdiv(chunk.rows, KEPT_TILE["BM"]) * cdiv(chunk.columns, KEPT_TILE["BN"])
         card.launch(
-            weight_kernels.weigh_kept_kernel, programs, kept, block.logits(chunk), self.lines.valid,
+            weight_kernels.weigh_kept_kernel, programs, kept, factors, self.lines.valid,
             *self.lines.coefficients_of(chunk)[:2], weights, chunk.rows, chunk.columns,
             kept.stride(0), self._stride(weights), PRECISION=block.precision, **self.constants,
             **KEPT_TILE,

@@ -332,7 +332,7 @@ def weigh_apart_kernel(
 
 @triton.jit(do_not_specialize=["M", "N"], do_not_specialize_on_alignment=UNALIGNED)
 def weigh_kept_kernel(
-    KEPT, LOGITS, VALID, A, B, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
+    KEPT, FACTORS, VALID, A, B, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
     ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Weights of what the first sweep has kept: read, times (a_i + b_j), written. Their sums come
@@ -348,5 +348,6 @@ def weigh_kept_kernel(
     a, b = _rows(A, i, M, False), _columns(B, j, N, False)
     w = w.to(tl.float32) * (a + b)
     store_weights(
-        W, w, LOGITS, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED, PRECISION, BM, BN
-    )
+        W, w, FACTORS, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED, PRECISION, BM,
+        BN,
+    )  # fmt: skip
