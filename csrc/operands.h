@@ -30,13 +30,14 @@ inline Dtype dtype_of(at::ScalarType type) {
 
 inline Kind kind_of(std::string_view name) {
   int found = -1;
-  std::string known;
   PORTABLE::Kinds::each_name([&](Kind kind, const char* own) {
     if (name == own) found = int(kind);
-    known += (known.empty() ? "'" : ", '") + std::string(own) + "'";
   });
-  TORCH_CHECK_VALUE(found >= 0, "kind must be one of ", known, ", got '", name, "'");
-  return Kind(found);
+  if (found >= 0) return Kind(found);
+  std::string known;
+  PORTABLE::Kinds::each_name(
+      [&](Kind, const char* own) { known += (known.empty() ? "'" : ", '") + std::string(own) + "'"; });
+  TORCH_CHECK_VALUE(false, "kind must be one of ", known, ", got '", name, "'");
 }
 
 // Unit stride along D and rows that do not overlap, as the products need.

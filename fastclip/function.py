@@ -44,8 +44,7 @@ def fused_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: P
     """The loss of paired features x, y (N, D); scale, bias of one element each."""
     traced = is_traced()
     refuse_forward_mode(x, y, scale, bias)
-    with torch.no_grad():
-        block = _block(x, y, scale, bias, plan)
+    block = _block(x, y, scale, bias, plan)
     if differentiates(x, y, scale, bias):
         # Within torch.func's transforms a tensor need not know that it is differentiated.
         every = torch._C._are_functorch_transforms_active()
@@ -109,11 +108,16 @@ def with_inputs(
 def side_of(x: Tensor, dtype: torch.dtype, normalize: bool) -> Side:
     """x as the products take it, a constant."""
     # Beside the input that it is the operand must be a tensor of its own: Dynamo takes none twice.
-    x = cast(x.detach() if is_traced() else x, dtype)
-    if not normalize:
+    if is_traced():
+        x = x.detach()
+    if x.dtype == dtype and not normalize:
         return Side(x)
-    norm = torch.linalg.vector_norm(x, dim=1, dtype=accumulation_dtype(x))
-    return Side(x, norm.clamp_min_(EPS).reciprocal_())
+    with torch.no_grad():
+        x = cast(x, dtype)
+        if not normalize:
+            return Side(x)
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=accumulation_dtype(x))
+        return Side(x, norm.clamp_min_(EPS).reciprocal_())
 
 
 def _finish(
@@ -161,8 +165,9 @@ def _save(ctx: Any, inputs: _Inputs, block: Block, found: Sequence[Tensor], plan
 def _backward(ctx: Any, g: Tensor) -> Sequence[Tensor | None]:
     """Gradients of x, y, scale and bias."""
     x, y, scale, bias, x_operand, factor_x, y_operand, factor_y, *found = ctx.saved_tensors
+    kind = ctx.plan.kind
     sides = Side(x_operand, factor_x), Side(y_operand, factor_y)
-    block = with_inputs(Block(*sides, scale, kind=ctx.plan.kind), scale, bias)
+    block = Block(*sides, scale, bias_of(bias, kind), kind=kind)
     with torch.no_grad():
         make = _unit_backward if ctx.plan.in_one_go else _weigh_backward
         gradients = make(ctx, block, (x, y, scale, bias), found, g)
