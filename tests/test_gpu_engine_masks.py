@@ -108,12 +108,13 @@ def test_a_bias_far_from_the_others(gpu_engine: str) -> None:
 def test_a_common_bias_moves_the_statistic_by_as_much(gpu_engine: str) -> None:
     """Its integral part goes into the reference, and costs no digits."""
     block = masked(gpu_engine, "key bias", scale=100.0)
+    zeros = torch.zeros_like(block.key_bias)
 
     def statistic(bias: float) -> torch.Tensor:
-        reference, sums = sweep(gpu_engine, block._replace(key_bias=zeros + bias))[0]
-        return torch.log2(sums) + reference
+        state = sweep(gpu_engine, block._replace(key_bias=zeros + bias))[0]
+        assert has_one_reference(state)
+        return torch.log2(state[1]) + state[0]
 
-    zeros = torch.zeros_like(block.key_bias)
     for bias in (0.3, -11.7, 4000.1):
         moved = statistic(bias) - statistic(0.0)
         expected = torch.full_like(moved, bias / math.log(2))

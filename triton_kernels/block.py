@@ -193,7 +193,7 @@ class LogitBlock:
     @property
     def kernel_of_sums(self) -> str:
         """Of the kernels that fold."""
-        return "small" if self.is_small else "sweep" if self.is_plain else "kept"
+        return "small" if self.is_small else "sweep" if self.is_plain else "both"
 
     @property
     def kernel_of_weights(self) -> str:
