@@ -121,6 +121,12 @@ def test_a_bias_far_from_the_others(gpu_engine: str) -> None:
         check_masked(gpu_engine, block, f"{far=}")
 
 
+def test_biases_that_leave_no_column(gpu_engine: str) -> None:
+    block = masked(gpu_engine, "key bias")
+    block.key_bias[:] = -torch.inf
+    check_masked(gpu_engine, block, "")
+
+
 def test_a_common_bias_moves_the_statistic_by_as_much(gpu_engine: str) -> None:
     """Its integral part goes into the reference, and costs no digits."""
     block = masked(gpu_engine, "key bias", scale=100.0)
@@ -172,9 +178,9 @@ def test_equal_ids_are_kept_out_of_what_is_kept(gpu_engine: str, loss: str) -> N
     """Nothing is kept, or used, of a block whose weights depend on more; sums of columns are made
     anew."""
     for options in ("ids", ALL):
-        check_masked(gpu_engine, masked(gpu_engine, options, 1, loss=loss), options, keep=48)
+        check_masked(gpu_engine, masked(gpu_engine, options, 1, loss=loss), options, keep=96)
     block = masked(gpu_engine, "ids", 1, loss=loss)
-    state, positive, kept = sweep(gpu_engine, block, 48)
+    state, positive, kept = sweep(gpu_engine, block, 96)
     weights = make_weights(state, len(block.x))
     dense = Dense(block)
     exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
