@@ -11,6 +11,7 @@ import math
 import masked_cases
 import pytest
 import torch
+from conftest import DEVICE
 from dense_block import (
     DTYPES,
     LOSSES,
@@ -24,7 +25,7 @@ from dense_block import (
     operator,
     sweep,
 )
-from gpu_engine_case import several_tiles, small_chunks
+from gpu_engine_case import enlarged, prepare, several_tiles, small_chunks
 from masked_cases import OFFSETS, OPTIONS, check_masked
 from triton_case import needs_engine
 
@@ -41,10 +42,12 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def masked(engine: str, options: str, turn: int = 0, **others: object) -> Block:
-    """Another dtype, offset and normalisation at each turn."""
+    """Another dtype, offset and normalisation at each turn. Some tiles are plain; of so few
+    features many products are above a threshold."""
+    size = several_tiles(engine) if engine == "cuda" else enlarged(40, 100)
     dtype, offset = DTYPES[HALVES[turn % 3]], [*OFFSETS.values()][turn % 3]
     others = {"factors": (turn % 2 == 1, turn % 4 > 1), "offset": offset, **others}
-    return make_masked_block(*several_tiles(engine), 24, dtype, **OPTIONS[options], **others)
+    return make_masked_block(*size, 8, dtype, **{**OPTIONS[options], **others})
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -70,6 +73,19 @@ def test_beyond_one_reference(gpu_engine: str, options: str, scale: float) -> No
     block = masked(gpu_engine, options, scale=scale)
     check_masked(gpu_engine, block, "")
     assert not has_one_reference(sweep(gpu_engine, block)[0])
+
+
+@needs_engine
+def test_tiles_of_lines_with_references_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are more of them, and more sums."""
+    from fastclip.triton_kernels.configurations import TABLE
+
+    prepare("triton", DEVICE, monkeypatch)
+    key = ("small", "ieee", "narrow")
+    smaller = TABLE["interpreter"][key]._replace(bm=16, bn=16, bk=16)
+    monkeypatch.setitem(TABLE["interpreter"], key, smaller)
+    for scale in (14.3, 1e3):
+        check_masked("triton", masked("triton", ALL, scale=scale), f"{scale=}")
 
 
 def test_positives_by_id_ask_for_references(gpu_engine: str) -> None:
@@ -103,6 +119,12 @@ def test_a_bias_far_from_the_others(gpu_engine: str) -> None:
         block = masked(gpu_engine, "key bias", turn)
         block.key_bias[3] = far
         check_masked(gpu_engine, block, f"{far=}")
+
+
+def test_biases_that_leave_no_column(gpu_engine: str) -> None:
+    block = masked(gpu_engine, "key bias")
+    block.key_bias[:] = -torch.inf
+    check_masked(gpu_engine, block, "")
 
 
 def test_a_common_bias_moves_the_statistic_by_as_much(gpu_engine: str) -> None:
@@ -156,9 +178,9 @@ def test_equal_ids_are_kept_out_of_what_is_kept(gpu_engine: str, loss: str) -> N
     """Nothing is kept, or used, of a block whose weights depend on more; sums of columns are made
     anew."""
     for options in ("ids", ALL):
-        check_masked(gpu_engine, masked(gpu_engine, options, 1, loss=loss), options, keep=48)
+        check_masked(gpu_engine, masked(gpu_engine, options, 1, loss=loss), options, keep=96)
     block = masked(gpu_engine, "ids", 1, loss=loss)
-    state, positive, kept = sweep(gpu_engine, block, 48)
+    state, positive, kept = sweep(gpu_engine, block, 96)
     weights = make_weights(state, len(block.x))
     dense = Dense(block)
     exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
