@@ -65,11 +65,11 @@ def test_chunks(gpu_engine: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "options, scale", [("ids", 1e3), ("margin", -300.0), ("key bias", 1e3), (ALL, 1e3)], ids=str
+    "options, scale", [("ids", 1e3), ("margin", -1e3), ("key bias", 1e3), (ALL, 1e3)], ids=str
 )
 def test_beyond_one_reference(gpu_engine: str, options: str, scale: float) -> None:
-    """What a threshold takes from one line, and what is a positive by id, may be any power above
-    the references of the negatives."""
+    """Pairs that a threshold takes from a line, and positives by id, may lie any power above the
+    references of the negatives."""
     block = masked(gpu_engine, options, scale=scale)
     check_masked(gpu_engine, block, "")
     assert not has_one_reference(sweep(gpu_engine, block)[0])
