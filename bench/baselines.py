@@ -267,7 +267,7 @@ def _peer(name: str) -> Method:
 
 
 def _passes_a_direction(both: float) -> Callable[[Case, str], float]:
-    """Of losses that make their logits anew for each direction, if they have two."""
+    """Passes of losses that make their logits anew for each direction, if they have two."""
 
     def count(case: Case, device: str) -> float:
         return loss_of(case.loss).directions * (1.0 if case.mode == "forward" else both)

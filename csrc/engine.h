@@ -15,7 +15,7 @@ enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
 
 // T, the type of every statistic, is double for double features and float for all others; pointers to T are void here.
 
-// What the lines of a side remember of one set of pairs, and what that makes of its weights.
+// Statistics of the lines of a side over one set of pairs, and coefficients for their weights.
 struct Lines {
   double* reference = nullptr;         // sweep: (rows) out, in log2 units
   double* sum = nullptr;               // sweep: (rows) out, the folded pairs

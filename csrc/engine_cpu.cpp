@@ -140,7 +140,7 @@ class Engine {
     }
   }
 
-  // What makes weights of a set of pairs, of the rows of a block.
+  // Coefficients and references of the rows of a block, for the weights of a set of pairs.
   struct LaneLines {
     T *coefficients, *references;
   };
@@ -168,7 +168,7 @@ class Engine {
     int64_t stride;
   };
 
-  // What the columns of a tile have found, for whoever comes to them next.
+  // Sums of the columns of a tile, to be added to those of the blocks before.
   struct Found {
     double reference[2][kMostCols], sum[2][kMostCols];  // of negatives, of positives by id
     double weights[kMostCols];

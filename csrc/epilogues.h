@@ -45,7 +45,7 @@ constexpr double kLn2 = 0.6931471805599453;
 // The logit in log2 units as a map of t. fp32 splits scale and bias in two parts: rounding the scale alone would cost
 // 2^-24 relative, which at a logit of 144 (scale 100) is an error of 6e-6 in the exponential.
 //
-// Biased: lines have biases of their own, numbers or vectors of them (Bias). Of one the integral part, `whole`, is
+// Biased: lines have biases of their own, numbers or vectors of them (Bias). The integral part of one, `whole`, is
 // taken off the reference by kinds that have one, so that it costs them no digit, or else added to `bias`.
 template <class T, class Bias = T, bool Biased = false>
 struct Affine {
@@ -276,7 +276,7 @@ inline __attribute__((always_inline)) void for_kind(Kind kind, Function f) {
   Kinds::call(kind, f);
 }
 
-// What a kind says of itself, such as kHasShift, where the kind is known at run time only.
+// A trait of a kind, such as kHasShift, that is known at run time only.
 template <class Function>
 inline bool trait_of(Kind kind, Function f) {
   bool value = false;

@@ -1,4 +1,4 @@
-// What the CPU engine does with a set of pairs of one tile: folds them into the state, or makes weights of them.
+// The CPU engine folds a set of pairs of one tile into the state, or makes weights of them.
 #pragma once
 
 #include <algorithm>

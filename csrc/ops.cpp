@@ -31,7 +31,7 @@ Tensor allocate_kept(const Call& call, int64_t keep) {
 
 // ---- sweep ---------------------------------------------------------------------------------------------------------
 
-// Of the lines of a side; 0 where none has one.
+// The highest finite bias of a side's lines; 0 if none has one.
 double highest_bias(const Side& side) {
   double highest = -std::numeric_limits<double>::infinity();
   for (int64_t j = 0; side.key_bias && j < side.rows; j++) highest = std::max(highest, side.key_bias[j]);
@@ -78,7 +78,7 @@ class Occupied {
   const int64_t others_, offset_;
 };
 
-// Whether one reference was enough for a set of pairs: a smaller sum may have lost terms that count.
+// True if one reference was enough for a set of pairs: a smaller sum may have lost terms that count.
 bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occupied& occupied) {
   const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
   for (int64_t i = 0; i < side.rows; i++)
@@ -88,7 +88,7 @@ bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occ
 
 bool states_hold(Call& call, const OptionalTensor& occupied, int64_t offset) {
   const Problem& p = call.problem;
-  // What is no number serves not even a line without pairs, whose sum is right.
+  // A reference that is no number serves not even a line without pairs, whose sum is right.
   if (!std::isfinite(p.reference)) return false;
   const Side &x = call.first(), &y = call.second();
   const int64_t lines = call.m + call.n;

@@ -8,7 +8,7 @@
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
 
-// Whether pairs count for their rows, and for their column: all bits, or none.
+// Masks, all bits or none: the pairs that count for their rows, and for their column.
 template <class T>
 struct Counted {
   using Mask = typename Integers<V<T>>::type;
@@ -38,7 +38,7 @@ struct Plain {
   }
 };
 
-// What a block may have besides its plain pairs. Each function is compiled for ids alone, for thresholds alone, and for
+// Options that a block may have. Each function is compiled for ids alone, for thresholds alone, and for
 // everything, whichever of it there is.
 enum Option : unsigned { kIds = 1, kThresholds = 2, kBiases = 4, kEverything = 7 };
 

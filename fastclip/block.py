@@ -67,7 +67,7 @@ class Block(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What `sweep` finds out."""
+    """The results of `sweep`."""
 
     state: Tensor  # (2, M + N), or (4, M + N) with same_id_positive: float64
     positive: Tensor  # (M): t of the own positives
@@ -77,7 +77,7 @@ class Statistics(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What the weights of pairs are made of besides their activations."""
+    """The factors of pairs' weights beside their activations."""
 
     coefficients: Tensor  # (M + N): a, b; or (2, M + N): a, b, then c, d
     positive_weight: Tensor  # (M)

@@ -38,7 +38,7 @@ def contrast(
     backend: str | None = None,
     memory_budget: int | None = None,
 ) -> LineStatistics:
-    """What each row and column of an M x N matrix of logits amounts to, without the matrix.
+    """Statistics of each row and column of an M x N matrix of logits, without the matrix.
 
         c = contrast(x, y, logit_scale)
 

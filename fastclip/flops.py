@@ -1,4 +1,4 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts of the operators: passes of 2 M N D.
+"""FLOPs of the operators for `torch.utils.flop_counter.FlopCounterMode`: passes of 2 M N D.
 
 The counter's module imports Triton, so it is not imported here: it is told the formulas when an
 operator is called after somebody else has imported it.

@@ -26,7 +26,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class Plan(NamedTuple):
-    """What a call asks for besides its tensors."""
+    """The settings of a call."""
 
     kind: str
     engine: str

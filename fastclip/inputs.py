@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .operands import FLOATING
 
-# What pairs of equal ids are.
+# Meanings of equal ids.
 SAME_ID = ("ignore", "positive")
 
 # On CPUs a product costs more than the memory traffic of keeping it. Not measured on GPUs yet.

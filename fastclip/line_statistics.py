@@ -37,7 +37,7 @@ _POSITIVES = 2
 
 
 class Request(NamedTuple):
-    """What a call asks for besides its tensors."""
+    """The settings of a call."""
 
     engine: str
     dtype: torch.dtype  # of the products
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is differentiated."""
+    """The tensors that gradients are taken with respect to."""
 
     x: Tensor  # (M, D)
     y: Tensor  # (N, D)
@@ -135,7 +135,7 @@ def _finish(
 
 
 class _Own:
-    """Of each row, then each column, its own positive."""
+    """The own positive of each row, then of each column."""
 
     def __init__(self, block: Block, positives: Tensor) -> None:
         m, n = block.shape

@@ -100,7 +100,7 @@ _library = torch.library.Library("fastclip", "DEF")
 
 
 class Gradients(NamedTuple):
-    """What `weigh` returns."""
+    """The results of `weigh`."""
 
     x: Tensor
     y: Tensor

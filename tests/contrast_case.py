@@ -60,7 +60,7 @@ def make_problem(
 
 
 class Evaluated:
-    """What an engine makes of a problem, ready to be differentiated."""
+    """An engine's statistics of a problem, ready to be differentiated."""
 
     def __init__(
         self, problem: Problem, engine: str, device: torch.device,
@@ -139,7 +139,7 @@ def allowance(exact: Exact, dtype: torch.dtype) -> float:
 
 
 def random_upstream(found: LineStatistics, seed: int = 3) -> dict[str, Tensor]:
-    """Of any sign, over many orders of magnitude."""
+    """Gradients of any sign, over many orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(like: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ class DenseKind(NamedTuple):
 
     # A line's statistic in the units of `logarithms`, of the logits that a mask leaves it.
     statistic: Callable[[Tensor, Tensor, int], Tensor]
-    # What a logit weighs, given a line's reference in log2 units.
+    # The weight of a logit, given a line's reference in log2 units.
     activation: Callable[[Tensor, Tensor], Tensor]
-    # That number of a state's reference and sum.
+    # The statistic in these units, from a state's reference and sum.
     logarithm: Callable[[Tensor, Tensor], Tensor]
     has_reference: bool  # then a bias is not seen, and a statistic is judged by its difference
     sign_of_positives: int  # by id: of their logits and weights

@@ -42,8 +42,8 @@ def _softmax(s: NDArray, counts: NDArray, dim: int) -> NDArray:
 
 
 class Kind(NamedTuple):
-    """Of logits, the pairs that count and the axis of the sum: the statistic of each line, and its
-    derivative with respect to each logit."""
+    """Functions of logits, the pairs that count and the axis of the sum: each line's statistic, and
+    its derivative with respect to each logit."""
 
     statistic: Callable[[NDArray, NDArray, int], NDArray]
     derivative: Callable[[NDArray, NDArray, int], NDArray]
@@ -134,7 +134,7 @@ class Exact:
         return kind.statistic(sign * self.s, self.counts[name], dim)
 
     def _derivative(self, name: str) -> NDArray:
-        """Of each line's statistic with respect to each of its logits."""
+        """The derivative of each line's statistic with respect to each of its logits."""
         kind, sign, dim = self._line(name)
         return sign * kind.derivative(sign * self.s, self.counts[name], dim)
 
@@ -187,6 +187,6 @@ def _unit(x: NDArray) -> NDArray:
 
 
 def _ratio(size: NDArray, result: NDArray) -> float:
-    """Where the result is zero errors are absolute."""
+    """Errors of a result that is zero are absolute."""
     size, result = float(np.linalg.norm(size)), float(np.linalg.norm(result))
     return size / result if result else max(size, 1.0)

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What some rows of logits add to the mean loss and to its gradients."""
+    """The part of some rows of logits in the mean loss and in its gradients."""
 
     part: slice
     t: Tensor  # their products

@@ -23,7 +23,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-# Of a line's statistic and its own positive's logit: what losses of the field do with them.
+# Forms of losses of the field, in a line's statistic and its own positive's logit.
 TERMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "cross entropy": lambda s, p, _: F.softplus(s - p, threshold=60),
     "decoupled": lambda s, p, _: s - p,

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastclip
 from fastclip import contrast, kinds
 
-# What docs and README tell a user to write.
+# The README tells a user to write this.
 MODULE = '''
 import torch.nn.functional as F
 

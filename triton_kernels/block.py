@@ -53,7 +53,7 @@ class LogitBlock:
         self.is_small = plan.is_small(self.m, self.n)
 
     def _biases(self, bias: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """What is added to the logits of each column, in log2 units: an integral part and the rest;
+        """Biases of the logits of each column, in log2 units: an integral part and the rest;
         and the largest of them."""
         bias = bias.to(torch.float64)
         if self.bias is not None:
@@ -61,7 +61,7 @@ class LogitBlock:
         bias = bias * LOG2E.value
         high = bias.round().to(torch.float32)
         low = torch.where(high.isinf(), 0.0, bias - high).to(torch.float32)
-        # Where there is nothing but -inf any finite number will do.
+        # Any finite number will do if all are -inf.
         return (high, low), bias.amax().clamp_min(-1e30)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class LogitBlock:
         return card.described(x, config.bm, config.bk), card.described(y, config.bn, config.bk)
 
     def logits(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        """What makes logits of the products of a chunk's features: LOGITS of `logits.py`."""
+        """LOGITS of `logits.py` for a chunk: all that makes logits of its products."""
 
         def part(t: Tensor | None, lines: slice) -> Tensor | None:
             return None if t is None else t[lines]
@@ -192,12 +192,12 @@ class LogitBlock:
 
     @property
     def kernel_of_sums(self) -> str:
-        """Of the kernels that fold."""
+        """The kernel that folds."""
         return "small" if self.is_small else "sweep" if self.is_plain else "both"
 
     @property
     def kernel_of_weights(self) -> str:
-        """Of the kernels that make weights."""
+        """The kernel that makes weights."""
         if self.is_small:
             return "small"
         return "weigh" if self.epilogue.is_light and self.is_plain else "both"

@@ -40,7 +40,7 @@ def owned(M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl
 
 @triton.jit
 def _has_others(is_row, out, rows_total, columns_total, offset):
-    """Whether a line's block leaves it a negative: more lines on the other side than its own
+    """True for a line that its block leaves a negative: the other side has more lines than its own
     positive."""
     i = tl.where(is_row, out, out - rows_total - offset)
     own = (i >= 0) & (i < rows_total) & (i + offset >= 0) & (i + offset < columns_total)

@@ -74,7 +74,7 @@ class Lines:
             self.valid = flags[1:]
 
     def _of(self, values: Tensor | None, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        """Of the negatives' rows and columns, of the positives'."""
+        """The negatives' rows and columns, then the positives'."""
         if values is None:
             return (None,) * 4
         columns = slice(self.rows + chunk.column_start, self.rows + chunk.column_stop)

@@ -1,8 +1,8 @@
 """From products of features to logits, and which pairs of a block count for which lines.
 
 Kernels take a block's side of it as one tuple, LOGITS, of pointers: factors, scale, biases, ids,
-thresholds, each at its place below. What a block does not have is None there, which the compiler
-knows: it costs nothing.
+thresholds, each at its place below. A block has None for what it lacks, which the compiler knows:
+it costs nothing.
 """
 
 import triton
@@ -12,7 +12,7 @@ from .epilogues import INTERPRETED, LOG2E
 
 FACTOR_X, FACTOR_Y = tl.constexpr(0), tl.constexpr(1)
 SCALE, BIAS = tl.constexpr(2), tl.constexpr(3)
-# Of each column, with the bias, in log2 units: an integral part, and the rest.
+# The bias of each column, that of all included, in log2 units: an integral part, and the rest.
 KEY_BIAS, KEY_BIAS_LOW = tl.constexpr(4), tl.constexpr(5)
 IDS_X, IDS_Y = tl.constexpr(6), tl.constexpr(7)
 THRESHOLD_X, THRESHOLD_Y = tl.constexpr(8), tl.constexpr(9)

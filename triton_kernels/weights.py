@@ -308,7 +308,7 @@ def weigh_apart_kernel(
         if LOGITS[THRESHOLD_X] is None:
             w = tl.where(live, by_row + by_column, 0.0)
         else:
-            # What does not count for a line may exceed its reference by any power.
+            # Pairs that do not count for a line may exceed its reference by any power.
             w = tl.where(of_rows(live, t, LOGITS, i, M, False), by_row, 0.0)
             w += tl.where(of_columns(live, t, LOGITS, j, N, False), by_column, 0.0)
         if SAME_ID != 0:
