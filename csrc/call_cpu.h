@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <optional>
 #include <string_view>
 
@@ -31,30 +32,31 @@ inline double number(const char* name, const at::Tensor& value) {
 // share. `swapped` says that x and y changed places.
 struct Call {
   Problem problem;
-  at::Tensor x, y, factor_x, factor_y;
+  at::Tensor x, y;
   bool swapped;
   int64_t m, n;
 
-  Call(const at::Tensor& x_in, const at::Tensor& y_in, const std::optional<at::Tensor>& fx,
-       const std::optional<at::Tensor>& fy, const at::Tensor& scale, const std::optional<at::Tensor>& bias,
-       int64_t offset, std::string_view loss)
-      : x(strided(x_in)), y(strided(y_in)), swapped(lines(x_in) < lines(y_in)), m(lines(x_in)), n(lines(y_in)) {
-    check_block(x, y, fx, fy);
-    const auto statistic = statistic_of(x);
-    if (fx) factor_x = fx->to(statistic).contiguous();
-    if (fy) factor_y = fy->to(statistic).contiguous();
+  explicit Call(const BlockArguments& block)
+      : x(strided(block.x.features)),
+        y(strided(block.y.features)),
+        swapped(lines(x) < lines(y)),
+        m(lines(x)),
+        n(lines(y)) {
+    check_block(block);
     problem.dtype = dtype_of(x.scalar_type());
-    problem.loss = loss_of(loss);
+    problem.kind = kind_of(block.kind);
     problem.width = x.size(1);
-    problem.scale = number("scale", scale);
-    problem.bias = bias && uses_bias() ? number("bias", *bias) : 0.0;
-    problem.offset = swapped ? -offset : offset;
+    problem.scale = number("scale", block.scale);
+    problem.bias = block.bias && !has_shift() ? number("bias", *block.bias) : 0.0;
+    problem.same_id_positive = block.same_id_positive;
+    problem.offset = swapped ? -block.offset : block.offset;
     problem.positive_of_y = swapped;
     problem.cache_bytes = core_cache_bytes();
     problem.brgemm = brgemm_wanted();
     problem.half_products = problem.brgemm && machine_has_half_products();
-    set_features(first(), x, factor_x);
-    set_features(second(), y, factor_y);
+    set_side(first(), x, block.x);
+    set_side(second(), y, block.y);
+    if (block.key_bias) second().key_bias = held(*block.key_bias, at::kDouble).const_data_ptr<double>();
   }
 
   Side& first() { return swapped ? problem.y : problem.x; }
@@ -62,21 +64,24 @@ struct Call {
 
   void run() { threads_used = capability().run(problem); }
 
-  bool uses_bias() const {
-    return trait([](auto loss) { return loss.kUsesBias; });
-  }
-  bool needs_state() const {
-    return trait([](auto loss) { return loss.kNeedsState; });
+  bool has_shift() const { return PORTABLE::has_shift(problem.kind); }
+
+  // The tensor in this dtype, contiguous, for as long as the call lasts.
+  const at::Tensor& held(const at::Tensor& t, at::ScalarType type) {
+    return held_.emplace_back(t.to(type).contiguous());
   }
 
  private:
   static int64_t lines(const at::Tensor& x) { return x.dim() == 2 ? x.size(0) : 0; }
-  template <class Function>
-  bool trait(Function f) const {
-    bool value = false;
-    PORTABLE::for_loss(problem.loss, [&](auto loss) { value = f(loss); });
-    return value;
+
+  void set_side(Side& side, const at::Tensor& features, const SideArguments& given) {
+    const auto statistic = statistic_of(x);
+    set_features(side, features, given.factor ? held(*given.factor, statistic) : at::Tensor());
+    if (given.ids) side.ids = held(*given.ids, at::kInt).const_data_ptr<int32_t>();
+    if (given.threshold) side.threshold = held(*given.threshold, statistic).const_data_ptr();
   }
+
+  std::deque<at::Tensor> held_;
 };
 
 }  // namespace fastclip

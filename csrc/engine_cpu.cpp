@@ -3,7 +3,7 @@
 // The rows are cut in blocks, the columns in tiles. A thread takes a block, keeps its features (transposed), its
 // statistics and its gradient in its own L2 cache, and marches over the tiles:
 //     t = y_tile x_block^T            one product
-//     fold, or w = weights of t       tile_cpu.h
+//     fold, or w = weights of t       fold_cpu.h
 //     v_tile += w x_block             second product
 //     u_block += w^T y_tile           third product
 // What belongs to a tile (column statistics, v) is touched by one block after the other: block k waits at each tile
@@ -18,10 +18,10 @@
 #include <thread>
 
 #include "engine.h"
+#include "fold_cpu.h"
 #include "gemm_cpu.h"
 #include "pack_cpu.h"
 #include "rows_cpu.h"
-#include "tile_cpu.h"
 
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
@@ -72,6 +72,11 @@ int64_t tile_cols(const Problem& p, int64_t row_bytes, bool narrow) {
   return 128 * row_bytes <= p.cache_bytes / 16 * 3 ? 128 : 64;
 }
 
+unsigned options_of(const Problem& p) {
+  const bool has_biases = p.x.key_bias || p.y.key_bias || p.same_id_positive;
+  return (p.x.ids ? kIds : 0) | (p.x.threshold ? kThresholds : 0) | (has_biases ? kBiases : 0);
+}
+
 template <class In, class Op, class T>
 class Engine {
   static constexpr bool kNarrow = sizeof(Op) < sizeof(T);  // bf16 products
@@ -86,6 +91,7 @@ class Engine {
         tile_(tile_cols(p, p.width * int64_t(sizeof(T)), kNarrow)),
         blocks_((p.x.rows + block_ - 1) / block_),
         tiles_((p.y.rows + tile_ - 1) / tile_),
+        options_(options_of(p)),
         passed_(new std::atomic<int64_t>[tiles_]),
         totals_(new Sum[2 * blocks_]) {
     for (int64_t j = 0; j < tiles_; j++) passed_[j].store(0, std::memory_order_relaxed);
@@ -134,6 +140,11 @@ class Engine {
     }
   }
 
+  // Coefficients and references of the rows of a block, for the weights of a set of pairs.
+  struct LaneLines {
+    T *coefficients, *references;
+  };
+
   // A block of rows and what a thread holds of it while it marches over the tiles.
   struct Block {
     int64_t k, begin, rows, lanes;
@@ -141,7 +152,10 @@ class Engine {
     bool kept;           // its products are, or are to be
     Op* transposed;      // operand of the first product
     Op* operand;         // of the second, unless the features serve
-    T *factors, *counts, *coefficients, *references, *scratch;
+    T *factors, *counts, *scratch;
+    LaneLines negatives, positives;
+    Integer<T>* ids;  // null where there are none; so are those that follow
+    T *thresholds, *bias_whole, *bias_part;
     T *products, *weights;  // of one tile
     Op *weights_v, *weights_u;
     Op *tile_rows, *tile_pairs;
@@ -154,19 +168,24 @@ class Engine {
     int64_t stride;
   };
 
+  // Sums of the columns of a tile, to be added to those of the blocks before.
+  struct Found {
+    double reference[2][kMostCols], sum[2][kMostCols];  // of negatives, of positives by id
+    double weights[kMostCols];
+  };
+
   void march(int64_t k) {
     const Block block = open(k);
     for (int64_t j = 0; j < tiles_; j++) {
       const int64_t begin = j * tile_, cols = std::min(tile_, p_.y.rows - begin);
       const Operand y = tile_operand(block, begin, cols);
-      double reference[kMostCols], sum[kMostCols];
-      Tile<T> tile = make_tile(block, begin, cols);
-      tile.col_reference = reference, tile.col_sum = sum;
+      Found columns;
+      Tile<T> tile = make_tile(block, begin, cols, columns);
       multiply(block, tile, y);
       transform(tile);
 
       wait(j, k);
-      if (p_.fold) merge_columns(k, begin, cols, reference, sum);
+      merge_columns(k, begin, cols, columns);
       if (v_wanted()) add_to_columns(block, tile, begin);
       passed_[j].store(k + 1, std::memory_order_release);
 
@@ -189,8 +208,8 @@ class Engine {
     b.kept = b.begin + b.lanes <= p_.kept_rows;
 
     const int64_t lanes = b.lanes, width = p_.width;
-    arena.reset(sizeof(T) * (2 * tile_ * lanes + b.rows * width + 6 * lanes) +
-                sizeof(Op) * (2 * lanes * depth() + 2 * tile_ * (lanes + depth())) + 4096);
+    arena.reset(sizeof(T) * (2 * tile_ * lanes + b.rows * width + 12 * lanes) +
+                sizeof(Op) * (2 * lanes * depth() + 2 * tile_ * (lanes + depth())) + 8192);
     b.transposed = arena.take<Op>(depth() * lanes);
     b.operand = arena.take<Op>(lanes * depth());
     b.products = arena.take<T>(tile_ * lanes);
@@ -200,15 +219,24 @@ class Engine {
     b.tile_rows = arena.take<Op>(tile_ * depth());
     b.tile_pairs = arena.take<Op>(tile_ * width);
     b.u = arena.take<T>(b.rows * width);
-    for (T** const p : {&b.factors, &b.counts, &b.coefficients, &b.references}) *p = arena.take<T>(lanes);
+    for (T** const p : {&b.factors, &b.counts}) *p = arena.take<T>(lanes);
     b.scratch = arena.take<T>(2 * lanes);
-
-    for (int64_t i = 0; i < lanes; i++) {
-      const int64_t row = b.begin + std::min(i, b.rows - 1);
-      b.factors[i] = x.factor ? static_cast<const T*>(x.factor)[row] : T(1);
-      b.counts[i] = i < b.rows;
-      b.coefficients[i] = weighs_by_state() ? static_cast<const T*>(x.coefficients)[row] : T(1);
-      b.references[i] = weighs_by_state() ? static_cast<const T*>(x.references)[row] : T(0);
+    for (int64_t i = 0; i < lanes; i++) b.counts[i] = i < b.rows;
+    spread(b, x.factor, T(1), b.factors);
+    open_lines(b, x.negatives, b.negatives);
+    if (p_.same_id_positive) open_lines(b, x.positives, b.positives);
+    b.ids = nullptr, b.thresholds = b.bias_whole = b.bias_part = nullptr;
+    if (x.ids) {
+      b.ids = arena.take<Integer<T>>(lanes);
+      for (int64_t i = 0; i < lanes; i++) b.ids[i] = x.ids[row_of(b, i)];
+    }
+    if (x.threshold) spread(b, x.threshold, T(0), b.thresholds = arena.take<T>(lanes));
+    if (x.key_bias) {
+      b.bias_whole = arena.take<T>(lanes), b.bias_part = arena.take<T>(lanes);
+      for (int64_t i = 0; i < lanes; i++) {
+        const LineBias<T> bias(x.key_bias[row_of(b, i)]);
+        b.bias_whole[i] = bias.whole, b.bias_part[i] = bias.part;
+      }
     }
     if (!(b.kept && p_.kept_ready)) pack_transposed<In, Op>(b.features, x.stride, b.rows, width, lanes, b.transposed);
     if (v_wanted()) {
@@ -217,12 +245,31 @@ class Engine {
       else if constexpr (!kDirect)
         pack_rows<In, Op>(b.features, x.stride, b.rows, width, b.operand, width);
     }
-    if (p_.fold)
-      for (int64_t i = b.begin; i < b.begin + b.rows; i++) {
-        x.reference[i] = p_.running_maxima ? -std::numeric_limits<double>::infinity() : p_.reference;
-        x.sum[i] = 0;
-      }
+    if (p_.fold) {
+      clear(b, x.negatives);
+      if (p_.same_id_positive) clear(b, x.positives);
+    }
+    if (x.key_bias_sum) std::fill_n(x.key_bias_sum + b.begin, b.rows, 0.);
     return b;
+  }
+
+  // Lanes beyond the last row repeat it.
+  int64_t row_of(const Block& b, int64_t lane) const { return b.begin + std::min(lane, b.rows - 1); }
+
+  void spread(const Block& b, const void* values, T if_none, T* out) const {
+    for (int64_t i = 0; i < b.lanes; i++) out[i] = values ? static_cast<const T*>(values)[row_of(b, i)] : if_none;
+  }
+
+  void open_lines(const Block& b, const Lines& lines, LaneLines& out) const {
+    out = {arena.take<T>(b.lanes), arena.take<T>(b.lanes)};
+    spread(b, weighs_by_state() ? lines.coefficients : nullptr, T(1), out.coefficients);
+    spread(b, weighs_by_state() ? lines.references : nullptr, T(0), out.references);
+  }
+
+  void clear(const Block& b, const Lines& lines) const {
+    std::fill_n(lines.reference + b.begin, b.rows,
+                p_.running_maxima ? -std::numeric_limits<double>::infinity() : p_.reference);
+    std::fill_n(lines.sum + b.begin, b.rows, 0.);
   }
 
   const In* y_features(int64_t begin) const { return static_cast<const In*>(p_.y.features) + begin * p_.y.stride; }
@@ -234,28 +281,51 @@ class Engine {
     return {b.tile_rows, depth()};
   }
 
-  Tile<T> make_tile(const Block& b, int64_t begin, int64_t cols) const {
+  Tile<T> make_tile(const Block& b, int64_t begin, int64_t cols, Found& columns) const {
+    const Side& y = p_.y;
     Tile<T> tile;
-    tile.t = b.kept ? static_cast<T*>(p_.kept) + b.begin * p_.y.rows + begin * b.lanes : b.products;
-    tile.w = b.kept ? b.weights : b.products;
+    tile.t = b.kept ? static_cast<T*>(p_.kept) + b.begin * y.rows + begin * b.lanes : b.products;
+    // Weights of positives by id are made of the products after those of the negatives.
+    tile.w = b.kept || p_.same_id_positive ? b.weights : b.products;
     tile.lanes = b.lanes, tile.rows = b.rows, tile.cols = cols;
     tile.first_lane = begin - p_.offset - b.begin;
     tile.row_factor = b.factors;
-    tile.col_factor = p_.y.factor ? static_cast<const T*>(p_.y.factor) + begin : nullptr;
+    tile.col_factor = y.factor ? static_cast<const T*>(y.factor) + begin : nullptr;
     tile.scale_log2 = p_.scale * kLog2E, tile.bias_log2 = p_.bias * kLog2E;
     tile.counts = b.counts, tile.scratch = b.scratch;
     tile.totals = totals_.get() + 2 * b.k;
+    tile.reference = T(p_.reference);
     if (p_.fold) {
-      tile.reference = T(p_.reference);
-      tile.row_reference = p_.x.reference + b.begin, tile.row_sum = p_.x.sum + b.begin;
       tile.positive = p_.positive + (p_.positive_of_y ? begin : b.begin);
       tile.positive_of_col = p_.positive_of_y;
     }
-    if (weighs_by_state()) {
-      tile.a = b.coefficients, tile.b = static_cast<const T*>(p_.y.coefficients) + begin;
-      tile.row_references = b.references, tile.col_references = static_cast<const T*>(p_.y.references) + begin;
+    set_lines(tile.negatives, b, p_.x.negatives, y.negatives, b.negatives, begin, columns.reference[0], columns.sum[0]);
+    if (p_.same_id_positive)
+      set_lines(tile.positives, b, p_.x.positives, y.positives, b.positives, begin, columns.reference[1],
+                columns.sum[1]);
+    tile.row_ids = b.ids, tile.row_threshold = b.thresholds;
+    tile.row_bias_whole = b.bias_whole, tile.row_bias_part = b.bias_part;
+    if (y.ids) tile.col_ids = y.ids + begin;
+    if (y.threshold) tile.col_threshold = static_cast<const T*>(y.threshold) + begin;
+    if (y.key_bias) tile.col_bias = y.key_bias + begin;
+    if (p_.x.key_bias_sum) tile.row_weights = p_.x.key_bias_sum + b.begin;
+    if (y.key_bias_sum) {
+      tile.col_weights = columns.weights;
+      std::fill_n(columns.weights, cols, 0.);
     }
     return tile;
+  }
+
+  void set_lines(TileLines<T>& out, const Block& b, const Lines& x, const Lines& y, const LaneLines& rows,
+                 int64_t begin, double* col_reference, double* col_sum) const {
+    if (p_.fold) {
+      out.row_reference = x.reference + b.begin, out.row_sum = x.sum + b.begin;
+      out.col_reference = col_reference, out.col_sum = col_sum;
+    }
+    if (weighs_by_state()) {
+      out.a = rows.coefficients, out.b = static_cast<const T*>(y.coefficients) + begin;
+      out.row_references = rows.references, out.col_references = static_cast<const T*>(y.references) + begin;
+    }
   }
 
   // t = y_tile x_block^T, in pieces of D: a sum of 512 terms in one fp32 chain loses twice as much as four of 128, and
@@ -323,21 +393,52 @@ class Engine {
   }
 
   void transform(const Tile<T>& tile) const {
-    for_loss(p_.loss, [&](auto loss) {
-      using Loss = decltype(loss);
-      if constexpr (Loss::kNeedsState) {
-        if (p_.fold) return p_.running_maxima ? fold_tile_running<Loss>(tile) : fold_tile<Loss, false>(tile);
-        return p_.one_reference ? weigh_tile<Loss, true>(tile) : weigh_tile<Loss, false>(tile);
-      } else {
-        if (p_.fold) return p_.weigh ? fold_tile<Loss, true>(tile) : fold_tile<Loss, false>(tile);
-        return weigh_tile<Loss, true>(tile);
+    for_kind(p_.kind, [&](auto kind) {
+      using Kind = decltype(kind);
+      switch (options_) {
+        case 0:
+          return apply<Kind, Plain>(tile);
+        case kIds:
+          return apply<Kind, Distinct>(tile);
+        case kThresholds:
+          return apply<Kind, Within>(tile);
+        default:
+          apply<Kind, Negatives>(tile);
+          if (p_.same_id_positive) apply<Kind, Positives>(tile);
       }
     });
   }
 
-  void merge_columns(int64_t k, int64_t j0, int64_t cols, const double* reference, const double* sum) const {
+  template <class Kind, template <class> class Pairs>
+  void apply(const Tile<T>& tile) const {
+    if (p_.fold && p_.weigh) {
+      if constexpr (Kind::kIsLinear && std::is_same_v<Pairs<T>, Plain<T>>) fold_tile<Kind, Pairs, true>(tile);
+    } else if (p_.fold) {
+      if constexpr (Kind::kHasShift)
+        if (p_.running_maxima) return fold_tile_running<Kind, Pairs>(tile);
+      fold_tile<Kind, Pairs, false>(tile);
+    } else {
+      if constexpr (Kind::kHasShift)
+        if (!p_.one_reference) return weigh_tile<Kind, Pairs, false>(tile);
+      weigh_tile<Kind, Pairs, true>(tile);
+    }
+  }
+
+  void merge_columns(int64_t k, int64_t j0, int64_t cols, const Found& found) const {
+    const Side& y = p_.y;
+    if (p_.fold) {
+      merge_states(k, cols, y.negatives, j0, found.reference[0], found.sum[0]);
+      if (p_.same_id_positive) merge_states(k, cols, y.positives, j0, found.reference[1], found.sum[1]);
+    }
+    if (y.key_bias_sum)
+      for (int64_t c = 0; c < cols; c++)
+        y.key_bias_sum[j0 + c] = k == 0 ? found.weights[c] : y.key_bias_sum[j0 + c] + found.weights[c];
+  }
+
+  void merge_states(int64_t k, int64_t cols, const Lines& lines, int64_t j0, const double* reference,
+                    const double* sum) const {
     for (int64_t c = 0; c < cols; c++) {
-      double &m = p_.y.reference[j0 + c], &s = p_.y.sum[j0 + c];
+      double &m = lines.reference[j0 + c], &s = lines.sum[j0 + c];
       const double other = p_.running_maxima ? reference[c] : p_.reference;
       if (k == 0) {
         m = other, s = sum[c];
@@ -359,7 +460,7 @@ class Engine {
     if (!p_.fold) return T(p_.positive_weight[q]);
     const double s = p_.scale * p_.positive[q] + p_.bias;
     T weight = 0;
-    for_loss(p_.loss, [&](auto loss) { weight = T(loss.finish(0, 0, s).positive_weight); });
+    for_kind(p_.kind, [&](auto kind) { weight = T(kind.finish(0, 0, s).positive_weight); });
     return weight;
   }
 
@@ -402,6 +503,7 @@ class Engine {
 
   Problem& p_;
   const int64_t block_, tile_, blocks_, tiles_;
+  const unsigned options_;
   std::unique_ptr<std::atomic<int64_t>[]> passed_;  // blocks that have left each tile
   std::unique_ptr<Sum[]> totals_;
   std::atomic<int64_t> next_{0};

@@ -1,12 +1,12 @@
-// Every loss once, for the CPU and the CUDA engine.
+// Every kind of statistic once, for the CPU and the CUDA engine.
 //
-// A loss is three functions. The engine makes the tiles of <x_i, y_j>, keeps the positives out, and calls
-//   fold(t, k, m)        what a negative adds to the sum that its row and its column remember
+// A kind is two functions. The engine makes the tiles of <x_i, y_j>, keeps the own positives out, and calls
+//   fold(t, k, m)        what a pair adds to the sum that its row and its column remember
 //   activation(t, k, m)  its weight dL/ds up to the factor (a_i + b_j) of its row and column
 // with t = <x_i, y_j>, the logit in log2 units l = t * k.scale + k.bias, and m the reference of the row or the column.
-// Positives never pass through here: they stay apart until the third function finishes a line (a row or a column):
-//   finish(reference, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its positive, of logit s
-// A pair's loss is half its row's plus half its column's.
+// A kind with a fused loss (fastclip.clip_loss, siglip_loss) brings a third one, which finishes a line:
+//   finish(reference, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its own positive, of logit s
+// A pair's loss is half its row's plus half its column's. A new kind is such a struct and an entry in `Kinds`.
 //
 // Nothing in this file includes torch, allocates, or branches on data: on the CPU each function is one sequence of
 // vector instructions for 4, 8 or 16 pairs, on a GPU straight-line code for one.
@@ -44,15 +44,36 @@ constexpr double kLn2 = 0.6931471805599453;
 
 // The logit in log2 units as a map of t. fp32 splits scale and bias in two parts: rounding the scale alone would cost
 // 2^-24 relative, which at a logit of 144 (scale 100) is an error of 6e-6 in the exponential.
-template <class T>
+//
+// Biased: lines have biases of their own, numbers or vectors of them (Bias). The integral part of one, `whole`, is
+// taken off the reference by kinds that have one, so that it costs them no digit, or else added to `bias`.
+template <class T, class Bias = T, bool Biased = false>
 struct Affine {
-  T scale, scale_low, bias, bias_low;
+  using Scalar = T;
+  static constexpr bool kBiased = Biased;
+  T scale, scale_low;
+  Bias bias, bias_low;
   Affine() = default;
   FASTCLIP_INLINE Affine(double scale_log2, double bias_log2)
       : scale(T(scale_log2)),
         scale_low(T(scale_log2 - double(T(scale_log2)))),
-        bias(T(bias_log2)),
-        bias_low(T(bias_log2 - double(T(bias_log2)))) {}
+        bias(Bias{} + T(bias_log2)),
+        bias_low(Bias{} + T(bias_log2 - double(T(bias_log2)))) {}
+  FASTCLIP_INLINE Affine(T scale, T scale_low, Bias bias, Bias bias_low)
+      : scale(scale), scale_low(scale_low), bias(bias), bias_low(bias_low) {}
+  FASTCLIP_INLINE Affine negated() const { return Affine(-scale, -scale_low, -bias, -bias_low); }
+};
+
+// A line's bias, in log2 units: an integer, and what is left. -inf takes the line out.
+template <class T>
+struct LineBias {
+  T whole, part;
+  LineBias() = default;
+  FASTCLIP_INLINE explicit LineBias(double bias) {
+    const double bias_log2 = bias * kLog2E;
+    whole = T(rint(bias_log2));
+    part = bias_log2 - bias_log2 == 0 ? T(bias_log2 - double(whole)) : T(0);
+  }
 };
 
 // The functions below take V, a float, a double, or a vector of either (GCC's and Clang's vector extension): the
@@ -123,18 +144,22 @@ FASTCLIP_INLINE V product_minus(V t, float scale, V m) {
 
 // 2^(t * scale - m). With an integral m the error is that of t and of one rounding, whatever the size of the logit.
 // Overflow is infinite; NaN stays NaN.
-template <class V, class T>
-FASTCLIP_INLINE V exp2_relative(V t, const Affine<T>& k, V m) {
-  if constexpr (sizeof(T) == sizeof(double)) {
+template <class V, class K>
+FASTCLIP_INLINE V exp2_relative(V t, const K& k, V m) {
+  if constexpr (sizeof(typename K::Scalar) == sizeof(double)) {
+    if constexpr (K::kBiased) return for_each((t * k.scale - m) + k.bias_low, Exp2());
     return for_each(t * k.scale - m, Exp2());
   } else if constexpr (FASTCLIP_CUDA_MATH) {
+    if constexpr (K::kBiased) return exp2f(fmaf(t, k.scale, -m) + fmaf(t, k.scale_low, k.bias_low));
     return exp2f(fmaf(t, k.scale_low, fmaf(t, k.scale, -m)));
   } else {
-    const V l = product_minus(t, k.scale, m) + t * k.scale_low;
+    V low = t * k.scale_low;
+    if constexpr (K::kBiased) low += k.bias_low;
+    const V l = product_minus(t, k.scale, m) + low;
     const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
     const V r = z - kRounder, shift = m + r;
     const V lost = r - (shift - m);  // of the sum, where |m| has outgrown the integers of a float
-    return exp2_split(z, (product_minus(t, k.scale, shift) - lost) + t * k.scale_low);
+    return exp2_split(z, (product_minus(t, k.scale, shift) - lost) + low);
   }
 }
 
@@ -158,10 +183,10 @@ FASTCLIP_INLINE V log1p_unit(V u) {
 }
 
 // Logit l in log2 units and u = 2^-|l|.
-template <class V, class T>
-FASTCLIP_INLINE void magnitude(V t, const Affine<T>& k, V& l, V& u) {
+template <class V, class K>
+FASTCLIP_INLINE void magnitude(V t, const K& k, V& l, V& u) {
   l = (t * k.scale + k.bias) + (t * k.scale_low + k.bias_low);
-  if constexpr (sizeof(T) == sizeof(double)) {
+  if constexpr (sizeof(typename K::Scalar) == sizeof(double)) {
     u = for_each(l > 0. ? -l : l, Exp2());
   } else if constexpr (FASTCLIP_CUDA_MATH) {
     u = exp2f(l > 0.f ? -l : l);
@@ -179,17 +204,19 @@ struct Line {
 
 FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(z > 0 ? -z : z)); }
 
-// CLIP's two-way softmax (arXiv 2103.00020): a row remembers the sum of the exponentials of its negatives, relative to
-// m. The bias cancels between numerator and denominator.
+// A line remembers the sum of the exponentials of its pairs, relative to m; finished it is CLIP's two-way softmax
+// (arXiv 2103.00020). A bias common to all logits moves the logarithm of the sum by as much, and nobody needs it here.
 struct Softmax {
-  static constexpr bool kNeedsState = true;  // for its weights: the gradient needs a second sweep
-  static constexpr bool kUsesBias = false;
-  template <class V, class T>
-  static FASTCLIP_INLINE V fold(V t, const Affine<T>& k, V m) {
+  static constexpr const char* kName = "softmax";
+  static constexpr bool kHasShift = true;           // sums are relative to references, and weights depend on sums
+  static constexpr bool kIsLinear = false;          // finished coefficients are 1: loss and gradients in one go
+  static constexpr bool kNegatesPositives = false;  // positives by id are folded with their logits' sign changed
+  template <class V, class K>
+  static FASTCLIP_INLINE V fold(V t, const K& k, V m) {
     return exp2_relative(t, k, m);
   }
-  template <class V, class T>
-  static FASTCLIP_INLINE V activation(V t, const Affine<T>& k, V m) {
+  template <class V, class K>
+  static FASTCLIP_INLINE V activation(V t, const K& k, V m) {
     return exp2_relative(t, k, m);
   }
   // log(1 + R / P) in the log domain, where neither needs to be representable; the sums themselves for the weights.
@@ -201,18 +228,22 @@ struct Softmax {
   }
 };
 
-// SigLIP's pairwise sigmoid (arXiv 2303.15343): a row remembers the sum of softplus(s) of its negatives.
+// A line remembers the sum of softplus(s) of its pairs; finished it is SigLIP's pairwise sigmoid (arXiv 2303.15343).
 struct Sigmoid {
-  static constexpr bool kNeedsState = false;
-  static constexpr bool kUsesBias = true;
-  template <class V, class T>
-  static FASTCLIP_INLINE V fold(V t, const Affine<T>& k, V) {
+  static constexpr const char* kName = "sigmoid";
+  static constexpr bool kHasShift = false;
+  static constexpr bool kIsLinear = true;
+  static constexpr bool kNegatesPositives = true;
+  template <class V, class K>
+  static FASTCLIP_INLINE V fold(V t, const K& k, V) {
+    using T = typename K::Scalar;
     V l, u;
     magnitude(t, k, l, u);
     return (l > T(0) ? l * T(kLn2) : V{}) + log1p_unit<T>(u);
   }
-  template <class V, class T>
-  static FASTCLIP_INLINE V activation(V t, const Affine<T>& k, V) {
+  template <class V, class K>
+  static FASTCLIP_INLINE V activation(V t, const K& k, V) {
+    using T = typename K::Scalar;
     V l, u;
     magnitude(t, k, l, u);
     return (l > T(0) ? V{} + T(1) : u) / (u + T(1));
@@ -222,15 +253,41 @@ struct Sigmoid {
   }
 };
 
-// Calls f, a function of the host, with the loss of that name.
-template <class Function>
-inline __attribute__((always_inline)) void for_loss(Loss loss, Function f) {
-  switch (loss) {
-    case Loss::kSoftmax:
-      return f(Softmax());
-    case Loss::kSigmoid:
-      return f(Sigmoid());
+// The one list of kinds: names and dispatch come from it.
+template <class... Entries>
+struct KindList {
+  // Calls f, a function of the host, with the kind at a place.
+  template <class Function>
+  static inline __attribute__((always_inline)) void call(Kind kind, Function f) {
+    int place = 0;
+    ((place++ == int(kind) ? f(Entries()) : void()), ...);
   }
+  // Calls f(place, name) for every kind.
+  template <class Function>
+  static void each_name(Function f) {
+    int place = 0;
+    (f(Kind(place++), Entries::kName), ...);
+  }
+};
+using Kinds = KindList<Softmax, Sigmoid>;
+
+template <class Function>
+inline __attribute__((always_inline)) void for_kind(Kind kind, Function f) {
+  Kinds::call(kind, f);
+}
+
+// A trait of a kind, such as kHasShift, that is known at run time only.
+template <class Function>
+inline bool trait_of(Kind kind, Function f) {
+  bool value = false;
+  for_kind(kind, [&](auto entry) { value = f(entry); });
+  return value;
+}
+inline bool has_shift(Kind kind) {
+  return trait_of(kind, [](auto entry) { return decltype(entry)::kHasShift; });
+}
+inline bool is_linear(Kind kind) {
+  return trait_of(kind, [](auto entry) { return decltype(entry)::kIsLinear; });
 }
 
 }  // namespace FASTCLIP_CAPABILITY

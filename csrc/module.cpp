@@ -72,6 +72,9 @@ pybind11::dict build_info() {
 #else
   info["capabilities"] = std::vector<std::string>{"DEFAULT"};
 #endif
+  pybind11::list kinds;
+  PORTABLE::Kinds::each_name([&](Kind, const char* name) { kinds.append(name); });
+  info["kinds"] = kinds;
   info["capability"] = capability().name;
   info["product"] = brgemm_wanted() ? "brgemm" : "mm";
   info["half_products"] = brgemm_wanted() && machine_has_half_products();

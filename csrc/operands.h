@@ -1,12 +1,15 @@
-// Tensors as both engines take them: names of dtypes and losses, a layout that products can read, what fits together.
+// Tensors as both engines take them: names of dtypes and kinds, a layout that products can read, what fits together.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "engine.h"
+#include "epilogues.h"
+#include "torch_args.h"
 
 namespace fastclip {
 
@@ -25,10 +28,16 @@ inline Dtype dtype_of(at::ScalarType type) {
   }
 }
 
-inline Loss loss_of(std::string_view name) {
-  if (name == "softmax") return Loss::kSoftmax;
-  TORCH_CHECK_VALUE(name == "sigmoid", "loss must be 'softmax' or 'sigmoid', got '", name, "'");
-  return Loss::kSigmoid;
+inline Kind kind_of(std::string_view name) {
+  int found = -1;
+  PORTABLE::Kinds::each_name([&](Kind kind, const char* own) {
+    if (name == own) found = int(kind);
+  });
+  if (found >= 0) return Kind(found);
+  std::string known;
+  PORTABLE::Kinds::each_name(
+      [&](Kind, const char* own) { known += (known.empty() ? "'" : ", '") + std::string(own) + "'"; });
+  TORCH_CHECK_VALUE(false, "kind must be one of ", known, ", got '", name, "'");
 }
 
 // Unit stride along D and rows that do not overlap, as the products need.
@@ -49,18 +58,69 @@ inline void check_one_element(const char* name, const at::Tensor& value) {
   TORCH_CHECK(value.numel() == 1, name, " must have one element, got shape ", value.sizes());
 }
 
-inline void check_block(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& factor_x,
-                        const std::optional<at::Tensor>& factor_y) {
+inline void check_scalars(const BlockArguments& block) {
+  check_one_element("scale", block.scale);
+  if (block.bias) check_one_element("bias", *block.bias);
+}
+
+// A vector with an element for each line of a side, or both sides without.
+inline void check_lines(const char* rule, const OptionalTensor& x, const OptionalTensor& y, int64_t m, int64_t n,
+                        std::optional<at::ScalarType> type) {
+  const auto fits = [&](const OptionalTensor& t, int64_t lines) {
+    return !t || (t->sizes() == at::IntArrayRef(lines) && (!type || t->scalar_type() == *type));
+  };
+  const auto got = [](const OptionalTensor& t) { return t ? c10::str(t->sizes(), " ", t->scalar_type()) : "None"; };
+  TORCH_CHECK(fits(x, m) && fits(y, n) && (!type || x.has_value() == y.has_value()), rule, ", got ", got(x), " and ",
+              got(y));
+}
+
+inline void check_block(const BlockArguments& block) {
+  const at::Tensor &x = block.x.features, &y = block.y.features;
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type() &&
                   x.numel() > 0 && y.numel() > 0,
               "x and y must be non-empty (M, D) and (N, D) of one dtype, got ", x.sizes(), " ", x.scalar_type(),
               " and ", y.sizes(), " ", y.scalar_type());
-  const auto check_factor = [](const std::optional<at::Tensor>& factor, int64_t lines) {
-    TORCH_CHECK(!factor || factor->sizes() == at::IntArrayRef(lines), "factor_x must be (M), factor_y (N), got ",
-                factor->sizes());
-  };
-  check_factor(factor_x, x.size(0));
-  check_factor(factor_y, y.size(0));
+  const int64_t m = x.size(0), n = y.size(0);
+  const auto statistic = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  check_lines("factor_x must be (M), factor_y (N)", block.x.factor, block.y.factor, m, n, {});
+  check_lines("ids_x must be (M), ids_y (N), int32, or both None", block.x.ids, block.y.ids, m, n, at::kInt);
+  check_lines(statistic == at::kDouble ? "threshold_x must be (M), threshold_y (N), float64, or both None"
+                                       : "threshold_x must be (M), threshold_y (N), float32, or both None",
+              block.x.threshold, block.y.threshold, m, n, statistic);
+  const OptionalTensor& key_bias = block.key_bias;
+  TORCH_CHECK(!key_bias || (key_bias->sizes() == at::IntArrayRef(n) && key_bias->is_floating_point()),
+              "key_bias must be (N), floating point, got ", key_bias->sizes(), " ", key_bias->scalar_type());
+  TORCH_CHECK(!block.same_id_positive || block.x.ids, "positives by id need ids_x and ids_y, got None");
+  check_scalars(block);
+}
+
+// Lines that have negatives, and with positives by id those that have any of these.
+inline void check_occupied(const BlockArguments& block, const OptionalTensor& occupied, int64_t lines) {
+  TORCH_CHECK(!occupied || (occupied->sizes() == at::IntArrayRef({block.same_id_positive ? 2 : 1, lines}) &&
+                            occupied->scalar_type() == at::kBool),
+              "occupied must be (1, M + N), with positives by id (2, M + N), bool, got ", occupied->sizes(), " ",
+              occupied->scalar_type());
+}
+
+inline void check_statistics(const BlockArguments& block, const WeighArguments& weigh, int64_t m, int64_t n) {
+  const int64_t sets = block.same_id_positive ? 2 : 1, lines = m + n;
+  const at::Tensor& coefficients = weigh.coefficients;
+  const bool fits = sets == 2 ? coefficients.sizes() == at::IntArrayRef({sets, lines})
+                              : coefficients.sizes() == at::IntArrayRef(lines);
+  TORCH_CHECK(
+      weigh.state.sizes() == at::IntArrayRef({2 * sets, lines}) && weigh.state.scalar_type() == at::kDouble && fits &&
+          weigh.positive.sizes() == at::IntArrayRef(m) && weigh.positive_weight.sizes() == at::IntArrayRef(m),
+      "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M); with positives "
+      "by id state (4, M + N), coefficients (2, M + N), got ",
+      weigh.state.sizes(), " ", weigh.state.scalar_type(), ", ", coefficients.sizes(), ", ", weigh.positive.sizes(),
+      ", ", weigh.positive_weight.sizes());
+}
+
+inline void check_in_one_go(const BlockArguments& block, bool is_linear) {
+  TORCH_CHECK_VALUE(is_linear, "only a loss whose weights need no state can be swept and weighed in one go, got '",
+                    block.kind, "'");
+  TORCH_CHECK(block.is_plain(),
+              "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
 }
 
 }  // namespace fastclip

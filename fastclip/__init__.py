@@ -3,6 +3,7 @@
     from fastclip.loss import ClipLoss, SigLipLoss    # open_clip's signatures, call by call
     from fastclip.loss import clip_loss, siglip_loss  # the functions beneath
 
+    from fastclip import contrast                     # statistics to write a loss of one's own on
     from fastclip import distributed, cached_step     # batches over processes; beyond memory
 
 `fastclip.backends()` tells which engines can run here, and why each other one cannot;
@@ -11,17 +12,21 @@
 
 from .backends import backends, build_info, release_workspace
 from .cached import cached_step
+from .contrast import contrast
+from .kinds import LineStatistics
 from .loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "LineStatistics",
     "SigLipLoss",
     "backends",
     "build_info",
     "cached_step",
     "clip_loss",
+    "contrast",
     "release_workspace",
     "siglip_loss",
 ]

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from . import chunked, ops, preference, triton_kernels
+from .kinds import KINDS
 
 AVAILABLE = "available"
 
@@ -178,9 +179,20 @@ def _asked() -> str | None:
     return name
 
 
+def _has_kind(engine: str, kind: str) -> bool:
+    """An engine has the kind's functions; one that is not available has none."""
+    if engine in ("torch", "reference"):
+        return kind in KINDS
+    if engine == "triton":
+        if _status(engine, None) != AVAILABLE:
+            return False
+        return kind in importlib.import_module("fastclip.triton_kernels.epilogues").EPILOGUES
+    return kind in _COMPILED_KINDS
+
+
 # What torch.compiler.assume_constant_result does, without importing the compiler here: a compiled
 # loss asks once, when it is compiled.
-for _function in (_status, _rows, _asked):
+for _function in (_status, _rows, _asked, _has_kind):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # The types of device whose tensors an engine takes; those that are not here take any.
@@ -200,19 +212,21 @@ def _state(backend: str, device: torch.device) -> str | None:
     return {"cpu": _CPU_STATUS, "torch": AVAILABLE, "reference": AVAILABLE}.get(backend)
 
 
-def _default(device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
+def _default(device: torch.device, dtype: torch.dtype, n: int, d: int, kind: str) -> str:
     if device.type == "cpu":
         reason = _CPU_STATUS
         if reason == AVAILABLE:
-            return "cpu"
+            return "cpu" if _has_kind("cpu", kind) else "torch"
     elif device.type == "cuda":
         if dtype == torch.float64:
             return "torch"
         engines = preference.order(_rows(device.index, dtype), n, d)
         for engine in engines:
             if _status(engine, device.index) == AVAILABLE:
-                return engine
+                return engine if _has_kind(engine, kind) else "torch"
         reason = "; ".join(f"{engine}: {_status(engine, device.index)}" for engine in engines)
+    elif device.type == "meta":
+        return "torch"
     else:
         reason = f"there is no fused engine for {device.type} yet"
     if not torch.compiler.is_compiling():
@@ -220,21 +234,30 @@ def _default(device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
     return "torch"
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int, d: int) -> str:
-    """The engine for n pairs of d features and the dtype of their products. None takes the one that
-    `preference.py` puts first of those that can run; falling back to plain PyTorch warns once.
-    float64 on GPUs is always the plain engine's.
+def choose(
+    backend: str | None, device: torch.device, dtype: torch.dtype, n: int, d: int,
+    kind: str = "softmax",
+) -> str:  # fmt: skip
+    """The engine for n pairs of d features, the dtype of their products, and a kind of statistic.
+    None takes the one that `preference.py` puts first of those that can run; falling back to plain
+    PyTorch warns once, unless the kind is a user's own. float64 on GPUs is always the plain
+    engine's.
 
     Raises:
-        ValueError: unknown or unavailable, or one that does not serve this device.
+        ValueError: unknown or unavailable, or one that does not serve this device or kind.
     """
     if backend is None and device.type == "cuda":
         backend = _asked()
     if backend is None:
-        return _default(device, dtype, n, d)
+        return _default(device, dtype, n, d, kind)
     # Of this one alone: asking for all of them would start CUDA where nobody wants it, and fail in
     # a process that was forked from one that uses it.
     state = _state(backend, device)
+    if state == AVAILABLE and _serves(backend, device) and not _has_kind(backend, kind):
+        raise ValueError(
+            f"kind {kind!r} must be one that backend {backend!r} has; plain PyTorch has all: "
+            f"backend=None or 'torch', got {backend!r}"
+        )
     if state == AVAILABLE and _serves(backend, device):
         return "torch" if backend in _FINDERS and dtype == torch.float64 else backend
     status = backends()
@@ -252,3 +275,4 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, n: int
 ops.implement("torch", chunked)
 ops.implement("triton", triton_kernels)
 _MODULE, _CPU_STATUS = _load_extension()
+_COMPILED_KINDS = frozenset(() if _MODULE is None else _MODULE.build_info()["kinds"])

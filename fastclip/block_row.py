@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
+from .block import Block, Side, Statistics, Upstream, Wanted
 from .chunked import merge
-from .epilogues import EPILOGUES
-from .function import Plan, cast, factor_of, operator
+from .function import Plan, bias_of, side_of
 from .kept import PLANS
+from .kinds import Kind, kind_of
 from .operands import accumulation_dtype, state_dtype
 from .shard import Shard
 from .visits import Gathered, Ring
@@ -43,8 +45,8 @@ class Context(NamedTuple):
         return (Ring if self.sharing.ring else Gathered)(self.shard)
 
     @property
-    def epilogue(self) -> Any:
-        return EPILOGUES[self.plan.loss]
+    def kind(self) -> type[Kind]:
+        return kind_of(self.plan.kind)
 
     @property
     def pairs(self) -> slice:
@@ -52,8 +54,8 @@ class Context(NamedTuple):
         return self.shard.live[self.shard.rank]
 
     def finish(self, state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None) -> Any:
-        return operator("finish", self.plan)(
-            state.contiguous(), positive, scale, bias, self.plan.loss
+        return ops.finish(
+            self.plan.engine, state.contiguous(), positive, scale, bias, self.plan.kind
         )
 
 
@@ -72,11 +74,13 @@ class Operands(NamedTuple):
         cls, context: Context, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None
     ) -> Operands:
         plan = context.plan
-        x, y = cast(x, plan.dtype), cast(y, plan.dtype)
-        factors = (factor_of(x), factor_of(y)) if plan.normalize else (None, None)
-        held = [None if t is None else context.columns.held(t) for t in (y, factors[1])]
-        uses_bias = context.epilogue.uses_bias
-        return cls(x, held[0], factors[0], held[1], scale, bias if uses_bias else None)
+        rows, columns = (side_of(t, plan.dtype, plan.normalize) for t in (x, y))
+        held = [
+            None if t is None else context.columns.held(t)
+            for t in (columns.features, columns.factor)
+        ]
+        bias = bias_of(bias, plan.kind)
+        return cls(rows.features, held[0], rows.factor, held[1], scale, bias)
 
 
 class Columns(NamedTuple):
@@ -100,17 +104,17 @@ def visits(context: Context, o: Operands) -> Iterator[Columns]:
 
 
 def block(
-    o: Operands, rows: slice, y: Tensor, factor_y: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The operators' first arguments."""
+    context: Context, o: Operands, rows: slice, y: Tensor, factor_y: Tensor | None, offset: int
+) -> Block:
     factor_x = None if o.factor_x is None else o.factor_x[rows]
-    return o.x[rows], y, factor_x, factor_y, o.scale, o.bias
+    sides = Side(o.x[rows], factor_x), Side(y, factor_y)
+    return Block(*sides, o.scale, o.bias, offset=offset, kind=context.plan.kind)
 
 
 def _bound(context: Context, o: Operands) -> Tensor | None:
     """Of |t| on all ranks: with it they take one reference, and columns' sums add up as they are.
     A NaN or infinity in it makes every rank take references of its own."""
-    if not context.epilogue.needs_state:
+    if not context.kind.has_shift:
         return None
     dtype = state_dtype(o.x.device)
     if context.plan.normalize:
@@ -150,7 +154,7 @@ def sweep(context: Context, o: Operands, budget: int) -> tuple[Tensor, Swept]:
     """The sum of the losses of this rank's pairs, and what the second sweep needs. Budget: bytes
     of products that may be kept for it."""
     plan, shard, pairs = context.plan, context.shard, context.pairs
-    m, needs_state = shard.rows, context.epilogue.needs_state
+    m, needs_state = shard.rows, context.kind.has_shift
     # A row's weights need other rows' states only through columns.
     swept = slice(0, m) if needs_state else pairs
     bound = _bound(context, o)
@@ -159,11 +163,10 @@ def sweep(context: Context, o: Operands, budget: int) -> tuple[Tensor, Swept]:
     positive, kept = rows.new_zeros(m), []
     for k, visit in enumerate(visits(context, o)):
         n = visit.y.shape[0]
-        keep = PLANS[plan.engine].keep(o.x, visit.y, budget * n // shard.batch)
-        found, here, products = operator("sweep", plan)(
-            *block(o, swept, visit.y, visit.factor), bound,
-            shard.start + swept.start - visit.start, plan.loss, keep,
-        )  # fmt: skip
+        offset = shard.start + swept.start - visit.start
+        here_block = block(context, o, swept, visit.y, visit.factor, offset)
+        keep = PLANS[plan.engine].keep(here_block, budget * n // shard.batch)
+        found, here, products = ops.sweep(plan.engine, here_block, bound, keep=keep)
         kept.append(products)
         count = swept.stop - swept.start
         columns[:, visit.where] = found[:, count:]
@@ -258,8 +261,9 @@ class Weighing(NamedTuple):
         state, positive = self.swept.state, self.swept.positive
         dtype = accumulation_dtype(y)
         state = torch.cat((state[:, : len(a)][:, rows], state[:, len(a) :][:, columns]), 1)
-        return operator("weigh", plan)(
-            *block(self.operands, rows, y, factor_y), state, positive[rows],
-            torch.cat((a[rows], b[columns])), positive_weight[rows], self.gain, kept,
-            offset, plan.loss, *needs, plan.normalize, dtype, dtype,
-        )  # fmt: skip
+        upstream = torch.cat((a[rows], b[columns])), positive_weight[rows], self.gain
+        return ops.weigh(
+            plan.engine, block(self.context, self.operands, rows, y, factor_y, offset),
+            Statistics(state, positive[rows], kept), Upstream(*upstream),
+            Wanted(*needs, False, plan.normalize, dtype, dtype),
+        )[:3]  # fmt: skip

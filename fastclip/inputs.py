@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import numbers
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .operands import FLOATING
+
+# Meanings of equal ids.
+SAME_ID = ("ignore", "positive")
 
 # On CPUs a product costs more than the memory traffic of keeping it. Not measured on GPUs yet.
 DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
@@ -19,31 +23,113 @@ DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
 
 def check_features(x: Tensor, y: Tensor) -> None:
     """Two towers' features, paired row by row."""
-    for name, features in (("image_features", x), ("text_features", y)):
-        if not isinstance(features, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-        if type(features) is not Tensor and type(features).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local() or "
-                f"{name}.full_tensor()"
-            )
-        if features.dtype not in FLOATING:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
-            )
-        if features.dim() != 2:
-            raise ValueError(f"{name} must be (N, D), got shape {tuple(features.shape)}")
+    names = "image_features", "text_features"
+    for name, features in zip(names, (x, y), strict=True):
+        _check_one(name, features, "(N, D)")
     if x.shape != y.shape:
         raise ValueError(
             "image_features and text_features must have one shape (N, D), got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if x.shape[0] == 0 or x.shape[1] == 0:
-        raise ValueError(f"the batch must not be empty, got features of shape {tuple(x.shape)}")
+    _check_together(names, x, y)
+
+
+def check_sides(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
+    """The features of rows, x (M, D), and of columns, y (N, D)."""
+    _check_one("x", x, "(M, D)")
+    _check_one("y", y, "(N, D)")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"x (M, D) and y (N, D) must have one width D, got {tuple(x.shape)} and "
+            f"{tuple(y.shape)}"
+        )
+    _check_together(("x", "y"), x, y, may_be_empty)
+
+
+def _check_one(name: str, features: Tensor, shape: str) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+    if type(features) is not Tensor and type(features).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local() or "
+            f"{name}.full_tensor()"
+        )
+    if features.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
+        )
+    if features.dim() != 2:
+        raise ValueError(f"{name} must be {shape}, got shape {tuple(features.shape)}")
+
+
+def _check_together(
+    names: tuple[str, str], x: Tensor, y: Tensor, may_be_empty: bool = False
+) -> None:
+    for features in (x, y):
+        if features.shape[1] == 0 or (features.shape[0] == 0 and not may_be_empty):
+            raise ValueError(
+                f"the batch must not be empty, got features of shape {tuple(features.shape)}"
+            )
     if x.device != y.device:
         raise ValueError(
-            f"image_features and text_features must be on one device, got {x.device} and {y.device}"
+            f"{names[0]} and {names[1]} must be on one device, got {x.device} and {y.device}"
         )
+
+
+def check_ids(
+    ids: tuple[Tensor, Tensor] | None, same_id: str, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Ids of rows and columns, integers."""
+    if same_id not in SAME_ID:
+        raise ValueError(f"same_id must be one of {SAME_ID}, got {same_id!r}")
+    if ids is None:
+        if same_id == "positive":
+            raise ValueError("same_id='positive' needs ids, got ids=None")
+        return None
+    if not isinstance(ids, Sequence) or len(ids) != 2:
+        got = f"{len(ids)} of them" if isinstance(ids, Sequence) else type(ids).__name__
+        raise TypeError(f"ids must be a pair of tensors (x_ids, y_ids), got {got}")
+    for name, own, features in zip(("x_ids", "y_ids"), ids, (x, y), strict=True):
+        if not isinstance(own, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(own).__name__}")
+        if own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {own.dtype}")
+        if own.shape != (features.shape[0],):
+            raise ValueError(
+                f"{name} must have an id for each row of the features, shape "
+                f"({features.shape[0]},), got {tuple(own.shape)}"
+            )
+        if own.device != features.device:
+            raise ValueError(
+                f"{name} must be on the features' device {features.device}, got {own.device}"
+            )
+    return ids[0], ids[1]
+
+
+def check_key_bias(key_bias: Tensor | None, y: Tensor) -> None:
+    """A bias for each column."""
+    if key_bias is None:
+        return
+    if not isinstance(key_bias, Tensor):
+        raise TypeError(f"key_bias must be a torch.Tensor, got {type(key_bias).__name__}")
+    if key_bias.dtype not in FLOATING:
+        raise TypeError(
+            f"key_bias must be float64, float32, bfloat16 or float16, got {key_bias.dtype}"
+        )
+    if key_bias.shape != (y.shape[0],):
+        raise ValueError(
+            f"key_bias must have a bias for each column, shape ({y.shape[0]},), got "
+            f"{tuple(key_bias.shape)}"
+        )
+    if key_bias.device != y.device:
+        raise ValueError(
+            f"key_bias must be on the features' device {y.device}, got {key_bias.device}"
+        )
+
+
+def check_offset(offset: int | None) -> None:
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int)):
+        raise TypeError(f"offset must be an int or None, got {type(offset).__name__}")
 
 
 def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
@@ -98,6 +184,8 @@ def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     if dtype == torch.float64:
         return dtype
     device = x.device.type
+    if device == "meta":
+        return dtype
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if dtype == torch.float32 and device == "cpu" and _cpu_takes_bf16():

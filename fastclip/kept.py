@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .block import Block
+
 # Rows are kept in multiples of this; rows of weights lie a multiple of it apart.
 UNIT = 16
 
@@ -40,9 +42,10 @@ class Products:
         return torch.promote_types(x.dtype, torch.float32)
 
     @staticmethod
-    def keep(x: Tensor, y: Tensor, budget: int) -> int:
+    def keep(block: Block, budget: int) -> int:
         """`keep` for a budget in bytes."""
-        return rows_to_keep(x.shape[0], y.shape[0], Products.dtype(x).itemsize, budget)
+        itemsize = Products.dtype(block.x.features).itemsize
+        return rows_to_keep(*block.shape, itemsize, budget)
 
     @staticmethod
     def empty(x: Tensor, y: Tensor, keep: int) -> Tensor:
@@ -54,10 +57,15 @@ class Products:
         """True if a sweep of x and y may have made it; an empty one is anybody's."""
         return kept.dtype == Products.dtype(x) and kept.numel() % min(len(x), len(y)) == 0
 
+    @staticmethod
+    def pairs(x: Tensor, y: Tensor, kept: Tensor) -> int:
+        """How many pairs were kept."""
+        return min(kept.numel(), len(x) * len(y))
+
 
 class Nothing:
     @staticmethod
-    def keep(x: Tensor, y: Tensor, budget: int) -> int:
+    def keep(block: Block, budget: int) -> int:
         return 0
 
     empty = Products.empty
@@ -65,6 +73,8 @@ class Nothing:
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
         return False
+
+    pairs = Products.pairs
 
 
 class Weights:
@@ -88,10 +98,13 @@ class Weights:
         return _padded(n) * Weights.dtype(x).itemsize
 
     @staticmethod
-    def keep(x: Tensor, y: Tensor, budget: int) -> int:
-        if x.dtype == torch.float64:  # the plain engine's
+    def keep(block: Block, budget: int) -> int:
+        x, (m, n) = block.x.features, block.shape
+        # float64 is the plain engine's. One weight serves a pair's row and column, and its kind,
+        # and columns' sums of weights are not kept.
+        apart = block.x.threshold is not None or block.same_id_positive
+        if x.dtype == torch.float64 or apart or block.key_bias is not None:
             return 0
-        m, n = x.shape[0], y.shape[0]
         affordable = (budget - Weights.header(m, n)) // Weights.row(x, n) // UNIT * UNIT
         rows = -_smaller(-_smaller(affordable, m), 0)
         # Along the longer side they count n / min(m, n) times as many.
@@ -112,6 +125,11 @@ class Weights:
         # No rows, no header: in arithmetic, since a symbolic number of rows decides nothing.
         size = _smaller(rows, 1) * Weights.header(m, n) + rows * Weights.row(x, n)
         return x.new_empty((size,), dtype=torch.uint8)
+
+    @staticmethod
+    def pairs(x: Tensor, y: Tensor, kept: Tensor) -> int:
+        bytes_of_rows = max(0, kept.numel() - Weights.header(len(x), len(y)))
+        return bytes_of_rows // Weights.row(x, len(y)) * len(y)
 
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from .block_row import Context, Operands, Sharing, Swept, Weighing, block, sweep, visits
-from .function import Plan, cast, operator, refuse_second_derivative, scalar_like
+from .function import Plan, cast, differentiates, refuse_second_derivative, scalar_like
 from .operands import accumulation_dtype, state_dtype
 from .shard import Shard
 
@@ -26,9 +27,7 @@ def sharded_loss(
 ) -> Tensor:  # fmt: skip
     """The mean of the ranks' values is the mean over all pairs. x, y (b, D) are this rank's."""
     context = Context(plan, shard, sharing)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, y, scale, bias)
-    ):
+    if differentiates(x, y, scale, bias):
         return _ShardedLoss.apply(x, y, scale, bias, context)
     own, _ = sweep(context, Operands.of(context, x, y, scale, bias), budget=0)
     return _value(context, own)
@@ -75,7 +74,7 @@ def _makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
     wait in fp32, O(B D), and columns are not to visit a second time."""
     wide = accumulation_dtype(x)
     return (
-        not context.epilogue.needs_state
+        context.kind.is_linear
         and not context.sharing.ring
         and context.shard.all_live
         and (x.device.type == "cuda" or x.dtype == y.dtype == wide == context.plan.dtype)
@@ -90,9 +89,9 @@ def _sweep_and_weigh(
     dtype = state_dtype(o.x.device)
     share = torch.full((), shard.world_size / shard.batch, dtype=dtype, device=o.x.device)
     (every,) = visits(context, o)
-    state, positive, *gradients = operator("sweep_and_weigh", plan)(
-        *block(o, slice(None), every.y, every.factor), share, shard.start, plan.loss, needs_x,
-        shard.needs_y, plan.normalize,
+    state, positive, *gradients = ops.sweep_and_weigh(
+        plan.engine, block(context, o, slice(None), every.y, every.factor, shard.start), share,
+        needs_x, shard.needs_y, plan.normalize,
     )  # fmt: skip
     losses, _, _ = context.finish(state[:, : o.x.shape[0]], positive, o.scale, o.bias)
     return _value(context, losses.sum()), *gradients
@@ -168,7 +167,7 @@ def _weigh(ctx: Any, g: Tensor) -> list[Tensor | None]:
         _to_features(dx, operands.factor_x, ctx.dtypes[0]) if needs_x else None,
         _to_features(dy, own_factor, ctx.dtypes[1]) if needs_y else None,
         scalar_like(totals[1], operands.scale) if needs_scale else None,
-        scalar_like(totals[0], bias) if needs_bias and context.epilogue.uses_bias
+        scalar_like(totals[0], bias) if needs_bias and operands.bias is not None
         else torch.zeros_like(bias) if needs_bias else None,
     ]  # fmt: skip
 

@@ -1,11 +1,11 @@
 """One rectangular block of logits, dense in float64: the truth of what `fastclip.ops` promises.
 
 `make_block` invents a block, `Dense` answers for it what the operators answer, from the formulas
-of their contract: all logits in one matrix, positives masked out of it. Plain torch, nothing of an
-engine, no autograd.
+of their contract: all logits in one matrix, and masks of it. Plain torch, nothing of an engine, no
+autograd.
 
 Letters: `x (M, D)`, `y (N, D)`, `t_ij = <x_i, y_j> factor_x_i factor_y_j`, logits
-`s_ij = scale t_ij + bias`; the positive of row i is column i + offset.
+`s_ij = scale t_ij + bias + key_bias_j`; the own positive of row i is column i + offset.
 """
 
 import math
@@ -26,7 +26,42 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-LOSSES = ("softmax", "sigmoid")
+
+
+class DenseKind(NamedTuple):
+    """The truth about a kind of statistic, from logits in float64."""
+
+    # A line's statistic in the units of `logarithms`, of the logits that a mask leaves it.
+    statistic: Callable[[Tensor, Tensor, int], Tensor]
+    # The weight of a logit, given a line's reference in log2 units.
+    activation: Callable[[Tensor, Tensor], Tensor]
+    # The statistic in these units, from a state's reference and sum.
+    logarithm: Callable[[Tensor, Tensor], Tensor]
+    has_reference: bool  # then a bias is not seen, and a statistic is judged by its difference
+    sign_of_positives: int  # by id: of their logits and weights
+
+
+def _softplus_sum(s: Tensor, mask: Tensor, dim: int) -> Tensor:
+    return F.softplus(s, threshold=60).masked_fill(~mask, 0).sum(dim)
+
+
+KINDS = {
+    "softmax": DenseKind(
+        lambda s, mask, dim: s.masked_fill(~mask, -torch.inf).logsumexp(dim) * LOG2E,
+        lambda s, reference: torch.exp2(s * LOG2E - reference),
+        lambda reference, sums: torch.log2(sums) + reference,
+        has_reference=True,
+        sign_of_positives=1,
+    ),
+    "sigmoid": DenseKind(
+        _softplus_sum,
+        lambda s, reference: torch.sigmoid(s),
+        lambda reference, sums: sums,
+        has_reference=False,
+        sign_of_positives=-1,
+    ),
+}
+LOSSES = tuple(KINDS)
 
 
 class Block(NamedTuple):
@@ -40,10 +75,21 @@ class Block(NamedTuple):
     bias: Tensor | None
     offset: int
     loss: str
+    ids_x: Tensor | None = None  # (M)
+    ids_y: Tensor | None = None  # (N)
+    threshold_x: Tensor | None = None  # (M)
+    threshold_y: Tensor | None = None  # (N)
+    key_bias: Tensor | None = None  # (N)
+    same_id_positive: bool = False
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:6]
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order of the schemas."""
+        return (
+            self.x, self.factor_x, self.ids_x, self.threshold_x, self.y, self.factor_y, self.ids_y,
+            self.threshold_y, self.scale, self.bias, self.key_bias, self.offset, self.loss,
+            self.same_id_positive,
+        )  # fmt: skip
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -104,25 +150,89 @@ def operator(name: str, engine: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.fastclip, name), engine)
 
 
+def make_masked_block(
+    m: int,
+    n: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    ids: int | None = None,
+    margin: float | None = None,
+    key_bias: float | None = None,
+    same_id_positive: bool = False,
+    **options: Any,
+) -> Block:
+    """A block with `ids` different ids, thresholds `margin` above own positives, and biases of the
+    columns of that size, one of them -inf."""
+    block = make_block(m, n, d, dtype, **options)
+    seed, extra = options.get("seed", 0), {}
+    if ids is not None:
+        names = [(_random(k, seed=seed + 7 * k).abs() * 1e4).int() % ids for k in (m, n)]
+        extra |= {"ids_x": names[0], "ids_y": names[1], "same_id_positive": same_id_positive}
+    if margin is not None:
+        dense = Dense(block)
+        t = dense.positive + margin
+        partner = torch.arange(m) + block.offset
+        inside = (partner >= 0) & (partner < n)
+        of_columns = torch.full((n,), torch.inf, dtype=torch.float64)
+        of_columns[partner[inside]] = t[inside]
+        thresholds = (_between(t.nan_to_num(torch.inf), dense.t), _between(of_columns, dense.t.T))
+        wide = accumulator(dtype)
+        extra |= {"threshold_x": thresholds[0].to(wide), "threshold_y": thresholds[1].to(wide)}
+    if key_bias is not None:
+        extra["key_bias"] = key_bias * _random(n, seed=seed + 3)
+        if (
+            KINDS[block.loss].has_reference or not same_id_positive
+        ):  # softplus(-s) is infinite there
+            extra["key_bias"][n // 2] = -torch.inf
+    return block._replace(**extra)
+
+
+def _between(thresholds: Tensor, t: Tensor) -> Tensor:
+    """Each moved halfway between the two products of its line around it, so that no rounding
+    decides which pairs are above."""
+    above = torch.where(t > thresholds[:, None], t, torch.inf).amin(1)
+    below = torch.where(t > thresholds[:, None], -torch.inf, t).amax(1)
+    middle = (above + below) / 2
+    return torch.where(middle.isfinite(), middle, torch.where(above.isinf(), torch.inf, -torch.inf))
+
+
+def occupied(block: Block) -> Tensor | None:
+    """The lines that have pairs at all, thresholds aside; None where the engine knows."""
+    if block.ids_x is None and block.key_bias is None:
+        return None
+    dense = Dense(block._replace(threshold_x=None, threshold_y=None))
+    exists = torch.ones(dense.m, dense.n, dtype=torch.bool)
+    if block.key_bias is not None:
+        exists = exists & (block.key_bias > -torch.inf)
+    sets = [dense.by_row, dense.is_same] if block.same_id_positive else [dense.by_row]
+    return torch.stack(
+        [torch.cat([(pairs & exists).any(1), (pairs & exists).any(0)]) for pairs in sets]
+    )
+
+
 def sweep(
     engine: str, block: Block, keep: int = 0, bound: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return operator("sweep", engine)(*block.tensors, bound, block.offset, block.loss, keep)
+    return operator("sweep", engine)(*block.arguments, bound, occupied(block), keep)
 
 
 @dataclass(frozen=True)
 class Weights:
     """What `weigh` takes besides the block: any numbers will do."""
 
-    coefficients: Tensor  # (M + N)
+    coefficients: Tensor  # (M + N); (2, M + N) with positives by id
     positive_weight: Tensor  # (M)
     gain: Tensor
 
 
 def make_weights(state: Tensor, m: int, gain: float = -0.7, seed: int = 1) -> Weights:
     """Coefficients that bring each line's weights to order 1; also weights for absent positives."""
-    sums = state[1]
-    coefficients = torch.exp2(_random(len(sums), seed=seed) / 3) / torch.where(sums > 0, sums, 1)
+    sums = state[1::2]
+    coefficients = torch.exp2(_random(*sums.shape, seed=seed) / 3) / torch.where(
+        sums > 1e-30, sums, 1
+    )
+    coefficients = coefficients if len(sums) > 1 else coefficients[0]
     positive = -torch.sigmoid(_random(m, seed=seed + 1))
     return Weights(coefficients, positive, torch.tensor(gain, dtype=torch.float64))
 
@@ -138,73 +248,112 @@ def weigh(
     project: bool = False,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    results = weigh_all(engine, block, state, positive, weights, kept, needs, project, dtypes)
+    return results[:3]
+
+
+def weigh_all(
+    engine: str,
+    block: Block,
+    state: Tensor,
+    positive: Tensor,
+    weights: Weights,
+    kept: Tensor | None = None,
+    needs: tuple[bool, bool] = (True, True),
+    project: bool = False,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `weigh`, and the gradient of a key bias behind it, where there is one."""
     dtype = accumulator(block.x.dtype)
     kept = block.x.new_empty(0, dtype=dtype) if kept is None else kept
     return operator("weigh", engine)(
-        *block.tensors, state, positive, weights.coefficients, weights.positive_weight,
-        weights.gain, kept, block.offset, block.loss, *needs, project, *(dtypes or (dtype, dtype)),
+        *block.arguments, state, positive, kept, weights.coefficients, weights.positive_weight,
+        weights.gain, *needs, block.key_bias is not None, project, *(dtypes or (dtype, dtype)),
     )  # fmt: skip
 
 
 def logarithms(state: Tensor, loss: str) -> Tensor:
-    """A state as one number a line: log2 of the sum of exponentials, or the sum of softplus."""
-    reference, sums = state
-    return torch.log2(sums) + reference if loss == "softmax" else sums
+    """States as one number a line: log2 of the sum of exponentials, or the sum of softplus; those
+    of positives by id behind those of negatives."""
+    reference, sums = state[::2].flatten(), state[1::2].flatten()
+    return KINDS[loss].logarithm(reference, sums)
 
 
 class Gradients(NamedTuple):
     dx: Tensor
     dy: Tensor
     totals: Tensor
-    conditions: tuple[float, float, float]
+    key_bias: Tensor
+    conditions: tuple[float, float, float, float]
 
 
 class Dense:
     """The truth of one block."""
 
     def __init__(self, block: Block) -> None:
-        self.block = block
+        self.block, self.kind = block, KINDS[block.loss]
         self.x, self.y = (
             features.double() * (1 if factor is None else factor.double()[:, None])
             for features, factor in zip(block[:2], block[2:4], strict=True)
         )
         self.m, self.n = len(self.x), len(self.y)
         self.scale = float(block.scale)
-        has_bias = block.bias is not None and block.loss == "sigmoid"
+        has_bias = block.bias is not None and not self.kind.has_reference
         self.bias = float(block.bias) if has_bias else 0.0
         self.t = self.x @ self.y.T
         self.s = self.scale * self.t + self.bias
+        if block.key_bias is not None:
+            self.s = self.s + block.key_bias.double()
         rows = torch.arange(self.m)[:, None] + block.offset
         self.is_positive = rows == torch.arange(self.n)
+        same = torch.zeros_like(self.is_positive)
+        if block.ids_x is not None:
+            same = (block.ids_x[:, None] == block.ids_y) & ~self.is_positive
+        self.is_same = same
+        self.by_row = self.by_column = ~self.is_positive & ~same
+        if block.threshold_x is not None:
+            self.by_row = self.by_row & ~(self.t > block.threshold_x.double()[:, None])
+            self.by_column = self.by_column & ~(self.t > block.threshold_y.double())
 
     @cached_property
     def positive(self) -> Tensor:
-        """(M): t of the positives, NaN where there is none in the block."""
+        """(M): t of the own positives, NaN where there is none in the block."""
         t = torch.where(self.is_positive, self.t, 0).sum(1)
         return torch.where(self.is_positive.any(1), t, torch.nan)
 
     @cached_property
     def logarithms(self) -> Tensor:
-        """(M + N): as the function of that name."""
-        if self.block.loss == "softmax":
-            s = self.s.masked_fill(self.is_positive, -torch.inf)
-            return torch.cat([torch.logsumexp(s, 1), torch.logsumexp(s, 0)]) * LOG2E
-        losses = F.softplus(self.s, threshold=60).masked_fill(self.is_positive, 0)
-        return torch.cat([losses.sum(1), losses.sum(0)])
+        """(M + N), or twice as many with positives by id: as the function of that name."""
+        negatives = self._statistics(self.s, self.by_row, self.by_column)
+        if not self.block.same_id_positive:
+            return negatives
+        s = self.kind.sign_of_positives * self.s
+        return torch.cat([negatives, self._statistics(s, self.is_same, self.is_same)])
+
+    def _statistics(self, s: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+        statistic = self.kind.statistic
+        return torch.cat([statistic(s, by_row, 1), statistic(s, by_column, 0)])
 
     def activations(self, state: Tensor, coefficients: Tensor) -> Tensor:
-        """(M, N): weights of the negatives, 0 at the positives."""
-        a, b = coefficients.double().split([self.m, self.n])
-        if self.block.loss == "sigmoid":
-            w = torch.sigmoid(self.s) * (a[:, None] + b)
-        else:
-            row, column = state[0].split([self.m, self.n])
-            w = torch.exp2(self.s * LOG2E - row[:, None]) * a[:, None]
-            w = w + torch.exp2(self.s * LOG2E - column) * b
-        return w.masked_fill(self.is_positive, 0)
+        """(M, N): weights of the pairs, 0 at the own positives."""
+        coefficients = coefficients.double().reshape(-1, self.m + self.n)
+        w = self._weights(self.s, state[0], coefficients[0], self.by_row, self.by_column)
+        if not self.block.same_id_positive:
+            return w
+        sign, same = self.kind.sign_of_positives, self.is_same
+        return w + sign * self._weights(sign * self.s, state[2], coefficients[1], same, same)
+
+    def _weights(
+        self, s: Tensor, references: Tensor, coefficients: Tensor, by_row: Tensor, by_column: Tensor
+    ) -> Tensor:
+        a, b = coefficients.split([self.m, self.n])
+        row, column = references.split([self.m, self.n])
+        of_row = self.kind.activation(s, row[:, None]) * a[:, None]
+        of_column = self.kind.activation(s, column) * b
+        return of_row.masked_fill(~by_row, 0) + of_column.masked_fill(~by_column, 0)
 
     def gradients(self, w: Tensor, weights: Weights, project: bool = False) -> Gradients:
-        """From the weights of the negatives."""
+        """From the weights of the pairs beside the own positives."""
         w = w + self.is_positive * weights.positive_weight.double()[:, None]
         gain = float(weights.gain)
         results, conditions = [], []
@@ -224,7 +373,9 @@ class Dense:
             conditions.append(_ratio(size, g))
         totals = gain * torch.stack([w.sum(), (w * self.t).sum()])
         sizes = abs(gain) * torch.stack([w.abs().sum(), (w * self.t).abs().sum()])
-        return Gradients(*results, totals, (*conditions, _ratio(sizes, totals)))
+        columns, of_columns = gain * w.sum(0), abs(gain) * w.abs().sum(0)
+        conditions += [_ratio(sizes, totals), _ratio(of_columns, columns)]
+        return Gradients(*results, totals, columns, tuple(conditions))
 
     @cached_property
     def longest(self) -> list[float]:
@@ -238,7 +389,10 @@ class Dense:
     @property
     def largest(self) -> float:
         """A bound of the logits, which is what rounding errors in exponentials grow with."""
-        return abs(self.scale) * self.longest[0] * self.longest[1] + abs(self.bias)
+        biases = abs(self.bias)
+        if self.block.key_bias is not None:
+            biases += float(self.block.key_bias.clamp_min(-1e3).abs().max())
+        return abs(self.scale) * self.longest[0] * self.longest[1] + biases
 
     @property
     def arithmetic(self) -> float:
@@ -268,18 +422,19 @@ def product_error(x: Tensor) -> float:
 
 def has_one_reference(state: Tensor) -> bool:
     """Whether the sweep with one reference for all lines was enough."""
-    return bool((state[0] == state[0, 0]).all())
+    return bool((state[::2] == state[0, 0]).all())
 
 
 def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "") -> None:
     """The operators' state and positives against the truth."""
     assert state.dtype == positive.dtype == torch.float64
-    assert state.shape == (2, dense.m + dense.n) and positive.shape == (dense.m,)
+    sets = 2 if dense.block.same_id_positive else 1
+    assert state.shape == (2 * sets, dense.m + dense.n) and positive.shape == (dense.m,)
     assert state.isfinite().all(), what
     lines, exact = logarithms(state, dense.block.loss), dense.logarithms
-    if dense.block.loss == "softmax":
+    if dense.kind.has_reference:
         absent = exact == -torch.inf
-        assert torch.equal(state[1] == 0, absent), f"{what}: lines without negatives"
+        assert torch.equal(state[1::2].flatten() == 0, absent), f"{what}: lines without pairs"
         # The truth itself is a sum of a reference and a logarithm, in float64.
         difference = (lines - exact)[~absent].abs() - 1e-15 * exact[~absent].abs()
     else:
@@ -296,29 +451,35 @@ def _atol(dense: Dense) -> float:
 def assert_gradients(
     dense: Dense,
     exact: Gradients,
-    results: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, ...],
     needs: tuple[bool, bool] = (True, True),
     what: str = "",
     half_products: bool = False,
 ) -> None:
-    """dx, dy and the totals against the truth, each by its own condition. half_products: fp16
-    weights enter products in fp16, as bf16 ones do in any case."""
+    """dx, dy, the totals, and the gradient of a key bias against the truth, each by its own
+    condition. half_products: fp16 weights enter products in fp16, as bf16 ones do in any case."""
     x = dense.block.x
     # The C++ and plain engines widen fp16 on CPUs.
     takes_half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and half_products)
     narrow = roundoff(x.dtype) if takes_half or (x.is_cuda and x.itemsize == 2) else 0.0
     if takes_tf32(x):
         narrow = 2.0**-11
+    names = ("dx", "dy", "totals", "key bias")
     for name, result, truth, condition, needed in zip(
-        ("dx", "dy", "totals"), results, exact, exact.conditions, (*needs, True), strict=False
+        names,
+        results,
+        exact,
+        exact.conditions,
+        (*needs, True, dense.block.key_bias is not None),
+        strict=False,
     ):
         if not needed:
-            assert result.shape == (0, dense.x.shape[1]), f"{what}: {name} was not asked for"
+            assert result.shape == (0, *truth.shape[1:]), f"{what}: {name} was not asked for"
             continue
         assert result.shape == truth.shape, f"{what}: {name}"
         assert result.isfinite().all(), f"{what}: {name} is not finite"
         # Only the products that make dx and dy may take weights in half precision.
-        weights = narrow if name != "totals" else 0.0
+        weights = narrow if name in ("dx", "dy") else 0.0
         allowed = condition * (dense.arithmetic + weights) + roundoff(result.dtype)
         size = truth.norm()
         error = float((result.double() - truth).norm() / (size if size else 1))

@@ -111,7 +111,7 @@ def check_in_one_go(
     dense = Dense(block)
     gain = torch.tensor(0.3, dtype=torch.float64)
     state, positive, *gradients = operator("sweep_and_weigh", engine)(
-        *block.tensors, gain, block.offset, block.loss, *needs, project
+        *block.arguments, gain, *needs, project
     )
     assert_states(dense, state, positive, what)
     weight = -torch.sigmoid(-(dense.scale * dense.positive + dense.bias)).nan_to_num(0)
@@ -138,7 +138,7 @@ def test_a_loss_that_needs_its_state_is_not_weighed_in_one_go(engine: str) -> No
     block = make_block(5, 9, 4, loss="softmax")
     gain = torch.ones((), dtype=torch.float64)
     with pytest.raises((ValueError, RuntimeError), match=r"need (no|its) state"):
-        operator("sweep_and_weigh", engine)(*block.tensors, gain, 0, "softmax", True, True, False)
+        operator("sweep_and_weigh", engine)(*block.arguments, gain, True, True, False)
 
 
 @pytest.mark.parametrize("bias", [None, 0.0, -10.0, 25.0])

@@ -43,21 +43,20 @@ class Call:
     def weigh(self, **changes: Any) -> object:
         block = self._block(changes)
         given = {
-            "state": self.state, "positive": self.positive,
+            "state": self.state, "positive": self.positive, "kept": self.kept,
             "coefficients": self.weights.coefficients,
             "positive_weight": self.weights.positive_weight, "gain": self.weights.gain,
-            "kept": self.kept,
         }  # fmt: skip
         given |= {name: value for name, value in changes.items() if name in given}
         return operator("weigh", self.engine)(
-            *block.tensors, *given.values(), 0, block.loss, True, True, False, torch.float32,
+            *block.arguments, *given.values(), True, True, False, False, torch.float32,
             torch.float32,
         )  # fmt: skip
 
     def in_one_go(self, **changes: Any) -> object:
         block = self._block({"loss": "sigmoid"} | changes)
         return operator("sweep_and_weigh", self.engine)(
-            *block.tensors, self.weights.gain, 0, block.loss, True, True, False
+            *block.arguments, self.weights.gain, True, True, False
         )
 
     def finish(self, **changes: Any) -> object:
@@ -119,7 +118,7 @@ SPOILT = {
         TypeError, r"float64, float32, bfloat16 or float16",
         lambda b: {"x": b.x.int(), "y": b.y.int()},
     ),
-    "loss": (ValueError, r"'softmax' or 'sigmoid'.*'hinge'", lambda b: {"loss": "hinge"}),
+    "kind": (ValueError, r"'softmax', 'sigmoid', got 'hinge'", lambda b: {"loss": "hinge"}),
 }  # fmt: skip
 
 

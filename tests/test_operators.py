@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from dense_block import DTYPES, Block, make_block, make_weights, operator, sweep
+from dense_block import (
+    DTYPES,
+    Block,
+    make_block,
+    make_masked_block,
+    make_weights,
+    occupied,
+    operator,
+    sweep,
+)
 from judge import error, numbers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,24 +30,29 @@ from fastclip.loss import clip_loss, siglip_loss
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 # The contract, written out: who changes it breaks exported programs.
-BLOCK = "Tensor x, Tensor y, Tensor? factor_x, Tensor? factor_y, Tensor scale, Tensor? bias"
+BLOCK = (
+    "Tensor x, Tensor? factor_x, Tensor? ids_x, Tensor? threshold_x, Tensor y, Tensor? factor_y,"
+    " Tensor? ids_y, Tensor? threshold_y, Tensor scale, Tensor? bias, Tensor? key_bias, int offset,"
+    " str kind, bool same_id_positive"
+)
+IN_BLOCK = re.findall(r"(\w+)(?:,|$)", BLOCK)
 SCHEMAS = {
     "sweep": (
-        f"({BLOCK}, Tensor? bound, int offset, str loss, SymInt keep)"
+        f"({BLOCK}, Tensor? bound, Tensor? occupied, SymInt keep)"
         " -> (Tensor state, Tensor positive, Tensor kept)"
     ),
     "finish": (
-        "(Tensor state, Tensor positive, Tensor scale, Tensor? bias, str loss)"
+        "(Tensor state, Tensor positive, Tensor scale, Tensor? bias, str kind)"
         " -> (Tensor losses, Tensor coefficients, Tensor weights)"
     ),
     "weigh": (
-        f"({BLOCK}, Tensor state, Tensor positive, Tensor coefficients, Tensor positive_weight,"
-        " Tensor gain, Tensor kept, int offset, str loss, bool needs_x, bool needs_y,"
+        f"({BLOCK}, Tensor state, Tensor positive, Tensor kept, Tensor coefficients,"
+        " Tensor positive_weight, Tensor gain, bool needs_x, bool needs_y, bool needs_key_bias,"
         " bool project, ScalarType dtype_x, ScalarType dtype_y)"
-        " -> (Tensor dx, Tensor dy, Tensor dbias_dscale)"
+        " -> (Tensor dx, Tensor dy, Tensor dbias_dscale, Tensor dkey_bias)"
     ),
     "sweep_and_weigh": (
-        f"({BLOCK}, Tensor gain, int offset, str loss, bool needs_x, bool needs_y, bool project)"
+        f"({BLOCK}, Tensor gain, bool needs_x, bool needs_y, bool project)"
         " -> (Tensor state, Tensor positive, Tensor dx, Tensor dy, Tensor dbias_dscale)"
     ),
 }
@@ -66,6 +80,15 @@ def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, t
                 )  # fmt: skip
                 what = f"{loss}, {m} x {n}, {offset=}, {factors=}"
                 yield what, arguments(name, engine, block, factors)
+    if name in ("sweep", "weigh"):
+        for loss in ("softmax", "sigmoid"):
+            for same_id_positive in (False, True):
+                block = make_masked_block(
+                    20, 33, 5, dtype, loss=loss, offset=4, ids=6, margin=-0.2, key_bias=1.0,
+                    same_id_positive=same_id_positive,
+                )  # fmt: skip
+                what = f"{loss}, masked, {same_id_positive=}"
+                yield what, arguments(name, engine, block, (True, False))
 
 
 def arguments(name: str, engine: str, block: Block, needs: tuple[bool, bool]) -> tuple:
@@ -73,18 +96,18 @@ def arguments(name: str, engine: str, block: Block, needs: tuple[bool, bool]) ->
     keep = rows_to_keep(m, n, 8, 1 << 30) if engine == "cpu" else 0
     if name == "sweep":
         bound = torch.tensor(40.0, dtype=torch.float64) if needs[0] else None
-        return *block.tensors, bound, block.offset, block.loss, keep
+        return *block.arguments, bound, occupied(block), keep
     state, positive, kept = sweep(engine, block, keep if needs[0] else 0)
     weights = make_weights(state, m)
     if name == "finish":
         return state[:, :m].contiguous(), positive, block.scale, block.bias, block.loss
     if name == "weigh":
         return (
-            *block.tensors, state, positive, weights.coefficients, weights.positive_weight,
-            weights.gain, kept, block.offset, block.loss, *needs, needs[1], torch.bfloat16,
+            *block.arguments, state, positive, kept, weights.coefficients, weights.positive_weight,
+            weights.gain, *needs, block.key_bias is not None, needs[1], torch.bfloat16,
             torch.float32,
         )  # fmt: skip
-    return *block.tensors, weights.gain, block.offset, block.loss, *needs, needs[1]
+    return *block.arguments, weights.gain, *needs, needs[1]
 
 
 def assert_same(results: tuple[Tensor, ...], others: tuple[Tensor, ...], what: str) -> None:
@@ -111,8 +134,11 @@ def test_one_overload_for_each_engine(name: str) -> None:
 def test_the_documentation_names_the_arguments_and_results_of_the_schema(name: str) -> None:
     documented = re.search(rf"`{name}\(([^)]*)\)\s*->\s*([^`]*)`", ops.__doc__)
     schema = operator(name, "torch")._schema
+    assert all(re.search(rf"\b{part}\b", ops.__doc__) for part in IN_BLOCK)
     for part, named in zip(documented.groups(), (schema.arguments, schema.returns), strict=True):
-        assert re.findall(r"\w+", part) == [entry.name for entry in named]
+        assert re.findall(r"\w+", part.replace("BLOCK", ", ".join(IN_BLOCK))) == [
+            entry.name for entry in named
+        ]
 
 
 @every_operator

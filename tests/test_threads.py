@@ -79,7 +79,7 @@ def test_as_many_as_torch_says(threads: int) -> None:
             weights = make_weights(state, shape[0])
             assert_used(threads, partial(sweep, "cpu", block))
             assert_used(threads, partial(weigh, "cpu", block, state, positive, weights))
-        arguments = (*block.tensors, gain, 0, "sigmoid", True, True, False)
+        arguments = (*block.arguments, gain, True, True, False)
         assert_used(threads, partial(operator("sweep_and_weigh", "cpu"), *arguments))
 
 
@@ -129,7 +129,7 @@ def test_the_same_bits_for_any_number_of_threads(loss: str, dtype: str, scale: f
                 result = [state, positive.nan_to_num(7.0), *gradients]
                 if loss == "sigmoid":
                     in_one_go = operator("sweep_and_weigh", "cpu")(
-                        *block.tensors, gain, 7, loss, True, True, True
+                        *block.arguments, gain, True, True, True
                     )
                     result += [t.nan_to_num(7.0) for t in in_one_go]
                 results.append(result)
@@ -153,7 +153,7 @@ def test_other_python_threads_run_meanwhile() -> None:
         "sweep": lambda: sweep("cpu", block),
         "weigh": lambda: weigh("cpu", block, state, positive, weights),
         "sweep_and_weigh": lambda: operator("sweep_and_weigh", "cpu")(
-            *block.tensors, gain, 0, "sigmoid", True, True, False
+            *block.arguments, gain, True, True, False
         ),
     }
     count, done = 0, threading.Event()

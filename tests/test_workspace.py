@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 import fastclip
+from fastclip import ops
+from fastclip.block import Block, Side
 from fastclip.loss import clip_loss, siglip_loss
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
@@ -146,16 +148,18 @@ def test_steps_that_wait_for_their_backward_have_a_buffer_each(loss: str) -> Non
 def test_the_buffer_outlives_nobody() -> None:
     """A loss that is dropped without a backward gives its buffer back, too."""
     fastclip.release_workspace()
-    kept = torch.ops.fastclip.sweep.cpu
     x, y = (t.detach() for t in features(600))
-    scale = torch.tensor(1.5, dtype=torch.float64)
+    block = Block(Side(x), Side(y), torch.tensor(1.5, dtype=torch.float64))
+
+    def kept() -> Tensor:
+        return ops.sweep("cpu", block, keep=608).kept
 
     def address() -> int:
-        return kept(x, y, None, None, scale, None, None, 0, "softmax", 608)[2].data_ptr()
+        return kept().data_ptr()
 
     first = address()
     assert address() == first
-    held = kept(x, y, None, None, scale, None, None, 0, "softmax", 608)[2]
+    held = kept()
     assert held.data_ptr() == first
     assert address() != first
 

@@ -1,0 +1,122 @@
+"""`contrast`: the statistics that every contrastive loss is a few lines of PyTorch on."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from .backends import choose
+from .block import NO_POSITIVES
+from .inputs import (
+    budget_of,
+    check_ids,
+    check_key_bias,
+    check_offset,
+    check_sides,
+    product_dtype,
+    scalar,
+)
+from .kinds import LineStatistics, kind_of
+from .line_statistics import Inputs, Request, block_of, line_statistics
+
+
+def contrast(
+    x: Tensor,  # (M, D)
+    y: Tensor,  # (N, D)
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    offset: int | None = 0,
+    ids: tuple[Tensor, Tensor] | None = None,
+    same_id: str = "ignore",
+    false_negative_margin: Tensor | float | None = None,
+    key_bias: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = True,
+    kind: str = "softmax",
+    normalize: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> LineStatistics:
+    """Statistics of each row and column of an M x N matrix of logits, without the matrix.
+
+        c = contrast(x, y, logit_scale)
+
+    is, where the matrix would fit,
+
+        logits = (logit_scale * x @ y.T).double()
+        own = torch.eye(M, N, dtype=torch.bool)
+        negatives = logits.masked_fill(own, -math.inf)
+        c.rows, c.columns = negatives.logsumexp(1), negatives.logsumexp(0)
+        c.positives = logits.diagonal()  # NaN where a row has no column of its own
+
+    A loss is a few lines on it, and has the gradients of these lines, exactly:
+
+        loss = (F.softplus(c.rows - c.positives) + F.softplus(c.columns - c.positives)).mean() / 2
+        loss = F.softplus(c.rows - c.positives).mean()  # InfoNCE, one way (arXiv 1807.03748)
+        loss = (c.rows - c.positives).mean()            # decoupled (arXiv 2110.06848)
+        rows = torch.logaddexp(c.rows, contrast(x, queue, logit_scale, offset=None).rows)
+
+    Args:
+        x, y: (M, D), (N, D), float64, float32, bfloat16 or float16, any strides. Mixed dtypes
+            promote, autocast counts, as in `clip_loss`.
+        logit_scale: already exponentiated; a number or a tensor of one element.
+        logit_bias: the same, added to all logits; None: 0.
+        offset: column i + offset is row i's own positive, where there is one; None: no row has one.
+        ids: (x_ids (M), y_ids (N)), integers: a pair with equal ids is not a negative.
+        same_id: "ignore" leaves such pairs out; "positive" makes them positives of both their
+            lines, as the own positive always is.
+        false_negative_margin: a number or a tensor of one element, in units of the similarity
+            `<x_i, y_j>`, after `normalize` and before the scale. A negative whose similarity
+            exceeds its line's own positive's by more is left out of that line. Duplicates of the
+            positive stay at margin 0. A line without an own positive keeps all its negatives.
+            No gradient flows through the comparison.
+        key_bias: (N), floating point, added to the logits of each column, with a gradient; -inf
+            takes a column out.
+        rows, columns: which statistics are wanted; the others are None.
+        kind: "softmax", or "sigmoid": sums of softplus instead of log-sum-exps. `fastclip.kinds`
+            says how to add one.
+        normalize: divide rows of x and y by max(norm, 1e-12) first, fused.
+        backend, memory_budget: as in `clip_loss`. A kind that a compiled engine does not have runs
+            on the plain PyTorch engine.
+
+    Returns:
+        `LineStatistics`: rows (M), columns (N), positives (M), and with `same_id="positive"`
+        row_positives (M), column_positives (N), each differentiable, in float64: at scale 100
+        float32 would cost the gradients more than dense float32 logits do. They have gradients in
+        x, y, logit_scale, logit_bias and key_bias, but no second derivative. Lines without pairs
+        have -inf (sigmoid: 0), and no gradient.
+
+    Raises:
+        TypeError: features, ids or key_bias that are no tensors, or of other dtypes.
+        ValueError: shapes or devices that do not fit, an empty side, an unknown kind, same_id or
+            backend, "positive" without ids, neither rows nor columns, a negative budget.
+    """
+    check_sides(x, y)
+    y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
+    check_offset(offset)
+    ids = check_ids(ids, same_id, x, y)
+    check_key_bias(key_bias, y)
+    kind_of(kind)
+    if not (rows or columns):
+        raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
+    scale = scalar("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+    margin = false_negative_margin
+    if margin is not None:
+        margin = scalar("false_negative_margin", margin, x).detach()
+    dtype = product_dtype(x, y)
+    engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1], kind)
+    inputs = Inputs(x, y, scale, bias, key_bias)
+    is_positive = same_id == "positive"
+    if engine == "reference":
+        return reference.contrast(
+            x, y, scale, bias, offset=offset, ids=ids, same_id=same_id,
+            false_negative_margin=margin, key_bias=key_bias, rows=rows, columns=columns, kind=kind,
+            normalize=normalize,
+        )  # fmt: skip
+    budget = budget_of(memory_budget, x.device)
+    request = Request(engine, dtype, normalize, bool(rows), bool(columns), budget)
+    offset = NO_POSITIVES if offset is None else offset
+    block = block_of(inputs, ids, margin, offset, kind, is_positive, request)
+    return line_statistics(inputs, block, request)
