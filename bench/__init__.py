@@ -1,5 +1,8 @@
 """The benchmark of fastclip: `python -m bench --help`, from the root of the repository.
 
+    losses.py       every loss: all that is asked about one, and the list of them
+    dense.py        the losses in plain PyTorch
+    on_contrast.py  the losses written on `fastclip.contrast`
     cases.py        what is measured: losses, shapes, dtypes, scales, and their inputs
     baselines.py    how: every method, with the matmul passes it is due
     open_clip.py    open_clip's losses, also beside a torchvision that does not load

@@ -75,18 +75,21 @@ def plan_of(options: argparse.Namespace) -> list[cases.Case]:
 def show_plan(plan: list[cases.Case], device: str) -> None:
     """Prints the cases, then every method with what keeps it from running, if anything does."""
     from .baselines import METHODS, Unavailable
+    from .losses import LOSSES
 
     for case in plan:
         print(case.name)
     print(f"\n{len(plan)} cases, {sum(len(case.methods) for case in plan)} rows. Methods:")
     for method in METHODS.values():
-        loss = "siglip" if method.name == "siglip_kernel" else "clip"
-        state = "runs here"
-        try:
-            method.make(cases.Case(loss, 64, 64, 64, "float32", 14.3), device)
-        except (Unavailable, ImportError) as error:
-            state = str(error)
-        print(f"  {method.name:18} {method.text:34} {state}")
+        reasons = []
+        for loss in LOSSES:
+            try:
+                method.make(cases.Case(loss, 64, 64, 64, "float32", 14.3), device)
+            except (Unavailable, ImportError) as error:
+                reasons.append(str(error))
+        runs = len(reasons) < len(LOSSES)
+        state = "runs here" if runs else "; ".join(dict.fromkeys(reasons))
+        print(f"  {method.name:24} {method.text:38} {state}")
 
 
 def measure(options: argparse.Namespace) -> int:

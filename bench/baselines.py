@@ -13,19 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from . import open_clip, peers, rectangular
-from .cases import Case, Inputs
+from . import on_contrast, open_clip, peers, rectangular
+from .cases import CONTRAST, STREAMED, Case, Inputs
+from .losses import LOSSES, loss_of
 
 Loss = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 Step = Callable[
     [], tuple["Tensor | None", ...]
 ]  # loss, dx, dy, dscale, dbias: as many as asked for
-
-CHECKPOINT_ROWS = 1024
 
 
 class Unavailable(Exception):
@@ -105,76 +102,26 @@ def _captured(step: Step, device: str) -> Step:
 # ---- plain PyTorch -----------------------------------------------------------------------------
 
 
-def dense_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """What is written where no library is at hand: one logit matrix and its transpose."""
-    logits = scale * x @ y.T
-    labels = torch.arange(len(x), device=x.device)
-    own_columns = logits[:, : len(x)]
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(own_columns.T, labels)) / 2
-
-
-def dense_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The same for SigLIP."""
-    logits = scale * x @ y.T + bias
-    labels = 2 * torch.eye(len(x), dtype=logits.dtype, device=x.device) - 1
-    return -F.logsigmoid(labels * logits).sum() / len(x)
-
-
-def checkpointed_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax over chunks of rows, then over chunks of columns, each recomputed in the backward."""
-    labels = torch.arange(len(x), device=x.device)
-
-    def chunk(a: Tensor, b: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy((scale * a @ b.T).float(), labels, reduction="sum")
-
-    total = torch.zeros((), device=x.device)
-    for a, b in ((x, y), (y, x)):
-        for some, own in zip(a.split(CHECKPOINT_ROWS), labels.split(CHECKPOINT_ROWS), strict=True):
-            total = total + checkpoint(chunk, some, b, scale, own, use_reentrant=False)
-    return total / (2 * len(x))
-
-
-def checkpointed_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The same for SigLIP, which is one sum over all pairs."""
-
-    def chunk(a: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
-        logits = (scale * a @ y.T + bias).float()
-        labels = torch.full_like(logits, -1)
-        labels.diagonal(first).fill_(1)
-        return -F.logsigmoid(labels * logits).sum()
-
-    total = torch.zeros((), device=x.device)
-    for first in range(0, len(x), CHECKPOINT_ROWS):
-        some = x[first : first + CHECKPOINT_ROWS]
-        total = total + checkpoint(chunk, some, y, scale, bias, first, use_reentrant=False)
-    return total / len(x)
-
-
-_DENSE = {"clip": dense_clip, "siglip": dense_siglip}
-_CHECKPOINTED = {"clip": checkpointed_clip, "siglip": checkpointed_siglip}
-
-
 def _dense(case: Case, device: str) -> Loss:
-    return _DENSE[case.loss]
+    return loss_of(case.loss).dense
 
 
 def _checkpointed(case: Case, device: str) -> Loss:
-    return _CHECKPOINTED[case.loss]
+    return loss_of(case.loss).checkpointed
 
 
 def _compiled(case: Case, device: str) -> Loss:
     # Each shape gets its own code, the best that the compiler can do; and its limit on
     # recompilations, meant for accidents, must not send later cases back to eager.
     torch._dynamo.reset()
-    return torch.compile(_DENSE[case.loss], dynamic=False, fullgraph=True)
+    return torch.compile(loss_of(case.loss).dense, dynamic=False, fullgraph=True)
 
 
 # ---- open_clip ---------------------------------------------------------------------------------
 
 
 def _open_clip(case: Case, device: str) -> Loss:
-    losses = open_clip.import_module("open_clip.loss")
-    return losses.ClipLoss() if case.loss == "clip" else losses.SigLipLoss()
+    return getattr(open_clip.import_module("open_clip.loss"), loss_of(case.loss).module)()
 
 
 # ---- fastclip ----------------------------------------------------------------------------------
@@ -194,17 +141,18 @@ def _engine(device: str, wanted: str | None) -> str | None:
 def _fastclip(
     case: Case, device: str, wanted: str | None, budget: int | None, needs_fused: bool = False
 ) -> Loss:
-    from fastclip import loss as losses
-
-    engine = _engine(device, wanted)
+    loss, engine = loss_of(case.loss), _engine(device, wanted)
     if needs_fused and not fused_is_built():
         raise Unavailable("fastclip was built without the fused kernels (CUTLASS's headers)")
     if budget == EVERYTHING:
-        if case.loss == "siglip":
-            raise Unavailable("SigLIP keeps nothing: its gradients are made in the forward")
+        if loss.in_one_go:
+            raise Unavailable(f"{loss.label} keeps nothing: its gradients are made in the forward")
         budget = bytes_of_everything(case)
-    chosen = losses.clip_loss if case.loss == "clip" else losses.siglip_loss
-    return partial(chosen, backend=engine, memory_budget=budget)
+    return partial(loss.of_fastclip(), backend=engine, memory_budget=budget)
+
+
+def _on_contrast(case: Case, device: str, method: str) -> Loss:
+    return on_contrast.make(case, method, device, _engine(device, None))
 
 
 def fused_is_built() -> bool:
@@ -222,17 +170,16 @@ def bytes_of_everything(case: Case) -> int:
 
 
 def _reference(case: Case, device: str) -> Loss:
-    from fastclip import reference
-
-    return reference.clip_loss if case.loss == "clip" else reference.siglip_loss
+    return loss_of(case.loss).of_fastclip("reference")
 
 
 def _rectangular_step(case: Case, method: str, inputs: Inputs) -> Step:
-    if inputs.x.device.type != "cpu" or case.loss != "clip" or case.mode != "both":
-        raise Unavailable("rectangular blocks: CLIP, forward and backward, on CPUs")
+    able = loss_of(case.loss).rectangular and method in STREAMED
+    if inputs.x.device.type != "cpu" or not able or case.mode != "both":
+        names = ", ".join(loss.label for loss in LOSSES.values() if loss.rectangular)
+        raise Unavailable(f"rectangular blocks: {names}, forward and backward, on CPUs")
     engine = _engine("cpu", "torch" if method == "fastclip torch" else None)
-    budget = 0 if engine == "torch" else _budget(method, "cpu")  # that engine keeps nothing
-    return partial(rectangular.clip, engine, inputs, budget)
+    return partial(rectangular.clip, engine, inputs, _budget(method, "cpu"))
 
 
 def _budget(method: str, device: str) -> int:
@@ -243,29 +190,45 @@ def _budget(method: str, device: str) -> int:
 
 
 def _keeps_everything(case: Case, method: str) -> bool:
-    return method.endswith(" kept") and case.loss == "clip" and case.mode != "forward"
+    kept = method.endswith(" kept") and case.mode != "forward"
+    return kept and not loss_of(case.loss).in_one_go
+
+
+def _in_one_go(case: Case, method: str) -> bool:
+    """A loss on `contrast` sweeps twice, whatever its kind."""
+    return loss_of(case.loss).in_one_go and method not in CONTRAST
+
+
+def kept_products(m: int, n: int, method: str, device: str) -> int:
+    """Bytes of the whole rows of products that a budget holds between two sweeps; the PyTorch
+    engine keeps none, nor does a GPU's by default."""
+    from fastclip.kept import rows_to_keep
+
+    if method == "fastclip torch" or device != "cpu":
+        return 0
+    return rows_to_keep(m, n, 4, _budget(method, device)) * min(m, n) * 4
+
+
+def passes_of_two_sweeps(m: int, n: int, kept: int) -> float:
+    """The second one takes the products that were kept."""
+    return 4.0 - min(1.0, kept / (4 * m * n))
 
 
 def kept_bytes(case: Case, method: str, device: str) -> int:
     """How much of its memory budget a method fills: zero for all but fastclip.
 
-    CLIP keeps whole rows of products, but the PyTorch engine none. SigLIP keeps float32 gradients
-    where the features' own are of another dtype.
+    A loss that is made in one go keeps float32 gradients where the features' own are of another
+    dtype, any other one products.
     """
-    from fastclip.kept import rows_to_keep
-
     if not method.startswith("fastclip") or case.mode == "forward":
         return 0
     if _keeps_everything(case, method):
         # The Triton engine's weights of half features are in half precision.
         return case.m * case.n * (2 if case.half and "triton" in method else 4)
-    budget = _budget(method, device)
-    if case.loss == "siglip":
+    if _in_one_go(case, method):
         waiting = (case.m + case.n) * case.d * 4
-        return waiting if case.dtype == "bfloat16" and waiting <= budget else 0
-    if method == "fastclip torch" or device != "cpu":
-        return 0
-    return rows_to_keep(case.m, case.n, 4, budget) * min(case.m, case.n) * 4
+        return waiting if case.dtype == "bfloat16" and waiting <= _budget(method, device) else 0
+    return kept_products(case.m, case.n, method, device)
 
 
 def _passes_of_fastclip(case: Case, device: str, method: str) -> float:
@@ -274,19 +237,19 @@ def _passes_of_fastclip(case: Case, device: str, method: str) -> float:
     if _keeps_everything(case, method):
         return 3.0
     kept = kept_bytes(case, method, device)
-    if case.loss == "siglip":
+    if _in_one_go(case, method):
         # The forward makes the gradients as well, where they have room to wait for the backward:
         # on GPUs always.
         return 3.0 if kept or case.dtype != "bfloat16" or device != "cpu" else 4.0
-    return 4.0 - min(1.0, kept / (4 * case.m * case.n))
+    return passes_of_two_sweeps(case.m, case.n, kept)
 
 
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def _passes(forward: float, clip: float, siglip: float) -> Callable[[Case, str], float]:
+def _passes(forward: float, both: float) -> Callable[[Case, str], float]:
     def count(case: Case, device: str) -> float:
-        return forward if case.mode == "forward" else {"clip": clip, "siglip": siglip}[case.loss]
+        return forward if case.mode == "forward" else both
 
     return count
 
@@ -300,19 +263,16 @@ def _peer(name: str) -> Method:
         except peers.Missing as missing:
             raise Unavailable(str(missing)) from None
 
-    return Method(name, peer.text, make, _passes(peer.forward, peer.both, peer.both))
+    return Method(name, peer.text, make, _passes(peer.forward, peer.both))
 
 
-def _open_clip_passes(case: Case, device: str) -> float:
-    forward = (
-        2.0 if case.loss == "clip" else 1.0
-    )  # its ClipLoss makes the logits for each direction
-    return forward if case.mode == "forward" else 3 * forward
+def _passes_a_direction(both: float) -> Callable[[Case, str], float]:
+    """Passes of losses that make their logits anew for each direction, if they have two."""
 
+    def count(case: Case, device: str) -> float:
+        return loss_of(case.loss).directions * (1.0 if case.mode == "forward" else both)
 
-def _checkpoint_passes(case: Case, device: str) -> float:
-    forward = 2.0 if case.loss == "clip" else 1.0
-    return forward if case.mode == "forward" else 4 * forward
+    return count
 
 
 # In the place of a memory budget: as much as the case can use.
@@ -338,17 +298,25 @@ def _own(
     return Method(name, text, make, passes, fused_tiles if fused else None)
 
 
+def _contrast(name: str, text: str) -> Method:
+    passes = partial(_passes_of_fastclip, method=name)
+    return Method(name, text, partial(_on_contrast, method=name), passes)
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("open_clip", "open_clip's ClipLoss, SigLipLoss", _open_clip, _open_clip_passes),
-        Method("dense", "plain PyTorch, eager", _dense, _passes(1, 3, 3)),
-        Method("compiled", "the same under torch.compile", _compiled, _passes(1, 3, 3)),
-        Method("reference", "fastclip.reference, eager", _reference, _passes(1, 3, 3)),
-        Method("checkpoint", "chunks, each checkpointed", _checkpointed, _checkpoint_passes),
+        Method("open_clip", "open_clip's ClipLoss, SigLipLoss", _open_clip, _passes_a_direction(3)),
+        Method("dense", "plain PyTorch, eager", _dense, _passes(1, 3)),
+        Method("compiled", "the same under torch.compile", _compiled, _passes(1, 3)),
+        Method("reference", "fastclip.reference, eager", _reference, _passes(1, 3)),
+        Method("checkpoint", "chunks, each checkpointed", _checkpointed, _passes_a_direction(4)),
         _own("fastclip", "the default engine", None),
         _own("fastclip budget=0", "the same, nothing kept", None, 0),
         _own("fastclip torch", 'backend="torch"', "torch"),
+        _contrast("fastclip contrast", "the loss written on `contrast`"),
+        _contrast("fastclip contrast ids", "the same with ids, all different"),
+        _contrast("fastclip contrast margin", "the same with a margin, none beyond"),
         _own("fastclip triton", 'backend="triton"', "triton"),
         _own("fastclip cuda", 'backend="cuda"', "cuda"),
         _own("fastclip triton kept", "the same, every product kept", "triton", EVERYTHING),

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("clip", "siglip")
+from .losses import LOSSES, loss_of
+
 DTYPES = ("float32", "bfloat16", "autocast")
 SCALES = (14.3, 100.0)  # a fresh CLIP's 1/0.07, and where trained ones sit
-SIGLIP_BIAS = -10.0
 
 DENSE = ("open_clip", "dense", "compiled")
 STREAMED = ("fastclip", "fastclip budget=0", "fastclip torch")
+CONTRAST = ("fastclip contrast", "fastclip contrast ids", "fastclip contrast margin")
 PEERS = ("inf_cl", "liger", "memeff", "siglip_kernel")
-METHODS = (*DENSE, "reference", "checkpoint", *STREAMED, *PEERS)
+METHODS = (*DENSE, "reference", "checkpoint", *STREAMED, *CONTRAST, *PEERS)
 
 C = TypeVar("C")
 
@@ -98,8 +99,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     x, y = (F.normalize(side, dim=1).to(dtype) for side in (x, y))
     # logit_scale is a float32 parameter whatever the towers' dtype, and the bias is one, too.
     scale = torch.tensor(case.scale, device=device)
-    bias = torch.tensor(SIGLIP_BIAS, device=device) if case.loss == "siglip" else None
-    inputs = Inputs(x, y, scale, bias)
+    inputs = Inputs(x, y, scale, loss_of(case.loss).bias_on(device))
     for leaf in inputs.leaves:
         leaf.requires_grad_()
     return inputs
@@ -116,13 +116,17 @@ def standard() -> list[Case]:
     cases: list[Case] = []
     everything = (*DENSE, "checkpoint", *STREAMED, *PEERS)
     few = (*DENSE, *STREAMED[:2], *PEERS)
-    for n in (32, 128, 512, 2048, 8192):
-        cases += _square(n, methods=METHODS if n == 2048 else everything, memory=n >= 2048)
+    for n in (32, 128, 512):
+        cases += _square(n, methods=everything)
+    cases += _square(2048, methods=METHODS, memory=True)
+    cases += _square(8192, methods=(*everything, *CONTRAST), memory=True)
     for n in (8191, 8193):
         cases += _square(n, methods=few)
     for n in (512, 2048, 8192):
         for dtype in ("bfloat16", "autocast"):
             taking_part = few if n == 512 else everything
+            if (n, dtype) == (8192, "bfloat16"):
+                taking_part = (*everything, *CONTRAST)
             cases += _square(n, dtype=dtype, methods=taking_part, memory=n >= 2048)
     for n in (32, 512, 8192):
         cases += _square(n, mode="forward", methods=few, memory=n == 8192)

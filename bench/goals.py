@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from .cases import LOSSES, SCALES
-from .markdown import LOSS_NAMES, error, markdown, mebibytes, percent, times
+from .cases import SCALES
+from .losses import LOSSES
+from .markdown import error, markdown, mebibytes, percent, times
 from .results import Row
 
 # A float32 result is not held to less than its own rounding.
@@ -159,7 +160,7 @@ def _seconds(rows: list[Row]) -> float | None:
     return worst_of((row.ms / 1e3 for row in chosen if row.ms is not None), max)
 
 
-def _of_both(
+def _of_each(
     sizes: tuple[int, ...],
     what: str,
     column: str,
@@ -168,8 +169,8 @@ def _of_both(
     form: Callable[[float], str],
 ) -> Iterator[Goal]:
     """For each loss, the least of `column` in float32."""
-    for loss in LOSSES:
-        text = f"{LOSS_NAMES[loss]} float32, N = {', '.join(map(str, sizes))}: {what}"
+    for loss, known in LOSSES.items():
+        text = f"{known.label} float32, N = {', '.join(map(str, sizes))}: {what}"
         figure = _least(column, sizes, loss=loss, dtype="float32")
         yield Goal(text, figure, floor, (aim, aim), form)
 
@@ -195,7 +196,7 @@ def _goals() -> list[Goal]:
         ),
     ]  # fmt: skip
     near = (8191, 8192, 8193)
-    made += _of_both(near, "of the GEMM limit", "fraction", 0.8, 0.95, percent)
+    made += _of_each(near, "of the GEMM limit", "fraction", 0.8, 0.95, percent)
     # Kept products save a fifth of the time and cost memory traffic: without them less is saved,
     # and more of what is due is reached.
     recomputing = "fastclip budget=0"
@@ -207,12 +208,12 @@ def _goals() -> list[Goal]:
     text = "the same, every product recomputed"
     made.append(Goal(text, _fraction_of_rectangle(recomputing), 0.7, (0.9, 0.9), percent))
     small = (32, 128, 512)
-    made += _of_both(small, "faster than open_clip", "over_open_clip", 1.0, 1.3, times)
-    for loss in LOSSES:
-        text = f"{LOSS_NAMES[loss]} float32: rms of gradient errors over the dense loss's"
+    made += _of_each(small, "faster than open_clip", "over_open_clip", 1.0, 1.3, times)
+    for loss, known in LOSSES.items():
+        text = f"{known.label} float32: rms of gradient errors over the dense loss's"
         figure = _error_over_dense(dtype="float32", loss=loss)
         made.append(Goal(text, figure, 1.1, (0.5, 1.1), times, at_most=True))
-        text = f"{LOSS_NAMES[loss]} bfloat16 autocast: rms of gradient errors over the dense loss's"
+        text = f"{known.label} bfloat16 autocast: rms of gradient errors over the dense loss's"
         figure = _error_over_dense(dtype="autocast", loss=loss)
         made.append(Goal(text, figure, 1.0, (1 / 3, 1 / 3), times, at_most=True))
     text = "CLIP float32, separated pairs: gradient errors"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .cases import LOSSES
 from .goals import Figure, Goal, pick, worst_of
-from .markdown import LOSS_NAMES, mebibytes, percent, times
+from .losses import LOSSES, loss_of
+from .markdown import mebibytes, percent, times
 from .results import Row
 
 CARDS = ("H100", "H200")
@@ -33,7 +33,7 @@ def _on(card: str, figure: Figure) -> Figure:
 
 
 def _time(card: str, loss: str, n: int, d: int, floor: float, aim: float) -> Goal:
-    text = f"{LOSS_NAMES[loss]} bfloat16, {n} x {d}, {card}: milliseconds"
+    text = f"{loss_of(loss).label} bfloat16, {n} x {d}, {card}: milliseconds"
     figure = _on(card, _of("ms", loss, n, d, max))
     return Goal(text, figure, floor, (aim, aim), "{:.3g}".format, at_most=True)
 
@@ -62,7 +62,7 @@ def _small(loss: str, mode: str, floor: float) -> Goal:
         return None if None in found else min(found)
 
     how = " in a CUDA graph" if mode == "graph" else ""
-    text = f"{LOSS_NAMES[loss]} bfloat16, N = 256 .. 2048{how}: faster than open_clip"
+    text = f"{loss_of(loss).label} bfloat16, N = 256 .. 2048{how}: faster than open_clip"
     return Goal(text, figure, floor, (1.5, 1.5), times)
 
 
@@ -108,7 +108,7 @@ _RATIOS = [
     ),
     *(
         Goal(
-            f"{LOSS_NAMES[loss]} bfloat16, {n} x 768: of the GEMM limit",
+            f"{loss_of(loss).label} bfloat16, {n} x 768: of the GEMM limit",
             _of("fraction", loss, n, 768, min), 0.7, (0.85, 0.85), percent,
         )
         for loss in LOSSES

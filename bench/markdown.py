@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 
-LOSS_NAMES = {"clip": "CLIP", "siglip": "SigLIP"}
-
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
     """A Markdown table, aligned for those who read it as text: words left, figures right."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .cases import LOSSES
-from .markdown import LOSS_NAMES
+from .losses import LOSSES
 from .results import Row
 
 # One colour for each family, strong for what this library does and grey for what it is beside.
@@ -51,13 +50,15 @@ def draw(rows: list[Row], path: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     with plt.rc_context(TEXT):
-        figure, axes = plt.subplots(3, 2, figsize=(10.5, 11.5), sharex="row", sharey="row")
-        for column, loss in enumerate(LOSSES):
+        figure, axes = plt.subplots(
+            3, len(LOSSES), figsize=(5.25 * len(LOSSES), 11.5), sharex="row", sharey="row"
+        )
+        for column, (loss, known) in enumerate(LOSSES.items()):
             own = [row for row in chosen if row.loss == loss]
             _panel(axes[0, column], own, "ms", "time, forward and backward")
             _panel(axes[1, column], own, "over_open_clip", "times faster than open_clip")
             _panel(axes[2, column], own, "peak_mib", "peak memory beyond the inputs")
-            axes[0, column].set_title(LOSS_NAMES[loss], fontsize=13, fontweight="bold", loc="left")
+            axes[0, column].set_title(known.label, fontsize=13, fontweight="bold", loc="left")
             axes[2, column].set_xlabel("batch size N")
         _name_units(axes)
         first = rows[-1]

@@ -20,27 +20,22 @@ def clip(engine: str, inputs: Inputs, budget: int) -> tuple[Tensor, ...]:
 
     `engine` is "cpu" or "torch"; it may keep `budget` bytes of products between the sweeps.
     """
-    from fastclip.kept import rows_to_keep
+    from fastclip import ops
+    from fastclip.block import Block, Side, Upstream, Wanted
+    from fastclip.kept import PLANS
 
-    sweep, finish, weigh = (
-        getattr(getattr(torch.ops.fastclip, name), engine) for name in ("sweep", "finish", "weigh")
-    )
     x, y, scale = inputs.x.detach(), inputs.y.detach(), inputs.scale.detach()
     m, n = len(x), len(y)
-    block = (x, y, None, None, scale, None)
-    keep = rows_to_keep(m, n, 4, budget)
-    state, t, kept = sweep(*block, None, 0, "softmax", keep)
+    block = Block(Side(x), Side(y), scale, kind="softmax")
+    found = ops.sweep(engine, block, keep=PLANS[engine].keep(block, budget))
 
     # Rows and the first M columns have a positive; the others have no loss, so no coefficient.
-    own = state[:, : 2 * m].contiguous()
-    losses, coefficients, weights = finish(own, t, scale, None, "softmax")
+    own = found.state[:, : 2 * m].contiguous()
+    losses, coefficients, weights = ops.finish(engine, own, found.positive, scale, None, block.kind)
     coefficients = torch.cat((coefficients, coefficients.new_zeros(n - m)))
-    weights = weights.view(2, m).sum(0)
-
     # Each of the M pairs counts half its row's loss and half its column's.
-    share = torch.tensor(1 / (2 * m))
-    dx, dy, dbias_dscale = weigh(
-        *block, state, t, coefficients, weights, share, kept, 0, "softmax",
-        True, True, False, x.dtype, y.dtype,
-    )  # fmt: skip
-    return losses.mean().float(), dx, dy, dbias_dscale[1]
+    share = coefficients.new_tensor(1 / (2 * m))
+    upstream = Upstream(coefficients, weights.view(2, m).sum(0), share)
+    wanted = Wanted(True, True, False, False, x.dtype, y.dtype)
+    gradients = ops.weigh(engine, block, found, upstream, wanted)
+    return losses.mean().float(), gradients.x, gradients.y, gradients.bias_scale[1]

@@ -54,7 +54,8 @@ class Row(Where):
 
     Work: `passes`, matmuls of 2 M N D FLOP due; `gflops`, their rate; `limit`, the rate in GFLOP/s
     of the bare product between the same rounds, taken from `limit_of`; `fraction`, gflops / limit,
-    so against the passes due; `fraction_of_4`, CLIP's against four passes whatever the budget.
+    so against the passes due; `fraction_of_4`, against four passes whatever the budget, of losses
+    that are not made in one go.
 
     Memory: `peak_mib` beyond the inputs; of it `gradients_mib` for the gradients returned and
     `budget_mib` for what a memory budget keeps; `rest_mib`, the difference.

@@ -22,9 +22,10 @@ import torch
 from . import memory, progress, results
 from .baselines import METHODS, Step, Unavailable, kept_bytes, make_step
 from .cases import LARGEST_TRUTH, Case, Inputs, make_inputs
+from .losses import loss_of
 from .results import Row
 from .timing import CLOCKS, GemmLimit, Timing, interleaved, wait_for
-from .truth import Truth, relative_error, truth
+from .truth import Truth, relative_error
 
 MIB = 2**20
 SECOND_WARM_UP_BELOW = 1.0  # seconds
@@ -229,7 +230,7 @@ def _truth(case: Case, inputs: Inputs, shared: Run) -> Truth:
     if key not in shared.truths:
         shared.truths.clear()  # large, and only neighbours in the plan share one
         x, y = inputs.x.detach().to(rounded), inputs.y.detach().to(rounded)
-        shared.truths[key] = truth(case.loss, x, y, inputs.scale, inputs.bias)
+        shared.truths[key] = loss_of(case.loss).truth(x, y, inputs.scale, inputs.bias)
     return shared.truths[key]
 
 
@@ -238,7 +239,7 @@ def _set_errors(row: Row, value: tuple[torch.Tensor | None, ...], true: Truth) -
         ("err_loss", "err_dx", "err_dy", "err_dscale"),
         value,
         (true.loss, true.dx, true.dy, true.dscale),
-        strict=False,  # the forward alone has no gradients, SigLIP's also one of the bias
+        strict=False,  # the forward alone has no gradients, some losses have also one of the bias
     )
     for name, got, expected in pairs:
         if got is not None:
@@ -257,7 +258,7 @@ def _set_times(case: Case, steps: dict[str, Step], rows: dict[str, Row], shared:
         row = rows[method]
         row.gflops = row.passes * case.pass_flops / timing.median / 1e9
         row.limit, row.limit_of, row.fraction = rate, limit.source, row.gflops / rate
-        if case.loss == "clip" and case.mode == "both":
+        if case.mode == "both" and not loss_of(case.loss).in_one_go:
             row.fraction_of_4 = row.fraction * 4 / row.passes
 
 

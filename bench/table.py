@@ -5,13 +5,15 @@ No figure here comes from anywhere but the rows given.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
 from . import goals, results
 from .baselines import METHODS
-from .cases import DTYPES, LOSSES
-from .markdown import LOSS_NAMES, duration, error, markdown, mebibytes, percent, three, times
+from .cases import CONTRAST, DTYPES, SCALES
+from .losses import LOSSES, loss_of
+from .markdown import duration, error, markdown, mebibytes, percent, three, times
 from .results import Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -82,7 +84,8 @@ def _title(row: Row) -> str:
     shape = f"{row.m} x {row.n}" if row.m != row.n else f"N = {row.n}"
     mode = "forward and backward" if row.mode == "both" else "forward"
     data = "" if row.data == "random" else f", {row.data} pairs"
-    return f"{LOSS_NAMES[row.loss]}, {shape}, D = {row.d}, {DTYPE_NAMES[row.dtype]}{data}: {mode}"
+    label = loss_of(row.loss).label
+    return f"{label}, {shape}, D = {row.d}, {DTYPE_NAMES[row.dtype]}{data}: {mode}"
 
 
 def _group(rows: list[Row]) -> str:
@@ -140,10 +143,17 @@ def essentials(rows: list[Row], path: Path) -> str:
             "times the passes that the method is due:",
             large,
         ]
+    if own := _on_contrast(rows):
+        parts += [
+            "The same losses written on `contrast`, also with ids and with a margin for false "
+            "negatives, which leave nothing out here; forward and backward, in the same rounds (in "
+            "brackets: the time over fastclip's):",
+            own,
+        ]
     for loss in LOSSES:
         if sizes := _sizes(rows, loss):
             parts += [
-                f"{LOSS_NAMES[loss]} against the batch size, float32, D = 512, scale 14.3, "
+                f"{loss_of(loss).label} against the batch size, float32, D = 512, scale 14.3, "
                 "forward and backward (in brackets: times faster than open_clip):",
                 sizes,
             ]
@@ -181,7 +191,7 @@ def _large_batch(rows: list[Row]) -> str:
                     continue
                 lines.append(
                     [
-                        f"{LOSS_NAMES[loss]}, {dtype}", method, duration(low.ms),
+                        f"{loss_of(loss).label}, {dtype}", method, duration(low.ms),
                         duration(high.ms), times(low.over_open_clip), times(high.over_open_clip),
                         times(low.over_compiled), percent(low.fraction), percent(high.fraction),
                         mebibytes(low.peak_mib),
@@ -189,6 +199,24 @@ def _large_batch(rows: list[Row]) -> str:
                 )  # fmt: skip
     header = ["loss", "method", "14.3", "100", "x open_clip", "at 100", "x compiled", "of limit"]
     return markdown([*header, "at 100", "MiB"], lines) if lines else ""
+
+
+def _on_contrast(rows: list[Row]) -> str:
+    n, d = README_SIZE
+    methods = ("fastclip", *CONTRAST)
+    lines = []
+    for loss, dtype, scale in itertools.product(LOSSES, DTYPES, SCALES):
+        case = dict(loss=loss, m=n, n=n, d=d, dtype=dtype, data="random", scale=scale, mode="both")
+        own, *others = (_one(rows, **case, method=method) for method in methods)
+        if own.ms is None or all(row.ms is None for row in others):
+            continue
+        cells = [
+            "" if row.ms is None else f"{duration(row.ms)} ({times(row.ms / own.ms)})"
+            for row in others
+        ]
+        label = f"{loss_of(loss).label}, {dtype}, scale {scale:g}"
+        lines.append([label, duration(own.ms), *cells])
+    return markdown([f"N = {n}, D = {d}", *methods], lines) if lines else ""
 
 
 def _sizes(rows: list[Row], loss: str) -> str:
@@ -199,6 +227,8 @@ def _sizes(rows: list[Row], loss: str) -> str:
     lines = []
     # Methods that only `make gpu` adds come last.
     for method in dict.fromkeys([*METHODS, *(row.method for row in square)]):
+        if method in CONTRAST:  # which have a table of their own
+            continue
         own = {row.n: row for row in square if row.method == method}
         if not own:
             continue
@@ -229,7 +259,7 @@ def _errors(rows: list[Row]) -> str:
             found = [_one(rows, **case, mode="both", method=method) for method in methods]
             if all(row.err_dx is None for row in found):
                 continue
-            label = f"{LOSS_NAMES[loss]}, {dtype}, {data}, scale {scale:g}"
+            label = f"{loss_of(loss).label}, {dtype}, {data}, scale {scale:g}"
             cells = [error(row.err_dx) for row in found] + [error(row.err_dscale) for row in found]
             lines.append([label, *cells])
     header = ["N = 2048, D = 512", *(f"dx {name}" for name in methods)]

@@ -19,24 +19,13 @@ BLOCK_ROWS = 512
 
 @dataclass
 class Truth:
-    """The mean loss over the M pairs and its gradients, all float64; `dbias` is of SigLIP only."""
+    """The mean loss over the M pairs and its gradients, all float64; `dbias` where there is one."""
 
     loss: Tensor
     dx: Tensor  # (M, D)
     dy: Tensor  # (N, D)
     dscale: Tensor
     dbias: Tensor | None = None
-
-
-def truth(loss: str, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Truth:
-    """The truth about `loss` ("clip" or "siglip") on x (M, D), y (N, D), N >= M, as given.
-
-    The positive of row i is column i; columns from M on have no loss of their own.
-    """
-    x, y, scale = x.detach().double(), y.detach().double(), scale.detach().double()
-    if loss == "clip":
-        return _clip(x, y, scale)
-    return _siglip(x, y, scale, bias.detach().double())
 
 
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -47,7 +36,10 @@ def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     )
 
 
-def _clip(x: Tensor, y: Tensor, scale: Tensor) -> Truth:
+def clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Truth:
+    """Of x (M, D), y (N, D), N >= M, as given. The positive of row i is column i; columns from M on
+    have no loss of their own. The bias cancels."""
+    x, y, scale = (t.detach().double() for t in (x, y, scale))
     m = len(x)
     t = (x * y[:m]).sum(dim=1)
     rows, columns = torch.empty_like(t), torch.full_like(t, -torch.inf)
@@ -81,7 +73,9 @@ def _clip(x: Tensor, y: Tensor, scale: Tensor) -> Truth:
     return Truth(total / (2 * m), dx * scale / (2 * m), dy * scale / (2 * m), dscale / (2 * m))
 
 
-def _siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Truth:
+def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Truth:
+    """The same for SigLIP."""
+    x, y, scale, bias = (t.detach().double() for t in (x, y, scale, bias))
     m = len(x)
     total = dscale = dbias = torch.zeros_like(scale)
     dx, dy = torch.empty_like(x), torch.zeros_like(y)

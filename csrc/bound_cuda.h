@@ -48,33 +48,44 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Of `count` squares, on all threads of the block; 1 where there are none: factors made the norms 1.
-__device__ inline float largest_norm(const float* squares, int64_t count) {
+// The largest of `count` numbers and `least`, on all threads of the block.
+__device__ inline float largest_of(const float* numbers, int64_t count, float least) {
   __shared__ float shared[kWarps];
-  float largest = 0;
-  for (int64_t q = threadIdx.x; q < count; q += kThreads) largest = fmaxf(largest, squares[q]);
+  float largest = least;
+  for (int64_t q = threadIdx.x; q < count; q += kThreads) largest = fmaxf(largest, numbers[q]);
   largest = warp_max(largest);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = largest;
   __syncthreads();
   for (int q = 0; q < kWarps; q++) largest = fmaxf(largest, shared[q]);
   __syncthreads();  // the next call writes there
+  return largest;
+}
+
+// 1 where there are no squares: factors made the norms 1.
+__device__ inline float largest_norm(const float* squares, int64_t count) {
+  const float largest = largest_of(squares, count, 0.f);
   return count > 0 ? sqrtf(largest) : 1.f;
 }
 
-// From |t| <= bound where that is given, else from norms. Clears the flag that asks for running maxima. One block.
+// From |t| <= bound where that is given, else from norms; and from the largest biases of columns, in log2 units, where
+// these have any. Sets the flag that asks for running maxima, or clears it. One block.
 static __global__ void __launch_bounds__(kThreads)
-    reference_kernel(Scalar bound, const float* squares, int64_t count_x, int64_t count_y, Scalar scale,
-                     float* reference, int32_t* flag) {
+    reference_kernel(Scalar bound, const float* squares, int64_t count_x, int64_t count_y, const float* biases,
+                     int64_t count_biases, Scalar scale, float* reference, int32_t* flag) {
   const double longest_x = largest_norm(squares, count_x), longest_y = largest_norm(squares + count_x, count_y);
+  const float bias = largest_of(biases, count_biases, -INFINITY);
   if (threadIdx.x != 0) return;
   const double largest = value_of(bound, longest_x * longest_y);
   // The margin covers the rounding of norms and products.
   const double top = fabs(value_of(scale, 1)) * largest * (kLog2E * (1 + 1e-5));
+  // The column of the largest bias keeps every row's sum above -top, relative to that bias.
   const double above = fmin(fmax(2 * top - 120, 0.), 100.);
   // Integral, so that powers of two relate it to any other reference. Beyond 2^24 it rounds: there no one reference is
   // enough.
-  *reference = float(ceil(top - above));
-  *flag = 0;
+  const float m = float(ceil(top - above) + (bias > -INFINITY ? double(bias) : 0.));
+  *reference = m;
+  // One that is no number serves nobody, not even a line without pairs.
+  *flag = fabsf(m) < INFINITY ? 0 : 1;
 }
 
 }  // namespace cuda

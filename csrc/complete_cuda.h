@@ -1,5 +1,5 @@
 // From products of weights and features to gradients: the positive's term, the factor's rest, the normalisation's
-// Jacobian, gain and scale; and the totals' positives.
+// Jacobian, gain and scale; and the positives' part in totals and in sums of columns.
 //
 //   g_i = product_i * shrink / factor_i + p_i * partner^_i
 //   dx_i = gain * scale * factor_i * (g_i - x^_i <x^_i, g_i>)
@@ -134,6 +134,14 @@ static __global__ void __launch_bounds__(kThreads)
   double sum = totals[threadIdx.x];
   for (int q = 0; q < kWarps; q++) sum += shared[threadIdx.x][q];
   out[threadIdx.x] = value_of(gain, 1) * sum;
+}
+
+// gain times the sums of w over the rows, those of the own positives included. In place.
+static __global__ void __launch_bounds__(kThreads)
+    complete_key_bias_kernel(double* sums, const double* weight, Scalar gain, int64_t rows, int64_t columns,
+                             int64_t offset) {
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x, i = j - offset;
+  if (j < columns) sums[j] = value_of(gain, 1) * (sums[j] + (i >= 0 && i < rows ? weight[i] : 0.));
 }
 
 }  // namespace cuda

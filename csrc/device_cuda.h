@@ -1,5 +1,5 @@
-// What every kernel of the CUDA engine has in common: the losses, numbers of any dtype, sums of a warp, and one place
-// to launch from.
+// What every kernel of the CUDA engine has in common: the kinds of statistic, numbers of any dtype, sums of a warp, and
+// one place to launch from.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -88,9 +88,9 @@ __device__ __forceinline__ double value_of(const Scalar& s, double absent) {
   }
 }
 
-template <class Loss>
+template <class Statistic>
 __device__ __forceinline__ Affine<float> affine(const Scalar& scale, const Scalar& bias) {
-  return {value_of(scale, 1) * kLog2E, Loss::kUsesBias ? value_of(bias, 0) * kLog2E : 0.};
+  return {value_of(scale, 1) * kLog2E, Statistic::kHasShift ? 0. : value_of(bias, 0) * kLog2E};
 }
 
 // To nearest even, where tensor cores would truncate.

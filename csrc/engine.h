@@ -15,7 +15,7 @@ enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
 
 // T, the type of every statistic, is double for double features and float for all others; pointers to T are void here.
 
-// What the lines of a side remember of one set of pairs, and what that makes of its weights.
+// Statistics of the lines of a side over one set of pairs, and coefficients for their weights.
 struct Lines {
   double* reference = nullptr;         // sweep: (rows) out, in log2 units
   double* sum = nullptr;               // sweep: (rows) out, the folded pairs
@@ -30,8 +30,8 @@ struct Side {
   int64_t stride = 0;            // between rows, in elements
   const void* factor = nullptr;  // T (rows): 1 / norm, or null for features taken as they are
 
-  const int32_t* ids = nullptr;     // (rows), of both sides or none: pairs of equal ids are no negatives
-  const void* threshold = nullptr;  // T (rows), of both or none: a negative of larger t does not count for this line
+  const int32_t* ids = nullptr;      // (rows), of both sides or none: pairs of equal ids are no negatives
+  const void* threshold = nullptr;   // T (rows), of both or none: a negative of larger t does not count for this line
   const double* key_bias = nullptr;  // (rows), of one side at most: added to the logits of a line
   double* key_bias_sum = nullptr;    // weigh: (rows) out, sums of the weights; null where they are not wanted
 

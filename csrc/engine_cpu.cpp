@@ -72,6 +72,11 @@ int64_t tile_cols(const Problem& p, int64_t row_bytes, bool narrow) {
   return 128 * row_bytes <= p.cache_bytes / 16 * 3 ? 128 : 64;
 }
 
+unsigned options_of(const Problem& p) {
+  const bool has_biases = p.x.key_bias || p.y.key_bias || p.same_id_positive;
+  return (p.x.ids ? kIds : 0) | (p.x.threshold ? kThresholds : 0) | (has_biases ? kBiases : 0);
+}
+
 template <class In, class Op, class T>
 class Engine {
   static constexpr bool kNarrow = sizeof(Op) < sizeof(T);  // bf16 products
@@ -86,6 +91,7 @@ class Engine {
         tile_(tile_cols(p, p.width * int64_t(sizeof(T)), kNarrow)),
         blocks_((p.x.rows + block_ - 1) / block_),
         tiles_((p.y.rows + tile_ - 1) / tile_),
+        options_(options_of(p)),
         passed_(new std::atomic<int64_t>[tiles_]),
         totals_(new Sum[2 * blocks_]) {
     for (int64_t j = 0; j < tiles_; j++) passed_[j].store(0, std::memory_order_relaxed);
@@ -134,7 +140,7 @@ class Engine {
     }
   }
 
-  // What makes weights of a set of pairs, of the rows of a block.
+  // Coefficients and references of the rows of a block, for the weights of a set of pairs.
   struct LaneLines {
     T *coefficients, *references;
   };
@@ -162,7 +168,7 @@ class Engine {
     int64_t stride;
   };
 
-  // What the columns of a tile have found, for whoever comes to them next.
+  // Sums of the columns of a tile, to be added to those of the blocks before.
   struct Found {
     double reference[2][kMostCols], sum[2][kMostCols];  // of negatives, of positives by id
     double weights[kMostCols];
@@ -389,16 +395,24 @@ class Engine {
   void transform(const Tile<T>& tile) const {
     for_kind(p_.kind, [&](auto kind) {
       using Kind = decltype(kind);
-      if (p_.is_plain()) return apply<Kind, Plain>(tile);
-      apply<Kind, Negatives>(tile);
-      if (p_.same_id_positive) apply<Kind, Positives>(tile);
+      switch (options_) {
+        case 0:
+          return apply<Kind, Plain>(tile);
+        case kIds:
+          return apply<Kind, Distinct>(tile);
+        case kThresholds:
+          return apply<Kind, Within>(tile);
+        default:
+          apply<Kind, Negatives>(tile);
+          if (p_.same_id_positive) apply<Kind, Positives>(tile);
+      }
     });
   }
 
   template <class Kind, template <class> class Pairs>
   void apply(const Tile<T>& tile) const {
     if (p_.fold && p_.weigh) {
-      if constexpr (Kind::kIsLinear && !Pairs<T>::kApart) fold_tile<Kind, Pairs, true>(tile);
+      if constexpr (Kind::kIsLinear && std::is_same_v<Pairs<T>, Plain<T>>) fold_tile<Kind, Pairs, true>(tile);
     } else if (p_.fold) {
       if constexpr (Kind::kHasShift)
         if (p_.running_maxima) return fold_tile_running<Kind, Pairs>(tile);
@@ -489,6 +503,7 @@ class Engine {
 
   Problem& p_;
   const int64_t block_, tile_, blocks_, tiles_;
+  const unsigned options_;
   std::unique_ptr<std::atomic<int64_t>[]> passed_;  // blocks that have left each tile
   std::unique_ptr<Sum[]> totals_;
   std::atomic<int64_t> next_{0};

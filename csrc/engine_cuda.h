@@ -41,36 +41,51 @@ class Library {
   virtual void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) = 0;
 };
 
-// A rectangular block of logits. Of a Side the engine reads features, rows, stride and factor (fp32), and
+// A rectangular block of logits. The engine reads features, rows, stride, factor (fp32), ids and threshold (fp32) of
+// either Side, and key_bias of y. In the negatives of a Side, and with same_id_positive in its positives,
 //   sweep             writes reference and sum
-//   weigh             reads reference and coefficients, both float64, and writes gradient, where there is one
-//   sweep_and_weigh   writes reference, sum and gradient
+//   weigh             reads references and coefficients, both float64
+//   sweep_and_weigh   writes reference and sum
+// The latter two write gradient and weigh also key_bias_sum of y, where these are not null.
 struct Block {
   Side x, y;
   int64_t width = 0;            // D
   Dtype dtype = Dtype::kFloat;  // kFloat, kBFloat16 or kHalf
-  Loss loss = Loss::kSoftmax;
+  Kind kind{};
+  bool same_id_positive = false;
   Scalar scale, bias;  // bias.at may be null
   int64_t offset = 0;
   bool tf32 = false;   // products round fp32 operands to tf32, and so does the engine, to nearest
   bool fused = false;  // tiles from the engine's own tensor-core kernels, where they can, else from the library
   Stream stream = nullptr;
+
+  // Every pair but the own positives is a negative of both of its lines, no column has a bias, and nobody asks for
+  // one's gradient.
+  bool is_plain() const { return !x.ids && !x.threshold && !y.key_bias && !y.key_bias_sum; }
 };
 
-// The first sweep. bound.at: an upper bound of |t_ij|, or null. positive (M) out: t, only of rows whose positive lies
-// in the block. kept (kept_rows, N) out: products of the leading rows, without the factors.
-void sweep(const Block& block, Scalar bound, double* positive, float* kept, int64_t kept_rows, Library& library);
+// The first sweep's arguments besides the block.
+struct Sweeping {
+  Scalar bound;  // an upper bound of |t_ij|; bound.at may be null
+  // (M + N), rows first, behind them again as many for positives by id: whether a line has any pairs to add up, so that
+  // a sum near zero tells of lost ones. Null: every line that is longer than its own positive.
+  const bool* occupied = nullptr;
+  double* positive = nullptr;  // (M) out: t, only of rows whose own positive lies in the block
+  float* kept = nullptr;       // (kept_rows, N) out: products of the leading rows, without the factors
+  int64_t kept_rows = 0;
+};
+void sweep(const Block& block, const Sweeping& sweeping, Library& library);
 
 // Lines, rows or columns, to losses, coefficients and weights of their positives. `period` lines share positives.
-struct Lines {
-  Loss loss = Loss::kSoftmax;
+struct Finishing {
+  Kind kind{};
   int64_t count = 0, period = 0;
   const double *reference = nullptr, *sum = nullptr, *positive = nullptr;
   Scalar scale, bias;
   double *losses = nullptr, *coefficients = nullptr, *weights = nullptr;
   Stream stream = nullptr;
 };
-void finish(const Lines& lines);
+void finish(const Finishing& lines);
 
 // What the second sweep needs besides the block.
 struct Weighing {
@@ -84,7 +99,7 @@ struct Weighing {
 };
 void weigh(const Block& block, const Weighing& weighing, Library& library);
 
-// Both in one go, for a loss whose weights need no state. positive (M) out, as in sweep; of the weighing only gain,
+// Both in one go, for a linear kind and a plain block. positive (M) out, as in sweep; of the weighing only gain,
 // project and totals are read. Gradients are fp32.
 void sweep_and_weigh(const Block& block, double* positive, const Weighing& weighing, Library& library);
 
@@ -96,10 +111,6 @@ ChunkShape& chunk_shape();
 
 // Whether the fused kernels were compiled.
 bool has_fused();
-
-// The loss's traits, for the front.
-bool needs_state(Loss loss);
-bool uses_bias(Loss loss);
 
 }  // namespace cuda
 }  // namespace fastclip

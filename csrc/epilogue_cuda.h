@@ -1,5 +1,5 @@
 // The epilogue of a product in memory: a tile of t_ij is read once, folded into one number for each of its rows and
-// columns, or weighed, or both.
+// columns, or weighed, or both. Positives by id fold into numbers of their own on the way.
 //
 // A warp takes rows one after another, 256 columns of each: a lane holds two times four neighbours. Sums of a row end
 // in shuffles; sums of columns stay in registers until the warps' are added, in order.
@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "device_cuda.h"
+#include "pairs_cuda.h"
 
 namespace fastclip {
 namespace cuda {
@@ -23,16 +23,25 @@ struct Products {
   bool aligned = false;  // every row begins on 16 bytes
 };
 
-// A column's part in the weights of its pairs.
-struct ColumnWeight {
-  float b, reference;
-};
+// Sums of the tile's columns over the block's warps, in order, to where the thread's column has its number.
+__device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], float (&shared)[kWarps][kTileColumns],
+                                              const Partials& to, int64_t tile_m, int64_t j, int64_t columns) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int four = 0; four < kFours; four++)
+#pragma unroll
+    for (int q = 0; q < 4; q++) shared[warp][four * 4 * kWarp + 4 * lane + q] = sums[four][q];
+  __syncthreads();
+  float sum = 0;
+  for (int q = 0; q < kWarps; q++) sum += shared[q][threadIdx.x];
+  if (j < columns) to.data[j * to.line + tile_m * to.part] = sum;
+}
 
 // Out: the dtype of the weights, or void where only their sums are wanted or there are none.
-template <class Loss, bool kFold, bool kWeigh, class Out>
+template <class Statistic, class Options, bool kFold, bool kWeigh, class Out>
 __global__ void __launch_bounds__(kThreads)
-    epilogue_kernel(Part part, Products products, Folding folding, PairWeights weights) {
-  constexpr bool kWrites = !std::is_void_v<Out>;
+    epilogue_kernel(Part part, Products products, Folding folding, PairWeights weights, Options options) {
+  constexpr bool kWrites = !std::is_void_v<Out>, kHasAll = Options::kHasAll;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t tiles_n = cdiv(part.columns, kTileColumns);
   const int64_t tile_m = blockIdx.x / tiles_n, tile_n = blockIdx.x % tiles_n;
@@ -41,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   const int columns = int(part.columns - first_column < kTileColumns ? part.columns - first_column : kTileColumns);
   const auto column_of = [lane](int four, int q) { return (four * kWarp + lane) * 4 + q; };
 
-  const Affine<float> k = affine<Loss>(part.scale, part.bias);
+  const Affine<float> k = affine<Statistic>(part.scale, part.bias);
   float m = 0;
   bool two_references = false;
   if (kFold && folding.reference) m = *folding.reference;
@@ -51,7 +60,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   float factor_y[kFours][4], column_sum[kFours][4] = {};
-  ColumnWeight column[kFours][4] = {};
+  LineWeight column[kFours][4] = {};
+  typename Options::Line column_line[kFours][4] = {};
+  typename Options::Bias bias[kFours][4] = {};
+  // With positives by id: the columns' sums of them, and what weighs them.
+  float positive_sum[kFours][4] = {}, weight_sum[kFours][4] = {};
+  LineWeight column_positive[kFours][4] = {};
 #pragma unroll
   for (int four = 0; four < kFours; four++)
 #pragma unroll
@@ -60,9 +74,17 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t j = first_column + c;
       const bool inside = c < columns;
       factor_y[four][q] = inside && part.factor_y ? part.factor_y[j] : 1.f;
+      if (inside) {
+        column_line[four][q] = options.column(j);
+        bias[four][q] = options.template bias<Statistic>(j, k);
+      }
       if constexpr (kWeigh) {
-        if (inside && weights.b) column[four][q].b = weights.b[j];
+        if (inside && weights.b) column[four][q].coefficient = weights.b[j];
         if (inside && two_references) column[four][q].reference = weights.reference_y[j];
+        if constexpr (kHasAll) {
+          if (inside && options.d) column_positive[four][q].coefficient = options.d[j];
+          if (inside && options.d && two_references) column_positive[four][q].reference = options.reference_y[j];
+        }
       }
     }
 
@@ -74,10 +96,16 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t partner = i + part.offset - first_column;
     const int positive = partner >= 0 && partner < columns ? int(partner) : -1;
     const float factor_x = part.factor_x ? part.factor_x[i] : 1.f;
-    float a = 1, reference = m, row_sum = 0;
+    const typename Options::Line line = options.row(i);
+    float row_sum = 0, row_positive_sum = 0;
+    LineWeight mine = {1, m}, mine_positive = {0, m};
     if constexpr (kWeigh) {
-      if (weights.a) a = weights.a[i];
-      if (two_references) reference = weights.reference_x[i];
+      if (weights.a) mine.coefficient = weights.a[i];
+      if (two_references) mine.reference = weights.reference_x[i];
+      if constexpr (kHasAll) {
+        if (options.c) mine_positive.coefficient = options.c[i];
+        if (options.c && two_references) mine_positive.reference = options.reference_x[i];
+      }
     }
 #pragma unroll
     for (int four = 0; four < kFours; four++) {
@@ -95,23 +123,37 @@ __global__ void __launch_bounds__(kThreads)
       for (int q = 0; q < 4; q++) {
         const float spread = factor_x * factor_y[four][q];
         t[q] *= spread;
-        const bool live = c0 + q < columns && c0 + q != positive;
+        const Counts counts = options.counts(line, column_line[four][q], t[q], c0 + q < columns && c0 + q != positive);
+        const bool is_live = counts.mine || counts.other || counts.positive;
+        const auto& own = affine_of<Statistic>(k, bias[four][q], counts.positive);
         if (kFold && c0 + q == positive && folding.positive) folding.positive[i] = t[q];
         if constexpr (kFold) {
-          const float e = live ? Loss::fold(t[q], k, m) : 0.f;
-          row_sum += e;
-          column_sum[four][q] += e;
+          const float e = is_live ? Statistic::fold(t[q], own, reference_of<Statistic>(m, bias[four][q])) : 0.f;
+          if constexpr (kHasAll) {
+            row_sum += counts.mine ? e : 0.f, column_sum[four][q] += counts.other ? e : 0.f;
+            row_positive_sum += counts.positive ? e : 0.f, positive_sum[four][q] += counts.positive ? e : 0.f;
+          } else {
+            row_sum += e, column_sum[four][q] += e;
+          }
         }
         if constexpr (kWeigh) {
-          const ColumnWeight& other = column[four][q];
-          float w = Loss::activation(t[q], k, reference);
-          if (two_references)
-            w = w * a + Loss::activation(t[q], k, other.reference) * other.b;
-          else
-            w *= a + other.b;
-          w = live ? w : 0.f;
+          const LineWeight& other = column[four][q];
+          float w;
+          if constexpr (kHasAll) {
+            const LineWeight &c = mine_positive, &d = column_positive[four][q];
+            w = weight_as<Statistic>(t[q], own, bias[four][q], counts, choose(counts.positive, c, mine),
+                                     choose(counts.positive, d, other), two_references);
+            weight_sum[four][q] += w;
+          } else {
+            w = Statistic::activation(t[q], own, mine.reference);
+            if (two_references)
+              w = w * mine.coefficient + Statistic::activation(t[q], own, other.reference) * other.coefficient;
+            else
+              w *= mine.coefficient + other.coefficient;
+            w = is_live ? w : 0.f;
+          }
           sum_w += w;
-          sum_wt += live ? w * t[q] : 0.f;
+          sum_wt += is_live ? w * t[q] : 0.f;
           if constexpr (kWrites) {
             written[q] = w * weights.enlarged;
             if (weights.spread) written[q] *= spread;
@@ -131,22 +173,29 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if constexpr (kFold) {
-      row_sum = warp_sum(row_sum);
-      if (lane == 0) folding.rows.data[i * folding.rows.line + tile_n * folding.rows.part] = row_sum;
+      const auto write_row = [&](float sum, const Partials& to) {
+        sum = warp_sum(sum);
+        if (lane == 0) to.data[i * to.line + tile_n * to.part] = sum;
+      };
+      write_row(row_sum, folding.rows);
+      if constexpr (kHasAll)
+        if (options.rows.data) write_row(row_positive_sum, options.rows);
     }
   }
 
+  const int64_t j = first_column + threadIdx.x;
   if constexpr (kFold) {
     __shared__ float shared[kWarps][kTileColumns];
-#pragma unroll
-    for (int four = 0; four < kFours; four++)
-#pragma unroll
-      for (int q = 0; q < 4; q++) shared[warp][four * 4 * kWarp + 4 * lane + q] = column_sum[four][q];
-    __syncthreads();
-    const int64_t j = tile_n * kTileColumns + threadIdx.x;
-    float sum = 0;
-    for (int q = 0; q < kWarps; q++) sum += shared[q][threadIdx.x];
-    if (j < part.columns) folding.columns.data[j * folding.columns.line + tile_m * folding.columns.part] = sum;
+    write_columns(column_sum, shared, folding.columns, tile_m, j, part.columns);
+    if constexpr (kHasAll)
+      if (options.columns.data) {
+        __syncthreads();
+        write_columns(positive_sum, shared, options.columns, tile_m, j, part.columns);
+      }
+  }
+  if constexpr (kWeigh && kHasAll) {
+    __shared__ float shared[kWarps][kTileColumns];
+    if (options.weights.data) write_columns(weight_sum, shared, options.weights, tile_m, j, part.columns);
   }
   if constexpr (kWeigh) {
     __shared__ float shared[2][kWarps];

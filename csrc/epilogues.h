@@ -45,7 +45,7 @@ constexpr double kLn2 = 0.6931471805599453;
 // The logit in log2 units as a map of t. fp32 splits scale and bias in two parts: rounding the scale alone would cost
 // 2^-24 relative, which at a logit of 144 (scale 100) is an error of 6e-6 in the exponential.
 //
-// Biased: lines have biases of their own, numbers or vectors of them (Bias). Of one the integral part, `whole`, is
+// Biased: lines have biases of their own, numbers or vectors of them (Bias). The integral part of one, `whole`, is
 // taken off the reference by kinds that have one, so that it costs them no digit, or else added to `bias`.
 template <class T, class Bias = T, bool Biased = false>
 struct Affine {
@@ -208,8 +208,8 @@ FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(
 // (arXiv 2103.00020). A bias common to all logits moves the logarithm of the sum by as much, and nobody needs it here.
 struct Softmax {
   static constexpr const char* kName = "softmax";
-  static constexpr bool kHasShift = true;   // sums are relative to references, and weights depend on sums
-  static constexpr bool kIsLinear = false;  // finished coefficients are 1: loss and gradients in one go
+  static constexpr bool kHasShift = true;           // sums are relative to references, and weights depend on sums
+  static constexpr bool kIsLinear = false;          // finished coefficients are 1: loss and gradients in one go
   static constexpr bool kNegatesPositives = false;  // positives by id are folded with their logits' sign changed
   template <class V, class K>
   static FASTCLIP_INLINE V fold(V t, const K& k, V m) {
@@ -276,7 +276,7 @@ inline __attribute__((always_inline)) void for_kind(Kind kind, Function f) {
   Kinds::call(kind, f);
 }
 
-// What a kind says of itself, such as kHasShift, where the kind is known at run time only.
+// A trait of a kind, such as kHasShift, that is known at run time only.
 template <class Function>
 inline bool trait_of(Kind kind, Function f) {
   bool value = false;

@@ -6,8 +6,8 @@
 namespace fastclip {
 namespace cuda {
 
-// The least R + P of a line that one reference can serve: what such a line lost lies below fp32's resolution of it.
-// Of one above 2^125 the coefficient, 1 / (R + P), comes close to where floats are flushed to zero.
+// The least sum of a line that one reference can serve: what such a line lost lies below fp32's resolution of it. Of
+// one above 2^125 the coefficient, 1 / sum, comes close to where floats are flushed to zero.
 constexpr double kLeast = 0x1p-78, kLargest = 0x1p125;
 
 // Rows or columns of a part, and where their states lie. A line's sums in several parts add up in its state: the
@@ -16,59 +16,70 @@ struct PartLines {
   Partials partials;
   int64_t count = 0, first = 0;                 // of the part's lines; the first one's place in the block
   bool begins = true, ends = true;              // whether this is a line's first part, its last
-  double *reference = nullptr, *sum = nullptr;  // of the block's lines
+  double *reference = nullptr, *sum = nullptr;  // of the block's lines; reference may be null
 };
 
-// The positives of a block: of row i it is column i + offset, if there is one.
-struct PositivesOf {
-  const double* t = nullptr;
-  int64_t rows = 0, columns = 0, offset = 0;
+// Which lines of the block have any pairs to add up; of others a sum of zero is right.
+struct Occupied {
+  const bool* lines = nullptr;    // or null: all whose own positive is not their only pair
+  int64_t others = 0, shift = 0;  // the own positive of line l is number l + shift of the other ones
+  __device__ __forceinline__ bool operator()(int64_t l) const {
+    if (lines) return lines[l];
+    const int64_t own = l + shift >= 0 && l + shift < others ? 1 : 0;
+    return others > own;
+  }
 };
 
-// Where there is one reference, the flag is raised if it was too coarse for a line: one whose R + P is so small may
-// have lost terms that count.
-static __global__ void __launch_bounds__(kThreads) sums_kernel(PartLines rows, PartLines columns, PositivesOf positives,
-                                                               Scalar scale, const float* reference, int32_t* flag) {
+// The line's sum in this part and the earlier ones, which it leaves in its state.
+__device__ __forceinline__ double add_up(const PartLines& lines, int64_t l) {
+  const float* const partial = lines.partials.data + l * lines.partials.line;
+  double sum = 0;
+  for (int64_t q = 0; q < lines.partials.parts; q++) sum += partial[q * lines.partials.part];
+  if (!lines.begins) sum += lines.sum[lines.first + l];
+  lines.sum[lines.first + l] = sum;
+  return sum;
+}
+
+// Where there is one reference, the flag is raised if it was too coarse for a line: one whose sum is so small may have
+// lost terms that count.
+static __global__ void __launch_bounds__(kThreads)
+    sums_kernel(PartLines rows, PartLines columns, Occupied rows_occupied, Occupied columns_occupied,
+                const float* reference, int32_t* flag) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= rows.count + columns.count) return;
   const bool is_row = index < rows.count;
   const PartLines lines = is_row ? rows : columns;
   const int64_t l = is_row ? index : index - rows.count, out = lines.first + l;
-  const float* const partial = lines.partials.data + l * lines.partials.line;
-  double sum = 0;
-  for (int64_t q = 0; q < lines.partials.parts; q++) sum += partial[q * lines.partials.part];
-  if (!lines.begins) sum += lines.sum[out];
-  lines.sum[out] = sum;
-  const double m = reference ? *reference : 0.;
-  lines.reference[out] = m;
+  const double sum = add_up(lines, l);
+  lines.reference[out] = reference ? *reference : 0.;
   if (reference == nullptr || !lines.ends) return;
-  const int64_t i = is_row ? out : out - positives.offset, j = i + positives.offset;
-  double total = sum;
-  if (i >= 0 && i < positives.rows && j >= 0 && j < positives.columns) {
-    const double exponent = value_of(scale, 1) * kLog2E * positives.t[i] - m;
-    // An estimate is enough, and beyond these limits none is needed. A NaN stays one.
-    total += exponent < -200 ? 0.f : exp2f(exponent > 120 ? 120.f : float(exponent));
-  }
-  if (!(total >= kLeast && sum <= kLargest)) *flag = 1;
+  const bool is_occupied = is_row ? rows_occupied(out) : columns_occupied(out);
+  if (is_occupied && !(sum >= kLeast && sum <= kLargest)) *flag = 1;
 }
 
-// The second sweep's operands of a line: fp32, and whether references differ.
+// Sums of weights, of columns alone.
+static __global__ void __launch_bounds__(kThreads) weight_sums_kernel(PartLines columns) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index < columns.count) add_up(columns, index);
+}
+
+// The second sweep's operands of a line: fp32, and whether references differ from the first of all.
 struct StateLines {
   const double *reference = nullptr, *coefficient = nullptr;
   int64_t count = 0;
-  float *reference_out = nullptr, *coefficient_out = nullptr;
+  float *reference_out = nullptr, *coefficient_out = nullptr;  // no references in a kind without
 };
 
 static __global__ void __launch_bounds__(kThreads)
-    operands_kernel(StateLines rows, StateLines columns, bool has_references, int32_t* differ) {
+    operands_kernel(StateLines rows, StateLines columns, const double* first_reference, int32_t* differ) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= rows.count + columns.count) return;
   const StateLines lines = index < rows.count ? rows : columns;
   const int64_t l = index < rows.count ? index : index - rows.count;
   lines.coefficient_out[l] = float(lines.coefficient[l]);
-  if (!has_references) return;
+  if (lines.reference_out == nullptr) return;
   lines.reference_out[l] = float(lines.reference[l]);
-  if (lines.reference[l] != rows.reference[0]) *differ = 1;  // whoever writes writes the same
+  if (lines.reference[l] != *first_reference) *differ = 1;  // whoever writes writes the same
 }
 
 // Adds the sums of w and of w * t, (2, parts), to the totals of earlier parts. Two blocks.
@@ -86,13 +97,13 @@ static __global__ void __launch_bounds__(kThreads)
   totals[blockIdx.x] = sum;
 }
 
-template <class Loss>
-__global__ void __launch_bounds__(kThreads) finish_kernel(Lines lines) {
+template <class Statistic>
+__global__ void __launch_bounds__(kThreads) finish_kernel(Finishing lines) {
   const int64_t l = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (l >= lines.count) return;
-  const double bias = Loss::kUsesBias ? value_of(lines.bias, 0) : 0.;
+  const double bias = Statistic::kHasShift ? 0. : value_of(lines.bias, 0);
   const double s = value_of(lines.scale, 1) * lines.positive[l % lines.period] + bias;
-  const CUDA::Line line = Loss::finish(lines.reference[l], lines.sum[l], s);
+  const CUDA::Line line = Statistic::finish(lines.reference[l], lines.sum[l], s);
   lines.losses[l] = line.loss;
   lines.coefficients[l] = line.coefficient;
   lines.weights[l] = line.positive_weight;

@@ -12,13 +12,15 @@ namespace cuda {
 // The states of a block, chunk after chunk, and the memory that their partial sums take.
 class FirstSweep {
  public:
-  FirstSweep(Work& work, const std::vector<Chunk>& chunks, double* positive) : w(work), positive_(positive) {
+  FirstSweep(Work& work, const std::vector<Chunk>& chunks, const Sweeping& sweeping) : w(work), sweeping_(sweeping) {
     int64_t most = 0;
     for (const Chunk& c : chunks) most = std::max(most, partials_of(c));
     partials_ = allocate<float>(w.library(), most);
+    if (w.b.same_id_positive) positive_partials_ = allocate<float>(w.library(), most);
   }
 
-  void set_reference(Scalar bound) {
+  void set_reference() {
+    const Scalar bound = sweeping_.bound;
     const Features x = Work::features_of(w.b.x), y = Work::features_of(w.b.y);
     const int64_t blocks_x = bound.at ? 0 : norm_blocks(x), blocks_y = bound.at ? 0 : norm_blocks(y);
     float* const squares = allocate<float>(w.library(), blocks_x + blocks_y);
@@ -30,41 +32,41 @@ class FirstSweep {
         launch(w.place("longest_kernel"), longest_kernel<T>, blocks_x + blocks_y, x, y, blocks_x, w.b.width, squares);
       });
     launch(w.place("reference_kernel"), reference_kernel, 1, bound, static_cast<const float*>(squares), blocks_x,
-           blocks_y, w.b.scale, reference_, flag_);
+           blocks_y, w.largest_biases(), w.count_largest_biases(), w.b.scale, reference_, flag_);
   }
 
   Folding folding_of(const Chunk& c) const {
-    const Tiles tiles = tiles_of(c);
     Folding f;
     f.reference = reference_;
-    f.positive = positive_ + c.row;
-    f.rows = {partials_, tiles.across, 1, c.rows};
-    f.columns = {partials_ + tiles.across * c.rows, tiles.down, 1, c.columns};
+    f.positive = sweeping_.positive + c.row;
+    f.rows = rows_of(c, partials_), f.columns = columns_of(c, partials_);
     return f;
   }
 
-  void fold(const Chunk& c, float* kept, float* buffer) {
+  void fold(const Chunk& c, float* buffer) {
     const Part part = w.part_of(c);
     const Folding folding = folding_of(c);
 #if FASTCLIP_FUSED
     if (w.folds_fused(c)) {
       fused_sweep(part, folding);
-      return add_sums(c, folding);
+      return add_sums(c);
     }
 #endif
-    const Products products = w.products(c, kept, buffer, false);
-    CUDA::for_loss(w.b.loss, [&](auto loss) {
-      launch_epilogue<decltype(loss), true, false, void>(w, part, products, folding, {});
+    const Products products = w.products(c, sweeping_.kept, buffer, false);
+    CUDA::for_kind(w.b.kind, [&](auto statistic) {
+      w.with_options(c, [&](auto options) {
+        if constexpr (options.kHasAll)
+          if (positive_partials_)
+            options.rows = rows_of(c, positive_partials_), options.columns = columns_of(c, positive_partials_);
+        launch_epilogue<decltype(statistic), true, false, void>(w, part, products, folding, {}, options);
+      });
     });
-    add_sums(c, folding);
+    add_sums(c);
   }
 
-  void add_sums(const Chunk& c, const Folding& f) {
-    const Side &x = w.b.x, &y = w.b.y;
-    const PartLines rows = {f.rows, c.rows, c.row, c.column == 0, c.column + c.columns == w.n(), x.reference, x.sum};
-    const PartLines columns = {f.columns, c.columns, c.column, c.row == 0, c.row + c.rows == w.m(), y.reference, y.sum};
-    launch(w.place("sums_kernel"), sums_kernel, cdiv(c.rows + c.columns, kThreads), rows, columns, positives(),
-           w.b.scale, static_cast<const float*>(reference_), flag_);
+  void add_sums(const Chunk& c) {
+    add_sums(c, partials_, w.b.x.negatives, w.b.y.negatives, 0);
+    if (positive_partials_) add_sums(c, positive_partials_, w.b.x.positives, w.b.y.positives, 1);
   }
 
   // Where the flag is set the states are made anew, with a reference for each line.
@@ -72,18 +74,38 @@ class FirstSweep {
     const Features x = Work::features_of(w.b.x), y = Work::features_of(w.b.y);
     for_features(w.b.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      CUDA::for_loss(w.b.loss, [&](auto loss) {
-        using Loss = decltype(loss);
-        if constexpr (Loss::kNeedsState)
-          launch(w.place("maxima_kernel"), maxima_kernel<T, Loss>, maxima_blocks(x, y), x, y, w.b.width, w.b.scale,
-                 w.b.bias, w.b.offset, static_cast<const int32_t*>(flag_), positive_,
-                 States{w.b.x.reference, w.b.x.sum}, States{w.b.y.reference, w.b.y.sum});
+      CUDA::for_kind(w.b.kind, [&](auto statistic) {
+        using Statistic = decltype(statistic);
+        if constexpr (Statistic::kHasShift)
+          w.with_options(w.whole(), [&](auto options) {
+            launch(w.place("maxima_kernel"), maxima_kernel<T, Statistic, decltype(options)>, maxima_blocks(x, y), x, y,
+                   w.b.width, w.b.scale, w.b.bias, w.b.offset, static_cast<const int32_t*>(flag_), sweeping_.positive,
+                   states_of(w.b.x), states_of(w.b.y), options);
+          });
       });
     });
   }
 
  private:
-  PositivesOf positives() const { return {positive_, w.m(), w.n(), w.b.offset}; }
+  States states_of(const Side& side) const { return {side.negatives, w.b.same_id_positive ? side.positives : Lines()}; }
+
+  // set: 0 for negatives, 1 for positives by id.
+  void add_sums(const Chunk& c, float* partials, const Lines& x, const Lines& y, int64_t set) {
+    const PartLines rows = {rows_of(c, partials),          c.rows,      c.row, c.column == 0,
+                            c.column + c.columns == w.n(), x.reference, x.sum};
+    const PartLines columns = {columns_of(c, partials), c.columns,   c.column, c.row == 0,
+                               c.row + c.rows == w.m(), y.reference, y.sum};
+    const bool* const occupied = sweeping_.occupied ? sweeping_.occupied + set * (w.m() + w.n()) : nullptr;
+    launch(w.place("sums_kernel"), sums_kernel, cdiv(c.rows + c.columns, kThreads), rows, columns,
+           Occupied{occupied, w.n(), w.b.offset}, Occupied{occupied ? occupied + w.m() : nullptr, w.m(), -w.b.offset},
+           static_cast<const float*>(reference_), flag_);
+  }
+
+  Partials rows_of(const Chunk& c, float* partials) const { return {partials, tiles_of(c).across, 1, c.rows}; }
+  Partials columns_of(const Chunk& c, float* partials) const {
+    const Tiles tiles = tiles_of(c);
+    return {partials + tiles.across * c.rows, tiles.down, 1, c.columns};
+  }
   struct Tiles {
     int64_t down, across;
   };
@@ -97,8 +119,8 @@ class FirstSweep {
   }
 
   Work& w;
-  double* positive_;
-  float *partials_ = nullptr, *reference_ = nullptr;
+  Sweeping sweeping_;
+  float *partials_ = nullptr, *positive_partials_ = nullptr, *reference_ = nullptr;
   int32_t* flag_ = nullptr;
 };
 

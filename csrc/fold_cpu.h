@@ -1,4 +1,4 @@
-// What the CPU engine does with a set of pairs of one tile: folds them into the state, or makes weights of them.
+// The CPU engine folds a set of pairs of one tile into the state, or makes weights of them.
 #pragma once
 
 #include <algorithm>
@@ -124,7 +124,7 @@ void weigh_tile(const Tile<T>& tile) {
   const int64_t lanes = tile.lanes;
   const TileLines<T>& lines = P::lines(tile);
   T* const row = tile.scratch;
-  if constexpr (P::kApart)
+  if constexpr (P::kBiased)
     for (int64_t i = 0; i < lanes; i++) row[i] = 0;
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
@@ -159,7 +159,7 @@ void weigh_tile(const Tile<T>& tile) {
       } else {
         store<T>(tile.w + c * lanes + i, w);
       }
-      if constexpr (P::kApart) {
+      if constexpr (P::kBiased) {
         if (tile.row_weights) {
           V<T> line;
           load(row + i, line);
@@ -169,18 +169,22 @@ void weigh_tile(const Tile<T>& tile) {
     }
     tile.totals[0].add(total_of<T>(total));
     tile.totals[1].add(total_of<T>(moment) * column.factor);
-    if constexpr (P::kApart)
+    if constexpr (P::kBiased)
       if (tile.col_weights) tile.col_weights[c] += total_of<T>(total);
   }
-  if constexpr (P::kApart)
+  if constexpr (P::kBiased)
     if (tile.row_weights)
       for (int64_t i = 0; i < tile.rows; i++) tile.row_weights[i] += row[i];
 }
 
 template <class T>
-using Negatives = Selected<T, false>;
+using Distinct = Selected<T, kIds, false>;
 template <class T>
-using Positives = Selected<T, true>;
+using Within = Selected<T, kThresholds, false>;
+template <class T>
+using Negatives = Selected<T, kEverything, false>;
+template <class T>
+using Positives = Selected<T, kEverything, true>;
 
 }  // namespace FASTCLIP_CAPABILITY
 }  // namespace fastclip

@@ -31,7 +31,7 @@ __device__ __forceinline__ float sum_of(const float* v) {
   }
 }
 
-template <class Loss, class Element_, class Layout>
+template <class Statistic, class Element_, class Layout>
 struct Fold : Share<Layout, 1> {
   using Element = Element_;
   using Base = Share<Layout, 1>;
@@ -44,7 +44,7 @@ struct Fold : Share<Layout, 1> {
   struct Uniform {
     Uniform() = default;
     __device__ __forceinline__ explicit Uniform(const Arguments& arguments)
-        : k(affine<Loss>(arguments.part.scale, arguments.part.bias)),
+        : k(affine<Statistic>(arguments.part.scale, arguments.part.bias)),
           m(arguments.folding.reference ? *arguments.folding.reference : 0.f) {}
     Affine<float> k;
     float m;
@@ -68,7 +68,7 @@ struct Fold : Share<Layout, 1> {
     cutlass::Array<float, Layout::kFragment> e;
     CUTLASS_PRAGMA_UNROLL
     for (int q = 0; q < Layout::kFragment; q++)
-      e[q] = Loss::fold(this->product(accumulator, q, band), uniform.k, uniform.m);
+      e[q] = Statistic::fold(this->product(accumulator, q, band), uniform.k, uniform.m);
     if (!this->is_plain) {
       CUTLASS_PRAGMA_UNROLL
       for (int q = 0; q < Layout::kFragment; q++)

@@ -62,14 +62,14 @@ inline int square_edge(int64_t tiles_m, int64_t tiles_n) {
   return 1;
 }
 
-// Calls f with the loss and the dtype of a part. CUTLASS would not notice one that its tensor maps cannot describe:
+// Calls f with the kind and the dtype of a part. CUTLASS would not notice one that its tensor maps cannot describe:
 // without asserts it tells stderr and launches all the same.
 template <class Function>
 void for_kernel(const char* name, const Part& part, Function f) {
   if (!fused_serves(part)) throw std::invalid_argument(std::string(name) + " does not serve this part");
-  CUDA::for_loss(part.loss, [&](auto loss) {
-    if (part.dtype == Dtype::kHalf) return f(loss, cutlass::half_t());
-    f(loss, cutlass::bfloat16_t());
+  CUDA::for_kind(part.kind, [&](auto statistic) {
+    if (part.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
+    f(statistic, cutlass::bfloat16_t());
   });
 }
 

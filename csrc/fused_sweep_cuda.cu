@@ -9,17 +9,18 @@ namespace fused {
 
 using SweepLayout = Layout<kSweepTile>;
 
-template <class Loss, class Element>
+template <class Statistic, class Element>
 void sweep(const Part& part, const Folding& folding) {
-  using Kernel = typename Product<Fold<Loss, Element, SweepLayout>, SweepLayout, void>::Kernel;
+  using Kernel = typename Product<Fold<Statistic, Element, SweepLayout>, SweepLayout, void>::Kernel;
   launch<Kernel>("fused_sweep", part, {{part, folding}, nullptr, {}, nullptr, {}});
 }
 
 }  // namespace fused
 
 void fused_sweep(const Part& part, const Folding& folding) {
-  fused::for_kernel("fused_sweep", part,
-                    [&](auto loss, auto element) { fused::sweep<decltype(loss), decltype(element)>(part, folding); });
+  fused::for_kernel("fused_sweep", part, [&](auto statistic, auto element) {
+    fused::sweep<decltype(statistic), decltype(element)>(part, folding);
+  });
 }
 
 }  // namespace cuda

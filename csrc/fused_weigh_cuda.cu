@@ -9,9 +9,9 @@ namespace fused {
 
 using WeighLayout = Layout<kWeighTile>;
 
-template <class Loss, class Element>
+template <class Statistic, class Element>
 void weigh(const Part& part, const PairWeights& weights) {
-  using Kernel = typename Product<Weigh<Loss, Element, WeighLayout>, WeighLayout, Element>::Kernel;
+  using Kernel = typename Product<Weigh<Statistic, Element, WeighLayout>, WeighLayout, Element>::Kernel;
   launch<Kernel>(
       "fused_weigh", part,
       {{part, weights}, nullptr, {}, static_cast<Element*>(weights.out), {weights.stride_out, cute::_1{}, 0}});
@@ -21,8 +21,9 @@ void weigh(const Part& part, const PairWeights& weights) {
 
 void fused_weigh(const Part& part, const PairWeights& weights) {
   if (!fused_writes(weights)) throw std::invalid_argument("fused_weigh was not given rows on 16 bytes to write to");
-  fused::for_kernel("fused_weigh", part,
-                    [&](auto loss, auto element) { fused::weigh<decltype(loss), decltype(element)>(part, weights); });
+  fused::for_kernel("fused_weigh", part, [&](auto statistic, auto element) {
+    fused::weigh<decltype(statistic), decltype(element)>(part, weights);
+  });
 }
 
 }  // namespace cuda

@@ -7,11 +7,11 @@ namespace fastclip {
 namespace cuda {
 namespace fused {
 
-template <class Loss, class Element_, class Layout>
-struct Weigh : Share<Layout, Loss::kNeedsState ? 4 : 3> {
+template <class Statistic, class Element_, class Layout>
+struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
   using Element = Element_;
-  using Base = Share<Layout, Loss::kNeedsState ? 4 : 3>;
-  enum { kFactor, kCoefficient, kSpread, kReference };  // of a line; a loss without a state has no references
+  using Base = Share<Layout, Statistic::kHasShift ? 4 : 3>;
+  enum { kFactor, kCoefficient, kSpread, kReference };  // of a line; a kind without a shift has no references
 
   struct Arguments {
     Part part;
@@ -21,8 +21,8 @@ struct Weigh : Share<Layout, Loss::kNeedsState ? 4 : 3> {
   struct Uniform {
     Uniform() = default;
     __device__ __forceinline__ explicit Uniform(const Arguments& arguments)
-        : k(affine<Loss>(arguments.part.scale, arguments.part.bias)),
-          two_references(Loss::kNeedsState && *arguments.weights.differ != 0) {}
+        : k(affine<Statistic>(arguments.part.scale, arguments.part.bias)),
+          two_references(Statistic::kHasShift && *arguments.weights.differ != 0) {}
     Affine<float> k;
     bool two_references;
   };
@@ -40,7 +40,7 @@ struct Weigh : Share<Layout, Loss::kNeedsState ? 4 : 3> {
     const Vector spread_x = {weights.spread ? part.factor_x : nullptr, 1.f};
     const Vector spread_y = {weights.spread ? part.factor_y : nullptr, 1.f};
     // Without coefficients 1 + 0 takes their place.
-    if constexpr (Loss::kNeedsState)
+    if constexpr (Statistic::kHasShift)
       this->fetch({{part.factor_x, 1.f}, {weights.a, 1.f}, spread_x, {weights.reference_x, 0.f}},
                   {{part.factor_y, 1.f}, {weights.b, 0.f}, spread_y, {weights.reference_y, 0.f}});
     else
@@ -78,14 +78,14 @@ struct Weigh : Share<Layout, Loss::kNeedsState ? 4 : 3> {
       const float a = this->row[kCoefficient][r], b = this->column[kCoefficient][s];
       const float t = this->product(accumulator, q, band);
       float w;
-      if constexpr (Loss::kNeedsState) {
-        w = Loss::activation(t, k, this->row[kReference][r]);
+      if constexpr (Statistic::kHasShift) {
+        w = Statistic::activation(t, k, this->row[kReference][r]);
         if (!kSimple && uniform.two_references)
-          w = w * a + Loss::activation(t, k, this->column[kReference][s]) * b;
+          w = w * a + Statistic::activation(t, k, this->column[kReference][s]) * b;
         else
           w *= a + b;
       } else {
-        w = Loss::activation(t, k, 0.f) * (a + b);
+        w = Statistic::activation(t, k, 0.f) * (a + b);
       }
       if (!kSimple && !this->is_negative(q, band, piece)) w = 0;
       sum_w += w;

@@ -30,13 +30,14 @@ inline Dtype dtype_of(at::ScalarType type) {
 
 inline Kind kind_of(std::string_view name) {
   int found = -1;
-  std::string known;
   PORTABLE::Kinds::each_name([&](Kind kind, const char* own) {
     if (name == own) found = int(kind);
-    known += (known.empty() ? "'" : ", '") + std::string(own) + "'";
   });
-  TORCH_CHECK_VALUE(found >= 0, "kind must be one of ", known, ", got '", name, "'");
-  return Kind(found);
+  if (found >= 0) return Kind(found);
+  std::string known;
+  PORTABLE::Kinds::each_name(
+      [&](Kind, const char* own) { known += (known.empty() ? "'" : ", '") + std::string(own) + "'"; });
+  TORCH_CHECK_VALUE(false, "kind must be one of ", known, ", got '", name, "'");
 }
 
 // Unit stride along D and rows that do not overlap, as the products need.
@@ -106,19 +107,20 @@ inline void check_statistics(const BlockArguments& block, const WeighArguments& 
   const at::Tensor& coefficients = weigh.coefficients;
   const bool fits = sets == 2 ? coefficients.sizes() == at::IntArrayRef({sets, lines})
                               : coefficients.sizes() == at::IntArrayRef(lines);
-  TORCH_CHECK(weigh.state.sizes() == at::IntArrayRef({2 * sets, lines}) && weigh.state.scalar_type() == at::kDouble &&
-                  fits && weigh.positive.sizes() == at::IntArrayRef(m) &&
-                  weigh.positive_weight.sizes() == at::IntArrayRef(m),
-              "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M); with positives "
-              "by id state (4, M + N), coefficients (2, M + N), got ",
-              weigh.state.sizes(), " ", weigh.state.scalar_type(), ", ", coefficients.sizes(), ", ",
-              weigh.positive.sizes(), ", ", weigh.positive_weight.sizes());
+  TORCH_CHECK(
+      weigh.state.sizes() == at::IntArrayRef({2 * sets, lines}) && weigh.state.scalar_type() == at::kDouble && fits &&
+          weigh.positive.sizes() == at::IntArrayRef(m) && weigh.positive_weight.sizes() == at::IntArrayRef(m),
+      "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M); with positives "
+      "by id state (4, M + N), coefficients (2, M + N), got ",
+      weigh.state.sizes(), " ", weigh.state.scalar_type(), ", ", coefficients.sizes(), ", ", weigh.positive.sizes(),
+      ", ", weigh.positive_weight.sizes());
 }
 
 inline void check_in_one_go(const BlockArguments& block, bool is_linear) {
   TORCH_CHECK_VALUE(is_linear, "only a loss whose weights need no state can be swept and weighed in one go, got '",
                     block.kind, "'");
-  TORCH_CHECK(block.is_plain(), "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
+  TORCH_CHECK(block.is_plain(),
+              "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
 }
 
 }  // namespace fastclip

@@ -31,7 +31,7 @@ Tensor allocate_kept(const Call& call, int64_t keep) {
 
 // ---- sweep ---------------------------------------------------------------------------------------------------------
 
-// Of the lines of a side; 0 where none has one.
+// The highest finite bias of a side's lines; 0 if none has one.
 double highest_bias(const Side& side) {
   double highest = -std::numeric_limits<double>::infinity();
   for (int64_t j = 0; side.key_bias && j < side.rows; j++) highest = std::max(highest, side.key_bias[j]);
@@ -78,7 +78,7 @@ class Occupied {
   const int64_t others_, offset_;
 };
 
-// Whether one reference was enough for a set of pairs: a smaller sum may have lost terms that count.
+// True if one reference was enough for a set of pairs: a smaller sum may have lost terms that count.
 bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occupied& occupied) {
   const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
   for (int64_t i = 0; i < side.rows; i++)
@@ -88,6 +88,8 @@ bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occ
 
 bool states_hold(Call& call, const OptionalTensor& occupied, int64_t offset) {
   const Problem& p = call.problem;
+  // A reference that is no number serves not even a line without pairs, whose sum is right.
+  if (!std::isfinite(p.reference)) return false;
   const Side &x = call.first(), &y = call.second();
   const int64_t lines = call.m + call.n;
   for (int64_t set = 0; set < (p.same_id_positive ? 2 : 1); set++) {
@@ -233,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
   Gradients out = allocate_gradients(call, given.needs_x, given.needs_y, given.dtype_x, given.dtype_y);
   const auto statistic = statistic_of(call.x);
   const double* const m = given.state.const_data_ptr<double>();
-  const Tensor& coefficients = call.held(given.coefficients.reshape({-1, lines}), statistic);
+  const Tensor& coefficients = call.held(given.coefficients, statistic);
   const auto set = [&](int64_t place, Lines& x, Lines& y) {
     const auto at = [&](const Tensor& t, int64_t line) {
       return static_cast<const char*>(t.const_data_ptr()) + t.element_size() * line;
@@ -256,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
   p.kept_rows = kept.numel() / p.y.rows;
   p.kept_ready = true;
   p.weigh = true;
-  Tensor key_bias = at::zeros({given.needs_key_bias ? call.n : 0}, call.x.options().dtype(at::kDouble));
+  Tensor key_bias = at::empty({given.needs_key_bias ? call.n : 0}, call.x.options().dtype(at::kDouble));
   if (given.needs_key_bias) {
     // Sums of weights are those of a biased block.
     TORCH_CHECK(block.key_bias, "a gradient of key_bias needs key_bias, got None");

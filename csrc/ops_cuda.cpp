@@ -31,7 +31,6 @@ namespace fastclip {
 namespace {
 
 using at::Tensor;
-using std::optional;
 
 // ---- what the engine takes from torch ------------------------------------------------------------------------------
 
@@ -172,36 +171,53 @@ bool tf32_is_allowed() {
 
 // A block with the tensors that its pointers point into.
 struct Call {
-  Tensor x, y, factor_x, factor_y;
+  Tensor x, y, key_bias;
   Number scale, bias;
   cuda::Block block;
   int64_t m = 0, n = 0;
 
-  Call(const Tensor& x_in, const Tensor& y_in, const optional<Tensor>& fx, const optional<Tensor>& fy,
-       const Tensor& scale_in, const optional<Tensor>& bias_in, int64_t offset, std::string_view loss)
-      : x(strided(x_in)), y(strided(y_in)) {
-    check_block(x, y, fx, fy);
+  explicit Call(const BlockArguments& b) : x(strided(b.x.features)), y(strided(b.y.features)) {
+    check_block(b);
     check_device(x, {&y});
     m = x.size(0), n = y.size(0);
-    block.loss = loss_of(loss);
-    if (fx) factor_x = fx->to(at::kFloat).contiguous();
-    if (fy) factor_y = fy->to(at::kFloat).contiguous();
-    check_device(x, {&factor_x, &factor_y});
-    scale = Number("scale", scale_in, x);
-    if (bias_in) bias = Number("bias", *bias_in, x);
-    set_features(block.x, x, factor_x);
-    set_features(block.y, y, factor_y);
+    block.kind = kind_of(b.kind);
+    block.same_id_positive = b.same_id_positive;
+    set_side(block.x, x, b.x), set_side(block.y, y, b.y);
+    if (b.key_bias) {
+      check_device(x, {&*b.key_bias});
+      key_bias = b.key_bias->to(at::kDouble).contiguous();
+      block.y.key_bias = key_bias.const_data_ptr<double>();
+    }
+    scale = Number("scale", b.scale, x);
+    if (b.bias) bias = Number("bias", *b.bias, x);
     block.width = x.size(1);
     block.dtype = dtype_of(x.scalar_type());
     block.scale = scale.scalar;
-    if (cuda::uses_bias(block.loss)) block.bias = bias.scalar;
-    block.offset = std::clamp(offset, -m, n);  // beyond the block every offset is alike
+    if (!PORTABLE::has_shift(block.kind)) block.bias = bias.scalar;
+    block.offset = std::clamp(b.offset, -m, n);  // beyond the block every offset is alike
     block.tf32 = block.dtype == Dtype::kFloat && tf32_is_allowed();
     block.fused = tiles_are_fused();
     block.stream = current_stream(x);
   }
 
   Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const { return at::empty(sizes, x.options().dtype(type)); }
+  int64_t sets() const { return block.same_id_positive ? 2 : 1; }
+
+ private:
+  void set_side(Side& side, const Tensor& features, const SideArguments& arguments) {
+    const auto hold = [&](const OptionalTensor& lines, at::ScalarType type) -> const void* {
+      if (!lines) return nullptr;
+      check_device(x, {&*lines});
+      held_.push_back(lines->to(type).contiguous());
+      return held_.back().const_data_ptr();
+    };
+    set_features(side, features, Tensor());
+    side.factor = hold(arguments.factor, at::kFloat);
+    side.ids = static_cast<const int32_t*>(hold(arguments.ids, at::kInt));
+    side.threshold = hold(arguments.threshold, at::kFloat);
+  }
+
+  std::vector<Tensor> held_;
 };
 
 // What a sweep returns besides gradients.
@@ -210,12 +226,17 @@ struct Swept {
 };
 
 Swept allocate_states(Call& call) {
-  Swept out{call.empty({2, call.m + call.n}, at::kDouble), call.empty({call.m}, at::kDouble)};
+  const int64_t lines = call.m + call.n;
+  Swept out{call.empty({2 * call.sets(), lines}, at::kDouble), call.empty({call.m}, at::kDouble)};
   if (call.block.offset < 0 || call.m + call.block.offset > call.n) out.positive.fill_(NAN);  // rows without one
-  double* const reference = out.state.mutable_data_ptr<double>();
-  double* const sum = reference + call.m + call.n;
-  call.block.x.reference = reference, call.block.y.reference = reference + call.m;
-  call.block.x.sum = sum, call.block.y.sum = sum + call.m;
+  double* const state = out.state.mutable_data_ptr<double>();
+  for (const auto set : {&Side::negatives, &Side::positives}) {
+    if (set == &Side::positives && call.sets() == 1) break;
+    double* const reference = set == &Side::positives ? state + 2 * lines : state;
+    double* const sum = reference + lines;
+    (call.block.x.*set).reference = reference, (call.block.y.*set).reference = reference + call.m;
+    (call.block.x.*set).sum = sum, (call.block.y.*set).sum = sum + call.m;
+  }
   return out;
 }
 
@@ -238,35 +259,45 @@ Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarT
 }
 
 // float64 features are the plain engine's.
-bool is_plain(const Tensor& x) { return x.scalar_type() == at::kDouble; }
+bool is_plain_engines(const BlockArguments& b) { return b.x.features.scalar_type() == at::kDouble; }
 
-template <class Operator, class... Arguments>
-auto call_plain(const char* name, Operator*, const Arguments&... arguments) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "torch").typed<Operator>().call(arguments...);
+template <class Result, class... Flattened, class... Rest>
+Result call_plain(const char* name, Result (*)(Flattened...), const BlockArguments& b, const Rest&... rest) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow(name, "torch")
+      .typed<Result(Flattened...)>()
+      .call(b.x.features, b.x.factor, b.x.ids, b.x.threshold, b.y.features, b.y.factor, b.y.ids, b.y.threshold, b.scale,
+            b.bias, b.key_bias, b.offset, b.kind, b.same_id_positive, rest...);
 }
 
 // ---- operators -----------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> sweep(const Tensor& x, const Tensor& y, const optional<Tensor>& factor_x,
-                                         const optional<Tensor>& factor_y, const Tensor& scale,
-                                         const optional<Tensor>& bias, const optional<Tensor>& bound, int64_t offset,
-                                         std::string_view loss, int64_t keep) {
-  if (is_plain(x))
-    return call_plain("fastclip::sweep", &sweep, x, y, factor_x, factor_y, scale, bias, bound, offset, loss, keep);
+std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& arguments, const OptionalTensor& bound,
+                                         const OptionalTensor& occupied, int64_t keep) {
+  if (is_plain_engines(arguments))
+    return call_plain("fastclip::sweep", &Flat<&sweep>::call, arguments, bound, occupied, keep);
   TORCH_CHECK(keep >= 0, "keep must be a number of rows >= 0, got ", keep);
-  const Scope scope(x);
-  Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
-  const Number most = bound ? Number("bound", *bound, x) : Number();
+  const Scope scope(arguments.x.features);
+  Call call(arguments);
+  check_occupied(arguments, occupied, call.m + call.n);
+  const Number most = bound ? Number("bound", *bound, call.x) : Number();
+  const Tensor lines = occupied ? occupied->contiguous() : Tensor();
+  check_device(call.x, {&lines});
   Swept out = allocate_states(call);
   Tensor kept = call.empty({keep * std::min(call.m, call.n)}, at::kFloat);
-  Torch torch(x);
-  cuda::sweep(call.block, most.scalar, out.positive.mutable_data_ptr<double>(), kept.mutable_data_ptr<float>(),
-              std::min(kept.numel() / call.n, call.m), torch);
+  cuda::Sweeping sweeping;
+  sweeping.bound = most.scalar;
+  if (occupied) sweeping.occupied = lines.const_data_ptr<bool>();
+  sweeping.positive = out.positive.mutable_data_ptr<double>();
+  sweeping.kept = kept.mutable_data_ptr<float>();
+  sweeping.kept_rows = std::min(kept.numel() / call.n, call.m);
+  Torch torch(call.x);
+  cuda::sweep(call.block, sweeping, torch);
   return {out.state, out.positive, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& positive, const Tensor& scale,
-                                          const optional<Tensor>& bias, std::string_view loss) {
+                                          const OptionalTensor& bias, std::string_view kind) {
   const int64_t count = state.dim() == 2 ? state.size(1) : 0, period = positive.numel();
   TORCH_CHECK(count > 0 && state.size(0) == 2 && state.scalar_type() == at::kDouble &&
                   positive.scalar_type() == at::kDouble && period > 0 && count % period == 0,
@@ -278,15 +309,15 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
   const Number k("scale", scale, state), k0 = bias ? Number("bias", *bias, state) : Number();
   Tensor losses = at::empty({count}, state.options()), coefficients = at::empty_like(losses),
          weights = at::empty_like(losses);
-  cuda::Lines lines;
-  lines.loss = loss_of(loss);
+  cuda::Finishing lines;
+  lines.kind = kind_of(kind);
   lines.count = count;
   lines.period = period;
   lines.reference = states.const_data_ptr<double>();
   lines.sum = lines.reference + states.stride(0);
   lines.positive = t.const_data_ptr<double>();
   lines.scale = k.scalar;
-  if (cuda::uses_bias(lines.loss)) lines.bias = k0.scalar;
+  if (!PORTABLE::has_shift(lines.kind)) lines.bias = k0.scalar;
   lines.losses = losses.mutable_data_ptr<double>();
   lines.coefficients = coefficients.mutable_data_ptr<double>();
   lines.weights = weights.mutable_data_ptr<double>();
@@ -295,67 +326,63 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
   return {losses, coefficients, weights};
 }
 
-std::tuple<Tensor, Tensor, Tensor> weigh(const Tensor& x, const Tensor& y, const optional<Tensor>& factor_x,
-                                         const optional<Tensor>& factor_y, const Tensor& scale,
-                                         const optional<Tensor>& bias, const Tensor& state, const Tensor& positive,
-                                         const Tensor& coefficients, const Tensor& positive_weight, const Tensor& gain,
-                                         const Tensor& kept, int64_t offset, std::string_view loss, bool needs_x,
-                                         bool needs_y, bool project, at::ScalarType dtype_x, at::ScalarType dtype_y) {
-  if (is_plain(x))
-    return call_plain("fastclip::weigh", &weigh, x, y, factor_x, factor_y, scale, bias, state, positive, coefficients,
-                      positive_weight, gain, kept, offset, loss, needs_x, needs_y, project, dtype_x, dtype_y);
-  const Scope scope(x);
-  Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
+std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& arguments, const WeighArguments& given) {
+  if (is_plain_engines(arguments))
+    return call_plain("fastclip::weigh", FlatWeigh<&weigh>::call, arguments, given.state, given.positive, given.kept,
+                      given.coefficients, given.positive_weight, given.gain, given.needs_x, given.needs_y,
+                      given.needs_key_bias, given.project, given.dtype_x, given.dtype_y);
+  const Scope scope(arguments.x.features);
+  Call call(arguments);
+  const Tensor &x = call.x, &kept = given.kept;
   const int64_t m = call.m, n = call.n;
-  TORCH_CHECK(state.sizes() == at::IntArrayRef({2, m + n}) && state.scalar_type() == at::kDouble &&
-                  coefficients.sizes() == at::IntArrayRef(m + n) && positive.sizes() == at::IntArrayRef(m) &&
-                  positive_weight.sizes() == at::IntArrayRef(m),
-              "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M), got ",
-              state.sizes(), ", ", coefficients.sizes(), ", ", positive.sizes(), ", ", positive_weight.sizes());
+  check_statistics(arguments, given, m, n);
   TORCH_CHECK(kept.scalar_type() == at::kFloat && kept.is_contiguous() && kept.numel() % std::min(m, n) == 0,
               "kept must come from a sweep of the same features, got ", kept.sizes(), " ", kept.scalar_type());
-  check_device(x, {&state, &positive, &coefficients, &positive_weight, &kept});
+  check_device(x, {&given.state, &given.positive, &given.coefficients, &given.positive_weight, &kept});
   const auto doubles = [](const Tensor& t) { return t.to(at::kDouble).contiguous(); };
-  const Tensor references = state.select(0, 0).contiguous(), ab = doubles(coefficients), t = doubles(positive),
-               weight = doubles(positive_weight);
-  const Number upstream("gain", gain, x);
-  call.block.x.reference = const_cast<double*>(references.const_data_ptr<double>());
-  call.block.y.reference = call.block.x.reference + m;
-  call.block.x.coefficients = ab.const_data_ptr<double>();
-  call.block.y.coefficients = ab.const_data_ptr<double>() + m;
-  Gradients out = allocate_gradients(call, needs_x, needs_y, dtype_x, dtype_y);
+  const Tensor state = given.state.contiguous(), coefficients = doubles(given.coefficients),
+               t = doubles(given.positive), weight = doubles(given.positive_weight);
+  const Number upstream("gain", given.gain, x);
+  const auto set_lines = [&](Lines Side::* lines, int64_t set) {
+    const double* const reference = state.const_data_ptr<double>() + 2 * set * (m + n);
+    const double* const coefficient = coefficients.const_data_ptr<double>() + set * (m + n);
+    (call.block.x.*lines).references = reference, (call.block.y.*lines).references = reference + m;
+    (call.block.x.*lines).coefficients = coefficient, (call.block.y.*lines).coefficients = coefficient + m;
+  };
+  set_lines(&Side::negatives, 0);
+  if (call.sets() == 2) set_lines(&Side::positives, 1);
+  Gradients out = allocate_gradients(call, given.needs_x, given.needs_y, given.dtype_x, given.dtype_y);
+  Tensor key_bias = call.empty({given.needs_key_bias ? n : 0}, at::kDouble);
+  if (given.needs_key_bias) call.block.y.key_bias_sum = key_bias.mutable_data_ptr<double>();
   cuda::Weighing weighing;
   weighing.positive = t.const_data_ptr<double>();
   weighing.positive_weight = weight.const_data_ptr<double>();
   weighing.gain = upstream.scalar;
   weighing.kept = kept.const_data_ptr<float>();
   weighing.kept_rows = std::min(kept.numel() / n, m);
-  weighing.project = project;
+  weighing.project = given.project;
   weighing.totals = out.totals.mutable_data_ptr<double>();
   Torch torch(x);
   cuda::weigh(call.block, weighing, torch);
-  return {out.dx, out.dy, out.totals};
+  return {out.dx, out.dy, out.totals, key_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(
-    const Tensor& x, const Tensor& y, const optional<Tensor>& factor_x, const optional<Tensor>& factor_y,
-    const Tensor& scale, const optional<Tensor>& bias, const Tensor& gain, int64_t offset, std::string_view loss,
-    bool needs_x, bool needs_y, bool project) {
-  if (is_plain(x))
-    return call_plain("fastclip::sweep_and_weigh", &sweep_and_weigh, x, y, factor_x, factor_y, scale, bias, gain,
-                      offset, loss, needs_x, needs_y, project);
-  const Scope scope(x);
-  Call call(x, y, factor_x, factor_y, scale, bias, offset, loss);
-  TORCH_CHECK_VALUE(!cuda::needs_state(call.block.loss),
-                    "only a loss whose weights need no state can be swept and weighed in one go, got '", loss, "'");
-  const Number upstream("gain", gain, x);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(const BlockArguments& arguments, const Tensor& gain,
+                                                                   bool needs_x, bool needs_y, bool project) {
+  if (is_plain_engines(arguments))
+    return call_plain("fastclip::sweep_and_weigh", &Flat<&sweep_and_weigh>::call, arguments, gain, needs_x, needs_y,
+                      project);
+  const Scope scope(arguments.x.features);
+  Call call(arguments);
+  check_in_one_go(arguments, PORTABLE::is_linear(call.block.kind));
+  const Number upstream("gain", gain, call.x);
   Swept swept = allocate_states(call);
   Gradients out = allocate_gradients(call, needs_x, needs_y, at::kFloat, at::kFloat);
   cuda::Weighing weighing;
   weighing.gain = upstream.scalar;
   weighing.project = project;
   weighing.totals = out.totals.mutable_data_ptr<double>();
-  Torch torch(x);
+  Torch torch(call.x);
   cuda::sweep_and_weigh(call.block, swept.positive.mutable_data_ptr<double>(), weighing, torch);
   return {swept.state, swept.positive, out.dx, out.dy, out.totals};
 }
@@ -369,10 +396,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(
 #endif
 
 TORCH_LIBRARY_IMPL(fastclip, FASTCLIP_DISPATCH_KEY, m) {
-  m.impl("sweep.cuda", &sweep);
+  m.impl("sweep.cuda", &Flat<&sweep>::call);
   m.impl("finish.cuda", &finish);
-  m.impl("weigh.cuda", &weigh);
-  m.impl("sweep_and_weigh.cuda", &sweep_and_weigh);
+  m.impl("weigh.cuda", FlatWeigh<&weigh>::call);
+  m.impl("sweep_and_weigh.cuda", &Flat<&sweep_and_weigh>::call);
 }
 
 // The operators have no derivative of their own, and silence would be a wrong gradient: a backward through one fails.

@@ -15,7 +15,7 @@ struct Part {
   int64_t rows = 0, columns = 0, width = 0;
   int64_t stride_x = 0, stride_y = 0;
   Dtype dtype = Dtype::kFloat;
-  Loss loss = Loss::kSoftmax;
+  Kind kind{};
   const float *factor_x = nullptr, *factor_y = nullptr;  // or null
   Scalar scale, bias;                                    // bias.at may be null
   int64_t offset = 0;
@@ -31,14 +31,14 @@ struct Partials {
 
 // The first sweep: sums of fold(t, k, m) over the negatives of each row and column, and t of the positives.
 struct Folding {
-  const float* reference = nullptr;  // m, one for all lines; null for a loss whose state has none
+  const float* reference = nullptr;  // m, one for all lines; null for a kind without
   double* positive = nullptr;        // (rows) of the part; only rows with a positive in it are written
   Partials rows, columns;
 };
 
 // The second sweep: w_ij = activation(t, k, m) * (a_i + b_j) of the negatives, 0 for positives.
 struct PairWeights {
-  const float *reference_x = nullptr, *reference_y = nullptr;  // of rows, of columns; null for a loss that has none
+  const float *reference_x = nullptr, *reference_y = nullptr;  // of rows, of columns; null for a kind without
   const int32_t* differ = nullptr;  // not 0: the references are not all equal, and a pair takes two exponentials:
                                     // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j
   const float *a = nullptr, *b = nullptr;  // null where a_i + b_j = 1

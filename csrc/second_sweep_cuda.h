@@ -1,5 +1,5 @@
 // The host's side of the second sweep: chunks of weights, two products of each, what follows. Also of both sweeps in
-// one go, for a loss whose weights need no state.
+// one go, for a linear kind.
 #pragma once
 
 #include "complete_cuda.h"
@@ -20,12 +20,14 @@ class SecondSweep {
     x_operand_ = w.b.x, y_operand_ = w.b.y;
     if (half && wants_y() && w.b.x.factor) w.replace(x_operand_, w.copy_of(w.b.x, w.b.x.factor, false));
     if (half && wants_x() && w.b.y.factor) w.replace(y_operand_, w.copy_of(w.b.y, w.b.y.factor, false));
-    if (!fold_) set_operands();
+    if (!fold_) set_operands(w.b.x.negatives, w.b.y.negatives, weights_);
+    if (w.b.same_id_positive) set_operands(w.b.x.positives, w.b.y.positives, positives_);
     totals_ = allocate<double>(w.library(), 2);
   }
 
   bool wants_x() const { return w.b.x.gradient != nullptr; }
   bool wants_y() const { return w.b.y.gradient != nullptr; }
+  bool wants_key_bias() const { return w.b.y.key_bias_sum != nullptr; }
 
   // first: the sweep that goes along, or null.
   void run(FirstSweep* first) {
@@ -37,7 +39,8 @@ class SecondSweep {
       weigh(c, folding, weights);
       launch(w.place("totals_kernel"), totals_kernel, 2, static_cast<const float*>(weights.totals), weights.total_parts,
              c.row == 0 && c.column == 0, totals_);
-      if (first) first->add_sums(c, folding);
+      if (wants_key_bias()) add_key_bias(c);
+      if (first) first->add_sums(c);
       multiply(c, weights);
     }
   }
@@ -51,27 +54,34 @@ class SecondSweep {
     launch(w.place("complete_totals_kernel"), complete_totals_kernel, 1, static_cast<const double*>(totals_),
            weighing_.positive_weight, weighing_.positive, weighing_.gain, w.m(), w.n(), w.b.offset, weighing_.totals);
   }
+  void complete_key_bias() const {
+    launch(w.place("complete_key_bias_kernel"), complete_key_bias_kernel, cdiv(w.n(), kThreads), w.b.y.key_bias_sum,
+           weighing_.positive_weight, weighing_.gain, w.m(), w.n(), w.b.offset);
+  }
   void set_positives(const double* positive, const double* weight) {
     weighing_.positive = positive, weighing_.positive_weight = weight;
   }
 
  private:
-  void set_operands() {
-    const bool has_references = needs_state(w.b.loss);
+  // x and y are both sides' negatives, or both sides' positives by id.
+  void set_operands(const Lines& x, const Lines& y, PairWeights& to) {
+    const bool has_references = CUDA::has_shift(w.b.kind);
     const int64_t lines = w.m() + w.n();
     float* const coefficients = allocate<float>(w.library(), lines);
     float* const references = has_references ? allocate<float>(w.library(), lines) : nullptr;
-    int32_t* const differ = allocate<int32_t>(w.library(), 1);
-    check(cudaMemsetAsync(differ, 0, sizeof *differ, w.b.stream), w.place("cudaMemsetAsync"));
-    const auto of = [&](const Side& side, int64_t first) {
-      return StateLines{side.reference, static_cast<const double*>(side.coefficients), side.rows,
-                        references ? references + first : nullptr, coefficients + first};
+    if (differ_ == nullptr) {
+      differ_ = allocate<int32_t>(w.library(), 1);
+      check(cudaMemsetAsync(differ_, 0, sizeof *differ_, w.b.stream), w.place("cudaMemsetAsync"));
+    }
+    const auto of = [&](const Lines& side, int64_t count, int64_t first) {
+      return StateLines{static_cast<const double*>(side.references), static_cast<const double*>(side.coefficients),
+                        count, references ? references + first : nullptr, coefficients + first};
     };
-    launch(w.place("operands_kernel"), operands_kernel, cdiv(lines, kThreads), of(w.b.x, 0), of(w.b.y, w.m()),
-           has_references, differ);
-    weights_.a = coefficients, weights_.b = coefficients + w.m();
-    weights_.differ = differ;
-    if (has_references) weights_.reference_x = references, weights_.reference_y = references + w.m();
+    launch(w.place("operands_kernel"), operands_kernel, cdiv(lines, kThreads), of(x, w.m(), 0), of(y, w.n(), w.m()),
+           static_cast<const double*>(w.b.x.negatives.references), differ_);
+    to.a = coefficients, to.b = coefficients + w.m();
+    to.differ = differ_;
+    if (has_references) to.reference_x = references, to.reference_y = references + w.m();
   }
 
   void allocate_buffers(const std::vector<Chunk>& chunks) {
@@ -87,6 +97,11 @@ class SecondSweep {
     products_ = allocate<float>(w.library(), products);
     if (weights > 0) separate_ = w.library().allocate(weights * size_of(w.b.dtype));
     weights_.totals = allocate<float>(w.library(), 2 * parts);
+    if (wants_key_bias()) {
+      int64_t sums = 0;
+      for (const Chunk& c : chunks) sums = std::max(sums, cdiv(c.rows, kTileRows) * c.columns);
+      key_bias_ = allocate<float>(w.library(), sums);
+    }
     const auto is_float = [](const Side& side) { return side.gradient_dtype == Dtype::kFloat; };
     if (wants_x() && !is_float(w.b.x)) product_x_ = allocate<float>(w.library(), rows * w.b.width);
     if (wants_y())
@@ -110,9 +125,30 @@ class SecondSweep {
     if (wants_x() || wants_y()) weights.out = in_place(c) ? products_ : separate_;
     weights.stride_out = stride_of(c.columns);
     weights.total_parts = total_parts(c);
+    begin_at(weights, c);
+    return weights;
+  }
+
+  static void begin_at(PairWeights& weights, const Chunk& c) {
     if (weights.a) weights.a += c.row, weights.b += c.column;
     if (weights.reference_x) weights.reference_x += c.row, weights.reference_y += c.column;
-    return weights;
+  }
+
+  Partials key_bias_of(const Chunk& c) const { return {key_bias_, cdiv(c.rows, kTileRows), 1, c.columns}; }
+
+  void add_key_bias(const Chunk& c) const {
+    const PartLines columns = {key_bias_of(c),          c.columns, c.column,          c.row == 0,
+                               c.row + c.rows == w.m(), nullptr,   w.b.y.key_bias_sum};
+    launch(w.place("weight_sums_kernel"), weight_sums_kernel, cdiv(c.columns, kThreads), columns);
+  }
+
+  void add_positives(Plain&, const Chunk&) const {}
+  void add_positives(All& options, const Chunk& c) const {
+    if (wants_key_bias()) options.weights = key_bias_of(c);
+    PairWeights positives = positives_;
+    begin_at(positives, c);
+    options.c = positives.a, options.d = positives.b;
+    options.reference_x = positives.reference_x, options.reference_y = positives.reference_y;
   }
 
   void weigh(const Chunk& c, const Folding& folding, const PairWeights& weights) {
@@ -121,17 +157,16 @@ class SecondSweep {
     if (is_fused(c)) return fused_weigh(part, weights);
 #endif
     const Products products = w.products(c, const_cast<float*>(weighing_.kept), products_, true);
-    CUDA::for_loss(w.b.loss, [&](auto loss) {
-      using Loss = decltype(loss);
+    CUDA::for_kind(w.b.kind, [&](auto statistic) {
+      using Statistic = decltype(statistic);
       const auto run = [&](auto* type) {
         using Out = std::remove_pointer_t<decltype(type)>;
-        if constexpr (Loss::kNeedsState) {
-          launch_epilogue<Loss, false, true, Out>(w, part, products, folding, weights);
-        } else if (fold_) {
-          launch_epilogue<Loss, true, true, Out>(w, part, products, folding, weights);
-        } else {
-          launch_epilogue<Loss, false, true, Out>(w, part, products, folding, weights);
-        }
+        if constexpr (Statistic::kIsLinear)
+          if (fold_) return launch_epilogue<Statistic, true, true, Out>(w, part, products, folding, weights, Plain());
+        w.with_options(c, [&](auto options) {
+          add_positives(options, c);
+          launch_epilogue<Statistic, false, true, Out>(w, part, products, folding, weights, options);
+        });
       };
       if (weights.out)
         for_features(w.b.dtype, run);
@@ -184,7 +219,9 @@ class SecondSweep {
   Weighing weighing_;
   bool fold_;
   Side x_operand_, y_operand_;
-  PairWeights weights_;
+  PairWeights weights_, positives_;  // of positives_ only what weighs pairs is set
+  int32_t* differ_ = nullptr;
+  float* key_bias_ = nullptr;
   float *products_ = nullptr, *product_x_ = nullptr, *product_y_ = nullptr;
   void* separate_ = nullptr;
   double* totals_ = nullptr;

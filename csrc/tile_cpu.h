@@ -31,7 +31,7 @@ struct Sum {
 template <class T>
 using Integer = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t>;
 
-// What the lines of a tile remember of a set of pairs, and what makes weights of it.
+// Statistics of the lines of a tile over a set of pairs, and coefficients for their weights.
 template <class T>
 struct TileLines {
   double *row_reference, *row_sum;  // fold

@@ -27,8 +27,8 @@ struct BlockArguments {
   bool is_plain() const { return !x.ids && !x.threshold && !key_bias; }
 };
 
-// What `weigh` takes besides: the statistics that a sweep found, what their upstream gradients make of weights, and
-// what is wanted.
+// Further arguments of `weigh`: the statistics that a sweep found, coefficients from their upstream gradients, and
+// which results are wanted.
 struct WeighArguments {
   const at::Tensor &state, &positive, &kept;
   const at::Tensor &coefficients, &positive_weight, &gain;

@@ -22,7 +22,9 @@ class Work {
       if (b.tf32 && b.dtype == Dtype::kFloat) replace(*side, copy_of(*side, nullptr, true));
     b.tf32 = b.tf32 && b.dtype == Dtype::kFloat;
     b.offset = std::max(-m(), std::min(b.offset, n()));
-    b.fused = b.fused && has_fused() && is_sm_90();
+    // The fused kernels know plain blocks alone.
+    b.fused = b.fused && has_fused() && b.is_plain() && is_sm_90();
+    if (b.y.key_bias) make_biases();
   }
 
   int64_t m() const { return b.x.rows; }
@@ -43,12 +45,40 @@ class Work {
     part.y = advance(b.y.features, c.column * b.y.stride, b.dtype);
     part.rows = c.rows, part.columns = c.columns, part.width = b.width;
     part.stride_x = b.x.stride, part.stride_y = b.y.stride;
-    part.dtype = b.dtype, part.loss = b.loss;
+    part.dtype = b.dtype, part.kind = b.kind;
     part.factor_x = at(b.x.factor, c.row), part.factor_y = at(b.y.factor, c.column);
     part.scale = b.scale, part.bias = b.bias, part.stream = b.stream;
     part.offset = std::max(-c.rows, std::min(b.offset + c.row - c.column, c.columns));
     return part;
   }
+
+  Chunk whole() const { return {0, m(), 0, n(), false}; }
+
+  // Calls f with what there is besides features and factors in a chunk, as one of the kinds of blocks that kernels are
+  // compiled for. Sums and weights of positives by id lie where the sweeps say.
+  template <class Function>
+  void with_options(const Chunk& c, Function f) const {
+    const auto ids = [&](const Side& side, int64_t first) { return side.ids ? side.ids + first : nullptr; };
+    const auto threshold = [&](const Side& side, int64_t first) {
+      return side.threshold ? static_cast<const float*>(side.threshold) + first : nullptr;
+    };
+    if (b.is_plain()) return f(Plain());
+    if (!b.x.threshold && !b.y.key_bias && !b.y.key_bias_sum && !b.same_id_positive) {
+      Ids options;
+      options.x = ids(b.x, c.row), options.y = ids(b.y, c.column);
+      return f(options);
+    }
+    All options;
+    options.ids_x = ids(b.x, c.row), options.ids_y = ids(b.y, c.column);
+    options.threshold_x = threshold(b.x, c.row), options.threshold_y = threshold(b.y, c.column);
+    if (biases_) options.biases = biases_ + c.column;
+    options.same_id_positive = b.same_id_positive;
+    f(options);
+  }
+
+  // The largest finite biases of some columns each, in log2 units.
+  const float* largest_biases() const { return largest_biases_; }
+  int64_t count_largest_biases() const { return b.y.key_bias ? cdiv(n(), kThreads) : 0; }
 
   // Whether a fused kernel makes and folds the products of a chunk, which then are nowhere in memory.
   bool folds_fused(const Chunk& c) const { return b.fused && !c.kept && fused_serves(part_of(c)); }
@@ -108,14 +138,25 @@ class Work {
     return major == 9 && minor == 0;
   }
 
+  void make_biases() {
+    biases_ = allocate<LineBias<float>>(library_, n());
+    largest_biases_ = allocate<float>(library_, count_largest_biases());
+    CUDA::for_kind(b.kind, [&](auto statistic) {
+      launch(place("biases_kernel"), biases_kernel<decltype(statistic)>, cdiv(n(), kThreads), b.y.key_bias, n(), b.bias,
+             biases_, largest_biases_);
+    });
+  }
+
   Library& library_;
+  LineBias<float>* biases_ = nullptr;
+  float* largest_biases_ = nullptr;
 };
 
-template <class Loss, bool kFold, bool kWeigh, class Out>
+template <class Statistic, bool kFold, bool kWeigh, class Out, class Options>
 void launch_epilogue(const Work& w, const Part& part, const Products& products, const Folding& folding,
-                     const PairWeights& weights) {
-  launch(w.place("epilogue_kernel"), epilogue_kernel<Loss, kFold, kWeigh, Out>, epilogue_blocks(part), part, products,
-         folding, weights);
+                     const PairWeights& weights, const Options& options) {
+  launch(w.place("epilogue_kernel"), epilogue_kernel<Statistic, Options, kFold, kWeigh, Out>, epilogue_blocks(part),
+         part, products, folding, weights, options);
 }
 
 }  // namespace cuda

@@ -13,12 +13,14 @@
 from .backends import backends, build_info, release_workspace
 from .cached import cached_step
 from .contrast import contrast
+from .kinds import LineStatistics
 from .loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "LineStatistics",
     "SigLipLoss",
     "backends",
     "build_info",

@@ -187,7 +187,7 @@ def _has_kind(engine: str, kind: str) -> bool:
         if _status(engine, None) != AVAILABLE:
             return False
         return kind in importlib.import_module("fastclip.triton_kernels.epilogues").EPILOGUES
-    return _MODULE is not None and kind in _MODULE.build_info()["kinds"]
+    return kind in _COMPILED_KINDS
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler here: a compiled
@@ -225,6 +225,8 @@ def _default(device: torch.device, dtype: torch.dtype, n: int, d: int, kind: str
             if _status(engine, device.index) == AVAILABLE:
                 return engine if _has_kind(engine, kind) else "torch"
         reason = "; ".join(f"{engine}: {_status(engine, device.index)}" for engine in engines)
+    elif device.type == "meta":
+        return "torch"
     else:
         reason = f"there is no fused engine for {device.type} yet"
     if not torch.compiler.is_compiling():
@@ -273,3 +275,4 @@ def choose(
 ops.implement("torch", chunked)
 ops.implement("triton", triton_kernels)
 _MODULE, _CPU_STATUS = _load_extension()
+_COMPILED_KINDS = frozenset(() if _MODULE is None else _MODULE.build_info()["kinds"])

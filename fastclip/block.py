@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# An offset that no block reaches; a number of its own, so that a compiled graph serves every N.
+NO_POSITIVES = 1 << 40
+
 
 class Side(NamedTuple):
     """The rows or the columns of a block: L lines."""
@@ -40,6 +43,7 @@ class Block(NamedTuple):
         " Tensor scale, Tensor? bias, Tensor? key_bias, int offset, str kind,"
         " bool same_id_positive"
     )
+    COUNT = SCHEMA.count(",") + 1  # of arguments
 
     def flat(self) -> tuple[Any, ...]:
         """In the order of the schema."""
@@ -48,10 +52,9 @@ class Block(NamedTuple):
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> tuple[Block, tuple[Any, ...]]:
         """The block that an operator's arguments begin with, and the arguments that follow it."""
-        sides, block = 2 * len(Side._fields), 2 * len(Side._fields) + len(cls._fields) - 2
-        half = sides // 2
+        half, sides = len(Side._fields), 2 * len(Side._fields)
         x, y = Side(*arguments[:half]), Side(*arguments[half:sides])
-        return cls(x, y, *arguments[sides:block]), tuple(arguments[block:])
+        return cls(x, y, *arguments[sides : cls.COUNT]), tuple(arguments[cls.COUNT :])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,7 +67,7 @@ class Block(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What `sweep` finds out."""
+    """The results of `sweep`."""
 
     state: Tensor  # (2, M + N), or (4, M + N) with same_id_positive: float64
     positive: Tensor  # (M): t of the own positives
@@ -74,7 +77,7 @@ class Statistics(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What the weights of pairs are made of besides their activations."""
+    """The factors of pairs' weights beside their activations."""
 
     coefficients: Tensor  # (M + N): a, b; or (2, M + N): a, b, then c, d
     positive_weight: Tensor  # (M)

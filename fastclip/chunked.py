@@ -44,7 +44,7 @@ class _Tiles:
         x, y = block.x.features, block.y.features
         self.dtype = accumulation_dtype(x)
         self.scale = block.scale.reshape(()).to(state_dtype(x.device)) * LOG2E
-        # What is added to the logits of each column, or of all.
+        # Added to the logits of each column, or of all.
         self.bias = block.key_bias
         if block.bias is not None and not self.kind.has_shift:
             bias = block.bias.reshape(()).to(self.scale.dtype)
@@ -180,7 +180,7 @@ def finish(
 
 
 class _Lines(NamedTuple):
-    """What weights take of each line."""
+    """Shifts and coefficients of lines, which weights are made of."""
 
     rows: tuple[Tensor, Tensor]  # shifts and coefficients (M)
     columns: tuple[Tensor, Tensor]  # (N)
@@ -192,7 +192,7 @@ class _Lines(NamedTuple):
     def weights(
         self, kind: type[Kind], logit: Tensor, rows: slice, counts: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Of a chunk's pairs as far as they count for their rows, for their columns."""
+        """The weights of a chunk's pairs, as far as they count for rows and for columns."""
         (row_shift, a), (column_shift, b) = self
         row_shift, a = row_shift[rows, None], a[rows, None]
         # Filled in after the product: what does not count may exceed its line's shift by any power.

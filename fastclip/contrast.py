@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import choose
+from .block import NO_POSITIVES
 from .inputs import (
     budget_of,
     check_ids,
@@ -37,7 +38,7 @@ def contrast(
     backend: str | None = None,
     memory_budget: int | None = None,
 ) -> LineStatistics:
-    """What each row and column of an M x N matrix of logits amounts to, without the matrix.
+    """Statistics of each row and column of an M x N matrix of logits, without the matrix.
 
         c = contrast(x, y, logit_scale)
 
@@ -116,6 +117,6 @@ def contrast(
         )  # fmt: skip
     budget = budget_of(memory_budget, x.device)
     request = Request(engine, dtype, normalize, bool(rows), bool(columns), budget)
-    offset = y.shape[0] if offset is None else offset
+    offset = NO_POSITIVES if offset is None else offset
     block = block_of(inputs, ids, margin, offset, kind, is_positive, request)
     return line_statistics(inputs, block, request)

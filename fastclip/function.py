@@ -26,7 +26,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class Plan(NamedTuple):
-    """What a call asks for besides its tensors."""
+    """The settings of a call."""
 
     kind: str
     engine: str
@@ -42,23 +42,40 @@ class Plan(NamedTuple):
 
 def fused_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """The loss of paired features x, y (N, D); scale, bias of one element each."""
+    traced = is_traced()
     refuse_forward_mode(x, y, scale, bias)
-    with torch.no_grad():
-        block = _block(x, y, scale, bias, plan)
+    block = _block(x, y, scale, bias, plan)
     if differentiates(x, y, scale, bias):
-        needs_x, needs_y = needs_gradient(x), needs_gradient(y)
+        # Within torch.func's transforms a tensor need not know that it is differentiated.
+        every = torch._C._are_functorch_transforms_active()
+        needs_x, needs_y = x.requires_grad or every, y.requires_grad or every
         in_one_go = _makes_gradients_at_once(x, y, needs_x, needs_y, plan)
         plan = plan._replace(needs_x=needs_x, needs_y=needs_y, in_one_go=in_one_go)
-        value, *_ = _FusedLoss.apply(x, y, scale, bias, *without_inputs(block).flat(), *plan)
+        if not traced:
+            return _FusedLoss.apply(x, y, scale, bias, block, plan)
+        value, *_ = _TracedLoss.apply(x, y, scale, bias, *without_inputs(block).flat(), *plan)
         return value
     state, positive, _ = ops.sweep(plan.engine, block)
     losses, _, _ = _finish(block, state, positive, plan)
     return _reduce(losses, plan)
 
 
+def is_traced() -> bool:
+    """True where tensors may stand for others: nothing may depend on their numbers then."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def differentiates(*inputs: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and t.requires_grad for t in inputs)
+
+
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
     """An error that says so, before a Function or an operator raises one that does not."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise RuntimeError(
@@ -67,17 +84,8 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
         )
 
 
-def needs_gradient(x: Tensor | None) -> bool:
-    # Within torch.func's transforms a tensor need not know that it is differentiated.
-    return x is not None and (x.requires_grad or torch._C._are_functorch_transforms_active())
-
-
-def differentiates(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(needs_gradient(t) for t in inputs)
-
-
 def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Block:
-    sides = (side_of(cast(t.detach(), plan.dtype), plan.normalize) for t in (x, y))
+    sides = (side_of(x, plan.dtype, plan.normalize), side_of(y, plan.dtype, plan.normalize))
     return Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
 
 
@@ -97,11 +105,19 @@ def with_inputs(
     return block._replace(scale=scale, bias=bias_of(bias, block.kind), key_bias=key_bias)
 
 
-def side_of(x: Tensor, normalize: bool) -> Side:
-    if not normalize:
+def side_of(x: Tensor, dtype: torch.dtype, normalize: bool) -> Side:
+    """x as the products take it, a constant."""
+    # Beside the input that it is the operand must be a tensor of its own: Dynamo takes none twice.
+    if is_traced():
+        x = x.detach()
+    if x.dtype == dtype and not normalize:
         return Side(x)
-    norm = torch.linalg.vector_norm(x, dim=1, dtype=accumulation_dtype(x))
-    return Side(x, norm.clamp_min_(EPS).reciprocal_())
+    with torch.no_grad():
+        x = cast(x, dtype)
+        if not normalize:
+            return Side(x)
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=accumulation_dtype(x))
+        return Side(x, norm.clamp_min_(EPS).reciprocal_())
 
 
 def _finish(
@@ -125,57 +141,89 @@ def _share(n: int, reduction: str) -> float:
     return 1 / n if reduction == "mean" else 1.0
 
 
+def _forward(block: Block, plan: Plan) -> tuple[Tensor, Sequence[Tensor]]:
+    """The value, and what the backward takes."""
+    if plan.in_one_go:
+        state, positive, *gradients = _sweep_and_weigh(block, plan)
+        losses, _, _ = _finish(block, state, positive, plan)
+        return _reduce(losses, plan), gradients
+    keep = PLANS[plan.engine].keep(block, plan.memory_budget)
+    state, positive, kept = ops.sweep(plan.engine, block, keep=keep)
+    losses, coefficients, weights = _finish(block, state, positive, plan)
+    return _reduce(losses, plan), (state, positive, kept, coefficients, weights)
+
+
+_Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
+
+
+def _save(ctx: Any, inputs: _Inputs, block: Block, found: Sequence[Tensor], plan: Plan) -> None:
+    ctx.plan = plan
+    operands = block.x.features, block.x.factor, block.y.features, block.y.factor
+    ctx.save_for_backward(*inputs, *operands, *found)
+
+
+def _backward(ctx: Any, g: Tensor) -> Sequence[Tensor | None]:
+    """Gradients of x, y, scale and bias."""
+    x, y, scale, bias, x_operand, factor_x, y_operand, factor_y, *found = ctx.saved_tensors
+    kind = ctx.plan.kind
+    sides = Side(x_operand, factor_x), Side(y_operand, factor_y)
+    block = Block(*sides, scale, bias_of(bias, kind), kind=kind)
+    with torch.no_grad():
+        make = _unit_backward if ctx.plan.in_one_go else _weigh_backward
+        gradients = make(ctx, block, (x, y, scale, bias), found, g)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        gradients = refuse_second_derivative(gradients, g, x, y, scale)
+    return gradients
+
+
 class _FusedLoss(torch.autograd.Function):
-    """Of x, y, scale and bias, which it differentiates, the block of them, and a plan. Returns the
-    value, and behind it what the backward takes."""
+    """In eager mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, block: Block, plan: Plan
+    ) -> Tensor:
+        value, found = _forward(block, plan)
+        ctx.waiting = None
+        if plan.in_one_go:
+            ctx.waiting, found = found, ()
+        _save(ctx, (x, y, scale, bias), block, found, plan)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, g), None, None
+
+
+class _TracedLoss(torch.autograd.Function):
+    """For torch.compile and torch.func, which want arguments flat, and all that the backward takes
+    among inputs and outputs. In eager mode such a Function costs 100 us more: torch inspects the
+    signature of its forward at every call."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *block_and_plan: Any
-    ) -> tuple[Tensor, ...]:
-        block, plan_fields = Block.of(block_and_plan)
-        block = with_inputs(block, scale, bias)
-        plan = Plan(*plan_fields)
-        if plan.in_one_go:
-            state, positive, *gradients = _sweep_and_weigh(block, plan)
-            losses, _, _ = _finish(block, state, positive, plan)
-            return _reduce(losses, plan), *gradients
-        keep = PLANS[plan.engine].keep(block, plan.memory_budget)
-        state, positive, kept = ops.sweep(plan.engine, block, keep=keep)
-        losses, coefficients, weights = _finish(block, state, positive, plan)
-        return _reduce(losses, plan), state, positive, kept, coefficients, weights
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        _, block, plan = _unpacked(arguments)
+        value, found = _forward(block, plan)
+        return value, *found
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, scale, bias, *block_and_plan = inputs
-        block, plan_fields = Block.of(block_and_plan)
-        ctx.plan = Plan(*plan_fields)
+    def setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        inputs, block, plan = _unpacked(arguments)
         _, *found = output
         ctx.mark_non_differentiable(*found)
-        ctx.waiting = None
-        if ctx.plan.in_one_go and not is_traced():
-            ctx.waiting, found = found, []
-        operands = block.x.features, block.x.factor, block.y.features, block.y.factor
-        ctx.save_for_backward(x, y, scale, bias, *operands, *found)
+        _save(ctx, inputs, block, found, plan)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-        x, y, scale, bias, x_operand, factor_x, y_operand, factor_y, *found = ctx.saved_tensors
-        sides = Side(x_operand, factor_x), Side(y_operand, factor_y)
-        block = with_inputs(Block(*sides, scale, kind=ctx.plan.kind), scale, bias)
-        with torch.no_grad():
-            make = _unit_backward if ctx.plan.in_one_go else _weigh_backward
-            gradients = make(ctx, block, (x, y, scale, bias), found, g)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = refuse_second_derivative(gradients, g, x, y, scale)
-        return *gradients, *(None for _ in (*block.flat(), *ctx.plan))
+        return *_backward(ctx, g), *(None for _ in range(Block.COUNT + len(ctx.plan)))
 
 
-def is_traced() -> bool:
-    """True where tensors may stand for others: nothing may depend on their numbers then."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, Block, Plan]:
+    x, y, scale, bias, *rest = arguments
+    block, plan = Block.of(rest)
+    return (x, y, scale, bias), with_inputs(block, scale, bias), Plan(*plan)
 
 
 def _makes_gradients_at_once(
@@ -202,9 +250,6 @@ def _sweep_and_weigh(block: Block, plan: Plan) -> tuple[Tensor, ...]:
     share = _share(x.shape[0], plan.reduction)
     gain = torch.full((), share, dtype=state_dtype(x.device), device=x.device)
     return ops.sweep_and_weigh(plan.engine, block, gain, plan.needs_x, plan.needs_y, plan.normalize)
-
-
-_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def _unit_backward(

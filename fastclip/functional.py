@@ -5,6 +5,8 @@ The similarity matrix is never built: memory is O(N D) in the forward and in the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from . import reference
@@ -75,7 +77,7 @@ def clip_loss(
             within the batch or that are to be reduced to "none".
     """
     return _loss(
-        "softmax", image_features, text_features, logit_scale, logit_bias,
+        "softmax", reference.clip_loss, image_features, text_features, logit_scale, logit_bias,
         normalize, reduction, backend, memory_budget, live,
     )  # fmt: skip
 
@@ -106,18 +108,15 @@ def siglip_loss(
     for the backward: on CPUs, for half features, only within `memory_budget`.
     """
     return _loss(
-        "sigmoid", image_features, text_features, logit_scale, logit_bias,
+        "sigmoid", reference.siglip_loss, image_features, text_features, logit_scale, logit_bias,
         normalize, reduction, backend, memory_budget, live,
     )  # fmt: skip
 
 
-_REFERENCES = {"softmax": reference.clip_loss, "sigmoid": reference.siglip_loss}
-
-
 def _loss(
-    loss: str, x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
-    normalize: bool, reduction: str, backend: str | None, memory_budget: int | None,
-    live: tuple[int, int] | None,
+    kind: str, dense: Callable[..., Tensor], x: Tensor, y: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None, normalize: bool, reduction: str, backend: str | None,
+    memory_budget: int | None, live: tuple[int, int] | None,
 ) -> Tensor:  # fmt: skip
     check_features(x, y)
     y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
@@ -135,12 +134,12 @@ def _loss(
                 'live pairs must be reduced to "mean" or "sum" by a fused engine, got '
                 f"reduction={reduction!r}, backend={backend!r}"
             )
-        plan = Plan(loss, engine, dtype, normalize, "mean", budget)
+        plan = Plan(kind, engine, dtype, normalize, "mean", budget)
         value = _live_loss(x, y, scale, bias, plan, live)
         return value * x.shape[0] if reduction == "sum" else value
     if engine == "reference":
-        return _REFERENCES[loss](x, y, scale, bias, normalize=normalize, reduction=reduction)
-    return fused_loss(x, y, scale, bias, Plan(loss, engine, dtype, normalize, reduction, budget))
+        return dense(x, y, scale, bias, normalize=normalize, reduction=reduction)
+    return fused_loss(x, y, scale, bias, Plan(kind, engine, dtype, normalize, reduction, budget))
 
 
 @uncompiled

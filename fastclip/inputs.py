@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .operands import FLOATING
 
-# What pairs of equal ids are.
+# Meanings of equal ids.
 SAME_ID = ("ignore", "positive")
 
 # On CPUs a product costs more than the memory traffic of keeping it. Not measured on GPUs yet.
@@ -184,6 +184,8 @@ def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     if dtype == torch.float64:
         return dtype
     device = x.device.type
+    if device == "meta":
+        return dtype
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if dtype == torch.float32 and device == "cpu" and _cpu_takes_bf16():

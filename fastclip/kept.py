@@ -57,6 +57,11 @@ class Products:
         """True if a sweep of x and y may have made it; an empty one is anybody's."""
         return kept.dtype == Products.dtype(x) and kept.numel() % min(len(x), len(y)) == 0
 
+    @staticmethod
+    def pairs(x: Tensor, y: Tensor, kept: Tensor) -> int:
+        """How many pairs were kept."""
+        return min(kept.numel(), len(x) * len(y))
+
 
 class Nothing:
     @staticmethod
@@ -68,6 +73,8 @@ class Nothing:
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
         return False
+
+    pairs = Products.pairs
 
 
 class Weights:
@@ -118,6 +125,11 @@ class Weights:
         # No rows, no header: in arithmetic, since a symbolic number of rows decides nothing.
         size = _smaller(rows, 1) * Weights.header(m, n) + rows * Weights.row(x, n)
         return x.new_empty((size,), dtype=torch.uint8)
+
+    @staticmethod
+    def pairs(x: Tensor, y: Tensor, kept: Tensor) -> int:
+        bytes_of_rows = max(0, kept.numel() - Weights.header(len(x), len(y)))
+        return bytes_of_rows // Weights.row(x, len(y)) * len(y)
 
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:

@@ -35,7 +35,7 @@ LN2 = math.log(2.0)
 
 
 class Kind:
-    """What every kind says of itself; never instantiated."""
+    """The traits and functions of a kind; never instantiated."""
 
     name: str
     # Sums are of exponentials relative to a shift, and their logarithm is the statistic. A bias
@@ -47,17 +47,19 @@ class Kind:
     # Positives by id are folded with the sign of their logits changed.
     negates_positives = False
 
-    @staticmethod
-    def fold(logit: Tensor, shift: Tensor) -> Tensor:
-        raise NotImplementedError
+    @classmethod
+    def fold(cls, logit: Tensor, shift: Tensor) -> Tensor:
+        raise NotImplementedError(f"kind {cls.name!r} must have a fold, got none")
 
-    @staticmethod
-    def activation(logit: Tensor, shift: Tensor) -> Tensor:
-        raise NotImplementedError
+    @classmethod
+    def activation(cls, logit: Tensor, shift: Tensor) -> Tensor:
+        raise NotImplementedError(f"kind {cls.name!r} must have an activation, got none")
 
-    @staticmethod
-    def finish(shift: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+    @classmethod
+    def finish(cls, shift: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError(
+            f"kind {cls.name!r} must have a finish for a fused loss, got none"
+        )
 
 
 class Softmax(Kind):
@@ -130,7 +132,7 @@ for _kind in (Softmax, Sigmoid):
 
 
 class LineStatistics(NamedTuple):
-    """What each line knows of its pairs; float64 (float32 on Apple GPUs).
+    """Statistics of each line's pairs; float64 (float32 on Apple GPUs).
 
     rows (M), columns (N): log-sum-exp of each line's negatives, -inf without any; with
         `kind="sigmoid"` the sum of their softplus, 0 without any. None where not asked for.

@@ -10,15 +10,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, pairs
 from .block import Block, Side, Statistics, Upstream, Wanted
 from .function import (
+    EPS,
     as_inputs,
     bias_of,
     cast,
     differentiates,
+    is_traced,
     refuse_forward_mode,
     refuse_second_derivative,
     side_of,
@@ -27,10 +30,14 @@ from .function import (
 )
 from .kept import PLANS
 from .kinds import LN2, LOG2E, Kind, LineStatistics, kind_of
+from .operands import accumulation_dtype
+
+# The place of own positives' logits among the statistics.
+_POSITIVES = 2
 
 
 class Request(NamedTuple):
-    """What a call asks for besides its tensors."""
+    """The settings of a call."""
 
     engine: str
     dtype: torch.dtype  # of the products
@@ -41,7 +48,7 @@ class Request(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is differentiated."""
+    """The tensors that gradients are taken with respect to."""
 
     x: Tensor  # (M, D)
     y: Tensor  # (N, D)
@@ -56,7 +63,7 @@ def block_of(
 ) -> Block:  # fmt: skip
     """The operands of the inputs, as constants."""
     with torch.no_grad():
-        x, y = (side_of(cast(t.detach(), request.dtype), request.normalize) for t in inputs[:2])
+        x, y = (side_of(t, request.dtype, request.normalize) for t in inputs[:2])
         if ids is not None:
             codes = pairs.codes_of(*ids)
             x, y = x._replace(ids=codes[0]), y._replace(ids=codes[1])
@@ -76,8 +83,11 @@ def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStati
             request.rows, request.columns,
         )  # fmt: skip
     if differentiates(*inputs):
-        arguments = (*inputs, *without_inputs(block).flat(), occupied, *request)
-        found = _LineStatistics.apply(*arguments)
+        if is_traced():
+            flat = without_inputs(block).flat()
+            found = _TracedStatistics.apply(*inputs, *flat, occupied, *request)
+        else:
+            found = _LineStatistics.apply(*inputs, block, occupied, request)
     else:
         state, positive, _ = ops.sweep(request.engine, block, occupied=occupied)
         found = finish(block, state, positive, inputs.bias)
@@ -127,7 +137,7 @@ def finish(
 
 
 class _Own:
-    """Of each row, then each column, its own positive."""
+    """The own positive of each row, then of each column."""
 
     def __init__(self, block: Block, positives: Tensor) -> None:
         m, n = block.shape
@@ -143,42 +153,74 @@ class _Own:
         self.log2 = self.logits * (self.sign * LOG2E)
 
 
+def _forward(
+    inputs: Inputs, block: Block, occupied: Tensor | None, request: Request
+) -> tuple[tuple[Tensor, ...], Statistics]:
+    keep = PLANS[request.engine].keep(block, request.memory_budget)
+    statistics = ops.sweep(request.engine, block, occupied=occupied, keep=keep)
+    return finish(block, statistics.state, statistics.positive, inputs.bias), statistics
+
+
+def _save(
+    ctx: Any, inputs: Inputs, block: Block, request: Request, output: tuple[Tensor, ...]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.request = request
+    ctx.block_options = block.offset, block.kind, block.same_id_positive
+    ctx.save_for_backward(*inputs, *block.x, *block.y, *output)
+
+
+def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
+    """Gradients of the inputs."""
+    saved, sides = ctx.saved_tensors, []
+    inputs, saved = Inputs(*saved[: len(Inputs._fields)]), saved[len(Inputs._fields) :]
+    for _ in range(2):
+        sides.append(Side(*saved[: len(Side._fields)]))
+        saved = saved[len(Side._fields) :]
+    block = Block(*sides, inputs.scale, None, None, *ctx.block_options)
+    with torch.no_grad():
+        gradients = _gradients(ctx, inputs, with_inputs(block, *inputs[2:]), saved, upstream)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        sources = [g for g in upstream if g is not None]
+        gradients = refuse_second_derivative(gradients, *sources, *inputs[:3])
+    return gradients
+
+
 class _LineStatistics(torch.autograd.Function):
-    """Of the inputs, which it differentiates, their block, and a request. Returns the statistics,
-    and behind them what the backward takes."""
+    """In eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, block, occupied, request = arguments
+        found, statistics = _forward(Inputs(*inputs), block, occupied, request)
+        _save(ctx, Inputs(*inputs), block, request, (*found, *statistics))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, upstream), None, None, None
+
+
+class _TracedStatistics(torch.autograd.Function):
+    """For torch.compile and torch.func, as `function._TracedLoss`."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        inputs, block, occupied, request = _unpacked(arguments)
-        keep = PLANS[request.engine].keep(block, request.memory_budget)
-        statistics = ops.sweep(request.engine, block, occupied=occupied, keep=keep)
-        found = finish(block, statistics.state, statistics.positive, inputs.bias)
+        found, statistics = _forward(*_unpacked(arguments))
         return *found, *statistics
 
     @staticmethod
     def setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        inputs, block, _, ctx.request = _unpacked(arguments)
+        inputs, block, _, request = _unpacked(arguments)
         ctx.mark_non_differentiable(*output[-len(Statistics._fields) :])
-        ctx.set_materialize_grads(False)
-        ctx.block_options = block.offset, block.kind, block.same_id_positive
-        ctx.save_for_backward(*inputs, *block.x, *block.y, *output)
+        _save(ctx, inputs, block, request, output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        count = len(Inputs._fields)
-        inputs, sides, output = Inputs(*saved[:count]), saved[count : count + 8], saved[count + 8 :]
-        x, y = Side(*sides[:4]), Side(*sides[4:])
-        block = Block(x, y, inputs.scale, None, None, *ctx.block_options)
-        block = with_inputs(block, *inputs[2:])
-        with torch.no_grad():
-            gradients = _gradients(ctx, inputs, block, output, upstream)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            sources = [g for g in upstream if g is not None]
-            gradients = refuse_second_derivative(gradients, *sources, *inputs[:3])
-        return *gradients, *(None for _ in (*block.flat(), None, *ctx.request))
+        others = Block.COUNT + 1 + len(ctx.request)
+        return *_backward(ctx, upstream), *(None for _ in range(others))
 
 
 def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Block, Tensor | None, Request]:
@@ -193,12 +235,14 @@ def _gradients(
 ) -> list[Tensor | None]:
     needs = ctx.needs_input_grad[: len(Inputs._fields)]
     *found, state, positive, kept = output
-    if all(g is None for g in upstream[: len(found)]):
-        return [None] * len(needs)
-    upstream, of_bias = weights(block, inputs.bias, found, state, upstream)
+    of_lines = [g for k, g in enumerate(upstream[: len(found)]) if k != _POSITIVES]
+    if all(g is None for g in of_lines) and not is_traced():
+        of_own = upstream[_POSITIVES]
+        return [None] * len(needs) if of_own is None else _of_own(ctx, inputs, block, of_own)
+    coefficients, of_bias = weights(block, inputs.bias, found, state, upstream)
     request = ctx.request
     dx, dy, totals, dkey_bias = ops.weigh(
-        request.engine, block, Statistics(state, positive, kept), upstream,
+        request.engine, block, Statistics(state, positive, kept), coefficients,
         Wanted(*needs[:2], needs[4], request.normalize, inputs.x.dtype, inputs.y.dtype),
     )  # fmt: skip
     if of_bias is not None:
@@ -207,6 +251,30 @@ def _gradients(
         *as_inputs((dx, dy, totals), inputs[:4], needs),
         cast(dkey_bias, inputs.key_bias.dtype) if needs[4] else None,
     ]
+
+
+def _of_own(ctx: Any, inputs: Inputs, block: Block, g: Tensor) -> list[Tensor | None]:
+    """Gradients of the own positives' logits alone, O((M + N) D): autograd's, of their formula."""
+    needs = ctx.needs_input_grad[: len(Inputs._fields)]
+    leaves = [
+        None if t is None else t.detach().requires_grad_(needed)
+        for t, needed in zip(inputs, needs, strict=True)
+    ]
+    x, y, scale, bias, key_bias = leaves
+    with torch.enable_grad():
+        wide = accumulation_dtype(block.x.features)
+        sides = [t.to(ctx.request.dtype).to(wide) for t in (x, y)]
+        if ctx.request.normalize:
+            sides = [F.normalize(t, dim=1, eps=EPS) for t in sides]
+        columns, inside = pairs.partners(*block.shape, block.offset, g.device)
+        logits = scale.reshape(()).to(g.dtype) * (sides[0] * sides[1][columns]).sum(1).to(g.dtype)
+        if bias is not None:
+            logits = logits + bias.reshape(()).to(g.dtype)
+        if key_bias is not None:
+            logits = logits + key_bias.to(g.dtype)[columns]
+        wanted = [t for t, needed in zip(leaves, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(logits, wanted, torch.where(inside, g, 0)))
+    return [next(found) if needed else None for needed in needs]
 
 
 def weights(

@@ -77,7 +77,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import operands
+from . import flops, operands
 from .block import Block, Side, Statistics, Upstream, Wanted
 from .kept import PLANS
 from .operands import accumulation_dtype, state_dtype
@@ -100,7 +100,7 @@ _library = torch.library.Library("fastclip", "DEF")
 
 
 class Gradients(NamedTuple):
-    """What `weigh` returns."""
+    """The results of `weigh`."""
 
     x: Tensor
     y: Tensor
@@ -112,10 +112,16 @@ def operator(name: str, engine: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.fastclip, name), engine)
 
 
+def _tell_counter() -> None:
+    if not torch.compiler.is_compiling():
+        flops.tell_counter()
+
+
 def sweep(
     engine: str, block: Block, bound: Tensor | None = None, occupied: Tensor | None = None,
     keep: int = 0,
 ) -> Statistics:  # fmt: skip
+    _tell_counter()
     return Statistics(*operator("sweep", engine)(*block.flat(), bound, occupied, keep))
 
 
@@ -128,6 +134,7 @@ def weigh(
 def sweep_and_weigh(
     engine: str, block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _tell_counter()
     return operator("sweep_and_weigh", engine)(*block.flat(), gain, needs_x, needs_y, project)
 
 

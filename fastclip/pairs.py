@@ -39,9 +39,13 @@ def at_columns(values: Tensor, n: int, offset: int, absent: float) -> Tensor:
 
 def codes_of(ids_x: Tensor, ids_y: Tensor) -> tuple[Tensor, Tensor]:
     """int32 numbers, equal where the ids are, whatever the ids' size."""
-    ids_x, ids_y = ids_x.to(torch.int64), ids_y.to(torch.int64)
-    ordered = torch.cat((ids_x, ids_y)).sort().values
-    return tuple(torch.searchsorted(ordered, ids, out_int32=True) for ids in (ids_x, ids_y))
+    m = ids_x.shape[0]
+    ordered, places = torch.cat((ids_x.to(torch.int64), ids_y.to(torch.int64))).sort()
+    # As many as there are different ones before.
+    numbers = torch.zeros_like(ordered, dtype=torch.int32)
+    numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    codes = torch.zeros_like(numbers).scatter(0, places, numbers)
+    return codes[:m], codes[m:]
 
 
 def own_products(x: Side, y: Side, offset: int) -> Tensor:
@@ -49,7 +53,9 @@ def own_products(x: Side, y: Side, offset: int) -> Tensor:
     m, n = x.features.shape[0], y.features.shape[0]
     columns, inside = partners(m, n, offset, x.features.device)
     dtype = accumulation_dtype(x.features)
-    t = (x.features.to(dtype) * y.features[columns].to(dtype)).sum(1)
+    # The usual block needs no copy of y.
+    partner = y.features if offset == 0 and m == n else y.features[columns]
+    t = (x.features.to(dtype) * partner.to(dtype)).sum(1)
     if x.factor is not None:
         t = t * x.factor
     if y.factor is not None:
@@ -96,8 +102,9 @@ def occupied(
     if x.ids is not None:
         own_same = own * (x.ids == y.ids[partner])
         by_id = [
-            _count(x.ids, torch.where(alive, y.ids, -1)) - own_same * alive[partner],
-            _count(y.ids, x.ids) - at_columns(own_same, n, offset, 0),
+            _count(x.ids, y.ids, alive, m + n) - own_same * alive[partner],
+            _count(y.ids, x.ids, torch.ones_like(x.ids), m + n)
+            - at_columns(own_same, n, offset, 0),
         ]
     found = [
         alive.sum() - own * alive[partner] - by_id[0] > 0,
@@ -109,8 +116,7 @@ def occupied(
     return torch.stack(sets)
 
 
-def _count(codes: Tensor, others: Tensor) -> Tensor:
-    """How many of the others each code equals."""
-    ordered = others.sort().values
-    after = torch.searchsorted(ordered, codes, right=True)
-    return after - torch.searchsorted(ordered, codes)
+def _count(codes: Tensor, others: Tensor, weights: Tensor, most: int) -> Tensor:
+    """The weights of the others that each code equals; codes are below `most`."""
+    found = torch.zeros(most, dtype=torch.int64, device=codes.device)
+    return found.scatter_add(0, others.long(), weights.long())[codes]

@@ -170,7 +170,7 @@ def contrast(
 
 
 def _statistic(kind: type[Kind], logits: Tensor, counts: Tensor, dim: int) -> Tensor:
-    """Of the pairs that count in each line; float64."""
+    """The statistic of the pairs that count in each line; float64."""
     logits = logits.double() * LOG2E
     if not kind.has_shift:
         return torch.where(counts, kind.fold(logits, torch.zeros_like(logits)), 0).sum(dim)

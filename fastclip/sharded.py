@@ -49,7 +49,7 @@ class Context(NamedTuple):
 
     def row(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> BlockRow:
         plan = self.plan
-        sides = (side_of(cast(t, plan.dtype), plan.normalize) for t in (x, y))
+        sides = (side_of(t, plan.dtype, plan.normalize) for t in (x, y))
         own = Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
         columns = (Ring if self.sharing.ring else Gathered)(self.shard)
         return BlockRow.of(plan.engine, columns, plan.normalize, own)

@@ -20,6 +20,7 @@ from bench_import import TINY
 import fastclip.triton_kernels
 from bench import memory, runner
 from bench.gpu import cases, counters, install, kernels, process, rates, rows, smoke, steps, tiles
+from bench.losses import loss_of
 
 NCU = """==PROF== Connected to process 1
 "ID","Kernel Name","gpu__time_duration.sum","lts__t_bytes.sum","launch__registers_per_thread"
@@ -50,7 +51,7 @@ class Configurations(types.ModuleType):
 
 def tile_step(loss: str, n: int, d: int, device: str, keeps: bool = False) -> None:
     """Asks for the tiles of a kernel, as the engine does."""
-    kernel = {"clip": "sweep", "siglip": "both"}[loss]
+    kernel = "both" if loss_of(loss).in_one_go else "sweep"
 
     def run(config: Config) -> None:
         if config.stages == 4:

@@ -26,7 +26,42 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-LOSSES = ("softmax", "sigmoid")
+
+
+class DenseKind(NamedTuple):
+    """The truth about a kind of statistic, from logits in float64."""
+
+    # A line's statistic in the units of `logarithms`, of the logits that a mask leaves it.
+    statistic: Callable[[Tensor, Tensor, int], Tensor]
+    # The weight of a logit, given a line's reference in log2 units.
+    activation: Callable[[Tensor, Tensor], Tensor]
+    # The statistic in these units, from a state's reference and sum.
+    logarithm: Callable[[Tensor, Tensor], Tensor]
+    has_reference: bool  # then a bias is not seen, and a statistic is judged by its difference
+    sign_of_positives: int  # by id: of their logits and weights
+
+
+def _softplus_sum(s: Tensor, mask: Tensor, dim: int) -> Tensor:
+    return F.softplus(s, threshold=60).masked_fill(~mask, 0).sum(dim)
+
+
+KINDS = {
+    "softmax": DenseKind(
+        lambda s, mask, dim: s.masked_fill(~mask, -torch.inf).logsumexp(dim) * LOG2E,
+        lambda s, reference: torch.exp2(s * LOG2E - reference),
+        lambda reference, sums: torch.log2(sums) + reference,
+        has_reference=True,
+        sign_of_positives=1,
+    ),
+    "sigmoid": DenseKind(
+        _softplus_sum,
+        lambda s, reference: torch.sigmoid(s),
+        lambda reference, sums: sums,
+        has_reference=False,
+        sign_of_positives=-1,
+    ),
+}
+LOSSES = tuple(KINDS)
 
 
 class Block(NamedTuple):
@@ -146,7 +181,9 @@ def make_masked_block(
         extra |= {"threshold_x": thresholds[0].to(wide), "threshold_y": thresholds[1].to(wide)}
     if key_bias is not None:
         extra["key_bias"] = key_bias * _random(n, seed=seed + 3)
-        if block.loss == "softmax" or not same_id_positive:  # softplus(-s) is infinite there
+        if (
+            KINDS[block.loss].has_reference or not same_id_positive
+        ):  # softplus(-s) is infinite there
             extra["key_bias"][n // 2] = -torch.inf
     return block._replace(**extra)
 
@@ -239,7 +276,7 @@ def logarithms(state: Tensor, loss: str) -> Tensor:
     """States as one number a line: log2 of the sum of exponentials, or the sum of softplus; those
     of positives by id behind those of negatives."""
     reference, sums = state[::2].flatten(), state[1::2].flatten()
-    return torch.log2(sums) + reference if loss == "softmax" else sums
+    return KINDS[loss].logarithm(reference, sums)
 
 
 class Gradients(NamedTuple):
@@ -254,14 +291,14 @@ class Dense:
     """The truth of one block."""
 
     def __init__(self, block: Block) -> None:
-        self.block = block
+        self.block, self.kind = block, KINDS[block.loss]
         self.x, self.y = (
             features.double() * (1 if factor is None else factor.double()[:, None])
             for features, factor in zip(block[:2], block[2:4], strict=True)
         )
         self.m, self.n = len(self.x), len(self.y)
         self.scale = float(block.scale)
-        has_bias = block.bias is not None and block.loss == "sigmoid"
+        has_bias = block.bias is not None and not self.kind.has_reference
         self.bias = float(block.bias) if has_bias else 0.0
         self.t = self.x @ self.y.T
         self.s = self.scale * self.t + self.bias
@@ -290,17 +327,12 @@ class Dense:
         negatives = self._statistics(self.s, self.by_row, self.by_column)
         if not self.block.same_id_positive:
             return negatives
-        s = self.s if self.block.loss == "softmax" else -self.s
+        s = self.kind.sign_of_positives * self.s
         return torch.cat([negatives, self._statistics(s, self.is_same, self.is_same)])
 
     def _statistics(self, s: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-        if self.block.loss == "softmax":
-            lines = (s.masked_fill(~mask, -torch.inf).logsumexp(dim) * LOG2E
-                     for mask, dim in ((by_row, 1), (by_column, 0)))  # fmt: skip
-        else:
-            lines = (F.softplus(s, threshold=60).masked_fill(~mask, 0).sum(dim)
-                     for mask, dim in ((by_row, 1), (by_column, 0)))  # fmt: skip
-        return torch.cat(list(lines))
+        statistic = self.kind.statistic
+        return torch.cat([statistic(s, by_row, 1), statistic(s, by_column, 0)])
 
     def activations(self, state: Tensor, coefficients: Tensor) -> Tensor:
         """(M, N): weights of the pairs, 0 at the own positives."""
@@ -308,22 +340,17 @@ class Dense:
         w = self._weights(self.s, state[0], coefficients[0], self.by_row, self.by_column)
         if not self.block.same_id_positive:
             return w
-        softmax = self.block.loss == "softmax"
-        s, sign = (self.s, 1) if softmax else (-self.s, -1)
-        return w + sign * self._weights(s, state[2], coefficients[1], self.is_same, self.is_same)
+        sign, same = self.kind.sign_of_positives, self.is_same
+        return w + sign * self._weights(sign * self.s, state[2], coefficients[1], same, same)
 
     def _weights(
         self, s: Tensor, references: Tensor, coefficients: Tensor, by_row: Tensor, by_column: Tensor
     ) -> Tensor:
         a, b = coefficients.split([self.m, self.n])
         row, column = references.split([self.m, self.n])
-        if self.block.loss == "sigmoid":
-            of_row = of_column = torch.sigmoid(s)
-        else:
-            of_row = torch.exp2(s * LOG2E - row[:, None])
-            of_column = torch.exp2(s * LOG2E - column)
-        of_row = (of_row * a[:, None]).masked_fill(~by_row, 0)
-        return of_row + (of_column * b).masked_fill(~by_column, 0)
+        of_row = self.kind.activation(s, row[:, None]) * a[:, None]
+        of_column = self.kind.activation(s, column) * b
+        return of_row.masked_fill(~by_row, 0) + of_column.masked_fill(~by_column, 0)
 
     def gradients(self, w: Tensor, weights: Weights, project: bool = False) -> Gradients:
         """From the weights of the pairs beside the own positives."""
@@ -405,7 +432,7 @@ def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "")
     assert state.shape == (2 * sets, dense.m + dense.n) and positive.shape == (dense.m,)
     assert state.isfinite().all(), what
     lines, exact = logarithms(state, dense.block.loss), dense.logarithms
-    if dense.block.loss == "softmax":
+    if dense.kind.has_reference:
         absent = exact == -torch.inf
         assert torch.equal(state[1::2].flatten() == 0, absent), f"{what}: lines without pairs"
         # The truth itself is a sum of a reference and a logarithm, in float64.

@@ -21,7 +21,7 @@ from dense_block import (
     make_weights,
     operator,
     sweep,
-    weigh,
+    weigh_all,
 )
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -112,7 +112,7 @@ def check(
     weights = make_weights(state, dense.m)
     w = dense.activations(state, weights.coefficients)
     for project in projects:
-        results = weigh(engine, block, state, positive, weights, kept, needs, project)
+        results = weigh_all(engine, block, state, positive, weights, kept, needs, project)
         exact = dense.gradients(w, weights, project)
         assert_gradients(dense, exact, results, needs, what, half_products=True)
     return state
@@ -128,7 +128,7 @@ def check_in_one_go(
     dense = Dense(block)
     gain = torch.tensor(0.3, dtype=torch.float64)
     state, positive, *results = operator("sweep_and_weigh", engine)(
-        *block.tensors, gain, block.offset, block.loss, *needs, project
+        *block.arguments, gain, *needs, project
     )
     assert_states(dense, state, positive, what)
     s = dense.scale * dense.positive + dense.bias

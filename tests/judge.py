@@ -109,8 +109,25 @@ def evaluate(
     return dict(zip(QUANTITIES, (value.detach(), *(t.grad for t in inputs)), strict=True))
 
 
+def _plain_clip(logits: Tensor) -> Tensor:
+    """(N): each pair's loss."""
+    labels = torch.arange(len(logits), device=logits.device)
+    rows = F.cross_entropy(logits, labels, reduction="none")
+    return (rows + F.cross_entropy(logits.T, labels, reduction="none")) / 2
+
+
+def _plain_siglip(logits: Tensor) -> Tensor:
+    labels = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    pairs = -F.logsigmoid(labels * logits)
+    return (pairs.sum(0) + pairs.sum(1)) / 2
+
+
+PLAIN = {"clip": _plain_clip, "siglip": _plain_siglip}
+
+
 def plain(loss: str) -> Callable[..., Tensor]:
     """The dense loss as open_clip and its users write it, rounding wherever torch rounds."""
+    of_pairs = PLAIN[loss]
 
     def plain_loss(
         x: Tensor,
@@ -125,15 +142,7 @@ def plain(loss: str) -> Callable[..., Tensor]:
         x, y = x.to(dtype), y.to(dtype)
         if normalize:
             x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
-        logits = scale * x @ y.T + bias
-        if loss == "clip":
-            labels = torch.arange(len(x), device=x.device)
-            rows = F.cross_entropy(logits, labels, reduction="none")
-            losses = (rows + F.cross_entropy(logits.T, labels, reduction="none")) / 2
-        else:
-            labels = 2 * torch.eye(len(x), dtype=logits.dtype, device=x.device) - 1
-            pairs = -F.logsigmoid(labels * logits)
-            losses = (pairs.sum(0) + pairs.sum(1)) / 2
+        losses = of_pairs(scale * x @ y.T + bias)
         return {"none": lambda t: t, "mean": torch.mean, "sum": torch.sum}[reduction](losses)
 
     return plain_loss

@@ -11,6 +11,7 @@ import torch
 
 backends = importlib.import_module("fastclip.backends")  # beside it fastclip.backends is a function
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+COMPILED_KINDS = frozenset(("softmax", "sigmoid"))
 ALL_CARDS = ("sm_80", "sm_90", "sm_100", "compute_120")
 
 
@@ -44,6 +45,10 @@ def pretend(
     runtime = types.SimpleNamespace(driver=types.SimpleNamespace(active=target))
     fake = types.SimpleNamespace(__version__=triton, runtime=runtime) if triton else None
     patch.setitem(sys.modules, "triton", fake)
+    # Which kinds its engine has is asked of a module that a pretended Triton cannot import.
+    epilogues = types.SimpleNamespace(EPILOGUES=COMPILED_KINDS)
+    patch.setitem(sys.modules, "fastclip.triton_kernels.epilogues", epilogues)
+    patch.setattr(backends, "_COMPILED_KINDS", COMPILED_KINDS)
     cuda = {"version": "13.0", "architectures": list(compiled_for)} if compiled_for else False
     info = {"cuda": cuda, "why_no_cuda": "there is no nvcc on PATH"}
     patch.setattr(backends, "_MODULE", types.SimpleNamespace(build_info=lambda: info))

@@ -39,16 +39,38 @@ class Batch(NamedTuple):
             yield part, t, self.scale * t + self.bias, columns[part, None] == columns
 
 
-def _clip(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss, and the logarithms of each row's and each column's sum."""
-    n = len(batch.x)
-    rows, positives = torch.empty_like(batch.x[:, 0]), torch.zeros_like(batch.scale)
+class Chunk(NamedTuple):
+    """The part of some rows of logits in the mean loss and in its gradients."""
+
+    part: slice
+    t: Tensor  # their products
+    weights: Tensor  # dL/ds
+    value: Tensor
+    dbias: Tensor
+
+
+def _clip(batch: Batch) -> Iterator[Chunk]:
+    rows = torch.empty_like(batch.x[:, 0])
     columns = torch.full_like(rows, -torch.inf)
-    for part, _, s, positive in batch.chunks():
+    for part, _, s, _ in batch.chunks():
         rows[part] = s.logsumexp(1)
         columns = torch.logaddexp(columns, s.logsumexp(0))
-        positives += s[positive].sum()
-    return ((rows.sum() + columns.sum()) / 2 - positives) / n, rows, columns
+    for part, t, s, positive in batch.chunks():
+        w = (torch.exp(s - rows[part, None]) + torch.exp(s - columns)) / 2 - positive.double()
+        value = (rows[part] + columns[part]).sum() / 2 - s[positive].sum()
+        # A bias moves a row's logits alike: softmax does not see it.
+        yield Chunk(part, t, w / len(rows), value / len(rows), torch.zeros_like(value))
+
+
+def _siglip(batch: Batch) -> Iterator[Chunk]:
+    n = len(batch.x)
+    for part, t, s, positive in batch.chunks():
+        w = (torch.sigmoid(s) - positive.double()) / n
+        value = (F.softplus(s, threshold=60).sum() - s[positive].sum()) / n
+        yield Chunk(part, t, w, value, w.sum())
+
+
+CHUNKS = {"clip": _clip, "siglip": _siglip}
 
 
 def truth(
@@ -60,28 +82,20 @@ def truth(
     normalize: bool = False,
     rows: int = 1024,
 ) -> Truth:
-    """The mean loss, "clip" or "siglip", of a square batch, and its gradients."""
+    """The mean loss, of CHUNKS, of a square batch, and its gradients."""
     x, y = (t.detach().double().requires_grad_() for t in (x, y))
     units = [F.normalize(t, dim=1) if normalize else t for t in (x, y)]
-    n = len(x)
     numbers = [t.detach().double().reshape(()) for t in (scale, bias)]
     batch = Batch(*(t.detach() for t in units), *numbers, rows)
     value, dscale, dbias = (torch.zeros_like(batch.scale) for _ in range(3))
     gradients = [torch.zeros_like(t) for t in batch[:2]]
-    if loss == "clip":
-        value, row_sums, column_sums = _clip(batch)
-    for part, t, s, positive in batch.chunks():
-        if loss == "clip":
-            w = (torch.exp(s - row_sums[part, None]) + torch.exp(s - column_sums)) / 2
-        else:
-            value += (F.softplus(s, threshold=60).sum() - s[positive].sum()) / n
-            w = torch.sigmoid(s)
-        w = (w - positive.double()) / n
-        gradients[0][part] = batch.scale * (w @ batch.y)
-        gradients[1] += batch.scale * (w.T @ batch.x[part])
-        dscale += (w * t).sum()
-        # A bias moves a row's logits alike: softmax does not see it.
-        dbias += w.sum() if loss == "siglip" else 0
+    for chunk in CHUNKS[loss](batch):
+        w = chunk.weights
+        gradients[0][chunk.part] = batch.scale * (w @ batch.y)
+        gradients[1] += batch.scale * (w.T @ batch.x[chunk.part])
+        value += chunk.value
+        dscale += (w * chunk.t).sum()
+        dbias += chunk.dbias
     if normalize:
         gradients = torch.autograd.grad(units, (x, y), gradients)
     return Truth(value, *gradients, dscale, dbias)

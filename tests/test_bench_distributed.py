@@ -18,6 +18,7 @@ from bench.distributed import check, table
 from bench.distributed.cases import Case
 from bench.distributed.rank import GATHER, HOP, SCATTER, SINGLE, SMALL
 from bench.distributed.row import Row
+from bench.losses import LOSSES
 from bench.timing import Timing
 
 
@@ -46,7 +47,7 @@ def test_what_a_rank_sends_is_counted_once(two):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_case_is_measured_and_right(two, loss):
     case = Case(loss, 2, 24, 64)
     first, second = two.run(rank_bench.measured, case, "fastclip", "fastclip ring")

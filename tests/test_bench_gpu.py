@@ -13,8 +13,9 @@ from bench_import import TINY, rows_of_a_case
 from bench_rehearsal import Limit
 
 from bench import baselines, goals, memory, progress, results, runner, timing
-from bench.cases import LOSSES, SCALES, Case, make_inputs
+from bench.cases import CONTRAST, SCALES, Case, make_inputs
 from bench.gpu import cases, fp32, process, rows, steps
+from bench.losses import LOSSES
 from fastclip import preference
 
 
@@ -130,6 +131,14 @@ def test_small_batches_are_timed_eager_and_in_a_graph():
     }  # fmt: skip
     assert all({"open_clip", "fastclip"} <= set(case.methods) for case in cases.small())
     assert cases.rest()[0].n == 1 << 20
+
+
+def test_losses_on_contrast_are_timed_beside_the_librarys_own():
+    found = [case for case in cases.rest() if set(CONTRAST) <= set(case.methods)]
+    assert {(case.loss, case.n, case.dtype) for case in found} == {
+        (loss, 8192, dtype) for loss in LOSSES for dtype in ("bfloat16", "float32")
+    }
+    assert all("fastclip" in case.methods for case in found)
 
 
 def test_inputs_are_made_on_the_device(monkeypatch):

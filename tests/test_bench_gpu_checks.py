@@ -14,9 +14,10 @@ from bench_import import relative
 from bench_rehearsal import NCU, Config, Configurations, tile_step
 
 import fastclip
-from bench import baselines
 from bench.gpu import counters, figures, kernels, rates, smoke, tiles, winners
+from bench.losses import LOSSES, loss_of
 from fastclip import preference
+from fastclip.block import Block, Side
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"
@@ -39,7 +40,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, which: int, factor: float):
 
 
 @pytest.mark.parametrize("dtype", smoke.DTYPES)
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_smoke_passes_a_right_engine_and_no_wrong_one(loss, dtype, monkeypatch):
     half = dtype != "float32"
     for normalize in (False, True):
@@ -62,7 +63,7 @@ def rounded(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     return [*(leaf.requires_grad_() for leaf in bits), *leaves[2:]]
 
 
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_smoke_holds_an_engine_in_tf32_to_plain_pytorch_in_tf32(loss, monkeypatch):
     """The engine rounds features, plain PyTorch what it makes of them: a lucky one is no bound."""
     settings, step, plain = torch.backends.cuda.matmul, smoke.Problem.step, smoke.Problem.plain
@@ -98,15 +99,14 @@ def test_smoke_holds_an_engine_in_tf32_to_plain_pytorch_in_tf32(loss, monkeypatc
 
 
 def test_smokes_truth_is_that_of_autograd_in_float64():
-    for loss in ("clip", "siglip"):
+    for loss in LOSSES:
         problem = smoke.Problem(loss, torch.float32, True, 33, 12, 14.3, "cpu")
         leaves = problem.leaves()
         lengths = leaves[0].detach().norm(dim=1)
         assert 0.5 <= lengths.min() < 0.8 and 1.3 < lengths.max() <= 2, "features are raw"
         wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
         x, y = (torch.nn.functional.normalize(leaf, dim=1) for leaf in wide[:2])
-        dense = baselines.dense_clip if loss == "clip" else baselines.dense_siglip
-        value = dense(x, y, wide[2], wide[3] if loss == "siglip" else None)
+        value = loss_of(loss).dense(x, y, *wide[2:], *[None] * (4 - len(wide)))
         exact = (value, *torch.autograd.grad(33 * value, wide))
         for got, expected in zip(problem.truth(leaves), exact, strict=True):
             assert relative(got, expected.detach()) < 1e-12
@@ -148,7 +148,7 @@ def test_smoke_compares_bits_and_asks_of_every_engine_the_same(monkeypatch):
     monkeypatch.setattr(fastclip, "backends", lambda: {"triton": "available", "cuda": "no"})
     assert smoke.engines("cuda") == ["triton", "triton split", "triton tf32"]
     for label in ("triton tf32", "cuda tf32", "triton split"):
-        assert smoke.jobs([label]) == [(label, loss, "float32") for loss in ("clip", "siglip")]
+        assert smoke.jobs([label]) == [(label, loss, "float32") for loss in LOSSES]
 
 
 def test_a_check_that_raises_is_a_row_and_a_lost_device_ends_the_process(tmp_path, monkeypatch):
@@ -374,9 +374,10 @@ def test_the_triton_engine_asks_as_the_hook_expects():
         return own(*arguments)
 
     with tiles.choosing(hook):
-        made = block.Block(x, x, None, None, torch.ones(()), None, 0, "softmax")
+        made = block.LogitBlock(Block(Side(x), Side(x), torch.ones(())))
         made.config("sweep", print)
-    assert tiles.key_of(asked[0])[0] == "torch.float32" and tiles.key_of(asked[0])[-1] == "sweep"
+    key = tiles.key_of(asked[0])
+    assert key[0] == "torch.float32" and key[-1] == "sweep, softmax"
     assert tiles.run_of(asked[0]) is print
 
 

@@ -6,6 +6,7 @@ import pytest
 from bench_import import rows_of_a_case
 
 from bench import goals, results, table
+from bench.cases import CONTRAST
 from bench.results import Row
 
 
@@ -89,6 +90,19 @@ def test_the_readme_shows_methods_that_only_a_card_has(tmp_path):
     lines = table.essentials(rows, tmp_path / "test.csv").splitlines()
     found = [line for line in lines if line.startswith("| fastclip triton split")]
     assert len(found) == 1 and "2.00 ms" in found[0]
+
+
+def test_the_readme_says_what_a_loss_on_contrast_costs(tmp_path):
+    rows, measured = rows_of_a_case(), {CONTRAST[0]: 1500.0, CONTRAST[2]: 2500.0}
+    rows += [replace(rows[2], method=method, ms=ms) for method, ms in measured.items()]
+    rows += [replace(row, scale=100.0) for row in rows[:3]]  # whose methods are not measured
+    text = table.essentials(rows, tmp_path / "test.csv")
+    found = [line for line in text.splitlines() if "1.50 s" in line or "fastclip contrast" in line]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in found]
+    assert cells == [
+        ["N = 8192, D = 512", "fastclip", *CONTRAST],
+        ["CLIP, float32, scale 14.3", "1.25 s", "1.50 s (1.20x)", "", "2.50 s (2.00x)"],
+    ]
 
 
 def test_a_picture_needs_two_sizes(tmp_path):

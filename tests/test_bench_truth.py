@@ -1,5 +1,6 @@
 """The benchmark compares like with like: its truth is one, and every method has the same loss."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from bench_import import TINY, relative
 
-from bench import baselines, cases, rectangular, truth
-from bench.cases import Case
+from bench import baselines, cases, dense, rectangular, truth
+from bench.cases import CONTRAST, Case
+from bench.losses import LOSSES, loss_of
 from fastclip import reference
 
 
@@ -21,28 +23,28 @@ def features(m: int, n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- truth
 
 
-@pytest.mark.parametrize("loss", cases.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("scale", [1.0, 14.3])
 def test_truth_is_the_float64_reference_where_that_is_well_conditioned(loss, scale, monkeypatch):
     monkeypatch.setattr(truth, "BLOCK_ROWS", 8)  # several blocks, the last one short
     x, y = (side.double().requires_grad_() for side in features(37, 37, 12))
     s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     b = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
-    value = getattr(reference, f"{loss}_loss")(x, y, s, b)
+    value = loss_of(loss).of_fastclip("reference")(x, y, s, b)
     expected = (value, *torch.autograd.grad(value, (x, y, s, b)))
-    found = truth.truth(loss, x, y, s, b)
+    found = loss_of(loss).truth(x, y, s, b)
     got = (found.loss, found.dx, found.dy, found.dscale, found.dbias)
     for one, other in zip(got, expected, strict=True):
         if one is not None:
             assert relative(one, other) < 1e-12
-    assert (found.dbias is None) == (loss == "clip")
+    assert (found.dbias is None) == (loss_of(loss).bias is None)
 
 
-@pytest.mark.parametrize("loss", cases.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_of_truth_are_the_slopes_of_its_loss(loss):
     x, y = (side.double() for side in features(5, 5, 3))
     s, b = torch.tensor(3.0).double(), torch.tensor(-1.0).double()
-    found = truth.truth(loss, x, y, s, b)
+    found = loss_of(loss).truth(x, y, s, b)
     step = 1e-5
 
     def slope(move: torch.Tensor, **sides: torch.Tensor) -> float:
@@ -50,21 +52,21 @@ def test_gradients_of_truth_are_the_slopes_of_its_loss(loss):
         for sign in (1, -1):
             at = {"x": x, "y": y, "scale": s, "bias": b}
             at.update({name: side + sign * step * move for name, side in sides.items()})
-            losses.append(truth.truth(loss, **at).loss)
+            losses.append(loss_of(loss).truth(**at).loss)
         return float(losses[0] - losses[1]) / (2 * step)
 
     move = torch.randn(5, 3, dtype=torch.float64)
     assert slope(move, x=x) == pytest.approx(float((move * found.dx).sum()), rel=1e-7)
     assert slope(move, y=y) == pytest.approx(float((move * found.dy).sum()), rel=1e-7)
     assert slope(torch.ones(()), scale=s) == pytest.approx(float(found.dscale), rel=1e-7)
-    if loss == "siglip":
+    if found.dbias is not None:
         assert slope(torch.ones(()), bias=b) == pytest.approx(float(found.dbias), rel=1e-7)
 
 
 def test_truth_does_not_lose_a_loss_that_the_usual_form_rounds_to_zero():
     n, scale = 6, torch.tensor(100.0)
     x = torch.eye(n, dtype=torch.float64)
-    found = truth.truth("clip", x, x, scale, None)
+    found = truth.clip(x, x, scale, None)
     expected = (n - 1) * math.exp(-100)  # log(1 + 5 exp(-100)), whose square is below 1e-80
     assert float(found.loss) == pytest.approx(expected, rel=1e-12)
     assert float(found.dscale) == pytest.approx(-expected, rel=1e-12)
@@ -83,19 +85,20 @@ def test_a_relative_error_is_seen_in_one_wrong_element():
 # ---- methods and cases
 
 
-@pytest.mark.parametrize("loss", cases.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
-    "method", ["open_clip", "dense", "reference", "checkpoint", "fastclip", "fastclip torch"]
+    "method",
+    ["open_clip", "dense", "reference", "checkpoint", "fastclip", "fastclip torch", *CONTRAST],
 )
 def test_every_method_computes_the_same_loss_and_gradients(loss, method, monkeypatch):
-    monkeypatch.setattr(baselines, "CHECKPOINT_ROWS", 16)
+    monkeypatch.setattr(dense, "CHECKPOINT_ROWS", 16)
     case = replace(TINY, loss=loss, m=37, n=37, methods=(method,))
     inputs = cases.make_inputs(case)
     try:
         step = baselines.make_step(case, method, inputs)
     except (baselines.Unavailable, ImportError) as reason:
         pytest.skip(f"{method}: {reason}")
-    true = truth.truth(loss, inputs.x, inputs.y, inputs.scale, inputs.bias)
+    true = loss_of(loss).truth(inputs.x, inputs.y, inputs.scale, inputs.bias)
     got = step()
     for value, expected in zip(got, (true.loss, true.dx, true.dy, true.dscale), strict=False):
         assert truth.relative_error(value, expected) < 2e-5
@@ -108,11 +111,11 @@ def test_every_method_computes_the_same_loss_and_gradients(loss, method, monkeyp
 def test_the_rectangular_loss_is_that_of_the_dense_block(engine, scale):
     case = Case("clip", 24, 150, 16, "float32", scale)
     inputs = cases.make_inputs(case)
-    true = truth.truth("clip", inputs.x, inputs.y, inputs.scale, None)
+    true = truth.clip(inputs.x, inputs.y, inputs.scale, None)
     x, y = (side.detach().double().requires_grad_() for side in (inputs.x, inputs.y))
-    dense = baselines.dense_clip(x, y, inputs.scale.detach().double(), None)
-    assert relative(true.loss, dense) < 1e-12
-    for one, other in zip((true.dx, true.dy), torch.autograd.grad(dense, (x, y)), strict=True):
+    plain = dense.dense_clip(x, y, inputs.scale.detach().double(), None)
+    assert relative(true.loss, plain) < 1e-12
+    for one, other in zip((true.dx, true.dy), torch.autograd.grad(plain, (x, y)), strict=True):
         assert relative(one, other) < 1e-12
     budget = 0 if engine == "torch" else 2**20
     got = rectangular.clip(engine, inputs, budget)
@@ -135,6 +138,10 @@ def test_passes_follow_what_the_budget_keeps():
     assert passes("open_clip", 8192) == 6
     assert passes("open_clip", 8192, loss="siglip") == passes("dense", 8192) == 3
     assert passes("checkpoint", 8192) == 8
+    # Whoever writes a loss on lines sweeps twice.
+    for loss, method in itertools.product(LOSSES, CONTRAST):
+        assert passes(method, 8192, loss=loss) == 3 and passes(method, 65536, loss=loss) > 3.9
+        assert passes(method, 8192, loss=loss, mode="forward") == 1
 
 
 def test_inputs_are_normalised_seeded_and_of_their_dtype():
@@ -155,5 +162,10 @@ def test_cases_are_chosen_by_name():
     }
     assert {case.scale for case in chosen} == {14.3, 100.0}
     assert all(case.methods == ("dense", "fastclip") for case in chosen)
+    large = [case for case in plan if case.n == 8192 and set(CONTRAST) <= set(case.methods)]
+    assert {(case.loss, case.dtype) for case in large} == {
+        (loss, dtype) for loss in LOSSES for dtype in ("float32", "bfloat16")
+    }
+    assert set(cases.METHODS) <= set(baselines.METHODS)
     names = [case.name for case in cases.full()]
     assert len(set(names)) == len(names)

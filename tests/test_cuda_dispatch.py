@@ -12,7 +12,7 @@ import pytest
 import torch
 from pretended_card import ALL_CARDS, CPU, CUDA, backends, nothing_known, pretend
 
-from fastclip import preference
+from fastclip import kinds, preference
 from fastclip.preference import Row
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -162,6 +162,19 @@ def test_float64_takes_the_plain_engine_silently(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(asked, torch.float64) == "torch"
+
+
+def test_a_kind_that_no_kernel_has_is_plain_pytorchs(fresh: pytest.MonkeyPatch) -> None:
+    """Silently, unless an engine is asked for by name."""
+    pretend(fresh, compiled_for=ALL_CARDS)
+    fresh.setitem(kinds.KINDS, "hinge", kinds.Sigmoid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(None, CUDA, HALF, 1000, 512, "hinge") == "torch"
+        assert backends.choose("torch", CUDA, HALF, 1000, 512, "hinge") == "torch"
+    for engine in ("cuda", "triton"):
+        with pytest.raises(ValueError, match=rf"^kind 'hinge' must be one that backend '{engine}'"):
+            backends.choose(engine, CUDA, HALF, 1000, 512, "hinge")
 
 
 def test_the_table_always_has_an_answer() -> None:

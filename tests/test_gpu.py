@@ -21,6 +21,7 @@ from judge import roundoff
 from streamed_truth import truth
 from torch import Tensor
 
+from fastclip import contrast
 from fastclip.loss import clip_loss, siglip_loss
 
 FUSED = [name for name in ("triton", "cuda") if name in BACKENDS]
@@ -30,6 +31,23 @@ pytestmark = pytest.mark.skipif(
 on_each = pytest.mark.parametrize("fused", FUSED or ["triton"])
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+
+
+def of_everything(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *, reduction: str = "mean", **options: object
+) -> Tensor:
+    """A loss of all statistics, with every option of `contrast`."""
+    ids = torch.arange(len(x), device=x.device) // 3
+    c = contrast(
+        x, y, scale, bias, ids=(ids, ids), same_id="positive", false_negative_margin=0.1,
+        key_bias=torch.linspace(-1, 1, len(y), device=y.device), **options,
+    )  # fmt: skip
+    rows, columns = c.rows - c.row_positives, c.columns - c.column_positives
+    losses = (F.softplus(rows, threshold=60) + F.softplus(columns, threshold=60)).float()
+    return losses.mean() if reduction == "mean" else losses
+
+
+STEPS = LOSSES | {"contrast": of_everything}
 MIB = 1 << 20
 FORMS = ("small", "large")
 # About half the rows of LARGE_SIZES: kept weights, and others that are made anew.
@@ -57,14 +75,14 @@ def inputs(n: int, d: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -
 
 
 def step(loss: str, leaves: list[Tensor], engine: str, **options: object) -> list[Tensor]:
-    value = LOSSES[loss](*leaves, backend=engine, **options)
+    value = STEPS[loss](*leaves, backend=engine, **options)
     return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
 
 
 @on_each
 @pytest.mark.parametrize("budget", [0, SOME_KEPT])
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEPS)
 def test_nothing_waits_for_the_device(
     loss: str, normalize: bool, budget: int, fused: str, form: str
 ) -> None:
@@ -82,7 +100,7 @@ def test_nothing_waits_for_the_device(
 
 @on_each
 @pytest.mark.parametrize("budget", [0, SOME_KEPT])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", STEPS)
 def test_a_step_can_be_captured_in_a_graph(loss: str, budget: int, fused: str, form: str) -> None:
     """Also one that is replayed on inputs which need the sweep with running maxima."""
     sizes = LARGE_SIZES if form == "large" else (700, 96)

@@ -34,6 +34,7 @@ from gpu_engine_case import (
 from triton_case import needs_engine
 
 from fastclip import kept as kept_plans
+from fastclip.block import Block as Arguments
 from fastclip.kept import PLANS
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
@@ -110,9 +111,7 @@ def test_only_what_is_needed(gpu_engine: str, needs: tuple[bool, bool]) -> None:
         weigh(gpu_engine, block, state, positive, weights, needs=needs)
     assert len(products) == expected
     with library_products() as products:
-        operator("sweep_and_weigh", gpu_engine)(
-            *sigmoid.tensors, one, sigmoid.offset, "sigmoid", *needs, False
-        )
+        operator("sweep_and_weigh", gpu_engine)(*sigmoid.arguments, one, *needs, False)
     assert len(products) == expected
 
 
@@ -153,7 +152,7 @@ def test_kept_products(gpu_engine: str, loss: str, shape: tuple[int, int]) -> No
     m, n = enlarged(*shape)
     block = make_block(m, n, 12, torch.bfloat16, loss=loss, offset=-3, factors=(True, True))
     for budget in (4 * EDGE * min(m, n), 1 << 40):
-        keep = PLANS[gpu_engine].keep(block.x, block.y, budget)
+        keep = PLANS[gpu_engine].keep(Arguments.of(block.arguments)[0], budget)
         check(gpu_engine, block, keep, what=f"{keep} rows")
         state, positive, kept = sweep(gpu_engine, block, keep)
         assert 0 < kept.nbytes <= budget and PLANS[gpu_engine].made(block.x, block.y, kept)
@@ -287,5 +286,5 @@ def test_kept_sums_that_overflow_are_not_used(monkeypatch: pytest.MonkeyPatch) -
     m, n = enlarged(40, 70)
     x = torch.ones(m, 8)
     block = make_block(m, n, 8, scale=1e-14)._replace(x=1e8 * x, y=1e8 * torch.ones(n, 8))
-    keep = PLANS["triton"].keep(block.x, block.y, 1 << 30)
+    keep = PLANS["triton"].keep(Arguments.of(block.arguments)[0], 1 << 30)
     check("triton", block, keep)

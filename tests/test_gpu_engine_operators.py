@@ -44,13 +44,13 @@ def test_they_agree_with_their_fakes(gpu_engine: str) -> None:
     gain = torch.ones((), dtype=torch.float64)
     state, positive, kept = sweep(gpu_engine, block, 16)
     arguments = {
-        "sweep": (*block.tensors, None, 0, "softmax", 16),
+        "sweep": (*block.arguments, None, None, 16),
         "finish": (state, positive, block.scale, None, "softmax"),
         "weigh": (
-            *block.tensors, state, positive, state[1].reciprocal(), positive, gain, kept, 0,
-            "softmax", True, True, False, torch.float32, torch.bfloat16,
+            *block.arguments, state, positive, kept, state[1].reciprocal(), positive, gain, True,
+            True, False, False, torch.float32, torch.bfloat16,
         ),
-        "sweep_and_weigh": (*block.tensors, gain, 0, "sigmoid", True, False, False),
+        "sweep_and_weigh": (*block._replace(loss="sigmoid").arguments, gain, True, False, False),
     }  # fmt: skip
     for name, values in arguments.items():
         torch.library.opcheck(
@@ -114,8 +114,9 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Block], Any]]] = {
     "two scales": (
         RuntimeError, "scale must have one element, got", lambda b: {"scale": b.x[0, :2]}
     ),
-    "a loss of another name": (
-        ValueError, "loss must be 'softmax' or 'sigmoid', got 'hinge'", lambda b: {"loss": "hinge"},
+    "a kind of another name": (
+        ValueError, "kind must be one of 'softmax', 'sigmoid', got 'hinge'",
+        lambda b: {"loss": "hinge"},
     ),
     "integers": (
         TypeError, "features must be float64, float32, bfloat16 or float16",
@@ -145,8 +146,6 @@ def test_mistakes_between_the_sweeps_are_named(gpu_engine: str) -> None:
     with pytest.raises(RuntimeError, match=r"state must be \(2, L\) and positive \(L\) or a div"):
         operator("finish", gpu_engine)(state, positive[:3], block.scale, None, "softmax")
     with pytest.raises(ValueError, match="swept and weighed in one go"):
-        operator("sweep_and_weigh", gpu_engine)(
-            *block.tensors, weights.gain, 0, "softmax", True, True, False
-        )
+        operator("sweep_and_weigh", gpu_engine)(*block.arguments, weights.gain, True, True, False)
     with pytest.raises(RuntimeError, match="keep must be a number of rows >= 0, got -1"):
         sweep(gpu_engine, block, keep=-1)

@@ -105,9 +105,21 @@ def test_a_column_that_one_reference_would_blur_asks_for_its_own(gpu_engine: str
 
 
 @pytest.mark.parametrize("offset", [5, -5])
-def test_a_column_is_judged_with_its_own_positive(gpu_engine: str, offset: int) -> None:
-    """Its own is low, too: taken for another row's, it would make up for the lost negatives."""
+def test_a_column_is_judged_without_positives(gpu_engine: str, offset: int) -> None:
+    """No row's positive, taken for its own, makes up for the lost negatives."""
     state = check(gpu_engine, column_below(offset, along=-1.0, across=0.0))
+    assert not has_one_reference(state)
+
+
+def test_a_row_is_judged_without_its_positive(gpu_engine: str) -> None:
+    """Its negatives are lost in the one reference, and its positive, far above, must not make up
+    for them: losses may be of the negatives alone."""
+    block = random(100.0)
+    x = torch.cat((torch.ones(1), torch.zeros(23)))
+    block.y[:] = -x + 0.1 * block.y
+    block.y[0] = block.x[0] = x
+    block.x[1:] = -block.x[1:].abs() * 0.1 - x
+    state = check(gpu_engine, block._replace(x=torch.nn.functional.normalize(block.x)))
     assert not has_one_reference(state)
 
 

@@ -11,6 +11,7 @@ from judge import PRECISIONS, allowance, error, truth
 from torch import Tensor
 
 from fastclip import clip_loss, functional, ops, siglip_loss
+from fastclip.block import Block
 from fastclip.loss import ClipLoss, SigLipLoss
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"clip": clip_loss, "siglip": siglip_loss}
@@ -89,18 +90,16 @@ def test_only_live_rows_are_worked_on(loss: str, monkeypatch: pytest.MonkeyPatch
     live rows and twice the live columns."""
     pairs = []
 
-    def counting(name: str, weight: int) -> Callable[..., Any]:
-        run = getattr(ops, name)
-
-        def counted(engine: str, block: Any, *rest: Any) -> Any:
+    def counted(run: Callable[..., Any], products: int) -> Callable[..., Any]:
+        def call(engine: str, block: Block, *rest: Any, **options: Any) -> Any:
             m, n = block.shape
-            pairs.append(weight * m * n)
-            return run(engine, block, *rest)
+            pairs.append(products * m * n)
+            return run(engine, block, *rest, **options)
 
-        return counted
+        return call
 
-    for name, weight in (("sweep", 1), ("weigh", 2)):
-        monkeypatch.setattr(ops, name, counting(name, weight))
+    monkeypatch.setattr(ops, "sweep", counted(ops.sweep, 1))
+    monkeypatch.setattr(ops, "weigh", counted(ops.weigh, 2))
     x, y, *scalars = leaves()
     LOSSES[loss](x, y, *scalars, live=(3, 7)).backward()
     assert sum(pairs) == N * (N if loss == "clip" else 4) + 2 * 2 * 4 * N

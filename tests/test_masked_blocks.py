@@ -102,7 +102,7 @@ def test_a_common_bias_moves_the_statistic_by_as_much(engine: str) -> None:
         reference, sums = sweep(engine, moved)[0]
         return torch.log2(sums) + reference
 
-    atol = 5e-7 if engine != "torch" else 2e-5
+    atol = 5e-7 if engine == "cpu" else 2e-5  # others round the distance from the shift
     for bias in (0.3, -11.7, 40.1):
         difference = statistic(bias) - statistic(0.0)
         torch.testing.assert_close(

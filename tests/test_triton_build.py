@@ -24,7 +24,7 @@ TILES = {
 }  # fmt: skip
 OTHERS = {
     "longest_kernel", "reference_kernel", "sums_kernel", "moments_kernel", "maxima_sums_kernel",
-    "finish_kernel", "lines_kernel", "weigh_kept_kernel", "complete_kernel",
+    "finish_kernel", "lines_kernel", "columns_kernel", "weigh_kept_kernel", "complete_kernel",
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastclip import preference
+from fastclip.block import Block, Side, Statistics, Upstream, Wanted
 from fastclip.triton_kernels import card, configurations, engine, plan
 
 # What a compiler is told, and the table and the limit that a card of that kind has.
@@ -76,10 +77,11 @@ class Case(NamedTuple):
     one_go: bool = False
     small: bool = False
     kept: bool = False
+    masked: bool = False  # every option of a block
 
     def __str__(self) -> str:
         words = [self.loss, self.arithmetic, f"D={self.d}"]
-        flags = ("one_go", "small", "kept")
+        flags = ("one_go", "small", "kept", "masked")
         words += ["factors" if self.normalize else "unit", *(f for f in flags if getattr(self, f))]
         return " ".join(words)
 
@@ -91,6 +93,7 @@ def cases() -> Iterator[Case]:
         yield Case(loss, "bf16", 768)
         yield Case(loss, "bf16", 768, True, kept=True)
         yield Case(loss, "bf16", 768, True, one_go=loss == "sigmoid", small=True)
+        yield Case(loss, "bf16", 768, True, masked=True)
     yield Case("softmax", "fp16", 768, True, kept=True)
     yield Case("sigmoid", "bf16", 768, one_go=True)
     yield Case("softmax", "bf16", 24)
@@ -106,24 +109,28 @@ FEW = (Case("softmax", "bf16", 768, True), Case("sigmoid", "bf16", 768, True, on
 
 def run(case: Case) -> None:
     """One step of the engine; what it computes is garbage."""
-    loss, arithmetic, d, normalize, one_go, small, kept = case
+    loss, arithmetic, d, normalize, one_go, small, kept, masked = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
     preference.fp32 = lambda: "split" if arithmetic == "split" else "ieee"
     plan.SMALL_PAIRS = 1 << 23 if small else 0
     n = 1024  # several tiles of any size, and so plain ones
     x, y = torch.zeros(2, n, d, dtype=DTYPES[arithmetic]).unbind()
-    factors = (torch.ones(n), torch.ones(n)) if normalize else (None, None)
-    scale, bias = torch.ones(()), torch.zeros(())
-    block, gain = (x, y, *factors, scale, bias), torch.ones((), dtype=torch.float64)
-    if one_go:
-        engine.sweep_and_weigh(*block, gain, 0, loss, True, True, normalize)
-        return
-    state, positive, keeping = engine.sweep(*block, None, 0, loss, 512 if kept else 0)
-    engine.finish(state, positive, scale, bias, loss)
-    engine.weigh(
-        *block, state, positive, state[1], positive, gain, keeping, 0, loss, True, True, normalize,
-        x.dtype, x.dtype,
+    factor, ids = torch.ones(n) if normalize else None, torch.zeros(n, dtype=torch.int32)
+    options = (ids, torch.ones(n)) if masked else (None, None)
+    scale, bias, gain = torch.ones(()), torch.zeros(()), torch.ones((), dtype=torch.float64)
+    block = Block(
+        Side(x, factor, *options), Side(y, factor, *options), scale, bias,
+        torch.zeros(n) if masked else None, kind=loss, same_id_positive=masked,
     )  # fmt: skip
+    if one_go:
+        engine.sweep_and_weigh(block, gain, True, True, normalize)
+        return
+    statistics = Statistics(*engine.sweep(block, None, None, 512 if kept else 0))
+    state, positive, _ = statistics
+    engine.finish(state[:2], positive, scale, bias, loss)
+    coefficients = state[1::2] if masked else state[1]
+    wanted = Wanted(True, True, masked, normalize, x.dtype, x.dtype)
+    engine.weigh(block, statistics, Upstream(coefficients, positive, gain), wanted)
 
 
 def stores(sass: str) -> str:

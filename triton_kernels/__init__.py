@@ -3,7 +3,8 @@
 Importing this package imports no Triton and touches no device: each operator imports the engine
 when it is first called.
 
-    epilogues.py       every loss once, as functions of a tile
+    epilogues.py       every kind once, as functions of a tile of logits
+    logits.py          from products to logits; which pairs count
     tile.py            a tile of <x_i, y_j>: its place, product, slices, stores
     flags.py           which of several launches is to work: the device decides
     bound.py           the one reference of a softmax sweep, made on the device
@@ -40,22 +41,23 @@ from typing import Any
 import torch
 
 from fastclip import chunked
+from fastclip.block import Block
 
 # The one that torch 2.10, the oldest supported, was built with.
 OLDEST_TRITON = (3, 6)
 
 
-def _operator(name: str, x: Any) -> Any:
+def _operator(name: str, block: Block) -> Any:
     """float64 features are the plain engine's."""
-    if x.dtype == torch.float64:
+    if block.x.features.dtype == torch.float64:
         return getattr(chunked, name)
     from . import engine
 
     return getattr(engine, name)
 
 
-def sweep(*arguments: Any) -> Any:
-    return _operator("sweep", arguments[0])(*arguments)
+def sweep(block: Block, *arguments: Any) -> Any:
+    return _operator("sweep", block)(block, *arguments)
 
 
 def finish(*arguments: Any) -> Any:
@@ -64,9 +66,9 @@ def finish(*arguments: Any) -> Any:
     return engine.finish(*arguments)
 
 
-def weigh(*arguments: Any) -> Any:
-    return _operator("weigh", arguments[0])(*arguments)
+def weigh(block: Block, *arguments: Any) -> Any:
+    return _operator("weigh", block)(block, *arguments)
 
 
-def sweep_and_weigh(*arguments: Any) -> Any:
-    return _operator("sweep_and_weigh", arguments[0])(*arguments)
+def sweep_and_weigh(block: Block, *arguments: Any) -> Any:
+    return _operator("sweep_and_weigh", block)(block, *arguments)

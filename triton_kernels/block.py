@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastclip.block import Block
+from fastclip.kinds import kind_of
+
 from . import card, configurations, parts, plan, split, weights
 from .card import COLUMNS, ROWS, takes_split, takes_tf32
 from .configurations import Config
-from .epilogues import EPILOGUES
+from .epilogues import LOG2E, epilogue_of
 from .kept import Kept
 from .plan import Chunk, cdiv
 
 
-class Block:
+class LogitBlock:
     """A rectangular block of logits as the kernels take it."""
 
-    def __init__(
-        self, x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None,
-        scale: Tensor, bias: Tensor | None, offset: int, loss: str,
-    ) -> None:  # fmt: skip
-        self.m, self.n, self.d = x.shape[0], y.shape[0], x.shape[1]
-        self.loss, self.epilogue = loss, EPILOGUES[loss]
+    def __init__(self, block: Block) -> None:
+        x, y = block.x.features, block.y.features
+        self.m, self.n, self.d = *block.shape, x.shape[1]
+        self.kind, self.epilogue = kind_of(block.kind), epilogue_of(block.kind)
+        self.is_plain, self.same_id_positive = block.is_plain, block.same_id_positive
         self.tf32, self.split = takes_tf32(x), takes_split(x)
         self.x, self.y = (self._rows(t) for t in (x, y))
         # As products take them, `depth` features long.
@@ -33,13 +35,34 @@ class Block:
         if self.split:
             self.operands = (self._parts(self.x), self._parts(self.y))
         self.factor_x, self.factor_y = (
-            None if f is None else f.to(torch.float32).contiguous() for f in (factor_x, factor_y)
+            None if side.factor is None else side.factor.to(torch.float32).contiguous()
+            for side in (block.x, block.y)
         )
-        self.scale, self.bias = scale, bias if self.epilogue.uses_bias else None
+        self.scale, self.bias = block.scale, None if self.kind.has_shift else block.bias
+        self.key_bias, self.largest_bias = (None, None), None
+        if block.key_bias is not None:
+            self.key_bias, self.largest_bias = self._biases(block.key_bias)
+            self.bias = None
+        self.sides = tuple(
+            None if t is None else t.contiguous()
+            for t in (block.x.ids, block.y.ids, block.x.threshold, block.y.threshold)
+        )
         self.unit = self._unit()
         # Beyond the block every offset is alike; within 32 bits there is one kernel for all.
-        self.offset = max(-self.m, min(offset, self.n))
+        self.offset = max(-self.m, min(block.offset, self.n))
         self.is_small = plan.is_small(self.m, self.n)
+
+    def _biases(self, bias: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Biases of the logits of each column, in log2 units: an integral part and the rest;
+        and the largest of them."""
+        bias = bias.to(torch.float64)
+        if self.bias is not None:
+            bias = bias + self.bias.reshape(()).to(torch.float64)
+        bias = bias * LOG2E.value
+        high = bias.round().to(torch.float32)
+        low = torch.where(high.isinf(), 0.0, bias - high).to(torch.float32)
+        # Any finite number will do if all are -inf.
+        return (high, low), bias.amax().clamp_min(-1e30)
 
     def _rows(self, x: Tensor) -> Tensor:
         side_by_side = x.stride(1) == 1 or x.shape[1] == 1
@@ -80,13 +103,36 @@ class Block:
             return x, y
         return card.described(x, config.bm, config.bk), card.described(y, config.bn, config.bk)
 
-    def affine(self, chunk: Chunk) -> tuple[Any, ...]:
-        """What makes logits of the products of a chunk's features."""
-        fx, fy = self.factor_x, self.factor_y
+    def logits(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        """LOGITS of `logits.py` for a chunk: all that makes logits of its products."""
+
+        def part(t: Tensor | None, lines: slice) -> Tensor | None:
+            return None if t is None else t[lines]
+
+        rows, columns = chunk.row_slice, chunk.column_slice
         return (
-            None if fx is None else fx[chunk.row_slice],
-            None if fy is None else fy[chunk.column_slice], self.scale, self.bias,
+            part(self.factor_x, rows), part(self.factor_y, columns), self.scale, self.bias,
+            *(part(t, columns) for t in self.key_bias),
+            *map(part, self.sides, (rows, columns, rows, columns)),
         )  # fmt: skip
+
+    @property
+    def same_id(self) -> int:
+        """SAME_ID of the kernels: 0, or the sign that logits of positives by id are folded with."""
+        return (-1 if self.kind.negates_positives else 1) if self.same_id_positive else 0
+
+    @property
+    def folds(self) -> int:
+        """Sets of pairs that lines remember: negatives, and positives by id."""
+        return 2 if self.same_id_positive else 1
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernels that fold and make weights."""
+        epilogue = self.epilogue
+        return {
+            "FOLD": epilogue.fold, "ACTIVATION": epilogue.activation, "SAME_ID": self.same_id
+        }  # fmt: skip
 
     def offset_of(self, chunk: Chunk) -> int:
         """A chunk's offset, again within 32 bits."""
@@ -137,28 +183,46 @@ class Block:
             return tiles
         return min(tiles, card.room(self.x.device, config, self.operands[0].element_size()))
 
+    # Masks take registers that the widest tiles do not have.
+
     @property
-    def kind_of_weights(self) -> str:
-        """Configurations that the kernels have which make weights."""
+    def kernel_of_lines(self) -> str:
+        """Configurations of the kernels that give each line a reference of its own."""
+        return "tile" if self.is_plain and not self.is_small else "small"
+
+    @property
+    def kernel_of_sums(self) -> str:
+        """The kernel that folds."""
+        return "small" if self.is_small else "sweep" if self.is_plain else "both"
+
+    @property
+    def kernel_of_weights(self) -> str:
+        """The kernel that makes weights."""
         if self.is_small:
             return "small"
-        return "weigh" if self.epilogue.is_light else "both"
+        return "weigh" if self.epilogue.is_light and self.is_plain else "both"
 
-    def config(self, kind: str, run: Callable[[Config], object] | None = None) -> Config:
-        x = self.x
+    def config(
+        self, kernel: str, run: Callable[[Config], object] | None = None, how: str = ""
+    ) -> Config:
+        """how: which of these kernels `run` launches."""
+        x, words = self.x, [kernel, self.kind.name, how, "" if self.is_plain else "masked"]
         return configurations.choose(
-            x.device, x.dtype, self.tf32, self.d, self.unit, kind, run, self.split
-        )
+            x.device, x.dtype, self.tf32, self.d, self.unit, ", ".join(filter(None, words)), run,
+            self.split,
+        )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
     def kept(self, kept: Tensor) -> Kept:
-        """The parts of what a first sweep has kept; a small one keeps nothing."""
-        return Kept() if self.is_small else Kept.of(kept, self.m, self.n, self.x)
+        """The parts of what a first sweep has kept. A small one keeps nothing, and nothing is kept
+        where a pair's weight is not one number times the sum of two coefficients."""
+        keeps = self.sides[2] is None and self.largest_bias is None and not self.same_id_positive
+        return Kept.of(kept, self.m, self.n, self.x) if keeps and not self.is_small else Kept()
 
     def new_states(self) -> tuple[Tensor, Tensor]:
         positive = self.empty(self.m, dtype=torch.float64)
         if self.offset < 0 or self.m + self.offset > self.n:  # rows without a positive
             positive.fill_(torch.nan)
-        return self.empty(2, self.m + self.n, dtype=torch.float64), positive
+        return self.empty(2 * self.folds, self.m + self.n, dtype=torch.float64), positive

@@ -45,8 +45,9 @@ def _largest(SQUARES, count, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count_x", "count_y"])
 def reference_kernel(
-    BOUND, SQUARES, SCALE, REFERENCE, KEPT_REFERENCE, FLAG, count_x, count_y, LANES: tl.constexpr
-):
+    BOUND, SQUARES, SCALE, LARGEST_BIAS, REFERENCE, KEPT_REFERENCE, FLAG, count_x, count_y,
+    LANES: tl.constexpr,
+):  # fmt: skip
     """m from |t| <= BOUND where one is given, else from norms: those of normalised features are 1,
     and there are none of them in SQUARES. Clears the flag that asks for the sweep with running
     maxima."""
@@ -61,6 +62,8 @@ def reference_kernel(
     # The margin covers the rounding of norms and products.
     top = tl.abs(tl.load(SCALE).to(tl.float64)) * largest * (LOG2E * (1 + 1e-5))
     above = tl.minimum(tl.maximum(2 * top - 120, 0.0), 100.0)
+    if LARGEST_BIAS is not None:  # of columns, in log2 units
+        top += tl.load(LARGEST_BIAS)
     # Integral, so that powers of two relate it to any other reference. Beyond 2^24 it rounds: there
     # no one reference is enough.
     reference = tl.ceil(top - above).to(tl.float32)

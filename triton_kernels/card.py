@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastclip import preference
+from fastclip.block import Block
 
 from .configurations import SHARED_MEMORY, Config
 from .epilogues import INTERPRETED
@@ -60,9 +61,10 @@ def room(device: torch.device, config: Config, itemsize: int) -> int:
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(operator)
-    def run(x: Tensor, *arguments: Any) -> Any:
+    def run(first: Block | Tensor, *arguments: Any) -> Any:
+        x = first.x.features if isinstance(first, Block) else first
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            return operator(x, *arguments)
+            return operator(first, *arguments)
 
     return run
 

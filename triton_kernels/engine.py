@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastclip.block import Block, Statistics, Upstream, Wanted
 from fastclip.kept import Weights
+from fastclip.kinds import kind_of
 
 from . import card, plan
-from .block import Block
+from .block import LogitBlock
 from .card import LANES, on_its_device
 from .configurations import Config
-from .epilogues import EPILOGUES
+from .epilogues import epilogue_of
 from .finalise import finish_kernel
 from .gradients import Tail, Weighing
 from .kept import Kept
@@ -25,38 +27,43 @@ from .states import add_moments, add_sums, reference_of, run_sweep, sweep_maxima
 
 @on_its_device
 def sweep(
-    x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None, scale: Tensor,
-    bias: Tensor | None, bound: Tensor | None, offset: int, loss: str, keep: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.py`'s sweep. What it keeps is described in `kept.py`; a small block fills in nothing."""
-    block = Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
+    keeping = Weights.empty(block.x.features, block.y.features, keep)
+    block = LogitBlock(block)
     state, positive = block.new_states()
-    keeping = Weights.empty(x, y, keep)
     kept = block.kept(keeping)
-    if block.is_small and block.epilogue.needs_state:
-        config = block.config("small")
-        chunks = plan.sweep(block.n, config, plan.MAXIMA_LAYERS, 0, block.m)
-        partial = block.empty(plan.MAXIMA_LAYERS * max(chunk.partials for chunk in chunks))
+    if block.is_small and block.kind.has_shift:
+        config = block.config(block.kernel_of_lines)
+        layers = plan.MAXIMA_LAYERS * block.folds
+        chunks = plan.sweep(block.n, config, layers, 0, block.m)
+        partial = block.empty(layers * max(chunk.partials for chunk in chunks))
         sweep_maxima(block, config, chunks, partial, state, positive, kept, None)
     else:
-        _sweep(block, bound, state, positive, kept)
+        occupied = None if occupied is None else occupied.contiguous().view(torch.uint8)
+        _sweep(block, bound, occupied, state, positive, kept)
     return state, positive, keeping
 
 
-def _sweep(block: Block, bound: Tensor | None, state: Tensor, positive: Tensor, kept: Kept) -> None:
+def _sweep(
+    block: LogitBlock, bound: Tensor | None, occupied: Tensor | None, state: Tensor,
+    positive: Tensor, kept: Kept,
+) -> None:  # fmt: skip
     """With one reference for all lines, if they have any, and a way out if that is not enough."""
     reference = flag = None
-    if block.epilogue.needs_state:
+    if block.kind.has_shift:
         reference, flag = reference_of(block, bound, kept)
-    by_maxima = block.config("tile")
+    by_maxima = block.config(block.kernel_of_lines)
+    layers, maxima_layers = plan.LAYERS * block.folds, plan.MAXIMA_LAYERS * block.folds
 
     def prepare(config: Config, keeping: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:
         m, n = block.m, block.n
         chunks = plan.sweep(n, keeping, plan.KEPT_LAYERS, 0, kept.rows, kept=True)
-        chunks += plan.sweep(n, config, plan.LAYERS, kept.rows, m)
-        again = [] if flag is None else plan.sweep(n, by_maxima, plan.MAXIMA_LAYERS, 0, m)
-        sizes = [(plan.KEPT_LAYERS if c.kept else plan.LAYERS) * c.partials for c in chunks]
-        sizes += [plan.MAXIMA_LAYERS * chunk.partials for chunk in again]
+        chunks += plan.sweep(n, config, layers, kept.rows, m)
+        again = [] if flag is None else plan.sweep(n, by_maxima, maxima_layers, 0, m)
+        sizes = [(plan.KEPT_LAYERS if c.kept else layers) * c.partials for c in chunks]
+        sizes += [maxima_layers * chunk.partials for chunk in again]
         return chunks, again, block.empty(max(sizes))
 
     def first(config: Config) -> None:
@@ -68,16 +75,15 @@ def _sweep(block: Block, bound: Tensor | None, state: Tensor, positive: Tensor, 
         chunks, _, partial = prepare(config, config)
         run_sweep(block, config, chunks[0], reference, positive, kept, partial)
 
-    kind = "small" if block.is_small else "sweep"
-    keeping = block.config(f"kept, {block.loss}", first_kept) if kept.rows else by_maxima
+    keeping = block.config("kept", first_kept, "keeping") if kept.rows else by_maxima
     config = keeping
     if kept.rows < block.m:
-        config = block.config(f"{kind}, {block.loss}", first)
+        config = block.config(block.kernel_of_sums, first)
     chunks, again, partial = prepare(config, keeping)
     for chunk in chunks:
         chosen = keeping if chunk.kept else config
         run_sweep(block, chosen, chunk, reference, positive, kept, partial)
-        add_sums(block, chunk, partial, state, positive, reference, flag)
+        add_sums(block, chunk, partial, state, occupied, reference, flag)
         if chunk.kept:
             add_moments(block, chunk, partial, kept)
     if flag is not None:
@@ -86,54 +92,53 @@ def _sweep(block: Block, bound: Tensor | None, state: Tensor, positive: Tensor, 
 
 @on_its_device
 def finish(
-    state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, loss: str
+    state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.py`'s finish, in one launch: a small batch waits for launches, not for arithmetic."""
-    epilogue, lines = EPILOGUES[loss], state.shape[1]
+    lines = state.shape[1]
     state = state if state.stride(1) == 1 else state.contiguous()
     results = tuple(torch.empty_like(state[0]) for _ in range(3))
     card.launch(
         finish_kernel, cdiv(lines, LANES), state, positive.contiguous(), scale,
-        bias if epilogue.uses_bias else None, *results, lines, positive.numel(), state.stride(0),
-        FINISH=epilogue.finish, LANES=LANES,
+        None if kind_of(kind).has_shift else bias, *results, lines, positive.numel(),
+        state.stride(0), FINISH=epilogue_of(kind).finish, LANES=LANES,
     )  # fmt: skip
     return results
 
 
 @on_its_device
 def weigh(
-    x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None, scale: Tensor,
-    bias: Tensor | None, state: Tensor, positive: Tensor, coefficients: Tensor,
-    positive_weight: Tensor, gain: Tensor, kept: Tensor, offset: int, loss: str, needs_x: bool,
-    needs_y: bool, project: bool, dtype_x: torch.dtype, dtype_y: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.py`'s weigh: a chunk of weights, two products with the features, the next chunk."""
-    block = Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
-    work = Weighing(
-        block, state, positive.contiguous(), coefficients, (needs_x, needs_y), block.kept(kept)
-    )  # fmt: skip
-    dx = block.empty(block.m if needs_x else 0, block.d, dtype=dtype_x)
-    dy = block.empty(block.n if needs_y else 0, block.d, dtype=dtype_y)
-    product = dy if dtype_y == torch.float32 else block.empty(*dy.shape)
-    tail = Tail(work, positive_weight, gain, project, dx, dy)
-    last = work.run(block.kind_of_weights, dx, product, tail.finish_rows)
-    return dx, dy, tail.finish(last, product)
+    state, positive, kept = statistics
+    block = LogitBlock(block)
+    # Sums of columns were not kept.
+    kept = Kept() if wanted.key_bias else block.kept(kept)
+    needs = (wanted.x, wanted.y, wanted.key_bias)
+    work = Weighing(block, state, positive.contiguous(), upstream.coefficients, needs, kept)
+    dx = block.empty(block.m if wanted.x else 0, block.d, dtype=wanted.dtype_x)
+    dy = block.empty(block.n if wanted.y else 0, block.d, dtype=wanted.dtype_y)
+    product = dy if dy.dtype == torch.float32 else block.empty(*dy.shape)
+    tail = Tail(work, upstream.positive_weight, upstream.gain, wanted.project, dx, dy)
+    last = work.run(block.kernel_of_weights, dx, product, tail.finish_rows)
+    return dx, dy, tail.finish(last, product), tail.finish_columns()
 
 
 @on_its_device
 def sweep_and_weigh(
-    x: Tensor, y: Tensor, factor_x: Tensor | None, factor_y: Tensor | None, scale: Tensor,
-    bias: Tensor | None, gain: Tensor, offset: int, loss: str, needs_x: bool, needs_y: bool,
-    project: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.py`'s sweep_and_weigh: every tile is made once, folded and weighed."""
-    block = Block(x, y, factor_x, factor_y, scale, bias, offset, loss)
+    block = LogitBlock(block)
     state, positive = block.new_states()
-    work = Weighing(block, state, positive, None, (needs_x, needs_y), Kept(), also_fold=True)
+    needs = (needs_x, needs_y, False)
+    work = Weighing(block, state, positive, None, needs, Kept(), also_fold=True)
     dx = block.empty(block.m if needs_x else 0, block.d)
     dy = block.empty(block.n if needs_y else 0, block.d)
-    last = work.run(block.kind_of_weights, dx, dy)
+    last = work.run(block.kernel_of_weights, dx, dy)
     # Only now the positives, whose weights the gradients wait for, are known.
-    _, _, weights = finish(state[:, : block.m], positive, scale, block.bias, loss)
+    rows = state[:, : block.m]
+    _, _, weights = finish(rows, positive, block.scale, block.bias, block.kind.name)
     totals = Tail(work, weights, gain, project, dx, dy).finish(last, dy, every_row=True)
     return state, positive, dx, dy, totals

@@ -1,13 +1,13 @@
-"""Every loss once, as three functions that the kernels take as compile-time arguments.
+"""Every kind once, as three functions that the kernels take as compile-time arguments.
 
-    fold(t, k, m)        what a negative adds to the sum that its row and its column remember
-    activation(t, k, m)  its weight dL/ds up to the factor (a_i + b_j) of its row and column
+    fold(x)              what a pair adds to the sum that its row and its column remember
+    activation(x)        its weight dL/ds up to the factor (a_i + b_j) of its row and column
     finish(reference, sum, s)   loss, coefficient and positive's weight of a line, in float64
 
-t is `<x_i, y_j>` with the factors of both towers, k the logit in log2 units as a map of t (see
-`affine`), m the reference of all lines or of each. Masking, positives and sums are the kernels'.
-A new loss is three such functions and an `Epilogue`; no kernel changes. The same functions in C++:
-`csrc/epilogues.h`.
+x is the logit in log2 units, less the reference of all lines or of each (`logits.py`); a kind
+without a shift has the reference 0. Masking, positives and sums are the kernels'. A new kind is
+three such functions and an `Epilogue`, besides what `fastclip.kinds` asks of it; no kernel changes.
+The same functions in C++: `csrc/epilogues.h`.
 """
 
 import os
@@ -25,15 +25,6 @@ TINY = tl.constexpr(2.0**-1022)  # float64's least normal number
 
 
 @triton.jit
-def fma(a, b, c):
-    # The interpreter's tl.fma rounds twice. A product of two floats is exact in float64.
-    if INTERPRETED:
-        return (a.to(tl.float64) * b + c).to(tl.float32)
-    else:
-        return tl.fma(a, b, c)
-
-
-@triton.jit
 def quotient(a, b):
     """a / b for b between 1 and 2: there the card's reciprocal, an instruction, is off by two units
     in the last place at most. A division of any two floats takes a dozen."""
@@ -44,35 +35,8 @@ def quotient(a, b):
 
 
 @triton.jit
-def affine(SCALE, BIAS):
-    """scale and bias in log2 units, each as a float and what the float leaves of it.
-
-    Rounding the scale alone would cost 2^-24 relative: at a logit of 144 (scale 100) an error of
-    6e-6 in the exponential.
-    """
-    scale = tl.load(SCALE).to(tl.float64) * LOG2E
-    bias = tl.zeros((), tl.float64)
-    if BIAS is not None:
-        bias = tl.load(BIAS).to(tl.float64) * LOG2E
-    high = scale.to(tl.float32)
-    bias_high = bias.to(tl.float32)
-    low = (scale - high.to(tl.float64)).to(tl.float32)
-    bias_low = (bias - bias_high.to(tl.float64)).to(tl.float32)
-    return high, low, bias_high, bias_low
-
-
-@triton.jit
-def logit(t, k):
-    high, low, bias, bias_low = k
-    return fma(t, high, bias) + fma(t, low, bias_low)
-
-
-@triton.jit
-def softmax_fold(t, k, m):
-    # m is integral and subtracted within the first rounding: the error is 2^-24 of the distance
-    # from the reference, not of the logit.
-    high, low, _, _ = k
-    return tl.exp2(fma(t, low, fma(t, high, -m)))
+def softmax_fold(x):
+    return tl.exp2(x)
 
 
 @triton.jit
@@ -111,15 +75,13 @@ def log1p_unit(u):
 
 
 @triton.jit
-def sigmoid_fold(t, k, m):
-    x = logit(t, k)
+def sigmoid_fold(x):
     # The maximum loses a NaN, the other term keeps it.
     return tl.maximum(x, 0.0) * LN2 + log1p_unit(tl.exp2(-tl.abs(x)))
 
 
 @triton.jit
-def sigmoid_activation(t, k, m):
-    x = logit(t, k)
+def sigmoid_activation(x):
     u = tl.exp2(-tl.abs(x))
     return quotient(tl.where(x > 0, 1.0, u), u + 1.0)
 
@@ -133,24 +95,18 @@ class Epilogue(NamedTuple):
     fold: Any
     activation: Any
     finish: Any
-    # Weights depend on the finished state, and lines have references; else neither.
-    needs_state: bool
-    uses_bias: bool
     # Little enough for weights of the widest tile without spilling.
-    is_light: bool
+    is_light: bool = False
 
 
 EPILOGUES = {
-    # A bias shifts all logits of a line alike and cancels.
-    "softmax": Epilogue(
-        softmax_fold, softmax_fold, softmax_finish, needs_state=True, uses_bias=False, is_light=True
-    ),
-    "sigmoid": Epilogue(
-        sigmoid_fold,
-        sigmoid_activation,
-        sigmoid_finish,
-        needs_state=False,
-        uses_bias=True,
-        is_light=False,
-    ),
+    "softmax": Epilogue(softmax_fold, softmax_fold, softmax_finish, is_light=True),
+    "sigmoid": Epilogue(sigmoid_fold, sigmoid_activation, sigmoid_finish),
 }
+
+
+def epilogue_of(name: str) -> Epilogue:
+    """Raises ValueError for one that this engine does not have."""
+    if name not in EPILOGUES:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, EPILOGUES))}, got {name!r}")
+    return EPILOGUES[name]

@@ -7,10 +7,9 @@ chunks adds up in its state: the stream runs one chunk after another.
 import triton
 import triton.language as tl
 
-from .epilogues import LOG2E
 from .flags import is_set
 
-# The least R + P of a line that one reference can serve: what such a line lost lies below fp32's
+# The least sum of a line that one reference can serve: what such a line lost lies below fp32's
 # resolution of it.
 LEAST = tl.constexpr(2.0**-78)
 LARGEST = tl.constexpr(2.0**127)
@@ -40,11 +39,12 @@ def owned(M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl
 
 
 @triton.jit
-def positive_of(POSITIVE, is_row, out, rows_total, columns_total, offset):
-    """t of the positive of each line, and whether it lies in the block."""
+def _has_others(is_row, out, rows_total, columns_total, offset):
+    """True for a line that its block leaves a negative: the other side has more lines than its own
+    positive."""
     i = tl.where(is_row, out, out - rows_total - offset)
-    here = (i >= 0) & (i < rows_total) & (i + offset >= 0) & (i + offset < columns_total)
-    return tl.load(POSITIVE + i, mask=here, other=0.0), here
+    own = (i >= 0) & (i < rows_total) & (i + offset >= 0) & (i + offset < columns_total)
+    return tl.where(is_row, columns_total, rows_total) > own.to(tl.int32)
 
 
 @triton.jit
@@ -65,13 +65,13 @@ SIZES += ["columns_total", "offset", "fresh_rows", "fresh_columns", "is_last"]
 
 @triton.jit(do_not_specialize=SIZES)
 def sums_kernel(
-    PARTIAL, STATE, POSITIVE, SCALE, REFERENCE, FLAG, M, N, tiles_m, tiles_n, row_start,
-    column_start, rows_total, columns_total, offset, fresh_rows, fresh_columns, is_last,
-    LINES: tl.constexpr, PARTS: tl.constexpr,
+    PARTIAL, STATE, OCCUPIED, REFERENCE, FLAG, M, N, tiles_m, tiles_n, row_start, column_start,
+    rows_total, columns_total, offset, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Partials that share a reference. Where there is one, chunks are whole rows, and the flag is
-    raised if it was too coarse for a line: one whose R + P is so small may have lost terms that
-    count."""
+    raised if it was too coarse for a line that has pairs: a sum so small may have lost terms that
+    count. OCCUPIED says which have; without it those whose block leaves them a negative."""
     is_row, line, base, out, length, parts = owned(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
@@ -85,13 +85,10 @@ def sums_kernel(
     if REFERENCE is not None:
         reference = tl.load(REFERENCE)
         if is_row | (is_last != 0):
-            t, here = positive_of(POSITIVE, is_row, out, rows_total, columns_total, offset)
-            exponent = tl.load(SCALE).to(tl.float64) * LOG2E * t - reference
-            # An estimate is enough, and beyond these limits none is needed.
-            exponent = tl.minimum(tl.maximum(exponent, -200.0), 120.0).to(tl.float32)
-            positive = tl.where(here, tl.exp2(exponent), 0.0)
-            positive = tl.where(t == t, positive, t.to(tl.float32))
-            holds = (total + positive >= LEAST) & (total <= LARGEST)
+            occupied = _has_others(is_row, out, rows_total, columns_total, offset)
+            if OCCUPIED is not None:
+                occupied = tl.load(OCCUPIED + out, mask=mask, other=0) != 0
+            holds = (occupied == 0) | ((total >= LEAST) & (total <= LARGEST))
             if tl.max((mask & (holds == 0)).to(tl.int32), 0) > 0:
                 tl.store(FLAG, 1)
     tl.store(STATE + out, tl.zeros((LINES,), tl.float64) + reference, mask=mask)
@@ -195,11 +192,24 @@ def totals_kernel(PARTIAL, TOTALS, FLAG, tiles, tiles_otherwise, is_first, LANES
     tl.store(TOTALS + tl.program_id(0), sum)
 
 
+@triton.jit(do_not_specialize=["N", "tiles", "tiles_otherwise", "is_first"])
+def columns_kernel(
+    PARTIAL, OUT, FLAG, N, tiles, tiles_otherwise, is_first, LINES: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Adds the sums of w of each column, (tiles, N), to those of earlier chunks."""
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    mask = line < N
+    total = _added(PARTIAL, line, N, tiles_made(FLAG, tiles, tiles_otherwise), LINES, PARTS)
+    total += tl.load(OUT + line, mask=mask & (is_first == 0), other=0.0)
+    tl.store(OUT + line, total, mask=mask)
+
+
 @triton.jit(do_not_specialize=["lines"])
 def lines_kernel(REFERENCES, COEFFICIENTS, KEPT_REFERENCE, FLAGS, OUT, lines, LANES: tl.constexpr):
     """Lines as the second sweep takes them: coefficients in fp32; and one program's answer to
-    whether one exponential serves (all references are equal), and whether kept weights do (that is
-    the one they are relative to)."""
+    whether one exponential serves (all references are equal, those of positives by id among
+    them), and whether kept weights do (that is the one they are relative to)."""
     programs = tl.cdiv(lines, LANES)
     lane = tl.arange(0, LANES)
     if tl.program_id(0) < programs:

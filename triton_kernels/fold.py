@@ -8,7 +8,9 @@ the flag says that one reference was too coarse, and the host never learns which
 work. A small block, which waits for launches, takes the second alone.
 
 Both write partials, a number for each (line, tile) pair: rows first, (tiles_n, M), then columns,
-(tiles_m, N). `finalise.py` adds them up in a fixed order.
+(tiles_m, N). `finalise.py` adds them up in a fixed order. Positives by id have layers of partials
+of their own, made like those of the negatives. SAME_ID says whether they have: 0, or the sign that
+their logits are folded with.
 
 More run-time parameters than fifteen: they are a block of logits, and every launch takes one.
 """
@@ -16,14 +18,22 @@ More run-time parameters than fifteen: they are a block of logits, and every lau
 import triton
 import triton.language as tl
 
-from .epilogues import affine, logit
 from .flags import is_set
+from .logits import (
+    IDS_X,
+    THRESHOLD_X,
+    affine,
+    negatives,
+    normalised,
+    of_columns,
+    of_rows,
+    positives,
+    relative,
+)
 from .tile import (
     described_product,
     edge_position,
     in_slices,
-    negatives,
-    normalised,
     plain_position,
     position,
     product,
@@ -63,32 +73,42 @@ def partials(M, N, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _sweep_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
-    """Stores what columns remember, and the weights that are kept; returns what rows remember, and
-    sums of rows of the kept w and of w * t."""
+    """Stores what columns remember, and the weights that are kept; returns what rows remember of
+    negatives; of positives by id, or a sum of rows of the kept w; and one of w * t."""
     # By number: unpacking would make tensors of the constants.
-    row, M, N, offset, layer, FX, FY, POSITIVE = (
+    row, M, N, offset, layer, LOGITS, POSITIVE = (
         arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5],
-        arguments[6], arguments[7],
+        arguments[6],
     )  # fmt: skip
-    COLUMNS = arguments[8] + arguments[9]
-    KEPT, stride_kept, k, m = arguments[10], arguments[11], arguments[12], arguments[13]
-    PLAIN: tl.constexpr = arguments[14]
-    DESCRIBED: tl.constexpr = arguments[15]
-    FOLD: tl.constexpr = arguments[16]
-    ACTIVATION: tl.constexpr = arguments[17]
+    COLUMNS = arguments[7] + arguments[8]
+    KEPT, stride_kept, k, m = arguments[9], arguments[10], arguments[11], arguments[12]
+    PLAIN: tl.constexpr = arguments[13]
+    DESCRIBED: tl.constexpr = arguments[14]
+    FOLD: tl.constexpr = arguments[15]
+    ACTIVATION: tl.constexpr = arguments[16]
+    SAME_ID: tl.constexpr = arguments[17]
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
-    t = normalised(t, FX, FY, i, j, M, N, PLAIN)
-    e = FOLD(t, k, m)
+    t = normalised(t, LOGITS, i, j, M, N, PLAIN)
+    x = relative(t, k, m, LOGITS, j, N, PLAIN)
+    by_row = FOLD(x)
+    by_column = by_row
     if not PLAIN:
         store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
-        live = negatives(i, j, M, N, offset)
-        e = tl.where(live, e, 0.0)
-    store_columns(COLUMNS, tl.sum(e, 0), j, N, PLAIN)
-    rows = tl.sum(e, 1)
+    if not PLAIN or LOGITS[IDS_X] is not None or LOGITS[THRESHOLD_X] is not None:
+        live = negatives(LOGITS, i, j, M, N, offset, PLAIN)
+        by_column = tl.where(of_columns(live, t, LOGITS, j, N, PLAIN), by_row, 0.0)
+        by_row = tl.where(of_rows(live, t, LOGITS, i, M, PLAIN), by_row, 0.0)
+    store_columns(COLUMNS, tl.sum(by_column, 0), j, N, PLAIN)
+    rows = tl.sum(by_row, 1)
     rows_w, rows_wt = rows, rows
+    if SAME_ID != 0:
+        same = positives(LOGITS, i, j, M, N, offset, PLAIN)
+        e = tl.where(same, FOLD(x * SAME_ID), 0.0)
+        store_columns(COLUMNS + layer, tl.sum(e, 0), j, N, PLAIN)
+        rows_w = tl.sum(e, 1)
     if KEPT is not None:
-        w = ACTIVATION(t, k, m)
-        if not PLAIN:
+        w = ACTIVATION(x)
+        if not PLAIN or LOGITS[IDS_X] is not None:
             w, t = tl.where(live, w, 0.0), tl.where(live, t, 0.0)
         store_tile(KEPT, w, row, column, 0, M, N, stride_kept, PLAIN, DESCRIBED, BM, BN)
         store_columns(COLUMNS + layer, tl.sum(w, 0), j, N, PLAIN)
@@ -101,9 +121,9 @@ def _sweep_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _sweep_tile(
-    pid_m, pid_n, X, Y, FX, FY, k, m, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+    pid_m, pid_n, X, Y, LOGITS, k, m, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
     stride_kept, offset, PLAIN: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     row, column = pid_m * BM, pid_n * BN
@@ -119,21 +139,22 @@ def _sweep_tile(
     rows, rows_w, rows_wt = in_slices(
         _sweep_slice, t, column,
         (
-            row, M, N, offset, layer, FX, FY, POSITIVE, PARTIAL, columns, KEPT, stride_kept, k, m,
-            PLAIN, DESCRIBED, FOLD, ACTIVATION,
+            row, M, N, offset, layer, LOGITS, POSITIVE, PARTIAL, columns, KEPT, stride_kept, k, m,
+            PLAIN, DESCRIBED, FOLD, ACTIVATION, SAME_ID,
         ),
         BM, BN, SLICES,
     )  # fmt: skip
     store_rows(PARTIAL, rows, pid_n, row, M, BM, PLAIN)
-    if KEPT is not None:
+    if KEPT is not None or SAME_ID != 0:
         store_rows(PARTIAL + layer, rows_w, pid_n, row, M, BM, PLAIN)
+    if KEPT is not None:
         store_rows(PARTIAL + 2 * layer, rows_wt, pid_n, row, M, BM, PLAIN)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset", "skipped"])
 def sweep_kernel(
-    X, Y, FX, FY, SCALE, BIAS, REFERENCE, KEPT, PARTIAL, M, N, stride_x, stride_y, stride_kept,
-    offset, skipped, D: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr,
+    X, Y, LOGITS, REFERENCE, KEPT, PARTIAL, M, N, stride_x, stride_y, stride_kept, offset, skipped,
+    D: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
@@ -142,48 +163,48 @@ def sweep_kernel(
     m = 0.0
     if REFERENCE is not None:
         m = tl.load(REFERENCE)
-    k = affine(SCALE, BIAS)
+    k = affine(LOGITS)
     if DESCRIBED:
         tiles = (M // BM) * (N // BN - skipped)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             pid_m, pid_n = plain_position(tile, M, N, offset, skipped, BM, BN, GROUP)
             _sweep_tile(
-                pid_m, pid_n, X, Y, FX, FY, k, m, None, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
-                stride_kept, offset, True, FOLD, ACTIVATION, BM, BN, BK, EVEN, PRECISION, UNIT,
-                SLICES, True,
+                pid_m, pid_n, X, Y, LOGITS, k, m, None, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+                stride_kept, offset, True, FOLD, ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION,
+                UNIT, SLICES, True,
             )  # fmt: skip
     else:
         pid_m, pid_n = plain_position(tl.program_id(0), M, N, offset, skipped, BM, BN, GROUP)
         _sweep_tile(
-            pid_m, pid_n, X, Y, FX, FY, k, m, None, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
-            stride_kept, offset, True, FOLD, ACTIVATION, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES,
-            False,
+            pid_m, pid_n, X, Y, LOGITS, k, m, None, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+            stride_kept, offset, True, FOLD, ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT,
+            SLICES, False,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset", "skipped"])
 def sweep_edges_kernel(
-    X, Y, FX, FY, SCALE, BIAS, REFERENCE, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
-    stride_kept, offset, skipped, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, SLICES: tl.constexpr,
+    X, Y, LOGITS, REFERENCE, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y, stride_kept,
+    offset, skipped, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """The tiles of the edges, a program each."""
     m = 0.0
     if REFERENCE is not None:
         m = tl.load(REFERENCE)
-    k = affine(SCALE, BIAS)
+    k = affine(LOGITS)
     pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
     _sweep_tile(
-        pid_m, pid_n, X, Y, FX, FY, k, m, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
-        stride_kept, offset, False, FOLD, ACTIVATION, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES,
-        False,
+        pid_m, pid_n, X, Y, LOGITS, k, m, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y,
+        stride_kept, offset, False, FOLD, ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT,
+        SLICES, False,
     )  # fmt: skip
 
 
 @triton.jit
 def _reference_of_lines(x, DIM: tl.constexpr):
-    """The least integer above the largest logit of each line; -inf for one without negatives."""
+    """The least integer above the largest logit of each line; -inf for one without pairs."""
     return tl.ceil(tl.max(x, DIM))
 
 
@@ -192,11 +213,35 @@ def _usable(reference):
     return tl.where(reference == float("-inf"), 0.0, reference)
 
 
+@triton.jit
+def _store_maxima(
+    PARTIAL, by_row, by_column, t, k, LOGITS, pid_m, pid_n, M, N, FOLD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Two layers of partials of a tile: sums over the pairs that count, and their references."""
+    row = pid_m * BM
+    j = pid_n * BN + tl.arange(0, BN)
+    x = relative(t, k, 0.0, LOGITS, j, N, False)
+    reference = _reference_of_lines(tl.where(by_row, x, float("-inf")), 1)
+    other = _reference_of_lines(tl.where(by_column, x, float("-inf")), 0)
+    # Chosen after the exponential: what does not count may exceed the reference by any power.
+    x = relative(t, k, _usable(reference)[:, None], LOGITS, j, N, False)
+    rows = tl.sum(tl.where(by_row, FOLD(x), 0.0), 1)
+    x = relative(t, k, _usable(other)[None, :], LOGITS, j, N, False)
+    columns = tl.sum(tl.where(by_column, FOLD(x), 0.0), 0)
+    REFERENCES = PARTIAL + partials(M, N, BM, BN)
+    store_rows(PARTIAL, rows, pid_n, row, M, BM, False)
+    store_rows(REFERENCES, reference, pid_n, row, M, BM, False)
+    at = columns_of(pid_m, M, N, BN)
+    store_columns(PARTIAL + at, columns, j, N, False)
+    store_columns(REFERENCES + at, other, j, N, False)
+
+
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def maxima_kernel(
-    X, Y, FX, FY, SCALE, BIAS, FLAG, POSITIVE, PARTIAL, M, N, D, stride_x, stride_y, offset,
-    FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    X, Y, LOGITS, FLAG, POSITIVE, PARTIAL, M, N, D, stride_x, stride_y, offset, FOLD: tl.constexpr,
+    SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Partial sums, and behind them, in the same layout, the references that they are relative to;
     positives where POSITIVE is given.
@@ -213,18 +258,17 @@ def maxima_kernel(
         t = product(
             X, Y, row, column, M, N, D, stride_x, stride_y, False, BM, BN, BK, EVEN, PRECISION, UNIT
         )
-        t = normalised(t, FX, FY, i, j, M, N, False)
+        t = normalised(t, LOGITS, i, j, M, N, False)
         if POSITIVE is not None:
             store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
-        k = affine(SCALE, BIAS)
-        live = negatives(i, j, M, N, offset)
-        x = tl.where(live, logit(t, k), float("-inf"))
-        reference, other = _reference_of_lines(x, 1), _reference_of_lines(x, 0)
-        rows = tl.sum(tl.where(live, FOLD(t, k, _usable(reference)[:, None]), 0.0), 1)
-        columns = tl.sum(tl.where(live, FOLD(t, k, _usable(other)[None, :]), 0.0), 0)
-        REFERENCES = PARTIAL + partials(M, N, BM, BN)
-        store_rows(PARTIAL, rows, pid_n, row, M, BM, False)
-        store_rows(REFERENCES, reference, pid_n, row, M, BM, False)
-        at = columns_of(pid_m, M, N, BN)
-        store_columns(PARTIAL + at, columns, j, N, False)
-        store_columns(REFERENCES + at, other, j, N, False)
+        k = affine(LOGITS)
+        live = negatives(LOGITS, i, j, M, N, offset, False)
+        by_row = of_rows(live, t, LOGITS, i, M, False)
+        by_column = of_columns(live, t, LOGITS, j, N, False)
+        _store_maxima(PARTIAL, by_row, by_column, t, k, LOGITS, pid_m, pid_n, M, N, FOLD, BM, BN)
+        if SAME_ID != 0:
+            same = positives(LOGITS, i, j, M, N, offset, False)
+            _store_maxima(
+                PARTIAL + 2 * partials(M, N, BM, BN), same, same, t, k, LOGITS, pid_m, pid_n, M, N,
+                FOLD, BM, BN,
+            )  # fmt: skip

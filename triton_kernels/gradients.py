@@ -10,12 +10,12 @@ from torch import Tensor
 
 from . import card, complete, finalise, plan, split_gradients
 from . import weights as weight_kernels
-from .block import Block
+from .block import LogitBlock
 from .card import COLUMNS, LANES, ROWS
 from .configurations import Config
 from .kept import Kept
 from .plan import Chunk, cdiv
-from .states import add_sums
+from .states import add_columns, add_sums
 
 # Rows and columns of a program that turns kept weights into weights.
 KEPT_TILE = {"BM": 16, "BN": 256}
@@ -49,52 +49,66 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 class Lines:
     """What the second sweep takes of each line, rows first: the references, the coefficients a and
-    b (None where they add up to 1), and two flags that the device sets: whether one reference
-    serves, and whether what was kept does."""
+    b (None where they add up to 1), of positives by id c and d, and two flags that the device sets:
+    whether one reference serves, and whether what was kept does."""
 
     def __init__(
-        self, block: Block, state: Tensor, coefficients: Tensor | None, kept: Kept
+        self, block: LogitBlock, state: Tensor, coefficients: Tensor | None, kept: Kept
     ) -> None:
-        self.rows = block.m
-        self.references = state[0].contiguous() if block.epilogue.needs_state else None
+        self.rows, self.lines = block.m, block.m + block.n
+        self.references = state[::2].contiguous() if block.kind.has_shift else None
         self.coefficients = self.exact = coefficients
         self.one = self.valid = None
         if coefficients is None or (block.is_small and kept.rows == 0):
             return
-        lines = block.m + block.n
-        self.coefficients = block.empty(lines)
+        numbers = coefficients.numel()
+        self.coefficients = block.empty(numbers)
         flags = block.empty(2, dtype=torch.int32)
         card.launch(
-            finalise.lines_kernel, cdiv(lines, LANES) + 1, self.references, coefficients,
-            kept.reference, flags, self.coefficients, lines, LANES=LANES,
+            finalise.lines_kernel, cdiv(numbers, LANES) + 1, self.references, coefficients,
+            kept.reference, flags, self.coefficients, numbers, LANES=LANES,
         )  # fmt: skip
         if self.references is not None:
             self.one = flags[:1]
         if kept.rows:
             self.valid = flags[1:]
 
-    def _of(self, values: Tensor | None, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+    def _of(self, values: Tensor | None, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        """The negatives' rows and columns, then the positives'."""
         if values is None:
-            return None, None
-        first, last = self.rows + chunk.column_start, self.rows + chunk.column_stop
-        return values[chunk.row_slice], values[first:last]
+            return (None,) * 4
+        columns = slice(self.rows + chunk.column_start, self.rows + chunk.column_stop)
+        sets = values.view(-1, self.lines)
+        found = [part for v in sets for part in (v[chunk.row_slice], v[columns])]
+        return *found, *(None,) * (4 - len(found))
 
-    def references_of(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+    def references_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         return self._of(self.references, chunk)
 
-    def coefficients_of(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+    def coefficients_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         return self._of(self.coefficients, chunk)
+
+
+class Buffers(NamedTuple):
+    """Room for what a chunk's tiles write."""
+
+    weights: Tensor | None
+    totals: Tensor
+    sums: Tensor | None  # of columns
+    partial: Tensor | None
 
 
 class Weighing:
     """The second sweep of a block, or both in one go (`also_fold`)."""
 
     def __init__(
-        self, block: Block, state: Tensor, positive: Tensor, coefficients: Tensor | None,
-        needs: tuple[bool, bool], kept: Kept, also_fold: bool = False,
+        self, block: LogitBlock, state: Tensor, positive: Tensor, coefficients: Tensor | None,
+        needs: tuple[bool, bool, bool], kept: Kept, also_fold: bool = False,
     ) -> None:  # fmt: skip
         self.block, self.state, self.positive = block, state, positive
-        self.needs_x, self.needs_y = needs
+        self.needs_x, self.needs_y, needs_columns = needs
+        # The sums of w over the rows.
+        self.by_column = block.empty(block.n, dtype=torch.float64) if needs_columns else None
         self.kept, self.fold = kept, also_fold
         if coefficients is not None:
             coefficients = coefficients.to(torch.float64).contiguous()
@@ -112,7 +126,7 @@ class Weighing:
             x_operand, y_operand = block.operands
         self.x_operand, self.y_operand = x_operand, y_operand
         self.parts = 3 if block.split else 1
-        self._config_apart = block.config("small" if block.is_small else "tile")
+        self._config_apart = block.config(block.kernel_of_lines)
 
     @staticmethod
     def _unit(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -123,57 +137,51 @@ class Weighing:
     def constants(self) -> dict[str, Any]:
         return {"SPREAD": self.spread, "ENLARGED": self.enlarged}
 
-    def weigh(
-        self, config: Config, chunk: Chunk, weights: Tensor | None, totals: Tensor,
-        partial: Tensor | None,
-    ) -> None:  # fmt: skip
+    def weigh(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
         """The weights of a chunk. Where lines may have references of their own, every way to make
         them is launched, and the device's flags say which one works."""
-        by_state = self.block.epilogue.needs_state
+        by_state = self.block.kind.has_shift
         if chunk.kept:
-            self._read(chunk, weights)
+            self._read(chunk, buffers.weights)
         elif not (by_state and self.block.is_small):
-            self._one_reference(config, chunk, weights, totals, partial)
+            self._one_reference(config, chunk, buffers)
         if by_state:
-            self._apart(chunk, weights, totals, self.lines.valid if chunk.kept else self.lines.one)
+            self._apart(chunk, buffers, self.lines.valid if chunk.kept else self.lines.one)
 
-    def _one_reference(
-        self, config: Config, chunk: Chunk, weights: Tensor | None, totals: Tensor,
-        partial: Tensor | None,
-    ) -> None:  # fmt: skip
+    def _one_reference(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
         block, lines = self.block, self.lines
+        weights, *sums, partial = buffers
         skipped = block.skipped(chunk)
         plain = chunk.plain(skipped)
         where = (*block.strides, self._stride(weights), block.offset_of(chunk), skipped)
         coefficients = lines.coefficients_of(chunk)
-        given = (*block.affine(chunk), lines.references, lines.one, *coefficients)
-        kinds = {"FOLD": block.epilogue.fold, "ACTIVATION": block.epilogue.activation}
+        given = (block.logits(chunk), lines.references, lines.one, *coefficients)
+        constants = {**block.functions, **self.constants}
         if plain:
             card.launch(
                 weight_kernels.weigh_kernel, block.programs(plain, config),
-                *block.features(chunk, config), *given, card.stored(weights, config), totals,
-                partial, chunk.rows, chunk.columns, *where, **kinds, **self.constants,
+                *block.features(chunk, config), *given, card.stored(weights, config), *sums,
+                partial, chunk.rows, chunk.columns, *where, **constants,
                 **block.plain_tiles(config),
             )  # fmt: skip
         if chunk.tiles > plain:
             card.launch(
                 weight_kernels.weigh_edges_kernel, chunk.tiles - plain, *block.features(chunk),
-                *given, weights, totals, self.positive[chunk.row_slice] if self.fold else None,
-                partial, chunk.rows, chunk.columns, block.width, *where, **kinds, **self.constants,
+                *given, weights, *sums, self.positive[chunk.row_slice] if self.fold else None,
+                partial, chunk.rows, chunk.columns, block.width, *where, **constants,
                 SLICES=card.EDGE_SLICES, **block.tiles(config),
             )  # fmt: skip
 
-    def _apart(
-        self, chunk: Chunk, weights: Tensor | None, totals: Tensor, unless: Tensor | None
-    ) -> None:
+    def _apart(self, chunk: Chunk, buffers: Buffers, unless: Tensor | None) -> None:
         block, config, chunk = self.block, self._config_apart, self._cut_apart(chunk)
+        weights, totals, sums, _ = buffers
         programs = chunk.tiles if unless is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         card.launch(
             weight_kernels.weigh_apart_kernel, programs, *block.features(chunk),
-            *block.affine(chunk), *self.lines.references_of(chunk), unless,
-            *self.lines.coefficients_of(chunk), weights, totals, chunk.rows, chunk.columns,
-            block.width, *block.strides, self._stride(weights),
-            block.offset_of(chunk), ACTIVATION=block.epilogue.activation, GROUP=config.group,
+            block.logits(chunk), *self.lines.references_of(chunk), unless,
+            *self.lines.coefficients_of(chunk), weights, totals, sums, chunk.rows, chunk.columns,
+            block.width, *block.strides, self._stride(weights), block.offset_of(chunk),
+            ACTIVATION=block.epilogue.activation, SAME_ID=block.same_id, GROUP=config.group,
             **self.constants, **block.tiles(config),
         )  # fmt: skip
 
@@ -181,12 +189,13 @@ class Weighing:
         if weights is None:
             return
         block, kept = self.block, self.kept.weights[chunk.row_slice, chunk.column_slice]
-        factors = block.affine(chunk)[:2]
+        factors = block.logits(chunk)[:2]
         programs = cdiv(chunk.rows, KEPT_TILE["BM"]) * cdiv(chunk.columns, KEPT_TILE["BN"])
         card.launch(
-            weight_kernels.weigh_kept_kernel, programs, kept, *factors, self.lines.valid,
-            *self.lines.coefficients_of(chunk), weights, chunk.rows, chunk.columns, kept.stride(0),
-            self._stride(weights), PRECISION=block.precision, **self.constants, **KEPT_TILE,
+            weight_kernels.weigh_kept_kernel, programs, kept, factors, self.lines.valid,
+            *self.lines.coefficients_of(chunk)[:2], weights, chunk.rows, chunk.columns,
+            kept.stride(0), self._stride(weights), PRECISION=block.precision, **self.constants,
+            **KEPT_TILE,
         )  # fmt: skip
 
     def _stride(self, weights: Tensor | None) -> int:
@@ -197,32 +206,44 @@ class Weighing:
         config = self._config_apart
         return chunk._replace(bm=config.bm, bn=config.bn)
 
-    def totals_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
-        """A flag, and how many tiles write a chunk's totals: where it is set, and where it is
-        not."""
-        apart = self._cut_apart(chunk).tiles
-        if not self.block.epilogue.needs_state:
-            return None, 0 if chunk.kept else chunk.tiles, 0
+    def _cuts(self, chunk: Chunk) -> tuple[Tensor | None, Chunk | None, Chunk | None]:
+        """A flag, and how a chunk is cut into the tiles that write sums: where it is set, and where
+        it is not."""
+        apart = self._cut_apart(chunk)
+        if not self.block.kind.has_shift:
+            return None, None if chunk.kept else chunk, None
         if chunk.kept:  # its moments were kept, too
-            return self.lines.valid, 0, apart
-        return (None, apart, 0) if self.block.is_small else (self.lines.one, chunk.tiles, apart)
+            return self.lines.valid, None, apart
+        return (None, apart, None) if self.block.is_small else (self.lines.one, chunk, apart)
 
-    def prepare(self, config: Config) -> tuple[list[Chunk], tuple[Tensor | None, ...]]:
-        """Chunks, and room for the weights, totals and partial sums of any of them."""
+    def totals_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
+        """The flag, and how many tiles write a chunk's totals."""
+        flag, *cuts = self._cuts(chunk)
+        return flag, *(0 if cut is None else cut.tiles for cut in cuts)
+
+    def _columns_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
+        """The flag, and how many rows of tiles write sums of a chunk's columns."""
+        flag, *cuts = self._cuts(chunk)
+        return flag, *(0 if cut is None else cut.tiles_m for cut in cuts)
+
+    def prepare(self, config: Config) -> tuple[list[Chunk], Buffers]:
+        """Chunks, and room for what any of them writes."""
         block = self.block
         itemsize = plan.SPLIT_BYTES if block.split else self.dtype.itemsize
         chunks = list(plan.weigh(block.m, block.n, config, itemsize, self.kept.rows))
         totals = block.empty(2 * max(max(self.totals_of(chunk)[1:]) for chunk in chunks))
         partial = block.empty(max(c.partials for c in chunks)) if self.fold else None
-        weights = None
+        weights = sums = None
+        if self.by_column is not None:
+            sums = block.empty(max(max(self._columns_of(c)[1:]) * c.columns for c in chunks))
         if self.needs_x or self.needs_y:
             stride = cdiv(max(c.columns for c in chunks), plan.COLUMN_UNIT) * plan.COLUMN_UNIT
             shape = (max(c.rows for c in chunks), self.parts * stride)
             weights = block.empty(*shape, dtype=self.dtype)
-        return chunks, (weights, totals, partial)
+        return chunks, Buffers(weights, totals, sums, partial)
 
     def run(
-        self, kind: str, dx: Tensor, product_y: Tensor,
+        self, kernel: str, dx: Tensor, product_y: Tensor,
         finish_rows: Callable[[Tensor, Chunk], None] | None = None,
     ) -> Last:  # fmt: skip
         """All chunks. Products with y go to dx, or where that is narrower than fp32 to a room for
@@ -232,24 +253,27 @@ class Weighing:
         def first(config: Config) -> None:
             chunks, buffers = self.prepare(config)
             made = (chunk for chunk in chunks if not chunk.kept)
-            self.weigh(config, next(made, chunks[0]), *buffers)
+            self.weigh(config, next(made, chunks[0]), buffers)
 
-        how = ", in one go" if self.fold else ""
-        config = block.config(f"{kind}, {block.loss}{how}", first)
-        chunks, (weights, sums, partial) = self.prepare(config)
+        config = block.config(kernel, first, "in one go" if self.fold else "")
+        chunks, buffers = self.prepare(config)
+        weights = buffers.weights
         totals = block.empty(2, dtype=torch.float64) if len(chunks) > 1 else None
         room = None
         if self.needs_x and dx.dtype != torch.float32:
             room = block.empty(max(c.rows for c in chunks), block.d)
         for index, chunk in enumerate(chunks):
-            self.weigh(config, chunk, weights, sums, partial)
+            self.weigh(config, chunk, buffers)
             if self.fold:
-                add_sums(block, chunk, partial, self.state, self.positive, None, None)
+                add_sums(block, chunk, buffers.partial, self.state, None, None, None)
+            if self.by_column is not None:
+                add_columns(chunk, buffers.sums, self.by_column, *self._columns_of(chunk))
             made, is_last = self.totals_of(chunk), index + 1 == len(chunks)
             if not is_last:  # the last chunk's are added in the last launch
                 card.launch(
-                    finalise.totals_kernel, 2, sums, totals, *made, int(index == 0), LANES=LANES
-                )
+                    finalise.totals_kernel, 2, buffers.totals, totals, *made, int(index == 0),
+                    LANES=LANES,
+                )  # fmt: skip
             product = None
             if self.needs_x:
                 product = dx[chunk.row_slice] if room is None else room[: chunk.rows]
@@ -258,7 +282,7 @@ class Weighing:
                 self._add_columns(weights, chunk, product_y[chunk.column_slice])
             if not is_last and product is not None and chunk.column_stop == block.n and finish_rows:
                 finish_rows(product, chunk)
-        return Last(chunk, product, (sums, made[0], totals), made[1:])
+        return Last(chunk, product, (buffers.totals, made[0], totals), made[1:])
 
     def _add_rows(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
         y, begins = self.y_operand[chunk.column_slice], chunk.column_start == 0
@@ -327,6 +351,16 @@ class Tail:
         totals = self.block.empty(2, dtype=torch.float64)
         self._complete(rows, columns, last, totals)
         return totals
+
+    def finish_columns(self) -> Tensor:
+        """The gradient of a bias of each column, if it is wanted."""
+        b, found = self.block, self.sweep.by_column
+        if found is None:
+            return b.empty(0, dtype=torch.float64)
+        first, last = max(0, -b.offset), min(b.m, b.n - b.offset)
+        if first < last:
+            found[first + b.offset : last + b.offset] += self.weight[first:last]
+        return found.mul_(self.gain.reshape(()))
 
     def _complete(
         self, rows: tuple[Tensor, Tensor, int] | None, columns: tuple[Tensor, Tensor] | None = None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import bound as bound_kernels
 from . import card, finalise, fold, plan
-from .block import Block
+from .block import LogitBlock
 from .card import COLUMNS, LANES, ROWS
 from .configurations import Config
 from .kept import Kept
@@ -17,7 +17,7 @@ from .plan import Chunk, cdiv
 LINES, PARTS = 32, 64
 
 
-def reference_of(block: Block, bound: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
+def reference_of(block: LogitBlock, bound: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
     """The one reference, and the flag that will say whether it was too coarse."""
     reference, flag = block.empty(1), block.empty(1, dtype=torch.int32)
     counts, squares = [0, 0], None
@@ -35,14 +35,14 @@ def reference_of(block: Block, bound: Tensor | None, kept: Kept) -> tuple[Tensor
                 block.d, block.x.stride(0), block.y.stride(0), ROWS=ROWS, BK=COLUMNS,
             )  # fmt: skip
     card.launch(
-        bound_kernels.reference_kernel, 1, bound, squares, block.scale, reference, kept.reference,
-        flag, *counts, LANES=LANES,
+        bound_kernels.reference_kernel, 1, bound, squares, block.scale, block.largest_bias,
+        reference, kept.reference, flag, *counts, LANES=LANES,
     )  # fmt: skip
     return reference, flag
 
 
 def run_sweep(
-    block: Block, config: Config, chunk: Chunk, reference: Tensor | None, positive: Tensor,
+    block: LogitBlock, config: Config, chunk: Chunk, reference: Tensor | None, positive: Tensor,
     kept: Kept, partial: Tensor,
 ) -> None:  # fmt: skip
     """Every tile of a chunk, plain ones and those of the edges."""
@@ -50,20 +50,19 @@ def run_sweep(
     plain = chunk.plain(skipped)
     keeping = kept.weights[chunk.row_slice] if chunk.kept else None
     stride_kept = keeping.stride(0) if chunk.kept else 0
-    kinds = {"FOLD": block.epilogue.fold, "ACTIVATION": block.epilogue.activation}
     sizes = (chunk.rows, chunk.columns)
     where = (*block.strides, stride_kept, block.offset_of(chunk), skipped)
     if plain:
         card.launch(
             fold.sweep_kernel, block.programs(plain, config), *block.features(chunk, config),
-            *block.affine(chunk), reference, card.stored(keeping, config), partial, *sizes, *where,
-            **kinds, **block.plain_tiles(config),
+            block.logits(chunk), reference, card.stored(keeping, config), partial, *sizes, *where,
+            **block.functions, **block.plain_tiles(config),
         )  # fmt: skip
     if chunk.tiles > plain:
         card.launch(
             fold.sweep_edges_kernel, chunk.tiles - plain, *block.features(chunk),
-            *block.affine(chunk), reference, positive[chunk.row_slice], keeping, partial, *sizes,
-            block.width, *where, **kinds, SLICES=card.EDGE_SLICES, **block.tiles(config),
+            block.logits(chunk), reference, positive[chunk.row_slice], keeping, partial, *sizes,
+            block.width, *where, **block.functions, SLICES=card.EDGE_SLICES, **block.tiles(config),
         )  # fmt: skip
 
 
@@ -78,23 +77,36 @@ def _lines(chunk: Chunk) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _begins_and_ends(block: Block, chunk: Chunk) -> tuple[int, ...]:
+def _begins_and_ends(block: LogitBlock, chunk: Chunk) -> tuple[int, ...]:
     """Whether its rows' states begin with this chunk, its columns' do, and all end with it."""
     return int(chunk.column_start == 0), int(chunk.start == 0), int(chunk.stop == block.m)
 
 
 def add_sums(
-    block: Block, chunk: Chunk, partial: Tensor, state: Tensor, positive: Tensor,
+    block: LogitBlock, chunk: Chunk, partial: Tensor, state: Tensor, occupied: Tensor | None,
     reference: Tensor | None, flag: Tensor | None,
 ) -> None:  # fmt: skip
+    for index in range(block.folds):
+        card.launch(
+            finalise.sums_kernel, _programs_of_lines(chunk), partial[index * chunk.partials :],
+            state[2 * index :], None if occupied is None else occupied[index], reference, flag,
+            *_lines(chunk), block.m, block.n, block.offset, *_begins_and_ends(block, chunk),
+            LINES=LINES, PARTS=PARTS,
+        )  # fmt: skip
+
+
+def add_columns(
+    chunk: Chunk, partial: Tensor, out: Tensor, flag: Tensor | None, tiles: int, otherwise: int
+) -> None:
+    """Sums of a chunk's columns, of so many rows of tiles where the flag is set and where it is
+    not."""
     card.launch(
-        finalise.sums_kernel, _programs_of_lines(chunk), partial, state, positive, block.scale,
-        reference, flag, *_lines(chunk), block.m, block.n, block.offset,
-        *_begins_and_ends(block, chunk), LINES=LINES, PARTS=PARTS,
+        finalise.columns_kernel, cdiv(chunk.columns, LINES), partial, out[chunk.column_slice], flag,
+        chunk.columns, tiles, otherwise, int(chunk.start == 0), LINES=LINES, PARTS=PARTS,
     )  # fmt: skip
 
 
-def add_moments(block: Block, chunk: Chunk, partial: Tensor, kept: Kept) -> None:
+def add_moments(block: LogitBlock, chunk: Chunk, partial: Tensor, kept: Kept) -> None:
     card.launch(
         finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, kept.reference,
         *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES, PARTS=PARTS,
@@ -102,7 +114,7 @@ def add_moments(block: Block, chunk: Chunk, partial: Tensor, kept: Kept) -> None
 
 
 def sweep_maxima(
-    block: Block, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
+    block: LogitBlock, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
     positive: Tensor | None, kept: Kept, flag: Tensor | None,
 ) -> None:  # fmt: skip
     """States with a reference for each line: made anew where the flag is set, or, without one, in
@@ -110,13 +122,16 @@ def sweep_maxima(
     for chunk in chunks:
         programs = chunk.tiles if flag is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         card.launch(
-            fold.maxima_kernel, programs, *block.features(chunk), *block.affine(chunk), flag,
+            fold.maxima_kernel, programs, *block.features(chunk), block.logits(chunk), flag,
             None if positive is None else positive[chunk.row_slice], partial, chunk.rows,
             chunk.columns, block.width, *block.strides, block.offset_of(chunk),
-            FOLD=block.epilogue.fold, GROUP=config.group, **block.tiles(config),
+            FOLD=block.epilogue.fold, SAME_ID=block.same_id, GROUP=config.group,
+            **block.tiles(config),
         )  # fmt: skip
-        card.launch(
-            finalise.maxima_sums_kernel, _programs_of_lines(chunk), partial, state, flag,
-            kept.reference, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
-            LINES=LINES, PARTS=PARTS,
-        )  # fmt: skip
+        for index in range(block.folds):
+            card.launch(
+                finalise.maxima_sums_kernel, _programs_of_lines(chunk),
+                partial[plan.MAXIMA_LAYERS * index * chunk.partials :], state[2 * index :], flag,
+                kept.reference, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
+                LINES=LINES, PARTS=PARTS,
+            )  # fmt: skip

@@ -1,15 +1,16 @@
-"""A tile of t_ij = <x_i, y_j> * factor_x_i * factor_y_j, its place, and which of its pairs count.
+"""A tile of t_ij = <x_i, y_j>, its place, its slices and its stores.
 
 The tiles of a chunk are of two kinds, and each kind has a launch of its own:
 
-    plain    whole tiles without positives: no masks at all, so that every store is 16 bytes wide
+    plain    whole tiles without own positives: no masks of their own, so that every store is 16
+             bytes wide
     edges    the others: on the right and lower edge, and around the diagonal, `skipped` whole tiles
              of each row of tiles
 
 One kernel with a branch for both keeps both outcomes alive and spills. Rows and columns past an
-edge are computed from row or column 0 instead of being masked, so that loads stay wide; `negatives`
-takes them out of every sum afterwards. The only mask in the product is for the last step along D,
-and none where the step divides D.
+edge are computed from row or column 0 instead of being masked, so that loads stay wide; the masks
+of `logits.py` take them out of every sum afterwards. The only mask in the product is for the last
+step along D, and none where the step divides D.
 """
 
 import triton
@@ -148,29 +149,6 @@ def described_product(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             t = tl.dot(a, b.T, t, input_precision=PRECISION)
     return t
-
-
-@triton.jit
-def normalised(t, FX, FY, i, j, M, N, PLAIN: tl.constexpr):
-    """t times the factors of its rows i and columns j, where there are any."""
-    if FX is not None:
-        if PLAIN:
-            t *= tl.load(FX + i)[:, None]
-        else:
-            t *= tl.load(FX + i, mask=i < M, other=0.0)[:, None]
-    if FY is not None:
-        if PLAIN:
-            t *= tl.load(FY + j)[None, :]
-        else:
-            t *= tl.load(FY + j, mask=j < N, other=0.0)[None, :]
-    return t
-
-
-@triton.jit
-def negatives(i, j, M, N, offset):
-    """The pairs that count: within the block and not positive."""
-    inside = (i < M)[:, None] & (j < N)[None, :]
-    return inside & ((i + offset)[:, None] != j[None, :])
 
 
 @triton.jit

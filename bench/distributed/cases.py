@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import cases
-from ..cases import LOSSES, Inputs
+from ..cases import Inputs
+from ..losses import LOSSES
 
 SCALE = 14.3
 

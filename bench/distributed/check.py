@@ -7,6 +7,7 @@ ranks share of the machine, cores or memory, is in it; exchanges go at the rates
 from __future__ import annotations
 
 from .. import baselines, scale
+from ..losses import loss_of
 from ..timing import Timing
 from .cases import Case
 from .methods import GATHERED, GATHERED_RECOMPUTED, RING, RING_RECOMPUTED
@@ -14,23 +15,24 @@ from .rank import GATHER, HOP, SCATTER, SINGLE, SMALL
 
 
 def makes_gradients_at_once(case: Case, method: str) -> bool:
-    return (case.loss, case.dtype, method) == ("siglip", "float32", GATHERED)
+    return loss_of(case.loss).in_one_go and (case.dtype, method) == ("float32", GATHERED)
 
 
 def passes(case: Case, method: str) -> float:
     """That are due across ranks: the second sweep takes what is kept of the first one's products.
-    SigLIP's weights need no state: where all texts are there, its gradients are made at once, if
-    they can wait in the features' dtype."""
+    Where weights need no state and all texts are there, gradients are made at once, if they can
+    wait in the features' dtype."""
     if makes_gradients_at_once(case, method):
         return 3.0
-    rows_by_all = baselines.Case("clip", case.b, case.ranks * case.b, case.d, case.dtype, 14.3)
-    return baselines.METHODS["fastclip"].passes(rows_by_all, "cpu")
+    rows_by_all = case.b, case.ranks * case.b
+    kept = baselines.kept_products(*rows_by_all, GATHERED, "cpu")
+    return baselines.passes_of_two_sweeps(*rows_by_all, kept)
 
 
 def small_exchanges(case: Case, method: str) -> int:
-    """On CPUs ranks compare what they bring at every step. SigLIP has no states to exchange, and
-    gradients that the forward has made need no other ranks' upstream ones."""
-    if case.loss == "clip":
+    """On CPUs ranks compare what they bring at every step. Where weights need no state none is
+    exchanged, and gradients that the forward has made need no other ranks' upstream ones."""
+    if not loss_of(case.loss).in_one_go:
         return scale.STATE_EXCHANGES + 1
     return 1 if makes_gradients_at_once(case, method) else 2
 

@@ -7,11 +7,13 @@ Gradients of all ranks' losses come back to a rank with each of them: open_clip'
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from .. import open_clip
 from ..baselines import Unavailable
+from ..losses import Rival, loss_of
 
 Loss = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -22,9 +24,8 @@ GATHERED_RECOMPUTED, RING_RECOMPUTED = "fastclip budget=0", "fastclip ring budge
 def of(loss: str, timed: bool = True) -> tuple[str, ...]:
     """By name; the first is what the others are compared with. Kept products, (b, B) as far as
     there is a budget, would hide what else is held: those without are measured for memory, too."""
-    theirs = ("open_clip",) if loss == "clip" else ("open_clip", "open_clip gather")
     ours = (GATHERED, RING) if timed else (GATHERED, GATHERED_RECOMPUTED, RING, RING_RECOMPUTED)
-    return (*theirs, *ours)
+    return (*loss_of(loss).rivals, *ours)
 
 
 def make(loss: str, method: str, rank: int, ranks: int) -> Loss:
@@ -36,25 +37,18 @@ def make(loss: str, method: str, rank: int, ranks: int) -> Loss:
     every = of(loss, timed=False)
     if method not in every:
         raise Unavailable(f"{loss} has no method {method!r}: {', '.join(every)}")
-    if method.startswith("open_clip"):
-        return _open_clip(loss, method, rank, ranks)
-    from fastclip import distributed
-
+    if rival := loss_of(loss).rivals.get(method):
+        return _open_clip(loss_of(loss).module, rival, rank, ranks)
     options = {
         "ring": method in (RING, RING_RECOMPUTED),
         "memory_budget": 0 if method.endswith("budget=0") else None,
     }
-    if loss == "clip":
-        return lambda x, y, scale, bias: distributed.clip_loss(x, y, scale, **options)
-    return lambda x, y, scale, bias: distributed.siglip_loss(x, y, scale, bias, **options)
+    return partial(loss_of(loss).of_fastclip("distributed"), **options)
 
 
-def _open_clip(loss: str, method: str, rank: int, ranks: int) -> Loss:
+def _open_clip(module: str, rival: Rival, rank: int, ranks: int) -> Loss:
     try:
         losses = open_clip.import_module("open_clip.loss")
     except ImportError as error:
         raise Unavailable(str(error)) from None
-    if loss == "clip":
-        return losses.ClipLoss(True, True, rank=rank, world_size=ranks)
-    impl = "gather" if method.endswith("gather") else "bidir"  # its default
-    return losses.SigLipLoss(rank=rank, world_size=ranks, dist_impl=impl)
+    return getattr(losses, module)(rank=rank, world_size=ranks, **rival.options)

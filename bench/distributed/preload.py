@@ -3,8 +3,10 @@
 import contextlib
 
 from ..baselines import Unavailable
+from ..losses import LOSSES
 from . import methods, rank  # noqa: F401 -- for those that are forked
 
-for method in methods.of("clip"):
-    with contextlib.suppress(Unavailable, ImportError):
-        methods.make("clip", method, 0, 1)
+for loss in LOSSES:
+    for method in methods.of(loss):
+        with contextlib.suppress(Unavailable, ImportError):
+            methods.make(loss, method, 0, 1)

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..baselines import Step, make_step
 from ..cases import Inputs, make_inputs
+from ..losses import loss_of
 from ..memory import WARM_UP_PAIRS, peak_bytes
 from ..timing import Run, Timing, host_clock, interleaved
 from ..traffic import Traffic
-from ..truth import relative_error, truth
+from ..truth import relative_error
 from . import methods
 from .cases import Case, own_inputs
 
@@ -126,7 +127,7 @@ def errors(
     if rank == 0:
         threads = torch.get_num_threads()
         torch.set_num_threads(os.cpu_count() or threads)  # all others wait
-        true = truth(case.loss, whole.x, whole.y, whole.scale, whole.bias)
+        true = loss_of(case.loss).truth(whole.x, whole.y, whole.scale, whole.bias)
         torch.set_num_threads(threads)
     found = {}
     for method, (_, dx, _, dscale, *_) in results.items():

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .. import results
-from ..cases import LOSSES
-from ..markdown import LOSS_NAMES, duration, error, markdown, mebibytes, percent, times
+from ..losses import LOSSES, loss_of
+from ..markdown import duration, error, markdown, mebibytes, percent, times
 from ..table import between, provenance, spread
 from . import check, methods
 from .cases import Case
@@ -16,10 +16,6 @@ from .methods import GATHERED, RING
 from .row import Row
 
 BEGIN, END = "<!-- distributed:begin -->", "<!-- distributed:end -->"
-NAMES = {
-    "clip": {"open_clip": "open_clip, local loss"},
-    "siglip": {"open_clip": "open_clip, bidir"},
-}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -32,7 +28,7 @@ def report(rows: list[Row]) -> str:
         for dtype in DTYPES:
             group = [row for row in rows if (row.loss, row.dtype) == (loss, dtype)]
             if group:
-                parts += [f"## {LOSS_NAMES[loss]}, {dtype}: forward and backward", _group(group)]
+                parts += [f"## {loss_of(loss).label}, {dtype}: forward and backward", _group(group)]
     return "\n\n".join(parts)
 
 
@@ -102,7 +98,7 @@ def _ranks(count: int) -> str:
 def _cases(rows: Iterable[Row]) -> list[tuple[str, str, int, int]]:
     """Loss, dtype, b, D: float32 first, large b first."""
     found = {(row.loss, row.dtype, row.b, row.d) for row in rows}
-    return sorted(found, key=lambda c: (LOSSES.index(c[0]), DTYPES.index(c[1]), -c[2], c[3]))
+    return sorted(found, key=lambda c: (list(LOSSES).index(c[0]), DTYPES.index(c[1]), -c[2], c[3]))
 
 
 def _pick(rows: list[Row], case: tuple[str, str, int, int], method: str) -> dict[int, Row]:
@@ -114,7 +110,8 @@ def _pick(rows: list[Row], case: tuple[str, str, int, int], method: str) -> dict
 
 
 def _name(loss: str, method: str) -> str:
-    return NAMES[loss].get(method, method)
+    rival = loss_of(loss).rivals.get(method)
+    return rival.label if rival else method
 
 
 def _times(rows: list[Row]) -> str:
@@ -130,7 +127,7 @@ def _times(rows: list[Row]) -> str:
                 cells = [own.get(count, Row()) for count in ranks]
                 lines.append(
                     [
-                        f"{LOSS_NAMES[loss]}, {dtype}", str(b), _name(loss, method),
+                        f"{loss_of(loss).label}, {dtype}", str(b), _name(loss, method),
                         *map(_time_and_ratio, cells), *(mebibytes(row.sent_mib) for row in cells),
                         *(mebibytes(row.peak_mib) for row in cells), error(cells[-1].err_dx),
                     ]
@@ -159,9 +156,9 @@ def _against_ranks(rows: list[Row]) -> str:
                 lines.append([_name(loss, method), *peaks])
                 lines += _stated(case, method, ranks)
         title = (
-            f"Peak MiB a rank beyond its inputs against the number of ranks, {LOSS_NAMES[loss]}, "
-            f"{dtype}, b = {b}, D = {d} (a rank's texts and their gradient are "
-            f"{mebibytes(2 * b * d * 4 / 2**20)} MiB in fp32):"
+            "Peak MiB a rank beyond its inputs against the number of ranks, "
+            f"{loss_of(loss).label}, {dtype}, b = {b}, D = {d} (a rank's texts and their gradient "
+            f"are {mebibytes(2 * b * d * 4 / 2**20)} MiB in fp32):"
         )
         parts += [title, markdown(["method", *map(_ranks, ranks)], lines)]
     return "\n\n".join(parts)
@@ -193,7 +190,7 @@ def _predictions(rows: list[Row]) -> str:
                 row = own.get(count, Row())
                 share = None if row.ms is None else row.predicted_ms / row.ms
                 cells += [duration(row.ms), duration(row.predicted_ms), percent(share)]
-            lines.append([f"{LOSS_NAMES[case[0]]}, {case[1]}", str(case[2]), method, *cells])
+            lines.append([f"{loss_of(case[0]).label}, {case[1]}", str(case[2]), method, *cells])
     return markdown(header, lines)
 
 

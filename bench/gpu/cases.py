@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..cases import LOSSES, PEERS, SCALES, Case
+from ..cases import CONTRAST, PEERS, SCALES, Case
+from ..losses import LOSSES
 
 TRITON = ("fastclip triton", "fastclip triton kept")
 CUDA = ("fastclip cuda", "fastclip cuda kept")
@@ -20,8 +21,11 @@ def headline() -> list[Case]:
     Times of peers and of the compiled loss do not depend on the scale.
     """
     cases = []
+    first, *others = LOSSES
+    # The larger batch is the one that the others have a goal for.
+    order = [(first, n) for n in LARGE] + [(loss, n) for loss in others for n in LARGE[::-1]]
     for scale in SCALES:
-        for loss, n in (("clip", 32768), ("clip", 65536), ("siglip", 65536), ("siglip", 32768)):
+        for loss, n in order:
             methods = (*OWN, "open_clip")
             if scale == SCALES[0]:
                 methods += (*PEERS, *(("compiled",) if n == 32768 else ()))
@@ -65,6 +69,7 @@ def rest() -> list[Case]:
     for n in (8192, 2048):
         for dtype in ("bfloat16", "float32"):
             methods = (*everything, SPLIT) if dtype == "float32" else everything
+            methods += CONTRAST if n == 8192 else ()
             for loss in LOSSES:
                 case = Case(loss, n, n, 512, dtype, SCALES[0], methods=methods, memory=True)
                 cases += [replace(case, scale=scale) for scale in SCALES]

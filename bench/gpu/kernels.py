@@ -11,12 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from .. import baselines, results
 from ..cases import Case, make_inputs
+from ..losses import LOSSES
 from ..timing import wait_for
 from . import figures
 
 METHODS = ("fastclip triton", "fastclip triton kept", "fastclip cuda", "fastclip cuda fused",
            "open_clip")  # fmt: skip
-SHAPES = (("clip", 32768), ("siglip", 32768))
+SHAPES = tuple((loss, 32768) for loss in LOSSES)
 D = 768
 # Kernels that are named one by one, and how much of a name: cuBLAS's have hundreds of characters.
 MOST, WIDTH = 12, 60

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
+from ..cases import CONTRAST
 from . import counters, figures, smoke, suite, winners
 from .cases import CUDA, OWN, SPLIT, TRITON, WINNERS
 from .install import install
@@ -20,7 +21,7 @@ CARD_TESTS = "card tests"
 
 # The methods that run on an engine; the default one is Triton in bf16.
 METHODS_OF = {
-    "triton": ("fastclip", *TRITON, WINNERS, SPLIT),
+    "triton": ("fastclip", *TRITON, WINNERS, SPLIT, *CONTRAST),
     "triton split": (SPLIT,),
     "cuda": CUDA,
     "cuda fused": ("fastclip cuda fused",),

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import baselines, results
-from ..cases import LOSSES, SIGLIP_BIAS
+from ..losses import LOSSES, loss_of
 from ..timing import wait_for
-from ..truth import Truth, truth
+from ..truth import Truth
 from . import figures, fp32, process, steps, winners
 
 COLUMNS = ("engine", "loss", "dtype", "normalize", "n", "d", "scale", "check", "status",
@@ -61,7 +61,7 @@ class Problem:
     device: str
 
     def leaves(self) -> list[Tensor]:
-        """x, y, scale and, of SigLIP, the bias. Raw features have lengths from 1/2 to 2."""
+        """x, y, scale and the bias, if there is one. Raw features have lengths from 1/2 to 2."""
         generator = torch.Generator(self.device).manual_seed(self.n + self.d)
         towers = torch.randn(2, self.n, self.d, device=self.device, generator=generator)
         towers = F.normalize(towers, dim=-1)
@@ -69,16 +69,14 @@ class Problem:
             lengths = torch.rand(2, self.n, 1, device=self.device, generator=generator)
             towers = towers * torch.exp2(2 * lengths - 1)
         found = [*towers.to(self.dtype).unbind(), torch.tensor(self.scale, device=self.device)]
-        if self.loss == "siglip":
-            found.append(torch.tensor(SIGLIP_BIAS, device=self.device))
+        if (bias := loss_of(self.loss).bias_on(self.device)) is not None:
+            found.append(bias)
         return [leaf.clone().requires_grad_() for leaf in found]
 
     def step(self, engine: str, leaves: list[Tensor], budget: int = 0) -> tuple[Tensor, ...]:
         """The loss and its gradients by an engine. They are N times as large as the mean's, so that
         half precision can hold them."""
-        from fastclip import loss as losses
-
-        function = losses.clip_loss if self.loss == "clip" else losses.siglip_loss
+        function = loss_of(self.loss).of_fastclip()
         value = function(*leaves, normalize=self.normalize, backend=engine, memory_budget=budget)
         return self._results(value, leaves)
 
@@ -88,7 +86,7 @@ class Problem:
         x, y, scale, *bias = wide
         if self.normalize:
             x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-        dense = baselines.dense_clip if self.loss == "clip" else baselines.dense_siglip
+        dense = loss_of(self.loss).dense
         return self._results(dense(x, y, scale, bias[0] if bias else None), wide)
 
     def _results(self, value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -99,7 +97,7 @@ class Problem:
         """In float64; the gradients of raw features through their normalisation, by hand."""
         x, y, scale, *bias = (leaf.detach().double() for leaf in leaves)
         u, v = (F.normalize(t, dim=1) for t in (x, y)) if self.normalize else (x, y)
-        exact: Truth = truth(self.loss, u, v, scale, bias[0] if bias else None)
+        exact: Truth = loss_of(self.loss).truth(u, v, scale, bias[0] if bias else None)
         dx, dy = exact.dx, exact.dy
         if self.normalize:
             dx, dy = _through_normalisation(x, u, dx), _through_normalisation(y, v, dy)
@@ -179,7 +177,7 @@ def checks(loss: str, dtype: str, device: str) -> Iterator[tuple[Problem, str]]:
         )
         for problem in (lowest, *others):
             yield problem, "accuracy"
-        if loss == "clip":
+        if not loss_of(loss).in_one_go:
             yield lowest, "kept"
             if shape == LARGE:
                 yield highest, "kept"

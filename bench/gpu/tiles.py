@@ -23,7 +23,8 @@ import torch
 
 from .. import results
 from ..baselines import bytes_of_everything
-from ..cases import LOSSES, Case, make_inputs
+from ..cases import Case, make_inputs
+from ..losses import LOSSES, loss_of
 from ..timing import CLOCKS, wait_for
 from . import figures, process, steps
 
@@ -65,13 +66,10 @@ def run_of(arguments: tuple[object, ...]) -> Callable[[Any], object] | None:
 
 def step(loss: str, n: int, d: int, device: str, keeps: bool = False) -> None:
     """One step, forward and backward, of the Triton engine, that `keeps` everything or nothing."""
-    from fastclip import loss as losses
-
     case = Case(loss, n, n, d, "bfloat16", 14.3)
     inputs = make_inputs(case, device)
-    function = losses.clip_loss if loss == "clip" else losses.siglip_loss
     budget = bytes_of_everything(case) if keeps else 0
-    value = function(
+    value = loss_of(loss).of_fastclip()(
         inputs.x, inputs.y, inputs.scale, inputs.bias, backend="triton", memory_budget=budget
     )
     value.backward()
@@ -82,7 +80,9 @@ def all_steps(n: int, d: int, device: str) -> None:
     """Steps that between them ask for the tiles of every kernel."""
     for loss in LOSSES:
         step(loss, n, d, device)
-    step("clip", n, d, device, keeps=True)
+    for loss, known in LOSSES.items():
+        if not known.in_one_go:
+            step(loss, n, d, device, keeps=True)
 
 
 class Candidates:

@@ -1,6 +1,8 @@
 // One block of logits and what is asked of it; its features in device memory and as the truth sees them.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <random>
 #include <string>
 
@@ -14,7 +16,7 @@ using fastclip::cuda::Scalar;
 struct Case {
   std::string name;
   int64_t m = 5, n = 4, d = 7;
-  Loss loss = Loss::kSoftmax;
+  std::string kind = "softmax";
   Dtype dtype = Dtype::kFloat;
   int64_t offset = 0;
   bool factor_x = false, factor_y = false;
@@ -29,7 +31,19 @@ struct Case {
   bool project = true, needs_x = true, needs_y = true;
   Dtype gradient_x = Dtype::kFloat, gradient_y = Dtype::kFloat;
   bool tf32 = false;
+  int32_t ids = 0;  // different ones; 0: none
+  bool same_id_positive = false;
+  double margin = kNan;  // of thresholds above own positives; NaN: none
+  double key_bias = 0;   // their size; 0: none
+  double key_bias_mean = 0;
+  bool has_vanishing = true;  // one column's bias is -inf
+  bool tells_occupied = true;
+  bool needs_key_bias = false;
   bool quick = false;
+
+  bool is_softmax() const { return kind == "softmax"; }
+  bool is_plain() const { return ids == 0 && std::isnan(margin) && key_bias == 0 && !needs_key_bias; }
+  int64_t sets() const { return same_id_positive ? 2 : 1; }
 };
 
 inline double roundoff(Dtype dtype) {
@@ -113,5 +127,56 @@ inline void invent(const Case& c, Numbers& x, Numbers& y) {
   if (c.has_zero_row)
     for (int64_t d = 0; d < c.d; d++) x[(c.m - 1) * c.d + d] = 0;
 }
+
+// Halfway between the two products of a line around a threshold, so that no rounding decides which pairs are above it.
+inline double between(double threshold, const Numbers& line) {
+  double below = -kInfinity, above = kInfinity;
+  for (const double t : line) (t > threshold ? above : below) = t > threshold ? std::min(above, t) : std::max(below, t);
+  return std::isinf(above) ? kInfinity : std::isinf(below) ? -kInfinity : float((above + below) / 2);
+}
+
+inline Masks invent_masks(const Case& c, const Numbers& t) {
+  Masks masks;
+  masks.same_id_positive = c.same_id_positive;
+  std::mt19937_64 generator(uint64_t(c.m * 31 + c.n));
+  std::normal_distribution<double> normal;
+  const auto invent_ids = [&](int64_t lines) {
+    std::vector<int32_t> ids(static_cast<size_t>(lines));
+    for (int32_t& id : ids) id = int32_t(generator() % uint64_t(c.ids)) - 2;
+    return ids;
+  };
+  if (c.ids > 0) masks.ids_x = invent_ids(c.m), masks.ids_y = invent_ids(c.n);
+  if (!std::isnan(c.margin)) {
+    masks.threshold_x.assign(size_t(c.m), kInfinity), masks.threshold_y.assign(size_t(c.n), kInfinity);
+    for (int64_t i = 0; i < c.m; i++) {
+      const int64_t j = i + c.offset;
+      if (j < 0 || j >= c.n) continue;
+      Numbers row, column;
+      for (int64_t q = 0; q < c.n; q++) row.push_back(t[i * c.n + q]);
+      for (int64_t q = 0; q < c.m; q++) column.push_back(t[q * c.n + j]);
+      masks.threshold_x[i] = between(t[i * c.n + j] + c.margin, row);
+      masks.threshold_y[j] = between(t[i * c.n + j] + c.margin, column);
+    }
+  }
+  if (c.key_bias != 0) {
+    for (int64_t j = 0; j < c.n; j++) masks.key_bias.push_back(c.key_bias_mean + c.key_bias * normal(generator));
+    if (c.has_vanishing) masks.key_bias[c.n / 2] = -kInfinity;
+  }
+  return masks;
+}
+
+// Numbers in device memory; null where there are none.
+template <class T, class From>
+struct Vector {
+  Memory memory;
+  const T* data = nullptr;
+  Vector() = default;
+  explicit Vector(const std::vector<From>& numbers) {
+    if (numbers.empty()) return;
+    memory = Memory(int64_t(numbers.size() * sizeof(T)));
+    std::copy(numbers.begin(), numbers.end(), memory.as<T>());
+    data = memory.as<T>();
+  }
+};
 
 }  // namespace driver

@@ -42,8 +42,8 @@ struct Cases {
   std::vector<Case> all;
 
   void add(Case c, const std::string& what) {
-    c.name = what + ", " + (c.loss == Loss::kSoftmax ? "softmax" : "sigmoid") + " " + name_of(c.dtype) + " " +
-             std::to_string(c.m) + " x " + std::to_string(c.n) + " x " + std::to_string(c.d);
+    c.name = what + ", " + c.kind + " " + name_of(c.dtype) + " " + std::to_string(c.m) + " x " + std::to_string(c.n) +
+             " x " + std::to_string(c.d);
     all.push_back(c);
   }
 
@@ -135,6 +135,11 @@ struct Cases {
     Case c = base;
     c.m = 66, c.n = 70, c.d = 24, c.longest = 30;
     add(c, "one long feature");
+    if (c.dtype != Dtype::kHalf) {
+      Case alone = c;
+      alone.m = alone.n = 1, alone.longest = 1e30;
+      add(alone, "nothing but a positive, a norm that overflows");
+    }
     c.longest = 1, c.factor_x = true, c.has_zero_row = true;
     add(c, "a zero row, projected");
     c.project = false;
@@ -149,6 +154,50 @@ struct Cases {
     add(c, "no bias");
   }
 
+  // Each option alone and all together, in one tile and in several, within one reference's reach and beyond it.
+  void masks(const Case& base) {
+    struct Option {
+      const char* name;
+      void (*set)(Case&);
+    };
+    for (const Option& option : {
+             Option{"ids", [](Case& c) { c.ids = 5; }},
+             Option{"one id", [](Case& c) { c.ids = 1; }},
+             Option{"ids, lines untold", [](Case& c) { c.ids = 1, c.tells_occupied = false; }},
+             Option{"positives by id", [](Case& c) { c.ids = 9, c.same_id_positive = true; }},
+             Option{"margin", [](Case& c) { c.margin = -0.3; }},
+             Option{"key bias", [](Case& c) { c.key_bias = 4, c.needs_key_bias = true; }},
+             Option{"high key bias", [](Case& c) { c.key_bias = 1, c.key_bias_mean = 200; }},
+             Option{"low key bias", [](Case& c) { c.key_bias = 1, c.key_bias_mean = -2000; }},
+             Option{"a key bias's gradient alone", [](Case& c) { c.needs_key_bias = true; }},
+             Option{"ids and key bias", [](Case& c) { c.ids = 6, c.key_bias = 2; }},
+             Option{"everything",
+                    [](Case& c) {
+                      c.ids = 9, c.same_id_positive = c.needs_key_bias = true, c.margin = -0.2, c.key_bias = 2;
+                      c.has_vanishing = c.is_softmax();  // softplus(-s) would be infinite
+                    }},
+         }) {
+      Case c = base;
+      c.m = 70, c.n = 67, c.d = 16;
+      option.set(c);
+      const bool is_all = option.name == std::string("everything");
+      for (const int64_t offset : {0, -7, 1000}) {
+        c.offset = offset, c.factor_x = offset == 0, c.factor_y = offset < 0, c.has_bound = offset > 0;
+        c.quick = is_all && offset == 0 && base.dtype == Dtype::kFloat;
+        add(c, std::string(option.name) + ", offset " + std::to_string(offset));
+      }
+      c.offset = 5, c.chunk_rows = 32, c.chunk_columns = 24, c.kept_rows = 40, c.quick = false;
+      add(c, std::string(option.name) + ", chunks, some kept");
+      c.m = 20, c.n = 300, c.chunk_rows = c.chunk_columns = c.kept_rows = 0;
+      c.quick = is_all && base.dtype == Dtype::kHalf;
+      add(c, std::string(option.name) + ", two tiles");
+      c.scale = 1000, c.quick = is_all && base.dtype == Dtype::kBFloat16;
+      add(c, std::string(option.name) + ", beyond one reference");
+      c.scale = -300, c.quick = c.needs_x = c.needs_y = false;
+      add(c, std::string(option.name) + ", beyond one reference, no gradient");
+    }
+  }
+
   void tf32(const Case& base) {
     Case c = base;
     c.m = 40, c.n = 70, c.d = 12, c.tf32 = true, c.gap = 3, c.quick = true;
@@ -160,12 +209,13 @@ struct Cases {
 
 std::vector<Case> cases() {
   Cases cases;
-  for (const Loss loss : {Loss::kSoftmax, Loss::kSigmoid})
+  for (const char* const kind : {"softmax", "sigmoid"})
     for (const Dtype dtype : kDtypes) {
       Case base;
-      base.loss = loss, base.dtype = dtype;
+      base.kind = kind, base.dtype = dtype;
       cases.shapes(base), cases.offsets(base), cases.needs(base), cases.kept_products(base);
       cases.gradient_dtypes(base), cases.scales(base), cases.odd_features(base), cases.squares(base);
+      cases.masks(base);
       if (dtype == Dtype::kFloat) cases.tf32(base);
     }
   return cases.all;
@@ -193,9 +243,12 @@ int refusals() {
   Block b;
   b.x = x.side, b.y = y.side, b.width = 4, b.scale = scale.scalar;
   double* const state = states.as<double>();
-  b.x.reference = state, b.y.reference = state + 3, b.x.sum = state + 6, b.y.sum = state + 9;
+  b.x.negatives.reference = state, b.y.negatives.reference = state + 3;
+  b.x.negatives.sum = state + 6, b.y.negatives.sum = state + 9;
   Library library;
-  const auto sweep = [&] { cuda::sweep(b, {}, positives.as<double>(), nullptr, 0, library); };
+  cuda::Sweeping sweeping;
+  sweeping.positive = positives.as<double>();
+  const auto sweep = [&] { cuda::sweep(b, sweeping, library); };
   emulation::fail_next_launch(cudaErrorLaunchFailure);
   const std::string failure = message_of(sweep);
   judge.expect(failure.find("_kernel") != std::string::npos && failure.find("3 x 3") != std::string::npos &&
@@ -208,6 +261,10 @@ int refusals() {
   b.dtype = Dtype::kFloat;
   judge.expect(!message_of([&] { cuda::sweep_and_weigh(b, positives.as<double>(), {}, library); }).empty(),
                "softmax in one go is not refused");
+  const Memory ids(3 * 4);
+  b.kind = kind_of("sigmoid"), b.x.ids = b.y.ids = ids.as<int32_t>();
+  const std::string refusal = message_of([&] { cuda::sweep_and_weigh(b, positives.as<double>(), {}, library); });
+  judge.expect(refusal.find("no ids") != std::string::npos, "ids in one go are refused as '" + refusal + "'");
   return judge.failures();
 }
 

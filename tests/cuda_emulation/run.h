@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "case.h"
+#include "epilogues.h"
 #include "judge.h"
 #include "library.h"
 
@@ -13,6 +14,14 @@ namespace driver {
 
 namespace cuda = fastclip::cuda;
 using cuda::Block;
+
+inline fastclip::Kind kind_of(const std::string& name) {
+  fastclip::Kind found{-1};
+  fastclip::PORTABLE::Kinds::each_name([&](fastclip::Kind kind, const char* own) {
+    if (name == own) found = kind;
+  });
+  return found;
+}
 
 inline Numbers numbers_of(const void* data, int64_t count, Dtype dtype) {
   Numbers numbers(static_cast<size_t>(count));
@@ -42,7 +51,7 @@ class Run {
         scale(c.scale, c.scalar),
         bias(c.bias, c.scalar),
         truth(make()),
-        states(2 * (c.m + c.n) * 8),
+        states(2 * c.sets() * (c.m + c.n) * 8),
         positives(c.m * 8),
         kept(std::max<int64_t>(c.kept_rows * c.n, 1) * 4) {}
 
@@ -52,7 +61,7 @@ class Run {
     sweep();
     finish();
     weigh();
-    if (c.loss == Loss::kSigmoid) sweep_and_weigh();
+    if (!c.is_softmax() && c.is_plain()) sweep_and_weigh();
     return written_;
   }
 
@@ -61,16 +70,31 @@ class Run {
     Numbers numbers_x, numbers_y;
     invent(c, numbers_x, numbers_y);
     x = place(numbers_x, c.m, c, c.factor_x), y = place(numbers_y, c.n, c, c.factor_y);
-    block.x = x.side, block.y = y.side, block.width = c.d, block.dtype = c.dtype, block.loss = c.loss;
+    block.x = x.side, block.y = y.side, block.width = c.d, block.dtype = c.dtype, block.kind = kind_of(c.kind);
     block.scale = scale.scalar, block.offset = c.offset, block.tf32 = c.tf32;
     if (c.has_bias) block.bias = bias.scalar;
-    return Truth(x.tower, y.tower, c.d, c.loss, scale.value, c.has_bias ? bias.value : 0, c.offset);
+    const Masks masks = invent_masks(c, Truth::products(x.tower, y.tower, c.d));
+    ids_x = Vector<int32_t, int32_t>(masks.ids_x), ids_y = Vector<int32_t, int32_t>(masks.ids_y);
+    threshold_x = Vector<float, double>(masks.threshold_x), threshold_y = Vector<float, double>(masks.threshold_y);
+    key_bias = Vector<double, double>(masks.key_bias);
+    block.x.ids = ids_x.data, block.y.ids = ids_y.data, block.y.key_bias = key_bias.data;
+    block.x.threshold = threshold_x.data, block.y.threshold = threshold_y.data;
+    block.same_id_positive = c.same_id_positive;
+    return Truth(x.tower, y.tower, c.d, c.is_softmax(), scale.value, c.has_bias ? bias.value : 0, c.offset, masks);
   }
 
+  int64_t lines() const { return c.m + c.n; }
+
   void set_states(Block& b) const {
-    double* const state = states.as<double>();
-    b.x.reference = state, b.y.reference = state + c.m;
-    b.x.sum = state + c.m + c.n, b.y.sum = state + c.m + c.n + c.m;
+    double* state = states.as<double>();
+    for (const auto set : {&fastclip::Side::negatives, &fastclip::Side::positives}) {
+      fastclip::Lines &of_x = b.x.*set, &of_y = b.y.*set;
+      of_x.reference = state, of_y.reference = state + c.m;
+      of_x.sum = state + lines(), of_y.sum = state + lines() + c.m;
+      of_x.references = of_x.reference, of_y.references = of_y.reference;
+      state += 2 * lines();
+      if (!c.same_id_positive) break;
+    }
   }
 
   void sweep() {
@@ -78,26 +102,47 @@ class Run {
     set_states(b);
     std::fill_n(positives.as<double>(), c.m, kNan);
     const One bound(1.01 * truth.largest_product, Dtype::kFloat);
+    const Vector<char, char> occupied(truth.occupied());
+    cuda::Sweeping sweeping;
+    if (c.has_bound) sweeping.bound = bound.scalar;
+    if (!c.is_plain() && c.tells_occupied) sweeping.occupied = reinterpret_cast<const bool*>(occupied.data);
+    sweeping.positive = positives.as<double>();
+    if (c.kept_rows) sweeping.kept = kept.as<float>();
+    sweeping.kept_rows = c.kept_rows;
     Library library(c.tf32);
-    cuda::sweep(b, c.has_bound ? bound.scalar : Scalar(), positives.as<double>(),
-                c.kept_rows ? kept.as<float>() : nullptr, c.kept_rows, library);
+    cuda::sweep(b, sweeping, library);
+    judge.expect(c.kept_rows > 0 || library.products == chunks(), "not one product for each chunk");
     compare_states("sweep");
     if (c.kept_rows) note(numbers_of(kept.data(), c.kept_rows * c.n, Dtype::kFloat));
   }
 
+  int chunks() const {
+    const auto parts = [](int64_t count, int64_t of) { return of ? int((count + of - 1) / of) : 1; };
+    return parts(c.m, c.chunk_rows) * parts(c.n, c.chunk_columns);
+  }
+
   void compare_states(const std::string& what) {
-    const int64_t lines = c.m + c.n;
-    const Numbers all = note(numbers_of(states.data(), 2 * lines, Dtype::kDouble));
-    references.assign(all.begin(), all.begin() + lines);
-    const Numbers sums(all.begin() + lines, all.end());
-    Numbers found = sums;
-    if (c.loss == Loss::kSoftmax)
-      for (int64_t l = 0; l < lines; l++) found[l] = std::log2(sums[l]) + references[l];
-    // Up to here one reference is always enough; whoever takes running maxima all the same is slow.
+    const Numbers all = note(numbers_of(states.data(), 2 * c.sets() * lines(), Dtype::kDouble));
+    references.clear(), sums.clear();
+    for (int64_t set = 0; set < c.sets(); set++) {
+      const auto begin = all.begin() + 2 * set * lines();
+      references.insert(references.end(), begin, begin + lines());
+      sums.insert(sums.end(), begin + lines(), begin + 2 * lines());
+    }
+    Numbers found = sums, exact;
+    for (const bool of_positives : {false, true}) {
+      const Numbers of_set = truth.states(of_positives);
+      if (!of_positives || c.same_id_positive) exact.insert(exact.end(), of_set.begin(), of_set.end());
+    }
+    if (c.is_softmax())
+      for (size_t l = 0; l < found.size(); l++) found[l] = std::log2(sums[l]) + references[l];
+    // Up to here one reference is enough; whoever takes running maxima all the same is slow. A threshold may leave a
+    // line with few of its pairs or none.
     const bool is_one = std::all_of(references.begin(), references.end(), [&](double m) { return m == references[0]; });
-    if (truth.largest_logit <= 76) judge.expect(is_one, what + ": more than one reference");
-    const Numbers exact = truth.states();
-    if (c.loss == Loss::kSoftmax)
+    const bool is_told = c.tells_occupied || c.is_plain();
+    if (truth.reach <= (c.is_plain() ? 76 : 40) && std::isnan(c.margin) && is_told)
+      judge.expect(is_one, what + ": more than one reference");
+    if (c.is_softmax())
       judge.close(what + ": log2 of the state", found, exact, arithmetic(), 1e-15);
     else
       judge.close(what + ": state", found, exact, 1e-30, arithmetic());
@@ -112,16 +157,16 @@ class Run {
     const Memory out(3 * count * 8);
     const double* const state = states.as<double>();
     double* const to = out.as<double>();
-    cuda::finish({c.loss, count, c.m, state, state + c.m + c.n, positives.as<double>(), block.scale, block.bias, to,
+    cuda::finish({block.kind, count, c.m, state, state + lines(), positives.as<double>(), block.scale, block.bias, to,
                   to + count, to + 2 * count, nullptr});
-    const Numbers found = note(numbers_of(out.data(), 3 * count, Dtype::kDouble)), lines = truth.states();
+    const Numbers found = note(numbers_of(out.data(), 3 * count, Dtype::kDouble)), exact = truth.states(false);
     Numbers losses, coefficients, weights;
     for (int64_t l = 0; l < count; l++) {
       const int64_t i = l % c.m;
-      const double s = truth.has_positive(i) ? truth.logit(i, i + c.offset) : kNan;
-      const double surplus = lines[l] / kLog2E - s;  // softmax: log(R / P)
-      const bool is_softmax = c.loss == Loss::kSoftmax;
-      losses.push_back(is_softmax ? softplus(surplus) : lines[l] + softplus(-s));
+      const double s = truth.has_own(i) ? truth.own_logit(i) : kNan;
+      const double surplus = exact[l] / kLog2E - s;  // softmax: log(R / P)
+      const bool is_softmax = c.is_softmax();
+      losses.push_back(is_softmax ? softplus(surplus) : exact[l] + softplus(-s));
       // 1 / (R + P), relative to the line's reference
       coefficients.push_back(is_softmax ? std::exp2(references[l] - s * kLog2E) * sigmoid(-surplus) : 1);
       weights.push_back(is_softmax ? -sigmoid(surplus) : -sigmoid(-s));
@@ -134,34 +179,42 @@ class Run {
   }
 
   void weigh() {
-    const Numbers sums = numbers_of(states.as<double>() + c.m + c.n, c.m + c.n, Dtype::kDouble);
-    const Memory coefficients((c.m + c.n) * 8), weights(c.m * 8), totals(2 * 8);
+    const int64_t numbers = c.sets() * lines();
+    const Memory coefficients(numbers * 8), weights(c.m * 8), totals(2 * 8), key_bias_sums(c.n * 8);
     std::mt19937_64 generator(7);
     std::normal_distribution<double> normal;
     // Any numbers will do that bring each line's weights to order 1. Rows without a positive have a weight, too.
-    for (int64_t l = 0; l < c.m + c.n; l++)
-      coefficients.as<double>()[l] = std::exp2(normal(generator) / 3) / (sums[l] > 0 ? sums[l] : 1);
+    for (int64_t l = 0; l < numbers; l++)
+      coefficients.as<double>()[l] = std::exp2(normal(generator) / 3) / (sums[l] > 1e-30 ? sums[l] : 1);
     for (int64_t i = 0; i < c.m; i++) weights.as<double>()[i] = -sigmoid(normal(generator));
     const One gain(-0.7, Dtype::kDouble);
 
     Block b = block;
     set_states(b);
-    b.x.sum = b.y.sum = nullptr;
-    b.x.coefficients = coefficients.as<double>(), b.y.coefficients = coefficients.as<double>() + c.m;
+    const double* coefficient = coefficients.as<double>();
+    for (const auto set : {&fastclip::Side::negatives, &fastclip::Side::positives}) {
+      fastclip::Lines &of_x = b.x.*set, &of_y = b.y.*set;
+      of_x.sum = of_y.sum = of_x.reference = of_y.reference = nullptr;
+      of_x.coefficients = coefficient, of_y.coefficients = coefficient + c.m;
+      coefficient += lines();
+      if (!c.same_id_positive) break;
+    }
+    if (c.needs_key_bias) b.y.key_bias_sum = key_bias_sums.as<double>();
     const Gradient dx(b.x, c, c.needs_x, c.gradient_x), dy(b.y, c, c.needs_y, c.gradient_y);
     Library library(c.tf32);
     cuda::weigh(b,
                 {positives.as<double>(), weights.as<double>(), gain.scalar, c.kept_rows ? kept.as<float>() : nullptr,
                  c.kept_rows, c.project, totals.as<double>()},
                 library);
-    const Numbers w = truth.weights(references, numbers_of(coefficients.data(), c.m + c.n, Dtype::kDouble));
-    compare_gradients("weigh", w, numbers_of(weights.data(), c.m, Dtype::kDouble), gain.value, dx, dy, totals);
+    const Numbers w = truth.weights(references, numbers_of(coefficients.data(), numbers, Dtype::kDouble));
+    compare_gradients("weigh", w, numbers_of(weights.data(), c.m, Dtype::kDouble), gain.value, dx, dy, totals,
+                      c.needs_key_bias ? numbers_of(key_bias_sums.data(), c.n, Dtype::kDouble) : Numbers());
   }
 
   void sweep_and_weigh() {
     Block b = block;
     set_states(b);
-    std::memset(states.data(), kUnwritten, size_t(2 * (c.m + c.n) * 8));
+    std::memset(states.data(), kUnwritten, size_t(2 * lines() * 8));
     std::fill_n(positives.as<double>(), c.m, kNan);
     const One gain(0.3, Dtype::kFloat);
     const Memory totals(2 * 8);
@@ -173,13 +226,13 @@ class Run {
     compare_states("sweep_and_weigh");
     Numbers weights(size_t(c.m), 0.);
     for (int64_t i = 0; i < c.m; i++)
-      if (truth.has_positive(i)) weights[i] = -sigmoid(-truth.logit(i, i + c.offset));
-    const Numbers halves(size_t(c.m + c.n), 0.5);
-    compare_gradients("sweep_and_weigh", truth.weights(references, halves), weights, gain.value, dx, dy, totals);
+      if (truth.has_own(i)) weights[i] = -sigmoid(-truth.own_logit(i));
+    const Numbers halves(size_t(lines()), 0.5);
+    compare_gradients("sweep_and_weigh", truth.weights(references, halves), weights, gain.value, dx, dy, totals, {});
   }
 
   void compare_gradients(const std::string& what, const Numbers& w, const Numbers& positive_weights, double gain,
-                         const Gradient& dx, const Gradient& dy, const Memory& totals) {
+                         const Gradient& dx, const Gradient& dy, const Memory& totals, const Numbers& key_bias) {
     const auto is_half = [&](const Gradient& g) { return c.dtype == Dtype::kHalf || g.dtype == Dtype::kHalf; };
     const Gradients exact = truth.gradients(w, positive_weights, gain, c.project, is_half(dx), is_half(dy));
     // Only the products that make dx and dy may take weights in less than fp32.
@@ -196,6 +249,9 @@ class Run {
     judge.close_in_norm(what + ": totals", note(numbers_of(totals.data(), 2, Dtype::kDouble)),
                         {exact.totals[0], exact.totals[1]},
                         exact.condition_totals * arithmetic() + roundoff(Dtype::kFloat));
+    if (!key_bias.empty())
+      judge.close_in_norm(what + ": key bias", note(key_bias), exact.key_bias,
+                          exact.condition_key_bias * arithmetic() + roundoff(Dtype::kFloat));
   }
 
   // The error of one careful exponential.
@@ -211,10 +267,13 @@ class Run {
   Judge& judge;
   const One scale, bias;
   Features x, y;
+  Vector<int32_t, int32_t> ids_x, ids_y;
+  Vector<float, double> threshold_x, threshold_y;
+  Vector<double, double> key_bias;
   Block block;
   const Truth truth;
   const Memory states, positives, kept;
-  Numbers references, written_, noted_;
+  Numbers references, sums, written_, noted_;  // of both sets
 };
 
 }  // namespace driver

@@ -1,5 +1,5 @@
 // One rectangular block of logits, dense in float64, from the formulas of the operators' contract: what
-// tests/dense_block.py is to the tests in Python. Positives are kept apart from negatives.
+// tests/dense_block.py is to the tests in Python. Positives, own ones and those by id, are kept apart from negatives.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,6 @@
 #include "engine_cuda.h"
 
 namespace driver {
-
-using fastclip::Loss;
 
 using Numbers = std::vector<double>;
 constexpr double kLog2E = 1.4426950408889634, kNan = std::numeric_limits<double>::quiet_NaN();
@@ -27,77 +25,137 @@ struct Tower {
   int64_t rows = 0;
 };
 
+// Which pairs count, and biases of columns. Empty: all, none.
+struct Masks {
+  std::vector<int32_t> ids_x, ids_y;
+  bool same_id_positive = false;
+  Numbers threshold_x, threshold_y, key_bias;
+};
+
 struct Gradients {
-  Numbers x, y;
+  Numbers x, y, key_bias;
   double totals[2];
-  double condition_x, condition_y, condition_totals;  // the sum of absolute values over the sum
+  double condition_x, condition_y, condition_totals, condition_key_bias;  // the sum of absolute values over the sum
 };
 
 class Truth {
  public:
   const int64_t m, n, width;
-  const Loss loss;
+  const bool is_softmax;
   const double scale, bias;
   const int64_t offset;
+  const Masks masks;
   Numbers t;                              // (m, n)
   double largest_product, largest_logit;  // bounds: rounding errors in exponentials grow with them
+  double reach;                           // a bound of logits, of biases only how far they are apart
 
-  Truth(const Tower& x, const Tower& y, int64_t width, Loss loss, double scale, double bias, int64_t offset)
+  Truth(const Tower& x, const Tower& y, int64_t width, bool is_softmax, double scale, double bias, int64_t offset,
+        const Masks& masks)
       : m(x.rows),
         n(y.rows),
         width(width),
-        loss(loss),
+        is_softmax(is_softmax),
         scale(scale),
-        bias(loss == Loss::kSigmoid ? bias : 0.),
+        bias(is_softmax ? 0. : bias),
         offset(offset),
-        t(size_t(m * n)),
+        masks(masks),
+        t(products(x, y, width)),
         x_(x),
         y_(y),
         unit_x_(unit(x)),
         unit_y_(unit(y)) {
-    for (int64_t i = 0; i < m; i++)
-      for (int64_t j = 0; j < n; j++)
-        for (int64_t d = 0; d < width; d++) t[i * n + j] += unit_x_[i * width + d] * unit_y_[j * width + d];
     largest_product = longest(unit_x_, m) * longest(unit_y_, n);
-    largest_logit = std::fabs(scale) * largest_product + std::fabs(this->bias);
+    Numbers biases;
+    for (const double v : masks.key_bias)
+      if (std::isfinite(v)) biases.push_back(v);
+    reach = largest_logit = std::fabs(scale) * largest_product + std::fabs(this->bias);
+    if (biases.empty()) return;
+    const auto [least, most] = std::minmax_element(biases.begin(), biases.end());
+    largest_logit += std::max(std::fabs(*least), std::fabs(*most)), reach += *most - *least;
   }
 
-  bool is_positive(int64_t i, int64_t j) const { return j - i == offset; }
-  bool has_positive(int64_t i) const { return i + offset >= 0 && i + offset < n; }
-  double logit(int64_t i, int64_t j) const { return scale * t[i * n + j] + bias; }
+  static Numbers products(const Tower& x, const Tower& y, int64_t width) {
+    Numbers t(size_t(x.rows * y.rows));
+    const Numbers unit_x = unit(x, width), unit_y = unit(y, width);
+    for (int64_t i = 0; i < x.rows; i++)
+      for (int64_t j = 0; j < y.rows; j++)
+        for (int64_t d = 0; d < width; d++) t[i * y.rows + j] += unit_x[i * width + d] * unit_y[j * width + d];
+    return t;
+  }
 
-  // t of each row's positive, NaN where it has none here.
+  bool is_own(int64_t i, int64_t j) const { return j - i == offset; }
+  bool has_own(int64_t i) const { return i + offset >= 0 && i + offset < n; }
+  bool is_same(int64_t i, int64_t j) const {
+    return !is_own(i, j) && !masks.ids_x.empty() && masks.ids_x[i] == masks.ids_y[j];
+  }
+  bool is_negative(int64_t i, int64_t j, bool of_row) const {
+    const Numbers& threshold = of_row ? masks.threshold_x : masks.threshold_y;
+    return !is_own(i, j) && !is_same(i, j) && !(!threshold.empty() && t[i * n + j] > threshold[of_row ? i : j]);
+  }
+  double own_logit(int64_t i) const { return scale * t[i * n + i + offset] + bias; }
+  double logit(int64_t i, int64_t j) const {
+    return scale * t[i * n + j] + bias + (masks.key_bias.empty() ? 0 : masks.key_bias[j]);
+  }
+
+  // t of each row's own positive, NaN where it has none here.
   Numbers positives() const {
     Numbers numbers(size_t(m), kNan);
     for (int64_t i = 0; i < m; i++)
-      if (has_positive(i)) numbers[i] = t[i * n + i + offset];
+      if (has_own(i)) numbers[i] = t[i * n + i + offset];
     return numbers;
   }
 
+  // Calls f(i, j, line, logit) for each pair, of negatives or of positives by id, and each line that remembers it: row
+  // i, column j behind the rows.
+  template <class Function>
+  void for_pairs(bool of_positives, Function f) const {
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = 0; j < n; j++)
+        for (const bool of_row : {true, false}) {
+          const double sign = of_positives && !is_softmax ? -1 : 1;
+          if (of_positives ? is_same(i, j) : is_negative(i, j, of_row)) f(i, j, of_row ? i : m + j, sign * logit(i, j));
+        }
+  }
+
   // States as one number a line, rows first: log2 of the sum of exponentials, or the sum of softplus.
-  Numbers states() const {
+  Numbers states(bool of_positives) const {
     Numbers lines(size_t(m + n), 0.), top(size_t(m + n), -kInfinity);
-    for_negatives([&](int64_t i, int64_t j) {
-      for (const int64_t l : {i, m + j}) top[l] = std::max(top[l], logit(i, j));
+    for_pairs(of_positives, [&](int64_t, int64_t, int64_t l, double s) { top[l] = std::max(top[l], s); });
+    for_pairs(of_positives, [&](int64_t, int64_t, int64_t l, double s) {
+      if (s > -kInfinity) lines[l] += is_softmax ? std::exp(s - top[l]) : softplus(s);
     });
-    for_negatives([&](int64_t i, int64_t j) {
-      for (const int64_t l : {i, m + j})
-        lines[l] += loss == Loss::kSoftmax ? std::exp(logit(i, j) - top[l]) : softplus(logit(i, j));
-    });
-    if (loss == Loss::kSoftmax)
+    if (is_softmax)
       for (int64_t l = 0; l < m + n; l++) lines[l] = lines[l] > 0 ? (std::log(lines[l]) + top[l]) * kLog2E : -kInfinity;
     return lines;
   }
 
-  // Weights of the negatives, 0 at the positives. references in log2 units, coefficients: rows first.
+  // Lines that have any pairs of a logit above -inf, thresholds aside.
+  std::vector<char> occupied() const {
+    std::vector<char> lines;
+    for (const bool of_positives : {false, true}) {
+      if (of_positives && !masks.same_id_positive) break;
+      const size_t first = lines.size();
+      lines.resize(first + size_t(m + n));
+      for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++)
+          if ((of_positives ? is_same(i, j) : !is_own(i, j) && !is_same(i, j)) && logit(i, j) > -kInfinity)
+            lines[first + i] = lines[first + m + j] = 1;
+    }
+    return lines;
+  }
+
+  // Weights of the pairs, 0 at the own positives. references in log2 units, coefficients: rows first, those of
+  // positives by id behind the others.
   Numbers weights(const Numbers& references, const Numbers& coefficients) const {
     Numbers w(size_t(m * n), 0.);
-    for_negatives([&](int64_t i, int64_t j) {
-      const double s = logit(i, j), a = coefficients[i], b = coefficients[m + j];
-      w[i * n + j] = loss == Loss::kSigmoid
-                         ? sigmoid(s) * (a + b)
-                         : std::exp2(s * kLog2E - references[i]) * a + std::exp2(s * kLog2E - references[m + j]) * b;
-    });
+    for (const bool of_positives : {false, true}) {
+      if (of_positives && !masks.same_id_positive) break;
+      const int64_t first = of_positives ? m + n : 0;
+      for_pairs(of_positives, [&](int64_t i, int64_t j, int64_t l, double s) {
+        const double activation = is_softmax ? std::exp2(s * kLog2E - references[first + l]) : sigmoid(s);
+        w[i * n + j] += (of_positives && !is_softmax ? -1 : 1) * activation * coefficients[first + l];
+      });
+    }
     return w;
   }
 
@@ -109,10 +167,14 @@ class Truth {
     for (int64_t i = 0; i < m; i++)
       for (int64_t j = 0; j < n; j++) {
         double& v = w[i * n + j];
-        if (is_positive(i, j)) v += positive_weight[i];
+        if (is_own(i, j)) v += positive_weight[i];
         const double terms[2] = {gain * v, gain * v * t[i * n + j]};
         for (int q = 0; q < 2; q++) totals[q] += terms[q], sizes[q] += std::fabs(terms[q]);
       }
+    g.key_bias.resize(size_t(n));
+    Numbers of_columns(static_cast<size_t>(n));
+    for (int64_t q = 0; q < m * n; q++) g.key_bias[q % n] += gain * w[q], of_columns[q % n] += std::fabs(gain * w[q]);
+    g.condition_key_bias = ratio(of_columns, g.key_bias);
     g.totals[0] = totals[0], g.totals[1] = totals[1];
     g.condition_totals = ratio({sizes[0], sizes[1]}, {totals[0], totals[1]});
     g.x = gradient(w, false, gain, project, half_x, g.condition_x);
@@ -127,19 +189,13 @@ class Truth {
   }
 
  private:
-  template <class Function>
-  void for_negatives(Function f) const {
-    for (int64_t i = 0; i < m; i++)
-      for (int64_t j = 0; j < n; j++)
-        if (!is_positive(i, j)) f(i, j);
-  }
-
-  Numbers unit(const Tower& tower) const {
+  static Numbers unit(const Tower& tower, int64_t width) {
     Numbers numbers = tower.features;
     if (!tower.factor.empty())
       for (size_t q = 0; q < numbers.size(); q++) numbers[q] *= tower.factor[q / size_t(width)];
     return numbers;
   }
+  Numbers unit(const Tower& tower) const { return unit(tower, width); }
 
   double longest(const Numbers& units, int64_t rows) const {
     double most = 0;

@@ -15,7 +15,7 @@
 namespace emulated {
 
 namespace cuda = fastclip::cuda;  // beside which CCCL has a ::cuda
-namespace losses = fastclip::CUDA;
+namespace kinds = fastclip::CUDA;
 
 constexpr float kUntouched = -12345.f;
 
@@ -67,10 +67,10 @@ cuda::Part part_of(const Pairs& p, const double* scale, const double* bias) {
 // Behind the last tiles, too: scheduling rounds their number up.
 int rounded_up(int64_t lines, int lines_of_tile) { return int(cuda::tiles_of(lines, lines_of_tile)) + 1; }
 
-template <class Loss, class Element, const cuda::FusedTile& kTile>
+template <class Statistic, class Element, const cuda::FusedTile& kTile>
 Errors sweep(const Pairs& p) {
   using Layout = fused::Layout<kTile>;
-  using Work = fused::Fold<Loss, Element, Layout>;
+  using Work = fused::Fold<Statistic, Element, Layout>;
   const cuda::Part part = part_of(p, &p.scale, &p.bias);
   const int64_t tiles_m = cuda::fused_column_parts(part), tiles_n = cuda::fused_row_parts(part);
   const int64_t line = 3;  // any strides will do
@@ -132,10 +132,10 @@ Errors sweep(const Pairs& p) {
   return e;
 }
 
-template <class Loss, class Element, const cuda::FusedTile& kTile>
+template <class Statistic, class Element, const cuda::FusedTile& kTile>
 Errors weigh(const Pairs& p, bool spread, float enlarged) {
   using Layout = fused::Layout<kTile>;
-  using Work = fused::Weigh<Loss, Element, Layout>;
+  using Work = fused::Weigh<Statistic, Element, Layout>;
   constexpr double kLeastNormal = std::is_same_v<Element, cutlass::half_t> ? 0x1p-14 : 0;
   const cuda::Part part = part_of(p, &p.scale, &p.bias);
   const int64_t tiles_n = cuda::tiles_of(p.columns, Layout::kColumns), parts = cuda::fused_total_parts(part);
@@ -194,11 +194,11 @@ Errors weigh(const Pairs& p, bool spread, float enlarged) {
 }
 
 Errors run_case(char** given) {
-  const std::string kind = given[1], loss = given[5], dtype = given[6], references = given[9];
+  const std::string sweeps = given[1], kind = given[5], dtype = given[6], references = given[9];
   std::mt19937 random(1);
   Pairs p;
   p.rows = std::atoll(given[2]), p.columns = std::atoll(given[3]), p.offset = std::atoll(given[4]);
-  p.is_softmax = loss == "softmax";
+  p.is_softmax = kind == "softmax";
   p.scale = std::atof(given[10]), p.bias = p.is_softmax ? 0 : -0.3 * p.scale;
   const bool has_factors = std::atoi(given[7]) != 0, is_half = dtype == "fp16";
   p.products = numbers(p.rows * p.columns, -1, 1, random);
@@ -215,16 +215,16 @@ Errors run_case(char** given) {
       for (int64_t j = 0; j < p.columns; j++) p.reference_y[size_t(j)] += float(j % 3);
     }
   }
-  const auto run = [&](auto loss, auto element) {
-    using Loss = decltype(loss);
+  const auto run = [&](auto statistic, auto element) {
+    using Statistic = decltype(statistic);
     using Element = decltype(element);
-    if (kind == "sweep") return sweep<Loss, Element, cuda::kSweepTile>(p);
-    return weigh<Loss, Element, cuda::kWeighTile>(p, !is_half, is_half ? 8192.f : 1.f);
+    if (sweeps == "sweep") return sweep<Statistic, Element, cuda::kSweepTile>(p);
+    return weigh<Statistic, Element, cuda::kWeighTile>(p, !is_half, is_half ? 8192.f : 1.f);
   };
-  const auto with_loss = [&](auto element) {
-    return p.is_softmax ? run(losses::Softmax(), element) : run(losses::Sigmoid(), element);
+  const auto with_kind = [&](auto element) {
+    return p.is_softmax ? run(kinds::Softmax(), element) : run(kinds::Sigmoid(), element);
   };
-  return is_half ? with_loss(cutlass::half_t()) : with_loss(cutlass::bfloat16_t());
+  return is_half ? with_kind(cutlass::half_t()) : with_kind(cutlass::bfloat16_t());
 }
 
 }  // namespace emulated

@@ -40,6 +40,7 @@ def main() -> None:
 
     from dense_block import DTYPES, LOSSES, make_block
     from gpu_engine_case import check, check_in_one_go
+    from masked_cases import OPTIONS, check_masked, masked_blocks
 
     halves = DTYPES["bfloat16"], DTYPES["float16"]
     shapes = [(129, 257, 16, 3), (300, 130, 24, -140), (1, 300, 8, 299), (140, 1, 8, 0)]
@@ -59,6 +60,10 @@ def main() -> None:
     for dtype in halves:
         block = make_block(150, 140, 16, dtype, scale=500.0)
         check("cuda", block, what=f"{dtype} two references")
+    # Whatever a block has beside features and factors, the library's tiles serve it.
+    for options in OPTIONS:
+        for _, block in masked_blocks((140, 200, 16), halves[0], options):
+            check_masked("cuda", block, options)
     counts = ("emulated_sweeps", "emulated_weighs", "emulated_differ")
     print(*(ctypes.c_int.in_dll(kernels, name).value for name in counts))
 

@@ -27,9 +27,9 @@ float product(const Part& part, int i, int j) {
 template <class Function>
 void for_kernel(const Part& part, Function f) {
   if (!fused_serves(part)) throw std::invalid_argument("the engine asked for a part that is not served");
-  CUDA::for_loss(part.loss, [&](auto loss) {
-    if (part.dtype == Dtype::kHalf) return f(loss, cutlass::half_t());
-    f(loss, cutlass::bfloat16_t());
+  CUDA::for_kind(part.kind, [&](auto statistic) {
+    if (part.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
+    f(statistic, cutlass::bfloat16_t());
   });
 }
 
@@ -44,9 +44,10 @@ __attribute__((visibility("default"))) void fused_sweep(const Part& part, const 
   if (folding.rows.parts != fused_row_parts(part) || folding.columns.parts != fused_column_parts(part))
     throw std::invalid_argument("the engine expects other partial sums");
   emulated_sweeps++;
-  for_kernel(part, [&](auto loss, auto element) {
+  for_kernel(part, [&](auto statistic, auto element) {
     using Layout = fused::Layout<kSweepTile>;
-    run<fused::Fold<decltype(loss), decltype(element), Layout>, Layout>(part, {part, folding}, [](int, int, float) {});
+    run<fused::Fold<decltype(statistic), decltype(element), Layout>, Layout>(part, {part, folding},
+                                                                             [](int, int, float) {});
   });
 }
 
@@ -55,11 +56,11 @@ __attribute__((visibility("default"))) void fused_weigh(const Part& part, const 
     throw std::invalid_argument("the engine expects other weights or totals");
   emulated_weighs++;
   emulated_differ += *weights.differ != 0;
-  for_kernel(part, [&](auto loss, auto element) {
+  for_kernel(part, [&](auto statistic, auto element) {
     using Element = decltype(element);
     using Layout = fused::Layout<kWeighTile>;
     Element* const out = static_cast<Element*>(weights.out);
-    run<fused::Weigh<decltype(loss), Element, Layout>, Layout>(part, {part, weights}, [&](int i, int j, float w) {
+    run<fused::Weigh<decltype(statistic), Element, Layout>, Layout>(part, {part, weights}, [&](int i, int j, float w) {
       if (i < part.rows && j < part.columns) out[i * weights.stride_out + j] = Element(w);
     });
   });

@@ -1,12 +1,13 @@
 // The fused path's host side against the mock runtime: a line of JSON with what it would have launched.
 //
-//   launch sweep|weigh rows columns width stride_x stride_y stride_out softmax|sigmoid bf16|fp16 [refused|x|out]
+//   launch sweep|weigh rows columns width stride_x stride_y stride_out KIND bf16|fp16 [refused|x|out]
 //     refused: the launch fails;  x, out: begins two bytes later
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "epilogues.h"
 #include "fused_cuda.h"
 #include "mock.h"
 
@@ -32,7 +33,7 @@ bool same(const cuda::Scalar& a, const cuda::Scalar& b) { return a.at == b.at &&
 bool same(const cuda::Part& a, const cuda::Part& b) {
   return a.x == b.x && a.y == b.y && a.rows == b.rows && a.columns == b.columns && a.width == b.width &&
          a.factor_x == b.factor_x && a.factor_y == b.factor_y && same(a.scale, b.scale) && same(a.bias, b.bias) &&
-         a.offset == b.offset;
+         a.offset == b.offset && a.kind == b.kind;
 }
 bool same(const cuda::Folding& a, const cuda::Folding& b) {
   return a.reference == b.reference && a.positive == b.positive && same(a.rows, b.rows) && same(a.columns, b.columns);
@@ -78,7 +79,9 @@ int main(int count, char** given) {
   is_sweep = std::string(given[1]) == "sweep";
   part.rows = std::atoll(given[2]), part.columns = std::atoll(given[3]), part.width = std::atoll(given[4]);
   part.stride_x = std::atoll(given[5]), part.stride_y = std::atoll(given[6]);
-  part.loss = std::string(given[8]) == "softmax" ? fastclip::Loss::kSoftmax : fastclip::Loss::kSigmoid;
+  fastclip::PORTABLE::Kinds::each_name([&](fastclip::Kind kind, const char* name) {
+    if (std::string(given[8]) == name) part.kind = kind;
+  });
   part.dtype = std::string(given[9]) == "bf16" ? fastclip::Dtype::kBFloat16 : fastclip::Dtype::kHalf;
   part.x = address<void>(0x10000), part.y = address<void>(0x20000);
   part.factor_x = address<float>(0x30004), part.factor_y = address<float>(0x40008);

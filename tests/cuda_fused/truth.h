@@ -1,4 +1,4 @@
-// What a part's sweeps should give, in double, from the losses' definitions.
+// What a part's sweeps should give, in double, from the kinds' definitions.
 #pragma once
 
 #include <cmath>

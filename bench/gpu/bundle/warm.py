@@ -14,8 +14,10 @@ from functools import partial
 
 import torch
 
+from ... import on_contrast
 from ...baselines import bytes_of_everything
-from ...cases import Case, Inputs
+from ...cases import CONTRAST, SCALES, Case, Inputs
+from ...losses import loss_of
 from .. import cases, figures, fp32, smoke, tiles
 from . import pretended
 
@@ -25,7 +27,7 @@ def items() -> Iterator[tuple[str, Callable[[], object]]]:
     seen = set()
     for case in [one for group in cases.GROUPS.values() for one in group()]:
         budgets = [0]
-        if case.loss == "clip" and case.n == 32768:
+        if case.n == 32768 and not loss_of(case.loss).in_one_go:
             budgets.append(bytes_of_everything(case))
         for budget in budgets:
             key = (case.loss, case.n, case.d, case.dtype, budget)
@@ -34,6 +36,9 @@ def items() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"{case.name} {budget}", partial(timed, case, budget)
                 if cases.SPLIT in case.methods:
                     yield f"{case.name} split", partial(timed_split, case)
+        for method in CONTRAST:
+            if method in case.methods and case.scale == SCALES[0]:
+                yield f"{case.name} {method}", partial(timed_on_contrast, case, method)
     for label, loss, dtype in smoke.jobs(["triton", "triton tf32", "triton split"]):
         for problem, check in smoke.checks(loss, dtype, "cpu"):
             if check in ("rerun", "kept"):
@@ -47,16 +52,21 @@ CANDIDATE_SHARES = 8
 
 
 def timed(case: Case, budget: int) -> None:
-    from fastclip import loss as losses
+    function = loss_of(case.loss).of_fastclip()
+    _step(case, partial(function, backend="triton", memory_budget=budget))
 
+
+def timed_on_contrast(case: Case, method: str) -> None:
+    _step(case, on_contrast.make(case, method, "cpu", "triton"))
+
+
+def _step(case: Case, loss: Callable[..., torch.Tensor]) -> None:
     dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
     x, y = (torch.zeros(n, case.d, dtype=dtype) for n in (case.m, case.n))
-    bias = torch.tensor(-10.0) if case.loss == "siglip" else None
-    inputs = Inputs(x, y, torch.tensor(case.scale), bias)
+    inputs = Inputs(x, y, torch.tensor(case.scale), loss_of(case.loss).bias_on("cpu"))
     for leaf in inputs.leaves:
         leaf.requires_grad_()
-    function = losses.clip_loss if case.loss == "clip" else losses.siglip_loss
-    function(*inputs.leaves, backend="triton", memory_budget=budget).backward()
+    loss(inputs.x, inputs.y, inputs.scale, inputs.bias).backward()
 
 
 def timed_split(case: Case) -> None:

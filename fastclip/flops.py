@@ -1,0 +1,72 @@
+"""FLOPs of the operators for `torch.utils.flop_counter.FlopCounterMode`: passes of 2 M N D.
+
+The counter's module imports Triton, so it is not imported here: it is told the formulas when an
+operator is called after somebody else has imported it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+
+from .block import Block, Statistics, Wanted
+from .kept import Products, Weights
+
+
+def _pass(block: Block) -> int:
+    m, n = block.shape
+    return 2 * m * n * block.x.features.shape[1]
+
+
+def _sweep(*arguments: Any, **_: Any) -> int:
+    block, _ = Block.of(arguments)
+    return _pass(block)
+
+
+def _weigh(*arguments: Any, **_: Any) -> int:
+    block, rest = Block.of(arguments)
+    kept = Statistics(*rest[: len(Statistics._fields)]).kept
+    wanted = Wanted(*rest[-len(Wanted._fields) :])
+    plan = Weights if kept.dtype == torch.uint8 else Products
+    x, y = block.x.features, block.y.features
+    spared = 2 * plan.pairs(x, y, kept) * x.shape[1]
+    return _pass(block) * (1 + int(wanted.x) + int(wanted.y)) - spared
+
+
+def _sweep_and_weigh(*arguments: Any, **_: Any) -> int:
+    block, (_, needs_x, needs_y, _) = Block.of(arguments)
+    return _pass(block) * (1 + int(needs_x) + int(needs_y))
+
+
+def _finish(*arguments: Any, **_: Any) -> int:
+    return 0
+
+
+def tell_counter() -> None:
+    """Registers the formulas with a counter that has been imported, and with those at work."""
+    if "torch.utils.flop_counter" in sys.modules:
+        _register()
+
+
+@functools.cache
+def _register() -> None:
+    from torch.utils import flop_counter
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    formulas = {
+        getattr(torch.ops.fastclip, name): formula
+        for name, formula in {
+            "sweep": _sweep, "weigh": _weigh, "sweep_and_weigh": _sweep_and_weigh,
+            "finish": _finish,
+        }.items()
+    }  # fmt: skip
+    for operator, formula in formulas.items():
+        flop_counter.register_flop_formula(operator, get_raw=True)(formula)
+    # A counter copies the formulas when it is made.
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, flop_counter.FlopCounterMode):
+            counter.flop_registry.update(formulas)
