@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,19 @@ from ..timing import wait_for
 from ..truth import Truth
 from . import figures, fp32, process, steps, winners
 
+if TYPE_CHECKING:
+    from fastclip import LineStatistics
+
 COLUMNS = ("engine", "loss", "dtype", "normalize", "n", "d", "scale", "check", "status",
            "worst", "of", "note")  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FP64, FP32 = torch.float64, torch.float32
 # The headline's kernels: plain tiles, descriptors, kept rows. A cut leaves them checked.
 LARGE = (4099, 768)
 # Up to 2,896 pairs are a small block, with kernels of its own.
 SMALL = (513, 96)
 SHAPES = (LARGE, (1000, 520), SMALL, (3001, 520))
+MASKED = ((1000, 520), (3001, 520))
 SCALES = (14.3, 100.0, 500.0)
 PROCESSES = 8
 LEAST_SECONDS = 3.0  # with less a process is not begun
@@ -125,10 +131,16 @@ def judge(problem: Problem, engine: str, budget: int = 0) -> dict[str, object]:
     """A row: the result whose error is largest, as a multiple of what it may be."""
     leaves = problem.leaves()
     exact, plain = problem.truth(leaves), problem.plain(leaves)
-    got = problem.step(engine, leaves, budget)
+    return _verdict(problem.step(engine, leaves, budget), exact, plain, problem.dtype)
+
+
+def _verdict(
+    got: tuple[Tensor, ...], exact: tuple[Tensor, ...], plain: tuple[Tensor, ...],
+    dtype: torch.dtype,
+) -> dict[str, object]:  # fmt: skip
     worst, culprit = 0.0, ""
     for name, value, true, rough in zip(NAMES, got, exact, plain, strict=False):
-        error, limit = _error(value, true), allowed(name, _error(rough, true), problem.dtype)
+        error, limit = _error(value, true), allowed(name, _error(rough, true), dtype)
         part = error / limit if error == error else float("inf")
         if part >= worst:
             worst, culprit = part, f"{name} {error:.1e} of {limit:.1e}"
@@ -158,6 +170,39 @@ def judge_kept(problem: Problem, engine: str) -> dict[str, object]:
     return judge(problem, engine, budget_of_everything(problem))
 
 
+def judge_masked(problem: Problem, engine: str) -> dict[str, object]:
+    """Statistics of `contrast` with ids, positives by id and a bias of columns, against the dense
+    ones in float64. Without a margin: rounding may move a pair across it."""
+    from fastclip import reference
+
+    leaves = problem.leaves()
+    wide = [[leaf.detach().to(t).requires_grad_() for leaf in leaves] for t in (FP64, FP32)]
+    exact, plain = (_masked(reference.contrast, problem, leaves) for leaves in wide)
+    return _verdict(masked_step(engine, problem, leaves), exact, plain, problem.dtype)
+
+
+def masked_step(engine: str, problem: Problem, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    from fastclip import contrast
+
+    return _masked(partial(contrast, backend=engine), problem, leaves)
+
+
+def _masked(
+    function: Callable[..., LineStatistics], problem: Problem, leaves: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """N times the mean of all statistics, and its gradients. Every third row and column share an
+    id; the last ones' positives are beyond the block."""
+    x, y, *_ = leaves
+    ids = torch.arange(len(x), device=x.device) // 3
+    key_bias = torch.linspace(-1, 1, len(y), device=x.device, dtype=leaves[2].dtype)
+    found = function(
+        *leaves, offset=2, ids=(ids, ids), same_id="positive", key_bias=key_bias,
+        kind=loss_of(problem.loss).kind, normalize=problem.normalize,
+    )  # fmt: skip
+    value = sum(t[t.isfinite()].sum() for t in found)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
 def budget_of_everything(problem: Problem) -> int:
     return 4 * problem.n * (problem.n + 16)
 
@@ -181,6 +226,8 @@ def checks(loss: str, dtype: str, device: str) -> Iterator[tuple[Problem, str]]:
             yield lowest, "kept"
             if shape == LARGE:
                 yield highest, "kept"
+        if shape in MASKED:
+            yield lowest, "masked"
         yield lowest, "rerun"
         if device == "cuda" and shape in (LARGE, SMALL):
             yield lowest, "graph"
@@ -189,6 +236,7 @@ def checks(loss: str, dtype: str, device: str) -> Iterator[tuple[Problem, str]]:
 
 JUDGES = {
     "accuracy": judge, "rerun": judge_rerun, "kept": judge_kept, "graph": judge_graph,
+    "masked": judge_masked,
 }  # fmt: skip
 
 
