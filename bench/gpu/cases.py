@@ -50,6 +50,14 @@ def engines() -> list[Case]:
     return cases
 
 
+def contrast() -> list[Case]:
+    """The losses written on `fastclip.contrast`, plain, with ids and with a margin."""
+    return [
+        Case(loss, 32768, 32768, 768, "bfloat16", SCALES[0], methods=("fastclip", *CONTRAST))
+        for loss in LOSSES
+    ]
+
+
 def small() -> list[Case]:
     """Batches that wait for launches, not for arithmetic: eager, and captured in a CUDA graph."""
     methods = ("open_clip", "dense", "fastclip", "fastclip triton", "fastclip cuda")
@@ -86,6 +94,7 @@ def again() -> list[Case]:
 GROUPS = {
     "headline": headline,
     "engines": engines,
+    "contrast": contrast,
     "small": small,
     "rest": rest,
     "again": again,
