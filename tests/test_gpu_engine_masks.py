@@ -113,6 +113,15 @@ def test_lines_without_pairs_ask_for_nothing(gpu_engine: str, options: str) -> N
     assert torch.equal(blind[1::2] == 0, sweep(gpu_engine, block)[0][1::2] == 0)
 
 
+def test_norms_that_overflow_where_no_line_has_pairs(gpu_engine: str) -> None:
+    """No sum is too small, but the reference that all lines would share is no number."""
+    block = masked(gpu_engine, "one id")
+    block = block._replace(x=block.x * 1e25, y=block.y * 1e25)
+    state = sweep(gpu_engine, block)[0]
+    assert not occupied(block).any()
+    assert torch.equal(state[1], torch.zeros_like(state[1])) and state[0].isfinite().all()
+
+
 def test_a_bias_far_from_the_others(gpu_engine: str) -> None:
     """One column outweighs, and another vanishes beside all others."""
     for turn, far in enumerate((300.0, -300.0, 1e4)):

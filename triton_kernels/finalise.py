@@ -70,8 +70,9 @@ def sums_kernel(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """Partials that share a reference. Where there is one, chunks are whole rows, and the flag is
-    raised if it was too coarse for a line that has pairs: a sum so small may have lost terms that
-    count. OCCUPIED says which have; without it those whose block leaves them a negative."""
+    raised if it was too coarse for a line that has pairs, since a sum so small may have lost terms
+    that count, or no number. OCCUPIED says which have pairs; without it those whose block leaves
+    them a negative."""
     is_row, line, base, out, length, parts = owned(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
@@ -81,17 +82,18 @@ def sums_kernel(
     total = _added(PARTIAL + base, line, length, parts, LINES, PARTS)
     total += tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
     tl.store(STATE + lines + out, total, mask=mask)
-    reference = 0.0
+    reference = tl.zeros((LINES,), tl.float64)
     if REFERENCE is not None:
-        reference = tl.load(REFERENCE)
+        reference += tl.load(REFERENCE)
         if is_row | (is_last != 0):
             occupied = _has_others(is_row, out, rows_total, columns_total, offset)
             if OCCUPIED is not None:
                 occupied = tl.load(OCCUPIED + out, mask=mask, other=0) != 0
             holds = (occupied == 0) | ((total >= LEAST) & (total <= LARGEST))
+            holds &= reference - reference == 0.0
             if tl.max((mask & (holds == 0)).to(tl.int32), 0) > 0:
                 tl.store(FLAG, 1)
-    tl.store(STATE + out, tl.zeros((LINES,), tl.float64) + reference, mask=mask)
+    tl.store(STATE + out, reference, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
