@@ -33,7 +33,6 @@ from .operands import accumulation_dtype, state_dtype
 from .shard import Shard
 from .visits import Gathered, Ring
 
-
 Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
 
 

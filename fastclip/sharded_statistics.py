@@ -63,7 +63,7 @@ def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
 
 
 def row_of(inputs: Inputs, task: Task) -> BlockRow:
-    request, shard = task.request, task.shard
+    request = task.request
     own = block_of(
         inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, request
     )

@@ -41,6 +41,10 @@ class Gathered:
         self.shard = shard
         self.apart = apart
 
+    @property
+    def visits(self) -> int:
+        return 3 if self.apart else 1
+
     def held(self, y: Tensor) -> Tensor:
         """What a rank keeps of y (b, ...) between forward and backward."""
         return self.shard.gather(y)
