@@ -35,7 +35,7 @@ from .block import NO_POSITIVES, Block
 from .block_row import TENSORS, BlockRow, Sharing, Swept
 from .function import Plan, refuse_second_derivative
 from .kept import PLANS
-from .line_statistics import Inputs, Request, block_of
+from .line_statistics import Inputs, Request
 from .operands import state_dtype
 from .shard import Parcel, Shard, starts_of
 from .sharded_statistics import Task
@@ -49,8 +49,9 @@ class Trace(NamedTuple):
     engine: str  # "" if none serves the call, which fails when it runs
     needs: list[bool]  # which inputs require a gradient
     saves: bool  # a backward may follow
+    edition: str  # of this library: another one may save other tensors
 
-    SCHEMA = "str group, int ranks, str engine, bool[] needs, bool saves"
+    SCHEMA = "str group, int ranks, str engine, bool[] needs, bool saves, str edition"
 
 
 class LossOptions(NamedTuple):
@@ -268,7 +269,8 @@ def _fake_rank_loss_backward(upstream: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 def _contrast_results(inputs: Inputs, task: Task, trace: Trace) -> list[Tensor]:
-    row = sharded_statistics.row_of(inputs, task)
+    own = sharded_statistics.own_of(inputs, task)
+    row = sharded_statistics.row_of(own, task)
     # A rank's number says how many columns are before its own.
     apart = not task.ring and row.columns.apart
     budget = task.request.memory_budget if trace.saves and not apart else 0
@@ -276,14 +278,13 @@ def _contrast_results(inputs: Inputs, task: Task, trace: Trace) -> list[Tensor]:
     found = _apart(found)
     if not trace.saves:
         return found
-    beside = _beside(row.block, _own_of(inputs, task))
+    beside = _beside(row.block, _without_margin(own))
     kept = () if apart else swept.kept
     return [*found, _told(task.shard), *beside, swept.state, swept.positive, *kept]
 
 
-def _own_of(inputs: Inputs, task: Task) -> Block:
-    """Own rows and own columns, as far as the inputs that are differentiated tell."""
-    return block_of(inputs, None, None, task.offset, task.kind, task.same_id_positive, task.request)
+def _without_margin(own: Block) -> Block:
+    return own._replace(x=own.x._replace(threshold=None), y=own.y._replace(threshold=None))
 
 
 def _given(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], ContrastCall, Trace]:
@@ -327,7 +328,7 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     shard = _again(trace, inputs.y.shape[0], None, told)
     positive_ids = call.same_id == "positive"
     task = Task(request, None, None, offset, call.kind, positive_ids, shard, call.ring)
-    own = _own_of(inputs, task)
+    own = sharded_statistics.own_of(inputs, task)
     columns = sharded_statistics.columns_of(*own.shape, task)
     row = BlockRow(trace.engine, columns, call.normalize, _with_beside(own, beside))
     if not kept:

@@ -58,15 +58,19 @@ def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
     if differentiates(*inputs):
         found = _ShardedStatistics.apply(*inputs, task)
     else:
-        found, *_ = forward(inputs, row_of(inputs, task), task.request, budget=0)
+        found, *_ = forward(inputs, row_of(own_of(inputs, task), task), task.request, budget=0)
     return named(found, task.same_id_positive, task.request.rows, task.request.columns)
 
 
-def row_of(inputs: Inputs, task: Task) -> BlockRow:
-    request = task.request
-    own = block_of(
-        inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, request
+def own_of(inputs: Inputs, task: Task) -> Block:
+    """Own rows and own columns, without ids."""
+    return block_of(
+        inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, task.request
     )
+
+
+def row_of(own: Block, task: Task) -> BlockRow:
+    request = task.request
     if task.ids is not None:
         ids_x, ids_y = (ids.to(torch.int64) for ids in task.ids)
         own = own._replace(x=own.x._replace(ids=ids_x), y=own.y._replace(ids=ids_y))
@@ -125,7 +129,7 @@ class _ShardedStatistics(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, task = arguments
         inputs = Inputs(*tensors)
-        row = row_of(inputs, task)
+        row = row_of(own_of(inputs, task), task)
         found, swept = forward(inputs, row, task.request, task.request.memory_budget)
         ctx.row, ctx.request, ctx.found = row.without_tensors(), task.request, len(found)
         ctx.save_for_backward(*inputs, *row.tensors, *found, *swept[:2], *swept.kept)

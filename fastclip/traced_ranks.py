@@ -6,8 +6,11 @@ on other ranks, when the graph runs.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import numbers
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,9 +86,19 @@ def _ranks_of(group: str) -> int:
     return dist.get_world_size(named_group)
 
 
+@functools.cache
+def _edition() -> str:
+    """A digest of this library's text, for graphs that compilers keep on disk."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 # What torch.compiler.assume_constant_result does, without importing the compiler here. A group of a
 # name never changes its size.
-_ranks_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (_ranks_of, _edition):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _trace(
@@ -101,7 +114,8 @@ def _trace(
             engine = ""
     needs = [t is not None and t.requires_grad for t in inputs]
     group = "" if process_group is None else process_group.group_name
-    return Trace(group, _ranks_of(group), engine, needs, torch.is_grad_enabled() and any(needs))
+    saves = torch.is_grad_enabled() and any(needs)
+    return Trace(group, _ranks_of(group), engine, needs, saves, _edition())
 
 
 def _tensor(name: str, value: Any, x: Tensor) -> Tensor | None:
