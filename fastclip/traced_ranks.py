@@ -87,12 +87,16 @@ def _ranks_of(group: str) -> int:
 
 
 @functools.cache
-def _edition() -> str:
-    """A digest of this library's text, for graphs that compilers keep on disk."""
+def _digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _edition() -> str:
+    """This library's text in short: compilers keep graphs on disk."""
+    return _digest()
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler here. A group of a
