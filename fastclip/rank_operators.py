@@ -278,9 +278,17 @@ def _contrast_results(inputs: Inputs, task: Task, trace: Trace) -> list[Tensor]:
     found = _apart(found)
     if not trace.saves:
         return found
-    beside = _beside(row.block, _without_margin(own))
+    beside = _beside(_with_codes_apart(row.block), _without_margin(own))
     kept = () if apart else swept.kept
     return [*found, _told(task.shard), *beside, swept.state, swept.positive, *kept]
+
+
+def _with_codes_apart(block: Block) -> Block:
+    """No two results of an operator may share memory: rows' and columns' codes are one tensor's."""
+    x, y = block.x, block.y
+    if x.ids is None:
+        return block
+    return block._replace(x=x._replace(ids=x.ids.clone()), y=y._replace(ids=y.ids.clone()))
 
 
 def _without_margin(own: Block) -> Block:

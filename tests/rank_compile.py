@@ -5,9 +5,8 @@ Worlds of two ranks are groups within a pool of three.
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,7 +30,7 @@ class Case(NamedTuple):
     """A call that ranks compile."""
 
     name: str  # of a function of `distributed`, or of a module
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: dict[str, Any]
     ranks: int = 2
     sizes: tuple[int, ...] = (5, 8)
     frozen: tuple[tuple[int, str], ...] = ()  # on single ranks
@@ -121,7 +120,10 @@ def compiled(rank: int, world_size: int, cases: list[Case]) -> list[tuple[list[i
 def without_gradients(rank: int, world_size: int) -> list[tuple[float, float]]:
     found = []
     for name in ("clip_loss", "siglip_loss"):
-        loss, inputs = loss_of(Case(name, ranks=world_size), rank), inputs_of(Case(name), 6, rank)
+        loss, inputs = (
+            loss_of(Case(name, {}, ranks=world_size), rank),
+            inputs_of(Case(name, {}), 6, rank),
+        )
         with torch.no_grad():
             fast = torch.compile(loss, backend="aot_eager", fullgraph=True)
             found.append((float(fast(*inputs)), float(loss(*inputs))))

@@ -26,9 +26,8 @@ def three() -> Iterator[Ranks]:
 
 def assert_like_eager(three: Ranks, cases: list[Case], allowed: float = 1e-6) -> None:
     """One graph for all sizes, too."""
-    for case, found in zip(
-        cases, zip(*three.run(rank_compile.compiled, cases), strict=True), strict=True
-    ):
+    of_cases = zip(*three.run(rank_compile.compiled, cases), strict=True)
+    for case, found in zip(cases, of_cases, strict=True):
         for graphs, mistake in found[: case.ranks]:
             # For the first size Dynamo may start anew once.
             assert graphs[-1] == graphs[0], f"{case}: {graphs} graphs"
@@ -41,8 +40,8 @@ def test_losses(three: Ranks, ring: bool) -> None:
     frozen = ((1, "y"), (0, "scale"))
     assert_like_eager(three, [
         Case("clip_loss", {"ring": ring, "normalize": True}, frozen=frozen),
-        Case("siglip_loss", {"ring": ring, "live": (1, 4)}, ranks=3 if ring else 2),
-        Case("siglip_loss", {"ring": ring}, frozen=frozen),
+        Case("siglip_loss", {"ring": ring, "live": (1, 4)}, ranks=3 if ring else 2, sizes=(6,)),
+        Case("siglip_loss", {"ring": ring}, sizes=(6,), frozen=frozen),
     ])  # fmt: skip
 
 
@@ -61,10 +60,14 @@ EVERYTHING = {"same_id": "positive", "false_negative_margin": 0.3, "normalize": 
 def test_statistics(three: Ranks) -> None:
     """With all options; rows that have their positive elsewhere; more columns than rows."""
     assert_like_eager(three, [
-        Case("contrast", {**EVERYTHING, "offset": 1}, ranks=3, ids=True, key_bias=True),
-        Case("contrast", {**EVERYTHING, "ring": True}, ids=True, frozen=((0, "x"),)),
-        Case("contrast", {"kind": "sigmoid", "columns": False, "offset": None}, wider=3),
-        Case("contrast", {}, key_bias=True, frozen=((1, "key_bias"), (0, "y")), sizes=(6,)),
+        Case(
+            "contrast", {**EVERYTHING, "offset": 1}, ranks=3, ids=True, key_bias=True,
+            frozen=((1, "key_bias"), (0, "y")),
+        ),
+        Case("contrast", {**EVERYTHING, "ring": True}, sizes=(6,), ids=True, frozen=((0, "x"),)),
+        Case(
+            "contrast", {"kind": "sigmoid", "columns": False, "offset": None}, sizes=(6,), wider=3
+        ),
     ])  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def test_values_alone(three: Ranks) -> None:
 SHAPES = [
     Case("clip_loss", {"normalize": True}, ranks=3),
     Case("clip_loss", {"ring": True}, ranks=3, dtype=torch.bfloat16),
-    Case("siglip_loss", ranks=3, frozen=((0, "y"), (1, "y"), (2, "y"))),
+    Case("siglip_loss", {}, ranks=3, frozen=((0, "y"), (1, "y"), (2, "y"))),
     Case("contrast", {**EVERYTHING, "offset": 1}, ranks=3, ids=True, key_bias=True),
     Case("contrast", {**EVERYTHING, "ring": True}, ranks=3, ids=True),
 ]
@@ -93,9 +96,8 @@ SHAPES = [
 def test_compilers_are_told_the_shapes(three: Ranks) -> None:
     """Those of every rank, since ranks share the graphs that compilers keep on disk; and no result
     shares memory with another one, or with an input."""
-    for case, found in zip(
-        SHAPES, zip(*three.run(rank_compile.shapes, SHAPES), strict=True), strict=True
-    ):
+    of_cases = zip(*three.run(rank_compile.shapes, SHAPES), strict=True)
+    for case, found in zip(SHAPES, of_cases, strict=True):
         for real, fake in found:
             name = "fastclip::rank_contrast" if case.name == "contrast" else "fastclip::rank_loss"
             assert real[name] == fake[name] == found[0][0][name], case
@@ -106,17 +108,14 @@ def test_compilers_are_told_the_shapes(three: Ranks) -> None:
 
 MISFITS = {
     "sizes": ("clip_loss", {}, {"m": 5, "n": 5}, "all ranks must have batches of one size"),
-    "widths": ("siglip_loss", {}, {"width": 7}, "one width D"),
     "options": ("clip_loss", {}, {"normalize": True}, "one normalize, got"),
     "statistics": ("contrast", {}, {"n": 5}, "one number of columns unless uneven=True"),
 }
 REFUSED = {
     "shapes": ("clip_loss", {"n": 5}, "must have one shape (N, D)"),
     "a backend": ("siglip_loss", {"backend": "other"}, "backend must be None or one of"),
-    "live pairs": ("clip_loss", {"live": (3, 9)}, "live must be (start, stop)"),
     "a scale": ("clip_loss", {"scale": torch.ones(2)}, "logit_scale must have one element"),
     "an empty side": ("contrast", {"m": 0}, "the batch must not be empty"),
-    "a kind": ("contrast", {"kind": "other"}, "kind must be one of"),
 }
 
 
@@ -163,7 +162,7 @@ def test_a_process_alone(loss: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     fast = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     for n in (5, 9):
-        inputs = rank_compile.inputs_of(Case(loss), n, 0)[:4]
+        inputs = rank_compile.inputs_of(Case(loss, {}), n, 0)[:4]
         eager, ours = (rank_compile.results(f, inputs, 2.0) for f in (step, fast))
         torch.testing.assert_close(ours, eager)
     assert counter.frame_count == 1
