@@ -16,6 +16,12 @@ DDP's mean; measured with open_clip 3.3.0):
 Here all four make one block of logits a rank, (b, R b), of which no more than a tile exists.
 
 A process without an initialised group is a world of one: R = 1, nothing is exchanged.
+
+`torch.compile(fullgraph=True)` takes the losses and `contrast` whole, agreement and exchanges
+included, once for all batch sizes. `uneven` batches cut the graph, and so does `gather_features`.
+Ranks exchange in the order of their graphs: several losses in one graph need one graph on all
+ranks. Where SigLIP's texts are frozen on all ranks a compiled rank holds `4 B D` bytes that an
+eager one does not.
 """
 
 from __future__ import annotations
