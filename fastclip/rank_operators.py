@@ -97,7 +97,7 @@ class LossOptions(NamedTuple):
         )  # fmt: skip
 
 
-# Of `ContrastCall`, which has the same fields in this order.
+# The fields of `ContrastCall`, in its order.
 _CONTRAST = (
     "int? offset, str same_id, bool rows, bool columns, str kind, bool normalize, bool ring,"
     " bool uneven, str? backend, int? memory_budget, ScalarType dtype"
@@ -164,7 +164,7 @@ def _even(
 
 
 def _pretended(trace: Trace, n: int, live: Sequence[int] | None = None) -> Shard:
-    # As the first rank: results' shapes are those of all. Another rank may want gradients of y.
+    # Results have the same shapes on all ranks, and any rank may want gradients of y.
     return _even(Pretended, trace, 0, n, live, (True, True, True))
 
 
@@ -175,7 +175,7 @@ def _again(trace: Trace, n: int, live: Sequence[int] | None, told: Tensor) -> Sh
 
 
 def _beside(row: Block, own: Block) -> list[Tensor]:
-    """Of a row's tensors those that are not its own block's, too; empty ones in others' places."""
+    """A row's tensors, with empty ones in place of those that its own block has, too."""
     nothing = own.x.features.new_empty(0)
     both = zip(row.flat()[:TENSORS], own.flat()[:TENSORS], strict=True)
     return [nothing.new_empty(0) if t is None or t is mine else t for t, mine in both]

@@ -60,7 +60,7 @@ def inputs_of(case: Case, n: int, rank: int) -> list[Tensor]:
 
 
 def loss_of(case: Case, rank: int) -> Callable[..., Tensor]:
-    """Of all inputs; the group is a module's attribute, or an argument."""
+    """A function of all inputs; the group is a module's attribute, or an argument."""
     group = None if case.ranks == dist.get_world_size() else group_of(case.ranks)
     if case.name in ("ClipLoss", "SigLipLoss"):
         kind = {"ClipLoss": ClipLoss, "SigLipLoss": SigLipLoss}[case.name]
@@ -89,7 +89,7 @@ def results(loss: Callable[..., Tensor], inputs: list[Tensor], upstream: float) 
 
 
 def compiled(rank: int, world_size: int, cases: list[Case]) -> list[tuple[list[int], float] | None]:
-    """Of each case how many graphs there were after each size, and how far results are from those
+    """For each case how many graphs there were after each size, and how far results are from those
     of eager mode; None for a case that this rank has no part in."""
     found: list[tuple[list[int], float] | None] = []
     for case in cases:
@@ -144,7 +144,7 @@ def errors(rank: int, world_size: int, brought: list[tuple[str, dict[str, Any]]]
 
 
 class Results(TorchDispatchMode):
-    """What operators return: of each tensor its shape, strides and dtype."""
+    """The results of operators: each tensor's shape, strides, dtype and device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class Results(TorchDispatchMode):
 
 
 def shapes(rank: int, world_size: int, cases: list[Case]) -> list[tuple[dict, dict]]:
-    """Of each case what the operators return, and what their fakes do."""
+    """The results of the operators for each case, and what their fakes do."""
     found = []
     for case in cases:
         loss, inputs = loss_of(case, rank), inputs_of(case, 6, rank)
@@ -216,7 +216,7 @@ class Whole(nn.Module):
 
 
 def second_derivative(rank: int, world_size: int) -> str:
-    """Of a graph whose autograd is the eager one."""
+    """The error of one, in a graph whose autograd is the eager one."""
     torch._dynamo.reset()
     x = torch.ones(3, 6, requires_grad=True)
     loss = torch.compile(distributed.clip_loss, backend="eager", fullgraph=True)
