@@ -78,10 +78,7 @@ def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStati
     """The statistics of a block of the inputs."""
     refuse_forward_mode(*inputs)
     with torch.no_grad():
-        occupied = pairs.occupied(
-            block.x, block.y, block.key_bias, block.offset, block.same_id_positive,
-            request.rows, request.columns,
-        )  # fmt: skip
+        occupied = pairs.occupied(block, sum(block.shape), request.rows, request.columns)
     if differentiates(*inputs):
         if is_traced():
             flat = without_inputs(block).flat()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block import Side
+from .block import Block, Side
 from .operands import accumulation_dtype
 
 
@@ -83,12 +83,13 @@ def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, T
     return of_rows, at_columns(of_rows, n, offset, torch.inf)
 
 
-def occupied(
-    x: Side, y: Side, key_bias: Tensor | None, offset: int, same_id_positive: bool,
-    rows: bool, columns: bool,
-) -> Tensor | None:  # fmt: skip
+def occupied(block: Block, codes: int, rows: bool, columns: bool) -> Tensor | None:
     """The lines that have negatives, and with same_id_positive those that have positives by id, of
-    the rows and columns that are wanted: (1, M + N) or (2, M + N). None: as the offset says."""
+    the rows and columns that are wanted: (1, M + N) or (2, M + N). None: as the offset says.
+
+    codes: all ids are below it; a block of a larger one has codes beyond its own lines.
+    """
+    x, y, key_bias, offset = block.x, block.y, block.key_bias, block.offset
     if x.ids is None and key_bias is None and rows and columns:
         return None
     m, n = x.features.shape[0], y.features.shape[0]
@@ -102,8 +103,8 @@ def occupied(
     if x.ids is not None:
         own_same = own * (x.ids == y.ids[partner])
         by_id = [
-            _count(x.ids, y.ids, alive, m + n) - own_same * alive[partner],
-            _count(y.ids, x.ids, torch.ones_like(x.ids), m + n)
+            _count(x.ids, y.ids, alive, codes) - own_same * alive[partner],
+            _count(y.ids, x.ids, torch.ones_like(x.ids), codes)
             - at_columns(own_same, n, offset, 0),
         ]
     found = [
@@ -111,7 +112,7 @@ def occupied(
         alive & (m - at_columns(own, n, offset, 0) - by_id[1] > 0),
     ]
     sets = [torch.cat((found[0] & rows, found[1] & columns))]
-    if same_id_positive:
+    if block.same_id_positive:
         sets.append(torch.cat((by_id[0] > 0, alive & (by_id[1] > 0))))
     return torch.stack(sets)
 

@@ -109,10 +109,8 @@ def forward(
     """Statistics, and what `backward` takes beside them."""
 
     def occupied(block: Block) -> Tensor | None:
-        return pairs.occupied(
-            block.x, block.y, block.key_bias, block.offset, block.same_id_positive,
-            request.rows, request.columns,
-        )  # fmt: skip
+        codes = row.rows + row.shard.batch
+        return pairs.occupied(block, codes, request.rows, request.columns)
 
     with torch.no_grad():
         swept = sweep(row, slice(0, row.rows), budget, occupied)

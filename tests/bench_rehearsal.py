@@ -83,7 +83,7 @@ class Rehearsal:
 
     def __init__(self, patch: pytest.MonkeyPatch, real: bool = True) -> None:
         self.now, self.real = 1000.0, real
-        self.seconds = {"headline": 100.0, "tiles": 50.0, "card": 90.0, "losses": 60.0, "ncu": 5.0}
+        self.seconds = {"headline": 100.0, "tiles": 25.0, "card": 90.0, "losses": 60.0, "ncu": 5.0}
         self.codes: dict[str, int] = {}
         self.look: Callable[[str], None] = lambda name: None
         patch.setattr(process, "run", self.run)

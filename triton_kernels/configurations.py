@@ -1,8 +1,9 @@
 """Tile sizes, warps and stages: one table per architecture, keyed by kernel, arithmetic and width.
 
-Chosen by compiling (registers, shared memory, no spills: `tests/triton_resources.csv`), not by
-timing. FASTCLIP_TRITON_AUTOTUNE=1 times the candidates on the first call for each kernel, dtype
-and D; never M or N, which change from batch to batch.
+Those of sm_90 for half precision won among the candidates that `make gpu` timed on an H100. All
+others are chosen by compiling: registers, shared memory, no spills (`tests/triton_resources.csv`).
+FASTCLIP_TRITON_AUTOTUNE=1 times the candidates on the first call for each kernel, dtype and D;
+never M or N, which change from batch to batch.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SHARED_MEMORY = {
 }
 
 
-KINDS = ("sweep", "kept", "weigh", "both", "gradient", "tile", "small")
+KINDS = ("sweep", "kept", "weigh", "both", "heavy", "gradient", "tile", "small")
 Table = dict[tuple[str, str, str], Config]
 
 
@@ -53,16 +54,17 @@ def _table_of(
     odd: Config,
 ) -> Table:  # fmt: skip
     """For each kind of kernel: the first "sweep", one whose weights are "kept", the second one
-    ("weigh"), "both" in one go, the products of split weights ("gradient"), "tile" for whichever
-    references each line has, "small" blocks. For each arithmetic: "half" (bf16 and fp16 on tensor
-    cores), "tf32", "split" (fp32 in parts of bf16), and "ieee" (fp32 on the ordinary cores). For
-    each width: rows that are "wide", "narrow" (no use for a long step along D)
-    and "odd" (they do not begin on 16 bytes: loads go through registers).
+    ("weigh"), "both" in one go, any of these whose epilogue is "heavy", the products of split
+    weights ("gradient"), "tile" for whichever references each line has, "small" blocks. For each
+    arithmetic: "half" (bf16 and fp16 on tensor cores), "tf32", "split" (fp32 in parts of bf16), and
+    "ieee" (fp32 on the ordinary cores). For each width: rows that are "wide", "narrow" (no use for
+    a long step along D) and "odd" (they do not begin on 16 bytes: loads go through registers).
 
-    A kind that is not named has the configuration of "tile"."""
+    A kind that is not named has the configuration of "tile", "heavy" that of "both"."""
     table = {}
     tables = {"half": half, "tf32": tf32, "split": split, "ieee": {"tile": ieee}}
     for arithmetic, configs in tables.items():
+        configs = {"heavy": configs.get("both", configs["tile"]), **configs}
         for kind in KINDS:
             config = configs.get(kind, configs["tile"])
             table[kind, arithmetic, "wide"] = config
@@ -109,9 +111,10 @@ TABLE: dict[str, Table] = {
     "sm_90": _table_of(
         {
             "sweep": Config(256, 128, 64, 8, 3, descriptors=True),
-            "kept": Config(128, 128, 64, 8, 3, slices=2, descriptors=True),
-            "weigh": Config(128, 256, 64, 8, 4, slices=2, descriptors=True),
-            "both": Config(128, 128, 64, 8, 4, slices=4, descriptors=True),
+            "kept": Config(128, 128, 64, 4, 4, slices=2, descriptors=True),
+            "weigh": Config(128, 256, 64, 8, 4, group=16, slices=2, descriptors=True),
+            "both": Config(128, 128, 64, 4, 3, slices=4, descriptors=True),
+            "heavy": Config(128, 128, 64, 8, 4, slices=4, descriptors=True),
             "tile": Config(128, 128, 64, 8, 3),
             "small": _SMALL,
         },

@@ -75,7 +75,9 @@ def _sweep(
         chunks, _, partial = prepare(config, config)
         run_sweep(block, config, chunks[0], reference, positive, kept, partial)
 
-    keeping = block.config("kept", first_kept, "keeping") if kept.rows else by_maxima
+    keeping = by_maxima
+    if kept.rows:
+        keeping = block.config(block.kernel_of_keeping, first_kept, "keeping")
     config = keeping
     if kept.rows < block.m:
         config = block.config(block.kernel_of_sums, first)

@@ -169,7 +169,7 @@ class Weighing:
                 weight_kernels.weigh_edges_kernel, chunk.tiles - plain, *block.features(chunk),
                 *given, weights, *sums, self.positive[chunk.row_slice] if self.fold else None,
                 partial, chunk.rows, chunk.columns, block.width, *where, **constants,
-                SLICES=card.EDGE_SLICES, **block.tiles(config),
+                **block.edge_tiles(config),
             )  # fmt: skip
 
     def _apart(self, chunk: Chunk, buffers: Buffers, unless: Tensor | None) -> None:

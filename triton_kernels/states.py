@@ -62,7 +62,7 @@ def run_sweep(
         card.launch(
             fold.sweep_edges_kernel, chunk.tiles - plain, *block.features(chunk),
             block.logits(chunk), reference, positive[chunk.row_slice], keeping, partial, *sizes,
-            block.width, *where, **block.functions, SLICES=card.EDGE_SLICES, **block.tiles(config),
+            block.width, *where, **block.functions, **block.edge_tiles(config),
         )  # fmt: skip
 
 

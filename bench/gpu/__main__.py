@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--check", action="store_true", help="only tell whether there is a GPU")
     made.add_argument("--again", action="store_true", help="the second run, four minutes")
+    made.add_argument("--only", nargs="+", metavar="STEP", help="these steps, in this order")
     made.add_argument("--bundle", type=Path, metavar="FOLDER", help="what make gpu-bundle made")
     made.add_argument("--winners", type=Path, metavar="FILE", help="a first run's gpu-tiles.csv")
     made.add_argument("--seconds", type=float, help="for all of it (480; again: 240)")
@@ -48,7 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         out, began + seconds, options.device, options.again, options.bundle, options.winners
     )
     session.file("log.txt").write_text("")
-    return run(plan.again() if options.again else plan.first(), session)
+    todo = plan.again() if options.again else plan.first()
+    if options.only:
+        by_name = {step.name: step for step in todo}
+        if unknown := set(options.only) - set(by_name):
+            print(
+                f"make gpu: --only takes {', '.join(by_name)}, got {', '.join(sorted(unknown))}",
+                file=sys.stderr,
+            )
+            return 2
+        todo = [by_name[name] for name in options.only]
+    return run(todo, session)
 
 
 def run(todo: list[steps.Step], session: steps.Session) -> int:

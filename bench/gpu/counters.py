@@ -29,7 +29,7 @@ KERNELS = {
 METRICS = {
     "time": r"^gpu__time_duration\.sum$",
     "registers a thread": r"^launch__registers_per_thread$",
-    "tensor pipe, % of peak": r"^sm__(inst_executed_)?pipe_tensor.*pct_of_peak_sustained_active$",
+    "tensor pipe, % of peak": r"^sm__pipe_tensor_cycles_active\.avg\.pct_of_peak_sustained_active$",
     "bytes through L2": r"^lts__t_bytes\.sum$",
     "DRAM, % of peak": r"^dram__throughput\..*pct_of_peak_sustained_elapsed$",
     "sectors a store request": r"^l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_st",

@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,19 @@ from ..timing import wait_for
 from ..truth import Truth
 from . import figures, fp32, process, steps, winners
 
+if TYPE_CHECKING:
+    from fastclip import LineStatistics
+
 COLUMNS = ("engine", "loss", "dtype", "normalize", "n", "d", "scale", "check", "status",
            "worst", "of", "note")  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FP64, FP32 = torch.float64, torch.float32
 # The headline's kernels: plain tiles, descriptors, kept rows. A cut leaves them checked.
 LARGE = (4099, 768)
 # Up to 2,896 pairs are a small block, with kernels of its own.
 SMALL = (513, 96)
 SHAPES = (LARGE, (1000, 520), SMALL, (3001, 520))
+MASKED = ((1000, 520), (3001, 520))
 SCALES = (14.3, 100.0, 500.0)
 PROCESSES = 8
 LEAST_SECONDS = 3.0  # with less a process is not begun
@@ -90,7 +96,7 @@ class Problem:
         return self._results(dense(x, y, scale, bias[0] if bias else None), wide)
 
     def _results(self, value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        upstream = torch.tensor(float(self.n), device=value.device, dtype=value.dtype)
+        upstream = torch.full_like(value, float(self.n))  # filled on the device: also in a graph
         return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
     def truth(self, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -110,25 +116,48 @@ def _through_normalisation(x: Tensor, unit: Tensor, gradient: Tensor) -> Tensor:
     return (gradient - along * unit) / x.norm(dim=1, keepdim=True)
 
 
-def allowed(name: str, plain: float, dtype: torch.dtype) -> float:
+# Tensor cores cut sums off instead of rounding them (arXiv 2403.00232), at every 16 products: t is
+# too small by half a unit in its last place each time.
+CUT_OFF = 2.0**-25
+
+
+def logits_error(problem: Problem, x: Tensor, y: Tensor) -> float:
+    """What tensor cores make of the largest logit. A sweep and one that repeats it with references
+    of its own for each line may differ by as much, and weights with them."""
+    if problem.device != "cuda" or problem.dtype.itemsize > 2:
+        return 0.0
+    if problem.normalize:
+        x, y = F.normalize(x.float(), dim=1), F.normalize(y.float(), dim=1)
+    t = (x.detach().float() @ y.detach().float().T).abs().amax()
+    return float(problem.scale * t) * problem.d / 16 * CUT_OFF
+
+
+def allowed(name: str, plain: float, dtype: torch.dtype, logits: float = 0.0) -> float:
     """The relative error that an engine may make, given that of plain PyTorch on the same features
-    in fp32, or in tf32 where that is allowed."""
+    in fp32, or in tf32 where that is allowed, and what tensor cores make of logits."""
     if name in ("dx", "dy"):
         return 2 * plain + (0.6 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 2e-6)
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         # Sums of many roundings: the other way of rounding may have been lucky.
         return 2 * plain + (2**-15 if name == "loss" else 2**-11)
-    return 2 * plain + (2e-6 if name == "loss" else 2e-5)
+    return 2 * plain + (2e-6 if name == "loss" else 2e-5) + logits
 
 
 def judge(problem: Problem, engine: str, budget: int = 0) -> dict[str, object]:
     """A row: the result whose error is largest, as a multiple of what it may be."""
     leaves = problem.leaves()
     exact, plain = problem.truth(leaves), problem.plain(leaves)
-    got = problem.step(engine, leaves, budget)
-    worst, culprit = 0.0, ""
+    return _verdict(problem.step(engine, leaves, budget), exact, plain, problem, leaves)
+
+
+def _verdict(
+    got: tuple[Tensor, ...], exact: tuple[Tensor, ...], plain: tuple[Tensor, ...],
+    problem: Problem, leaves: list[Tensor],
+) -> dict[str, object]:  # fmt: skip
+    worst, culprit, logits = 0.0, "", logits_error(problem, *leaves[:2])
     for name, value, true, rough in zip(NAMES, got, exact, plain, strict=False):
-        error, limit = _error(value, true), allowed(name, _error(rough, true), problem.dtype)
+        error = _error(value, true)
+        limit = allowed(name, _error(rough, true), problem.dtype, logits)
         part = error / limit if error == error else float("inf")
         if part >= worst:
             worst, culprit = part, f"{name} {error:.1e} of {limit:.1e}"
@@ -158,6 +187,39 @@ def judge_kept(problem: Problem, engine: str) -> dict[str, object]:
     return judge(problem, engine, budget_of_everything(problem))
 
 
+def judge_masked(problem: Problem, engine: str) -> dict[str, object]:
+    """Statistics of `contrast` with ids, positives by id and a bias of columns, against the dense
+    ones in float64. Without a margin: rounding may move a pair across it."""
+    from fastclip import reference
+
+    leaves = problem.leaves()
+    wide = [[leaf.detach().to(t).requires_grad_() for leaf in leaves] for t in (FP64, FP32)]
+    exact, plain = (_masked(reference.contrast, problem, leaves) for leaves in wide)
+    return _verdict(masked_step(engine, problem, leaves), exact, plain, problem, leaves)
+
+
+def masked_step(engine: str, problem: Problem, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    from fastclip import contrast
+
+    return _masked(partial(contrast, backend=engine), problem, leaves)
+
+
+def _masked(
+    function: Callable[..., LineStatistics], problem: Problem, leaves: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """N times the mean of all statistics, and its gradients. Every third row and column share an
+    id; the last ones' positives are beyond the block."""
+    x, y, *_ = leaves
+    ids = torch.arange(len(x), device=x.device) // 3
+    key_bias = torch.linspace(-1, 1, len(y), device=x.device, dtype=leaves[2].dtype)
+    found = function(
+        *leaves, offset=2, ids=(ids, ids), same_id="positive", key_bias=key_bias,
+        kind=loss_of(problem.loss).kind, normalize=problem.normalize,
+    )  # fmt: skip
+    value = sum(t[t.isfinite()].sum() for t in found)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
 def budget_of_everything(problem: Problem) -> int:
     return 4 * problem.n * (problem.n + 16)
 
@@ -181,6 +243,8 @@ def checks(loss: str, dtype: str, device: str) -> Iterator[tuple[Problem, str]]:
             yield lowest, "kept"
             if shape == LARGE:
                 yield highest, "kept"
+        if shape in MASKED:
+            yield lowest, "masked"
         yield lowest, "rerun"
         if device == "cuda" and shape in (LARGE, SMALL):
             yield lowest, "graph"
@@ -189,6 +253,7 @@ def checks(loss: str, dtype: str, device: str) -> Iterator[tuple[Problem, str]]:
 
 JUDGES = {
     "accuracy": judge, "rerun": judge_rerun, "kept": judge_kept, "graph": judge_graph,
+    "masked": judge_masked,
 }  # fmt: skip
 
 
@@ -314,7 +379,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.job:
         return work(*options.job, options.device, path, options.winners)
     figures.start(path, COLUMNS)
-    ends = time.monotonic() + min(steps.seconds_left() - 3, 1e6)
+    # A process that is killed may take seconds to give its memory on the device back.
+    ends = time.monotonic() + min(steps.seconds_left() - 6, 1e6)
     todo = jobs(engines(options.device) if options.engines is None else options.engines)
     if not todo:
         print("FAILED: no engine is available")

@@ -41,7 +41,7 @@ def items() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"{case.name} {method}", partial(timed_on_contrast, case, method)
     for label, loss, dtype in smoke.jobs(["triton", "triton tf32", "triton split"]):
         for problem, check in smoke.checks(loss, dtype, "cpu"):
-            if check in ("rerun", "kept"):
+            if check in ("rerun", "kept", "masked"):
                 yield f"smoke {label} {problem} {check}", partial(smoked, label, problem, check)
     for index in range(CANDIDATE_SHARES):
         share = partial(tiles.compile_share, index, CANDIDATE_SHARES, "cpu")
@@ -77,6 +77,9 @@ def timed_split(case: Case) -> None:
 def smoked(label: str, problem: smoke.Problem, check: str) -> None:
     budget = smoke.budget_of_everything(problem) if check == "kept" else 0
     with smoke.engine_of(label, None) as engine:
+        if check == "masked":
+            smoke.masked_step(engine, problem, problem.leaves())
+            return
         problem.step(engine, problem.leaves(), budget)
 
 
