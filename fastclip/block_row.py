@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .block import Block, Side, Statistics, Upstream, Wanted
+from .block import NO_POSITIVES, Block, Side, Statistics, Upstream, Wanted
 from .chunked import merge
 from .function import cast
 from .kept import PLANS
@@ -95,9 +95,8 @@ class BlockRow(NamedTuple):
         return self.block._replace(x=x, y=y, key_bias=key_bias, offset=offset)
 
     def visited(self, rows: slice, visit: Visit) -> Block:
-        offset = visit.features.shape[0]  # no positives
-        own = with_positive(self.rows, self.shard.rows, self.block.offset)
-        if visit.has_own and len(own) > 0:
+        offset = NO_POSITIVES
+        if visit.has_own and with_positive(self.rows, self.shard.rows, self.block.offset) > 0:
             own_columns = self.shard.start - visit.columns.start
             offset = rows.start + self.block.offset + own_columns
         return self.part(rows, visit.features, visit.columns, offset)
@@ -119,14 +118,14 @@ _OPTIONS = 3  # of a block, behind its tensors
 TENSORS = 2 * len(Side._fields) + len(Block._fields) - 2 - _OPTIONS
 
 
-def with_positive(m: int, n: int, offset: int) -> range:
-    """The rows of m that have an own positive among n columns."""
-    return range(max(0, -offset), min(m, n - offset))
+def with_positive(m: int, n: int, offset: int) -> int:
+    """How many rows of m have an own positive among n columns."""
+    return max(0, min(m, n - offset) - max(0, -offset))
 
 
 def _longest(x: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(x, dim=1, dtype=accumulation_dtype(x))
-    return norms.amax() if len(norms) else norms.new_zeros(())
+    return norms.amax() if norms.shape[0] else norms.new_zeros(())
 
 
 class Swept(NamedTuple):
@@ -245,7 +244,7 @@ class Weighing(NamedTuple):
         total = torch.zeros(y.shape, dtype=accumulation_dtype(y), device=y.device)
         for rows in (slice(0, pairs.start), pairs, slice(pairs.stop, row.rows)):
             # Rows beside the live ones have no positive among these columns.
-            offset = own if rows is pairs and own is not None else y.shape[0]
+            offset = own if rows is pairs and own is not None else NO_POSITIVES
             block = row.part(rows, y, columns, offset)
             total += self._weigh(block, rows, columns, self.swept.kept[0], False, True, False).y
         return total

@@ -16,6 +16,12 @@ DDP's mean; measured with open_clip 3.3.0):
 Here all four make one block of logits a rank, (b, R b), of which no more than a tile exists.
 
 A process without an initialised group is a world of one: R = 1, nothing is exchanged.
+
+`torch.compile(fullgraph=True)` takes the losses and `contrast` whole, agreement and exchanges
+included, once for all batch sizes. `uneven` batches cut the graph, and so does `gather_features`.
+Ranks exchange in the order of their graphs: several losses in one graph need one graph on all
+ranks. Where SigLIP's texts are frozen on all ranks a compiled rank holds `4 B D` bytes that an
+eager one does not.
 """
 
 from __future__ import annotations
@@ -27,26 +33,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .agreement import agree, agree_on_sides, check_world, refuse
-from .backends import choose
+from . import traced_ranks
+from .agreement import agree, check_world, refuse
+from .beginning import ContrastCall, LossCall, begin_contrast, begin_loss
 from .block_row import Sharing
-from .function import Plan
-from .inputs import (
-    budget_of,
-    check_features,
-    check_ids,
-    check_key_bias,
-    check_live,
-    check_offset,
-    check_sides,
-    product_dtype,
-    scalar,
-)
-from .kinds import KINDS, LineStatistics, kind_of
-from .line_statistics import Inputs, Request
+from .inputs import check_features
+from .kinds import LineStatistics
 from .shard import Shard
 from .sharded import sharded_loss
-from .sharded_statistics import Task, sharded_statistics
+from .sharded_statistics import sharded_statistics
 from .uncompiled import uncompiled
 
 
@@ -142,18 +137,6 @@ def siglip_loss(
     )  # fmt: skip
 
 
-def _index(kind: str) -> int:
-    return list(KINDS).index(kind_of(kind).name)
-
-
-def _engine(backend: str | None, x: Tensor, dtype: torch.dtype, kind: str) -> str:
-    engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1], kind)
-    if engine == "reference":
-        raise ValueError("backend must be an engine, which the dense 'reference' is not")
-    return engine
-
-
-@uncompiled
 def shared_loss(
     kind: str, x: Tensor, y: Tensor, logit_scale: Tensor | float,
     logit_bias: Tensor | float | None, process_group: dist.ProcessGroup | None, sharing: Sharing,
@@ -165,36 +148,21 @@ def shared_loss(
 
     world: of a module its name, and the rank and world size that it was told.
     """
-    alike = {
-        "loss": _index(kind), "normalize": int(normalize),
-        **{name: int(value) for name, value in sharing._asdict().items()},
-    }  # fmt: skip
-    try:
-        if world is not None:
-            check_world(*world, process_group)
-        check_features(x, y, may_be_empty=uneven)
-        live = check_live(live, x.shape[0])
-        scale = scalar("logit_scale", logit_scale, x)
-        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
-        dtype = product_dtype(x, y)
-        engine = _engine(backend, x, dtype, kind)
-        budget = budget_of(memory_budget, x.device)
-    except (TypeError, ValueError):
-        refuse(process_group)
-        raise
-    inputs = (x, y, scale, bias)
-    # Autocast may be on for some ranks alone.
-    alike["dtype of products"] = dtype
-    shard = agree(process_group, x, y, _wants(*inputs), uneven, live, **alike)
-    plan = Plan(kind, engine, dtype, normalize, "mean", budget)
-    return sharded_loss(*inputs, plan, shard, sharing)
-
-
-def _wants(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    inputs = x, y, logit_scale, logit_bias
+    call = LossCall(kind, sharing, uneven, normalize, backend, memory_budget, live, world)
+    if torch.compiler.is_compiling() and traced_ranks.takes_loss(inputs, process_group, call):
+        return traced_ranks.loss(inputs, process_group, call)
+    return _eager_loss(inputs, process_group, call)
 
 
 @uncompiled
+def _eager_loss(
+    inputs: tuple[Any, ...], process_group: dist.ProcessGroup | None, call: LossCall
+) -> Tensor:
+    tensors, context = begin_loss(inputs, process_group, call)
+    return sharded_loss(*tensors, *context)
+
+
 def contrast(
     x: Tensor,  # (m, D)
     y: Tensor,  # (n, D)
@@ -253,37 +221,20 @@ def contrast(
     Raises, on every rank: what `fastclip.contrast` does; ValueError and RuntimeError as in
         `clip_loss`.
     """
-    try:
-        check_sides(x, y, may_be_empty=uneven)
-        check_offset(offset)
-        ids = check_ids(ids, same_id, x, y)
-        check_key_bias(key_bias, y)
-        if not (rows or columns):
-            raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
-        alike: dict[str, Any] = {
-            "kind": _index(kind), "normalize": int(normalize), "ring": int(ring),
-            "same_id": int(same_id == "positive"), "ids": int(ids is not None),
-            "false_negative_margin": int(false_negative_margin is not None),
-            "offset=None": int(offset is None), "rows": int(rows), "columns": int(columns),
-        }  # fmt: skip
-        scale = scalar("logit_scale", logit_scale, x)
-        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
-        margin = false_negative_margin
-        if margin is not None:
-            margin = scalar("false_negative_margin", margin, x).detach()
-        dtype = product_dtype(x, y)
-        engine = _engine(backend, x, dtype, kind)
-        budget = budget_of(memory_budget, x.device)
-    except (TypeError, ValueError):
-        refuse(process_group)
-        raise
-    inputs = Inputs(x, y, scale, bias, key_bias)
-    alike["dtype of products"] = dtype
-    shard = agree_on_sides(process_group, x, y, key_bias, _wants(*inputs), uneven, **alike)
-    request = Request(engine, dtype, normalize, bool(rows), bool(columns), budget)
-    offset = y.shape[0] if offset is None else offset
-    task = Task(request, ids, margin, offset, kind, same_id == "positive", shard, ring)
-    return sharded_statistics(inputs, task)
+    given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin)
+    call = ContrastCall(
+        offset, same_id, rows, columns, kind, normalize, ring, uneven, backend, memory_budget
+    )
+    if torch.compiler.is_compiling() and traced_ranks.takes_contrast(given, process_group, call):
+        return traced_ranks.contrast(given, process_group, call)
+    return _eager_contrast(given, process_group, call)
+
+
+@uncompiled
+def _eager_contrast(
+    given: tuple[Any, ...], process_group: dist.ProcessGroup | None, call: ContrastCall
+) -> LineStatistics:
+    return sharded_statistics(*begin_contrast(given, process_group, call))
 
 
 def _all_rows(x: Tensor, shard: Shard) -> Tensor:

@@ -51,6 +51,14 @@ def _warn_of_direction() -> None:
     )
 
 
+def _warn_while_compiling() -> None:
+    _warn_of_direction()
+
+
+# Called once, while a graph is made, which cannot hold a warning.
+_warn_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class ClipLoss(nn.Module):
     """open_clip's `ClipLoss`; no parameters, no buffers.
 
@@ -146,7 +154,10 @@ class ClipLoss(nn.Module):
         """The loss, or `{"contrastive_loss": loss}`; `live` as in `fastclip.clip_loss`."""
         inputs = (image_features, text_features, logit_scale, logit_bias)
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
-            _warn_of_direction()
+            if torch.compiler.is_compiling():
+                _warn_while_compiling()
+            else:
+                _warn_of_direction()
         if _overrides(self, ClipLoss):
             _refuse_live(live)
             per_image, per_text = self.get_logits(*inputs)

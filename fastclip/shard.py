@@ -16,6 +16,14 @@ from torch import Tensor
 from .collectives import gather_rows, scatter_sum_rows
 
 
+class Parcel(NamedTuple):
+    """A tensor for the rank at that distance, or from it."""
+
+    tensor: Tensor
+    distance: int
+    arrives: bool
+
+
 class Shard(NamedTuple):
     """Of the batch a rank has `sizes[rank]` rows, from `starts[rank]` on; none, if that is 0. Rows
     are pairs, or where rows and columns of logits come apart, those of y: columns."""
@@ -110,6 +118,17 @@ class Shard(NamedTuple):
         if self.world_size > 1:
             dist.all_reduce(x, op, group=self.group)
         return x
+
+    def swap(self, parcels: list[Parcel]) -> list[dist.Work]:
+        """Starts to send and receive them; those between the same two ranks arrive in order."""
+        operations = [
+            dist.P2POp(
+                dist.irecv if p.arrives else dist.isend, p.tensor, group=self.group,
+                group_peer=self.at(p.distance),
+            )
+            for p in parcels
+        ]  # fmt: skip
+        return dist.batch_isend_irecv(operations) if operations else []
 
     def gather_scalar(self, x: Tensor) -> Tensor:
         """(R): one number of each rank."""

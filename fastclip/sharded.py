@@ -9,6 +9,7 @@ what its row's rank and its column's rank use.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ from .operands import accumulation_dtype, state_dtype
 from .shard import Shard
 from .visits import Gathered, Ring
 
+Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
+
 
 class Context(NamedTuple):
     plan: Plan
@@ -47,12 +50,18 @@ class Context(NamedTuple):
         """This rank's live ones, whose losses its value has."""
         return self.shard.live[self.shard.rank]
 
-    def row(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> BlockRow:
+    @property
+    def columns(self) -> Gathered | Ring:
+        return (Ring if self.sharing.ring else Gathered)(self.shard)
+
+    def own(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Block:
+        """Own rows and own columns."""
         plan = self.plan
         sides = (side_of(t, plan.dtype, plan.normalize) for t in (x, y))
-        own = Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
-        columns = (Ring if self.sharing.ring else Gathered)(self.shard)
-        return BlockRow.of(plan.engine, columns, plan.normalize, own)
+        return Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
+
+    def row(self, own: Block) -> BlockRow:
+        return BlockRow.of(self.plan.engine, self.columns, self.plan.normalize, own)
 
     def finish(self, row: BlockRow, state: Tensor, positive: Tensor) -> tuple[Tensor, ...]:
         """Losses, coefficients and positives' weights of lines."""
@@ -72,8 +81,7 @@ def sharded_loss(
     context = Context(plan, shard, sharing)
     if differentiates(x, y, scale, bias):
         return _ShardedLoss.apply(x, y, scale, bias, context)
-    own, *_ = sweep(context, context.row(x, y, scale, bias), budget=0)
-    return _value(context, own)
+    return value_alone(context, context.row(context.own(x, y, scale, bias)))
 
 
 def _value(context: Context, own: Tensor) -> Tensor:
@@ -120,30 +128,55 @@ class _ShardedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, context: Context
     ) -> Tensor:
-        ctx.context, ctx.dtypes = context, (x.dtype, y.dtype)
-        row = context.row(x, y, scale, bias)
-        ctx.in_one_go = _makes_gradients_at_once(context, x, y)
-        if ctx.in_one_go:
-            value, *gradients = _sweep_and_weigh(context, row, ctx.needs_input_grad[0])
-            ctx.save_for_backward(x, y, scale, bias, *gradients)
-            return value
-        # What is kept serves a second sweep over the very same blocks.
-        budget = context.plan.memory_budget if context.shard.all_live else 0
-        own, swept, lines = sweep(context, row, budget)
-        ctx.row = row.without_tensors()
-        ctx.save_for_backward(x, y, scale, bias, *row.tensors, *lines, *swept[:2], *swept.kept)
-        return _value(context, own)
+        row = context.row(context.own(x, y, scale, bias))
+        value, found = forward(context, row, x, y, ctx.needs_input_grad[0])
+        ctx.context, ctx.row = context, row.without_tensors()
+        of_row = (None,) * TENSORS if makes_gradients_at_once(context, x, y) else row.tensors
+        ctx.save_for_backward(x, y, scale, bias, *of_row, *found)
+        return value
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        row, found = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
         with torch.no_grad():
-            gradients = (_scale if ctx.in_one_go else _weigh)(ctx, g)
+            gradients = backward(ctx.context, row, inputs, found, ctx.needs_input_grad, g)
         if torch.is_grad_enabled():
-            gradients = refuse_second_derivative(gradients, g, *ctx.saved_tensors[:3])
+            gradients = refuse_second_derivative(gradients, g, *inputs[:3])
         return *gradients, None
 
 
-def _makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
+def value_alone(context: Context, row: BlockRow) -> Tensor:
+    """This rank's value, for no backward."""
+    own, *_ = sweep(context, row, budget=0)
+    return _value(context, own)
+
+
+def forward(
+    context: Context, row: BlockRow, x: Tensor, y: Tensor, needs_x: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """This rank's value, and what `backward` takes beside the row."""
+    if makes_gradients_at_once(context, x, y):
+        value, *gradients = _sweep_and_weigh(context, row, needs_x)
+        return value, gradients
+    # What is kept serves a second sweep over the very same blocks.
+    budget = context.plan.memory_budget if context.shard.all_live else 0
+    own, swept, lines = sweep(context, row, budget)
+    return _value(context, own), [*lines, *swept[:2], *swept.kept]
+
+
+def backward(
+    context: Context, row: BlockRow, inputs: Inputs, found: Sequence[Tensor],
+    needs: Sequence[bool], g: Tensor,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x, y, scale and bias, for g, the value's. A row whose gradients are made already
+    needs no tensors."""
+    if makes_gradients_at_once(context, *inputs[:2]):
+        return _scale(context, inputs, found, needs, g)
+    return _weigh(context, row, inputs, found, needs, g)
+
+
+def makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
     """Where weights need no state the forward makes gradients for upstream 1, a sweep less. They
     wait in fp32, O(B D), and columns are not to visit a second time."""
     wide = accumulation_dtype(x)
@@ -180,15 +213,18 @@ def _sweep_and_weigh(
     return _value(context, losses.sum()), *gradients
 
 
-def _scale(ctx: Any, g: Tensor) -> list[Tensor | None]:
-    _, _, scale, bias, dx, dy, dbias_dscale = ctx.saved_tensors
-    needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-    if ctx.context.shard.needs_y:
-        dy = ctx.context.shard.scatter_sum(dy * g)
+def _scale(
+    context: Context, inputs: Inputs, found: Sequence[Tensor], needs: Sequence[bool], g: Tensor
+) -> list[Tensor | None]:
+    x, y, scale, bias = inputs
+    dx, dy, dbias_dscale = found
+    needs_x, needs_y, needs_scale, needs_bias = needs[:4]
+    if context.shard.needs_y:
+        dy = context.shard.scatter_sum(dy * g)
     dbias, dscale = (dbias_dscale * g).unbind()
     return [
-        cast(dx * g, ctx.dtypes[0]) if needs_x else None,
-        cast(dy, ctx.dtypes[1]) if needs_y else None,
+        cast(dx * g, x.dtype) if needs_x else None,
+        cast(dy, y.dtype) if needs_y else None,
         scalar_like(dscale, scale) if needs_scale else None,
         scalar_like(dbias, bias) if needs_bias else None,
     ]
@@ -220,13 +256,14 @@ def _upstream(context: Context, g: Tensor, dtype: torch.dtype) -> _Upstream:
     return _Upstream(largest * share, relative[shard.mine], relative, 1.0)
 
 
-def _weigh(ctx: Any, g: Tensor) -> list[Tensor | None]:
-    context = ctx.context
+def _weigh(
+    context: Context, row: BlockRow, inputs: Inputs, found: Sequence[Tensor],
+    needs: Sequence[bool], g: Tensor,
+) -> list[Tensor | None]:  # fmt: skip
     shard, sharing = context.shard, context.sharing
-    _, _, scale, bias, *saved = ctx.saved_tensors
-    row, saved = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
+    own_x, own_y, scale, bias = inputs
     count = len(_Lines._fields)
-    lines, (state, positive, *kept) = _Lines(*saved[:count]), saved[count:]
+    lines, (state, positive, *kept) = _Lines(*found[:count]), found[count:]
     swept = Swept(state, positive, tuple(kept))
     upstream = _upstream(context, g, state.dtype)
     a, b = lines.coefficients.split([shard.rows, shard.batch])
@@ -239,7 +276,7 @@ def _weigh(ctx: Any, g: Tensor) -> list[Tensor | None]:
         weighing = Weighing(row, swept, Upstream(torch.cat((a, b)), weights, upstream.gain))
         return weighing.run(needs_x, needs_y)
 
-    needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
+    needs_x, needs_y, needs_scale, needs_bias = needs[:4]
     if sharing.from_others or sharing.whole_value:
         dx, dy, totals, _ = gradients(a, b, of_rows + of_columns, needs_x, shard.needs_y)
     else:
@@ -257,8 +294,8 @@ def _weigh(ctx: Any, g: Tensor) -> list[Tensor | None]:
     else:
         dbias = scalar_like(totals[0], bias)
     return [
-        to_features(dx, x.factor, ctx.dtypes[0]) if needs_x else None,
-        to_features(dy, own_factor, ctx.dtypes[1]) if needs_y else None,
+        to_features(dx, x.factor, own_x.dtype) if needs_x else None,
+        to_features(dy, own_factor, own_y.dtype) if needs_y else None,
         scalar_like(totals[1], scale) if needs_scale else None,
         dbias if needs_bias else None,
     ]

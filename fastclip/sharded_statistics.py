@@ -8,6 +8,7 @@ O(B), since every rank's block row has a part of each column.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,29 +58,37 @@ def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
     if differentiates(*inputs):
         found = _ShardedStatistics.apply(*inputs, task)
     else:
-        found, *_ = _sweep(inputs, _row(inputs, task), task.request, budget=0)
+        found, *_ = forward(inputs, row_of(own_of(inputs, task), task), task.request, budget=0)
     return named(found, task.same_id_positive, task.request.rows, task.request.columns)
 
 
-def _row(inputs: Inputs, task: Task) -> BlockRow:
-    request, shard = task.request, task.shard
-    own = block_of(
-        inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, request
+def own_of(inputs: Inputs, task: Task) -> Block:
+    """Own rows and own columns, without ids."""
+    return block_of(
+        inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, task.request
     )
+
+
+def row_of(own: Block, task: Task) -> BlockRow:
+    request = task.request
     if task.ids is not None:
         ids_x, ids_y = (ids.to(torch.int64) for ids in task.ids)
         own = own._replace(x=own.x._replace(ids=ids_x), y=own.y._replace(ids=ids_y))
-    # One offset holds for all columns where every row or none has its positive on this rank.
-    some = len(with_positive(*own.shape, own.offset))
-    apart = shard.world_size > 1 and 0 < some < own.shape[0]
-    columns = Ring(shard) if task.ring else Gathered(shard, apart)
-    row = BlockRow.of(request.engine, columns, request.normalize, own)
+    row = BlockRow.of(request.engine, columns_of(*own.shape, task), request.normalize, own)
     if task.ids is None:
         return row
     x, y = row.block.x, row.block.y
     codes = pairs.codes_of(x.ids, y.ids)
     block = row.block._replace(x=x._replace(ids=codes[0]), y=y._replace(ids=codes[1]))
     return row._replace(block=block)
+
+
+def columns_of(m: int, n: int, task: Task) -> Gathered | Ring:
+    if task.ring:
+        return Ring(task.shard)
+    # One offset holds for all columns where every row or none has its positive on this rank.
+    some = with_positive(m, n, task.offset)
+    return Gathered(task.shard, apart=task.shard.world_size > 1 and 0 < some < m)
 
 
 def _own(row: BlockRow) -> Block:
@@ -94,9 +103,11 @@ def _of_own(state: Tensor, row: BlockRow) -> Tensor:
     return torch.cat((state[:, : row.rows], state[:, row.rows :][:, row.shard.mine]), 1)
 
 
-def _sweep(
+def forward(
     inputs: Inputs, row: BlockRow, request: Request, budget: int
 ) -> tuple[tuple[Tensor, ...], Swept]:
+    """Statistics, and what `backward` takes beside them."""
+
     def occupied(block: Block) -> Tensor | None:
         codes = row.rows + row.shard.batch
         return pairs.occupied(block, codes, request.rows, request.columns)
@@ -116,8 +127,8 @@ class _ShardedStatistics(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, task = arguments
         inputs = Inputs(*tensors)
-        row = _row(inputs, task)
-        found, swept = _sweep(inputs, row, task.request, task.request.memory_budget)
+        row = row_of(own_of(inputs, task), task)
+        found, swept = forward(inputs, row, task.request, task.request.memory_budget)
         ctx.row, ctx.request, ctx.found = row.without_tensors(), task.request, len(found)
         ctx.save_for_backward(*inputs, *row.tensors, *found, *swept[:2], *swept.kept)
         return found
@@ -129,7 +140,9 @@ class _ShardedStatistics(torch.autograd.Function):
         found, (state, positive, *kept) = saved[: ctx.found], saved[ctx.found :]
         swept = Swept(state, positive, tuple(kept))
         with torch.no_grad():
-            gradients = _weigh(inputs, row, ctx.request, found, swept, upstream, ctx)
+            gradients = backward(
+                inputs, row, ctx.request, found, swept, upstream, ctx.needs_input_grad
+            )
         if torch.is_grad_enabled():
             gradients = refuse_second_derivative(gradients, *upstream, *inputs[:3])
         return *gradients, None
@@ -150,11 +163,12 @@ def _upstream(row: BlockRow, request: Request, own: Upstream) -> Upstream:
     return Upstream(torch.cat((coefficients[..., :m], every), -1), positive_weight * ratio, gain)
 
 
-def _weigh(
-    inputs: Inputs, row: BlockRow, request: Request, found: list[Tensor], swept: Swept,
-    upstream: tuple[Tensor, ...], ctx: Any,
+def backward(
+    inputs: Inputs, row: BlockRow, request: Request, found: Sequence[Tensor], swept: Swept,
+    upstream: Sequence[Tensor], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    shard, needs = row.shard, Inputs(*ctx.needs_input_grad[:5])
+    """Gradients of the inputs, for those of the statistics."""
+    shard, needs = row.shard, Inputs(*wanted[:5])
     own, of_bias = weights(_own(row), inputs.bias, found, _of_own(swept.state, row), upstream)
     dx, dy, totals, dkey_bias = Weighing(row, swept, _upstream(row, request, own)).run(
         needs.x, shard.needs_y, shard.needs_key_bias

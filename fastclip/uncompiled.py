@@ -13,7 +13,7 @@ import torch
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compiler.disable`, without importing the compiler before somebody compiles.
 
-    For collectives and what depends on their answers.
+    For calls whose sizes other ranks tell, and for arguments that no operator takes.
     """
     disabled: Callable[..., Any] | None = None
 

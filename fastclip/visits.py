@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .shard import Shard
+from .shard import Parcel, Shard
 
 
 class Visit(NamedTuple):
@@ -41,6 +40,10 @@ class Gathered:
     def __init__(self, shard: Shard, apart: bool = False) -> None:
         self.shard = shard
         self.apart = apart
+
+    @property
+    def visits(self) -> int:
+        return 3 if self.apart else 1
 
     def held(self, y: Tensor) -> Tensor:
         """What a rank keeps of y (b, ...) between forward and backward."""
@@ -195,22 +198,17 @@ class _Exchange:
 
     def __init__(self, shard: Shard, messages: list[_Message]) -> None:
         # All tensors stay alive until the exchange is over.
-        self.messages, self.incoming, self.works = messages, [], []
-        operations = []
+        self.messages, self.incoming = messages, []
+        parcels = []
         for x, to, source, owner in messages:
             rows = shard.sizes[shard.at(owner)]
             incoming = x.new_empty((rows, *x.shape[1:]))
             self.incoming.append(incoming)
-            if len(x):
-                operations.append(
-                    dist.P2POp(dist.isend, x, group=shard.group, group_peer=shard.at(to))
-                )
+            if x.shape[0]:
+                parcels.append(Parcel(x, to, arrives=False))
             if rows:
-                operations.append(
-                    dist.P2POp(dist.irecv, incoming, group=shard.group, group_peer=shard.at(source))
-                )
-        if operations:
-            self.works = dist.batch_isend_irecv(operations)
+                parcels.append(Parcel(incoming, source, arrives=True))
+        self.works = shard.swap(parcels)
 
     def wait(self) -> list[Tensor]:
         """What came, in the order of the messages."""

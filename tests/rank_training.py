@@ -119,20 +119,6 @@ def under_fsdp(rank: int, world_size: int, micro_batch: int | None) -> tuple[flo
     return error, traffic.sent["reduce_scatter"]
 
 
-def compiled(rank: int, world_size: int) -> float:
-    model = Towers().double()
-
-    def step(images: Tensor, texts: Tensor) -> Tensor:
-        return distributed.clip_loss(*model(images, texts)) * 1.0
-
-    torch.compile(step, backend="aot_eager")(*own(rank, data(world_size))).backward()
-    found = {}
-    for name, p in model.named_parameters():
-        dist.all_reduce(p.grad)
-        found[name] = p.grad / world_size
-    return worst(found, gradients_of_one_process(world_size))
-
-
 def most_held(
     rank: int, world_size: int, loss: str, b: int, d: int, dtype: torch.dtype, ring: bool
 ) -> int:

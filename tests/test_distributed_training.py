@@ -51,11 +51,6 @@ def test_under_fsdp(two: Ranks) -> None:
         assert error < 1e-12 and sent == plain[0][1] > 0
 
 
-def test_in_a_compiled_step(two: Ranks) -> None:
-    """The graph is cut at the loss; what is around it stays compiled."""
-    assert max(two.run(rank_training.compiled)) < 1e-12
-
-
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", ["clip", "siglip"])

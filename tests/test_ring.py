@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastclip import visits
 from fastclip.shard import Shard
 from fastclip.visits import Ring
 
@@ -23,7 +22,7 @@ WORLD_SIZES = range(1, 10)
 
 
 class Mail:
-    """What `visits.py` uses of torch.distributed, between threads. A group is a rank."""
+    """What `Shard.swap` uses of torch.distributed, between threads. A group is a rank."""
 
     isend, irecv = "isend", "irecv"
 
@@ -80,7 +79,7 @@ def on_every_rank(world_size: int, sizes: tuple[int, ...], run: Any) -> list[Any
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_everybody_visits_everybody_once(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mail = Mail()
-    monkeypatch.setattr(visits, "dist", mail)
+    monkeypatch.setattr("fastclip.shard.dist", mail)
     sizes = tuple(2 + (3 * rank) % 4 for rank in range(world_size))
     batch = torch.arange(float(sum(sizes)))[:, None]
 
@@ -106,7 +105,7 @@ def slice_of(sizes: tuple[int, ...], rank: int) -> tuple[int, int]:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_gradients_get_home(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank r's part of every gradient is 10^r: a digit for each rank that has been added."""
-    monkeypatch.setattr(visits, "dist", Mail())
+    monkeypatch.setattr("fastclip.shard.dist", Mail())
     sizes = tuple(1 + rank % 3 for rank in range(world_size))
 
     def run(ring: Ring) -> Tensor:
@@ -126,7 +125,7 @@ def test_gradients_get_home(world_size: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_rank_holds_few(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside its own: four ranks' features and five gradients at most, however many ranks."""
     mail = Mail()
-    monkeypatch.setattr(visits, "dist", mail)
+    monkeypatch.setattr("fastclip.shard.dist", mail)
     sizes = (3,) * world_size
 
     def visiting(ring: Ring) -> int:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastclip import visits
 from fastclip.shard import Shard
 from fastclip.visits import Ring
 
@@ -18,7 +17,7 @@ WORLD_SIZES = range(2, 10)
 
 
 class Post:
-    """What `visits.py` uses of torch.distributed."""
+    """What `Shard.swap` uses of torch.distributed."""
 
     isend, irecv = "isend", "irecv"
 
@@ -43,7 +42,7 @@ class Post:
 @pytest.fixture
 def post(monkeypatch: pytest.MonkeyPatch) -> Post:
     post = Post()
-    monkeypatch.setattr(visits, "dist", post)
+    monkeypatch.setattr("fastclip.shard.dist", post)
     return post
 
 
