@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import goals, results
 from .baselines import METHODS
-from .cases import CONTRAST, DTYPES, SCALES
+from .cases import CONTRAST, DTYPES, PEERS, SCALES
 from .losses import LOSSES, loss_of
 from .markdown import duration, error, markdown, mebibytes, percent, three, times
 from .results import Row
@@ -23,7 +23,10 @@ DTYPE_NAMES = {
     "autocast": "bfloat16 autocast",
 }
 README_SIZE = (8192, 512)  # N, D of the first table
-README_METHODS = ("open_clip", "compiled", "checkpoint", "fastclip")
+GPU_SIZES = ((32768, 768), (65536, 768))  # and of those that only GPUs have
+README_METHODS = (
+    "open_clip", "compiled", "checkpoint", *PEERS, "fastclip", "fastclip triton", "fastclip cuda",
+)  # fmt: skip
 
 
 def committed() -> list[Path]:
@@ -135,14 +138,14 @@ def between(readme: Path, begin: str, end: str, body: str) -> str:
 def essentials(rows: list[Row], path: Path) -> str:
     """The tables for the README: one large batch, all sizes, errors, goals."""
     parts = [f"**{rows[-1].machine}**: {provenance(rows)}"]
-    if large := _large_batch(rows):
-        n, d = README_SIZE
-        parts += [
-            f"Forward and backward, N = {n}, D = {d}, at scale 14.3 and at 100; memory beyond the "
-            "inputs, gradients included; the limit is the bare matrix product in the same run, "
-            "times the passes that the method is due:",
-            large,
-        ]
+    told = (
+        "at scale 14.3 and at 100; memory beyond the inputs, gradients included; the limit is the "
+        "bare matrix product in the same run, times the passes that the method is due:"
+    )
+    for n, d in (README_SIZE, *GPU_SIZES):
+        if large := _large_batch(rows, n, d):
+            parts += [f"Forward and backward, N = {n}, D = {d}, {told or 'likewise:'}", large]
+            told = ""
     if own := _on_contrast(rows):
         parts += [
             "The same losses written on `contrast`, also with ids and with a margin for false "
@@ -178,8 +181,7 @@ def _one(rows: list[Row], **wanted: object) -> Row:
     return found[0] if found else Row()
 
 
-def _large_batch(rows: list[Row]) -> str:
-    n, d = README_SIZE
+def _large_batch(rows: list[Row], n: int, d: int) -> str:
     lines = []
     for loss in LOSSES:
         for dtype in DTYPES:

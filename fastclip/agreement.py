@@ -35,6 +35,11 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
     return group
 
 
+def ranks_of(process_group: dist.ProcessGroup | None) -> int:
+    group = group_of(process_group)
+    return 1 if group is None else dist.get_world_size(group)
+
+
 def check_world(
     name: str, rank: int, world_size: int, process_group: dist.ProcessGroup | None
 ) -> None:

@@ -212,7 +212,7 @@ def _state(backend: str, device: torch.device) -> str | None:
     return {"cpu": _CPU_STATUS, "torch": AVAILABLE, "reference": AVAILABLE}.get(backend)
 
 
-def _default(device: torch.device, dtype: torch.dtype, n: int, d: int, kind: str) -> str:
+def _default(device: torch.device, dtype: torch.dtype, logits: int, d: int, kind: str) -> str:
     if device.type == "cpu":
         reason = _CPU_STATUS
         if reason == AVAILABLE:
@@ -220,7 +220,7 @@ def _default(device: torch.device, dtype: torch.dtype, n: int, d: int, kind: str
     elif device.type == "cuda":
         if dtype == torch.float64:
             return "torch"
-        engines = preference.order(_rows(device.index, dtype), n, d)
+        engines = preference.order(_rows(device.index, dtype), logits, d)
         for engine in engines:
             if _status(engine, device.index) == AVAILABLE:
                 return engine if _has_kind(engine, kind) else "torch"
@@ -235,13 +235,13 @@ def _default(device: torch.device, dtype: torch.dtype, n: int, d: int, kind: str
 
 
 def choose(
-    backend: str | None, device: torch.device, dtype: torch.dtype, n: int, d: int,
+    backend: str | None, device: torch.device, dtype: torch.dtype, logits: int, d: int,
     kind: str = "softmax",
 ) -> str:  # fmt: skip
-    """The engine for n pairs of d features, the dtype of their products, and a kind of statistic.
-    None takes the one that `preference.py` puts first of those that can run; falling back to plain
-    PyTorch warns once, unless the kind is a user's own. float64 on GPUs is always the plain
-    engine's.
+    """The engine for so many logits of d features, the dtype of their products, and a kind of
+    statistic. None takes the one that `preference.py` puts first of those that can run; falling
+    back to plain PyTorch warns once, unless the kind is a user's own. float64 on GPUs is always the
+    plain engine's.
 
     Raises:
         ValueError: unknown or unavailable, or one that does not serve this device or kind.
@@ -249,7 +249,7 @@ def choose(
     if backend is None and device.type == "cuda":
         backend = _asked()
     if backend is None:
-        return _default(device, dtype, n, d, kind)
+        return _default(device, dtype, logits, d, kind)
     # Of this one alone: asking for all of them would start CUDA where nobody wants it, and fail in
     # a process that was forked from one that uses it.
     state = _state(backend, device)

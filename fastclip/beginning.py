@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import agree, agree_on_sides, check_world, refuse
+from .agreement import agree, agree_on_sides, check_world, ranks_of, refuse
 from .backends import choose
 from .block import NO_POSITIVES
 from .block_row import Sharing
@@ -137,7 +137,7 @@ def check_loss(
         **{name: int(value) for name, value in call.sharing._asdict().items()},
         "dtype of products": dtype,
     }  # fmt: skip
-    engine = engine_of(call.backend, x, dtype, call.kind)
+    engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
     plan = Plan(call.kind, engine, dtype, call.normalize, "mean", budget)
     return CheckedLoss((x, y, scale, bias), plan, live, alike)
@@ -165,7 +165,7 @@ def check_contrast(
         "false_negative_margin": int(margin is not None), "offset=None": int(call.offset is None),
         "rows": int(call.rows), "columns": int(call.columns), "dtype of products": dtype,
     }  # fmt: skip
-    engine = engine_of(call.backend, x, dtype, call.kind)
+    engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
     request = Request(engine, dtype, call.normalize, bool(call.rows), bool(call.columns), budget)
     offset = NO_POSITIVES if call.offset is None else call.offset
@@ -176,8 +176,12 @@ def check_contrast(
 NOBODYS = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)  # until ranks have agreed
 
 
-def engine_of(backend: str | None, x: Tensor, dtype: torch.dtype, kind: str) -> str:
-    engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1], kind)
+def engine_of(
+    backend: str | None, x: Tensor, y: Tensor, ranks: int, dtype: torch.dtype, kind: str
+) -> str:
+    """For own rows and the columns of all ranks, if they have as many."""
+    logits = x.shape[0] * y.shape[0] * ranks
+    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind)
     if engine == "reference":
         raise ValueError("backend must be an engine, which the dense 'reference' is not")
     return engine

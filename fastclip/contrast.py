@@ -106,7 +106,7 @@ def contrast(
     if margin is not None:
         margin = scalar("false_negative_margin", margin, x).detach()
     dtype = product_dtype(x, y)
-    engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1], kind)
+    engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1], kind)
     inputs = Inputs(x, y, scale, bias, key_bias)
     is_positive = same_id == "positive"
     if engine == "reference":

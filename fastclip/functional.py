@@ -126,7 +126,7 @@ def _loss(
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
     dtype = product_dtype(x, y)
     budget = budget_of(memory_budget, x.device)
-    engine = choose(backend, x.device, dtype, x.shape[0], x.shape[1])
+    engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1])
     if live is not None:
         live = check_live(live, x.shape[0])
         if reduction == "none" or engine == "reference":

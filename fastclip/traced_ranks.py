@@ -109,17 +109,18 @@ def _trace(
     inputs: Sequence[Tensor | None], process_group: dist.ProcessGroup | None,
     call: LossCall | ContrastCall, dtype: torch.dtype,
 ) -> Trace:  # fmt: skip
-    x = inputs[0]
+    x, y = inputs[:2]
+    group = "" if process_group is None else process_group.group_name
+    ranks = _ranks_of(group)
     engine = ""
-    if x.dim() == 2:
+    if x.dim() == y.dim() == 2:
         try:
-            engine = engine_of(call.backend, x, dtype, call.kind)
+            engine = engine_of(call.backend, x, y, ranks, dtype, call.kind)
         except (TypeError, ValueError):
             engine = ""
     needs = [t is not None and t.requires_grad for t in inputs]
-    group = "" if process_group is None else process_group.group_name
     saves = torch.is_grad_enabled() and any(needs)
-    return Trace(group, _ranks_of(group), engine, needs, saves, _edition())
+    return Trace(group, ranks, engine, needs, saves, _edition())
 
 
 def _tensor(name: str, value: Any, x: Tensor) -> Tensor | None:

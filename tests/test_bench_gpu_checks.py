@@ -66,23 +66,8 @@ def rounded(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_smoke_holds_an_engine_in_tf32_to_plain_pytorch_in_tf32(loss, monkeypatch):
     """The engine rounds features, plain PyTorch what it makes of them: a lucky one is no bound."""
-    settings, step, plain = torch.backends.cuda.matmul, smoke.Problem.step, smoke.Problem.plain
+    settings, step = torch.backends.cuda.matmul, smoke.Problem.step
     assert settings.fp32_precision != "tf32"
-    take_normalised = torch.nn.functional.normalize
-
-    def in_tf32(self, leaves):
-        if settings.fp32_precision != "tf32":
-            return plain(self, leaves)
-        if not self.normalize:
-            return plain(self, rounded(leaves))
-        with monkeypatch.context() as patch:
-            patch.setattr(smoke.F, "normalize", lambda t, dim: through(take_normalised(t, dim=dim)))
-            return plain(self, leaves)
-
-    def through(t):
-        return t + (rounded([t, t])[0] - t).detach()
-
-    monkeypatch.setattr(smoke.Problem, "plain", in_tf32)
     monkeypatch.setattr(
         smoke.Problem, "step", lambda p, e, leaves, b=0: step(p, e, rounded(leaves), b)
     )

@@ -24,8 +24,8 @@ def fresh() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def choose(asked: str | None, dtype: torch.dtype, n: int = 1000, d: int = 512) -> str:
-    return backends.choose(asked, CUDA, dtype, n, d)
+def choose(asked: str | None, dtype: torch.dtype, logits: int = 1 << 30, d: int = 512) -> str:
+    return backends.choose(asked, CUDA, dtype, logits, d)
 
 
 # ---- whether it can run --------------------------------------------------------------------------
@@ -123,6 +123,15 @@ def test_the_order_follows_the_arithmetic(
         assert choose(None, dtype) == second
 
 
+def test_small_blocks_of_half_precision_wait_for_launches(fresh: pytest.MonkeyPatch) -> None:
+    """C++ launches faster than Python. A graph for export has one engine for all sizes."""
+    pretend(fresh, compiled_for=ALL_CARDS)
+    sizes = (8192**2, 16383**2, 16384**2)
+    assert [choose(None, HALF, size) for size in sizes] == ["cuda", "cuda", "triton"]
+    fresh.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert [choose(None, HALF, size) for size in sizes] == ["triton"] * 3
+
+
 def test_an_older_setting_of_tf32_counts_as_well(
     fresh: pytest.MonkeyPatch, precision: types.ModuleType
 ) -> None:
@@ -187,18 +196,18 @@ def test_rows_go_by_card_arithmetic_and_sizes(fresh: pytest.MonkeyPatch) -> None
     pretend(fresh, (9, 0), compiled_for=ALL_CARDS)
     fallback = Row(("triton",))
 
-    def chosen(row: Row, dtype: torch.dtype = HALF, n: int = 1000, d: int = 512) -> bool:
+    def chosen(row: Row, dtype: torch.dtype = HALF, logits: int = 1000, d: int = 512) -> bool:
         fresh.setattr(preference, "TABLE", (row, fallback))
-        return choose(None, dtype, n, d) == "cuda"
+        return choose(None, dtype, logits, d) == "cuda"
 
     assert chosen(Row(("cuda",)))
     assert chosen(Row(("cuda",), products="half")) and not chosen(Row(("cuda",), products="tf32"))
     assert chosen(Row(("cuda",), capability=((9, 0), (10, 0))))
     assert not chosen(Row(("cuda",), capability=((8, 0), (9, 0))))
-    by_n, by_d = Row(("cuda",), n=(256, 1024)), Row(("cuda",), d=(0, 512))
-    assert [chosen(by_n, n=n) for n in (255, 256, 1023, 1024)] == [False, True, True, False]
+    by_size, by_d = Row(("cuda",), logits=(256, 1024)), Row(("cuda",), d=(0, 512))
+    assert [chosen(by_size, logits=n) for n in (255, 256, 1023, 1024)] == [False, True, True, False]
     assert [chosen(by_d, d=d) for d in (511, 512)] == [True, False]
-    assert not chosen(Row(("cuda",), n=(0, math.inf), d=(0, 10)))
+    assert not chosen(Row(("cuda",), logits=(0, math.inf), d=(0, 10)))
 
 
 # ---- what overrules it ---------------------------------------------------------------------------

@@ -204,7 +204,7 @@ class LogitBlock:
     @property
     def kernel_of_keeping(self) -> str:
         """The kernel that folds and keeps weights."""
-        return "kept" if self.is_plain and self.epilogue.is_light else "heavy"
+        return "kept" if self.is_plain and self.epilogue.is_light else "heavy kept"
 
     @property
     def kernel_of_weights(self) -> str:

@@ -45,7 +45,9 @@ SHARED_MEMORY = {
 }
 
 
-KINDS = ("sweep", "kept", "weigh", "both", "heavy", "gradient", "tile", "small")
+KINDS = (
+    "sweep", "kept", "weigh", "both", "heavy", "heavy kept", "gradient", "tile", "small",
+)  # fmt: skip
 Table = dict[tuple[str, str, str], Config]
 
 
@@ -60,13 +62,16 @@ def _table_of(
     "ieee" (fp32 on the ordinary cores). For each width: rows that are "wide", "narrow" (no use for
     a long step along D) and "odd" (they do not begin on 16 bytes: loads go through registers).
 
-    A kind that is not named has the configuration of "tile", "heavy" that of "both"."""
+    A kind that is not named has the configuration of "tile", a heavy one that of
+    "both" or "kept"."""
     table = {}
     tables = {"half": half, "tf32": tf32, "split": split, "ieee": {"tile": ieee}}
     for arithmetic, configs in tables.items():
-        configs = {"heavy": configs.get("both", configs["tile"]), **configs}
+        tile = configs["tile"]
+        heavy = {"heavy": configs.get("both", tile), "heavy kept": configs.get("kept", tile)}
+        configs = heavy | configs
         for kind in KINDS:
-            config = configs.get(kind, configs["tile"])
+            config = configs.get(kind, tile)
             table[kind, arithmetic, "wide"] = config
             narrow = config._replace(bk=min(config.bk, NARROW), stages=2)
             table[kind, arithmetic, "narrow"] = config if arithmetic == "ieee" else narrow
@@ -115,6 +120,7 @@ TABLE: dict[str, Table] = {
             "weigh": Config(128, 256, 64, 8, 4, group=16, slices=2, descriptors=True),
             "both": Config(128, 128, 64, 4, 3, slices=4, descriptors=True),
             "heavy": Config(128, 128, 64, 8, 4, slices=4, descriptors=True),
+            "heavy kept": Config(128, 128, 64, 8, 3, slices=2, descriptors=True),
             "tile": Config(128, 128, 64, 8, 3),
             "small": _SMALL,
         },
