@@ -7,6 +7,7 @@ gradient over the line's sum, so that nothing is exponentiated but logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +32,6 @@ from .function import (
 from .kept import PLANS
 from .kinds import LN2, LOG2E, Kind, LineStatistics, kind_of
 from .operands import accumulation_dtype
-
-# The place of own positives' logits among the statistics.
-_POSITIVES = 2
 
 
 class Request(NamedTuple):
@@ -94,38 +92,61 @@ def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStati
 def named(
     found: tuple[Tensor, ...], same_id_positive: bool, rows: bool, columns: bool
 ) -> LineStatistics:
-    """Without what nobody asked for."""
-    wanted = rows, columns
-    *lines, positives = found[:3]
-    by_id = found[3:5] if same_id_positive else ()
-    lines = [t if asked else None for t, asked in zip(lines, wanted, strict=True)]
-    by_id = [t if asked else None for t, asked in zip(by_id, wanted, strict=False)]
-    return LineStatistics(*lines, positives, *by_id)
+    """Without what nobody asked for. found: `finish`'s results, and whatever follows them."""
+    every = made_of(found, same_id_positive)
+    if not rows:
+        every = every._replace(rows=None, row_positives=None)
+    if not columns:
+        every = every._replace(columns=None, column_positives=None)
+    return every
 
 
-def statistic(kind: type[Kind], state: Tensor) -> Tensor:
-    """(L), of states (2, L)."""
-    shift, sums = state
+def statistics_of(same_id_positive: bool) -> int:
+    """How many `finish` returns; those of positives by id are the last ones."""
+    fields = LineStatistics._fields
+    return len(fields) if same_id_positive else fields.index("row_positives")
+
+
+def made_of(found: Sequence[Tensor], same_id_positive: bool) -> LineStatistics:
+    return LineStatistics(*found[: statistics_of(same_id_positive)])
+
+
+class States(NamedTuple):
+    """A set's states of lines, as a sweep returns them."""
+
+    shift: Tensor  # (L), in log2 units
+    sums: Tensor  # (L)
+
+
+def states_of(state: Tensor) -> list[States]:
+    """Those of negatives and, in a state of four rows, of positives by id."""
+    return [States(*one) for one in state.unflatten(0, (-1, 2))]
+
+
+def statistic(kind: type[Kind], states: States) -> Tensor:
+    """(L)"""
+    shift, sums = states
     return (torch.log2(sums) + shift) * LN2 if kind.has_shift else sums
 
 
 def finish(
     block: Block, state: Tensor, positive: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Statistics of rows and columns, own positives' logits, and with positives by id their
-    statistics of rows and columns. A side may be empty."""
+    """The fields of `LineStatistics`, those of positives by id only where there are any. A side may
+    be empty."""
     kind, (m, _) = kind_of(block.kind), block.shape
     dtype = state.dtype
     common = 0.0 if bias is None else bias.reshape(()).to(dtype)
     moved = common if kind.has_shift else 0.0
-    negatives = statistic(kind, state[:2]) + moved
+    of_negatives, *of_by_id = states_of(state)
+    negatives = statistic(kind, of_negatives) + moved
     positives = positive * block.scale.reshape(()).to(dtype) + common
     if block.key_bias is not None:
         positives = positives + pairs.at_rows(block.key_bias.to(dtype), m, block.offset, 0)
     found = (negatives[:m], negatives[m:], positives)
-    if not block.same_id_positive:
+    if not of_by_id:
         return found
-    by_id, own = statistic(kind, state[2:]) + moved, _Own(block, positives)
+    by_id, own = statistic(kind, *of_by_id) + moved, _Own(block, positives)
     if kind.has_shift:
         by_id = torch.logaddexp(by_id, torch.where(own.exists, own.logits, -torch.inf))
     else:
@@ -230,23 +251,24 @@ def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Block, Tensor | None,
 def _gradients(
     ctx: Any, inputs: Inputs, block: Block, output: tuple[Tensor, ...], upstream: tuple[Any, ...]
 ) -> list[Tensor | None]:
-    needs = ctx.needs_input_grad[: len(Inputs._fields)]
+    needs = Inputs(*ctx.needs_input_grad[: len(Inputs._fields)])
     *found, state, positive, kept = output
-    of_lines = [g for k, g in enumerate(upstream[: len(found)]) if k != _POSITIVES]
-    if all(g is None for g in of_lines) and not is_traced():
-        of_own = upstream[_POSITIVES]
+    found, given = (made_of(t, block.same_id_positive) for t in (found, upstream))
+    if all(g is None for g in given._replace(positives=None)) and not is_traced():
+        of_own = given.positives
         return [None] * len(needs) if of_own is None else _of_own(ctx, inputs, block, of_own)
-    coefficients, of_bias = weights(block, inputs.bias, found, state, upstream)
+    coefficients, of_bias = weights(block, inputs.bias, found, state, given)
     request = ctx.request
     dx, dy, totals, dkey_bias = ops.weigh(
         request.engine, block, Statistics(state, positive, kept), coefficients,
-        Wanted(*needs[:2], needs[4], request.normalize, inputs.x.dtype, inputs.y.dtype),
+        Wanted(needs.x, needs.y, needs.key_bias, request.normalize, inputs.x.dtype, inputs.y.dtype),
     )  # fmt: skip
     if of_bias is not None:
-        totals = torch.stack((of_bias, totals[1]))
+        _, of_scale = totals
+        totals = torch.stack((of_bias, of_scale))
     return [
-        *as_inputs((dx, dy, totals), inputs[:4], needs),
-        cast(dkey_bias, inputs.key_bias.dtype) if needs[4] else None,
+        *as_inputs((dx, dy, totals), inputs[:-1], needs[:-1]),
+        cast(dkey_bias, inputs.key_bias.dtype) if needs.key_bias else None,
     ]
 
 
@@ -275,25 +297,30 @@ def _of_own(ctx: Any, inputs: Inputs, block: Block, g: Tensor) -> list[Tensor | 
 
 
 def weights(
-    block: Block, bias: Tensor | None, found: list[Tensor], state: Tensor,
-    upstream: tuple[Any, ...],
+    block: Block, bias: Tensor | None, found: LineStatistics, state: Tensor,
+    upstream: LineStatistics,
 ) -> tuple[Upstream, Tensor | None]:  # fmt: skip
     """Coefficients of lines and weights of own positives for the gradients of the statistics; and
     the gradient of a bias that the engine does not see. A side may be empty."""
     kind, (m, n) = kind_of(block.kind), block.shape
-    given = [
-        torch.zeros_like(t) if g is None else g.to(state.dtype)
-        for t, g in zip(found, upstream, strict=False)
-    ]
+    given = LineStatistics(*(
+        t if t is None else torch.zeros_like(t) if g is None else g.to(state.dtype)
+        for t, g in zip(found, upstream, strict=True)
+    ))  # fmt: skip
+    negatives, *positives = states_of(state)
     _, inside = pairs.partners(m, n, block.offset, state.device)
-    of_own = torch.where(inside, given[2], 0)
-    of_lines = torch.cat(given[:2])
+    of_own = torch.where(inside, given.positives, 0)
+    of_lines = torch.cat((given.rows, given.columns))
+    every = [of_lines]
     coefficients = [of_lines]
-    total = of_lines.masked_fill(state[1] == 0, 0).sum() + of_own.sum()
+    total = of_lines.masked_fill(negatives.sums == 0, 0).sum() + of_own.sum()
     if kind.has_shift:
-        coefficients = [torch.where(state[1] == 0, 0, of_lines / state[1])]
-    if block.same_id_positive:
-        of_lines, by_id, own = torch.cat(given[3:5]), torch.cat(found[3:5]), _Own(block, found[2])
+        coefficients = [torch.where(negatives.sums == 0, 0, of_lines / negatives.sums)]
+    for states in positives:
+        of_lines = torch.cat((given.row_positives, given.column_positives))
+        every.append(of_lines)
+        by_id = torch.cat((found.row_positives, found.column_positives))
+        own = _Own(block, found.positives)
         share = of_lines * own.sign
         if kind.has_shift:
             nothing = by_id == -torch.inf
@@ -301,17 +328,17 @@ def weights(
             total = total + of_lines.sum()
             # In logarithms: an own positive may exceed the other ones' shift by any power.
             common = 0.0 if bias is None else bias.reshape(()).to(state.dtype)
-            beside = torch.exp2(state[2] - (by_id - common) * LOG2E)
+            beside = torch.exp2(states.shift - (by_id - common) * LOG2E)
             # A column that its bias takes out has an own positive of -inf.
             share = of_lines * torch.exp(own.logits - by_id.masked_fill(nothing, 0))
-            of_lines = torch.where(state[3] == 0, 0, of_lines * beside)
+            of_lines = torch.where(states.sums == 0, 0, of_lines * beside)
         else:
             share = share * kind.activation(own.log2, own.log2 * 0)
         coefficients.append(of_lines)
         share = torch.where(own.exists, share, 0)
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
     # Weights keep order 1, whatever the upstream gradients: a common factor goes outside.
-    largest = torch.cat([of_own, *given[:2], *given[3:5], of_own.new_zeros(1)]).abs().amax()
+    largest = torch.cat([of_own, *every, of_own.new_zeros(1)]).abs().amax()
     unit = torch.where(largest > 0, largest, 1)
     stacked = torch.stack(coefficients) if len(coefficients) > 1 else coefficients[0]
     return Upstream(stacked / unit, of_own / unit, largest), total if kind.has_shift else None

@@ -35,7 +35,7 @@ from .block import NO_POSITIVES, Block
 from .block_row import TENSORS, BlockRow, Sharing, Swept
 from .function import Plan, refuse_second_derivative
 from .kept import PLANS
-from .line_statistics import Inputs, Request
+from .line_statistics import Inputs, Request, statistics_of
 from .operands import state_dtype
 from .shard import Parcel, Shard, starts_of
 from .sharded_statistics import Task
@@ -122,11 +122,6 @@ _SCHEMAS = {
 def _group(trace: Trace) -> dist.ProcessGroup | None:
     """As the caller passed it."""
     return dist.distributed_c10d._resolve_process_group(trace.group) if trace.group else None
-
-
-def statistics_of(same_id_positive: bool) -> int:
-    """How many `distributed.contrast` makes."""
-    return 5 if same_id_positive else 3
 
 
 class Pretended(Shard):

@@ -34,7 +34,7 @@ from .function import (
     scalar_like,
 )
 from .kinds import LineStatistics, kind_of
-from .line_statistics import Inputs, Request, block_of, finish, named, weights
+from .line_statistics import Inputs, Request, block_of, finish, made_of, named, weights
 from .shard import Shard
 from .visits import Gathered, Ring
 
@@ -130,12 +130,15 @@ class _ShardedStatistics(torch.autograd.Function):
         row = row_of(own_of(inputs, task), task)
         found, swept = forward(inputs, row, task.request, task.request.memory_budget)
         ctx.row, ctx.request, ctx.found = row.without_tensors(), task.request, len(found)
-        ctx.save_for_backward(*inputs, *row.tensors, *found, *swept[:2], *swept.kept)
+        ctx.save_for_backward(
+            *inputs, *row.tensors, *found, swept.state, swept.positive, *swept.kept
+        )
         return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, saved = Inputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        count = len(Inputs._fields)
+        inputs, saved = Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
         row, saved = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
         found, (state, positive, *kept) = saved[: ctx.found], saved[ctx.found :]
         swept = Swept(state, positive, tuple(kept))
@@ -168,8 +171,9 @@ def backward(
     upstream: Sequence[Tensor], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the inputs, for those of the statistics."""
-    shard, needs = row.shard, Inputs(*wanted[:5])
-    own, of_bias = weights(_own(row), inputs.bias, found, _of_own(swept.state, row), upstream)
+    shard, needs = row.shard, Inputs(*wanted[: len(Inputs._fields)])
+    found, given = (made_of(t, row.block.same_id_positive) for t in (found, upstream))
+    own, of_bias = weights(_own(row), inputs.bias, found, _of_own(swept.state, row), given)
     dx, dy, totals, dkey_bias = Weighing(row, swept, _upstream(row, request, own)).run(
         needs.x, shard.needs_y, shard.needs_key_bias
     )

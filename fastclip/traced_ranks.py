@@ -21,8 +21,8 @@ from .agreement import is_initialized
 from .beginning import ContrastCall, LossCall, engine_of
 from .inputs import product_dtype, scalar
 from .kinds import LineStatistics
-from .line_statistics import named
-from .rank_operators import LossOptions, Trace, statistics_of
+from .line_statistics import named, statistics_of
+from .rank_operators import LossOptions, Trace
 
 
 def _is_plain(value: Any, optional: bool = True) -> bool:
