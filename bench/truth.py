@@ -37,8 +37,8 @@ def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Truth:
-    """Of x (M, D), y (N, D), N >= M, as given. The positive of row i is column i; columns from M on
-    have no loss of their own. The bias cancels."""
+    """CLIP's loss of x (M, D), y (N, D), N >= M, as given. The positive of row i is column i;
+    columns from M on have no loss of their own. The bias cancels."""
     x, y, scale = (t.detach().double() for t in (x, y, scale))
     m = len(x)
     t = (x * y[:m]).sum(dim=1)

@@ -1,5 +1,5 @@
-// What every kernel of the CUDA engine has in common: the kinds of statistic, numbers of any dtype, sums of a warp, and
-// one place to launch from.
+// Everything that the CUDA engine's kernels have in common: the kinds of statistic, numbers of any dtype, sums of a
+// warp, and one place to launch from.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -40,7 +40,7 @@ __device__ __forceinline__ double add_up(const PartLines& lines, int64_t l) {
   return sum;
 }
 
-// Where there is one reference, the flag is raised if it was too coarse for a line: one whose sum is so small may have
+// The flag is raised if there is one reference and it was too coarse for a line: one whose sum is so small may have
 // lost terms that count.
 static __global__ void __launch_bounds__(kThreads)
     sums_kernel(PartLines rows, PartLines columns, Occupied rows_occupied, Occupied columns_occupied,

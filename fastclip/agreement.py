@@ -1,4 +1,4 @@
-"""What ranks must have in common, checked where all of them see it.
+"""The things that ranks must have in common, checked where all of them see it.
 
 `agree` comes before every loss across processes: each rank tells what it brings, and what does not
 fit fails on all of them at once instead of leaving some to wait. After it everything is collectives
@@ -59,8 +59,8 @@ def check_world(
         )
 
 
-# What ranks of a group brought where an exchange at every call would wait for the device: at the
-# first call, for what this rank brought.
+# The ranks' answers at the first call, by group and by what this rank brought: an exchange at every
+# call would wait for the device.
 _TOLD: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Told]] = WeakKeyDictionary()
 _REFUSED = -1  # instead of the first field, a size
 
@@ -165,7 +165,7 @@ def refuse(process_group: dist.ProcessGroup | None) -> None:
 
 # Numbers that a rank sends, however many it has to say: one that refuses has one.
 _MOST_FIELDS = 32
-# Of the whole batch there must be some.
+# No rank needs any of these, but the whole batch does.
 _COUNTS = ("batch", "number of rows", "number of columns")
 
 
@@ -184,7 +184,7 @@ def _exchanging_device(group: dist.ProcessGroup, device: torch.device) -> torch.
 def _exchange(
     group: dist.ProcessGroup, mine: tuple[int, ...], device: torch.device
 ) -> list[tuple[int, ...]]:
-    """Of each field what the ranks bring."""
+    """Each field as the ranks bring it."""
     world_size = dist.get_world_size(group)
     padded = mine + (0,) * (_MOST_FIELDS - len(mine))
     told = torch.tensor(padded, dtype=torch.int64, device=device)

@@ -129,7 +129,7 @@ def _longest(x: Tensor) -> Tensor:
 
 
 class Swept(NamedTuple):
-    """What the first sweep of m rows finds out about them and B columns."""
+    """The results of the first sweep of m rows, for them and B columns."""
 
     state: Tensor  # (2 or 4, m + B): own rows, complete; of columns this rank's part
     positive: Tensor  # (m)

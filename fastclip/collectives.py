@@ -25,7 +25,7 @@ def gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None
 def scatter_sum_rows(
     x: Tensor, sizes: Sequence[int], rank: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Of the ranks' x (B, ...) the sum; of it this rank's rows."""
+    """This rank's rows of the sum of the ranks' x (B, ...)."""
     if x.device.type == "cpu":
         # gloo's own reduce-scatter adds up the whole everywhere: two to three times as slow.
         each = sizes[rank]

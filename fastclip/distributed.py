@@ -144,7 +144,7 @@ def shared_loss(
     memory_budget: int | None = None, live: tuple[int, int] | None = None,
     world: tuple[str, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """What every loss across processes calls: checks, an agreement among ranks, the loss.
+    """Every loss across processes calls this: checks, an agreement among ranks, the loss.
 
     world: of a module its name, and the rank and world size that it was told.
     """

@@ -24,7 +24,7 @@ def at_rows(values: Tensor, m: int, offset: int, absent: float) -> Tensor:
     """(M): at each row the value (N) of its own positive's column."""
     n = values.shape[0]
     columns, inside = partners(m, n, offset, values.device)
-    # Of a block without columns, too, an index must be one.
+    # An index must be one in a block without columns, too.
     padded = torch.cat((values, values.new_full((1,), absent)))
     return padded[torch.where(inside, columns, n)]
 

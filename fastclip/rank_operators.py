@@ -42,7 +42,7 @@ from .sharded_statistics import Task
 
 
 class Trace(NamedTuple):
-    """What is known while a graph is made, and not within the operators."""
+    """Facts that are known while a graph is made, and not within the operators."""
 
     group: str  # its name; "": all processes
     ranks: int
@@ -143,8 +143,8 @@ _TOLD = ("needs_x", "needs_y", "needs_key_bias")
 
 
 def _told(shard: Shard) -> Tensor:
-    """What of a shard of even sizes the backward could not know without an exchange; on the CPU,
-    where reading it waits for nothing."""
+    """The part of a shard of even sizes that the backward could not know without an exchange; on
+    the CPU, where reading it waits for nothing."""
     numbers_told = [int(getattr(shard, name)) for name in _TOLD]
     return torch.tensor(numbers_told, dtype=torch.int64, device="cpu")
 
@@ -291,7 +291,7 @@ def _without_margin(own: Block) -> Block:
 
 
 def _given(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], ContrastCall, Trace]:
-    """What follows a contrast's inputs: ids and margin, options, the trace."""
+    """The arguments behind a contrast's inputs: ids and margin, options, the trace."""
     x_ids, y_ids, margin, *rest = arguments
     call, trace = _split(ContrastCall, rest)
     return (None if x_ids is None else (x_ids, y_ids), margin), call, trace

@@ -25,16 +25,16 @@ class Parcel(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Of the batch a rank has `sizes[rank]` rows, from `starts[rank]` on; none, if that is 0. Rows
-    are pairs, or where rows and columns of logits come apart, those of y: columns."""
+    """A rank has `sizes[rank]` rows of the batch, from `starts[rank]` on; none, if that is 0. Rows
+    are pairs; where rows and columns of logits come apart, they are those of y: columns."""
 
     group: dist.ProcessGroup | None  # None: one rank, that talks to nobody
     rank: int
     sizes: tuple[int, ...]
     starts: tuple[int, ...]
-    # Of each rank's rows those that this step differentiates; the others are constants.
+    # The rows of each rank that this step differentiates; the others are constants.
     live: tuple[slice, ...]
-    # Whether any rank wants gradients of its x, of its y: then all take part in making them.
+    # True where any rank wants gradients of its x, of its y: then all take part in making them.
     needs_x: bool
     needs_y: bool
     needs_key_bias: bool = False
@@ -101,7 +101,7 @@ class Shard(NamedTuple):
         return gather_rows(x, self.sizes, self.group)
 
     def scatter_sum(self, x: Tensor) -> Tensor:
-        """Of the ranks' x (B, ...) the sum, each rank's own rows of it."""
+        """This rank's rows of the sum of the ranks' x (B, ...)."""
         if self.world_size == 1:
             return x
         return scatter_sum_rows(x, self.sizes, self.rank, self.group)

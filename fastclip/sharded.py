@@ -94,7 +94,7 @@ def _value(context: Context, own: Tensor) -> Tensor:
 
 
 class _Lines(NamedTuple):
-    """What the weights of a rank with b pairs take of lines."""
+    """The lines' part in the weights of a rank with b pairs."""
 
     coefficients: Tensor  # (b + B)
     of_rows: Tensor  # (b): the positives' weights, as their rows have them
@@ -159,7 +159,7 @@ def forward(
     if makes_gradients_at_once(context, x, y):
         value, *gradients = _sweep_and_weigh(context, row, needs_x)
         return value, gradients
-    # What is kept serves a second sweep over the very same blocks.
+    # Kept products serve a second sweep over the very same blocks.
     budget = context.plan.memory_budget if context.shard.all_live else 0
     own, swept, lines = sweep(context, row, budget)
     return _value(context, own), [*lines, *swept[:2], *swept.kept]
@@ -177,7 +177,7 @@ def backward(
 
 
 def makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
-    """Where weights need no state the forward makes gradients for upstream 1, a sweep less. They
+    """The forward makes gradients for upstream 1, a sweep less, where weights need no state. They
     wait in fp32, O(B D), and columns are not to visit a second time."""
     wide = accumulation_dtype(x)
     return (
@@ -231,7 +231,7 @@ def _scale(
 
 
 class _Upstream(NamedTuple):
-    """What a rank's gradients are multiplied with.
+    """The factors of a rank's gradients.
 
     Weights keep order 1, whatever the upstream gradients: a common factor, `gain`, goes outside.
     """

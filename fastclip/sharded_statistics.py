@@ -40,7 +40,7 @@ from .visits import Gathered, Ring
 
 
 class Task(NamedTuple):
-    """What is asked about the inputs of this rank."""
+    """The questions about the inputs of this rank."""
 
     request: Request
     ids: tuple[Tensor, Tensor] | None

@@ -46,7 +46,7 @@ class Gathered:
         return 3 if self.apart else 1
 
     def held(self, y: Tensor) -> Tensor:
-        """What a rank keeps of y (b, ...) between forward and backward."""
+        """The part of all y that a rank with y (b, ...) keeps between forward and backward."""
         return self.shard.gather(y)
 
     def own(self, held: Tensor) -> Tensor:

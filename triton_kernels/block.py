@@ -153,13 +153,13 @@ class LogitBlock:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Of rows, in units."""
+        """From row to row, in units."""
         x, y = self.operands
         return x.stride(0) // self.unit, y.stride(0) // self.unit
 
     @property
     def precision(self) -> str:
-        """Of the products."""
+        """The arithmetic of the products."""
         return "tf32" if self.tf32 else "split" if self.split else "ieee"
 
     def tiles(self, config: Config) -> dict[str, Any]:

@@ -135,8 +135,8 @@ CUT_OFF = 2.0**-25
 
 
 def logits_error(problem: Problem, x: Tensor, y: Tensor) -> float:
-    """What tensor cores make of the largest logit. A sweep and one that repeats it with references
-    of its own for each line may differ by as much, and weights with them."""
+    """The error that tensor cores make in the largest logit. A sweep and its repetition with a
+    reference for each line may differ by as much, and weights with them."""
     if problem.device != "cuda" or problem.dtype.itemsize > 2:
         return 0.0
     if problem.normalize:
