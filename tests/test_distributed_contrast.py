@@ -96,6 +96,15 @@ def test_a_process_alone_is_a_world_of_one() -> None:
     assert not wrong, "\n".join(wrong[:20])
 
 
+def test_engines_of_gpus_alone(gpu_engine: str) -> None:
+    """The engines that run on a card take the same block rows, of one process here."""
+    shape = {"rows": (9,), "columns": (12,), "offsets": (2,), "dtype": torch.float32}
+    for kind in ("softmax", "sigmoid"):
+        case = Case(kind=kind, backend=gpu_engine, **shape, **OPTIONS["everything"])
+        wrong = mistakes(case, joined(case, [made(case, 0, None)]), 1e-5)
+        assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 def test_dtypes_engines_and_hard_scales(four: Ranks, ring: bool) -> None:
     """Peaked logits, for which ranks take shifts of their own, among them."""
