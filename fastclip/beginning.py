@@ -21,14 +21,12 @@ from .function import Plan
 from .inputs import (
     budget_of,
     check_features,
-    check_ids,
-    check_key_bias,
     check_live,
-    check_offset,
-    check_sides,
     product_dtype,
+    refuse_forward_mode,
     scalar,
 )
+from .inputs import check_contrast as check_contrast_inputs
 from .kinds import KINDS, kind_of
 from .line_statistics import Inputs, Request
 from .shard import Shard
@@ -111,7 +109,7 @@ def _or_refuse(
 ) -> Checked:
     try:
         return check(given, process_group, call)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         refuse(process_group)
         raise
 
@@ -130,10 +128,12 @@ def check_loss(
     live = check_live(call.live, x.shape[0])
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+    refuse_forward_mode(x, y, scale, bias)
     # Autocast may be on for some ranks alone.
     dtype = call.dtype or product_dtype(x, y)
     alike = {
         "loss": _index(call.kind), "normalize": int(call.normalize),
+        "logit_bias": int(bias is not None),
         **{name: int(value) for name, value in call.sharing._asdict().items()},
         "dtype of products": dtype,
     }  # fmt: skip
@@ -146,24 +146,19 @@ def check_loss(
 def check_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> CheckedContrast:
-    x, y, logit_scale, logit_bias, key_bias, ids, margin = given
-    check_sides(x, y, may_be_empty=call.uneven)
-    check_offset(call.offset)
-    ids = check_ids(ids, call.same_id, x, y)
-    check_key_bias(key_bias, y)
-    if not (call.rows or call.columns):
-        raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
-    scale = scalar("logit_scale", logit_scale, x)
-    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
-    if margin is not None:
-        margin = scalar("false_negative_margin", margin, x).detach()
+    x, y, _, _, key_bias, *_ = given
+    scale, bias, ids, margin = check_contrast_inputs(
+        *given, offset=call.offset, same_id=call.same_id, rows=call.rows, columns=call.columns,
+        kind=call.kind, may_be_empty=call.uneven,
+    )  # fmt: skip
     dtype = call.dtype or product_dtype(x, y)
     positive = call.same_id == "positive"
     alike: dict[str, int | torch.dtype] = {
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
         "same_id": int(positive), "ids": int(ids is not None),
         "false_negative_margin": int(margin is not None), "offset=None": int(call.offset is None),
-        "rows": int(call.rows), "columns": int(call.columns), "dtype of products": dtype,
+        "rows": int(call.rows), "columns": int(call.columns), "logit_bias": int(bias is not None),
+        "dtype of products": dtype,
     }  # fmt: skip
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)

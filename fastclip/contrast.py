@@ -9,14 +9,10 @@ from .backends import choose
 from .block import NO_POSITIVES
 from .inputs import (
     budget_of,
-    check_ids,
-    check_key_bias,
-    check_offset,
-    check_sides,
+    check_contrast,
     product_dtype,
-    scalar,
 )
-from .kinds import LineStatistics, kind_of
+from .kinds import LineStatistics
 from .line_statistics import Inputs, Request, block_of, line_statistics
 
 
@@ -88,23 +84,18 @@ def contrast(
         have -inf (sigmoid: 0), and no gradient.
 
     Raises:
-        TypeError: features, ids or key_bias that are no tensors, or of other dtypes.
+        TypeError: features, ids or key_bias that are no tensors, or of other dtypes; an offset that
+            is no int; a scale, bias or margin that is no number, or a memory_budget.
         ValueError: shapes or devices that do not fit, an empty side, an unknown kind, same_id or
-            backend, "positive" without ids, neither rows nor columns, a negative budget.
+            backend, "positive" without ids, neither rows nor columns, a negative budget, an offset
+            beyond 2^62.
+        RuntimeError: forward mode (torch.func.jvp, dual numbers); a second derivative.
     """
-    check_sides(x, y)
+    scale, bias, ids, margin = check_contrast(
+        x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, offset=offset,
+        same_id=same_id, rows=rows, columns=columns, kind=kind,
+    )  # fmt: skip
     y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
-    check_offset(offset)
-    ids = check_ids(ids, same_id, x, y)
-    check_key_bias(key_bias, y)
-    kind_of(kind)
-    if not (rows or columns):
-        raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
-    scale = scalar("logit_scale", logit_scale, x)
-    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
-    margin = false_negative_margin
-    if margin is not None:
-        margin = scalar("false_negative_margin", margin, x).detach()
     dtype = product_dtype(x, y)
     engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1], kind)
     inputs = Inputs(x, y, scale, bias, key_bias)

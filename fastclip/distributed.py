@@ -18,7 +18,8 @@ Here all four make one block of logits a rank, (b, R b), of which no more than a
 A process without an initialised group is a world of one: R = 1, nothing is exchanged.
 
 `torch.compile(fullgraph=True)` takes the losses and `contrast` whole, agreement and exchanges
-included, once for all batch sizes. `uneven` batches cut the graph, and so does `gather_features`.
+included, once for all batch sizes. `uneven` batches cut the graph, and so does `gather_features`:
+with `fullgraph` they are an error. A loss runs in the group that it was compiled in.
 Ranks exchange in the order of their graphs: several losses in one graph need one graph on all
 ranks. Where SigLIP's texts are frozen on all ranks a compiled rank holds `4 B D` bytes that an
 eager one does not.

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import ops
 from .block import Block, Side, Statistics, Upstream, Wanted
+from .inputs import refuse_forward_mode
 from .kept import PLANS
 from .kinds import kind_of
 from .operands import accumulation_dtype, state_dtype
@@ -71,17 +71,6 @@ def differentiates(*inputs: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     return any(t is not None and t.requires_grad for t in inputs)
-
-
-def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """An error that says so, before a Function or an operator raises one that does not."""
-    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
-        raise RuntimeError(
-            "fastclip's losses have no forward-mode derivative (torch.func.jvp, dual numbers): "
-            "use reverse mode, or backend='reference', which is plain PyTorch"
-        )
 
 
 def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Block:

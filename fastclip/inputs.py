@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from .kinds import kind_of
 from .operands import FLOATING
 
 # Meanings of equal ids.
@@ -19,6 +21,9 @@ SAME_ID = ("ignore", "positive")
 
 # On CPUs a product costs more than the memory traffic of keeping it. Not measured on GPUs yet.
 DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
+
+
+LARGEST_OFFSET = 1 << 62
 
 
 def check_features(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
@@ -130,6 +135,41 @@ def check_key_bias(key_bias: Tensor | None, y: Tensor) -> None:
 def check_offset(offset: int | None) -> None:
     if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int)):
         raise TypeError(f"offset must be an int or None, got {type(offset).__name__}")
+    if offset is not None and not -LARGEST_OFFSET <= offset <= LARGEST_OFFSET:
+        raise ValueError(f"offset must be within 2^62 of 0, got {offset}")
+
+
+def check_contrast(
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
+    key_bias: Tensor | None, ids: tuple[Tensor, Tensor] | None, margin: Tensor | float | None, *,
+    offset: int | None, same_id: str, rows: bool, columns: bool, kind: str,
+    may_be_empty: bool = False,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]:  # fmt: skip
+    """All that `contrast` is given but its engine; scale, bias, ids and margin as it takes them."""
+    check_sides(x, y, may_be_empty)
+    check_offset(offset)
+    ids = check_ids(ids, same_id, x, y)
+    check_key_bias(key_bias, y)
+    kind_of(kind)
+    if not (rows or columns):
+        raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
+    scale = scalar("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+    if margin is not None:
+        margin = scalar("false_negative_margin", margin, x).detach()
+    refuse_forward_mode(x, y, scale, bias, key_bias)
+    return scale, bias, ids, margin
+
+
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """An error that says so, before a Function or an operator raises one that does not."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise RuntimeError(
+            "fastclip's losses have no forward-mode derivative (torch.func.jvp, dual numbers): "
+            "use reverse mode, or backend='reference', which is plain PyTorch"
+        )
 
 
 def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:

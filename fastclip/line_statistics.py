@@ -23,7 +23,6 @@ from .function import (
     cast,
     differentiates,
     is_traced,
-    refuse_forward_mode,
     refuse_second_derivative,
     side_of,
     with_inputs,
@@ -74,7 +73,6 @@ def block_of(
 
 def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStatistics:
     """The statistics of a block of the inputs."""
-    refuse_forward_mode(*inputs)
     with torch.no_grad():
         occupied = pairs.occupied(block, sum(block.shape), request.rows, request.columns)
     if differentiates(*inputs):

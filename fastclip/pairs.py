@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import preference
 from .block import Block, Side
 from .operands import accumulation_dtype
 
@@ -78,7 +79,11 @@ def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, T
         else torch.linalg.vector_norm(side.features, dim=1, dtype=t.dtype).amax()
         for side in (x, y)
     ]  # fmt: skip
-    rounding = 16 * torch.finfo(t.dtype).eps * longest[0] * longest[1]
+    rounding = 16 * torch.finfo(t.dtype).eps
+    if t.dtype == torch.float32 and preference.tf32():
+        # An engine's product may round either feature by 2^-11 of it; these here do not.
+        rounding += 2.0**-10
+    rounding = rounding * longest[0] * longest[1]
     of_rows = t + margin.to(t.dtype).reshape(()) + rounding
     return of_rows, at_columns(of_rows, n, offset, torch.inf)
 

@@ -45,15 +45,14 @@ TABLE = (
     # faster (N = 512: 0.052 ms and 0.081 ms): there ask for `backend="triton"`.
     Row(("cuda", "triton"), products="half", logits=(0, 1 << 28)),
     # Half precision and tf32: Triton's tiles are folded while they are in registers, the CUDA
-    # engine's are written and read once more. CLIP at N = 32768, D = 768 in bf16: 11 ms and 17 ms.
+    # engine's are written and read once more. CLIP at N = 32768, D = 768 in bf16: 12 ms and 17 ms.
     # "split" is Triton's alone.
     Row(("triton", "cuda")),
 )
 
 
-# Without FASTCLIP_FP32. "split" is no less exact, and faster in large batches: CLIP takes 6.3 ms
-# instead of 6.6 at N = 8192 and 22 instead of 35 at N = 16384, D = 768; but 3.5 instead of 1.2
-# at N = 2048.
+# Without FASTCLIP_FP32. "split" is as exact, and faster in large batches alone: CLIP takes 22 ms
+# instead of 36 at N = 16384, D = 768; both take 6.4 at N = 8192, and it 3.5 instead of 1.3 at 2048.
 FP32 = "ieee"
 
 
@@ -68,9 +67,19 @@ def products_of(dtype: torch.dtype) -> str:
     """The arithmetic that the user's settings give to the products of features of this dtype."""
     if dtype != torch.float32:
         return "half"
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if tf32():
         return "tf32"
     return "split" if fp32() == "split" and not torch.version.hip else "fp32"
+
+
+def tf32() -> bool:
+    """True where the user lets products of float32 on GPUs round their operands to tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler here: a compiled
+# loss asks once, when it is compiled.
+tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import sharded, sharded_statistics
-from .agreement import group_of
+from .agreement import group_of, ranks_of
 from .beginning import (
     ContrastCall,
     LossCall,
@@ -117,6 +117,16 @@ _SCHEMAS = {
 
 
 # ---- shards -----------------------------------------------------------------------------------
+
+
+def _check_ranks(trace: Trace) -> None:
+    """Raises on every rank, for all of them have the same group: before anything is exchanged."""
+    ranks = ranks_of(_group(trace))
+    if ranks != trace.ranks:
+        raise RuntimeError(
+            "a compiled loss must run in the process group that it was compiled in, of "
+            f"{trace.ranks} ranks, got one of {ranks}: compile after init_process_group"
+        )
 
 
 def _group(trace: Trace) -> dist.ProcessGroup | None:
@@ -219,6 +229,7 @@ def _rank_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
     options, trace = _split(LossOptions, arguments)
+    _check_ranks(trace)
     leaves = _leaves((x, y, scale, bias), trace.needs)
     with torch.set_grad_enabled(trace.saves):
         inputs, context = begin_loss(leaves, _group(trace), options.call)
@@ -300,6 +311,7 @@ def _given(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], ContrastCall, Tra
 def _rank_contrast(*arguments: Any) -> list[Tensor]:
     count = len(Inputs._fields)
     others, call, trace = _given(arguments[count:])
+    _check_ranks(trace)
     leaves = _leaves(arguments[:count], trace.needs)
     with torch.set_grad_enabled(trace.saves):
         inputs, task = begin_contrast((*leaves, *others), _group(trace), call)

@@ -29,7 +29,6 @@ from .block_row import (
 from .function import (
     cast,
     differentiates,
-    refuse_forward_mode,
     refuse_second_derivative,
     scalar_like,
 )
@@ -54,7 +53,6 @@ class Task(NamedTuple):
 
 def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
     """The statistics of this rank's rows and columns, over the pairs of all ranks."""
-    refuse_forward_mode(*inputs)
     if differentiates(*inputs):
         found = _ShardedStatistics.apply(*inputs, task)
     else:

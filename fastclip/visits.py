@@ -104,6 +104,7 @@ class Ring:
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self.steps = shard.world_size // 2
+        self.visits = shard.world_size
 
     def held(self, y: Tensor) -> Tensor:
         return y.contiguous()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from rank_failures import error_of
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bench.traffic import Traffic
 from fastclip import distributed, reference
@@ -235,7 +236,10 @@ def call(rank: int, world_size: int, brought: list[dict[str, Any]]) -> str:
         own["ids"] = torch.zeros(m, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     if (of := own.pop("key_bias_dtype", None)) is not None:
         own["key_bias"] = torch.zeros(n, dtype=of)
-    return error_of(distributed.contrast, x, y, 2.0, **own)
+    with forward_ad.dual_level():
+        if own.pop("dual", False):
+            x = forward_ad.make_dual(x, torch.ones_like(x))
+        return error_of(distributed.contrast, x, y, 2.0, **own)
 
 
 def double_backward(rank: int, world_size: int) -> str:

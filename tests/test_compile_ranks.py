@@ -14,7 +14,7 @@ from rank_compile import Case
 from ranks import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastclip import distributed
+from fastclip import distributed, traced_ranks
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def test_losses(three: Ranks, ring: bool) -> None:
     frozen = ((1, "y"), (0, "scale"))
     assert_like_eager(three, [
         Case("clip_loss", {"ring": ring, "normalize": True}, frozen=frozen),
-        Case("siglip_loss", {"ring": ring, "live": (1, 4)}, ranks=3 if ring else 2, sizes=(6,)),
-        Case("siglip_loss", {"ring": ring}, sizes=(6,), frozen=frozen),
+        Case("siglip_loss", {"ring": ring, "live": (1, 4)}, ranks=3 if ring else 2),
+        Case("siglip_loss", {"ring": ring}, frozen=frozen),
     ])  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_open_clips_sharings(three: Ranks) -> None:
     cases = []
     for k, (local, grad) in enumerate(product((False, True), repeat=2)):
         options = {"local_loss": local, "gather_with_grad": grad, "ring": k in (1, 2)}
-        cases.append(Case("ClipLoss", options, ranks=2 + k % 2, sizes=(6,)))
+        cases.append(Case("ClipLoss", options, ranks=2 + k % 2))
     cases.append(Case("SigLipLoss", {"dist_impl": "bidir"}, sizes=(6,), dtype=torch.bfloat16))
     assert_like_eager(three, cases)
 
@@ -64,7 +64,7 @@ def test_statistics(three: Ranks) -> None:
             "contrast", {**EVERYTHING, "offset": 1}, ranks=3, ids=True, key_bias=True,
             frozen=((1, "key_bias"), (0, "y")),
         ),
-        Case("contrast", {**EVERYTHING, "ring": True}, sizes=(6,), ids=True, frozen=((0, "x"),)),
+        Case("contrast", {**EVERYTHING, "ring": True}, ids=True, frozen=((0, "x"),)),
         Case(
             "contrast", {"kind": "sigmoid", "columns": False, "offset": None}, sizes=(6,), wider=3
         ),
@@ -165,3 +165,17 @@ def test_a_process_alone(loss: str) -> None:
         eager, ours = (rank_compile.results(f, inputs, 2.0) for f in (step, fast))
         torch.testing.assert_close(ours, eager)
     assert counter.frame_count == 1
+
+
+def test_a_group_of_another_size_than_it_was_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled before the group was there, say; an error before anything is exchanged."""
+
+    def two(group: str) -> int:
+        return 2
+
+    two._dynamo_marked_constant = True
+    monkeypatch.setattr(traced_ranks, "_ranks_of", two)
+    torch._dynamo.reset()
+    fast = torch.compile(distributed.clip_loss, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="of 2 ranks, got one of 1"):
+        fast(*torch.randn(2, 5, 8).unbind(), 2.0)

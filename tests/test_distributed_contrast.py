@@ -159,6 +159,7 @@ MISFITS = {
         [{"has_ids": True}, {"has_ids": True, "same_id": "positive"}] + [{"has_ids": True}] * 2,
         "one same_id, got rank 0: 0, rank 1: 1",
     ),
+    "biases": ([{}, {"logit_bias": -1.0}, {}, {}], "one logit_bias, got rank 0: 0, rank 1: 1"),
     "margins": ([{"false_negative_margin": 0.1}, {}, {}, {}], "one false_negative_margin, got"),
     "key_bias": ([{"key_bias_dtype": torch.float32}, {}, {}, {}], "one key_bias, got rank 0: 1"),
     "dtypes of key_bias": (
@@ -183,6 +184,8 @@ def test_a_misfit_is_an_error_everywhere(four: Ranks, misfit: str) -> None:
 REFUSED = {
     "an empty side": {"m": 0},
     "an offset": {"offset": 1.5},
+    "an offset beyond 64 bits": {"offset": 10**30},
+    "forward mode": {"dual": True},
     "an unknown kind": {"kind": "other"},
     "no lines": {"rows": False, "columns": False},
     "the dense backend": {"backend": "reference"},

@@ -4,6 +4,7 @@ As `test_masked_blocks.py`, which a card runs for these engines, too; here on a 
 plain tiles and of the edges, in chunks, on both sides of the numerical switch.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -11,6 +12,7 @@ import math
 import masked_cases
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICE
 from dense_block import (
     DTYPES,
@@ -25,9 +27,11 @@ from dense_block import (
     operator,
     sweep,
 )
-from gpu_engine_case import enlarged, prepare, several_tiles, small_chunks
+from gpu_engine_case import enlarged, prepare, several_tiles, small_chunks, tf32_products
 from masked_cases import OFFSETS, OPTIONS, check_masked
 from triton_case import needs_engine
+
+from fastclip import contrast
 
 pytestmark = pytest.mark.usefixtures("on_the_device", "half_products")
 HALVES = ("float32", "bfloat16", "float16")
@@ -113,6 +117,16 @@ def test_lines_without_pairs_ask_for_nothing(gpu_engine: str, options: str) -> N
     if options != "one id":  # which leaves nothing to tell references from
         assert not has_one_reference(blind)
     assert torch.equal(blind[1::2] == 0, sweep(gpu_engine, block)[0][1::2] == 0)
+
+
+@pytest.mark.parametrize("products", ["ieee", "tf32"])
+def test_duplicates_of_the_positive_stay_at_margin_0(gpu_engine: str, products: str) -> None:
+    """Also where an engine's product rounds features and the own positive's does not."""
+    y = F.normalize(torch.randn(24, 48), dim=1).repeat_interleave(2, 0)
+    x = F.normalize(y + 0.1 * torch.randn(48, 48), dim=1)
+    with tf32_products() if products == "tf32" else contextlib.nullcontext():
+        c = contrast(x, y, 30.0, false_negative_margin=0.0, backend=gpu_engine)
+    assert (c.rows - c.positives > -1e-2).all()
 
 
 def test_norms_that_overflow_where_no_line_has_pairs(gpu_engine: str) -> None:

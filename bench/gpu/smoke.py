@@ -220,7 +220,7 @@ def masked_step(engine: str, problem: Problem, leaves: list[Tensor]) -> tuple[Te
 def _masked(
     function: Callable[..., LineStatistics], problem: Problem, leaves: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    """N times the mean of all statistics, and its gradients. Every third row and column share an
+    """The sum of all finite statistics, and its gradients. Every third row and column share an
     id; the last ones' positives are beyond the block."""
     x, y, *_ = leaves
     ids = torch.arange(len(x), device=x.device) // 3
