@@ -46,7 +46,7 @@ emulated: .venv/extension
 
 # In an environment of its own, where a copy of fastclip is installed: an editable installation would
 # put its extension into fastclip/, in the place of .venv's, which is of another torch.
-OLDEST := compile operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
+OLDEST := compile compile_ranks contrast contrast_transforms operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
 test-oldest: .venv-oldest/extension
 	.venv-oldest/bin/$(PYTEST) $(OLDEST:%=tests/test_%.py) $(ARGS)
 

@@ -56,8 +56,8 @@ class Block(NamedTuple):
         x, y = Side(*arguments[:half]), Side(*arguments[half:sides])
         return cls(x, y, *arguments[sides : cls.COUNT]), tuple(arguments[cls.COUNT :])
 
-    @property
-    def shape(self) -> tuple[int, int]:
+    def sizes(self) -> tuple[int, int]:
+        """M and N. No property: Dynamo of torch 2.10 reads none of a named tuple."""
         return self.x.features.shape[0], self.y.features.shape[0]
 
     @property

@@ -156,13 +156,13 @@ def sweep(
     positive[rows] = torch.nan
     for visit in row.columns.start(row.block.y.features):
         block = row.visited(rows, visit)
-        if 0 in block.shape:
+        if 0 in block.sizes():
             kept.append(x.new_empty(0))
             continue
-        keep = PLANS[row.engine].keep(block, budget * block.shape[1] // shard.batch)
+        keep = PLANS[row.engine].keep(block, budget * block.sizes()[1] // shard.batch)
         found = ops.sweep(row.engine, block, bound, occupied(block), keep)
         kept.append(found.kept)
-        count = block.shape[0]
+        count = block.sizes()[0]
         of_columns[:, visit.columns] = found.state[:, count:]
         if visit.has_own:  # the first one
             of_rows.copy_(found.state[:, :count])
@@ -256,8 +256,8 @@ class Weighing(NamedTuple):
         state, positive, _ = self.swept
         coefficients, weights, gain = self.upstream
         dtype, width = accumulation_dtype(block.x.features), block.x.features.shape[1]
-        if 0 in block.shape:
-            m, n = block.shape
+        if 0 in block.sizes():
+            m, n = block.sizes()
             nothing = [
                 block.x.features.new_zeros((k if needed else 0, width), dtype=dtype)
                 for k, needed in ((m, needs_x), (n, needs_y))

@@ -54,7 +54,7 @@ class _Tiles:
         self.columns = torch.arange(y.shape[0], device=x.device)
 
     def chunks(self) -> Iterator[slice]:
-        return _chunks(*self.block.shape)
+        return _chunks(*self.block.sizes())
 
     def t(self, rows: slice) -> Tensor:
         """(C, N), of a chunk of rows."""
@@ -124,7 +124,7 @@ def sweep(
     if keep:
         raise ValueError(f"keep must be 0: the plain PyTorch engine keeps nothing, got {keep}")
     tiles, kind = _Tiles(block), kind_of(block.kind)
-    x, (m, n) = block.x.features, block.shape
+    x, (m, n) = block.x.features, block.sizes()
     state = torch.zeros(
         (4 if block.same_id_positive else 2, m + n), dtype=state_dtype(x.device), device=x.device
     )
@@ -212,7 +212,7 @@ def weigh(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ops.py`'s weigh: the weights of a chunk, its sums, and two products with the features."""
     tiles, kind = _Tiles(block), kind_of(block.kind)
-    dtype, (m, n) = tiles.dtype, block.shape
+    dtype, (m, n) = tiles.dtype, block.sizes()
     x, y, scale = block.x, block.y, block.scale
     state, positive, _ = statistics
     shifts = state[::2].to(dtype)
@@ -301,7 +301,7 @@ def sweep_and_weigh(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.py`'s sweep_and_weigh. Plain PyTorch gains nothing by fusing: it sweeps, then weighs."""
     statistics = Statistics(*sweep(block, None, None, 0))
-    m, n = block.shape
+    m, n = block.sizes()
     state, positive, _ = statistics
     _, coefficients, weights = finish(state[:, :m], positive, block.scale, block.bias, block.kind)
     halves = torch.cat((coefficients, coefficients.new_ones(n))) / 2

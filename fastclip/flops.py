@@ -17,7 +17,7 @@ from .kept import Products, Weights
 
 
 def _pass(block: Block) -> int:
-    m, n = block.shape
+    m, n = block.sizes()
     return 2 * m * n * block.x.features.shape[1]
 
 

@@ -45,7 +45,7 @@ class Products:
     def keep(block: Block, budget: int) -> int:
         """`keep` for a budget in bytes."""
         itemsize = Products.dtype(block.x.features).itemsize
-        return rows_to_keep(*block.shape, itemsize, budget)
+        return rows_to_keep(*block.sizes(), itemsize, budget)
 
     @staticmethod
     def empty(x: Tensor, y: Tensor, keep: int) -> Tensor:
@@ -99,7 +99,7 @@ class Weights:
 
     @staticmethod
     def keep(block: Block, budget: int) -> int:
-        x, (m, n) = block.x.features, block.shape
+        x, (m, n) = block.x.features, block.sizes()
         # float64 is the plain engine's. One weight serves a pair's row and column, and its kind,
         # and columns' sums of weights are not kept.
         apart = block.x.threshold is not None or block.same_id_positive

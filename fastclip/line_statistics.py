@@ -74,7 +74,7 @@ def block_of(
 def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStatistics:
     """The statistics of a block of the inputs."""
     with torch.no_grad():
-        occupied = pairs.occupied(block, sum(block.shape), request.rows, request.columns)
+        occupied = pairs.occupied(block, sum(block.sizes()), request.rows, request.columns)
     if differentiates(*inputs):
         if is_traced():
             flat = without_inputs(block).flat()
@@ -132,7 +132,7 @@ def finish(
 ) -> tuple[Tensor, ...]:
     """The fields of `LineStatistics`, those of positives by id only where there are any. A side may
     be empty."""
-    kind, (m, _) = kind_of(block.kind), block.shape
+    kind, (m, _) = kind_of(block.kind), block.sizes()
     dtype = state.dtype
     common = 0.0 if bias is None else bias.reshape(()).to(dtype)
     moved = common if kind.has_shift else 0.0
@@ -156,7 +156,7 @@ class _Own:
     """The own positive of each row, then of each column."""
 
     def __init__(self, block: Block, positives: Tensor) -> None:
-        m, n = block.shape
+        m, n = block.sizes()
         _, inside = pairs.partners(m, n, block.offset, positives.device)
 
         def of_lines(values: Tensor, absent: Any) -> Tensor:
@@ -283,7 +283,7 @@ def _of_own(ctx: Any, inputs: Inputs, block: Block, g: Tensor) -> list[Tensor | 
         sides = [t.to(ctx.request.dtype).to(wide) for t in (x, y)]
         if ctx.request.normalize:
             sides = [F.normalize(t, dim=1, eps=EPS) for t in sides]
-        columns, inside = pairs.partners(*block.shape, block.offset, g.device)
+        columns, inside = pairs.partners(*block.sizes(), block.offset, g.device)
         logits = scale.reshape(()).to(g.dtype) * (sides[0] * sides[1][columns]).sum(1).to(g.dtype)
         if bias is not None:
             logits = logits + bias.reshape(()).to(g.dtype)
@@ -300,7 +300,7 @@ def weights(
 ) -> tuple[Upstream, Tensor | None]:  # fmt: skip
     """Coefficients of lines and weights of own positives for the gradients of the statistics; and
     the gradient of a bias that the engine does not see. A side may be empty."""
-    kind, (m, n) = kind_of(block.kind), block.shape
+    kind, (m, n) = kind_of(block.kind), block.sizes()
     given = LineStatistics(*(
         t if t is None else torch.zeros_like(t) if g is None else g.to(state.dtype)
         for t, g in zip(found, upstream, strict=True)

@@ -89,7 +89,7 @@ def _block(block: Block) -> None:
 def sweep(block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int) -> None:
     _block(block)
     _one_element(bound=bound)
-    shape = (2 if block.same_id_positive else 1, sum(block.shape))
+    shape = (2 if block.same_id_positive else 1, sum(block.sizes()))
     _check(
         occupied is None or (occupied.shape == shape and occupied.dtype == torch.bool),
         "occupied must be (1, M + N), with positives by id (2, M + N), bool", occupied,
@@ -114,7 +114,7 @@ def weigh(
 ) -> None:  # fmt: skip
     _block(block)
     x, y = block.x.features, block.y.features
-    m, n = block.shape
+    m, n = block.sizes()
     state, positive, kept = statistics
     coefficients, positive_weight, gain = upstream
     shapes = ((2, m + n), (m + n,))

@@ -145,7 +145,7 @@ def finish(
 
 
 def _fake_statistics(block: Block) -> tuple[Tensor, Tensor]:
-    m, n = block.shape
+    m, n = block.sizes()
     x = block.x.features
     dtype = state_dtype(x.device)
     rows = 4 if block.same_id_positive else 2
@@ -177,7 +177,7 @@ def _fake_weigh(
         _fake_gradient(block.x, wanted.x, wanted.dtype_x),
         _fake_gradient(block.y, wanted.y, wanted.dtype_y),
         x.new_empty((2,), dtype=dtype),
-        x.new_empty((block.shape[1] if wanted.key_bias else 0,), dtype=dtype),
+        x.new_empty((block.sizes()[1] if wanted.key_bias else 0,), dtype=dtype),
     )
 
 

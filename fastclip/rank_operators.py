@@ -344,7 +344,7 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     positive_ids = call.same_id == "positive"
     task = Task(request, None, None, offset, call.kind, positive_ids, shard, call.ring)
     own = sharded_statistics.own_of(inputs, task)
-    columns = sharded_statistics.columns_of(*own.shape, task)
+    columns = sharded_statistics.columns_of(*own.sizes(), task)
     row = BlockRow(trace.engine, columns, call.normalize, _with_beside(own, beside))
     if not kept:
         nothing = PLANS[trace.engine].empty(own.x.features, own.y.features, 0)

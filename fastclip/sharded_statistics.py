@@ -72,7 +72,7 @@ def row_of(own: Block, task: Task) -> BlockRow:
     if task.ids is not None:
         ids_x, ids_y = (ids.to(torch.int64) for ids in task.ids)
         own = own._replace(x=own.x._replace(ids=ids_x), y=own.y._replace(ids=ids_y))
-    row = BlockRow.of(request.engine, columns_of(*own.shape, task), request.normalize, own)
+    row = BlockRow.of(request.engine, columns_of(*own.sizes(), task), request.normalize, own)
     if task.ids is None:
         return row
     x, y = row.block.x, row.block.y

@@ -92,7 +92,7 @@ def test_only_live_rows_are_worked_on(loss: str, monkeypatch: pytest.MonkeyPatch
 
     def counted(run: Callable[..., Any], products: int) -> Callable[..., Any]:
         def call(engine: str, block: Block, *rest: Any, **options: Any) -> Any:
-            m, n = block.shape
+            m, n = block.sizes()
             pairs.append(products * m * n)
             return run(engine, block, *rest, **options)
 

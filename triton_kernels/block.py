@@ -24,7 +24,7 @@ class LogitBlock:
 
     def __init__(self, block: Block) -> None:
         x, y = block.x.features, block.y.features
-        self.m, self.n, self.d = *block.shape, x.shape[1]
+        self.m, self.n, self.d = *block.sizes(), x.shape[1]
         self.kind, self.epilogue = kind_of(block.kind), epilogue_of(block.kind)
         self.is_plain, self.same_id_positive = block.is_plain, block.same_id_positive
         self.tf32, self.split = takes_tf32(x), takes_split(x)
