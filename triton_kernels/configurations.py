@@ -235,7 +235,8 @@ def candidates(default: Config, kind: str) -> list[Config]:
             shape = default._replace(bm=bm, bn=bn, warps=warps, slices=slices)
             found += [shape._replace(stages=stages) for stages in (3, 4)]
         found += [default._replace(group=group) for group in (4, 8, 16)]
-        found.append(default._replace(descriptors=False))
+        # Pointers take registers that threads of four warps do not have.
+        found.append(default._replace(descriptors=False, warps=max(default.warps, 8)))
     else:
         found += [
             default._replace(stages=max(stages, 1))
