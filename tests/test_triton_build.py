@@ -117,12 +117,12 @@ def test_stores_are_wide(rows: list[dict], build: tuple[str, ...]) -> None:
 
 @on_each
 def test_one_exponential_a_pair(rows: list[dict]) -> None:
-    """The first sweep's, for each thread: as many as its pairs. Where weights are kept on sm_89,
-    ptxas makes 5 of 64 anew instead of holding them in registers."""
+    """The first sweep's, for each thread: as many as its pairs. Where weights are kept ptxas makes
+    5 of 64 anew on sm_89, 2 of 128 on sm_90, instead of holding them in registers."""
     for row in rows:
         if row["kernel"] == "sweep_kernel" and row["architecture"] != "gfx942":
             bm, bn, _ = map(int, row["tile"].split("x"))
-            anew = "kept" in row["case"].split() and row["architecture"] == "sm_89"
+            anew = "kept" in row["case"].split() and row["architecture"] in ("sm_89", "sm_90")
             pairs = bm * bn // (32 * row["warps"])
             assert pairs <= row["exponentials"] <= pairs * (1.1 if anew else 1), name(row)
 
