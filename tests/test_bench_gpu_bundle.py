@@ -272,6 +272,7 @@ problem.step("triton", problem.leaves())
 """
 
 
+@pytest.mark.minutes
 @needs_triton
 def test_launches_are_compiled_for_a_card_that_is_not_here(tmp_path):
     """With all that a launch needs, and none of it twice."""
