@@ -15,6 +15,8 @@ from ranks import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastclip import distributed, traced_ranks
+from fastclip.beginning import ContrastCall, LossCall
+from fastclip.block_row import Sharing
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +181,29 @@ def test_a_group_of_another_size_than_it_was_compiled_in(monkeypatch: pytest.Mon
     fast = torch.compile(distributed.clip_loss, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="of 2 ranks, got one of 1"):
         fast(*torch.randn(2, 5, 8).unbind(), 2.0)
+
+
+@pytest.mark.parametrize("name", ["rank_loss", "rank_contrast"])
+def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch asks of an operator, in a world of one. Other tests trace them with any sizes."""
+    called = []
+    operator = getattr(torch.ops.fastclip, name)
+
+    def listening(*arguments: object) -> list[torch.Tensor]:
+        called.append(arguments)
+        return operator(*arguments)
+
+    inputs = [t.requires_grad_() for t in torch.randn(2, 5, 8)] + [torch.tensor(2.0)]
+    monkeypatch.setattr(torch.ops.fastclip, name, listening)
+    if name == "rank_loss":
+        call = LossCall("sigmoid", Sharing(), False, True, None, None, None, None)
+        traced_ranks.loss((*inputs, None), None, call)
+    else:
+        call = ContrastCall(0, "positive", True, True, "softmax", True, False, False, None, None)
+        ids = torch.arange(5) // 2
+        others = None, torch.randn(5), (ids, ids), 0.1
+        traced_ranks.contrast((*inputs, *others), None, call)
+    monkeypatch.undo()
+    ((arguments,),) = [called]
+    asked = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(operator.default, arguments, test_utils=asked)
