@@ -62,7 +62,7 @@ class Case(NamedTuple):
         }  # fmt: skip
 
     def leaves(self) -> dict[str, Tensor]:
-        """Of the whole batch."""
+        """The whole batch's inputs, by name."""
         generator = torch.Generator().manual_seed(3)
 
         def random(*shape: int) -> Tensor:
@@ -106,7 +106,7 @@ class Case(NamedTuple):
         return torch.tensor(found)[:, None]
 
     def upstream(self, name: str) -> Tensor:
-        """Of any sign, of the whole batch."""
+        """Upstream gradients of any sign, of the whole batch."""
         sizes = self.columns if name in ("columns", "column_positives") else self.rows
         generator = torch.Generator().manual_seed(11 + NAMES.index(name))
         every = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
@@ -119,7 +119,7 @@ class Case(NamedTuple):
 
 
 def _backward(case: Case, statistics: LineStatistics, rank: int | None) -> None:
-    """Of the loss that upstream gradients belong to."""
+    """The backward of the loss that upstream gradients belong to."""
     used = [
         (t, case.upstream(name)[slice(None) if rank is None else case.part(name, rank)])
         for name, t in zip(NAMES, statistics, strict=True)
@@ -176,7 +176,7 @@ def group_of(world_size: int) -> dist.ProcessGroup:
 
 
 def each(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any] | None]:
-    """Of each case what this rank got; None for one that it has no part in."""
+    """This rank's results by case; None for one that it has no part in."""
     found: list[dict[str, Any] | None] = []
     for case in cases:
         group = group_of(case.world_size)  # all ranks make it
@@ -185,7 +185,7 @@ def each(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any] |
 
 
 def joined(case: Case, found: list[dict[str, Any]]) -> dict[str, Tensor | None]:
-    """What the ranks got as one process's results."""
+    """The ranks' results as one process would have them."""
     results: dict[str, Tensor | None] = {}
     for name in (*NAMES, *INPUTS):
         parts = [one[name] for one in found]
