@@ -1,4 +1,4 @@
-"""The things that ranks compile in `test_compile_ranks.py`, each time beside the same call in eager mode.
+"""The compiled calls of `test_compile_ranks.py`, each beside the same call in eager mode.
 
 Worlds of two ranks are groups within a pool of three.
 """
