@@ -35,6 +35,11 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
     return group
 
 
+def group_named(name: str) -> dist.ProcessGroup | None:
+    """The argument process_group whose name a graph holds; "": None."""
+    return dist.distributed_c10d._resolve_process_group(name) if name else None
+
+
 def ranks_of(process_group: dist.ProcessGroup | None) -> int:
     group = group_of(process_group)
     return 1 if group is None else dist.get_world_size(group)
@@ -149,8 +154,12 @@ def _shard(
     group: dist.ProcessGroup | None, told: _Told, sizes: tuple[int, ...], live: tuple[slice, ...]
 ) -> Shard:
     rank = 0 if group is None else dist.get_rank(group)
-    needs = (any(told.get(name, ())) for name in ("needs_x", "needs_y", "needs_key_bias"))
+    needs = (any(told.get(name, ())) for name in NEEDS)
     return Shard(group, rank, sizes, starts_of(sizes), live, *needs)
+
+
+# The fields of a shard that say what any rank wants, in its order.
+NEEDS = ("needs_x", "needs_y", "needs_key_bias")
 
 
 def refuse(process_group: dist.ProcessGroup | None) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import sharded, sharded_statistics
-from .agreement import group_of, ranks_of
+from .agreement import NEEDS, group_named, group_of, ranks_of
 from .beginning import (
     ContrastCall,
     LossCall,
@@ -121,17 +121,12 @@ _SCHEMAS = {
 
 def _check_ranks(trace: Trace) -> None:
     """Raises on every rank, for all of them have the same group: before anything is exchanged."""
-    ranks = ranks_of(_group(trace))
+    ranks = ranks_of(group_named(trace.group))
     if ranks != trace.ranks:
         raise RuntimeError(
             "a compiled loss must run in the process group that it was compiled in, of "
             f"{trace.ranks} ranks, got one of {ranks}: compile after init_process_group"
         )
-
-
-def _group(trace: Trace) -> dist.ProcessGroup | None:
-    """As the caller passed it."""
-    return dist.distributed_c10d._resolve_process_group(trace.group) if trace.group else None
 
 
 class Pretended(Shard):
@@ -149,13 +144,10 @@ class Pretended(Shard):
         return []
 
 
-_TOLD = ("needs_x", "needs_y", "needs_key_bias")
-
-
 def _told(shard: Shard) -> Tensor:
     """The part of a shard of even sizes that the backward could not know without an exchange; on
     the CPU, where reading it waits for nothing."""
-    numbers_told = [int(getattr(shard, name)) for name in _TOLD]
+    numbers_told = [int(getattr(shard, name)) for name in NEEDS]
     return torch.tensor(numbers_told, dtype=torch.int64, device="cpu")
 
 
@@ -174,7 +166,7 @@ def _pretended(trace: Trace, n: int, live: Sequence[int] | None = None) -> Shard
 
 
 def _again(trace: Trace, n: int, live: Sequence[int] | None, told: Tensor) -> Shard:
-    group = group_of(_group(trace))
+    group = group_of(group_named(trace.group))
     rank = 0 if group is None else dist.get_rank(group)
     return _even(Shard, trace, rank, n, live, map(bool, told.tolist()), group)
 
@@ -232,7 +224,7 @@ def _rank_loss(
     _check_ranks(trace)
     leaves = _leaves((x, y, scale, bias), trace.needs)
     with torch.set_grad_enabled(trace.saves):
-        inputs, context = begin_loss(leaves, _group(trace), options.call)
+        inputs, context = begin_loss(leaves, group_named(trace.group), options.call)
     with torch.no_grad():
         return _loss_results(inputs, context, trace)
 
@@ -242,7 +234,7 @@ def _fake_rank_loss(
 ) -> list[Tensor]:
     options, trace = _split(LossOptions, arguments)
     try:
-        checked = check_loss((x, y, scale, bias), _group(trace), options.call)
+        checked = check_loss((x, y, scale, bias), group_named(trace.group), options.call)
     except (TypeError, ValueError, RuntimeError):
         return [x.new_empty((), dtype=torch.float32)]
     shard = _pretended(trace, x.shape[0], checked.live)
@@ -314,7 +306,7 @@ def _rank_contrast(*arguments: Any) -> list[Tensor]:
     _check_ranks(trace)
     leaves = _leaves(arguments[:count], trace.needs)
     with torch.set_grad_enabled(trace.saves):
-        inputs, task = begin_contrast((*leaves, *others), _group(trace), call)
+        inputs, task = begin_contrast((*leaves, *others), group_named(trace.group), call)
     with torch.no_grad():
         return _contrast_results(inputs, task, trace)
 
@@ -323,7 +315,7 @@ def _fake_rank_contrast(*arguments: Any) -> list[Tensor]:
     count = len(Inputs._fields)
     others, call, trace = _given(arguments[count:])
     try:
-        checked = check_contrast((*arguments[:count], *others), _group(trace), call)
+        checked = check_contrast((*arguments[:count], *others), group_named(trace.group), call)
     except (TypeError, ValueError):
         m, n = (t.shape[0] if t.dim() else 1 for t in arguments[:2])
         dtype = state_dtype(arguments[0].device)

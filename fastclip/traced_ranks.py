@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import is_initialized
+from .agreement import group_named, ranks_of
 from .beginning import ContrastCall, LossCall, engine_of
 from .inputs import product_dtype, scalar
 from .kinds import LineStatistics
@@ -80,10 +80,7 @@ def takes_contrast(
 
 
 def _ranks_of(group: str) -> int:
-    if group == "" and not is_initialized():
-        return 1
-    named_group = dist.distributed_c10d._resolve_process_group(group) if group else None
-    return dist.get_world_size(named_group)
+    return ranks_of(group_named(group))
 
 
 @functools.cache

@@ -24,7 +24,7 @@ def four() -> Iterator[Ranks]:
     pool.close()
 
 
-# Of each world size.
+# Rows and columns by world size.
 EVEN = {1: (7,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
 UNEVEN = {1: (7,), 2: (5, 2), 3: (4, 0, 5), 4: (3, 1, 0, 6)}
 OTHERS = {1: (9,), 2: (3, 7), 3: (6, 2, 0), 4: (0, 5, 2, 3)}  # columns beside UNEVEN's rows

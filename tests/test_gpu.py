@@ -209,8 +209,8 @@ def assert_is_right(case: Large, n: int, engine: str, **options: object) -> None
 
 
 def logits_error(leaves: list[Tensor]) -> float:
-    """What tensor cores make of the largest logit of random unit features, six deviations from 0:
-    they cut off half a unit in the last place of t for each 16 products (arXiv 2403.00232). The
+    """The error of tensor cores in the largest logit of random unit features, six deviations from
+    0: they cut off half a unit in the last place of t for each 16 products (arXiv 2403.00232). The
     CUDA engine's second way of the first sweep multiplies without them."""
     x, _, scale, _ = leaves
     if x.dtype.itemsize > 2:

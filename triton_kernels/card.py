@@ -76,5 +76,4 @@ def takes_split(x: Tensor) -> bool:
 
 def takes_tf32(x: Tensor) -> bool:
     """Whether the user lets fp32 matmuls round their operands to tf32."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return allowed and x.dtype == torch.float32 and not torch.version.hip
+    return preference.tf32() and x.dtype == torch.float32 and not torch.version.hip
