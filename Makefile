@@ -25,8 +25,10 @@ ARGS ?=
 BIN := .venv/bin
 # A file's tests run in one process, since they share what takes long to make.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
-CSRC := $(wildcard csrc/*)
-FORMATTED := $(CSRC) $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu)
+CSRC := $(shell find csrc -type f)
+FORMATTED := $(CSRC) $(wildcard tests/emulation/*/*.h tests/emulation/*/*.cpp)
+# Files of tests by name.
+files = $(foreach name,$(1),$(shell find tests -name 'test_$(name).py'))
 INSTALL := install --no-build-isolation --no-deps --editable .
 
 # Here a missing extension is an error, so that no test or figure is of the fallback unawares.
@@ -34,7 +36,7 @@ export FASTCLIP_REQUIRE_EXTENSION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/extension
-	$(BIN)/python -m fastclip.train $(ARGS)
+	$(BIN)/python -m fastclip.demo.train $(ARGS)
 
 test: .venv/extension
 	$(BIN)/$(PYTEST) $(ARGS)
@@ -42,13 +44,13 @@ test: .venv/extension
 ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradients_requested shapes \
   scalars_and_dtypes spoilt_inputs switches operator_sizes properties accuracy live
 emulated: .venv/extension
-	FASTCLIP_TEST_DEVICE=emulated $(BIN)/$(PYTEST) $(ON_ANY_ENGINE:%=tests/test_%.py) $(ARGS)
+	FASTCLIP_TEST_DEVICE=emulated $(BIN)/$(PYTEST) $(call files,$(ON_ANY_ENGINE)) $(ARGS)
 
 # In an environment of its own, where a copy of fastclip is installed: an editable installation would
 # put its extension into fastclip/, in the place of .venv's, which is of another torch.
 OLDEST := compile compile_ranks contrast contrast_transforms operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
 test-oldest: .venv-oldest/extension
-	.venv-oldest/bin/$(PYTEST) $(OLDEST:%=tests/test_%.py) $(ARGS)
+	.venv-oldest/bin/$(PYTEST) $(call files,$(OLDEST)) $(ARGS)
 
 # CUTLASS's headers alone: what its package asks for besides is for generating kernels. Where they or
 # nvcc are missing these tests are skipped.

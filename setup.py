@@ -62,13 +62,13 @@ class CudaSource(NamedTuple):
     architectures: tuple[str, ...] = ()  # instead of those that are asked for
 
 
-ENGINE = CudaSource("csrc/engine_cuda.cu")
+ENGINE = CudaSource("csrc/cuda/engine.cu")
 # Tensor-core kernels for one card, by CUTLASS: a minute and 3.3 GB each. NDEBUG: see
-# csrc/fused_gemm_cuda.h. A division to IEEE's letter is a function call.
+# csrc/cuda/sm90/gemm.h. A division to IEEE's letter is a function call.
 FUSED_FLAGS = ("-DNDEBUG", "--prec-div=false", "--expt-relaxed-constexpr")
 FUSED = [
-    CudaSource("csrc/fused_sweep_cuda.cu", FUSED_FLAGS, ("sm_90a",)),
-    CudaSource("csrc/fused_weigh_cuda.cu", FUSED_FLAGS, ("sm_90a",)),
+    CudaSource("csrc/cuda/sm90/sweep.cu", FUSED_FLAGS, ("sm_90a",)),
+    CudaSource("csrc/cuda/sm90/weigh.cu", FUSED_FLAGS, ("sm_90a",)),
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--threads", "0"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -230,7 +230,7 @@ def compile_cuda(toolkit: Toolkit, source: CudaSource, folder: Path) -> str:
     for code in source.architectures or toolkit.architectures:
         command += ["-gencode", f"arch={code.replace('sm', 'compute')},code={code}"]
     digest = hashlib.sha256(repr((toolkit.version, command)).encode())
-    for path in [Path(source.path), *sorted(Path("csrc").glob("*.h"))]:
+    for path in [Path(source.path), *sorted(Path("csrc").rglob("*.h"))]:
         digest.update(path.read_bytes())
     stamp = target.with_suffix(".sha256")
     if not (target.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest()):
@@ -250,7 +250,7 @@ def add_cuda(extension: Any, toolkit: Toolkit, objects: list[str]) -> None:
     architectures = ",".join(map(json.dumps, toolkit.architectures))
     extension.define_macros.append(("FASTCLIP_CUDA_VERSION", json.dumps(toolkit.version)))
     extension.define_macros.append(("FASTCLIP_CUDA_ARCHITECTURES", architectures))
-    extension.sources.append("csrc/ops_cuda.cpp")
+    extension.sources.append("csrc/cuda/ops.cpp")
     extension.extra_objects += objects
     # Of torch_cuda only the current stream is asked.
     extension.libraries += ["torch_cuda", *CUDA_LIBRARIES]
@@ -309,7 +309,7 @@ def extension_arguments() -> dict[str, Any]:
 
             def compile_engine(capability: str) -> list[str]:
                 return self.compiler.compile(
-                    ["csrc/engine_cpu.cpp"],
+                    ["csrc/cpu/engine.cpp"],
                     output_dir=str(Path(self.build_temp) / capability.lower()),
                     macros=[*macros, ("FASTCLIP_CAPABILITY", capability)],
                     include_dirs=extension.include_dirs,
@@ -338,8 +338,8 @@ def extension_arguments() -> dict[str, Any]:
 
     extension = CppExtension(
         "fastclip._C",
-        sources=["csrc/module.cpp", "csrc/ops.cpp"],
-        depends=["csrc/engine_cpu.cpp", *map(str, sorted(Path("csrc").glob("*.h")))],
+        sources=["csrc/module.cpp", "csrc/cpu/ops.cpp"],
+        depends=["csrc/cpu/engine.cpp", *map(str, sorted(Path("csrc").rglob("*.h")))],
         define_macros=[
             ("FASTCLIP_X86", str(int(IS_X86))),
             ("FASTCLIP_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -357,7 +357,10 @@ if __name__ == "__main__":
         license="Apache-2.0",
         # The folder triton_kernels/ is only ever fastclip.triton_kernels: the bare name belongs to
         # a package of the Triton project, which other libraries look for.
-        packages=[*find_packages(include=["fastclip", "fastclip.*"]), "fastclip.triton_kernels"],
+        packages=[
+            *find_packages(include=["fastclip", "fastclip.*"]),
+            *(f"fastclip.{name}" for name in find_packages(include=["triton_kernels*"])),
+        ],
         package_dir={"fastclip": "fastclip", "fastclip.triton_kernels": "triton_kernels"},
         package_data={"fastclip": ["py.typed", "**/*.png", "**/*.json", "**/LICENSE*", "**/*.txt"]},
         **extension_arguments(),

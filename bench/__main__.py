@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cases, results
+from . import cases
+from .report import results
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, QUICK_SECONDS = 6.0, 0.5
@@ -74,8 +75,8 @@ def plan_of(options: argparse.Namespace) -> list[cases.Case]:
 
 def show_plan(plan: list[cases.Case], device: str) -> None:
     """Prints the cases, then every method with what keeps it from running, if anything does."""
-    from .baselines import METHODS, Unavailable
     from .losses import LOSSES
+    from .methods.registry import METHODS, Unavailable
 
     for case in plan:
         print(case.name)
@@ -94,7 +95,8 @@ def show_plan(plan: list[cases.Case], device: str) -> None:
 
 def measure(options: argparse.Namespace) -> int:
     """Runs the plan, then prints its table."""
-    from . import runner, table
+    from .measure import runner
+    from .report import table
 
     plan = plan_of(options)
     if options.list:
@@ -154,9 +156,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["scale"]:
-        from . import scale_page, table
+        from .report import table
+        from .scale import page
 
-        return scale_page.main(arguments[1:], table.committed())
+        return page.main(arguments[1:], table.committed())
     options = parser().parse_args(arguments)
     if options.command == "run":
         return measure(options)
@@ -167,9 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Tables, pictures or the README's part, of the files given or of those committed."""
-    from . import plot, scale_page, table
     from .distributed import row
     from .distributed import table as across
+    from .report import plot, table
+    from .scale import page
 
     paths = options.csv or [*table.committed(), *row.committed()]
     if not paths:
@@ -181,14 +185,14 @@ def show(options: argparse.Namespace) -> int:
             picture = plot.draw(results.read(path), path.with_suffix(".png"))
             print(os.path.relpath(picture) if picture else f"{path}: too few sizes to plot")
         if not options.csv:
-            print(os.path.relpath(scale_page.draw(of_one)))
+            print(os.path.relpath(page.draw(of_one)))
     elif options.command == "readme":
         if of_one:
             table.into_readme(options.readme, of_one)
         if of_ranks:
             across.into_readme(options.readme, of_ranks)
         if not options.csv:
-            scale_page.into_readme(options.readme, of_one)
+            page.into_readme(options.readme, of_one)
         print(f"Tables of {', '.join(path.name for path in paths)} put into {options.readme}")
     else:
         reports = [table.report(results.read(path)) for path in of_one]

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dense, truth
+from .measure import truth
+from .methods import dense
 
 if TYPE_CHECKING:
     from fastclip import LineStatistics

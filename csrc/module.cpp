@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "call_cpu.h"
-#include "engine_cuda.h"
-#include "workspace.h"
+#include "cpu/call.h"
+#include "cpu/workspace.h"
+#include "cuda/engine.h"
 
 namespace fastclip {
 namespace {
@@ -60,7 +60,7 @@ double gemm_rate(const std::string& dtype, int64_t m, int64_t n, int64_t k, doub
   return total;
 }
 
-// Found in the library file by fastclip/backends.py when it does not load.
+// Found in the library file by fastclip/engine/backends.py when it does not load.
 [[gnu::used]] const char kBuiltAgainst[] = "fastclip built against torch " FASTCLIP_TORCH_VERSION;
 
 pybind11::dict build_info() {

@@ -1,4 +1,5 @@
-// The operators' arguments in bundles (fastclip/block.py has the same), and the flat functions that torch registers.
+// The operators' arguments in bundles (fastclip/engine/block.py has the same), and the flat functions that torch
+// registers.
 #pragma once
 
 #include <ATen/ATen.h>

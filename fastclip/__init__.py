@@ -10,9 +10,9 @@
 `fastclip.reference` holds the same losses, dense and obvious.
 """
 
-from .backends import backends, build_info, release_workspace
 from .cached import cached_step
 from .contrast import contrast
+from .engine.backends import backends, build_info, release_workspace
 from .kinds import LineStatistics
 from .loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import check_features
+from .engine.checks import check_features
 
 TOWERS = ("image_features", "text_features")
 

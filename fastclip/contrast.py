@@ -5,15 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from .backends import choose
-from .block import NO_POSITIVES
-from .inputs import (
-    budget_of,
-    check_contrast,
-    product_dtype,
-)
+from .engine.backends import choose
+from .engine.block import NO_POSITIVES
+from .engine.checks import budget_of, check_contrast, product_dtype
+from .engine.line_statistics import Inputs, Request, block_of, line_statistics
 from .kinds import LineStatistics
-from .line_statistics import Inputs, Request, block_of, line_statistics
 
 
 def contrast(

@@ -28,13 +28,12 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import dense_block
-import judge
 import pytest
 import torch
+from support import dense_block, judge
 
 import fastclip
-from fastclip import chunked
+from fastclip.engine import torch_engine
 
 
 def mend_interpreter() -> None:
@@ -64,7 +63,7 @@ ON_DEVICE = {
     "cpu": ("cpu", "torch", "reference"), "emulated": ("cuda", "torch", "reference")
 }.get(TESTED, ("cuda", "triton", "torch", "reference"))  # fmt: skip
 if TESTED == "emulated":
-    import cuda_case
+    from support import cuda_case
 
     cuda_case.on_cpu_tensors(pytest.MonkeyPatch())
     # Weights in fp16, as on a card.
@@ -106,13 +105,13 @@ def on_the_device(device: torch.device) -> Iterator[None]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain PyTorch engine cuts small blocks, too, several times."""
-    monkeypatch.setattr(chunked, "CHUNK", 1 << 10)
+    monkeypatch.setattr(torch_engine, "CHUNK", 1 << 10)
 
 
 @pytest.fixture(params=["triton", "cuda"])
 def gpu_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Either fused engine for CUDA tensors; without a card they take CPU tensors."""
-    from gpu_engine_case import prepare
+    from support.gpu_engine_case import prepare
 
     prepare(request.param, DEVICE, monkeypatch)
     return request.param
@@ -132,6 +131,6 @@ def assert_accurate() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def theirs() -> ModuleType:
     """`open_clip.loss`; skips where open_clip is missing."""
-    from open_clip_import import import_open_clip
+    from support.open_clip_import import import_open_clip
 
     return import_open_clip().loss

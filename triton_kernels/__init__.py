@@ -1,4 +1,4 @@
-"""The Triton engine: the operators of `fastclip.ops` for CUDA tensors, installed under this name.
+"""The Triton engine: the operators for CUDA tensors, installed as `fastclip.triton_kernels`.
 
 Importing this package imports no Triton and touches no device: each operator imports the engine
 when it is first called.
@@ -40,8 +40,8 @@ from typing import Any
 
 import torch
 
-from fastclip import chunked
-from fastclip.block import Block
+from fastclip.engine import torch_engine
+from fastclip.engine.block import Block
 
 # The one that torch 2.10, the oldest supported, was built with.
 OLDEST_TRITON = (3, 6)
@@ -50,7 +50,7 @@ OLDEST_TRITON = (3, 6)
 def _operator(name: str, block: Block) -> Any:
     """float64 features are the plain engine's."""
     if block.x.features.dtype == torch.float64:
-        return getattr(chunked, name)
+        return getattr(torch_engine, name)
     from . import engine
 
     return getattr(engine, name)

@@ -1,7 +1,8 @@
 """Tile sizes, warps and stages: one table per architecture, keyed by kernel, arithmetic and width.
 
 Those of sm_90 for half precision won among the candidates that `make gpu` timed on an H100. All
-others are chosen by compiling: registers, shared memory, no spills (`tests/triton_resources.csv`).
+others are chosen by compiling: registers, shared memory, no spills (tests/engines/triton/
+triton_resources.csv).
 FASTCLIP_TRITON_AUTOTUNE=1 times the candidates on the first call for each kernel, dtype and D;
 never M or N, which change from batch to batch.
 """

@@ -9,20 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip.block import Block, Statistics, Upstream, Wanted
-from fastclip.kept import Weights
+from fastclip.engine.block import Block, Statistics, Upstream, Wanted
+from fastclip.engine.kept import Weights
 from fastclip.kinds import kind_of
 
-from . import card, plan
-from .block import LogitBlock
-from .card import LANES, on_its_device
+from . import launch, plan
 from .configurations import Config
 from .epilogues import epilogue_of
-from .finalise import finish_kernel
-from .gradients import Tail, Weighing
 from .kept import Kept
+from .kernels.finalise import finish_kernel
+from .launch import LANES, on_its_device
+from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
-from .states import add_moments, add_sums, reference_of, run_sweep, sweep_maxima
+from .sweep import add_moments, add_sums, reference_of, run_sweep, sweep_maxima
+from .weigh import Tail, Weighing
 
 
 @on_its_device
@@ -100,7 +100,7 @@ def finish(
     lines = state.shape[1]
     state = state if state.stride(1) == 1 else state.contiguous()
     results = tuple(torch.empty_like(state[0]) for _ in range(3))
-    card.launch(
+    launch.launch(
         finish_kernel, cdiv(lines, LANES), state, positive.contiguous(), scale,
         None if kind_of(kind).has_shift else bias, *results, lines, positive.numel(),
         state.stride(0), FINISH=epilogue_of(kind).finish, LANES=LANES,

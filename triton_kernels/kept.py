@@ -1,6 +1,6 @@
 """What a first sweep has kept: weights up to their coefficients, and their moments.
 
-`fastclip.kept` says how long the tensor is; this is what lies where in it.
+`fastclip.engine.kept` says how long the tensor is; this is what lies where in it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.kept import UNIT, Weights
+from fastclip.engine.kept import UNIT, Weights
 
 from .plan import cdiv
 

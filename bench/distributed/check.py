@@ -1,4 +1,4 @@
-"""What `bench/scale.py` says of a case that was measured: the same formulas, this machine's rates.
+"""What the scale model says of a case that was measured: the same formulas, this machine's rates.
 
 Work goes at the rate of one process on a rank's own pairs while all ranks do the same, so that what
 ranks share of the machine, cores or memory, is in it; exchanges go at the rates of theirs.
@@ -6,9 +6,10 @@ ranks share of the machine, cores or memory, is in it; exchanges go at the rates
 
 from __future__ import annotations
 
-from .. import baselines, scale
 from ..losses import loss_of
-from ..timing import Timing
+from ..measure.timing import Timing
+from ..methods import registry
+from ..scale import model
 from .cases import Case
 from .methods import GATHERED, GATHERED_RECOMPUTED, RING, RING_RECOMPUTED
 from .rank import GATHER, HOP, SCATTER, SINGLE, SMALL
@@ -25,15 +26,15 @@ def passes(case: Case, method: str) -> float:
     if makes_gradients_at_once(case, method):
         return 3.0
     rows_by_all = case.b, case.ranks * case.b
-    kept = baselines.kept_products(*rows_by_all, GATHERED, "cpu")
-    return baselines.passes_of_two_sweeps(*rows_by_all, kept)
+    kept = registry.kept_products(*rows_by_all, GATHERED, "cpu")
+    return registry.passes_of_two_sweeps(*rows_by_all, kept)
 
 
 def small_exchanges(case: Case, method: str) -> int:
     """On CPUs ranks compare what they bring at every step. Where weights need no state none is
     exchanged, and gradients that the forward has made need no other ranks' upstream ones."""
     if not loss_of(case.loss).in_one_go:
-        return scale.STATE_EXCHANGES + 1
+        return model.STATE_EXCHANGES + 1
     return 1 if makes_gradients_at_once(case, method) else 2
 
 
@@ -41,25 +42,25 @@ def predicted_ms(case: Case, method: str, times: dict[str, Timing]) -> float | N
     """None of open_clip's, whose logits' traffic has no rate here, and of a single rank."""
     if method not in (GATHERED, RING) or case.ranks == 1:
         return None
-    due = baselines.METHODS["fastclip"].passes(case.single, "cpu")
-    job = scale.Job(
+    due = registry.METHODS["fastclip"].passes(case.single, "cpu")
+    job = model.Job(
         case.ranks, case.b, case.d, case.itemsize, passes(case, method),
         small_exchanges(case, method),
     )  # fmt: skip
-    net = scale.Loopback(
+    net = model.Loopback(
         flops=due * job.block_flops / times[SINGLE].median,
         gathered=job.others * job.features / times[GATHER].median,
         scattered=job.others * job.gradients / times[SCATTER].median,
         hopped=job.features / times[HOP].median,
         small=times[SMALL].median,
     )
-    predict = scale.ring_seconds if method == RING else scale.gathered_seconds
+    predict = model.ring_seconds if method == RING else model.gathered_seconds
     return 1e3 * predict(job, net)
 
 
 def stated_mib(case: Case, method: str) -> float | None:
     """What a rank holds where no products are kept. On CPUs a copy of gradients is added up."""
-    job = scale.Job(case.ranks, case.b, case.d, case.itemsize)
+    job = model.Job(case.ranks, case.b, case.d, case.itemsize)
     if method == GATHERED_RECOMPUTED:
-        return scale.gathered_bytes(job, scratch=job.ranks * job.gradients) / 2**20
-    return scale.ring_bytes(job) / 2**20 if method == RING_RECOMPUTED else None
+        return model.gathered_bytes(job, scratch=job.ranks * job.gradients) / 2**20
+    return model.ring_bytes(job) / 2**20 if method == RING_RECOMPUTED else None

@@ -11,9 +11,9 @@ from functools import partial
 
 from torch import Tensor
 
-from .. import open_clip
-from ..baselines import Unavailable
 from ..losses import Rival, loss_of
+from ..methods import open_clip
+from ..methods.registry import Unavailable
 
 Loss = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 

@@ -2,8 +2,8 @@
 
 import contextlib
 
-from ..baselines import Unavailable
 from ..losses import LOSSES
+from ..methods.registry import Unavailable
 from . import methods, rank  # noqa: F401 -- for those that are forked
 
 for loss in LOSSES:

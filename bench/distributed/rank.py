@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..baselines import Step, make_step
 from ..cases import Inputs, make_inputs
 from ..losses import loss_of
-from ..memory import WARM_UP_PAIRS, peak_bytes
-from ..timing import Run, Timing, host_clock, interleaved
-from ..traffic import Traffic
-from ..truth import relative_error
+from ..measure.memory import WARM_UP_PAIRS, peak_bytes
+from ..measure.timing import Run, Timing, host_clock, interleaved
+from ..measure.traffic import Traffic
+from ..measure.truth import relative_error
+from ..methods.registry import Step, make_step
 from . import methods
 from .cases import Case, own_inputs
 
@@ -80,7 +80,7 @@ def step_of(case: Case, method: str, rank: int, ranks: int, inputs: Inputs) -> S
 
 
 def _yardsticks(case: Case, rank: int, ranks: int, inputs: Inputs) -> dict[str, Run]:
-    from fastclip.collectives import gather_rows, scatter_sum_rows
+    from fastclip.distributed.collectives import gather_rows, scatter_sum_rows
 
     group, texts = dist.group.WORLD, inputs.y.detach()
     sizes = (case.b,) * ranks

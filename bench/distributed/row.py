@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import results
+from ..report import results
 
 RESULTS = results.RESULTS / "distributed"
 

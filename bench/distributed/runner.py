@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .. import progress, results
-from ..baselines import Unavailable
+from ..measure import progress
+from ..methods.registry import Unavailable
+from ..report import results
 from . import check, methods, processes, rank
 from .cases import Case
 from .row import Row

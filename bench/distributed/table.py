@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from .. import results
 from ..losses import LOSSES, loss_of
-from ..markdown import duration, error, markdown, mebibytes, percent, times
-from ..table import between, provenance, spread
+from ..report import results
+from ..report.markdown import duration, error, markdown, mebibytes, percent, times
+from ..report.table import between, provenance, spread
 from . import check, methods
 from .cases import Case
 from .methods import GATHERED, RING

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .. import results
+from ..report import results
 from . import plan, report, steps
 
 

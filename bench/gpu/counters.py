@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .. import results
+from ..report import results
 from . import figures, process, steps, tiles
 
 N = 16384

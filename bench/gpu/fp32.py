@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from .. import baselines
+from ..methods import registry
 from . import cases
 
 
@@ -17,7 +17,7 @@ from . import cases
 def split() -> Iterator[None]:
     """FASTCLIP_FP32=split. The library asks its environment once, so what it remembers is forgotten
     before and after."""
-    from fastclip import preference
+    from fastclip.engine import preference
 
     before = os.environ.get("FASTCLIP_FP32")
     os.environ["FASTCLIP_FP32"] = "split"
@@ -45,6 +45,6 @@ def precision(name: str) -> Iterator[None]:
 
 def add_method() -> None:
     """A method of the bench beside the same engine's IEEE products."""
-    own = baselines.METHODS["fastclip triton"]
+    own = registry.METHODS["fastclip triton"]
     text = f"{own.text}, fp32 as bf16 parts"
-    baselines.METHODS[cases.SPLIT] = replace(own, name=cases.SPLIT, text=text, within=split)
+    registry.METHODS[cases.SPLIT] = replace(own, name=cases.SPLIT, text=text, within=split)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from .. import baselines, results
 from ..cases import Case, make_inputs
 from ..losses import LOSSES
-from ..timing import wait_for
+from ..measure.timing import wait_for
+from ..methods import registry
+from ..report import results
 from . import figures
 
 METHODS = ("fastclip triton", "fastclip triton kept", "fastclip cuda", "fastclip cuda fused",
@@ -25,7 +26,7 @@ MOST, WIDTH = 12, 60
 
 def times(case: Case, method: str, device: str) -> list[tuple[str, int, float]]:
     """Name, number of launches and milliseconds in all of a step's kernels, the longest first."""
-    step = baselines.make_step(case, method, make_inputs(case, device))
+    step = registry.make_step(case, method, make_inputs(case, device))
     for _ in range(2):
         step()
     wait_for(device)
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             try:
                 found = times(case, method, options.device)
-            except (baselines.Unavailable, ImportError):
+            except (registry.Unavailable, ImportError):
                 continue
             except Exception as error:
                 failed += 1

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from .. import results
-from ..timing import CLOCKS, wait_for
+from ..measure.timing import CLOCKS, wait_for
+from ..report import results
 from . import figures, fp32
 
 # Of the copy, bytes; of the square product; of a chunk of weights; of all weights, kept; features.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .. import results
-from ..goals import judged
-from ..markdown import duration, markdown, mebibytes, percent, times
+from ..report import results
+from ..report.goals import judged
+from ..report.markdown import duration, markdown, mebibytes, percent, times
 from . import rows, tiles, winners
 from .cases import GROUPS
 from .steps import CUT, FAILED, NOT_RUN, Outcome, Session

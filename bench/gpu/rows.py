@@ -12,8 +12,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .. import results, runner
 from ..cases import Case
+from ..measure import runner
+from ..report import results
 from . import cases, fp32, steps, winners
 
 # A loss is compiled in its first call.

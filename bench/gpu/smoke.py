@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import baselines, results
 from ..losses import LOSSES, loss_of
-from ..timing import wait_for
-from ..truth import Truth
+from ..measure.timing import wait_for
+from ..measure.truth import Truth
+from ..methods import registry
+from ..report import results
 from . import figures, fp32, process, steps, winners
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ LEAST_SECONDS = 3.0  # with less a process is not begun
 NAMES = ("loss", "dx", "dy", "dscale", "dbias")
 FILE = "gpu-smoke.csv"
 
-Step = baselines.Step
+Step = registry.Step
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def judge_rerun(problem: Problem, engine: str) -> dict[str, object]:
 
 def judge_graph(problem: Problem, engine: str) -> dict[str, object]:
     leaves = problem.leaves()
-    replay = baselines._captured(partial(problem.step, engine, leaves), problem.device)
+    replay = registry._captured(partial(problem.step, engine, leaves), problem.device)
     return _same(problem.step(engine, leaves), replay())
 
 
@@ -275,7 +276,7 @@ def engine_of(label: str, tiles: Path | None) -> Iterator[str]:
     """The backend behind "triton", "cuda tf32", and so on, set up as its second word says."""
     backend, _, kind = label.partition(" ")
     settings = {
-        "fused": baselines.fused_tiles,
+        "fused": registry.fused_tiles,
         "split": fp32.split,
         "tf32": partial(fp32.precision, "tf32"),
         "winners": lambda: winners.applied(winners.better_of(tiles)),
@@ -313,7 +314,7 @@ def engines(device: str) -> list[str]:
     tf32 = [f"{name} tf32" for name in found] if device == "cuda" else []
     if "triton" in found:
         found.append("triton split")
-    if "cuda" in found and baselines.fused_is_built():
+    if "cuda" in found and registry.fused_is_built():
         found.append("cuda fused")
     return [*found, *tf32]  # in tf32 nothing is timed
 

@@ -15,7 +15,7 @@ from .process import ROOT
 
 def _files(*patterns: str) -> tuple[str, ...]:
     """Files of tests by pattern, each where it is named first."""
-    found = [path for one in patterns for path in sorted(ROOT.glob(f"tests/test_{one}.py"))]
+    found = [path for one in patterns for path in sorted(ROOT.glob(f"tests/**/test_{one}.py"))]
     return tuple(dict.fromkeys(str(path.relative_to(ROOT)) for path in found))
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from .. import results
-from ..baselines import bytes_of_everything
 from ..cases import Case, make_inputs
 from ..losses import LOSSES, loss_of
-from ..timing import CLOCKS, wait_for
+from ..measure.timing import CLOCKS, wait_for
+from ..methods.registry import bytes_of_everything
+from ..report import results
 from . import figures, process, steps
 
 FILE = "gpu-tiles.csv"

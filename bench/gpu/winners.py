@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import baselines, results
+from ..methods import registry
+from ..report import results
 from . import cases, figures, tiles
 
 # A winner by less is noise.
@@ -88,9 +89,9 @@ def applied(better: Better) -> Iterator[None]:
 
 def add_method(path: Path) -> None:
     """A method of the bench with the winners' tiles, to be timed in turns with the table's."""
-    own = baselines.METHODS["fastclip triton"]
+    own = registry.METHODS["fastclip triton"]
     text = f"{own.text} with the tiles of {path.name}"
-    baselines.METHODS[cases.WINNERS] = replace(
+    registry.METHODS[cases.WINNERS] = replace(
         own, name=cases.WINNERS, text=text, within=partial(applied, better_of(path))
     )
 

@@ -16,8 +16,7 @@ def pytest_configure(config: Any) -> None:
 
 def pytest_collection_finish(session: Any) -> None:
     """Comparisons with the dense truth would take most of the time."""
-    import dense_block
-    import gpu_engine_case
+    from support import dense_block, gpu_engine_case
 
     for module in (dense_block, gpu_engine_case):
         for name in ("assert_states", "assert_gradients"):

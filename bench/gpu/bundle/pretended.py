@@ -70,11 +70,11 @@ def pretend() -> None:
     runtime.set_active(Driver())
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
     torch.cuda.get_device_properties = lambda device=None: PROPERTIES
-    backends = importlib.import_module("fastclip.backends")  # beside it there is a function
+    backends = importlib.import_module("fastclip.engine.backends")  # beside it there is a function
     backends._STATUS["triton", None] = backends.AVAILABLE
     backends._SERVED["triton"] = ("cuda", "cpu")
     # The tensors' device decides what is launched: it is the card that counts.
-    function = importlib.import_module("fastclip.function")
+    function = importlib.import_module("fastclip.engine.fused_loss")
     function._unit_gradients_fit = lambda *arguments: True
     _skip_products()
     _compile_only()
@@ -85,7 +85,7 @@ def _skip_products() -> None:
     torch.mm = torch.matmul = torch.Tensor.__matmul__ = torch.Tensor.mm = product
     torch.addmm = lambda total, a, b, **options: product(a, b, **options)
     # On a CPU its operands are copied into fp32 first, half a gigabyte each.
-    gradients = importlib.import_module("fastclip.triton_kernels.gradients")
+    gradients = importlib.import_module("fastclip.triton_kernels.weigh")
     if hasattr(gradients, "accumulate"):
         gradients.accumulate = lambda *arguments, **options: None
 

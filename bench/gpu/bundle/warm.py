@@ -14,10 +14,10 @@ from functools import partial
 
 import torch
 
-from ... import on_contrast
-from ...baselines import bytes_of_everything
 from ...cases import CONTRAST, SCALES, Case, Inputs
 from ...losses import loss_of
+from ...methods import on_contrast
+from ...methods.registry import bytes_of_everything
 from .. import cases, figures, fp32, smoke, tiles
 from . import pretended
 

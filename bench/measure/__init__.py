@@ -1,0 +1,1 @@
+"""Time, memory, traffic and error of a method on a case."""

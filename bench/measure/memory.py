@@ -1,0 +1,123 @@
+"""The peak of memory of one method on one case; on a CPU in a process of its own.
+
+On a CPU it is the process's high-water mark of resident memory less the level before the run, so
+that what the C++ engine, oneDNN or a compiler's code allocates counts like torch's own tensors.
+The mark is reset by writing 5 to /proc/self/clear_refs. On a GPU it is the peak of torch's
+allocator, which knows this process alone and needs no other. This file never takes a time.
+
+    python -m bench.measure.memory '{"loss": "clip", "m": 512, ...}' METHOD DEVICE
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from ..cases import Case, make_inputs
+from ..methods.registry import make_step
+
+ROOT = Path(__file__).resolve().parents[2]
+WARM_UP_PAIRS = 64
+LONGEST = 1800  # seconds a process may take
+
+
+def peak_bytes(run: Callable[[], object]) -> int | None:
+    """By how much resident memory rises above its level while `run` runs.
+
+    None where that cannot be told: no /proc, or a high-water mark that cannot be reset and that
+    something before `run` had left higher than `run` goes.
+    """
+    gc.collect()
+    # Free memory that the allocator holds would take in the run's tensors unseen.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    # Where this is not permitted the mark stays; `before` tells whether it then hides the run.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    try:
+        level, before = _status("VmRSS"), _status("VmHWM")
+    except (OSError, KeyError):
+        return None
+    run()
+    mark = _status("VmHWM")
+    if mark == before and before > level + 2**20:
+        return None
+    return max(0, mark - level)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields[key].split()[0]) * 1024
+
+
+def peak_of_step(case: Case, method: str, device: str) -> int | None:
+    """Bytes beyond the inputs, gradients included; in this process, which should be a fresh one."""
+    inputs = make_inputs(case, device)
+    if method == "compiled":  # its compiler would be measured, and its code fits one shape
+        warm = make_step(case, method, inputs)
+    else:
+        small = min(WARM_UP_PAIRS, case.m)
+        few = replace(case, m=small, n=small if case.square else 2 * small)
+        warm = make_step(few, method, make_inputs(few, device))
+    warm()
+    step = warm if method == "compiled" else make_step(case, method, inputs)
+    results: list[object] = []  # the gradients live until the mark has been read
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        level = torch.cuda.memory_allocated()
+        results.append(step())
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - level
+    return peak_bytes(lambda: results.append(step()))
+
+
+def measure(case: Case, method: str, device: str = "cpu") -> tuple[int | None, str]:
+    """`peak_of_step`, for a CPU in a fresh process: the bytes, or None and the reason."""
+    if device == "cuda":
+        try:
+            return peak_of_step(case, method, device), ""
+        except Exception as error:  # out of memory, most likely
+            return None, f"memory: {type(error).__name__}"
+    command = [
+        sys.executable,
+        "-m",
+        "bench.measure.memory",
+        json.dumps(asdict(case)),
+        method,
+        device,
+    ]
+    # `-m` finds this package through the working directory, which a safe path would leave out.
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"memory: not done in {LONGEST} s"
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
+        return None, f"memory: {reason[0]}"
+    peak = json.loads(done.stdout.splitlines()[-1])
+    return peak, "" if peak is not None else "memory: cannot be told on this machine"
+
+
+def main() -> None:
+    fields = json.loads(sys.argv[1])
+    case = Case(**{**fields, "methods": tuple(fields["methods"])})
+    print(json.dumps(peak_of_step(case, *sys.argv[2:4])))
+
+
+if __name__ == "__main__":
+    main()

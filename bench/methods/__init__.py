@@ -1,0 +1,1 @@
+"""Every method that the benchmark compares."""

@@ -1,0 +1,44 @@
+"""The losses written on `fastclip.contrast`, which takes what their own functions do not.
+
+Ids all differ and the margin exceeds any difference of similarities: they leave nothing out, the
+loss stays the same, and they cost what they cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import CONTRAST, Case
+from ..losses import loss_of
+
+
+def _nothing(case: Case, device: str) -> dict[str, Any]:
+    return {}
+
+
+def _ids(case: Case, device: str) -> dict[str, Any]:
+    ids = torch.randperm(case.n, generator=torch.Generator().manual_seed(0)).to(device)
+    return {"ids": (ids[: case.m], ids)}
+
+
+def _margin(case: Case, device: str) -> dict[str, Any]:
+    return {"false_negative_margin": 2.0}
+
+
+_OPTIONS: dict[str, Callable[[Case, str], dict[str, Any]]] = dict(
+    zip(CONTRAST, (_nothing, _ids, _margin), strict=True)
+)
+
+
+def make(case: Case, method: str, device: str, engine: str | None) -> Callable[..., Tensor]:
+    """The loss of x, y, scale and bias by a method of CONTRAST."""
+    from fastclip import contrast
+
+    loss, options = loss_of(case.loss), _OPTIONS[method](case, device)
+    statistics = partial(contrast, kind=loss.kind, backend=engine, **options)
+    return lambda x, y, scale, bias: loss.on_lines(statistics(x, y, scale, bias))

@@ -1,0 +1,1 @@
+"""From a CSV to tables, plots and a verdict."""

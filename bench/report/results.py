@@ -1,0 +1,218 @@
+"""The CSV of one machine: its columns, how rows are read, replaced and written, the machine's name.
+
+Of every kind of row: `Row` is that of one process, `distributed/row.py` has the other.
+
+This file never measures anything.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar, get_type_hints
+
+import torch
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass
+class Where:
+    """Where rows were measured: `machine` (the file's name), `cpu` (or GPU), `threads` of a process
+    (0 on a GPU), `capability` (of torch's own kernels; a GPU's as sm_90), `torch`, `python`,
+    `compiler` (of fastclip's extension), `when` (UTC)."""
+
+    machine: str = ""
+    cpu: str = ""
+    threads: int = 0
+    capability: str = ""
+    torch: str = ""
+    python: str = ""
+    compiler: str = ""
+    when: str = ""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.capability.startswith("sm_")
+
+
+@dataclass
+class Row(Where):
+    """One method on one case. A number that was not measured is None, an empty cell in the file.
+
+    What: `loss`, `m`, `n`, `d`, `dtype`, `data`, `scale`, `mode` as in `cases.Case`; `method`. A
+    row whose mode is "skipped" stands for a whole method; its `note` says why it did not run.
+
+    Time: `ms`, the median of one run in milliseconds; `low_ms`, `high_ms`, its quartiles over
+    `rounds` interleaved rounds; `over_dense`, `over_open_clip`, `over_compiled`, how many times
+    faster than those in the same rounds.
+
+    Work: `passes`, matmuls of 2 M N D FLOP due; `gflops`, their rate; `limit`, the rate in GFLOP/s
+    of the bare product between the same rounds, taken from `limit_of`; `fraction`, gflops / limit,
+    so against the passes due; `fraction_of_4`, against four passes whatever the budget, of losses
+    that are not made in one go.
+
+    Memory: `peak_mib` beyond the inputs; of it `gradients_mib` for the gradients returned and
+    `budget_mib` for what a memory budget keeps; `rest_mib`, the difference.
+
+    Error against float64, relative: `err_loss`, `err_dx`, `err_dy`, `err_dscale`, the last three as
+    2-norms. `note`: what went wrong, if anything.
+    """
+
+    loss: str = ""
+    m: int = 0
+    n: int = 0
+    d: int = 0
+    dtype: str = ""
+    data: str = ""
+    scale: float = 0.0
+    mode: str = ""
+    method: str = ""
+    ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    rounds: int | None = None
+    over_dense: float | None = None
+    over_open_clip: float | None = None
+    over_compiled: float | None = None
+    passes: float | None = None
+    gflops: float | None = None
+    limit: float | None = None
+    limit_of: str = ""
+    fraction: float | None = None
+    fraction_of_4: float | None = None
+    peak_mib: float | None = None
+    gradients_mib: float | None = None
+    budget_mib: float | None = None
+    rest_mib: float | None = None
+    err_loss: float | None = None
+    err_dx: float | None = None
+    err_dy: float | None = None
+    err_dscale: float | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a later measurement replaces."""
+        shape = (self.m, self.n, self.d)
+        return (self.loss, *shape, self.dtype, self.data, self.scale, self.mode, self.method)
+
+
+R = TypeVar("R", bound=Where)  # rows of one kind; `key` is what a later measurement replaces
+
+
+def columns(kind: type[R]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def holds(path: Path, kind: type[R]) -> bool:
+    """Whether the file has the columns of that kind of row."""
+    with path.open(newline="") as file:
+        return next(csv.reader(file), None) == columns(kind)
+
+
+def read(path: Path, kind: type[R] = Row) -> list[R]:
+    """The rows of a file of `write`.
+
+    Raises:
+        ValueError: if its columns are not those of `kind`.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        expected, got = columns(kind), reader.fieldnames
+        if got != expected:
+            raise ValueError(f"{path}: expected the columns {expected}, got {got}")
+        types = get_type_hints(kind)
+        return [
+            kind(**{name: _parse(types[name], text) for name, text in line.items()})
+            for line in reader
+        ]
+
+
+def _parse(kind: object, text: str) -> object:
+    if kind is str:
+        return text
+    if text == "":
+        return None
+    return int(text) if kind in (int, int | None) else float(text)
+
+
+def write(path: Path, rows: Iterable[R], kind: type[R] = Row) -> None:
+    """Replaces the file in one step: a run that is interrupted leaves a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns(kind))
+        writer.writerows([_format(getattr(row, name)) for name in columns(kind)] for row in rows)
+    partial.replace(path)
+
+
+def _format(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def merge(old: Iterable[R], new: Iterable[R]) -> list[R]:
+    """`old` with the rows that `new` measures again in their old places, the others at the end."""
+    merged = {row.key: row for row in old}
+    merged.update({row.key: row for row in new})
+    return list(merged.values())
+
+
+def machine_row(device: str = "cpu", kind: type[R] = Row) -> R:
+    """A row that knows only where it ran."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on_gpu = device == "cuda"
+    model = torch.cuda.get_device_name() if on_gpu else _cpu_model()
+    words = re.sub(r"\((r|tm)\)|\bcpu\b|processor|\d+-core|@.*", " ", model.lower())
+    name = re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "cpu"
+    if device == "cpu":
+        name = f"{name}-{_instructions()}-{cores}core"
+    return kind(
+        machine=name,
+        cpu=model,
+        threads=0 if on_gpu else torch.get_num_threads(),
+        capability=(
+            "sm_{}{}".format(*torch.cuda.get_device_capability())
+            if on_gpu
+            else torch.backends.cpu.get_cpu_capability()
+        ),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        compiler=_compiler(),
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The widest instructions for products: what a file's speed rests on most."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    known = (("amx_bf16", "amx"), ("avx512_bf16", "avx512bf16"), ("avx512f", "avx512"))
+    for flag, name in (*known, ("avx2", "avx2")):
+        if re.search(rf"\b{flag}\b", text):
+            return name
+    return platform.machine()
+
+
+def _compiler() -> str:
+    try:
+        from fastclip import _C
+    except ImportError:
+        return "none: fastclip has no compiled extension here"
+    return str(_C.build_info()["compiler"])

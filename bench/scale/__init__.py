@@ -1,0 +1,1 @@
+"""Step time and memory across many GPUs, by arithmetic."""

@@ -1,0 +1,87 @@
+// Tensors to the plain arguments of engine.h, checked, and the run of the engine that this machine can run.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <optional>
+#include <string_view>
+
+#include "../engine.h"
+#include "../epilogues.h"
+#include "../operands.h"
+#include "capability.h"
+
+namespace fastclip {
+
+// Threads that took part in the last operator.
+inline std::atomic<int> threads_used{0};
+
+inline at::ScalarType statistic_of(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline double number(const char* name, const at::Tensor& value) {
+  check_one_element(name, value);
+  return value.item<double>();
+}
+
+// A problem with the tensors that its pointers point into. The longer tower supplies the rows: they are what threads
+// share. `swapped` says that x and y changed places.
+struct Call {
+  Problem problem;
+  at::Tensor x, y;
+  bool swapped;
+  int64_t m, n;
+
+  explicit Call(const BlockArguments& block)
+      : x(strided(block.x.features)),
+        y(strided(block.y.features)),
+        swapped(lines(x) < lines(y)),
+        m(lines(x)),
+        n(lines(y)) {
+    check_block(block);
+    problem.dtype = dtype_of(x.scalar_type());
+    problem.kind = kind_of(block.kind);
+    problem.width = x.size(1);
+    problem.scale = number("scale", block.scale);
+    problem.bias = block.bias && !has_shift() ? number("bias", *block.bias) : 0.0;
+    problem.same_id_positive = block.same_id_positive;
+    problem.offset = swapped ? -block.offset : block.offset;
+    problem.positive_of_y = swapped;
+    problem.cache_bytes = core_cache_bytes();
+    problem.brgemm = brgemm_wanted();
+    problem.half_products = problem.brgemm && machine_has_half_products();
+    set_side(first(), x, block.x);
+    set_side(second(), y, block.y);
+    if (block.key_bias) second().key_bias = held(*block.key_bias, at::kDouble).const_data_ptr<double>();
+  }
+
+  Side& first() { return swapped ? problem.y : problem.x; }
+  Side& second() { return swapped ? problem.x : problem.y; }
+
+  void run() { threads_used = capability().run(problem); }
+
+  bool has_shift() const { return PORTABLE::has_shift(problem.kind); }
+
+  // The tensor in this dtype, contiguous, for as long as the call lasts.
+  const at::Tensor& held(const at::Tensor& t, at::ScalarType type) {
+    return held_.emplace_back(t.to(type).contiguous());
+  }
+
+ private:
+  static int64_t lines(const at::Tensor& x) { return x.dim() == 2 ? x.size(0) : 0; }
+
+  void set_side(Side& side, const at::Tensor& features, const SideArguments& given) {
+    const auto statistic = statistic_of(x);
+    set_features(side, features, given.factor ? held(*given.factor, statistic) : at::Tensor());
+    if (given.ids) side.ids = held(*given.ids, at::kInt).const_data_ptr<int32_t>();
+    if (given.threshold) side.threshold = held(*given.threshold, statistic).const_data_ptr();
+  }
+
+  std::deque<at::Tensor> held_;
+};
+
+}  // namespace fastclip

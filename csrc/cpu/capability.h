@@ -1,0 +1,91 @@
+// What this machine's CPU can do: the instruction set of the engine, and its matrix product.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/Version.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
+#include "../engine.h"
+
+namespace fastclip {
+
+struct Capability {
+  const char* name;
+  int (*run)(Problem&);
+  double (*largest_norm)(const Side&, const Problem&);
+};
+
+// Follows torch's own dispatch, so that ATEN_CPU_CAPABILITY governs both.
+inline const Capability& capability() {
+  static const Capability chosen = [] {
+    [[maybe_unused]] const std::string name = at::get_cpu_capability();
+#if FASTCLIP_X86
+    if (name.rfind("AVX512", 0) == 0 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      return Capability{"AVX512", AVX512::run, AVX512::largest_norm};
+    if (name.rfind("AVX", 0) == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return Capability{"AVX2", AVX2::run, AVX2::largest_norm};
+#endif
+    return Capability{"DEFAULT", DEFAULT::run, DEFAULT::largest_norm};
+  }();
+  return chosen;
+}
+
+inline bool machine_has_brgemm() {
+#if FASTCLIP_X86
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return has && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+// Whether bf16 operands can be multiplied as they are: asked of torch by trying, which is the one answer that counts.
+inline bool machine_has_half_products() {
+  static const bool has = [] {
+    alignas(64) at::BFloat16 a[32 * 32], b[32 * 32];
+    alignas(64) float c[32 * 32];
+    for (int q = 0; q < 32 * 32; q++) a[q] = b[q] = at::BFloat16(1.f);
+    try {
+      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, a, b, c, true);
+      at::native::cpublas::brgemm_release(true);
+      return c[0] == 32.f && c[32 * 32 - 1] == 32.f;
+    } catch (...) {
+      return false;
+    }
+  }();
+  return has;
+}
+
+// A core's own cache. Virtual machines that do not tell get what every core of the last ten years has at least.
+inline int64_t core_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t told = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return std::clamp<int64_t>(told, 1 << 20, 4 << 20);
+  }();
+  return bytes;
+}
+
+inline bool brgemm_wanted() {
+  const char* const forced = std::getenv("FASTCLIP_CPU");
+  if (!forced || !*forced) return machine_has_brgemm();
+  const std::string name(forced);
+  TORCH_CHECK_VALUE(name == "brgemm" || name == "mm", "FASTCLIP_CPU must be 'brgemm' or 'mm', got '", name, "'");
+  TORCH_CHECK(name == "mm" || machine_has_brgemm(),
+              "FASTCLIP_CPU=brgemm, but this machine has no AVX-512 or oneDNN is off");
+  return name == "brgemm";
+}
+
+}  // namespace fastclip

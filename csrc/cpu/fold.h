@@ -1,0 +1,190 @@
+// The CPU engine folds a set of pairs of one tile into the state, or makes weights of them.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "pairs.h"
+
+namespace fastclip {
+namespace FASTCLIP_CAPABILITY {
+
+template <class T>
+FASTCLIP_INLINE V<T> where(const typename Counted<T>::Mask& mask, const V<T>& value) {
+  return mask ? value : V<T>{};
+}
+
+// States with one reference; with Weigh also the weights of a loss that is linear, all a_i + b_j being one.
+template <class Kind, template <class> class Pairs, bool Weigh, class T>
+void fold_tile(const Tile<T>& tile) {
+  const int64_t lanes = tile.lanes;
+  const TileLines<T>& lines = Pairs<T>::lines(tile);
+  const V<T> m = number_of<T>(tile.reference);
+  T* const row = tile.scratch;
+  for (int64_t i = 0; i < lanes; i++) row[i] = 0;
+  for (int64_t c = 0; c < tile.cols; c++) {
+    const Column<T> column(tile, c);
+    if constexpr (!Pairs<T>::kPositives) column.note_positive(tile, c);
+    const Pairs<T> pairs(tile, column, c);
+    V<T> sum{}, total{}, moment{};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, line;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, line);
+      t = t * factor;
+      const auto& k = pairs.template map<Kind>(i);
+      const Counted<T> counted = pairs.counted(t, counts, i);
+      const V<T> value = Kind::fold(t, k, pairs.reference(m, i));
+      sum += where<T>(counted.by_column, value);
+      store<T>(row + i, line + where<T>(counted.by_row, value));
+      if constexpr (Weigh) {
+        const V<T> w = where<T>(counted.by_row, Kind::activation(t, k, m));
+        total += w;
+        moment += w * t;
+        store<T>(tile.w + c * lanes + i, w);
+      }
+    }
+    lines.col_sum[c] = total_of<T>(sum);
+    if constexpr (Weigh) {
+      tile.totals[0].add(total_of<T>(total));
+      tile.totals[1].add(total_of<T>(moment) * column.factor);
+    }
+  }
+  for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
+}
+
+// A line without pairs takes any reference.
+template <class T>
+FASTCLIP_INLINE T usable(double reference) {
+  return reference == -std::numeric_limits<double>::infinity() ? T(0) : T(reference);
+}
+
+// States with running maxima: each row, and each column of this tile, relative to the largest of its own pairs,
+// rounded up to an integer so that exp2_relative stays exact. Right at any scale.
+template <class Kind, template <class> class Pairs, class T>
+void fold_tile_running(const Tile<T>& tile) {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  const int64_t lanes = tile.lanes;
+  const TileLines<T>& lines = Pairs<T>::lines(tile);
+  T* const largest = tile.scratch;
+  T* const row = tile.scratch + lanes;
+  for (int64_t i = 0; i < lanes; i++) largest[i] = kLowest, row[i] = 0;
+  for (int64_t c = 0; c < tile.cols; c++) {
+    const Column<T> column(tile, c);
+    if constexpr (!Pairs<T>::kPositives) column.note_positive(tile, c);
+    const Pairs<T> pairs(tile, column, c);
+    V<T> highest = number_of<T>(kLowest);
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, line;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(largest + i, line);
+      t = t * factor;
+      const Counted<T> counted = pairs.counted(t, counts, i);
+      const V<T> all = t * pairs.template map<Kind>(i).scale + pairs.bias(i);
+      const V<T> l = counted.by_column ? all : number_of<T>(kLowest);
+      const V<T> of_row = counted.by_row ? all : number_of<T>(kLowest);
+      highest = l < highest ? highest : l;
+      store<T>(largest + i, of_row < line ? line : of_row);
+    }
+    T lane[kWidth<T>];
+    store<T>(lane, highest);
+    lines.col_reference[c] = std::ceil(double(*std::max_element(lane, lane + kWidth<T>)));
+  }
+  for (int64_t i = 0; i < tile.rows; i++) {
+    const double before = lines.row_reference[i], now = std::ceil(double(largest[i]));
+    if (!(now <= before)) {
+      lines.row_reference[i] = now;
+      if (lines.row_sum[i] != 0) lines.row_sum[i] *= std::exp2(before - now);
+    }
+    largest[i] = usable<T>(lines.row_reference[i]);
+  }
+  for (int64_t c = 0; c < tile.cols; c++) {
+    const Column<T> column(tile, c);
+    const Pairs<T> pairs(tile, column, c);
+    const V<T> m = number_of<T>(usable<T>(lines.col_reference[c]));
+    V<T> sum{};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, line, reference;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, line);
+      load(largest + i, reference);
+      t = t * factor;
+      const auto& k = pairs.template map<Kind>(i);
+      const Counted<T> counted = pairs.counted(t, counts, i);
+      sum += where<T>(counted.by_column, Kind::fold(t, k, pairs.reference(m, i)));
+      store<T>(row + i, line + where<T>(counted.by_row, Kind::fold(t, k, pairs.reference(reference, i))));
+    }
+    lines.col_sum[c] = total_of<T>(sum);
+  }
+  for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
+}
+
+// Weights dL/ds, zero at other pairs; those of positives by id are added to the negatives'. OneReference: one
+// exponential serves row and column.
+template <class Kind, template <class> class Pairs, bool OneReference, class T>
+void weigh_tile(const Tile<T>& tile) {
+  using P = Pairs<T>;
+  const int64_t lanes = tile.lanes;
+  const TileLines<T>& lines = P::lines(tile);
+  T* const row = tile.scratch;
+  if constexpr (P::kBiased)
+    for (int64_t i = 0; i < lanes; i++) row[i] = 0;
+  for (int64_t c = 0; c < tile.cols; c++) {
+    const Column<T> column(tile, c);
+    const P pairs(tile, column, c);
+    const V<T> b = number_of<T>(lines.b[c]), mb = number_of<T>(lines.col_references[c]);
+    V<T> total{}, moment{};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, a, w;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(lines.a + i, a);
+      t = t * factor;
+      const auto& k = pairs.template map<Kind>(i);
+      const Counted<T> counted = pairs.counted(t, counts, i);
+      if constexpr (!OneReference) {
+        V<T> ma;
+        load(lines.row_references + i, ma);
+        // Pairs that do not count may exceed a line's reference by any power.
+        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.reference(ma, i)) * a) +
+            where<T>(counted.by_column, Kind::activation(t, k, pairs.reference(mb, i)) * b);
+      } else if constexpr (P::kApart) {
+        const V<T> both = where<T>(counted.by_row, a) + where<T>(counted.by_column, b);
+        w = where<T>(counted.by_row | counted.by_column, Kind::activation(t, k, pairs.reference(mb, i)) * both);
+      } else {
+        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.reference(mb, i)) * (a + b));
+      }
+      if constexpr (P::kPositives && Kind::kNegatesPositives) w = -w;
+      total += w;
+      moment += w * t;
+      if constexpr (P::kPositives) {
+        V<T> others;
+        load(tile.w + c * lanes + i, others);
+        store<T>(tile.w + c * lanes + i, others + w);
+      } else {
+        store<T>(tile.w + c * lanes + i, w);
+      }
+      if constexpr (P::kBiased) {
+        if (tile.row_weights) {
+          V<T> line;
+          load(row + i, line);
+          store<T>(row + i, line + w);
+        }
+      }
+    }
+    tile.totals[0].add(total_of<T>(total));
+    tile.totals[1].add(total_of<T>(moment) * column.factor);
+    if constexpr (P::kBiased)
+      if (tile.col_weights) tile.col_weights[c] += total_of<T>(total);
+  }
+  if constexpr (P::kBiased)
+    if (tile.row_weights)
+      for (int64_t i = 0; i < tile.rows; i++) tile.row_weights[i] += row[i];
+}
+
+template <class T>
+using Distinct = Selected<T, kIds, false>;
+template <class T>
+using Within = Selected<T, kThresholds, false>;
+template <class T>
+using Negatives = Selected<T, kEverything, false>;
+template <class T>
+using Positives = Selected<T, kEverything, true>;
+
+}  // namespace FASTCLIP_CAPABILITY
+}  // namespace fastclip

@@ -1,0 +1,305 @@
+// The torch front of the CPU engine: fastclip's operators on CPU tensors.
+//
+// Schemas, fakes and the choice of an engine live in Python (fastclip/engine/operators.py says what each argument
+// means); this file allocates, asks the engine for what is wanted, and decides what needs all of a sweep's results.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../epilogues.h"
+#include "call.h"
+#include "workspace.h"
+
+namespace fastclip {
+namespace {
+
+using at::Tensor;
+
+using PORTABLE::kLog2E;
+
+// Room for `keep` rows of products.
+Tensor allocate_kept(const Call& call, int64_t keep) {
+  const int64_t rows = std::min(keep, (call.problem.x.rows + 15) / 16 * 16);
+  const auto options = call.x.options().dtype(statistic_of(call.x));
+  return Workspace::take({rows * call.problem.y.rows}, options);
+}
+
+// ---- sweep ---------------------------------------------------------------------------------------------------------
+
+// The highest finite bias of a side's lines; 0 if none has one.
+double highest_bias(const Side& side) {
+  double highest = -std::numeric_limits<double>::infinity();
+  for (int64_t j = 0; side.key_bias && j < side.rows; j++) highest = std::max(highest, side.key_bias[j]);
+  return highest == -std::numeric_limits<double>::infinity() ? 0 : highest;
+}
+
+// The one reference of all logits: it puts the largest possible one at 2^t, high enough for the smallest row to stay
+// within fp32, low enough for a sum over 2^27 columns not to overflow.
+void set_reference(Call& call, const OptionalTensor& bound) {
+  Problem& p = call.problem;
+  const bool wide = p.dtype == Dtype::kDouble;
+  double largest;
+  if (bound) {
+    largest = number("bound", *bound);
+  } else {
+    const auto norm = capability().largest_norm;
+    largest = (p.x.factor ? 1.0 : norm(p.x, p)) * (p.y.factor ? 1.0 : norm(p.y, p));
+  }
+  // The margin covers the rounding of norms and products; the reference is one that T can hold, since the engine and
+  // the finish must speak of the same.
+  const double top = std::abs(p.scale) * largest * kLog2E * (1 + 1e-5);
+  const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
+  const double t = std::min(std::max(0.0, 2 * top - depth), headroom);
+  p.reference = std::ceil(top + highest_bias(call.second()) * kLog2E - t);
+  if (!wide && double(float(p.reference)) != p.reference)
+    p.reference = std::nextafterf(float(p.reference), std::numeric_limits<float>::infinity());
+}
+
+// The lines of which a sum is expected, one set of pairs of one side.
+class Occupied {
+ public:
+  Occupied(const OptionalTensor& flags, int64_t set, int64_t lines, int64_t first, int64_t others, int64_t offset)
+      : flags_(flags ? flags->const_data_ptr<bool>() + set * lines + first : nullptr),
+        others_(others),
+        offset_(offset) {}
+  bool operator()(int64_t line) const {
+    if (flags_) return flags_[line];
+    const int64_t own = line + offset_;
+    return others_ > (own >= 0 && own < others_ ? 1 : 0);
+  }
+
+ private:
+  const bool* const flags_;
+  const int64_t others_, offset_;
+};
+
+// True if one reference was enough for a set of pairs: a smaller sum may have lost terms that count.
+bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occupied& occupied) {
+  const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
+  for (int64_t i = 0; i < side.rows; i++)
+    if (!(lines.sum[i] >= least) && occupied(i)) return false;
+  return true;
+}
+
+bool states_hold(Call& call, const OptionalTensor& occupied, int64_t offset) {
+  const Problem& p = call.problem;
+  // A reference that is no number serves not even a line without pairs, whose sum is right.
+  if (!std::isfinite(p.reference)) return false;
+  const Side &x = call.first(), &y = call.second();
+  const int64_t lines = call.m + call.n;
+  for (int64_t set = 0; set < (p.same_id_positive ? 2 : 1); set++) {
+    const Occupied of_x(occupied, set, lines, 0, call.n, offset), of_y(occupied, set, lines, call.m, call.m, -offset);
+    if (!sums_hold(p, x, set ? x.positives : x.negatives, of_x)) return false;
+    if (!sums_hold(p, y, set ? y.positives : y.negatives, of_y)) return false;
+  }
+  return true;
+}
+
+struct Swept {
+  Tensor state, positive;
+};
+
+Swept allocate_states(Call& call) {
+  const auto options = call.x.options().dtype(at::kDouble);
+  const int64_t sets = call.problem.same_id_positive ? 2 : 1, lines = call.m + call.n;
+  Swept out{at::empty({2 * sets, lines}, options), at::empty({call.m}, options)};
+  double* state = out.state.mutable_data_ptr<double>();
+  const auto set = [&](Lines& x, Lines& y) {
+    x.reference = state, y.reference = state + call.m;
+    x.sum = state + lines, y.sum = state + lines + call.m;
+    state += 2 * lines;
+  };
+  set(call.first().negatives, call.second().negatives);
+  if (sets == 2) set(call.first().positives, call.second().positives);
+  call.problem.positive = out.positive.mutable_data_ptr<double>();
+  std::fill_n(call.problem.positive, call.m, NAN);
+  return out;
+}
+
+// After running maxima.
+void settle(double* reference, double* sum, int64_t lines) {
+  for (int64_t q = 0; q < lines; q++) {
+    if (std::isinf(reference[q]) && reference[q] < 0) {
+      reference[q] = 0;  // no pairs
+    } else if (!(sum[q] >= 0x1p-100 && sum[q] <= 0x1p127)) {
+      sum[q] = NAN;  // relative to its own largest term: logits beyond 1e9 have outgrown the dtype
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& block, const OptionalTensor& bound,
+                                         const OptionalTensor& occupied, int64_t keep) {
+  TORCH_CHECK(keep >= 0, "keep must be a number of rows >= 0, got ", keep);
+  Call call(block);
+  check_occupied(block, occupied, call.m + call.n);
+  Problem& p = call.problem;
+  Swept out = allocate_states(call);
+  Tensor kept = allocate_kept(call, keep);
+  p.kept = kept.data_ptr();
+  p.kept_rows = kept.numel() / p.y.rows;
+  p.fold = true;
+  if (call.has_shift()) set_reference(call, bound);
+  call.run();
+  const OptionalTensor flags = occupied ? OptionalTensor(occupied->contiguous()) : std::nullopt;
+  if (call.has_shift() && !states_hold(call, flags, block.offset)) {
+    p.running_maxima = true;
+    p.kept_ready = true;
+    call.run();
+    const int64_t lines = call.m + call.n;
+    double* state = out.state.mutable_data_ptr<double>();
+    for (int64_t set = 0; set < out.state.size(0) / 2; set++, state += 2 * lines) settle(state, state + lines, lines);
+  }
+  return {out.state, out.positive, kept};
+}
+
+// ---- finish --------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& positive, const Tensor& scale,
+                                          const OptionalTensor& bias, std::string_view kind) {
+  const int64_t lines = state.dim() == 2 ? state.size(1) : 0, period = positive.numel();
+  TORCH_CHECK(lines > 0 && state.size(0) == 2 && state.is_contiguous() && state.scalar_type() == at::kDouble &&
+                  positive.is_contiguous() && positive.scalar_type() == at::kDouble && period > 0 &&
+                  lines % period == 0,
+              "state must be (2, L) and positive (L) or a divisor, contiguous float64, got ", state.sizes(), " and ",
+              positive.sizes());
+  const Kind found = kind_of(kind);
+  const double k = number("scale", scale), k0 = bias ? number("bias", *bias) : 0.0;
+  Tensor losses = at::empty({lines}, state.options()), coefficients = at::empty({lines}, state.options()),
+         weights = at::empty({lines}, state.options());
+  const double* const reference = state.const_data_ptr<double>();
+  const double* const t = positive.const_data_ptr<double>();
+  double *const l = losses.mutable_data_ptr<double>(), *const c = coefficients.mutable_data_ptr<double>(),
+                *const q = weights.mutable_data_ptr<double>();
+  at::parallel_for(0, lines, 2048, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      PORTABLE::Line line{NAN, NAN, NAN};  // as far as the compiler knows, for_kind may call nothing
+      PORTABLE::for_kind(found, [&](auto entry) {
+        line = entry.finish(reference[i], reference[lines + i], k * t[i % period] + (entry.kHasShift ? 0. : k0));
+      });
+      l[i] = line.loss, c[i] = line.coefficient, q[i] = line.positive_weight;
+    }
+  });
+  return {losses, coefficients, weights};
+}
+
+// ---- weigh ---------------------------------------------------------------------------------------------------------
+
+struct Gradients {
+  Tensor u, v, accumulator;
+};
+
+Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarType dtype_x, at::ScalarType dtype_y) {
+  const int64_t width = call.problem.width;
+  const auto options = call.x.options();
+  Gradients out;
+  out.u = Workspace::take({needs_x ? call.m : 0, width}, options.dtype(dtype_x));
+  out.v = Workspace::take({needs_y ? call.n : 0, width}, options.dtype(dtype_y));
+  const auto set = [](Side& side, Tensor& gradient, bool needed) {
+    side.gradient = needed ? gradient.data_ptr() : nullptr;
+    side.gradient_dtype = dtype_of(gradient.scalar_type());
+  };
+  set(call.first(), out.u, needs_x);
+  set(call.second(), out.v, needs_y);
+  const Tensor& columns = call.swapped ? out.u : out.v;
+  if (columns.numel() > 0)
+    out.accumulator = columns.scalar_type() == statistic_of(call.x)
+                          ? columns
+                          : Workspace::take(columns.sizes(), options.dtype(statistic_of(call.x)));
+  if (out.accumulator.defined()) call.problem.y.accumulator = out.accumulator.data_ptr();
+  return out;
+}
+
+Tensor totals_of(const Call& call) {
+  Tensor totals = at::empty({2}, call.x.options().dtype(at::kDouble));
+  for (int q = 0; q < 2; q++) totals.mutable_data_ptr<double>()[q] = call.problem.gain * call.problem.totals[q];
+  return totals;
+}
+
+// Sums of the weights of each line that has a bias of its own: those of own positives are added to the tile's.
+void add_own_positives(const Call& call, int64_t offset, const double* weight, double* sums) {
+  for (int64_t i = 0; i < call.m; i++)
+    if (i + offset >= 0 && i + offset < call.n) sums[i + offset] += weight[i];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, const WeighArguments& given) {
+  Call call(block);
+  Problem& p = call.problem;
+  const int64_t lines = call.m + call.n;
+  check_statistics(block, given, call.m, call.n);
+  TORCH_CHECK(given.state.is_contiguous(), "state must be contiguous, got strides ", given.state.strides());
+  Gradients out = allocate_gradients(call, given.needs_x, given.needs_y, given.dtype_x, given.dtype_y);
+  const auto statistic = statistic_of(call.x);
+  const double* const m = given.state.const_data_ptr<double>();
+  const Tensor& coefficients = call.held(given.coefficients, statistic);
+  const auto set = [&](int64_t place, Lines& x, Lines& y) {
+    const auto at = [&](const Tensor& t, int64_t line) {
+      return static_cast<const char*>(t.const_data_ptr()) + t.element_size() * line;
+    };
+    const Tensor& references = call.held(given.state.select(0, 2 * place), statistic);
+    x.references = at(references, 0), y.references = at(references, call.m);
+    x.coefficients = at(coefficients, place * lines), y.coefficients = at(coefficients, place * lines + call.m);
+    for (int64_t q = 0; q < lines; q++) p.one_reference = p.one_reference && m[2 * place * lines + q] == m[0];
+  };
+  set(0, call.first().negatives, call.second().negatives);
+  if (p.same_id_positive) set(1, call.first().positives, call.second().positives);
+  p.positive_weight = call.held(given.positive_weight, at::kDouble).const_data_ptr<double>();
+  p.positive = const_cast<double*>(call.held(given.positive, at::kDouble).const_data_ptr<double>());
+  p.gain = number("gain", given.gain);
+  p.project = given.project;
+  const Tensor& kept = given.kept;
+  TORCH_CHECK(kept.scalar_type() == statistic && kept.is_contiguous() && kept.numel() % p.y.rows == 0,
+              "kept must come from a sweep of the same features, got ", kept.sizes(), " ", kept.scalar_type());
+  p.kept = const_cast<void*>(kept.const_data_ptr());
+  p.kept_rows = kept.numel() / p.y.rows;
+  p.kept_ready = true;
+  p.weigh = true;
+  Tensor key_bias = at::empty({given.needs_key_bias ? call.n : 0}, call.x.options().dtype(at::kDouble));
+  if (given.needs_key_bias) {
+    // Sums of weights are those of a biased block.
+    TORCH_CHECK(block.key_bias, "a gradient of key_bias needs key_bias, got None");
+    call.second().key_bias_sum = key_bias.mutable_data_ptr<double>();
+  }
+  call.run();
+  if (given.needs_key_bias) {
+    add_own_positives(call, block.offset, p.positive_weight, key_bias.mutable_data_ptr<double>());
+    key_bias.mul_(p.gain);
+  }
+  return {out.u, out.v, totals_of(call), key_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(const BlockArguments& block, const Tensor& gain,
+                                                                   bool needs_x, bool needs_y, bool project) {
+  Call call(block);
+  Problem& p = call.problem;
+  check_in_one_go(block, PORTABLE::is_linear(p.kind));
+  const auto statistic = statistic_of(call.x);
+  Swept swept = allocate_states(call);
+  Gradients out = allocate_gradients(call, needs_x, needs_y, statistic, statistic);
+  p.gain = number("gain", gain);
+  p.project = project;
+  p.fold = p.weigh = true;
+  call.run();
+  return {swept.state, swept.positive, out.u, out.v, totals_of(call)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
+  m.impl("sweep.cpu", &Flat<&sweep>::call);
+  m.impl("finish.cpu", &finish);
+  m.impl("weigh.cpu", FlatWeigh<&weigh>::call);
+  m.impl("sweep_and_weigh.cpu", &Flat<&sweep_and_weigh>::call);
+}
+
+// The operators have no derivative of their own, and silence would be a wrong gradient: a backward through one fails.
+TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
+  for (const char* const name : {"sweep.cpu", "finish.cpu", "weigh.cpu", "sweep_and_weigh.cpu"})
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace fastclip

@@ -1,0 +1,140 @@
+// The sets of pairs that the CPU engine folds and weighs: which pairs belong, and how their logits come from t.
+//
+// A set is built for each column of a tile and asked once for each register of rows.
+#pragma once
+
+#include "tile.h"
+
+namespace fastclip {
+namespace FASTCLIP_CAPABILITY {
+
+// Masks, all bits or none: the pairs that count for their rows, and for their column.
+template <class T>
+struct Counted {
+  using Mask = typename Integers<V<T>>::type;
+  Mask by_row, by_column;
+};
+
+// Every pair but the own positives.
+template <class T>
+struct Plain {
+  static constexpr bool kPositives = false;
+  static constexpr bool kApart = false;   // what counts for rows and for columns may differ
+  static constexpr bool kBiased = false;  // lines may have biases, whose gradients are sums of weights
+  const Affine<T>& k;
+
+  FASTCLIP_INLINE Plain(const Tile<T>&, const Column<T>& column, int64_t) : k(column.k) {}
+  static const TileLines<T>& lines(const Tile<T>& tile) { return tile.negatives; }
+
+  template <class Kind>
+  FASTCLIP_INLINE const Affine<T>& map(int64_t) const {
+    return k;
+  }
+  FASTCLIP_INLINE V<T> reference(V<T> m, int64_t) const { return m; }
+  FASTCLIP_INLINE V<T> bias(int64_t) const { return V<T>{}; }
+  FASTCLIP_INLINE Counted<T> counted(const V<T>&, const V<T>& counts, int64_t) const {
+    const auto mask = counts != T(0);
+    return {mask, mask};
+  }
+};
+
+// Options that a block may have. Each function is compiled for ids alone, for thresholds alone, and for
+// everything, whichever of it there is.
+enum Option : unsigned { kIds = 1, kThresholds = 2, kBiases = 4, kEverything = 7 };
+
+// Those that ids and thresholds leave, or with Positives those of equal ids; logits have the biases of their lines.
+// Pointers are copied from the tile: else every store to a tile would have the compiler read them again.
+template <class T, unsigned Options, bool Positives>
+class Selected {
+  static constexpr bool kMayLack = Options == kEverything;  // then what is absent is a null pointer
+
+ public:
+  static constexpr bool kPositives = Positives;
+  static constexpr bool kApart = !Positives && (Options & kThresholds);
+  static constexpr bool kBiased = Options & kBiases;
+
+  FASTCLIP_INLINE Selected(const Tile<T>& tile, const Column<T>& column, int64_t c)
+      : k_(column.k),
+        factor_(T(column.factor)),
+        ids_(tile.row_ids),
+        thresholds_(tile.row_threshold),
+        whole_(tile.row_bias_whole),
+        part_(tile.row_bias_part),
+        threshold_(tile.col_threshold ? tile.col_threshold[c] : T(0)),
+        id_(tile.col_ids ? tile.col_ids[c] : 0),
+        bias_(tile.col_bias ? tile.col_bias[c] : 0.) {}
+  static const TileLines<T>& lines(const Tile<T>& tile) { return Positives ? tile.positives : tile.negatives; }
+
+  // With a shift the integral part of a bias is taken off the reference.
+  template <class Kind>
+  FASTCLIP_INLINE auto map(int64_t i) const {
+    constexpr bool kNegated = Positives && Kind::kNegatesPositives;
+    if constexpr (!kBiased) {
+      return kNegated ? k_.negated() : k_;
+    } else {
+      V<T> low = number_of<T>(bias_.part), high = number_of<T>(Kind::kHasShift ? T(0) : k_.bias + bias_.whole);
+      if (!Kind::kHasShift) low += k_.bias_low;
+      if (whole_) {
+        V<T> whole, part;
+        load(whole_ + i, whole), load(part_ + i, part);
+        low += part;
+        if (!Kind::kHasShift) high += whole;
+      }
+      const Affine<T, V<T>, true> k(k_.scale, k_.scale_low, high, low);
+      return kNegated ? k.negated() : k;
+    }
+  }
+  FASTCLIP_INLINE V<T> reference(V<T> m, int64_t i) const {
+    if constexpr (kBiased) {
+      m -= bias_.whole;
+      if (whole_) {
+        V<T> whole;
+        load(whole_ + i, whole);
+        m -= whole;
+      }
+    }
+    return m;
+  }
+  FASTCLIP_INLINE V<T> bias(int64_t i) const {
+    V<T> sum{};
+    if constexpr (kBiased) {
+      sum += bias_.whole + bias_.part;
+      if (whole_) {
+        V<T> whole, part;
+        load(whole_ + i, whole), load(part_ + i, part);
+        sum += whole + part;
+      }
+    }
+    return sum;
+  }
+  // t: with the factor of its row.
+  FASTCLIP_INLINE Counted<T> counted(const V<T>& t, const V<T>& counts, int64_t i) const {
+    typename Counted<T>::Mask mask = counts != T(0);
+    if constexpr (Options & kIds) {
+      if (!kMayLack || ids_) {
+        typename Counted<T>::Mask ids;
+        memcpy(&ids, ids_ + i, sizeof ids);
+        mask = mask & (Positives ? ids == id_ : ids != id_);
+      }
+    }
+    if constexpr (!kApart) return {mask, mask};
+    if (kMayLack && !thresholds_) return {mask, mask};
+    V<T> threshold;
+    load(thresholds_ + i, threshold);
+    const V<T> whole = t * factor_;
+    // A NaN counts, and spoils its lines as it should.
+    return {mask & ~(whole > threshold), mask & ~(whole > threshold_)};
+  }
+
+ private:
+  const Affine<T> k_;
+  const T factor_;
+  const Integer<T>* const ids_;
+  const T *const thresholds_, *const whole_, *const part_;
+  const T threshold_;
+  const Integer<T> id_;
+  const LineBias<T> bias_;
+};
+
+}  // namespace FASTCLIP_CAPABILITY
+}  // namespace fastclip

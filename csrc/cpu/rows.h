@@ -1,0 +1,79 @@
+// What the CPU engine does with whole rows of features and gradients: their largest norm, and the end of a gradient.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include "../engine.h"
+#include "pack.h"
+
+namespace fastclip {
+namespace FASTCLIP_CAPABILITY {
+
+template <class Out, class T>
+void store_row(const T* g, T scale, int64_t width, Out* out) {
+  for (int64_t d = 0; d < width; d++) out[d] = cast_to<Out>(g[d] * scale);
+}
+
+// One row of a gradient, complete: gain, the normalisation's Jacobian, the output's dtype.
+template <class In, class T>
+void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
+  const int64_t width = p.width;
+  const bool project = p.project && side.factor;
+  T scale = T(p.gain * p.scale);
+  const T factor = side.factor ? static_cast<const T*>(side.factor)[row] : T(1);
+  // A norm below 1e-12 was clamped: the features were divided by a constant, and nothing is projected out.
+  const bool clamped = factor >= T(0.9999e12);
+  const In* const x = static_cast<const In*>(side.features) + row * side.stride;
+  char* const base = static_cast<char*>(side.gradient);
+  if (project) scale *= factor;
+  // 1e12 times anything overflows fp16: there a zero row has no gradient rather than an infinite one.
+  if (project && clamped && (std::is_same_v<In, at::Half> || side.gradient_dtype == Dtype::kHalf)) scale = 0;
+  if (project && !clamped) {
+    double along = 0;
+    T partial = 0;
+#pragma omp simd reduction(+ : partial)
+    for (int64_t d = 0; d < width; d++) partial += g[d] * cast_to<T>(x[d]);
+    along = double(partial) * factor * factor;
+    T* const projected = const_cast<T*>(g);
+    for (int64_t d = 0; d < width; d++) projected[d] -= T(along) * cast_to<T>(x[d]);
+  }
+  switch (side.gradient_dtype) {
+    case Dtype::kDouble:
+      return store_row(g, scale, width, reinterpret_cast<double*>(base) + row * width);
+    case Dtype::kFloat:
+      return store_row(g, scale, width, reinterpret_cast<float*>(base) + row * width);
+    case Dtype::kBFloat16:
+      return store_row(g, scale, width, reinterpret_cast<at::BFloat16*>(base) + row * width);
+    case Dtype::kHalf:
+      return store_row(g, scale, width, reinterpret_cast<at::Half*>(base) + row * width);
+  }
+}
+
+template <class T, class In>
+T squared_norm(const In* x, int64_t width) {
+  T square = 0;
+#pragma omp simd reduction(+ : square)
+  for (int64_t d = 0; d < width; d++) {
+    const T v = cast_to<T>(x[d]);
+    square += v * v;
+  }
+  return square;
+}
+
+template <class In, class T>
+double largest_norm_of(const Side& side, int64_t width) {
+  const In* const x = static_cast<const In*>(side.features);
+  return at::parallel_reduce(
+      0, side.rows, at::divup(1 << 15, width), 0.0,
+      [&](int64_t begin, int64_t end, double largest) {
+        for (int64_t i = begin; i < end; i++) {
+          const double square = squared_norm<T>(x + i * side.stride, width);
+          if (!(square <= largest)) largest = square;  // NaN stays
+        }
+        return largest;
+      },
+      [](double a, double b) { return a <= b ? b : a; });
+}
+
+}  // namespace FASTCLIP_CAPABILITY
+}  // namespace fastclip

@@ -1,0 +1,145 @@
+// What the CPU engine does with one tile of products: fold it into the state, or turn it into weights.
+//
+// A tile holds t for `cols` columns by `lanes` rows, the rows side by side in memory: one vector register holds one
+// column of 16 (or 8, or 4) rows, a row's sum is a vector, and only column sums are reduced across a register.
+// A mask leaves out the own positives and the lanes beyond the last row, so that every loop runs over whole registers.
+// Which other pairs count, a set of pairs says (pairs.h): every function here is about one.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "../epilogues.h"
+
+namespace fastclip {
+namespace FASTCLIP_CAPABILITY {
+
+// A sum over all pairs in double that does not lose what its length would (Neumaier): a billion equal terms bias a
+// plain one.
+struct Sum {
+  double value = 0, lost = 0;
+  FASTCLIP_INLINE void add(double v) {
+    const double next = value + v;
+    lost += std::abs(value) >= std::abs(v) ? (value - next) + v : (v - next) + value;
+    value = next;
+  }
+};
+
+// An integer as wide as T.
+template <class T>
+using Integer = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t>;
+
+// Statistics of the lines of a tile over a set of pairs, and coefficients for their weights.
+template <class T>
+struct TileLines {
+  double *row_reference, *row_sum;  // fold
+  double *col_reference, *col_sum;
+  const T *a, *b;  // weigh
+  const T *row_references, *col_references;
+};
+
+template <class T>
+struct Tile {
+  const T* t;           // (cols, lanes) products, without the factors
+  int64_t lanes;        // row stride of t and w, a multiple of 16
+  int64_t rows, cols;   // valid part
+  int64_t first_lane;   // column c has its own positive at lane c + first_lane, where that is a valid lane
+  const T* row_factor;  // (lanes)
+  const T* col_factor;  // (cols), or null for ones
+  double scale_log2, bias_log2;
+  T* counts;   // (lanes): 1 for rows, 0 beyond; a column's own positive is 0 while it is worked on
+  T* scratch;  // (2 lanes)
+
+  T reference;       // fold, one for all
+  double* positive;  // fold: t of the own positives, at lane i or at column c
+  bool positive_of_col;
+  TileLines<T> negatives{}, positives{};  // positives by id
+
+  T* w;         // (cols, lanes); may be t itself
+  Sum* totals;  // sums of w and of w * t, own positives apart
+
+  // Null in a plain tile, and where there are none.
+  const Integer<T>* row_ids = nullptr;  // (lanes)
+  const int32_t* col_ids = nullptr;
+  const T *row_threshold = nullptr, *col_threshold = nullptr;
+  const T *row_bias_whole = nullptr, *row_bias_part = nullptr;  // (lanes)
+  const double* col_bias = nullptr;
+  double *row_weights = nullptr, *col_weights = nullptr;  // weigh: sums of w, added to
+};
+
+// One column at a time: its products, its scale, and its own positive masked out.
+template <class T>
+class Column {
+ public:
+  const T* const t;
+  const double factor;
+  const Affine<T> k;
+
+  FASTCLIP_INLINE Column(const Tile<T>& tile, int64_t c)
+      : t(tile.t + c * tile.lanes),
+        factor(tile.col_factor ? tile.col_factor[c] : T(1)),
+        k(tile.scale_log2 * factor, tile.bias_log2),
+        lane_(c + tile.first_lane),
+        counts_(tile.counts) {
+    if (lane_ < 0 || lane_ >= tile.rows) lane_ = -1;
+    if (lane_ >= 0) counts_[lane_] = 0;
+  }
+  FASTCLIP_INLINE ~Column() {
+    if (lane_ >= 0) counts_[lane_] = 1;
+  }
+  // t of the own positive, where it is in the tile.
+  FASTCLIP_INLINE void note_positive(const Tile<T>& tile, int64_t c) const {
+    if (lane_ >= 0)
+      tile.positive[tile.positive_of_col ? c : lane_] = double(t[lane_]) * tile.row_factor[lane_] * factor;
+  }
+
+ private:
+  int64_t lane_;
+  T* const counts_;
+};
+
+// A register of this instruction set.
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+template <class T>
+struct Register {
+  typedef T type __attribute__((vector_size(kRegister)));
+};
+template <class T>
+using V = typename Register<T>::type;
+template <class T>
+constexpr int64_t kWidth = sizeof(V<T>) / sizeof(T);
+
+template <class T>
+FASTCLIP_INLINE void load(const T* p, V<T>& v) {
+  memcpy(&v, p, sizeof v);
+}
+template <class T>
+FASTCLIP_INLINE void store(T* p, const V<T>& v) {
+  memcpy(p, &v, sizeof v);
+}
+
+// Sum of a register, in double and in a fixed order.
+template <class T>
+FASTCLIP_INLINE double total_of(const V<T>& v) {
+  T lanes[kWidth<T>];
+  memcpy(lanes, &v, sizeof v);
+  for (int64_t half = kWidth<T> / 2; half > 0; half /= 2)
+    for (int64_t q = 0; q < half; q++) lanes[q] += lanes[q + half];
+  return lanes[0];
+}
+
+template <class T>
+FASTCLIP_INLINE V<T> number_of(T value) {
+  return V<T>{} + value;
+}
+
+}  // namespace FASTCLIP_CAPABILITY
+}  // namespace fastclip

@@ -1,0 +1,55 @@
+// What one launch of the CUDA engine works on: a part of a block, the partial sums of its lines, and what weighs its
+// pairs. Plain pointers to device memory; shared by the kernels that read products from memory and by those that make
+// them on tensor cores.
+#pragma once
+
+#include "engine.h"
+
+namespace fastclip {
+namespace cuda {
+
+// Some rows and columns of a block, as a block of its own. The positive of row i is column i + offset; offset lies
+// within [-rows, columns].
+struct Part {
+  const void *x = nullptr, *y = nullptr;  // (rows, width), (columns, width), unit stride along the width
+  int64_t rows = 0, columns = 0, width = 0;
+  int64_t stride_x = 0, stride_y = 0;
+  Dtype dtype = Dtype::kFloat;
+  Kind kind{};
+  const float *factor_x = nullptr, *factor_y = nullptr;  // or null
+  Scalar scale, bias;                                    // bias.at may be null
+  int64_t offset = 0;
+  Stream stream = nullptr;
+};
+
+// Number q of line l lies at data[l * line + q * part]; whoever adds them up does so from q = 0 on.
+struct Partials {
+  float* data = nullptr;
+  int64_t parts = 0;  // numbers of each line
+  int64_t line = 1, part = 0;
+};
+
+// The first sweep: sums of fold(t, k, m) over the negatives of each row and column, and t of the positives.
+struct Folding {
+  const float* reference = nullptr;  // m, one for all lines; null for a kind without
+  double* positive = nullptr;        // (rows) of the part; only rows with a positive in it are written
+  Partials rows, columns;
+};
+
+// The second sweep: w_ij = activation(t, k, m) * (a_i + b_j) of the negatives, 0 for positives.
+struct PairWeights {
+  const float *reference_x = nullptr, *reference_y = nullptr;  // of rows, of columns; null for a kind without
+  const int32_t* differ = nullptr;  // not 0: the references are not all equal, and a pair takes two exponentials:
+                                    // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j
+  const float *a = nullptr, *b = nullptr;  // null where a_i + b_j = 1
+  void* out = nullptr;                     // (rows, columns) of the part's dtype, or null where nobody wants gradients
+  int64_t stride_out = 0;
+  bool spread = true;       // what is written is w * enlarged * factor_x_i * factor_y_j, else w * enlarged
+  float enlarged = 1;       // a power of two
+  bool to_tf32 = false;     // fp32 weights are rounded to tf32, to nearest
+  float* totals = nullptr;  // (2, parts): sums of w, then sums of w * t
+  int64_t total_parts = 0;
+};
+
+}  // namespace cuda
+}  // namespace fastclip

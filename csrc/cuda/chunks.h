@@ -1,0 +1,46 @@
+// The chunks that a block is cut into. One chunk's products exist at a time, in fp32; besides states and gradients,
+// O((M + N) D), memory holds them and a chunk of weights.
+//
+// A chunk of C x W pairs costs its gradients' products one more reading and writing of C rows of dx and W rows of dy,
+// 8 (C + W) D bytes against 4 C W D FLOPs. 5,632 x 11,264 are 44 x 88 tiles of 128: at D = 768 and with tiles of
+// 128 x 256 the product for dx is one full wave on 132 processors, that for dy two.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "device.h"
+
+namespace fastclip {
+namespace cuda {
+
+// Rows of products and of weights lie this many elements apart, or a multiple: each begins on 32 bytes.
+constexpr int64_t kStrideUnit = 16;
+
+struct Chunk {
+  int64_t row, rows, column, columns;
+  bool kept;  // its products are in the kept ones' memory
+};
+
+inline std::vector<Chunk> chunks_of(int64_t m, int64_t n, int64_t kept_rows) {
+  const ChunkShape shape = chunk_shape();
+  std::vector<Chunk> chunks;
+  for (int64_t row = 0; row < m;) {
+    const bool kept = row < kept_rows;
+    const int64_t rows = std::min(shape.rows, (kept ? std::min(kept_rows, m) : m) - row);
+    for (int64_t column = 0; column < n; column += shape.columns)
+      chunks.push_back({row, rows, column, std::min(shape.columns, n - column), kept});
+    row += rows;
+  }
+  return chunks;
+}
+
+inline int64_t stride_of(int64_t columns) { return cdiv(columns, kStrideUnit) * kStrideUnit; }
+
+template <class T>
+T* allocate(Library& library, int64_t count) {
+  return static_cast<T*>(library.allocate(std::max<int64_t>(count, 1) * int64_t(sizeof(T))));
+}
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,69 @@
+// The engine on CUDA: products of chunks by a library, everything else of them by our kernels.
+//
+// A product is written by the library and read by one kernel, which folds it (epilogue.h), or turns it into
+// weights, which two more products of the library take. Partial sums become states in finalise.h; maxima.h
+// makes them anew where one reference was not enough; complete.h turns products of weights into gradients.
+#include "first_sweep.h"
+#include "second_sweep.h"
+
+namespace fastclip {
+namespace cuda {
+
+ChunkShape& chunk_shape() {
+  static ChunkShape shape = {5632, 11264};
+  return shape;
+}
+
+void sweep(const Block& block, const Sweeping& sweeping, Library& library) {
+  Work w(block, library);
+  const std::vector<Chunk> chunks = chunks_of(w.m(), w.n(), sweeping.kept_rows);
+  FirstSweep first(w, chunks, sweeping);
+  if (CUDA::has_shift(block.kind)) first.set_reference();
+  float* const buffer = allocate<float>(library, w.products_size(chunks));
+  for (const Chunk& c : chunks) first.fold(c, buffer);
+  if (CUDA::has_shift(block.kind)) first.sweep_maxima();
+}
+
+void finish(const Finishing& lines) {
+  CUDA::for_kind(lines.kind, [&](auto statistic) {
+    launch({"finish_kernel", lines.count, lines.period, 1, lines.stream}, finish_kernel<decltype(statistic)>,
+           cdiv(lines.count, kThreads), lines);
+  });
+}
+
+void weigh(const Block& block, const Weighing& weighing, Library& library) {
+  Work w(block, library);
+  SecondSweep second(w, weighing, false);
+  second.run(nullptr);
+  if (second.wants_y()) second.complete_columns();
+  if (second.wants_key_bias()) second.complete_key_bias();
+  second.complete_totals();
+}
+
+void sweep_and_weigh(const Block& block, double* positive, const Weighing& weighing, Library& library) {
+  if (!CUDA::is_linear(block.kind))
+    throw std::invalid_argument("only a loss whose weights need no state can be swept and weighed in one go");
+  if (!block.is_plain())
+    throw std::invalid_argument(
+        "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
+  Work w(block, library);
+  w.b.fused = false;  // no fused kernel folds and weighs; each of the two would make the products once more
+  Sweeping sweeping;
+  sweeping.positive = positive;
+  FirstSweep first(w, chunks_of(w.m(), w.n(), 0), sweeping);
+  SecondSweep second(w, weighing, true);
+  second.run(&first);
+  // Only now the positives, whose weights the gradients wait for, are known.
+  double* const lines = allocate<double>(library, 3 * w.m());
+  finish({block.kind, w.m(), w.m(), block.x.negatives.reference, block.x.negatives.sum, positive, block.scale,
+          block.bias, lines, lines + w.m(), lines + 2 * w.m(), block.stream});
+  second.set_positives(positive, lines + 2 * w.m());
+  if (second.wants_x()) second.complete_rows(static_cast<const float*>(block.x.gradient), 0, w.m());
+  if (second.wants_y()) second.complete_columns();
+  second.complete_totals();
+}
+
+bool has_fused() { return FASTCLIP_FUSED; }
+
+}  // namespace cuda
+}  // namespace fastclip

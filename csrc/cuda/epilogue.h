@@ -1,0 +1,218 @@
+// The epilogue of a product in memory: a tile of t_ij is read once, folded into one number for each of its rows and
+// columns, or weighed, or both. Positives by id fold into numbers of their own on the way.
+//
+// A warp takes rows one after another, 256 columns of each: a lane holds two times four neighbours. Sums of a row end
+// in shuffles; sums of columns stay in registers until the warps' are added, in order.
+#pragma once
+
+#include <type_traits>
+
+#include "pairs.h"
+
+namespace fastclip {
+namespace cuda {
+
+constexpr int kTileRows = 64, kTileColumns = 256;
+constexpr int kRowsOfWarp = kTileRows / kWarps;
+constexpr int kFours = kTileColumns / (4 * kWarp);
+static_assert(kTileColumns == kThreads, "a thread finishes a column");
+
+struct Products {
+  const float* data = nullptr;  // without the factors
+  int64_t stride = 0;
+  bool aligned = false;  // every row begins on 16 bytes
+};
+
+// Sums of the tile's columns over the block's warps, in order, to where the thread's column has its number.
+__device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], float (&shared)[kWarps][kTileColumns],
+                                              const Partials& to, int64_t tile_m, int64_t j, int64_t columns) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int four = 0; four < kFours; four++)
+#pragma unroll
+    for (int q = 0; q < 4; q++) shared[warp][four * 4 * kWarp + 4 * lane + q] = sums[four][q];
+  __syncthreads();
+  float sum = 0;
+  for (int q = 0; q < kWarps; q++) sum += shared[q][threadIdx.x];
+  if (j < columns) to.data[j * to.line + tile_m * to.part] = sum;
+}
+
+// Out: the dtype of the weights, or void where only their sums are wanted or there are none.
+template <class Statistic, class Options, bool kFold, bool kWeigh, class Out>
+__global__ void __launch_bounds__(kThreads)
+    epilogue_kernel(Part part, Products products, Folding folding, PairWeights weights, Options options) {
+  constexpr bool kWrites = !std::is_void_v<Out>, kHasAll = Options::kHasAll;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t tiles_n = cdiv(part.columns, kTileColumns);
+  const int64_t tile_m = blockIdx.x / tiles_n, tile_n = blockIdx.x % tiles_n;
+  const int64_t first_row = tile_m * kTileRows + warp * kRowsOfWarp, first_column = tile_n * kTileColumns;
+  // Within a tile 32 bits do: columns are counted from its first one.
+  const int columns = int(part.columns - first_column < kTileColumns ? part.columns - first_column : kTileColumns);
+  const auto column_of = [lane](int four, int q) { return (four * kWarp + lane) * 4 + q; };
+
+  const Affine<float> k = affine<Statistic>(part.scale, part.bias);
+  float m = 0;
+  bool two_references = false;
+  if (kFold && folding.reference) m = *folding.reference;
+  if (kWeigh && weights.reference_x) {
+    m = *weights.reference_x;
+    two_references = *weights.differ != 0;
+  }
+
+  float factor_y[kFours][4], column_sum[kFours][4] = {};
+  LineWeight column[kFours][4] = {};
+  typename Options::Line column_line[kFours][4] = {};
+  typename Options::Bias bias[kFours][4] = {};
+  // With positives by id: the columns' sums of them, and what weighs them.
+  float positive_sum[kFours][4] = {}, weight_sum[kFours][4] = {};
+  LineWeight column_positive[kFours][4] = {};
+#pragma unroll
+  for (int four = 0; four < kFours; four++)
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const int c = column_of(four, q);
+      const int64_t j = first_column + c;
+      const bool inside = c < columns;
+      factor_y[four][q] = inside && part.factor_y ? part.factor_y[j] : 1.f;
+      if (inside) {
+        column_line[four][q] = options.column(j);
+        bias[four][q] = options.template bias<Statistic>(j, k);
+      }
+      if constexpr (kWeigh) {
+        if (inside && weights.b) column[four][q].coefficient = weights.b[j];
+        if (inside && two_references) column[four][q].reference = weights.reference_y[j];
+        if constexpr (kHasAll) {
+          if (inside && options.d) column_positive[four][q].coefficient = options.d[j];
+          if (inside && options.d && two_references) column_positive[four][q].reference = options.reference_y[j];
+        }
+      }
+    }
+
+  float sum_w = 0, sum_wt = 0;
+  for (int row = 0; row < kRowsOfWarp; row++) {
+    const int64_t i = first_row + row;
+    if (i >= part.rows) break;
+    const float* const t_row = products.data + i * products.stride + first_column;
+    const int64_t partner = i + part.offset - first_column;
+    const int positive = partner >= 0 && partner < columns ? int(partner) : -1;
+    const float factor_x = part.factor_x ? part.factor_x[i] : 1.f;
+    const typename Options::Line line = options.row(i);
+    float row_sum = 0, row_positive_sum = 0;
+    LineWeight mine = {1, m}, mine_positive = {0, m};
+    if constexpr (kWeigh) {
+      if (weights.a) mine.coefficient = weights.a[i];
+      if (two_references) mine.reference = weights.reference_x[i];
+      if constexpr (kHasAll) {
+        if (options.c) mine_positive.coefficient = options.c[i];
+        if (options.c && two_references) mine_positive.reference = options.reference_x[i];
+      }
+    }
+#pragma unroll
+    for (int four = 0; four < kFours; four++) {
+      const int c0 = column_of(four, 0);
+      if (c0 >= columns) continue;
+      const bool whole = c0 + 4 <= columns;
+      float t[4] = {}, written[4] = {};
+      if (whole && products.aligned)
+        load_four(t_row + c0, t);
+      else
+#pragma unroll
+        for (int q = 0; q < 4; q++)
+          if (c0 + q < columns) t[q] = t_row[c0 + q];
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        const float spread = factor_x * factor_y[four][q];
+        t[q] *= spread;
+        const Counts counts = options.counts(line, column_line[four][q], t[q], c0 + q < columns && c0 + q != positive);
+        const bool is_live = counts.mine || counts.other || counts.positive;
+        const auto& own = affine_of<Statistic>(k, bias[four][q], counts.positive);
+        if (kFold && c0 + q == positive && folding.positive) folding.positive[i] = t[q];
+        if constexpr (kFold) {
+          const float e = is_live ? Statistic::fold(t[q], own, reference_of<Statistic>(m, bias[four][q])) : 0.f;
+          if constexpr (kHasAll) {
+            row_sum += counts.mine ? e : 0.f, column_sum[four][q] += counts.other ? e : 0.f;
+            row_positive_sum += counts.positive ? e : 0.f, positive_sum[four][q] += counts.positive ? e : 0.f;
+          } else {
+            row_sum += e, column_sum[four][q] += e;
+          }
+        }
+        if constexpr (kWeigh) {
+          const LineWeight& other = column[four][q];
+          float w;
+          if constexpr (kHasAll) {
+            const LineWeight &c = mine_positive, &d = column_positive[four][q];
+            w = weight_as<Statistic>(t[q], own, bias[four][q], counts, choose(counts.positive, c, mine),
+                                     choose(counts.positive, d, other), two_references);
+            weight_sum[four][q] += w;
+          } else {
+            w = Statistic::activation(t[q], own, mine.reference);
+            if (two_references)
+              w = w * mine.coefficient + Statistic::activation(t[q], own, other.reference) * other.coefficient;
+            else
+              w *= mine.coefficient + other.coefficient;
+            w = is_live ? w : 0.f;
+          }
+          sum_w += w;
+          sum_wt += is_live ? w * t[q] : 0.f;
+          if constexpr (kWrites) {
+            written[q] = w * weights.enlarged;
+            if (weights.spread) written[q] *= spread;
+            if (std::is_same_v<Out, float> && weights.to_tf32) written[q] = rounded_to_tf32(written[q]);
+          }
+        }
+      }
+      if constexpr (kWrites) {
+        Out* const out = static_cast<Out*>(weights.out) + i * weights.stride_out + first_column + c0;
+        // Rows of weights begin on 32 bytes; what they are made from may be kept products, which need not.
+        if (whole)
+          store_four(out, written);
+        else
+#pragma unroll
+          for (int q = 0; q < 4; q++)
+            if (c0 + q < columns) out[q] = narrow<Out>(written[q]);
+      }
+    }
+    if constexpr (kFold) {
+      const auto write_row = [&](float sum, const Partials& to) {
+        sum = warp_sum(sum);
+        if (lane == 0) to.data[i * to.line + tile_n * to.part] = sum;
+      };
+      write_row(row_sum, folding.rows);
+      if constexpr (kHasAll)
+        if (options.rows.data) write_row(row_positive_sum, options.rows);
+    }
+  }
+
+  const int64_t j = first_column + threadIdx.x;
+  if constexpr (kFold) {
+    __shared__ float shared[kWarps][kTileColumns];
+    write_columns(column_sum, shared, folding.columns, tile_m, j, part.columns);
+    if constexpr (kHasAll)
+      if (options.columns.data) {
+        __syncthreads();
+        write_columns(positive_sum, shared, options.columns, tile_m, j, part.columns);
+      }
+  }
+  if constexpr (kWeigh && kHasAll) {
+    __shared__ float shared[kWarps][kTileColumns];
+    if (options.weights.data) write_columns(weight_sum, shared, options.weights, tile_m, j, part.columns);
+  }
+  if constexpr (kWeigh) {
+    __shared__ float shared[2][kWarps];
+    sum_w = warp_sum(sum_w), sum_wt = warp_sum(sum_wt);
+    if (lane == 0) shared[0][warp] = sum_w, shared[1][warp] = sum_wt;
+    __syncthreads();
+    if (threadIdx.x < 2) {
+      float sum = 0;
+      for (int q = 0; q < kWarps; q++) sum += shared[threadIdx.x][q];
+      weights.totals[threadIdx.x * weights.total_parts + blockIdx.x] = sum;
+    }
+  }
+}
+
+inline int64_t epilogue_blocks(const Part& part) {
+  return cdiv(part.rows, kTileRows) * cdiv(part.columns, kTileColumns);
+}
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,113 @@
+// Partial sums to float64 states, in a fixed order, whoever finishes first; states to losses.
+#pragma once
+
+#include "device.h"
+
+namespace fastclip {
+namespace cuda {
+
+// The least sum of a line that one reference can serve: what such a line lost lies below fp32's resolution of it. Of
+// one above 2^125 the coefficient, 1 / sum, comes close to where floats are flushed to zero.
+constexpr double kLeast = 0x1p-78, kLargest = 0x1p125;
+
+// Rows or columns of a part, and where their states lie. A line's sums in several parts add up in its state: the
+// stream runs one part after another.
+struct PartLines {
+  Partials partials;
+  int64_t count = 0, first = 0;                 // of the part's lines; the first one's place in the block
+  bool begins = true, ends = true;              // whether this is a line's first part, its last
+  double *reference = nullptr, *sum = nullptr;  // of the block's lines; reference may be null
+};
+
+// Which lines of the block have any pairs to add up; of others a sum of zero is right.
+struct Occupied {
+  const bool* lines = nullptr;    // or null: all whose own positive is not their only pair
+  int64_t others = 0, shift = 0;  // the own positive of line l is number l + shift of the other ones
+  __device__ __forceinline__ bool operator()(int64_t l) const {
+    if (lines) return lines[l];
+    const int64_t own = l + shift >= 0 && l + shift < others ? 1 : 0;
+    return others > own;
+  }
+};
+
+// The line's sum in this part and the earlier ones, which it leaves in its state.
+__device__ __forceinline__ double add_up(const PartLines& lines, int64_t l) {
+  const float* const partial = lines.partials.data + l * lines.partials.line;
+  double sum = 0;
+  for (int64_t q = 0; q < lines.partials.parts; q++) sum += partial[q * lines.partials.part];
+  if (!lines.begins) sum += lines.sum[lines.first + l];
+  lines.sum[lines.first + l] = sum;
+  return sum;
+}
+
+// The flag is raised if there is one reference and it was too coarse for a line: one whose sum is so small may have
+// lost terms that count.
+static __global__ void __launch_bounds__(kThreads)
+    sums_kernel(PartLines rows, PartLines columns, Occupied rows_occupied, Occupied columns_occupied,
+                const float* reference, int32_t* flag) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= rows.count + columns.count) return;
+  const bool is_row = index < rows.count;
+  const PartLines lines = is_row ? rows : columns;
+  const int64_t l = is_row ? index : index - rows.count, out = lines.first + l;
+  const double sum = add_up(lines, l);
+  lines.reference[out] = reference ? *reference : 0.;
+  if (reference == nullptr || !lines.ends) return;
+  const bool is_occupied = is_row ? rows_occupied(out) : columns_occupied(out);
+  if (is_occupied && !(sum >= kLeast && sum <= kLargest)) *flag = 1;
+}
+
+// Sums of weights, of columns alone.
+static __global__ void __launch_bounds__(kThreads) weight_sums_kernel(PartLines columns) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index < columns.count) add_up(columns, index);
+}
+
+// The second sweep's operands of a line: fp32, and whether references differ from the first of all.
+struct StateLines {
+  const double *reference = nullptr, *coefficient = nullptr;
+  int64_t count = 0;
+  float *reference_out = nullptr, *coefficient_out = nullptr;  // no references in a kind without
+};
+
+static __global__ void __launch_bounds__(kThreads)
+    operands_kernel(StateLines rows, StateLines columns, const double* first_reference, int32_t* differ) {
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= rows.count + columns.count) return;
+  const StateLines lines = index < rows.count ? rows : columns;
+  const int64_t l = index < rows.count ? index : index - rows.count;
+  lines.coefficient_out[l] = float(lines.coefficient[l]);
+  if (lines.reference_out == nullptr) return;
+  lines.reference_out[l] = float(lines.reference[l]);
+  if (lines.reference[l] != *first_reference) *differ = 1;  // whoever writes writes the same
+}
+
+// Adds the sums of w and of w * t, (2, parts), to the totals of earlier parts. Two blocks.
+static __global__ void __launch_bounds__(kThreads)
+    totals_kernel(const float* partials, int64_t parts, bool begins, double* totals) {
+  double sum = 0;
+  for (int64_t q = threadIdx.x; q < parts; q += kThreads) sum += partials[blockIdx.x * parts + q];
+  __shared__ double shared[kWarps];
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  sum = begins ? 0. : totals[blockIdx.x];
+  for (int q = 0; q < kWarps; q++) sum += shared[q];
+  totals[blockIdx.x] = sum;
+}
+
+template <class Statistic>
+__global__ void __launch_bounds__(kThreads) finish_kernel(Finishing lines) {
+  const int64_t l = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (l >= lines.count) return;
+  const double bias = Statistic::kHasShift ? 0. : value_of(lines.bias, 0);
+  const double s = value_of(lines.scale, 1) * lines.positive[l % lines.period] + bias;
+  const CUDA::Line line = Statistic::finish(lines.reference[l], lines.sum[l], s);
+  lines.losses[l] = line.loss;
+  lines.coefficients[l] = line.coefficient;
+  lines.weights[l] = line.positive_weight;
+}
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,128 @@
+// The host's side of the first sweep: the reference, the sums of each chunk, and what follows if one reference was not
+// enough.
+#pragma once
+
+#include "finalise.h"
+#include "maxima.h"
+#include "work.h"
+
+namespace fastclip {
+namespace cuda {
+
+// The states of a block, chunk after chunk, and the memory that their partial sums take.
+class FirstSweep {
+ public:
+  FirstSweep(Work& work, const std::vector<Chunk>& chunks, const Sweeping& sweeping) : w(work), sweeping_(sweeping) {
+    int64_t most = 0;
+    for (const Chunk& c : chunks) most = std::max(most, partials_of(c));
+    partials_ = allocate<float>(w.library(), most);
+    if (w.b.same_id_positive) positive_partials_ = allocate<float>(w.library(), most);
+  }
+
+  void set_reference() {
+    const Scalar bound = sweeping_.bound;
+    const Features x = Work::features_of(w.b.x), y = Work::features_of(w.b.y);
+    const int64_t blocks_x = bound.at ? 0 : norm_blocks(x), blocks_y = bound.at ? 0 : norm_blocks(y);
+    float* const squares = allocate<float>(w.library(), blocks_x + blocks_y);
+    reference_ = allocate<float>(w.library(), 1);
+    flag_ = allocate<int32_t>(w.library(), 1);
+    if (blocks_x + blocks_y > 0)
+      for_features(w.b.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        launch(w.place("longest_kernel"), longest_kernel<T>, blocks_x + blocks_y, x, y, blocks_x, w.b.width, squares);
+      });
+    launch(w.place("reference_kernel"), reference_kernel, 1, bound, static_cast<const float*>(squares), blocks_x,
+           blocks_y, w.largest_biases(), w.count_largest_biases(), w.b.scale, reference_, flag_);
+  }
+
+  Folding folding_of(const Chunk& c) const {
+    Folding f;
+    f.reference = reference_;
+    f.positive = sweeping_.positive + c.row;
+    f.rows = rows_of(c, partials_), f.columns = columns_of(c, partials_);
+    return f;
+  }
+
+  void fold(const Chunk& c, float* buffer) {
+    const Part part = w.part_of(c);
+    const Folding folding = folding_of(c);
+#if FASTCLIP_FUSED
+    if (w.folds_fused(c)) {
+      fused_sweep(part, folding);
+      return add_sums(c);
+    }
+#endif
+    const Products products = w.products(c, sweeping_.kept, buffer, false);
+    CUDA::for_kind(w.b.kind, [&](auto statistic) {
+      w.with_options(c, [&](auto options) {
+        if constexpr (options.kHasAll)
+          if (positive_partials_)
+            options.rows = rows_of(c, positive_partials_), options.columns = columns_of(c, positive_partials_);
+        launch_epilogue<decltype(statistic), true, false, void>(w, part, products, folding, {}, options);
+      });
+    });
+    add_sums(c);
+  }
+
+  void add_sums(const Chunk& c) {
+    add_sums(c, partials_, w.b.x.negatives, w.b.y.negatives, 0);
+    if (positive_partials_) add_sums(c, positive_partials_, w.b.x.positives, w.b.y.positives, 1);
+  }
+
+  // Where the flag is set the states are made anew, with a reference for each line.
+  void sweep_maxima() {
+    const Features x = Work::features_of(w.b.x), y = Work::features_of(w.b.y);
+    for_features(w.b.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      CUDA::for_kind(w.b.kind, [&](auto statistic) {
+        using Statistic = decltype(statistic);
+        if constexpr (Statistic::kHasShift)
+          w.with_options(w.whole(), [&](auto options) {
+            launch(w.place("maxima_kernel"), maxima_kernel<T, Statistic, decltype(options)>, maxima_blocks(x, y), x, y,
+                   w.b.width, w.b.scale, w.b.bias, w.b.offset, static_cast<const int32_t*>(flag_), sweeping_.positive,
+                   states_of(w.b.x), states_of(w.b.y), options);
+          });
+      });
+    });
+  }
+
+ private:
+  States states_of(const Side& side) const { return {side.negatives, w.b.same_id_positive ? side.positives : Lines()}; }
+
+  // set: 0 for negatives, 1 for positives by id.
+  void add_sums(const Chunk& c, float* partials, const Lines& x, const Lines& y, int64_t set) {
+    const PartLines rows = {rows_of(c, partials),          c.rows,      c.row, c.column == 0,
+                            c.column + c.columns == w.n(), x.reference, x.sum};
+    const PartLines columns = {columns_of(c, partials), c.columns,   c.column, c.row == 0,
+                               c.row + c.rows == w.m(), y.reference, y.sum};
+    const bool* const occupied = sweeping_.occupied ? sweeping_.occupied + set * (w.m() + w.n()) : nullptr;
+    launch(w.place("sums_kernel"), sums_kernel, cdiv(c.rows + c.columns, kThreads), rows, columns,
+           Occupied{occupied, w.n(), w.b.offset}, Occupied{occupied ? occupied + w.m() : nullptr, w.m(), -w.b.offset},
+           static_cast<const float*>(reference_), flag_);
+  }
+
+  Partials rows_of(const Chunk& c, float* partials) const { return {partials, tiles_of(c).across, 1, c.rows}; }
+  Partials columns_of(const Chunk& c, float* partials) const {
+    const Tiles tiles = tiles_of(c);
+    return {partials + tiles.across * c.rows, tiles.down, 1, c.columns};
+  }
+  struct Tiles {
+    int64_t down, across;
+  };
+  Tiles tiles_of(const Chunk& c) const {
+    if (w.folds_fused(c)) return {fused_column_parts(w.part_of(c)), fused_row_parts(w.part_of(c))};
+    return {cdiv(c.rows, kTileRows), cdiv(c.columns, kTileColumns)};
+  }
+  int64_t partials_of(const Chunk& c) const {
+    const Tiles tiles = tiles_of(c);
+    return tiles.across * c.rows + tiles.down * c.columns;
+  }
+
+  Work& w;
+  Sweeping sweeping_;
+  float *partials_ = nullptr, *positive_partials_ = nullptr, *reference_ = nullptr;
+  int32_t* flag_ = nullptr;
+};
+
+}  // namespace cuda
+}  // namespace fastclip

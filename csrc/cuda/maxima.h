@@ -1,0 +1,150 @@
+// The sweep with running maxima: right at any scale. Launched after the sweep with one reference, always, and returns
+// at once unless the flag says that this was too coarse; the host never learns which of them did the work.
+//
+// A block owns 64 lines and meets all their pairs, so that it needs no partial sums, and makes the products itself, on
+// the ordinary cores: what a library makes cannot depend on a flag. Rows and columns each make their own: twice the
+// products of a sweep that shares them, on a path that training takes only if features were not normalised or the
+// scale is beyond about 110.
+#pragma once
+
+#include <type_traits>
+
+#include "bound.h"
+#include "pairs.h"
+
+namespace fastclip {
+namespace cuda {
+
+constexpr int kLines = 64, kDepth = 16, kSide = 4;  // of a block; of a step along the width; a thread's pairs, squared
+constexpr int kAcross = kLines / kSide;             // threads that share a line
+static_assert(kAcross * kAcross == kThreads, "a thread holds kSide x kSide pairs");
+// A sum relative to its own largest term lies within these, or its logits have outgrown the dtype.
+constexpr double kLeastRelative = 0x1p-100;
+
+// The states of one side's lines: of their negatives, and of their positives by id, or null.
+struct States {
+  Lines negatives, positives;
+};
+
+// Blocks on a processor at least: registers for three of them, unless options would spill some.
+template <class Options>
+constexpr int kMaximaBlocks = std::is_same_v<Options, Plain> ? 3 : 2;
+
+// A step of features as fp32, line by line; zeros past the edges.
+template <class T>
+__device__ __forceinline__ void stage(const Features& f, int64_t first, int64_t depth, int64_t width,
+                                      float (&to)[kDepth][kLines + 1]) {
+  for (int q = threadIdx.x; q < kDepth * kLines; q += kThreads) {
+    const int line = q / kDepth, d = q % kDepth;
+    const bool inside = first + line < f.rows && depth + d < width;
+    to[d][line] = inside ? widen(static_cast<const T*>(f.data)[(first + line) * f.stride + depth + d]) : 0.f;
+  }
+}
+
+template <class T, class Statistic, class Options>
+__global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
+    maxima_kernel(Features x, Features y, int64_t width, Scalar scale, Scalar bias, int64_t offset, const int32_t* flag,
+                  double* positive, States rows, States columns, Options options) {
+  static_assert(!Statistic::kNegatesPositives, "references are the largest of logits with their own sign");
+  if (*flag == 0) return;
+  const int64_t blocks_x = cdiv(x.rows, kLines);
+  const bool is_row = int64_t(blockIdx.x) < blocks_x;
+  const Features mine = is_row ? x : y, others = is_row ? y : x;
+  const States states = is_row ? rows : columns;
+  const int64_t shift = is_row ? offset : -offset;  // the own positive of line l is line l + shift of the others
+  const int64_t first = (blockIdx.x - (is_row ? 0 : blocks_x)) * kLines;
+  const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
+  const Affine<float> k = affine<Statistic>(scale, bias);
+  const auto line_of = [&](bool of_row, int64_t l) { return of_row ? options.row(l) : options.column(l); };
+
+  __shared__ float a[kDepth][kLines + 1], b[kDepth][kLines + 1];
+  constexpr int kSets = Options::kHasAll ? 2 : 1;  // negatives, positives by id
+  float running[kSets][kSide];
+  double sum[kSets][kSide] = {};
+#pragma unroll
+  for (int set = 0; set < kSets; set++)
+#pragma unroll
+    for (int p = 0; p < kSide; p++) running[set][p] = -INFINITY;
+  for (int64_t first_other = 0; first_other < others.rows; first_other += kLines) {
+    float t[kSide][kSide] = {};
+    for (int64_t depth = 0; depth < width; depth += kDepth) {
+      __syncthreads();
+      stage<T>(mine, first, depth, width, a);
+      stage<T>(others, first_other, depth, width, b);
+      __syncthreads();
+#pragma unroll
+      for (int d = 0; d < kDepth; d++)
+#pragma unroll
+        for (int p = 0; p < kSide; p++)
+#pragma unroll
+          for (int q = 0; q < kSide; q++) t[p][q] += a[d][down * kSide + p] * b[d][across + q * kAcross];
+    }
+#pragma unroll
+    for (int p = 0; p < kSide; p++) {
+      const int64_t line = first + down * kSide + p;
+      bool live[kSets][kSide];
+      float tops[kSets];
+#pragma unroll
+      for (int set = 0; set < kSets; set++) tops[set] = -INFINITY;
+      typename Options::Bias of_column[kSide] = {};
+#pragma unroll
+      for (int q = 0; q < kSide; q++) {
+        const int64_t other = first_other + across + q * kAcross;
+        const bool is_inside = line < mine.rows && other < others.rows;
+        Counts counts = {};
+        if (is_inside) {
+          if (mine.factor) t[p][q] *= mine.factor[line];
+          if (others.factor) t[p][q] *= others.factor[other];
+          const bool is_own = other == line + shift;
+          if (is_own && is_row) positive[line] = t[p][q];  // it must tie with its duplicates among these products
+          of_column[q] = options.template bias<Statistic>(is_row ? other : line, k);
+          counts = options.counts(line_of(is_row, line), line_of(!is_row, other), t[p][q], !is_own);
+        }
+        live[0][q] = counts.mine;
+        if constexpr (Options::kHasAll) live[1][q] = counts.positive;
+#pragma unroll
+        for (int set = 0; set < kSets; set++)
+          if (live[set][q])
+            tops[set] = fmaxf(tops[set], t[p][q] * k.scale - reference_of<Statistic>(0.f, of_column[q]));
+      }
+#pragma unroll
+      for (int set = 0; set < kSets; set++) {
+        const float top = ceilf(warp_max(tops[set], kAcross));
+        float& m = running[set][p];
+        if (top > m) {
+          // Both are integral or infinite: a power of two, or 0 for the first of them.
+          sum[set][p] = m == -INFINITY ? 0. : sum[set][p] * exp2(double(m) - double(top));
+          m = top;
+        }
+        float part = 0;
+#pragma unroll
+        for (int q = 0; q < kSide; q++)
+          if (live[set][q])
+            part += Statistic::fold(t[p][q], affine_of<Statistic>(k, of_column[q], set == 1),
+                                    reference_of<Statistic>(m == -INFINITY ? 0.f : m, of_column[q]));
+        sum[set][p] += warp_sum(part, kAcross);
+      }
+    }
+  }
+#pragma unroll
+  for (int set = 0; set < kSets; set++) {
+    const Lines& out = set == 0 ? states.negatives : states.positives;
+    if (out.sum == nullptr) continue;
+#pragma unroll
+    for (int p = 0; p < kSide; p++) {
+      const int64_t line = first + down * kSide + p;
+      if (across != 0 || line >= mine.rows) continue;
+      const bool absent = running[set][p] == -INFINITY;
+      const bool sound = absent || (sum[set][p] >= kLeastRelative && sum[set][p] <= 0x1p127);
+      out.reference[line] = absent ? 0. : double(running[set][p]);
+      out.sum[line] = sound ? sum[set][p] : double(NAN);
+    }
+  }
+}
+
+inline int64_t maxima_blocks(const Features& x, const Features& y) {
+  return cdiv(x.rows, kLines) + cdiv(y.rows, kLines);
+}
+
+}  // namespace cuda
+}  // namespace fastclip

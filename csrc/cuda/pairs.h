@@ -1,0 +1,161 @@
+// Which pairs count for their lines, and as what: ids, thresholds, positives by id; and biases of columns.
+//
+// A kernel that meets pairs is compiled for three kinds of blocks. A plain one pays for nothing; ids that take pairs
+// out cost a comparison; whoever has anything else has everything, of which what is absent has values that do nothing.
+#pragma once
+
+#include "device.h"
+
+namespace fastclip {
+namespace cuda {
+
+using CUDA::LineBias;
+using BiasedAffine = Affine<float, float, true>;
+
+// A pair may be a negative of the line at hand, of its other line, or a positive by id of both.
+struct Counts {
+  bool mine, other, positive;
+};
+
+// A kind of block says what there is to know of a line besides its factor, and how a pair counts that lies in the block
+// and is nobody's own positive (is_pair).
+struct Plain {
+  static constexpr bool kHasAll = false;
+  struct Line {};
+  struct Bias {};
+  __device__ __forceinline__ Line row(int64_t) const { return {}; }
+  __device__ __forceinline__ Line column(int64_t) const { return {}; }
+  template <class Statistic>
+  __device__ __forceinline__ Bias bias(int64_t, const Affine<float>&) const {
+    return {};
+  }
+  __device__ __forceinline__ Counts counts(Line, Line, float, bool is_pair) const { return {is_pair, is_pair, false}; }
+};
+
+struct Ids : Plain {
+  const int32_t *x = nullptr, *y = nullptr;
+  struct Line {
+    int32_t id;
+  };
+  __device__ __forceinline__ Line row(int64_t i) const { return {x[i]}; }
+  __device__ __forceinline__ Line column(int64_t j) const { return {y[j]}; }
+  __device__ __forceinline__ Counts counts(Line mine, Line other, float, bool is_pair) const {
+    const bool is_negative = is_pair && mine.id != other.id;
+    return {is_negative, is_negative, false};
+  }
+};
+
+struct All {
+  static constexpr bool kHasAll = true;
+  const int32_t *ids_x = nullptr, *ids_y = nullptr;            // or null
+  const float *threshold_x = nullptr, *threshold_y = nullptr;  // or null
+  const LineBias<float>* biases = nullptr;                     // of the columns, or null
+  bool same_id_positive = false;
+
+  // Sums of positives by id, where there are any, and what weighs these (see Folding and PairWeights).
+  Partials rows, columns;
+  const float *reference_x = nullptr, *reference_y = nullptr, *c = nullptr, *d = nullptr;
+  Partials weights;  // the columns' sums of weights, or null
+
+  struct Line {
+    int32_t id;
+    float threshold;
+  };
+  using Bias = LineBias<float>;
+
+  // Without ids those of rows and of columns differ.
+  __device__ __forceinline__ Line row(int64_t i) const {
+    return {ids_x ? ids_x[i] : 0, threshold_x ? threshold_x[i] : INFINITY};
+  }
+  __device__ __forceinline__ Line column(int64_t j) const {
+    return {ids_y ? ids_y[j] : 1, threshold_y ? threshold_y[j] : INFINITY};
+  }
+  // A column's part in its logits, the bias of all of them included.
+  template <class Statistic>
+  __device__ __forceinline__ Bias bias(int64_t j, const Affine<float>& k) const {
+    if (biases) return biases[j];
+    Bias b;
+    b.whole = Statistic::kHasShift ? 0.f : k.bias, b.part = Statistic::kHasShift ? 0.f : k.bias_low;
+    return b;
+  }
+  __device__ __forceinline__ Counts counts(Line mine, Line other, float t, bool is_pair) const {
+    const bool is_same = mine.id == other.id, is_negative = is_pair && !is_same;
+    // A NaN counts: it must spoil the lines.
+    return {is_negative && !(t > mine.threshold), is_negative && !(t > other.threshold),
+            is_pair && is_same && same_id_positive};
+  }
+};
+
+// k and m of one pair, as fold and activation take them.
+template <class Statistic>
+__device__ __forceinline__ const Affine<float>& affine_of(const Affine<float>& k, Plain::Bias, bool) {
+  return k;
+}
+template <class Statistic>
+__device__ __forceinline__ BiasedAffine affine_of(const Affine<float>& k, const LineBias<float>& bias,
+                                                  bool is_positive) {
+  const BiasedAffine biased(k.scale, k.scale_low, Statistic::kHasShift ? 0.f : bias.whole, bias.part);
+  return Statistic::kNegatesPositives && is_positive ? biased.negated() : biased;
+}
+template <class Statistic>
+__device__ __forceinline__ float reference_of(float m, Plain::Bias) {
+  return m;
+}
+template <class Statistic>
+__device__ __forceinline__ float reference_of(float m, const LineBias<float>& bias) {
+  return Statistic::kHasShift ? m - bias.whole : m;
+}
+
+// A line's part in the weights of its pairs.
+struct LineWeight {
+  float coefficient, reference;
+};
+
+// By value: a choice between addresses would put both into local memory.
+__device__ __forceinline__ LineWeight choose(bool first, LineWeight a, LineWeight b) {
+  return {first ? a.coefficient : b.coefficient, first ? a.reference : b.reference};
+}
+
+// The weight of a pair by the lines' parts in negatives or in positives, whichever it is one of; it may count for one
+// of its lines alone.
+template <class Statistic, class K>
+__device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<float>& bias, const Counts& counts,
+                                           const LineWeight& mine, const LineWeight& other, bool two_references) {
+  const auto activation = [&](const LineWeight& line) {
+    return Statistic::activation(t, k, reference_of<Statistic>(line.reference, bias));
+  };
+  const bool is_mine = counts.mine || counts.positive, is_other = counts.other || counts.positive;
+  const float first = activation(mine);
+  float w;
+  // Left out after the product: a pair that does not count may exceed its line's reference by any power.
+  if (two_references)
+    w = (is_mine ? first * mine.coefficient : 0.f) + (is_other ? activation(other) * other.coefficient : 0.f);
+  else
+    w = first * ((is_mine ? mine.coefficient : 0.f) + (is_other ? other.coefficient : 0.f));
+  w = is_mine || is_other ? w : 0.f;
+  return Statistic::kNegatesPositives && counts.positive ? -w : w;
+}
+
+// Makes of key_bias, and of the bias of all columns in kinds that see one, what kernels take; and the largest finite
+// one of each block of threads.
+template <class Statistic>
+__global__ void __launch_bounds__(kThreads)
+    biases_kernel(const double* key_bias, int64_t columns, Scalar bias, LineBias<float>* biases, float* largest) {
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  float most = -INFINITY;
+  if (j < columns) {
+    const LineBias<float> of_column(key_bias[j] + (Statistic::kHasShift ? 0. : value_of(bias, 0)));
+    biases[j] = of_column;
+    if (fabsf(of_column.whole) < INFINITY) most = of_column.whole;
+  }
+  most = warp_max(most);
+  __shared__ float shared[kWarps];
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = most;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int q = 1; q < kWarps; q++) most = fmaxf(most, shared[q]);
+  largest[blockIdx.x] = most;
+}
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,231 @@
+// The host's side of the second sweep: chunks of weights, two products of each, what follows. Also of both sweeps in
+// one go, for a linear kind.
+#pragma once
+
+#include "complete.h"
+#include "first_sweep.h"
+
+namespace fastclip {
+namespace cuda {
+
+class SecondSweep {
+ public:
+  // also_fold: both sweeps in one go, whose weights have no state.
+  SecondSweep(Work& work, const Weighing& weighing, bool also_fold) : w(work), weighing_(weighing), fold_(also_fold) {
+    const bool half = w.b.dtype == Dtype::kHalf;
+    // Weights are at most 2: the largest possible becomes 2^14, else fp16 would lose those below 6e-8.
+    weights_.enlarged = half ? 8192.f : 1.f;
+    weights_.spread = !half;
+    weights_.to_tf32 = w.b.tf32;
+    x_operand_ = w.b.x, y_operand_ = w.b.y;
+    if (half && wants_y() && w.b.x.factor) w.replace(x_operand_, w.copy_of(w.b.x, w.b.x.factor, false));
+    if (half && wants_x() && w.b.y.factor) w.replace(y_operand_, w.copy_of(w.b.y, w.b.y.factor, false));
+    if (!fold_) set_operands(w.b.x.negatives, w.b.y.negatives, weights_);
+    if (w.b.same_id_positive) set_operands(w.b.x.positives, w.b.y.positives, positives_);
+    totals_ = allocate<double>(w.library(), 2);
+  }
+
+  bool wants_x() const { return w.b.x.gradient != nullptr; }
+  bool wants_y() const { return w.b.y.gradient != nullptr; }
+  bool wants_key_bias() const { return w.b.y.key_bias_sum != nullptr; }
+
+  // first: the sweep that goes along, or null.
+  void run(FirstSweep* first) {
+    const std::vector<Chunk> chunks = chunks_of(w.m(), w.n(), fold_ ? 0 : weighing_.kept_rows);
+    allocate_buffers(chunks);
+    for (const Chunk& c : chunks) {
+      const PairWeights weights = weights_of(c);
+      const Folding folding = first ? first->folding_of(c) : Folding();
+      weigh(c, folding, weights);
+      launch(w.place("totals_kernel"), totals_kernel, 2, static_cast<const float*>(weights.totals), weights.total_parts,
+             c.row == 0 && c.column == 0, totals_);
+      if (wants_key_bias()) add_key_bias(c);
+      if (first) first->add_sums(c);
+      multiply(c, weights);
+    }
+  }
+
+  // What has to wait for the positives' weights in a sweep that makes them.
+  void complete_rows(const float* product, int64_t first, int64_t rows) const {
+    complete(w.b.x, w.b.y, product, first, rows, w.b.offset, false);
+  }
+  void complete_columns() const { complete(w.b.y, w.b.x, product_y_, 0, w.n(), -w.b.offset, true); }
+  void complete_totals() const {
+    launch(w.place("complete_totals_kernel"), complete_totals_kernel, 1, static_cast<const double*>(totals_),
+           weighing_.positive_weight, weighing_.positive, weighing_.gain, w.m(), w.n(), w.b.offset, weighing_.totals);
+  }
+  void complete_key_bias() const {
+    launch(w.place("complete_key_bias_kernel"), complete_key_bias_kernel, cdiv(w.n(), kThreads), w.b.y.key_bias_sum,
+           weighing_.positive_weight, weighing_.gain, w.m(), w.n(), w.b.offset);
+  }
+  void set_positives(const double* positive, const double* weight) {
+    weighing_.positive = positive, weighing_.positive_weight = weight;
+  }
+
+ private:
+  // x and y are both sides' negatives, or both sides' positives by id.
+  void set_operands(const Lines& x, const Lines& y, PairWeights& to) {
+    const bool has_references = CUDA::has_shift(w.b.kind);
+    const int64_t lines = w.m() + w.n();
+    float* const coefficients = allocate<float>(w.library(), lines);
+    float* const references = has_references ? allocate<float>(w.library(), lines) : nullptr;
+    if (differ_ == nullptr) {
+      differ_ = allocate<int32_t>(w.library(), 1);
+      check(cudaMemsetAsync(differ_, 0, sizeof *differ_, w.b.stream), w.place("cudaMemsetAsync"));
+    }
+    const auto of = [&](const Lines& side, int64_t count, int64_t first) {
+      return StateLines{static_cast<const double*>(side.references), static_cast<const double*>(side.coefficients),
+                        count, references ? references + first : nullptr, coefficients + first};
+    };
+    launch(w.place("operands_kernel"), operands_kernel, cdiv(lines, kThreads), of(x, w.m(), 0), of(y, w.n(), w.m()),
+           static_cast<const double*>(w.b.x.negatives.references), differ_);
+    to.a = coefficients, to.b = coefficients + w.m();
+    to.differ = differ_;
+    if (has_references) to.reference_x = references, to.reference_y = references + w.m();
+  }
+
+  void allocate_buffers(const std::vector<Chunk>& chunks) {
+    int64_t products = 0, weights = 0, rows = 0, parts = 0;
+    const bool wants_any = wants_x() || wants_y();
+    for (const Chunk& c : chunks) {
+      const int64_t size = c.rows * stride_of(c.columns);
+      if (!c.kept && !is_fused(c)) products = std::max(products, size);
+      if (wants_any && !in_place(c)) weights = std::max(weights, size);
+      rows = std::max(rows, c.rows);
+      parts = std::max(parts, total_parts(c));
+    }
+    products_ = allocate<float>(w.library(), products);
+    if (weights > 0) separate_ = w.library().allocate(weights * size_of(w.b.dtype));
+    weights_.totals = allocate<float>(w.library(), 2 * parts);
+    if (wants_key_bias()) {
+      int64_t sums = 0;
+      for (const Chunk& c : chunks) sums = std::max(sums, cdiv(c.rows, kTileRows) * c.columns);
+      key_bias_ = allocate<float>(w.library(), sums);
+    }
+    const auto is_float = [](const Side& side) { return side.gradient_dtype == Dtype::kFloat; };
+    if (wants_x() && !is_float(w.b.x)) product_x_ = allocate<float>(w.library(), rows * w.b.width);
+    if (wants_y())
+      product_y_ =
+          is_float(w.b.y) ? static_cast<float*>(w.b.y.gradient) : allocate<float>(w.library(), w.n() * w.b.width);
+  }
+
+  // A fused kernel weighs half features, if it has somewhere to write to, and does not fold on the way.
+  bool is_fused(const Chunk& c) const { return w.folds_fused(c) && !fold_ && (wants_x() || wants_y()); }
+
+  int64_t total_parts(const Chunk& c) const {
+    const Part part = w.part_of(c);
+    return is_fused(c) ? fused_total_parts(part) : epilogue_blocks(part);
+  }
+
+  // fp32 weights overwrite the products that they are made from, but not those that are kept.
+  bool in_place(const Chunk& c) const { return w.b.dtype == Dtype::kFloat && !c.kept; }
+
+  PairWeights weights_of(const Chunk& c) const {
+    PairWeights weights = weights_;
+    if (wants_x() || wants_y()) weights.out = in_place(c) ? products_ : separate_;
+    weights.stride_out = stride_of(c.columns);
+    weights.total_parts = total_parts(c);
+    begin_at(weights, c);
+    return weights;
+  }
+
+  static void begin_at(PairWeights& weights, const Chunk& c) {
+    if (weights.a) weights.a += c.row, weights.b += c.column;
+    if (weights.reference_x) weights.reference_x += c.row, weights.reference_y += c.column;
+  }
+
+  Partials key_bias_of(const Chunk& c) const { return {key_bias_, cdiv(c.rows, kTileRows), 1, c.columns}; }
+
+  void add_key_bias(const Chunk& c) const {
+    const PartLines columns = {key_bias_of(c),          c.columns, c.column,          c.row == 0,
+                               c.row + c.rows == w.m(), nullptr,   w.b.y.key_bias_sum};
+    launch(w.place("weight_sums_kernel"), weight_sums_kernel, cdiv(c.columns, kThreads), columns);
+  }
+
+  void add_positives(Plain&, const Chunk&) const {}
+  void add_positives(All& options, const Chunk& c) const {
+    if (wants_key_bias()) options.weights = key_bias_of(c);
+    PairWeights positives = positives_;
+    begin_at(positives, c);
+    options.c = positives.a, options.d = positives.b;
+    options.reference_x = positives.reference_x, options.reference_y = positives.reference_y;
+  }
+
+  void weigh(const Chunk& c, const Folding& folding, const PairWeights& weights) {
+    const Part part = w.part_of(c);
+#if FASTCLIP_FUSED
+    if (is_fused(c)) return fused_weigh(part, weights);
+#endif
+    const Products products = w.products(c, const_cast<float*>(weighing_.kept), products_, true);
+    CUDA::for_kind(w.b.kind, [&](auto statistic) {
+      using Statistic = decltype(statistic);
+      const auto run = [&](auto* type) {
+        using Out = std::remove_pointer_t<decltype(type)>;
+        if constexpr (Statistic::kIsLinear)
+          if (fold_) return launch_epilogue<Statistic, true, true, Out>(w, part, products, folding, weights, Plain());
+        w.with_options(c, [&](auto options) {
+          add_positives(options, c);
+          launch_epilogue<Statistic, false, true, Out>(w, part, products, folding, weights, options);
+        });
+      };
+      if (weights.out)
+        for_features(w.b.dtype, run);
+      else
+        run(static_cast<void*>(nullptr));
+    });
+  }
+
+  void multiply(const Chunk& c, const PairWeights& weights) {
+    const Matrix out = {weights.out, c.rows, c.columns, weights.stride_out, 1, w.b.dtype};
+    if (wants_x()) {
+      float* const product = product_x_ ? product_x_ : static_cast<float*>(w.b.x.gradient) + c.row * w.b.width;
+      w.library().multiply(out, w.operand(y_operand_, c.column, c.columns),
+                           {product, c.rows, w.b.width, w.b.width, 1, Dtype::kFloat}, c.column > 0);
+      if (!fold_ && c.column + c.columns == w.n()) complete_rows(product, c.row, c.rows);
+    }
+    if (wants_y()) {
+      const Matrix transposed = {out.data, out.columns, out.rows, out.column_stride, out.row_stride, out.dtype};
+      w.library().multiply(transposed, w.operand(x_operand_, c.row, c.rows),
+                           {product_y_ + c.column * w.b.width, c.columns, w.b.width, w.b.width, 1, Dtype::kFloat},
+                           c.row > 0);
+    }
+  }
+
+  void complete(const Side& mine, const Side& partner, const float* product, int64_t first, int64_t rows,
+                int64_t offset, bool by_partner) const {
+    Completion c;
+    c.product = product;
+    c.mine = Work::features_of(mine), c.partner = Work::features_of(partner);
+    c.rows = rows, c.first = first, c.width = w.b.width, c.offset = offset;
+    c.weight = weighing_.positive_weight, c.by_partner = by_partner;
+    c.gain = weighing_.gain, c.scale = w.b.scale;
+    c.shrink = 1 / weights_.enlarged, c.spread = weights_.spread;
+    c.project = weighing_.project && mine.factor != nullptr;
+    c.clamped_is_zero = weighing_.project && (w.b.dtype == Dtype::kHalf || mine.gradient_dtype == Dtype::kHalf);
+    c.gradient_dtype = mine.gradient_dtype;
+    c.gradient = const_cast<void*>(advance(mine.gradient, first * w.b.width, mine.gradient_dtype));
+    const int64_t four = 4 * size_of(w.b.dtype);
+    const bool aligned = w.b.width % 4 == 0 && mine.stride % 4 == 0 && partner.stride % 4 == 0 &&
+                         is_multiple(mine.features, four) && is_multiple(partner.features, four) &&
+                         is_multiple(product, 16) && is_multiple(c.gradient, 16);
+    for_features(w.b.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      launch(w.place("complete_kernel"), aligned ? complete_kernel<T, 4> : complete_kernel<T, 1>, cdiv(rows, kWarps),
+             c);
+    });
+  }
+
+  Work& w;
+  Weighing weighing_;
+  bool fold_;
+  Side x_operand_, y_operand_;
+  PairWeights weights_, positives_;  // of positives_ only what weighs pairs is set
+  int32_t* differ_ = nullptr;
+  float* key_bias_ = nullptr;
+  float *products_ = nullptr, *product_x_ = nullptr, *product_y_ = nullptr;
+  void* separate_ = nullptr;
+  double* totals_ = nullptr;
+};
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,63 @@
+// The fused tensor-core path of the CUDA engine, for sm_90a: a product and its epilogue in one kernel, no logits in
+// memory. What the engine calls; neither torch nor CUTLASS here.
+//
+// Experimental: compiled, inspected and emulated on a CPU, never yet run on a card. So never the default.
+#pragma once
+
+#include "../chunk_view.h"
+
+namespace fastclip {
+namespace cuda {
+
+// Cooperative: two warp groups share a tile. Ping-pong: each has its own, and one's epilogue runs beside the other's
+// product. `cluster` tiles, one below the other, load their columns together.
+enum class Schedule { kCooperative, kPingPong };
+struct FusedTile {
+  int rows, columns;
+  Schedule schedule;
+  int cluster;
+
+  constexpr int warps() const { return schedule == Schedule::kCooperative ? 8 : 4; }
+};
+constexpr FusedTile kSweepTile = {128, 256, Schedule::kCooperative, 1};
+constexpr FusedTile kWeighTile = {128, 128, Schedule::kPingPong, 1};
+
+inline int64_t tiles_of(int64_t lines, int lines_of_tile) { return (lines + lines_of_tile - 1) / lines_of_tile; }
+
+// Numbers of a row and of a column that fused_sweep writes, one for each tile: Folding::rows.parts and columns.parts.
+inline int64_t fused_row_parts(const Part& part) { return tiles_of(part.columns, kSweepTile.columns); }
+inline int64_t fused_column_parts(const Part& part) { return tiles_of(part.rows, kSweepTile.rows); }
+
+// PairWeights::total_parts of fused_weigh: one for each warp of each tile.
+inline int64_t fused_total_parts(const Part& part) {
+  return tiles_of(part.rows, kWeighTile.rows) * tiles_of(part.columns, kWeighTile.columns) * kWeighTile.warps();
+}
+
+// Whether the kernels take this part, on a card of compute capability 9.0. Tensor maps ask for rows that begin on 16
+// bytes, and tiles are counted in 32 bits.
+inline bool fused_serves(const Part& part) {
+  const auto on_16_bytes = [](const void* features, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(features) % 16 == 0 && stride % 8 == 0 && stride > 0 &&
+           stride < int64_t(1) << 39;
+  };
+  const bool is_half = part.dtype == Dtype::kBFloat16 || part.dtype == Dtype::kHalf;
+  const int64_t most = int64_t(1) << 30;
+  const bool is_sized = part.rows > 0 && part.columns > 0 && part.width > 0 && part.rows <= most &&
+                        part.columns <= most && part.width <= most && fused_total_parts(part) <= most;
+  return is_half && is_sized && part.width % 8 == 0 && on_16_bytes(part.x, part.stride_x) &&
+         on_16_bytes(part.y, part.stride_y);
+}
+
+// Whether fused_weigh can write these weights: rows begin on 16 bytes. It has no form that writes none.
+inline bool fused_writes(const PairWeights& weights) {
+  return weights.out != nullptr && reinterpret_cast<uintptr_t>(weights.out) % 16 == 0 && weights.stride_out % 8 == 0 &&
+         weights.stride_out > 0 && weights.stride_out < int64_t(1) << 39;
+}
+
+// Neither needs work space. Both write every partial sum of every line; fused_weigh writes nothing past a row's last
+// column.
+void fused_sweep(const Part& part, const Folding& folding);
+void fused_weigh(const Part& part, const PairWeights& weights);
+
+}  // namespace cuda
+}  // namespace fastclip

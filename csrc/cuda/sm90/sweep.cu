@@ -1,0 +1,27 @@
+// The first sweep on tensor cores.
+#include "api.h"
+#include "fold.h"
+#include "gemm.h"
+
+namespace fastclip {
+namespace cuda {
+namespace fused {
+
+using SweepLayout = Layout<kSweepTile>;
+
+template <class Statistic, class Element>
+void sweep(const Part& part, const Folding& folding) {
+  using Kernel = typename Product<Fold<Statistic, Element, SweepLayout>, SweepLayout, void>::Kernel;
+  launch<Kernel>("fused_sweep", part, {{part, folding}, nullptr, {}, nullptr, {}});
+}
+
+}  // namespace fused
+
+void fused_sweep(const Part& part, const Folding& folding) {
+  fused::for_kernel("fused_sweep", part, [&](auto statistic, auto element) {
+    fused::sweep<decltype(statistic), decltype(element)>(part, folding);
+  });
+}
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,30 @@
+// The second sweep's weights on tensor cores.
+#include "api.h"
+#include "gemm.h"
+#include "weights.h"
+
+namespace fastclip {
+namespace cuda {
+namespace fused {
+
+using WeighLayout = Layout<kWeighTile>;
+
+template <class Statistic, class Element>
+void weigh(const Part& part, const PairWeights& weights) {
+  using Kernel = typename Product<Weigh<Statistic, Element, WeighLayout>, WeighLayout, Element>::Kernel;
+  launch<Kernel>(
+      "fused_weigh", part,
+      {{part, weights}, nullptr, {}, static_cast<Element*>(weights.out), {weights.stride_out, cute::_1{}, 0}});
+}
+
+}  // namespace fused
+
+void fused_weigh(const Part& part, const PairWeights& weights) {
+  if (!fused_writes(weights)) throw std::invalid_argument("fused_weigh was not given rows on 16 bytes to write to");
+  fused::for_kernel("fused_weigh", part, [&](auto statistic, auto element) {
+    fused::weigh<decltype(statistic), decltype(element)>(part, weights);
+  });
+}
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,105 @@
+// The second sweep's epilogue: the weights of a tile's negatives, for CUTLASS to write, and their sums.
+#pragma once
+
+#include "epilogue.h"
+
+namespace fastclip {
+namespace cuda {
+namespace fused {
+
+template <class Statistic, class Element_, class Layout>
+struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
+  using Element = Element_;
+  using Base = Share<Layout, Statistic::kHasShift ? 4 : 3>;
+  enum { kFactor, kCoefficient, kSpread, kReference };  // of a line; a kind without a shift has no references
+
+  struct Arguments {
+    Part part;
+    PairWeights weights;
+  };
+
+  struct Uniform {
+    Uniform() = default;
+    __device__ __forceinline__ explicit Uniform(const Arguments& arguments)
+        : k(affine<Statistic>(arguments.part.scale, arguments.part.bias)),
+          two_references(Statistic::kHasShift && *arguments.weights.differ != 0) {}
+    Affine<float> k;
+    bool two_references;
+  };
+
+  using Storage = typename Base::Storage;
+
+  template <class Where>
+  __device__ __forceinline__ Weigh(const Arguments& arguments, const Uniform& uniform, Storage& storage,
+                                   const Where& where)
+      : Base(arguments.part, storage, where), arguments(arguments), uniform(uniform) {}
+
+  __device__ __forceinline__ void begin() {
+    const Part& part = arguments.part;
+    const PairWeights& weights = arguments.weights;
+    const Vector spread_x = {weights.spread ? part.factor_x : nullptr, 1.f};
+    const Vector spread_y = {weights.spread ? part.factor_y : nullptr, 1.f};
+    // Without coefficients 1 + 0 takes their place.
+    if constexpr (Statistic::kHasShift)
+      this->fetch({{part.factor_x, 1.f}, {weights.a, 1.f}, spread_x, {weights.reference_x, 0.f}},
+                  {{part.factor_y, 1.f}, {weights.b, 0.f}, spread_y, {weights.reference_y, 0.f}});
+    else
+      this->fetch({{part.factor_x, 1.f}, {weights.a, 1.f}, spread_x},
+                  {{part.factor_y, 1.f}, {weights.b, 0.f}, spread_y});
+    CUTLASS_PRAGMA_UNROLL
+    for (int r = 0; r < Layout::kRowsOfThread; r++) this->row[kSpread][r] *= weights.enlarged;
+  }
+
+  // Nearly all pieces are of the first kind.
+  template <class Accumulator>
+  __device__ __forceinline__ auto visit(const Accumulator& accumulator, int, int band, int piece) {
+    const bool is_simple = this->is_plain && !uniform.two_references;
+    return is_simple ? weights_of<true>(accumulator, band, piece) : weights_of<false>(accumulator, band, piece);
+  }
+
+  __device__ __forceinline__ void end() {
+    const float w = warp_sum(sum_w), wt = warp_sum(sum_wt);
+    if (!this->is_inside || this->thread % kWarp != 0) return;
+    const Part& part = arguments.part;
+    const int64_t tiles_n = cdiv(part.columns, Layout::kColumns);
+    const int64_t at = (this->tile_m * tiles_n + this->tile_n) * Layout::kWarps + this->thread / kWarp;
+    arguments.weights.totals[at] = w;
+    arguments.weights.totals[arguments.weights.total_parts + at] = wt;
+  }
+
+ private:
+  template <bool kSimple, class Accumulator>
+  __device__ __forceinline__ auto weights_of(const Accumulator& accumulator, int band, int piece) {
+    const Affine<float>& k = uniform.k;
+    cutlass::Array<float, Layout::kFragment> written;  // CUTLASS rounds, to nearest
+    CUTLASS_PRAGMA_UNROLL
+    for (int q = 0; q < Layout::kFragment; q++) {
+      const int r = 2 * band + second_row(q), s = slot(q);
+      const float a = this->row[kCoefficient][r], b = this->column[kCoefficient][s];
+      const float t = this->product(accumulator, q, band);
+      float w;
+      if constexpr (Statistic::kHasShift) {
+        w = Statistic::activation(t, k, this->row[kReference][r]);
+        if (!kSimple && uniform.two_references)
+          w = w * a + Statistic::activation(t, k, this->column[kReference][s]) * b;
+        else
+          w *= a + b;
+      } else {
+        w = Statistic::activation(t, k, 0.f) * (a + b);
+      }
+      if (!kSimple && !this->is_negative(q, band, piece)) w = 0;
+      sum_w += w;
+      sum_wt += w * t;
+      written[q] = w * (this->row[kSpread][r] * this->column[kSpread][s]);
+    }
+    return written;
+  }
+
+  const Arguments& arguments;
+  const Uniform& uniform;
+  float sum_w = 0, sum_wt = 0;
+};
+
+}  // namespace fused
+}  // namespace cuda
+}  // namespace fastclip

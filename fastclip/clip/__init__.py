@@ -1,0 +1,1 @@
+"""A thin reference CLIP: towers, tokenizer, zero-shot classification."""

@@ -1,0 +1,218 @@
+"""A thin reference CLIP: a ViT for pictures, a Transformer for captions, one space for both.
+
+Small enough to read in one sitting and to train on a CPU. `forward` returns the dict that open_clip
+models return, so `loss(**model(images, tokens), output_dict=True)` works with every loss of
+`fastclip.loss`. This file never computes a loss, never reads data, never touches text: captions
+arrive as token ids (`fastclip.clip.tokenizer`).
+
+Letters: `B` batch, `T` sequence length, `W` a tower's width, `D` the shared space.
+
+Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+MAX_SCALE = 100.0  # CLIP's ceiling for exp(logit_scale): beyond it training becomes unstable
+METADATA_KEY = "fastclip_config"
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The shape of a model. Pictures are RGB squares of `image_size` pixels a side.
+
+    Raises:
+        ValueError: a size that is not positive, patches that do not tile the picture, heads that
+            do not divide a width.
+    """
+
+    embed_dim: int = 256
+    image_size: int = 32
+    patch_size: int = 8
+    image_width: int = 128
+    image_layers: int = 2
+    image_heads: int = 4
+    vocab_size: int = 1536
+    context_length: int = 24
+    text_width: int = 256
+    text_layers: int = 1
+    text_heads: int = 4
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+        for whole, part in (
+            ("image_size", "patch_size"),
+            ("image_width", "image_heads"),
+            ("text_width", "text_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} must be a multiple of {part}, "
+                    f"got {getattr(self, whole)} and {getattr(self, part)}"
+                )
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm_1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
+        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, W/heads)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class Tower(nn.Module):
+    """Positions, a stack of blocks, a last norm: what both towers share."""
+
+    def __init__(self, width: int, layers: int, heads: int, length: int, *, causal: bool) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.empty(length, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=causal) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
+        return self.norm(self.blocks(x + self.positions[: x.shape[1]]))
+
+
+class CLIP(nn.Module):
+    """Two towers into one D-dimensional space, and the learnt temperature between them.
+
+    `logit_scale` holds the logarithm of the scale, starts at ln(1/0.07) as in the paper, and is to
+    be kept below ln 100 by calling `clamp_logit_scale()` after each optimiser step.
+
+    Pictures are pooled by one linear map of all patches in their places, captions by their last
+    token. A class token begins as an average that has lost the places, and finding them again takes
+    most of a short training: on emoji, after 25,000 pairs, 4 % of other vendors' drawings were
+    recognised with a class token, 9 % with this.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        patches = (c.image_size // c.patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(3, c.image_width, c.patch_size, stride=c.patch_size)
+        self.image_tower = Tower(
+            c.image_width, c.image_layers, c.image_heads, patches, causal=False
+        )
+        self.image_projection = nn.Linear(patches * c.image_width, c.embed_dim, bias=False)
+        self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
+        self.text_tower = Tower(
+            c.text_width, c.text_layers, c.text_heads, c.context_length, causal=True
+        )
+        self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        for tower in (self.image_tower, self.text_tower):
+            nn.init.normal_(tower.positions, std=0.02)
+            for block in tower.blocks:
+                for linear in (block.qkv, block.out, block.up, block.down):
+                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                    nn.init.zeros_(linear.bias)
+                # Each residual branch starts small, so that depth does not grow the stream.
+                for linear in (block.out, block.down):
+                    linear.weight.mul_((2 * len(tower.blocks)) ** -0.5)
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """(B, 3, image_size, image_size) float pictures, roughly in [-1, 1], -> (B, D).
+
+        Args:
+            normalize: divide each row by its norm, as `forward` does; else the raw projection.
+
+        Raises:
+            ValueError: another shape.
+        """
+        size = self.config.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
+        x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, patches, W)
+        features = self.image_projection(self.image_tower(x).flatten(1))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """(B, T <= context_length) token ids -> (B, D): the state at each row's end-of-text token.
+
+        The end-of-text token has the highest id, as in CLIP. Attention is causal and padding
+        follows that token, so that padding, however long, changes nothing.
+
+        Raises:
+            ValueError: another shape, or rows longer than `context_length`.
+        """
+        longest = self.config.context_length
+        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= longest:
+            raise ValueError(
+                f"tokens must be (B, T) with T from 1 to {longest}, got {tuple(tokens.shape)}"
+            )
+        x = self.text_tower(self.token_embedding(tokens))
+        last = tokens.argmax(dim=1)
+        features = self.text_projection(x[torch.arange(len(x), device=x.device), last])
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Normalised features (B, D) and the exponentiated scale, under open_clip's names."""
+        return {
+            "image_features": self.encode_image(images),
+            "text_features": self.encode_text(tokens),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep exp(logit_scale) at or below 100; to be called after the optimiser's step."""
+        self.logit_scale.clamp_(max=math.log(MAX_SCALE))
+
+    def save(self, path: str | os.PathLike[str], **notes: str) -> None:
+        """Writes weights, configuration and `notes` to a safetensors file, whole or not at all."""
+        metadata = {**notes, "format": "pt", METADATA_KEY: json.dumps(asdict(self.config))}
+        path = os.fspath(path)
+        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        save_file(weights, path + ".part", metadata)
+        os.replace(path + ".part", path)  # an interrupted write leaves the earlier file
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "CLIP":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that `save` did not write.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+                config = (file.metadata() or {}).get(METADATA_KEY)
+                if config is None:
+                    raise ValueError(f"{path} must be a checkpoint of fastclip's CLIP, got another")
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} must be a safetensors checkpoint, got: {error}") from None
+        model = cls(CLIPConfig(**json.loads(config))).to(device)
+        model.load_state_dict(weights)
+        return model

@@ -1,0 +1,152 @@
+"""Batches to train on: one drawing and one caption for each of many different concepts.
+
+No batch holds a false negative. Both vendors' drawings of a concept share its captions, so a batch
+takes a concept at most once, in one vendor's drawing; and of concepts that look alike, or have one
+name, it takes one. Concepts that do not look alike share no caption. An epoch visits every trained
+look-alike group once, in a new order; which member, which vendor, which caption and which
+background is drawn anew each time. All of it follows from the seed, whatever the loss does.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...clip.zero_shot import TEMPLATES
+from . import SIZE, Emoji
+from .split import Split
+
+PLAIN = 0.8  # of the captions are a bare name, the others have one of the prompts' templates
+SHIFT = 2.0  # pixels at most, each way
+ZOOM = 0.15  # the side shrinks or grows by this fraction at most
+TINT = 0.2  # how far a drawing's colours are mixed and brightened
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` (b, 3, SIZE, SIZE) in [-1, 1] and `tokens` (b, T) of the rows that are made, and
+    what was drawn for all B pairs."""
+
+    images: Tensor
+    tokens: Tensor
+    concepts: tuple[int, ...]
+    vendors: tuple[int, ...]
+    captions: tuple[str, ...]
+
+
+class Batches:
+    """Endless batches of the split's trained side.
+
+    Args:
+        encode: captions to token ids.
+        rows: which pairs of each batch are made into pictures and tokens, for a process that has
+            these alone; what is drawn, and with it every other batch, stays the same.
+
+    Raises:
+        ValueError: a batch size below 2 or above the number of trained groups, of which a batch
+            cannot hold one twice.
+    """
+
+    def __init__(
+        self,
+        emoji: Emoji,
+        split: Split,
+        encode: Callable[[list[str]], Tensor],
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rows: slice = slice(None),
+    ) -> None:
+        self._groups = list(split.vendors)
+        if not 2 <= batch_size <= len(self._groups):
+            raise ValueError(f"batch size must be from 2 to {len(self._groups)}, got {batch_size}")
+        self._emoji, self._split, self._encode = emoji, split, encode
+        self._batch_size, self._rows = batch_size, rows
+        # Two streams: a caption's choice must not move when the augmentation draws more numbers.
+        self._choose, self._noise = random.Random(seed), torch.Generator().manual_seed(seed)
+        self._drawings = emoji.drawings.to(device)
+        self._next = len(self._groups)  # the first epoch has yet to be shuffled
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        # What is left of an epoch is dropped: another rest each time.
+        if self._next + self._batch_size > len(self._groups):
+            self._choose.shuffle(self._groups)
+            self._next = 0
+        chosen = self._groups[self._next : self._next + self._batch_size]
+        self._next += self._batch_size
+        choose, split = self._choose, self._split
+        concepts = tuple(choose.choice(split.members[group]) for group in chosen)
+        vendors = tuple(choose.choice(split.vendors[group]) for group in chosen)
+        captions = tuple(
+            _template(choose).format(_caption(self._emoji, concept, choose)) for concept in concepts
+        )
+        drawings = self._drawings[list(concepts), list(vendors)]
+        images = augment(drawings, self._noise, self._rows)
+        tokens = self._encode(list(captions[self._rows])).to(images.device)
+        return Batch(images, tokens, concepts, vendors, captions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is; the same whatever its `rows`."""
+        return {
+            "groups": list(self._groups),
+            "next": self._next,
+            "choose": self._choose.getstate(),
+            "noise": self._noise.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the batch that followed when `state` was taken."""
+        self._groups, self._next = list(state["groups"]), state["next"]
+        self._choose.setstate(state["choose"])
+        self._noise.set_state(state["noise"])
+
+
+def _template(choose: random.Random) -> str:
+    return "{}" if choose.random() < PLAIN else choose.choice(TEMPLATES)
+
+
+def _caption(emoji: Emoji, concept: int, choose: random.Random) -> str:
+    name, *others = emoji.concepts[concept].captions
+    return choose.choice(others) if others and choose.random() < 0.4 else name
+
+
+def augment(drawings: Tensor, noise: torch.Generator, rows: slice = slice(None)) -> Tensor:
+    """(B, 4, SIZE, SIZE) uint8 drawings, shifted, zoomed, tinted, on backgrounds of random colours.
+
+    `noise` is a CPU generator whatever the drawings' device: the same numbers everywhere. They are
+    drawn for all drawings, of which `rows` are returned: the same numbers for any slices.
+    """
+    whole, device = len(drawings), drawings.device
+
+    def uniform(*shape: int) -> Tensor:  # in [-1, 1)
+        return (2 * torch.rand(whole, *shape, generator=noise) - 1)[rows].to(device)
+
+    colour, opacity = premultiply(drawings[rows])
+    count = len(colour)
+    tint = torch.eye(3, device=device) * (1 + TINT * uniform(1, 1)) + TINT / 2 * uniform(3, 3)
+    colour = (tint @ colour.flatten(2)).unflatten(2, (SIZE, SIZE))
+    corner = torch.eye(2, device=device) * (1 + ZOOM * uniform(1, 1))
+    place = torch.cat([corner, uniform(2, 1) * (2 * SHIFT / SIZE)], dim=2)  # (B, 2, 3)
+    grid = F.affine_grid(place, [count, 4, SIZE, SIZE], align_corners=False)
+    moved = F.grid_sample(torch.cat([colour, opacity], dim=1), grid, align_corners=False)
+    background = (uniform(3, 1, 1) + 1) / 2
+    return 2 * (moved[:, :3] + (1 - moved[:, 3:]) * background).clamp(0, 1) - 1
+
+
+def on_white(drawings: Tensor) -> Tensor:
+    """(B, 4, SIZE, SIZE) uint8 drawings as the evaluation shows them: in place, on white."""
+    colour, opacity = premultiply(drawings)
+    return 2 * (colour + (1 - opacity)) - 1
+
+
+def premultiply(drawings: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours times opacity (B, 3, ...) and opacity (B, 1, ...), both in [0, 1]."""
+    rgba = drawings.float() / 255
+    return rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]

@@ -1,0 +1,158 @@
+"""What a trained model knows of emoji that it has not seen, each figure beside chance.
+
+Retrieval in both directions over two test sets, and zero-shot classification of the second:
+
+- *other vendor*: concepts trained on one vendor's drawing, tested on the other vendor's;
+- *held out*: concepts of which neither a drawing nor the name was trained on.
+
+One concept of each look-alike group takes part, under its Unicode name, on a white background.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ...clip.model import CLIP
+from ...clip.zero_shot import class_features, classify
+from . import VENDORS, Emoji
+from .batches import on_white
+from .split import Split
+
+Encode = Callable[[Sequence[str]], Tensor]
+
+# Each category in words: its own name's, and of what it holds. No category was trained on.
+CATEGORY_WORDS = {
+    "Smileys & Emotion": ("face", "smiling face", "sad face", "heart", "cat face"),
+    "People & Body": ("person", "man", "woman", "hand", "woman worker", "man running"),
+    "Animals & Nature": ("animal", "bird", "dog", "fish", "bug", "plant", "flower", "tree"),
+    "Food & Drink": ("food", "drink", "fruit", "vegetable", "bread", "cake", "glass of wine"),
+    "Travel & Places": ("building", "car", "train", "house", "clock face", "moon", "cloud"),
+    "Activities": ("sport", "ball", "game", "medal", "musical instrument", "party"),
+    "Objects": ("object", "tool", "book", "clothes", "telephone", "box", "paper"),
+    "Symbols": ("symbol", "arrow", "sign", "button", "square", "circle", "letters"),
+    "Flags": ("flag", "country flag", "island flag", "republic flag"),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A fraction of right answers, beside what guessing gets."""
+
+    value: float
+    chance: float
+    queries: int
+
+    def __str__(self) -> str:
+        return f"{self.value:6.1%}  (chance {self.chance:.1%})"
+
+
+def recall(queries: Tensor, answers: Tensor, k: int) -> float:
+    """How often row i of `queries` (N, D) has row i of `answers` (N, D) among its k nearest."""
+    similarity = queries @ answers.T
+    # Ties count against the model: a collapsed one must not look right.
+    better = (similarity >= similarity.diagonal()[:, None]).sum(dim=1) - 1
+    return (better < k).float().mean().item()
+
+
+def retrieval(images: Sequence[Tensor], texts: Tensor) -> dict[str, Score]:
+    """R@1 and R@5 in both directions, averaged over sets of images (N, D) of the same N texts."""
+    count = len(texts)
+    return {
+        f"{direction} R@{k}": Score(
+            sum(
+                recall(*((i, texts) if direction == "image to text" else (texts, i)), k)
+                for i in images
+            )
+            / len(images),
+            min(1.0, k / count),
+            count * len(images),
+        )
+        for direction in ("image to text", "text to image")
+        for k in (1, 5)
+    }
+
+
+def per_class_accuracy(guesses: Tensor, labels: Tensor) -> float:
+    """Accuracy averaged over the classes that occur: a constant answer gets exactly chance."""
+    classes = labels.unique()
+    return sum((guesses[labels == c] == c).float().mean().item() for c in classes) / len(classes)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out concepts with their features: `images[vendor]` and `texts` are (N, D)."""
+
+    concepts: tuple[int, ...]
+    images: tuple[Tensor, ...]
+    texts: Tensor
+
+
+@torch.no_grad()
+def held_out(model: CLIP, emoji: Emoji, split: Split, encode: Encode) -> HeldOut:
+    """The features of every held-out concept in every vendor's drawing."""
+    concepts = tuple(split.members[group][0] for group in split.held_out)
+    images = tuple(
+        features(model, emoji, concepts, [vendor] * len(concepts)) for vendor in range(len(VENDORS))
+    )
+    return HeldOut(concepts, images, names(model, emoji, concepts, encode))
+
+
+@torch.no_grad()
+def evaluate(
+    model: CLIP, emoji: Emoji, split: Split, encode: Encode
+) -> dict[str, dict[str, Score]]:
+    """All figures, by test set and by name."""
+    model.eval()
+    unseen = [
+        (split.members[group][0], vendor)
+        for group in split.one_vendor
+        for vendor in range(len(VENDORS))
+        if vendor not in split.vendors[group]
+    ]
+    concepts, vendors = zip(*unseen, strict=True)
+    other = retrieval(
+        [features(model, emoji, concepts, vendors)], names(model, emoji, concepts, encode)
+    )
+    held = held_out(model, emoji, split, encode)
+
+    classes = class_features(model, encode, CATEGORY_WORDS)
+    labels = list(CATEGORY_WORDS)
+    truth = torch.tensor([labels.index(emoji.concepts[c].category) for c in held.concepts])
+    guesses = [
+        classify(model, pictures(model, emoji, held.concepts, [v] * len(held.concepts)), classes)
+        for v in range(len(VENDORS))
+    ]
+    accuracy = per_class_accuracy(torch.cat(guesses).cpu(), truth.repeat(len(VENDORS)))
+    return {
+        "other vendor": other,
+        "held out": retrieval(held.images, held.texts),
+        "zero-shot": {
+            f"{len(labels)} categories": Score(
+                accuracy, 1 / len(labels), len(VENDORS) * len(held.concepts)
+            )
+        },
+    }
+
+
+def pictures(model: CLIP, emoji: Emoji, concepts: Sequence[int], vendors: Sequence[int]) -> Tensor:
+    """The drawings on white, (B, 3, SIZE, SIZE), on the model's device."""
+    return on_white(emoji.drawings[list(concepts), list(vendors)].to(model.logit_scale.device))
+
+
+def features(model: CLIP, emoji: Emoji, concepts: Sequence[int], vendors: Sequence[int]) -> Tensor:
+    """Image features (B, D) of these concepts in these vendors' drawings."""
+    return model.encode_image(pictures(model, emoji, concepts, vendors))
+
+
+def names(model: CLIP, emoji: Emoji, concepts: Sequence[int], encode: Encode) -> Tensor:
+    """Text features (B, D) of these concepts' names."""
+    return model.encode_text(encode([emoji.concepts[c].name for c in concepts]))
+
+
+def as_json(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        test: {name: asdict(score) for name, score in figures.items()}
+        for test, figures in scores.items()
+    }

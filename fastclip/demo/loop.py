@@ -1,0 +1,131 @@
+"""The training itself: optimizer, schedule, steps, and the account of them.
+
+This file never reads data, never prints but a progress bar, and knows nothing of emoji.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import loss as fused
+from .. import reference as dense
+from ..cached import cached_step
+from ..clip.model import CLIP
+from .checkpoint import Checkpoint, restore
+from .emoji.batches import Batches
+from .workers import ALONE, Workers, dense_across, fused_across
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"fused": fused.clip_loss, "dense": dense.clip_loss}
+ACROSS = {"fused": fused_across, "dense": dense_across}
+
+
+@dataclass
+class Run:
+    """One training run as it goes: the loss and the scale of every step so far, seconds spent.
+
+    `saved` says whether its model was written.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    saved: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses, self.scales = list(state["losses"]), list(state["scales"])
+        self.seconds = state["seconds"]
+
+
+def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
+    """AdamW, with a decay that suits few pictures; gains, biases and the scale are not decayed."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate's factor: up in a straight line, then down along half a cosine."""
+    warm_up = max(1, min(50, steps // 10))
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def loss_of(name: str, workers: Workers, batch_size: int) -> Callable[..., Tensor]:
+    """The loss, of batches that these workers share."""
+    return LOSSES[name] if workers.size == 1 else ACROSS[name](workers.sizes(batch_size))
+
+
+def train(
+    model: CLIP,
+    stream: Batches,
+    loss: Callable[..., Tensor],
+    run: Run,
+    *,
+    steps: int,
+    lr: float,
+    stop: int | None = None,
+    micro_batch: int | None = None,
+    label: str = "",
+    workers: Workers = ALONE,
+    checkpoint: Checkpoint | None = None,
+    state: dict[str, Any] | None = None,
+    asked: Callable[[], bool] = lambda: False,
+) -> None:
+    """Trains for `stop` of the schedule's `steps` (all by default), keeping account in `run`. The
+    towers hold `micro_batch` pairs at once, or all that this worker has.
+
+    checkpoint: written as often as it says, after the last step, and when the training is `asked`
+        to end, which it does at the end of a step, in KeyboardInterrupt.
+    state: of a checkpoint, to go on from.
+    """
+    optimizer = optimizer_for(model, lr)
+    parts = {"model": model, "optimizer": optimizer, "batches": stream, "run": run}
+    if state is not None:
+        restore(state, parts)
+    keeps = checkpoint is not None and checkpoint.every > 0 and workers.first
+    towers = workers.wrap(model)
+    model.train()
+    stop, begun, spent = steps if stop is None else stop, len(run.losses), run.seconds
+    with tqdm(
+        total=stop, initial=begun, desc=label, unit="step", dynamic_ncols=True,
+        disable=not (label and workers.first),
+    ) as bar:  # fmt: skip
+        started = time.perf_counter()
+        for step in range(begun, stop):
+            batch = next(stream)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate(step, steps)
+            optimizer.zero_grad()
+            pairs = batch.images, batch.tokens
+            if micro_batch is None:
+                value = loss(**towers(*pairs))
+                value.backward()
+            else:
+                value = cached_step(towers, loss, *pairs, micro_batch=micro_batch)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            model.clamp_logit_scale()
+            of_all, stopping = workers.account(value, asked())
+            run.losses.append(of_all)
+            run.scales.append(model.logit_scale.exp().item())
+            run.seconds = spent + time.perf_counter() - started
+            speed = len(run.losses) * len(batch.concepts) / run.seconds
+            bar.set_postfix_str(
+                f"loss {run.losses[-1]:.3f}, scale {run.scales[-1]:.1f}, {speed:,.0f} pairs/s",
+                refresh=False,
+            )
+            bar.update()
+            done = step + 1
+            if keeps and (stopping or done == stop or done % checkpoint.every == 0):
+                checkpoint.save(parts)
+            if stopping:
+                raise KeyboardInterrupt

@@ -1,0 +1,225 @@
+"""Trains a small CLIP on emoji with the fused loss, and reports what it learnt: the demo.
+
+    python -m fastclip.demo.train
+    torchrun --nproc-per-node 2 -m fastclip.demo.train    # the same curve
+
+Real pictures, real names, no network. Then the same training again with the dense loss from the
+same seed, whose curve must lie on the fused one's, and an evaluation on drawings and on concepts
+that were kept from training (`fastclip/demo/emoji/split.py` says which).
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..clip.model import CLIP, CLIPConfig
+from ..clip.tokenizer import Tokenizer
+from . import emoji as emoji_data
+from .checkpoint import Checkpoint
+from .emoji.batches import Batches
+from .emoji.evaluate import Score, as_json, evaluate, held_out
+from .emoji.split import Split, split
+from .interrupt import interruptible
+from .loop import LOSSES, Run, loss_of, train
+from .options import checked_device, parser, writable_folder
+from .workers import ALONE, Workers
+
+DECISIVE = ("steps", "batch_size", "micro_batch", "lr", "loss", "seed")  # settings, of the curve
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data, its split, and the words: all that a run needs beside its settings."""
+
+    emoji: emoji_data.Emoji
+    split: Split
+    tokenizer: Tokenizer
+    config: CLIPConfig
+    device: torch.device
+    workers: Workers = ALONE
+
+    @classmethod
+    def load(cls, device: torch.device | str = "cpu", workers: Workers = ALONE) -> "Task":
+        data = emoji_data.load()
+        tokenizer = Tokenizer(emoji_data.TOKENIZER)
+        config = CLIPConfig(image_size=emoji_data.SIZE, vocab_size=tokenizer.vocab_size)
+        return cls(data, split(data.concepts), tokenizer, config, torch.device(device), workers)
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        return self.tokenizer.encode(captions, self.config.context_length).to(self.device)
+
+    def start(self, seed: int, batch_size: int) -> tuple[CLIP, Batches]:
+        """A fresh model and its batches: both follow from the seed alone."""
+        rows = self.workers.rows(batch_size)
+        stream = Batches(self.emoji, self.split, self.encode, batch_size, seed, self.device, rows)
+        torch.manual_seed(seed)
+        return CLIP(self.config).to(self.device), stream
+
+
+def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
+    """The figures as a table for the terminal."""
+    titles = {
+        "other vendor": f"{len(task.split.one_vendor)} trained concepts, in the drawing of the "
+        "vendor that was kept from training",
+        "held out": f"{len(task.split.held_out)} concepts held out of training, names and drawings",
+        "zero-shot": "the same held-out drawings into categories, from words alone",
+    }
+    lines = []
+    for test, figures in scores.items():
+        lines += ["", titles[test]]
+        lines += [f"  {name:<18}{score}" for name, score in figures.items()]
+    return "\n".join(lines)
+
+
+def learn(
+    args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path,
+    checkpoint: Checkpoint, state: dict[str, Any] | None,
+) -> tuple[CLIP, dict[str, dict[str, Score]]]:  # fmt: skip
+    """What all workers do together: train and compare; the first one saves, evaluates, reports.
+
+    `runs`, by loss, tell how far they got, even when this is interrupted.
+    """
+    workers = task.workers
+    say = print if workers.first else lambda *_, **__: None
+    first, other = runs
+    model, stream = task.start(args.seed, args.batch_size)
+    schedule = {"steps": args.steps, "lr": args.lr, "micro_batch": args.micro_batch}
+    ranks = f"{workers.size} ranks of " if workers.size > 1 else ""
+    threads = torch.get_num_threads()
+    say(
+        f"{len(task.split.vendors):,} of {len(task.split.members):,} look-alike groups of emoji "
+        f"are trained on; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"{ranks}{threads} thread{'s' if threads > 1 else ''}"
+    )
+    if state is not None:
+        moved = checkpoint.moved(state)
+        rounding = f"; the curve is now equal to rounding alone: {moved}" if moved else ""
+        say(f"goes on after step {len(state['run']['losses'])} of {args.steps}{rounding}")
+    run = runs[first]
+    with interruptible(patient=workers.under_torchrun) as asked:
+        try:
+            train(
+                model, stream, loss_of(first, workers, args.batch_size), run,
+                label=f"{first} loss", workers=workers, checkpoint=checkpoint, state=state,
+                asked=asked, **schedule,
+            )  # fmt: skip
+        finally:
+            # Interrupted or not: what was learnt so far is worth keeping. Before the first step
+            # that is nothing, and an earlier run's model may be there.
+            if run.losses and workers.first:
+                model.save(
+                    weights,
+                    steps=str(len(run.losses)),
+                    tokenizer="fastclip/demo/emoji/tokenizer.json",
+                )
+                run.saved = True
+    scores = {}
+    if workers.first:
+        scores = evaluate(model, task.emoji, task.split, task.encode)
+        say(report(scores, task), flush=True)
+    if not args.no_compare:
+        twin, stream = task.start(args.seed, args.batch_size)
+        say(f"\nThe first quarter again, with the {other} loss and the same seed:", flush=True)
+        with interruptible(patient=workers.under_torchrun) as asked:
+            train(
+                twin, stream, loss_of(other, workers, args.batch_size), runs[other],
+                stop=max(1, args.steps // 4), label=f"{other} loss", workers=workers, asked=asked,
+                **schedule,
+            )  # fmt: skip
+        gap = max(abs(a - b) for a, b in zip(*(r.losses for r in runs.values()), strict=False))
+        say(f"largest difference between the two losses, step by step: {gap:.1e}")
+    return model, scores
+
+
+def show(
+    args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path, model: CLIP,
+    scores: dict[str, dict[str, Score]], started: float,
+) -> None:  # fmt: skip
+    """Draws, and writes down what came out."""
+    from .emoji.figure import draw  # matplotlib takes a second to import, and fonts to find
+
+    runs = {name: run for name, run in runs.items() if run.losses}
+    held = held_out(model, task.emoji, task.split, task.encode)
+    draw(args.out / "demo.png", {name: r.losses for name, r in runs.items()}, task.emoji, held)
+    seconds = time.perf_counter() - started
+    results = {
+        "settings": {**vars(args), "out": str(args.out)},
+        "ranks": task.workers.size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": {"total": seconds, **{name: r.seconds for name, r in runs.items()}},
+        "scores": as_json(scores),
+        "losses": {name: r.losses for name, r in runs.items()},
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{seconds:.0f} s in all; demo.png, results.json, {weights.name} are in {args.out}/")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    workers = Workers.launched()
+    options = parser(LOSSES)
+    options.quiet = workers.local_rank > 0
+    args = options.parse_args(argv)
+    weights = args.out / "clip.safetensors"
+    # The one that is asked for comes first, the one that it is compared with second.
+    runs = {name: Run() for name in sorted(LOSSES, key=lambda name: name != args.loss)}
+    checkpoint = Checkpoint(
+        args.out / "training.pt", {name: getattr(args, name) for name in DECISIVE},
+        {"ranks": workers.size, "threads": torch.get_num_threads(), "device": args.device},
+        args.checkpoint_every,
+    )  # fmt: skip
+
+    def prepared() -> dict[str, Any] | None:
+        """The state to go on from, if any; after a look whether the folder can be written to."""
+        writable_folder(args.out)
+        try:
+            return checkpoint.load() if args.resume or workers.restarts else None
+        except (OSError, ValueError):
+            if args.resume:
+                raise
+            return None  # restarted before its first checkpoint: the file is another training's
+
+    try:
+        try:
+            device = workers.device(args.device)
+            # All ranks fail alike, but for devices of their own.
+            options.quiet &= device == args.device
+            task = Task.load(checked_device(device), workers)
+            options.quiet = workers.local_rank > 0
+            task.start(args.seed, args.batch_size)
+        except (OSError, ValueError) as error:
+            options.error(str(error))
+        with workers.group(task.device):
+            try:
+                state = workers.from_first(prepared)
+            except (OSError, ValueError) as error:
+                options.error(str(error))
+            started = time.perf_counter()
+            model, scores = learn(args, task, runs, weights, checkpoint, state)
+        if workers.first:
+            show(args, task, runs, weights, model, scores, started)
+            if args.checkpoint_every or state is not None:
+                checkpoint.remove()
+    except KeyboardInterrupt:
+        if workers.under_torchrun:  # which may send another one
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if workers.first:
+            run = runs[args.loss]
+            kept = f"{weights} holds the model so far" if run.saved else "nothing was saved"
+            if run.saved and checkpoint.every and checkpoint.path.is_file():
+                kept += f"; --resume goes on from {checkpoint.path.name}"
+            print(f"\nstopped after {len(run.losses)} steps; {kept}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

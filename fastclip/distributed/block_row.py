@@ -1,0 +1,285 @@
+"""A rank's block of rows, `S[own rows, all columns]`: two sweeps, visit by visit.
+
+`visits.py` brings the columns. Rows are complete here; columns are partial sums that ranks merge.
+States, positives and coefficients are O(B). Nothing here asks which loss the sweeps serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine import operators
+from ..engine.block import NO_POSITIVES, Block, Side, Statistics, Upstream, Wanted
+from ..engine.fused_loss import cast
+from ..engine.kept import PLANS
+from ..engine.operator_checks import accumulation_dtype, state_dtype
+from ..engine.operators import Gradients
+from ..engine.torch_engine import merge
+from ..kinds import Kind, kind_of
+from .exchange import Gathered, Ring, Visit
+from .shard import Shard
+
+
+class Sharing(NamedTuple):
+    """Which value a rank returns, and which gradients come back to it.
+
+    The default is exact: after a mean over ranks, as DDP takes it, all gradients are those of one
+    process on the whole batch. The others are open_clip's (`distributed.py` has the table).
+    """
+
+    whole_value: bool = False  # the loss of all pairs, else the share of the rank's own
+    from_others: bool = True  # of other ranks' losses, too
+    ring: bool = False  # columns come rank by rank
+
+
+class BlockRow(NamedTuple):
+    """Own rows (m) and all columns (B).
+
+    block: its features y are those that this rank holds, everything else of columns is there for
+    all of them; the own positive of row i is this rank's column i + offset.
+    """
+
+    engine: str
+    columns: Gathered | Ring
+    normalize: bool
+    block: Block
+
+    @classmethod
+    def of(cls, engine: str, columns: Gathered | Ring, normalize: bool, own: Block) -> BlockRow:
+        """From a block of own rows and own columns: gathers what the columns have."""
+        features, *vectors = own.y
+
+        def gathered(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else columns.shard.gather(vector)
+
+        y = Side(columns.held(features), *map(gathered, vectors))
+        block = own._replace(y=y, key_bias=gathered(own.key_bias))
+        return cls(engine, columns, normalize, block)
+
+    @property
+    def shard(self) -> Shard:
+        return self.columns.shard
+
+    @property
+    def kind(self) -> type[Kind]:
+        return kind_of(self.block.kind)
+
+    @property
+    def rows(self) -> int:
+        return self.block.x.features.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """For a Function to save; `with_tensors` puts them back."""
+        return self.block.flat()[:-_OPTIONS]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> BlockRow:
+        block, _ = Block.of((*tensors, *self.block.flat()[-_OPTIONS:]))
+        return self._replace(block=block)
+
+    def without_tensors(self) -> BlockRow:
+        return self.with_tensors((None,) * TENSORS)
+
+    def part(self, rows: slice, features: Tensor, columns: slice | Tensor, offset: int) -> Block:
+        """Some own rows, and some columns with their features."""
+
+        def of(places: slice | Tensor, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+            return [None if vector is None else vector[places] for vector in vectors]
+
+        x, y = Side(*of(rows, self.block.x)), Side(features, *of(columns, self.block.y[1:]))
+        (key_bias,) = of(columns, [self.block.key_bias])
+        return self.block._replace(x=x, y=y, key_bias=key_bias, offset=offset)
+
+    def visited(self, rows: slice, visit: Visit) -> Block:
+        offset = NO_POSITIVES
+        if visit.has_own and with_positive(self.rows, self.shard.rows, self.block.offset) > 0:
+            own_columns = self.shard.start - visit.columns.start
+            offset = rows.start + self.block.offset + own_columns
+        return self.part(rows, visit.features, visit.columns, offset)
+
+    def bound(self) -> Tensor | None:
+        """The largest |t| of all ranks at most: with it they take one reference, and columns' sums
+        add up as they are. A NaN or infinity in it makes every rank take references of its own."""
+        if not self.kind.has_shift:
+            return None
+        x = self.block.x.features
+        dtype = state_dtype(x.device)
+        if self.normalize:
+            return torch.ones((), dtype=dtype, device=x.device)
+        longest = [_longest(t) for t in (x, self.columns.own(self.block.y.features))]
+        return self.shard.max(torch.stack(longest)).prod().to(dtype)
+
+
+_OPTIONS = 3  # of a block, behind its tensors
+TENSORS = 2 * len(Side._fields) + len(Block._fields) - 2 - _OPTIONS
+
+
+def with_positive(m: int, n: int, offset: int) -> int:
+    """How many rows of m have an own positive among n columns."""
+    return max(0, min(m, n - offset) - max(0, -offset))
+
+
+def _longest(x: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=accumulation_dtype(x))
+    return norms.amax() if norms.shape[0] else norms.new_zeros(())
+
+
+class Swept(NamedTuple):
+    """The results of the first sweep of m rows, for them and B columns."""
+
+    state: Tensor  # (2 or 4, m + B): own rows, complete; of columns this rank's part
+    positive: Tensor  # (m)
+    kept: tuple[Tensor, ...]  # of each visit
+
+
+Occupied = Callable[[Block], Tensor | None]
+
+
+def sweep(
+    row: BlockRow, rows: slice, budget: int, occupied: Occupied = lambda block: None
+) -> Swept:
+    """States of these of the own rows and of all columns. Budget: bytes of products that may be
+    kept for the second sweep. occupied: the operator's argument for a visit's block."""
+    m, shard = row.rows, row.shard
+    bound = row.bound()
+    x = row.block.x.features
+    state = torch.zeros(
+        (4 if row.block.same_id_positive else 2, m + shard.batch),
+        dtype=state_dtype(x.device), device=x.device,
+    )  # fmt: skip
+    of_rows, of_columns = state[:, :m][:, rows], state[:, m:]
+    positive, kept = state.new_zeros(m), []
+    positive[rows] = torch.nan
+    for visit in row.columns.start(row.block.y.features):
+        block = row.visited(rows, visit)
+        if 0 in block.sizes():
+            kept.append(x.new_empty(0))
+            continue
+        keep = PLANS[row.engine].keep(block, budget * block.sizes()[1] // shard.batch)
+        found = operators.sweep(row.engine, block, bound, occupied(block), keep)
+        kept.append(found.kept)
+        count = block.sizes()[0]
+        of_columns[:, visit.columns] = found.state[:, count:]
+        if visit.has_own:  # the first one
+            of_rows.copy_(found.state[:, :count])
+            positive[rows] = found.positive
+            continue
+        for k in range(0, len(state), 2):
+            merge(*of_rows[k : k + 2], *found.state[k : k + 2, :count])
+    return Swept(state, positive, tuple(kept))
+
+
+def merge_columns(state: Tensor, kind: type[Kind], shard: Shard) -> Tensor:
+    """States of columns (2 or 4, B) of the ranks' blocks to those of all their pairs.
+
+    As a rule all shifts are one number and this adds sums; where a rank had to take shifts of its
+    own, powers of two relate them.
+    """
+    shift, sums = state[::2], state[1::2]
+    if kind.has_shift:
+        absent = sums == 0
+        top = shard.max(torch.where(absent, -torch.inf, shift))
+        top = torch.where(top == -torch.inf, 0, top)
+        sums = torch.where(absent, 0, sums * (shift - top).exp2())
+        shift = top
+    return torch.stack((shift, shard.sum(sums.contiguous())), 1).flatten(0, 1)
+
+
+class Weighing(NamedTuple):
+    """The second sweep: gradients, in fp32 at least, of the live rows and columns.
+
+    upstream: coefficients (m + B, or two rows of these) and positives' weights (m), which upstream
+    gradients are part of.
+    """
+
+    row: BlockRow
+    swept: Swept  # with complete states
+    upstream: Upstream
+
+    def run(self, needs_x: bool, needs_y: bool, needs_key_bias: bool = False) -> Gradients:
+        """dx and dy of own rows (m, D) and columns (n, D); this rank's part of dbias and dscale,
+        and of dkey_bias of all columns (B)."""
+        row, shard = self.row, self.row.shard
+        x, live, at_once = row.block.x.features, shard.live[shard.rank], shard.all_live
+        rows = slice(0, row.rows) if at_once else live
+        dx = x.new_zeros(x.shape if needs_x else (0,), dtype=accumulation_dtype(x))
+        totals = self.swept.state.new_zeros(2)
+        dkey_bias = totals.new_zeros(shard.batch if needs_key_bias else 0)
+        needs = needs_x, needs_y and at_once, needs_key_bias
+        journey = row.columns.start(row.block.y.features, shard if at_once else shard.of_live)
+        # Every visit has to be made, whether or not it leaves something to take home.
+        for visit, kept in zip(journey, self.swept.kept, strict=True):
+            block = row.visited(rows, visit)
+            found = self._weigh(block, rows, visit.columns, kept, *needs)
+            totals += found.bias_scale
+            if needs_x:
+                dx[rows].add_(found.x)
+            if needs_key_bias:
+                dkey_bias[visit.columns] = found.key_bias
+            if needs_y:
+                journey.give_back(found.y if at_once else self._live_columns(visit))
+        if not needs_y:
+            return Gradients(dx, dx.new_zeros(0), totals, dkey_bias)
+        dy = journey.finish()
+        if not at_once:
+            of_live, dy = dy, dx.new_zeros((shard.rows, x.shape[1]))
+            dy[live] = of_live
+        return Gradients(dx, dy, totals, dkey_bias)
+
+    def _live_columns(self, visit: Visit) -> Tensor:
+        """dy of the visit's live columns, from all own rows."""
+        row, shard = self.row, self.row.shard
+        pairs = shard.live[shard.rank]
+        picked, own = row.columns.live(visit)
+        start = visit.columns.start
+        columns: slice | Tensor = (
+            slice(picked.start + start, picked.stop + start) if isinstance(picked, slice)
+            else picked + start
+        )  # fmt: skip
+        y = visit.features[picked]
+        total = torch.zeros(y.shape, dtype=accumulation_dtype(y), device=y.device)
+        for rows in (slice(0, pairs.start), pairs, slice(pairs.stop, row.rows)):
+            # Rows beside the live ones have no positive among these columns.
+            offset = own if rows is pairs and own is not None else NO_POSITIVES
+            block = row.part(rows, y, columns, offset)
+            total += self._weigh(block, rows, columns, self.swept.kept[0], False, True, False).y
+        return total
+
+    def _weigh(
+        self, block: Block, rows: slice, columns: slice | Tensor, kept: Tensor, needs_x: bool,
+        needs_y: bool, needs_key_bias: bool,
+    ) -> Gradients:  # fmt: skip
+        state, positive, _ = self.swept
+        coefficients, weights, gain = self.upstream
+        dtype, width = accumulation_dtype(block.x.features), block.x.features.shape[1]
+        if 0 in block.sizes():
+            m, n = block.sizes()
+            nothing = [
+                block.x.features.new_zeros((k if needed else 0, width), dtype=dtype)
+                for k, needed in ((m, needs_x), (n, needs_y))
+            ]
+            return Gradients(
+                *nothing, state.new_zeros(2), state.new_zeros(n if needs_key_bias else 0)
+            )
+        own = self.row.rows
+
+        def of_lines(values: Tensor) -> Tensor:
+            return torch.cat((values[..., :own][..., rows], values[..., own:][..., columns]), -1)
+
+        return operators.weigh(
+            self.row.engine, block, Statistics(of_lines(state), positive[rows], kept),
+            Upstream(of_lines(coefficients), weights[rows], gain),
+            Wanted(needs_x, needs_y, needs_key_bias, self.row.normalize, dtype, dtype),
+        )  # fmt: skip
+
+
+def to_features(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """In the features' dtype. A row shorter than epsilon was divided by 1e-12: in fp16 it has no
+    gradient instead of an infinite one, as in one process."""
+    if dtype == torch.float16 and factor is not None:
+        gradient = gradient.masked_fill(factor[:, None] >= 0.9999e12, 0)
+    return cast(gradient, dtype)

@@ -1,0 +1,186 @@
+"""How a loss across ranks begins: checks of what this rank brings, then the ranks' agreement.
+
+What is wrong on one rank is an error on all of them: a rank that is about to raise tells the others
+first. Eager calls begin here, and so do the operators of compiled ones (`traced_ranks.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..engine.backends import choose
+from ..engine.block import NO_POSITIVES
+from ..engine.checks import (
+    budget_of,
+    check_features,
+    check_live,
+    product_dtype,
+    refuse_forward_mode,
+    scalar,
+)
+from ..engine.checks import check_contrast as check_contrast_inputs
+from ..engine.fused_loss import Plan
+from ..engine.line_statistics import Inputs, Request
+from ..kinds import KINDS, kind_of
+from .agreement import agree, agree_on_sides, check_world, ranks_of, refuse
+from .block_row import Sharing
+from .shard import Shard
+from .sharded_loss import Context
+from .sharded_loss import Inputs as LossInputs
+from .sharded_statistics import Task
+
+Checked = TypeVar("Checked")
+
+
+class LossCall(NamedTuple):
+    """The options of a loss, as they were given."""
+
+    kind: str
+    sharing: Sharing
+    uneven: bool
+    normalize: bool
+    backend: str | None
+    memory_budget: int | None
+    live: tuple[int, int] | None
+    world: tuple[str, int, int] | None  # of a module: name, rank and world size
+    dtype: torch.dtype | None = None  # of the products; None: as autocast has it now
+
+
+class ContrastCall(NamedTuple):
+    """The options of `distributed.contrast`, as they were given."""
+
+    offset: int | None
+    same_id: str
+    rows: bool
+    columns: bool
+    kind: str
+    normalize: bool
+    ring: bool
+    uneven: bool
+    backend: str | None
+    memory_budget: int | None
+    dtype: torch.dtype | None = None
+
+
+class CheckedLoss(NamedTuple):
+    inputs: LossInputs
+    plan: Plan
+    live: tuple[int, int] | None
+    alike: dict[str, int | torch.dtype]  # what ranks must have in common
+
+
+class CheckedContrast(NamedTuple):
+    inputs: Inputs
+    task: Task  # without a shard
+    alike: dict[str, int | torch.dtype]
+
+
+def begin_loss(
+    given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
+) -> tuple[LossInputs, Context]:
+    """given: x, y, scale, bias."""
+    checked = _or_refuse(check_loss, given, process_group, call)
+    inputs, plan, live, alike = checked
+    shard = agree(process_group, *inputs[:2], _wants(*inputs), call.uneven, live, **alike)
+    return inputs, Context(plan, shard, call.sharing)
+
+
+def begin_contrast(
+    given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
+) -> tuple[Inputs, Task]:
+    """given: x, y, scale, bias, key_bias, ids, margin."""
+    inputs, task, alike = _or_refuse(check_contrast, given, process_group, call)
+    shard = agree_on_sides(
+        process_group, inputs.x, inputs.y, inputs.key_bias, _wants(*inputs), call.uneven, **alike
+    )
+    return inputs, task._replace(shard=shard)
+
+
+def _or_refuse(
+    check: Callable[..., Checked],
+    given: Sequence[Any],
+    process_group: dist.ProcessGroup | None,
+    call: Any,
+) -> Checked:
+    try:
+        return check(given, process_group, call)
+    except (TypeError, ValueError, RuntimeError):
+        refuse(process_group)
+        raise
+
+
+def _wants(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def check_loss(
+    given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
+) -> CheckedLoss:
+    x, y, logit_scale, logit_bias = given
+    if call.world is not None:
+        check_world(*call.world, process_group)
+    check_features(x, y, may_be_empty=call.uneven)
+    live = check_live(call.live, x.shape[0])
+    scale = scalar("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+    refuse_forward_mode(x, y, scale, bias)
+    # Autocast may be on for some ranks alone.
+    dtype = call.dtype or product_dtype(x, y)
+    alike = {
+        "loss": _index(call.kind), "normalize": int(call.normalize),
+        "logit_bias": int(bias is not None),
+        **{name: int(value) for name, value in call.sharing._asdict().items()},
+        "dtype of products": dtype,
+    }  # fmt: skip
+    engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
+    budget = budget_of(call.memory_budget, x.device)
+    plan = Plan(call.kind, engine, dtype, call.normalize, "mean", budget)
+    return CheckedLoss((x, y, scale, bias), plan, live, alike)
+
+
+def check_contrast(
+    given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
+) -> CheckedContrast:
+    x, y, _, _, key_bias, *_ = given
+    scale, bias, ids, margin = check_contrast_inputs(
+        *given, offset=call.offset, same_id=call.same_id, rows=call.rows, columns=call.columns,
+        kind=call.kind, may_be_empty=call.uneven,
+    )  # fmt: skip
+    dtype = call.dtype or product_dtype(x, y)
+    positive = call.same_id == "positive"
+    alike: dict[str, int | torch.dtype] = {
+        "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
+        "same_id": int(positive), "ids": int(ids is not None),
+        "false_negative_margin": int(margin is not None), "offset=None": int(call.offset is None),
+        "rows": int(call.rows), "columns": int(call.columns), "logit_bias": int(bias is not None),
+        "dtype of products": dtype,
+    }  # fmt: skip
+    engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
+    budget = budget_of(call.memory_budget, x.device)
+    request = Request(engine, dtype, call.normalize, bool(call.rows), bool(call.columns), budget)
+    offset = NO_POSITIVES if call.offset is None else call.offset
+    task = Task(request, ids, margin, offset, call.kind, positive, NOBODYS, call.ring)
+    return CheckedContrast(Inputs(x, y, scale, bias, key_bias), task, alike)
+
+
+NOBODYS = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)  # until ranks have agreed
+
+
+def engine_of(
+    backend: str | None, x: Tensor, y: Tensor, ranks: int, dtype: torch.dtype, kind: str
+) -> str:
+    """For own rows and the columns of all ranks, if they have as many."""
+    logits = x.shape[0] * y.shape[0] * ranks
+    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind)
+    if engine == "reference":
+        raise ValueError("backend must be an engine, which the dense 'reference' is not")
+    return engine
+
+
+def _index(kind: str) -> int:
+    return list(KINDS).index(kind_of(kind).name)

@@ -1,0 +1,301 @@
+"""The loss of a batch spread over ranks, one-sided: each rank makes its block of rows only.
+
+A rank sweeps `S[own rows, all columns]` once, for both directions, half the work of a loss that
+makes own rows and own columns; `block_row.py` has the sweeps, this file makes them differentiable.
+
+What the ranks' losses are multiplied with may differ from rank to rank: the weight of a pair uses
+what its row's rank and its column's rank use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine import operators
+from ..engine.block import Block, Upstream
+from ..engine.fused_loss import (
+    Plan,
+    bias_of,
+    cast,
+    differentiates,
+    refuse_second_derivative,
+    scalar_like,
+    side_of,
+)
+from ..engine.operator_checks import accumulation_dtype, state_dtype
+from ..kinds import Kind, kind_of
+from .block_row import TENSORS, BlockRow, Sharing, Swept, Weighing, merge_columns, to_features
+from .block_row import sweep as sweep_row
+from .exchange import Gathered, Ring
+from .shard import Shard
+
+Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
+
+
+class Context(NamedTuple):
+    plan: Plan
+    shard: Shard
+    sharing: Sharing
+
+    @property
+    def kind(self) -> type[Kind]:
+        return kind_of(self.plan.kind)
+
+    @property
+    def pairs(self) -> slice:
+        """This rank's live ones, whose losses its value has."""
+        return self.shard.live[self.shard.rank]
+
+    @property
+    def columns(self) -> Gathered | Ring:
+        return (Ring if self.sharing.ring else Gathered)(self.shard)
+
+    def own(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Block:
+        """Own rows and own columns."""
+        plan = self.plan
+        sides = (side_of(t, plan.dtype, plan.normalize) for t in (x, y))
+        return Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
+
+    def row(self, own: Block) -> BlockRow:
+        return BlockRow.of(self.plan.engine, self.columns, self.plan.normalize, own)
+
+    def finish(self, row: BlockRow, state: Tensor, positive: Tensor) -> tuple[Tensor, ...]:
+        """Losses, coefficients and positives' weights of lines."""
+        if state.shape[1] == 0:
+            return (state.new_zeros(0),) * 3
+        block = row.block
+        return operators.finish(
+            row.engine, state.contiguous(), positive, block.scale, block.bias, block.kind
+        )
+
+
+def sharded_loss(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan, shard: Shard,
+    sharing: Sharing,
+) -> Tensor:  # fmt: skip
+    """The mean of the ranks' values is the mean over all pairs. x, y (b, D) are this rank's."""
+    context = Context(plan, shard, sharing)
+    if differentiates(x, y, scale, bias):
+        return _ShardedLoss.apply(x, y, scale, bias, context)
+    return value_alone(context, context.row(context.own(x, y, scale, bias)))
+
+
+def _value(context: Context, own: Tensor) -> Tensor:
+    """own: the sum of this rank's pairs' losses."""
+    shard = context.shard
+    dtype = torch.float64 if context.plan.dtype == torch.float64 else torch.float32
+    if context.sharing.whole_value:
+        return (shard.sum(own.reshape(1)).reshape(()) / shard.batch).to(dtype)
+    return (own * (shard.world_size / shard.batch)).to(dtype)
+
+
+class _Lines(NamedTuple):
+    """The lines' part in the weights of a rank with b pairs."""
+
+    coefficients: Tensor  # (b + B)
+    of_rows: Tensor  # (b): the positives' weights, as their rows have them
+    of_columns: Tensor  # (b): as their columns have them
+
+
+def sweep(context: Context, row: BlockRow, budget: int) -> tuple[Tensor, Swept, _Lines]:
+    """The sum of the losses of this rank's pairs, and what the second sweep needs."""
+    shard, pairs, m = context.shard, context.pairs, context.shard.rows
+    if not context.kind.has_shift:
+        # A row's weights need nothing of other rows.
+        swept = sweep_row(row, pairs, budget)
+        losses, coefficients, weights = context.finish(row, swept.state[:, :m], swept.positive)
+        # A sum over pairs: a rank's share are its rows, its columns belong to the others' rows.
+        coefficients = torch.cat((coefficients, coefficients.new_zeros(shard.batch)))
+        return losses[pairs].sum(), swept, _Lines(coefficients, weights, weights * 0)
+    # A row's weights need other rows' states through columns.
+    swept = sweep_row(row, slice(0, m), budget)
+    columns = swept.state[:, m:]
+    columns.copy_(merge_columns(columns, context.kind, shard))
+    positives = torch.cat((swept.positive, shard.gather(swept.positive)))
+    losses, coefficients, weights = context.finish(row, swept.state, positives)
+    own = (losses[:m][pairs].sum() + losses[m:][shard.mine][pairs].sum()) / 2
+    # A pair counts half its row's and half its column's loss.
+    lines = _Lines(coefficients / 2, weights[:m] / 2, weights[m:][shard.mine] / 2)
+    return own, swept, lines
+
+
+class _ShardedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, context: Context
+    ) -> Tensor:
+        row = context.row(context.own(x, y, scale, bias))
+        value, found = forward(context, row, x, y, ctx.needs_input_grad[0])
+        ctx.context, ctx.row = context, row.without_tensors()
+        of_row = (None,) * TENSORS if makes_gradients_at_once(context, x, y) else row.tensors
+        ctx.save_for_backward(x, y, scale, bias, *of_row, *found)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        row, found = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
+        with torch.no_grad():
+            gradients = backward(ctx.context, row, inputs, found, ctx.needs_input_grad, g)
+        if torch.is_grad_enabled():
+            gradients = refuse_second_derivative(gradients, g, *inputs[:3])
+        return *gradients, None
+
+
+def value_alone(context: Context, row: BlockRow) -> Tensor:
+    """This rank's value, for no backward."""
+    own, *_ = sweep(context, row, budget=0)
+    return _value(context, own)
+
+
+def forward(
+    context: Context, row: BlockRow, x: Tensor, y: Tensor, needs_x: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """This rank's value, and what `backward` takes beside the row."""
+    if makes_gradients_at_once(context, x, y):
+        value, *gradients = _sweep_and_weigh(context, row, needs_x)
+        return value, gradients
+    # Kept products serve a second sweep over the very same blocks.
+    budget = context.plan.memory_budget if context.shard.all_live else 0
+    own, swept, lines = sweep(context, row, budget)
+    return _value(context, own), [*lines, *swept[:2], *swept.kept]
+
+
+def backward(
+    context: Context, row: BlockRow, inputs: Inputs, found: Sequence[Tensor],
+    needs: Sequence[bool], g: Tensor,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x, y, scale and bias, for g, the value's. A row whose gradients are made already
+    needs no tensors."""
+    if makes_gradients_at_once(context, *inputs[:2]):
+        return _scale(context, inputs, found, needs, g)
+    return _weigh(context, row, inputs, found, needs, g)
+
+
+def makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
+    """The forward makes gradients for upstream 1, a sweep less, where weights need no state. They
+    wait in fp32, O(B D), and columns are not to visit a second time."""
+    wide = accumulation_dtype(x)
+    return (
+        context.kind.is_linear
+        and not context.sharing.ring
+        and context.shard.all_live
+        and (x.device.type == "cuda" or x.dtype == y.dtype == wide == context.plan.dtype)
+    )
+
+
+def _sweep_and_weigh(
+    context: Context, row: BlockRow, needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This rank's value; dx, dy of all columns, dbias and dscale, for upstream 1."""
+    shard, x = context.shard, row.block.x.features
+    (every,) = row.columns.start(row.block.y.features)
+    if row.rows == 0:
+        dtype = accumulation_dtype(x)
+        dx, dy = (
+            t.new_zeros(t.shape if needed else (0, t.shape[1]), dtype=dtype)
+            for t, needed in ((x, needs_x), (every.features, shard.needs_y))
+        )
+        nothing = dx.new_zeros(2, dtype=state_dtype(x.device))
+        return _value(context, nothing.sum()), dx, dy, nothing
+    share = torch.full(
+        (), shard.world_size / shard.batch, dtype=state_dtype(x.device), device=x.device
+    )
+    state, positive, *gradients = operators.sweep_and_weigh(
+        row.engine, row.visited(slice(0, row.rows), every), share, needs_x, shard.needs_y,
+        row.normalize,
+    )  # fmt: skip
+    losses, *_ = context.finish(row, state[:, : row.rows], positive)
+    return _value(context, losses.sum()), *gradients
+
+
+def _scale(
+    context: Context, inputs: Inputs, found: Sequence[Tensor], needs: Sequence[bool], g: Tensor
+) -> list[Tensor | None]:
+    x, y, scale, bias = inputs
+    dx, dy, dbias_dscale = found
+    needs_x, needs_y, needs_scale, needs_bias = needs[:4]
+    if context.shard.needs_y:
+        dy = context.shard.scatter_sum(dy * g)
+    dbias, dscale = (dbias_dscale * g).unbind()
+    return [
+        cast(dx * g, x.dtype) if needs_x else None,
+        cast(dy, y.dtype) if needs_y else None,
+        scalar_like(dscale, scale) if needs_scale else None,
+        scalar_like(dbias, bias) if needs_bias else None,
+    ]
+
+
+class _Upstream(NamedTuple):
+    """The factors of a rank's gradients.
+
+    Weights keep order 1, whatever the upstream gradients: a common factor, `gain`, goes outside.
+    """
+
+    gain: Tensor
+    of_rows: Tensor | float  # (b)
+    of_columns: Tensor | float  # (B)
+    afterwards: Tensor | float  # both towers' gradients
+
+
+def _upstream(context: Context, g: Tensor, dtype: torch.dtype) -> _Upstream:
+    shard, sharing = context.shard, context.sharing
+    if sharing.whole_value:
+        # The gradient of the loss of all pairs, for what all ranks make of it, or this one alone.
+        gain = torch.full((), 1 / shard.batch, dtype=dtype, device=g.device)
+        every = shard.sum(g.reshape(1).clone()).reshape(()) if sharing.from_others else g
+        return _Upstream(gain, 1.0, 1.0, every)
+    upstreams = shard.gather_scalar(g).to(dtype)
+    largest = upstreams.abs().amax()
+    relative = shard.by_pair(upstreams / torch.where(largest > 0, largest, 1))
+    share = shard.world_size / shard.batch
+    return _Upstream(largest * share, relative[shard.mine], relative, 1.0)
+
+
+def _weigh(
+    context: Context, row: BlockRow, inputs: Inputs, found: Sequence[Tensor],
+    needs: Sequence[bool], g: Tensor,
+) -> list[Tensor | None]:  # fmt: skip
+    shard, sharing = context.shard, context.sharing
+    own_x, own_y, scale, bias = inputs
+    count = len(_Lines._fields)
+    lines, (state, positive, *kept) = _Lines(*found[:count]), found[count:]
+    swept = Swept(state, positive, tuple(kept))
+    upstream = _upstream(context, g, state.dtype)
+    a, b = lines.coefficients.split([shard.rows, shard.batch])
+    a, b = a * upstream.of_rows, b * upstream.of_columns
+    of_rows, of_columns = lines.of_rows * upstream.of_rows, lines.of_columns * upstream.of_rows
+
+    def gradients(
+        a: Tensor, b: Tensor, weights: Tensor, needs_x: bool, needs_y: bool
+    ) -> operators.Gradients:
+        weighing = Weighing(row, swept, Upstream(torch.cat((a, b)), weights, upstream.gain))
+        return weighing.run(needs_x, needs_y)
+
+    needs_x, needs_y, needs_scale, needs_bias = needs[:4]
+    if sharing.from_others or sharing.whole_value:
+        dx, dy, totals, _ = gradients(a, b, of_rows + of_columns, needs_x, shard.needs_y)
+    else:
+        # Each tower as the anchor of its own rank's loss alone: rows for x, columns for y.
+        dx, _, of_x, _ = gradients(a, b * 0, of_rows, needs_x, False)
+        _, dy, of_y, _ = gradients(a * 0, b, of_columns, False, shard.needs_y)
+        totals = of_x + of_y
+    if sharing.whole_value:
+        totals = shard.sum(totals) * g
+        dx, dy = dx * upstream.afterwards, dy * upstream.afterwards
+    x, y = row.block.x, row.block.y
+    own_factor = None if y.factor is None else y.factor[shard.mine]
+    if bias is None or row.block.bias is None:
+        dbias = None if bias is None else torch.zeros_like(bias)
+    else:
+        dbias = scalar_like(totals[0], bias)
+    return [
+        to_features(dx, x.factor, own_x.dtype) if needs_x else None,
+        to_features(dy, own_factor, own_y.dtype) if needs_y else None,
+        scalar_like(totals[1], scale) if needs_scale else None,
+        dbias if needs_bias else None,
+    ]

@@ -1,0 +1,186 @@
+"""The statistics of lines of a batch spread over ranks: what `distributed.contrast` returns.
+
+A rank sweeps its block of rows, `block_row.py`. Its rows are complete then, columns' states are
+merged, O(B), and everything else is what one process does with own rows and own columns: their
+statistics, and coefficients from the gradients of these. Coefficients of columns are gathered,
+O(B), since every rank's block row has a part of each column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine import pairs
+from ..engine.block import Block, Side, Upstream
+from ..engine.fused_loss import cast, differentiates, refuse_second_derivative, scalar_like
+from ..engine.line_statistics import Inputs, Request, block_of, finish, made_of, named, weights
+from ..kinds import LineStatistics, kind_of
+from .block_row import (
+    TENSORS,
+    BlockRow,
+    Swept,
+    Weighing,
+    merge_columns,
+    sweep,
+    to_features,
+    with_positive,
+)
+from .exchange import Gathered, Ring
+from .shard import Shard
+
+
+class Task(NamedTuple):
+    """The questions about the inputs of this rank."""
+
+    request: Request
+    ids: tuple[Tensor, Tensor] | None
+    margin: Tensor | None
+    offset: int
+    kind: str
+    same_id_positive: bool
+    shard: Shard  # of columns
+    ring: bool
+
+
+def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
+    """The statistics of this rank's rows and columns, over the pairs of all ranks."""
+    if differentiates(*inputs):
+        found = _ShardedStatistics.apply(*inputs, task)
+    else:
+        found, *_ = forward(inputs, row_of(own_of(inputs, task), task), task.request, budget=0)
+    return named(found, task.same_id_positive, task.request.rows, task.request.columns)
+
+
+def own_of(inputs: Inputs, task: Task) -> Block:
+    """Own rows and own columns, without ids."""
+    return block_of(
+        inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, task.request
+    )
+
+
+def row_of(own: Block, task: Task) -> BlockRow:
+    request = task.request
+    if task.ids is not None:
+        ids_x, ids_y = (ids.to(torch.int64) for ids in task.ids)
+        own = own._replace(x=own.x._replace(ids=ids_x), y=own.y._replace(ids=ids_y))
+    row = BlockRow.of(request.engine, columns_of(*own.sizes(), task), request.normalize, own)
+    if task.ids is None:
+        return row
+    x, y = row.block.x, row.block.y
+    codes = pairs.codes_of(x.ids, y.ids)
+    block = row.block._replace(x=x._replace(ids=codes[0]), y=y._replace(ids=codes[1]))
+    return row._replace(block=block)
+
+
+def columns_of(m: int, n: int, task: Task) -> Gathered | Ring:
+    if task.ring:
+        return Ring(task.shard)
+    # One offset holds for all columns where every row or none has its positive on this rank.
+    some = with_positive(m, n, task.offset)
+    return Gathered(task.shard, apart=task.shard.world_size > 1 and 0 < some < m)
+
+
+def _own(row: BlockRow) -> Block:
+    """Own rows and own columns, as far as statistics need them."""
+    block, mine = row.block, row.shard.mine
+    key_bias = None if block.key_bias is None else block.key_bias[mine]
+    return block._replace(y=Side(row.columns.own(block.y.features)), key_bias=key_bias)
+
+
+def _of_own(state: Tensor, row: BlockRow) -> Tensor:
+    """States of own rows and all columns to those of own rows and own columns."""
+    return torch.cat((state[:, : row.rows], state[:, row.rows :][:, row.shard.mine]), 1)
+
+
+def forward(
+    inputs: Inputs, row: BlockRow, request: Request, budget: int
+) -> tuple[tuple[Tensor, ...], Swept]:
+    """Statistics, and what `backward` takes beside them."""
+
+    def occupied(block: Block) -> Tensor | None:
+        codes = row.rows + row.shard.batch
+        return pairs.occupied(block, codes, request.rows, request.columns)
+
+    with torch.no_grad():
+        swept = sweep(row, slice(0, row.rows), budget, occupied)
+        if request.columns:
+            columns = swept.state[:, row.rows :]
+            columns.copy_(merge_columns(columns, row.kind, row.shard))
+        return finish(_own(row), _of_own(swept.state, row), swept.positive, inputs.bias), swept
+
+
+class _ShardedStatistics(torch.autograd.Function):
+    """Missing gradients of statistics come as zeros, so that all ranks make the same exchanges."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, task = arguments
+        inputs = Inputs(*tensors)
+        row = row_of(own_of(inputs, task), task)
+        found, swept = forward(inputs, row, task.request, task.request.memory_budget)
+        ctx.row, ctx.request, ctx.found = row.without_tensors(), task.request, len(found)
+        ctx.save_for_backward(
+            *inputs, *row.tensors, *found, swept.state, swept.positive, *swept.kept
+        )
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(Inputs._fields)
+        inputs, saved = Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        row, saved = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
+        found, (state, positive, *kept) = saved[: ctx.found], saved[ctx.found :]
+        swept = Swept(state, positive, tuple(kept))
+        with torch.no_grad():
+            gradients = backward(
+                inputs, row, ctx.request, found, swept, upstream, ctx.needs_input_grad
+            )
+        if torch.is_grad_enabled():
+            gradients = refuse_second_derivative(gradients, *upstream, *inputs[:3])
+        return *gradients, None
+
+
+def _upstream(row: BlockRow, request: Request, own: Upstream) -> Upstream:
+    """From coefficients of own rows and own columns to those of own rows and all columns."""
+    shard, m = row.shard, row.rows
+    coefficients, positive_weight, largest = own
+    if not request.columns:
+        none = coefficients.new_zeros((*coefficients.shape[:-1], shard.batch))
+        return own._replace(coefficients=torch.cat((coefficients[..., :m], none), -1))
+    # They are relative to each rank's largest one: columns of all ranks need one unit.
+    gain = shard.max(largest.reshape(1).clone()).reshape(())
+    ratio = torch.where(gain > 0, largest / gain, 1)
+    coefficients = coefficients * ratio
+    every = shard.gather(coefficients[..., m:].movedim(-1, 0).contiguous()).movedim(0, -1)
+    return Upstream(torch.cat((coefficients[..., :m], every), -1), positive_weight * ratio, gain)
+
+
+def backward(
+    inputs: Inputs, row: BlockRow, request: Request, found: Sequence[Tensor], swept: Swept,
+    upstream: Sequence[Tensor], wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the inputs, for those of the statistics."""
+    shard, needs = row.shard, Inputs(*wanted[: len(Inputs._fields)])
+    found, given = (made_of(t, row.block.same_id_positive) for t in (found, upstream))
+    own, of_bias = weights(_own(row), inputs.bias, found, _of_own(swept.state, row), given)
+    dx, dy, totals, dkey_bias = Weighing(row, swept, _upstream(row, request, own)).run(
+        needs.x, shard.needs_y, shard.needs_key_bias
+    )
+    if shard.needs_key_bias:
+        dkey_bias = shard.scatter_sum(dkey_bias)
+    dbias, dscale = totals.unbind()
+    if kind_of(row.block.kind).has_shift:
+        dbias = of_bias
+    factor_y = row.block.y.factor
+    factor_y = None if factor_y is None else factor_y[shard.mine]
+    return [
+        to_features(dx, row.block.x.factor, inputs.x.dtype) if needs.x else None,
+        to_features(dy, factor_y, inputs.y.dtype) if needs.y else None,
+        scalar_like(dscale, inputs.scale) if needs.scale else None,
+        scalar_like(dbias, inputs.bias) if needs.bias else None,
+        cast(dkey_bias, inputs.key_bias.dtype) if needs.key_bias else None,
+    ]

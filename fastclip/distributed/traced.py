@@ -1,0 +1,161 @@
+"""Losses across ranks in a compiled graph: the call as an operator takes it.
+
+Dynamo reads this. `rank_operators.py` has the operators, in which everything happens that depends
+on other ranks, when the graph runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import numbers
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..engine.checks import product_dtype, scalar
+from ..engine.line_statistics import named, statistics_of
+from ..kinds import LineStatistics
+from .agreement import group_named, ranks_of
+from .calls import ContrastCall, LossCall, engine_of
+from .operators import LossOptions, Trace
+
+
+def _is_plain(value: Any, optional: bool = True) -> bool:
+    if value is None:
+        return optional
+    return isinstance(value, Tensor) and type(value).__name__ != "DTensor"
+
+
+def _is_scalar(value: Any) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number or _is_plain(value)
+
+
+def _is_int(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _is_group(process_group: Any) -> bool:
+    return process_group is None or isinstance(process_group, dist.ProcessGroup)
+
+
+def takes_loss(
+    given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
+) -> bool:
+    """False for what a schema does not know, or a graph: the graph is cut there. Wrong values of
+    the right types are taken; they are an error when the graph runs, on every rank."""
+    x, y, scale, bias = given
+    live = () if call.live is None else call.live
+    return (
+        not call.uneven
+        and _is_plain(x, False) and _is_plain(y, False)
+        and scale is not None and _is_scalar(scale) and _is_scalar(bias)
+        and _is_group(process_group)
+        and isinstance(live, (tuple, list)) and len(live) in (0, 2)
+        and (call.live is None or len(live) == 2) and all(_is_int(t) for t in live)
+        and _is_int(call.memory_budget) and isinstance(call.backend, (str, type(None)))
+    )  # fmt: skip
+
+
+def takes_contrast(
+    given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
+) -> bool:
+    x, y, scale, bias, key_bias, ids, margin = given
+    pair = () if ids is None else ids
+    return (
+        not call.uneven
+        and _is_plain(x, False) and _is_plain(y, False) and _is_plain(key_bias)
+        and scale is not None and _is_scalar(scale) and _is_scalar(bias) and _is_scalar(margin)
+        and _is_group(process_group)
+        and isinstance(pair, (tuple, list)) and len(pair) in (0, 2)
+        and (ids is None or len(pair) == 2) and all(_is_plain(t, False) for t in pair)
+        and _is_int(call.offset) and isinstance(call.same_id, str) and isinstance(call.kind, str)
+        and _is_int(call.memory_budget) and isinstance(call.backend, (str, type(None)))
+    )  # fmt: skip
+
+
+def _ranks_of(group: str) -> int:
+    return ranks_of(group_named(group))
+
+
+@functools.cache
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _edition() -> str:
+    """This library's text in short: compilers keep graphs on disk."""
+    return _digest()
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler here. A group of a
+# name never changes its size.
+for _function in (_ranks_of, _edition):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _trace(
+    inputs: Sequence[Tensor | None], process_group: dist.ProcessGroup | None,
+    call: LossCall | ContrastCall, dtype: torch.dtype,
+) -> Trace:  # fmt: skip
+    x, y = inputs[:2]
+    group = "" if process_group is None else process_group.group_name
+    ranks = _ranks_of(group)
+    engine = ""
+    if x.dim() == y.dim() == 2:
+        try:
+            engine = engine_of(call.backend, x, y, ranks, dtype, call.kind)
+        except (TypeError, ValueError):
+            engine = ""
+    needs = [t is not None and t.requires_grad for t in inputs]
+    saves = torch.is_grad_enabled() and any(needs)
+    return Trace(group, ranks, engine, needs, saves, _edition())
+
+
+def _tensor(name: str, value: Any, x: Tensor) -> Tensor | None:
+    """On x's device, if that can be; what cannot is refused when the graph runs."""
+    if value is None:
+        return None
+    try:
+        return scalar(name, value, x)
+    except (TypeError, ValueError):
+        return value
+
+
+def loss(given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall) -> Tensor:
+    """`distributed.shared_loss`, in a graph."""
+    x, y, scale, bias = given
+    scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
+    dtype = product_dtype(x, y)
+    inputs = x, y, scale, bias
+    trace = _trace(inputs, process_group, call, dtype)
+    return torch.ops.fastclip.rank_loss(*inputs, *LossOptions.of(call, dtype), *trace)[0]
+
+
+def contrast(
+    given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
+) -> LineStatistics:
+    """`distributed.contrast`, in a graph."""
+    x, y, scale, bias, key_bias, ids, margin = given
+    scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
+    margin = _tensor("false_negative_margin", margin, x)
+    margin = None if margin is None else margin.detach()
+    x_ids, y_ids = (None, None) if ids is None else ids
+    dtype = product_dtype(x, y)
+    inputs = x, y, scale, bias, key_bias
+    options = call._replace(
+        rows=bool(call.rows), columns=bool(call.columns), normalize=bool(call.normalize),
+        ring=bool(call.ring), dtype=dtype,
+    )  # fmt: skip
+    trace = _trace(inputs, process_group, call, dtype)
+    found = torch.ops.fastclip.rank_contrast(*inputs, x_ids, y_ids, margin, *options, *trace)
+    positive = call.same_id == "positive"
+    return named(tuple(found[: statistics_of(positive)]), positive, options.rows, options.columns)

@@ -1,0 +1,244 @@
+"""What a user may pass: every check of it, once, and what the checked values stand for.
+
+An error says the rule, what was expected and what it got.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..kinds import kind_of
+from .operator_checks import FLOATING
+
+# Meanings of equal ids.
+SAME_ID = ("ignore", "positive")
+
+# On CPUs a product costs more than the memory traffic of keeping it. On an H100 all 65536 x 65536
+# weights in bf16, 8 GiB, save 5 % of a step.
+DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
+
+
+LARGEST_OFFSET = 1 << 62
+
+
+def check_features(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
+    """Two towers' features, paired row by row."""
+    names = "image_features", "text_features"
+    for name, features in zip(names, (x, y), strict=True):
+        _check_one(name, features, "(N, D)")
+    if x.shape != y.shape:
+        raise ValueError(
+            "image_features and text_features must have one shape (N, D), got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    _check_together(names, x, y, may_be_empty)
+
+
+def check_sides(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
+    """The features of rows, x (M, D), and of columns, y (N, D)."""
+    _check_one("x", x, "(M, D)")
+    _check_one("y", y, "(N, D)")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"x (M, D) and y (N, D) must have one width D, got {tuple(x.shape)} and "
+            f"{tuple(y.shape)}"
+        )
+    _check_together(("x", "y"), x, y, may_be_empty)
+
+
+def _check_one(name: str, features: Tensor, shape: str) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+    if type(features) is not Tensor and type(features).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local() or "
+            f"{name}.full_tensor()"
+        )
+    if features.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
+        )
+    if features.dim() != 2:
+        raise ValueError(f"{name} must be {shape}, got shape {tuple(features.shape)}")
+
+
+def _check_together(
+    names: tuple[str, str], x: Tensor, y: Tensor, may_be_empty: bool = False
+) -> None:
+    for features in (x, y):
+        if features.shape[1] == 0 or (features.shape[0] == 0 and not may_be_empty):
+            raise ValueError(
+                f"the batch must not be empty, got features of shape {tuple(features.shape)}"
+            )
+    if x.device != y.device:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be on one device, got {x.device} and {y.device}"
+        )
+
+
+def check_ids(
+    ids: tuple[Tensor, Tensor] | None, same_id: str, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Ids of rows and columns, integers."""
+    if same_id not in SAME_ID:
+        raise ValueError(f"same_id must be one of {SAME_ID}, got {same_id!r}")
+    if ids is None:
+        if same_id == "positive":
+            raise ValueError("same_id='positive' needs ids, got ids=None")
+        return None
+    if not isinstance(ids, Sequence) or len(ids) != 2:
+        got = f"{len(ids)} of them" if isinstance(ids, Sequence) else type(ids).__name__
+        raise TypeError(f"ids must be a pair of tensors (x_ids, y_ids), got {got}")
+    for name, own, features in zip(("x_ids", "y_ids"), ids, (x, y), strict=True):
+        if not isinstance(own, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(own).__name__}")
+        if own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {own.dtype}")
+        if own.shape != (features.shape[0],):
+            raise ValueError(
+                f"{name} must have an id for each row of the features, shape "
+                f"({features.shape[0]},), got {tuple(own.shape)}"
+            )
+        if own.device != features.device:
+            raise ValueError(
+                f"{name} must be on the features' device {features.device}, got {own.device}"
+            )
+    return ids[0], ids[1]
+
+
+def check_key_bias(key_bias: Tensor | None, y: Tensor) -> None:
+    """A bias for each column."""
+    if key_bias is None:
+        return
+    if not isinstance(key_bias, Tensor):
+        raise TypeError(f"key_bias must be a torch.Tensor, got {type(key_bias).__name__}")
+    if key_bias.dtype not in FLOATING:
+        raise TypeError(
+            f"key_bias must be float64, float32, bfloat16 or float16, got {key_bias.dtype}"
+        )
+    if key_bias.shape != (y.shape[0],):
+        raise ValueError(
+            f"key_bias must have a bias for each column, shape ({y.shape[0]},), got "
+            f"{tuple(key_bias.shape)}"
+        )
+    if key_bias.device != y.device:
+        raise ValueError(
+            f"key_bias must be on the features' device {y.device}, got {key_bias.device}"
+        )
+
+
+def check_offset(offset: int | None) -> None:
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int)):
+        raise TypeError(f"offset must be an int or None, got {type(offset).__name__}")
+    if offset is not None and not -LARGEST_OFFSET <= offset <= LARGEST_OFFSET:
+        raise ValueError(f"offset must be within 2^62 of 0, got {offset}")
+
+
+def check_contrast(
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
+    key_bias: Tensor | None, ids: tuple[Tensor, Tensor] | None, margin: Tensor | float | None, *,
+    offset: int | None, same_id: str, rows: bool, columns: bool, kind: str,
+    may_be_empty: bool = False,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]:  # fmt: skip
+    """All that `contrast` is given but its engine; scale, bias, ids and margin as it takes them."""
+    check_sides(x, y, may_be_empty)
+    check_offset(offset)
+    ids = check_ids(ids, same_id, x, y)
+    check_key_bias(key_bias, y)
+    kind_of(kind)
+    if not (rows or columns):
+        raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
+    scale = scalar("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+    if margin is not None:
+        margin = scalar("false_negative_margin", margin, x).detach()
+    refuse_forward_mode(x, y, scale, bias, key_bias)
+    return scale, bias, ids, margin
+
+
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """An error that says so, before a Function or an operator raises one that does not."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise RuntimeError(
+            "fastclip's losses have no forward-mode derivative (torch.func.jvp, dual numbers): "
+            "use reverse mode, or backend='reference', which is plain PyTorch"
+        )
+
+
+def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
+    """logit_scale or logit_bias as a tensor of one element on the features' device."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        dtype = torch.float64 if features.device.type != "mps" else torch.float32
+        return torch.full((), float(value), dtype=dtype, device=features.device)
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    if value.device != features.device:
+        if value.dim() == 0 and value.device.type == "cpu":
+            return value.to(features.device, non_blocking=True)  # as torch's own operators take it
+        raise ValueError(
+            f"{name} must be on the features' device {features.device}, got {value.device}"
+        )
+    return value
+
+
+def budget_of(memory_budget: int | None, device: torch.device) -> int:
+    """Bytes of work space that may hold products for the backward."""
+    if memory_budget is None:
+        return DEFAULT_BUDGETS.get(device.type, 0)
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
+        raise ValueError(f"memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
+    return memory_budget
+
+
+def check_live(live: tuple[int, int] | None, pairs: int) -> tuple[int, int] | None:
+    """Raises ValueError unless it is None or (start, stop) within the pairs."""
+    if live is None:
+        return None
+    try:
+        start, stop = map(operator.index, live)
+    except (TypeError, ValueError):
+        start = stop = -1
+    if not 0 <= start < stop <= pairs:
+        raise ValueError(
+            f"live must be (start, stop) with 0 <= start < stop <= {pairs} pairs, got {live!r}"
+        )
+    return start, stop
+
+
+def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype in which the matmul that this loss replaces would take its operands."""
+    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+    if dtype == torch.float64:
+        return dtype
+    device = x.device.type
+    if device == "meta":
+        return dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if dtype == torch.float32 and device == "cpu" and _cpu_takes_bf16():
+        return torch.bfloat16
+    return dtype
+
+
+def _cpu_takes_bf16() -> bool:
+    """Whether the user lets fp32 matmuls on CPUs round their operands to bf16."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler and Triton here:
+# a compiled loss reads the setting once, when it is compiled.
+_cpu_takes_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,347 @@
+"""The differentiable loss: two operators, and O(M + N) plain PyTorch between them.
+
+`fused_loss` is what every public loss calls after its checks. It sweeps once for the loss, weighs
+once for the gradients, and asks for nothing that nobody wants: no backward without gradients, no
+gradient of a frozen tower, no second sweep for a loss whose weights need no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kinds import kind_of
+from . import operators
+from .block import Block, Side, Statistics, Upstream, Wanted
+from .checks import refuse_forward_mode
+from .kept import PLANS
+from .operator_checks import accumulation_dtype, state_dtype
+
+EPS = 1e-12  # F.normalize's
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class Plan(NamedTuple):
+    """The settings of a call."""
+
+    kind: str
+    engine: str
+    dtype: torch.dtype  # of the products
+    normalize: bool
+    reduction: str
+    memory_budget: int
+    # Set by `fused_loss`.
+    needs_x: bool = False
+    needs_y: bool = False
+    in_one_go: bool = False
+
+
+def fused_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """The loss of paired features x, y (N, D); scale, bias of one element each."""
+    traced = is_traced()
+    refuse_forward_mode(x, y, scale, bias)
+    block = _block(x, y, scale, bias, plan)
+    if differentiates(x, y, scale, bias):
+        # Within torch.func's transforms a tensor need not know that it is differentiated.
+        every = torch._C._are_functorch_transforms_active()
+        needs_x, needs_y = x.requires_grad or every, y.requires_grad or every
+        in_one_go = _makes_gradients_at_once(x, y, needs_x, needs_y, plan)
+        plan = plan._replace(needs_x=needs_x, needs_y=needs_y, in_one_go=in_one_go)
+        if not traced:
+            return _FusedLoss.apply(x, y, scale, bias, block, plan)
+        value, *_ = _TracedLoss.apply(x, y, scale, bias, *without_inputs(block).flat(), *plan)
+        return value
+    state, positive, _ = operators.sweep(plan.engine, block)
+    losses, _, _ = _finish(block, state, positive, plan)
+    return _reduce(losses, plan)
+
+
+def is_traced() -> bool:
+    """True where tensors may stand for others: nothing may depend on their numbers then."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def differentiates(*inputs: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and t.requires_grad for t in inputs)
+
+
+def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Block:
+    sides = (side_of(x, plan.dtype, plan.normalize), side_of(y, plan.dtype, plan.normalize))
+    return Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
+
+
+def bias_of(bias: Tensor | None, kind: str) -> Tensor | None:
+    """The bias as far as an engine sees it: with a shift it cancels, or is added afterwards."""
+    return None if kind_of(kind).has_shift else bias
+
+
+def without_inputs(block: Block) -> Block:
+    """Without what is an input of a Function beside it: Dynamo takes no tensor twice."""
+    return block._replace(scale=None, bias=None, key_bias=None)
+
+
+def with_inputs(
+    block: Block, scale: Tensor, bias: Tensor | None, key_bias: Tensor | None = None
+) -> Block:
+    return block._replace(scale=scale, bias=bias_of(bias, block.kind), key_bias=key_bias)
+
+
+def side_of(x: Tensor, dtype: torch.dtype, normalize: bool) -> Side:
+    """x as the products take it, a constant."""
+    # Beside the input that it is the operand must be a tensor of its own: Dynamo takes none twice.
+    if is_traced():
+        x = x.detach()
+    if x.dtype == dtype and not normalize:
+        return Side(x)
+    with torch.no_grad():
+        x = cast(x, dtype)
+        if not normalize:
+            return Side(x)
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=accumulation_dtype(x))
+        return Side(x, norm.clamp_min_(EPS).reciprocal_())
+
+
+def _finish(
+    block: Block, state: Tensor, positive: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    return operators.finish(plan.engine, state, positive, block.scale, block.bias, plan.kind)
+
+
+def _reduce(losses: Tensor, plan: Plan) -> Tensor:
+    """Losses of rows, then of columns (2 N) to the result."""
+    dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
+    if plan.reduction == "mean":
+        return losses.mean(dtype=dtype)
+    if plan.reduction == "sum":
+        return losses.sum(dtype=dtype) / 2
+    return losses.unflatten(0, (2, -1)).mean(0, dtype=dtype)
+
+
+def _share(n: int, reduction: str) -> float:
+    """What each pair's loss counts in the result."""
+    return 1 / n if reduction == "mean" else 1.0
+
+
+def _forward(block: Block, plan: Plan) -> tuple[Tensor, Sequence[Tensor]]:
+    """The value, and what the backward takes."""
+    if plan.in_one_go:
+        state, positive, *gradients = _sweep_and_weigh(block, plan)
+        losses, _, _ = _finish(block, state, positive, plan)
+        return _reduce(losses, plan), gradients
+    keep = PLANS[plan.engine].keep(block, plan.memory_budget)
+    state, positive, kept = operators.sweep(plan.engine, block, keep=keep)
+    losses, coefficients, weights = _finish(block, state, positive, plan)
+    return _reduce(losses, plan), (state, positive, kept, coefficients, weights)
+
+
+_Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
+
+
+def _save(ctx: Any, inputs: _Inputs, block: Block, found: Sequence[Tensor], plan: Plan) -> None:
+    ctx.plan = plan
+    operands = block.x.features, block.x.factor, block.y.features, block.y.factor
+    ctx.save_for_backward(*inputs, *operands, *found)
+
+
+def _backward(ctx: Any, g: Tensor) -> Sequence[Tensor | None]:
+    """Gradients of x, y, scale and bias."""
+    x, y, scale, bias, x_operand, factor_x, y_operand, factor_y, *found = ctx.saved_tensors
+    kind = ctx.plan.kind
+    sides = Side(x_operand, factor_x), Side(y_operand, factor_y)
+    block = Block(*sides, scale, bias_of(bias, kind), kind=kind)
+    with torch.no_grad():
+        make = _unit_backward if ctx.plan.in_one_go else _weigh_backward
+        gradients = make(ctx, block, (x, y, scale, bias), found, g)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        gradients = refuse_second_derivative(gradients, g, x, y, scale)
+    return gradients
+
+
+class _FusedLoss(torch.autograd.Function):
+    """In eager mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, block: Block, plan: Plan
+    ) -> Tensor:
+        value, found = _forward(block, plan)
+        ctx.waiting = None
+        if plan.in_one_go:
+            ctx.waiting, found = found, ()
+        _save(ctx, (x, y, scale, bias), block, found, plan)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, g), None, None
+
+
+class _TracedLoss(torch.autograd.Function):
+    """For torch.compile and torch.func, which want arguments flat, and all that the backward takes
+    among inputs and outputs. In eager mode such a Function costs 100 us more: torch inspects the
+    signature of its forward at every call."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        _, block, plan = _unpacked(arguments)
+        value, found = _forward(block, plan)
+        return value, *found
+
+    @staticmethod
+    def setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        inputs, block, plan = _unpacked(arguments)
+        _, *found = output
+        ctx.mark_non_differentiable(*found)
+        _save(ctx, inputs, block, found, plan)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, g), *(None for _ in range(Block.COUNT + len(ctx.plan)))
+
+
+def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, Block, Plan]:
+    x, y, scale, bias, *rest = arguments
+    block, plan = Block.of(rest)
+    return (x, y, scale, bias), with_inputs(block, scale, bias), Plan(*plan)
+
+
+def _makes_gradients_at_once(
+    x: Tensor, y: Tensor, needs_x: bool, needs_y: bool, plan: Plan
+) -> bool:
+    """True where the forward makes the gradients for upstream 1: where weights are known before the
+    sweep, and gradients may wait in fp32 for the backward.
+
+    Where the features have that dtype they become the gradients; else they are work space, which
+    GPUs have: there a sweep saved is a quarter of the time.
+    """
+    if not kind_of(plan.kind).is_linear or plan.reduction == "none":
+        return False
+    # Torch 2.11 compiles no product of a symbolic size and a bool.
+    waiting = x.shape[0] * x.shape[1] * int(needs_x) + y.shape[0] * y.shape[1] * int(needs_y)
+    dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
+    if x.dtype == y.dtype == dtype or x.device.type == "cuda":
+        return True
+    return waiting * dtype.itemsize <= plan.memory_budget
+
+
+def _sweep_and_weigh(block: Block, plan: Plan) -> tuple[Tensor, ...]:
+    x = block.x.features
+    share = _share(x.shape[0], plan.reduction)
+    gain = torch.full((), share, dtype=state_dtype(x.device), device=x.device)
+    return operators.sweep_and_weigh(
+        plan.engine, block, gain, plan.needs_x, plan.needs_y, plan.normalize
+    )
+
+
+def _unit_backward(
+    ctx: Any, block: Block, inputs: _Inputs, found: Sequence[Tensor], g: Tensor
+) -> Sequence[Tensor | None]:
+    if found:
+        gradients = [gradient * g for gradient in found]
+    else:
+        # What waits is given away: it becomes x.grad, which later steps write to. A second backward
+        # through a retained graph makes its own.
+        gradients, ctx.waiting = ctx.waiting, None
+        if gradients is None:
+            _, _, *gradients = _sweep_and_weigh(block, ctx.plan)
+        # The usual upstream is 1. On a GPU asking would wait for it.
+        if g.device.type != "cpu" or g.item() != 1:
+            for gradient in gradients:
+                gradient.mul_(g)
+    return as_inputs(gradients, inputs, ctx.needs_input_grad)
+
+
+def as_inputs(
+    gradients: Sequence[Tensor], inputs: _Inputs, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """dx, dy, and dbias and dscale in one, with their inputs' dtypes and shapes."""
+    dx, dy, dbias_dscale = gradients
+    x, y, scale, bias = inputs
+    dbias, dscale = dbias_dscale.unbind()
+    return (
+        cast(dx, x.dtype) if needs[0] else None,
+        cast(dy, y.dtype) if needs[1] else None,
+        scalar_like(dscale, scale) if needs[2] else None,
+        scalar_like(dbias, bias) if needs[3] else None,
+    )
+
+
+def _weigh_backward(
+    ctx: Any, block: Block, inputs: _Inputs, found: Sequence[Tensor], g: Tensor
+) -> Sequence[Tensor | None]:
+    state, positive, kept, coefficients, weights = found
+    plan, (x, y, scale, bias) = ctx.plan, inputs
+    needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
+    dx = dy = dscale = dbias = None
+    sees_bias = block.bias is not None
+    if needs_x or needs_y or needs_scale or (needs_bias and sees_bias):
+        weights = weights.unflatten(0, (2, -1)).sum(0)
+        if plan.reduction == "none":
+            # Weights keep order 1, whatever the upstream gradients: a common factor goes outside.
+            largest = g.abs().amax()
+            relative = (g / torch.where(largest > 0, largest, 1)).to(state.dtype)
+            coefficients, weights = coefficients * relative.repeat(2), weights * relative
+            g = largest
+        gain = g * (_share(x.shape[0], plan.reduction) / 2)
+        dx, dy, totals, _ = operators.weigh(
+            plan.engine, block, Statistics(state, positive, kept),
+            Upstream(coefficients, weights, gain),
+            Wanted(needs_x, needs_y, False, plan.normalize, x.dtype, y.dtype),
+        )  # fmt: skip
+        dbias, dscale = totals.unbind()
+    if needs_bias:
+        dbias = scalar_like(dbias, bias) if sees_bias else torch.zeros_like(bias)
+    return (
+        dx if needs_x else None,
+        dy if needs_y else None,
+        scalar_like(dscale, scale) if needs_scale else None,
+        dbias if needs_bias else None,
+    )
+
+
+def scalar_like(value: Tensor, like: Tensor) -> Tensor:
+    value = cast(value, like.dtype)
+    return value if value.shape == like.shape else value.reshape(like.shape)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # A call that has nothing to do still takes a microsecond, of 130 for 32 pairs.
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def refuse_second_derivative(
+    gradients: Sequence[Tensor | None], *sources: Tensor
+) -> list[Tensor | None]:
+    """Gradients that fail when they are differentiated, with respect to any of the sources."""
+    return [None if d is None else _NoSecondDerivative.apply(d, *sources) for d in gradients]
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes a gradient on; being differentiated it refuses, instead of returning zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        raise RuntimeError(
+            "fastclip's losses have no second derivative: their gradient was differentiated "
+            "(create_graph=True); use backend='reference', which is plain PyTorch"
+        )

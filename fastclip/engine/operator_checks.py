@@ -1,0 +1,157 @@
+"""What operators refuse, arguments that do not fit together; the dtypes that follow from operands.
+
+For the engines in Python, whose tensors would broadcast where the compiled ones refuse; sizes and
+dtypes only, so nothing waits for a device. The losses make arguments that fit: who sees an error
+from here composes the operators himself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kinds import kind_of
+from .block import Block, Side, Statistics, Upstream, Wanted
+from .kept import Nothing, Products, Weights
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def state_dtype(device: torch.device) -> torch.dtype:
+    """float64, O(M + N) numbers; float32 on Apple GPUs, which have nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 features, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(holds: bool, rule: str, *got: Any, error: type[Exception] = RuntimeError) -> None:
+    if not holds:
+        seen = ", ".join(
+            f"{tuple(g.shape)} {g.dtype}" if isinstance(g, Tensor) else repr(g) for g in got
+        )
+        raise error(f"{rule}, got {seen}")
+
+
+def _one_element(**scalars: Tensor | None) -> None:
+    for name, value in scalars.items():
+        _check(value is None or value.numel() == 1, f"{name} must have one element", value)
+
+
+def _vectors(
+    rule: str, sides: tuple[Side, Side], name: str, dtypes: tuple[torch.dtype, ...] | None = None
+) -> None:
+    for side in sides:
+        vector = getattr(side, name)
+        fits = vector is None or vector.shape == (len(side.features),)
+        fits = fits and (vector is None or dtypes is None or vector.dtype in dtypes)
+        _check(fits, rule, vector)
+    both = [getattr(side, name) for side in sides]
+    if name != "factor":
+        _check((both[0] is None) == (both[1] is None), f"{rule}, or both None", *both)
+
+
+def _block(block: Block) -> None:
+    x, y = block.x.features, block.y.features
+    fit = x.dim() == 2 and y.dim() == 2 and x.shape[1] == y.shape[1] and x.dtype == y.dtype
+    _check(
+        fit and x.numel() > 0 and y.numel() > 0,
+        "x and y must be non-empty (M, D) and (N, D) of one dtype", x, y,
+    )  # fmt: skip
+    _check(
+        x.dtype in FLOATING, "features must be float64, float32, bfloat16 or float16", x.dtype,
+        error=TypeError,
+    )  # fmt: skip
+    sides = block.x, block.y
+    _vectors("factor_x must be (M), factor_y (N)", sides, "factor")
+    _vectors("ids_x must be (M), ids_y (N), int32", sides, "ids", (torch.int32,))
+    _vectors(
+        f"threshold_x must be (M), threshold_y (N), {accumulation_dtype(x)}", sides, "threshold",
+        (accumulation_dtype(x),),
+    )  # fmt: skip
+    key_bias = block.key_bias
+    _check(
+        key_bias is None or (key_bias.shape == (len(y),) and key_bias.dtype in FLOATING),
+        "key_bias must be (N), floating point", key_bias,
+    )  # fmt: skip
+    _check(
+        not block.same_id_positive or block.x.ids is not None,
+        "positives by id need ids_x and ids_y", block.x.ids,
+    )  # fmt: skip
+    _one_element(scale=block.scale, bias=block.bias)
+    kind_of(block.kind)
+
+
+def sweep(block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int) -> None:
+    _block(block)
+    _one_element(bound=bound)
+    shape = (2 if block.same_id_positive else 1, sum(block.sizes()))
+    _check(
+        occupied is None or (occupied.shape == shape and occupied.dtype == torch.bool),
+        "occupied must be (1, M + N), with positives by id (2, M + N), bool", occupied,
+    )  # fmt: skip
+    _check(keep >= 0, "keep must be a number of rows >= 0", keep)
+
+
+def finish(state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> None:
+    lines, period = state.shape[-1], positive.numel()
+    _check(
+        state.dim() == 2 and len(state) == 2 and period > 0 and lines % period == 0
+        and state.dtype == positive.dtype == state_dtype(state.device),
+        "state must be (2, L) and positive (L) or a divisor, float64", state, positive,
+    )  # fmt: skip
+    _one_element(scale=scale, bias=bias)
+    kind_of(kind)
+
+
+def weigh(
+    block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted,
+    plan: type[Products | Nothing | Weights],
+) -> None:  # fmt: skip
+    _block(block)
+    x, y = block.x.features, block.y.features
+    m, n = block.sizes()
+    state, positive, kept = statistics
+    coefficients, positive_weight, gain = upstream
+    shapes = ((2, m + n), (m + n,))
+    if block.same_id_positive:
+        shapes = ((4, m + n), (2, m + n))
+    fit = state.shape == shapes[0] and state.dtype == state_dtype(x.device)
+    fit = fit and coefficients.shape == shapes[1]
+    _check(
+        fit and positive.shape == (m,) and positive_weight.shape == (m,),
+        "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M); "
+        "with positives by id state (4, M + N), coefficients (2, M + N)",
+        state, coefficients, positive, positive_weight,
+    )  # fmt: skip
+    _check(
+        kept.is_contiguous() and (kept.numel() == 0 or plan.made(x, y, kept)),
+        "kept must come from a sweep of the same features", kept,
+    )  # fmt: skip
+    fit = wanted.dtype_x in FLOATING and wanted.dtype_y in FLOATING
+    _check(
+        fit, "gradients are float64, float32, bfloat16 or float16", wanted.dtype_x, wanted.dtype_y,
+        error=TypeError,
+    )  # fmt: skip
+    _one_element(gain=gain)
+
+
+def sweep_and_weigh(
+    block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
+) -> None:
+    _block(block)
+    _one_element(gain=gain)
+    _check(
+        kind_of(block.kind).is_linear,
+        "only a loss whose weights need no state can be swept and weighed in one go", block.kind,
+        error=ValueError,
+    )  # fmt: skip
+    _check(
+        block.is_plain,
+        "a block that is swept and weighed in one go must have no ids, thresholds and key_bias",
+        block.x.ids, block.x.threshold, block.key_bias,
+    )  # fmt: skip

@@ -1,0 +1,277 @@
+"""The engine's operators: schemas, fakes, and the table of engines.
+
+Two sweeps over a rectangular block, and both in one go for a loss whose weights are known before
+the sweep; between them a finish of O(M + N). `block.py` has the bundles that their arguments are
+put in on either side of a schema.
+
+A block (`block.Block`): the logits `s_ij = scale * t_ij + bias + key_bias_j` with
+`t_ij = <x_i, y_j> * factor_x_i * factor_y_j`, and which pairs count.
+
+    x (M, D), y (N, D): features of one dtype, float64, float32, bfloat16 or float16.
+    factor_x (M), factor_y (N): 1 / norm, or None for features that are taken as they are.
+    ids_x (M), ids_y (N): int32, or None. Pairs of equal ids are no negatives.
+    threshold_x (M), threshold_y (N): of the dtype that t is accumulated in, or None. A negative of
+    larger t does not count for that line; for its other line it may.
+    scale, bias: one element each; bias may be None.
+    key_bias (N): of a floating dtype, or None; -inf takes a column out.
+    offset: the own positive of row i is column i + offset, where that lies in the block; it is no
+    negative, whatever ids and thresholds say.
+    kind: a name of `kinds.KINDS`.
+    same_id_positive: pairs of equal ids are positives of both of their lines.
+
+`sweep(BLOCK, bound, occupied, keep) -> state, positive, kept`
+    Streams the logits once and returns what each row and column remembers.
+
+    bound: one element, an upper bound of `|t_ij|`, or None: the engine finds one.
+    occupied: bool (1, M + N), or (2, M + N) with same_id_positive: the lines that have any
+    negatives, any positives by id; thresholds aside. None: all whose block leaves them a negative.
+    A sum too small for its shift is made anew with a shift of its own, unless its line is not
+    occupied.
+    keep: how many rows to keep for `weigh`, along the longer side; what is not kept is recomputed
+    (`kept.py`).
+
+    state (2, M + N), float64: rows first, then columns. softmax: shifts in log2 units and sums of
+    `2^(s_ij * log2(e) - shift)`; sigmoid: zeros and sums of `softplus(s_ij)`, over the negatives.
+    With same_id_positive (4, M + N): then the same of the positives by id, own ones apart; sigmoid
+    adds up `softplus(-s_ij)` there.
+    positive (M), float64: t of the own positives, NaN for a row without.
+    kept: opaque, for `weigh` on the same block.
+
+`finish(state, positive, scale, bias, kind) -> losses, coefficients, weights`
+    Finishes lines, rows or columns: O(L), float64.
+
+    state (2, L); positive (L), or fewer that repeat: rows and columns of a square block share them.
+    losses (L), coefficients (L), weights (L) of the positives. A pair counts half its row's and
+    half its column's loss.
+
+`weigh(BLOCK, state, positive, kept, coefficients, positive_weight, gain, needs_x, needs_y,
+       needs_key_bias, project, dtype_x, dtype_y) -> dx, dy, dbias_dscale, dkey_bias`
+    Streams the logits again: `w_ij = activation(s_ij) * (a_i + b_j)` for negatives, without a_i or
+    b_j where a threshold takes the pair from that line; `activation(s_ij) * (c_i + d_j)` for
+    positives by id, `-activation(-s_ij) * (c_i + d_j)` in a kind that negates them; the given
+    weight for own positives.
+
+    coefficients (M + N): a, then b; with same_id_positive (2, M + N): c and d in the second row.
+    positive_weight (M). gain: one element, multiplies everything.
+    dx (M, D) = gain * scale * w @ (factor_y * y), dy (N, D) = gain * scale * w.T @ (factor_x * x),
+    in the dtypes asked for; (0, D) where not needed. `project` makes them gradients with respect to
+    the features before they were normalised by the factors.
+    dbias_dscale (2), float64: gain times the sums of w and of w * t.
+    dkey_bias (N), float64: gain times the sums of w over the rows; (0) where not needed.
+
+`sweep_and_weigh(BLOCK, gain, needs_x, needs_y, project) -> state, positive, dx, dy, dbias_dscale`
+    Both, with `a_i + b_j = 1`, of a block without ids, thresholds and key_bias. dx and dy have at
+    least float32.
+
+Each engine is an overload: `torch.ops.fastclip.sweep.cpu` and `.cuda` (C++), `.torch`
+(`chunked.py`), `.triton` (`triton_kernels/`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import flops, operator_checks
+from .block import Block, Side, Statistics, Upstream, Wanted
+from .kept import PLANS
+from .operator_checks import accumulation_dtype, state_dtype
+
+SCHEMAS = {
+    "sweep": f"({Block.SCHEMA}, Tensor? bound, Tensor? occupied, SymInt keep)"
+    f" -> ({Statistics.SCHEMA})",
+    "finish": "(Tensor state, Tensor positive, Tensor scale, Tensor? bias, str kind)"
+    " -> (Tensor losses, Tensor coefficients, Tensor weights)",
+    "weigh": f"({Block.SCHEMA}, {Statistics.SCHEMA}, {Upstream.SCHEMA}, {Wanted.SCHEMA})"
+    " -> (Tensor dx, Tensor dy, Tensor dbias_dscale, Tensor dkey_bias)",
+    "sweep_and_weigh": f"({Block.SCHEMA}, Tensor gain, bool needs_x, bool needs_y, bool project)"
+    " -> (Tensor state, Tensor positive, Tensor dx, Tensor dy, Tensor dbias_dscale)",
+}
+
+# Each an overload of every operator.
+ENGINES = ("cpu", "cuda", "torch", "triton")
+
+_library = torch.library.Library("fastclip", "DEF")
+
+
+class Gradients(NamedTuple):
+    """The results of `weigh`."""
+
+    x: Tensor
+    y: Tensor
+    bias_scale: Tensor
+    key_bias: Tensor
+
+
+def operator(name: str, engine: str) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops.fastclip, name), engine)
+
+
+def _tell_counter() -> None:
+    if not torch.compiler.is_compiling():
+        flops.tell_counter()
+
+
+def sweep(
+    engine: str, block: Block, bound: Tensor | None = None, occupied: Tensor | None = None,
+    keep: int = 0,
+) -> Statistics:  # fmt: skip
+    _tell_counter()
+    return Statistics(*operator("sweep", engine)(*block.flat(), bound, occupied, keep))
+
+
+def weigh(
+    engine: str, block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
+) -> Gradients:
+    return Gradients(*operator("weigh", engine)(*block.flat(), *statistics, *upstream, *wanted))
+
+
+def sweep_and_weigh(
+    engine: str, block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _tell_counter()
+    return operator("sweep_and_weigh", engine)(*block.flat(), gain, needs_x, needs_y, project)
+
+
+def finish(
+    engine: str, state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return operator("finish", engine)(state, positive, scale, bias, kind)
+
+
+def _fake_statistics(block: Block) -> tuple[Tensor, Tensor]:
+    m, n = block.sizes()
+    x = block.x.features
+    dtype = state_dtype(x.device)
+    rows = 4 if block.same_id_positive else 2
+    return x.new_empty((rows, m + n), dtype=dtype), x.new_empty((m,), dtype=dtype)
+
+
+def _fake_sweep(engine: str, block: Block, bound: Any, occupied: Any, keep: int) -> Statistics:
+    kept = PLANS[engine].empty(block.x.features, block.y.features, keep)
+    return Statistics(*_fake_statistics(block), kept)
+
+
+def _fake_finish(
+    engine: str, state: Tensor, positive: Tensor, scale: Tensor, bias: Any, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    lines = state.shape[1]
+    return state.new_empty((lines,)), state.new_empty((lines,)), state.new_empty((lines,))
+
+
+def _fake_gradient(side: Side, needed: bool, dtype: torch.dtype) -> Tensor:
+    lines, width = side.features.shape
+    return side.features.new_empty((lines if needed else 0, width), dtype=dtype)
+
+
+def _fake_weigh(
+    engine: str, block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
+) -> Gradients:
+    x, dtype = block.x.features, state_dtype(block.x.features.device)
+    return Gradients(
+        _fake_gradient(block.x, wanted.x, wanted.dtype_x),
+        _fake_gradient(block.y, wanted.y, wanted.dtype_y),
+        x.new_empty((2,), dtype=dtype),
+        x.new_empty((block.sizes()[1] if wanted.key_bias else 0,), dtype=dtype),
+    )
+
+
+def _fake_sweep_and_weigh(
+    engine: str, block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(block.x.features)
+    dx, dy = _fake_gradient(block.x, needs_x, dtype), _fake_gradient(block.y, needs_y, dtype)
+    totals = block.x.features.new_empty((2,), dtype=state_dtype(dx.device))
+    return *_fake_statistics(block), dx, dy, totals
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "sweep": _fake_sweep,
+    "finish": _fake_finish,
+    "weigh": _fake_weigh,
+    "sweep_and_weigh": _fake_sweep_and_weigh,
+}
+# The bundles that follow the block.
+_BUNDLES: dict[str, tuple[Any, ...]] = {"weigh": (Statistics, Upstream, Wanted)}
+
+
+def _bundled(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An operator's arguments as the engines written in Python take them."""
+    if name == "finish":
+        return arguments
+    block, rest = Block.of(arguments)
+    bundles = []
+    for bundle in _BUNDLES.get(name, ()):
+        count = len(bundle._fields)
+        bundles.append(bundle(*rest[:count]))
+        rest = rest[count:]
+    return block, *bundles, *rest
+
+
+def _looped(name: str, engine: str) -> Callable[..., Any]:
+    """The rule of torch.vmap: an operator's sweeps are as large as a device can take, so samples
+    come one after the other."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        def sample(index: int) -> tuple[Tensor, ...]:
+            given = (
+                a if dim is None else a.select(dim, index)
+                for a, dim in zip(arguments, in_dims, strict=True)
+            )
+            return operator(name, engine)(*given)
+
+        results = [sample(index) for index in range(info.batch_size)]
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+def _declare(name: str, engine: str) -> None:
+    qualified = f"{name}.{engine}"
+    _library.define(f"{qualified}{SCHEMAS[name]}")
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_FAKES[name](engine, *_bundled(name, arguments)))
+
+    torch.library.register_fake(f"fastclip::{qualified}", fake, lib=_library)
+    torch.library.register_vmap(f"fastclip::{qualified}", _looped(name, engine), lib=_library)
+
+
+for _engine in ENGINES:
+    for _name in SCHEMAS:
+        _declare(_name, _engine)
+
+
+def implement(engine: str, module: ModuleType) -> None:
+    """Registers an engine written in Python. Like the compiled ones it has no derivative."""
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(
+            f"fastclip's operators (engine {engine!r}) have no derivative of their own: "
+            "call the losses of fastclip.loss"
+        )
+
+    def isolated(name: str) -> Callable[..., Any]:
+        implementation, check = getattr(module, name), getattr(operator_checks, name)
+        if name == "weigh":
+            check = functools.partial(check, plan=PLANS[engine])
+
+        # The caller's autocast would reach into the engine's own products and round its logits.
+        @functools.wraps(implementation)
+        def run(*arguments: Any) -> Any:
+            with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
+                bundles = _bundled(name, arguments)
+                check(*bundles)
+                return tuple(implementation(*bundles))
+
+        return run
+
+    for name in SCHEMAS:
+        _library.impl(f"{name}.{engine}", isolated(name), "CompositeExplicitAutograd")
+        torch.library.register_autograd(f"fastclip::{name}.{engine}", refuse, lib=_library)

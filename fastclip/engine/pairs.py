@@ -1,0 +1,128 @@
+"""Which pairs of a block count: ids, a margin for false negatives, and what they leave each line.
+
+All of it is O((M + N) D) in plain PyTorch, without a number read from the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import preference
+from .block import Block, Side
+from .operator_checks import accumulation_dtype
+
+
+def partners(m: int, n: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The column of each row's own positive, within the block, and whether the row has one there;
+    (M) each."""
+    columns = torch.arange(m, device=device) + offset
+    inside = (columns >= 0) & (columns < n)
+    return columns.clamp(0, n - 1), inside
+
+
+def at_rows(values: Tensor, m: int, offset: int, absent: float) -> Tensor:
+    """(M): at each row the value (N) of its own positive's column."""
+    n = values.shape[0]
+    columns, inside = partners(m, n, offset, values.device)
+    # An index must be one in a block without columns, too.
+    padded = torch.cat((values, values.new_full((1,), absent)))
+    return padded[torch.where(inside, columns, n)]
+
+
+def at_columns(values: Tensor, n: int, offset: int, absent: float) -> Tensor:
+    """(N): at each column the value (M) of the row whose own positive it is."""
+    columns, inside = partners(values.shape[0], n, offset, values.device)
+    # Rows without an own positive write behind the last column.
+    out = values.new_full((n + 1,), absent)
+    return out.scatter(0, torch.where(inside, columns, n), values)[:n]
+
+
+def codes_of(ids_x: Tensor, ids_y: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 numbers, equal where the ids are, whatever the ids' size."""
+    m = ids_x.shape[0]
+    ordered, places = torch.cat((ids_x.to(torch.int64), ids_y.to(torch.int64))).sort()
+    # As many as there are different ones before.
+    numbers = torch.zeros_like(ordered, dtype=torch.int32)
+    numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    codes = torch.zeros_like(numbers).scatter(0, places, numbers)
+    return codes[:m], codes[m:]
+
+
+def own_products(x: Side, y: Side, offset: int) -> Tensor:
+    """(M): t of each row's own positive, infinite for a row without."""
+    m, n = x.features.shape[0], y.features.shape[0]
+    columns, inside = partners(m, n, offset, x.features.device)
+    dtype = accumulation_dtype(x.features)
+    # The usual block needs no copy of y.
+    partner = y.features if offset == 0 and m == n else y.features[columns]
+    t = (x.features.to(dtype) * partner.to(dtype)).sum(1)
+    if x.factor is not None:
+        t = t * x.factor
+    if y.factor is not None:
+        t = t * y.factor[columns]
+    return torch.where(inside, t, torch.inf)
+
+
+def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest t that a negative may have in each row and column.
+
+    A duplicate of the own positive stays, whichever way the products of both are rounded.
+    """
+    m, n = x.features.shape[0], y.features.shape[0]
+    if m == 0 or n == 0:
+        dtype = accumulation_dtype(x.features)
+        return tuple(x.features.new_full((k,), torch.inf, dtype=dtype) for k in (m, n))
+    t = own_products(x, y, offset)
+    longest = [
+        1.0 if side.factor is not None
+        else torch.linalg.vector_norm(side.features, dim=1, dtype=t.dtype).amax()
+        for side in (x, y)
+    ]  # fmt: skip
+    rounding = 16 * torch.finfo(t.dtype).eps
+    if t.dtype == torch.float32 and preference.tf32():
+        # An engine's product may round either feature by 2^-11 of it; these here do not.
+        rounding += 2.0**-10
+    rounding = rounding * longest[0] * longest[1]
+    of_rows = t + margin.to(t.dtype).reshape(()) + rounding
+    return of_rows, at_columns(of_rows, n, offset, torch.inf)
+
+
+def occupied(block: Block, codes: int, rows: bool, columns: bool) -> Tensor | None:
+    """The lines that have negatives, and with same_id_positive those that have positives by id, of
+    the rows and columns that are wanted: (1, M + N) or (2, M + N). None: as the offset says.
+
+    codes: all ids are below it; a block of a larger one has codes beyond its own lines.
+    """
+    x, y, key_bias, offset = block.x, block.y, block.key_bias, block.offset
+    if x.ids is None and key_bias is None and rows and columns:
+        return None
+    m, n = x.features.shape[0], y.features.shape[0]
+    device = x.features.device
+    alive = torch.ones(n, dtype=torch.bool, device=device)
+    if key_bias is not None:
+        alive = key_bias > -torch.inf
+    partner, inside = partners(m, n, offset, device)
+    own = inside.long()
+    by_id = [torch.zeros(k, dtype=torch.int64, device=device) for k in (m, n)]
+    if x.ids is not None:
+        own_same = own * (x.ids == y.ids[partner])
+        by_id = [
+            _count(x.ids, y.ids, alive, codes) - own_same * alive[partner],
+            _count(y.ids, x.ids, torch.ones_like(x.ids), codes)
+            - at_columns(own_same, n, offset, 0),
+        ]
+    found = [
+        alive.sum() - own * alive[partner] - by_id[0] > 0,
+        alive & (m - at_columns(own, n, offset, 0) - by_id[1] > 0),
+    ]
+    sets = [torch.cat((found[0] & rows, found[1] & columns))]
+    if block.same_id_positive:
+        sets.append(torch.cat((by_id[0] > 0, alive & (by_id[1] > 0))))
+    return torch.stack(sets)
+
+
+def _count(codes: Tensor, others: Tensor, weights: Tensor, most: int) -> Tensor:
+    """The weights of the others that each code equals; codes are below `most`."""
+    found = torch.zeros(most, dtype=torch.int64, device=codes.device)
+    return found.scatter_add(0, others.long(), weights.long())[codes]

@@ -1,9 +1,0 @@
-"""The public losses: drop-ins for the ones in open_clip, and the functions beneath them.
-
-Of batches that are spread over processes: `fastclip.distributed`.
-"""
-
-from .functional import clip_loss, siglip_loss
-from .modules import ClipLoss, SigLipLoss
-
-__all__ = ["ClipLoss", "SigLipLoss", "clip_loss", "siglip_loss"]

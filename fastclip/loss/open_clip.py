@@ -1,0 +1,300 @@
+"""open_clip's loss classes (3.3.0), call by call, without the N x N matrices.
+
+Features arrive normalised and `logit_scale` exponentiated, as open_clip's models emit them. With a
+world size above 1 the losses are those of `distributed.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed import gather_features, shared_loss
+from ..distributed.block_row import Sharing
+from .losses import clip_loss, siglip_loss
+
+
+def _overrides(loss: nn.Module, base: type[nn.Module], others: tuple[str, ...] = ()) -> bool:
+    """Whether a subclass makes logits or labels of its own: then they must be made, densely."""
+    return any(
+        getattr(type(loss), name) is not getattr(base, name)
+        for name in ("get_logits", "get_ground_truth", *others)
+    )
+
+
+def _dense_logits(
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
+) -> Tensor:
+    logits = logit_scale * x @ y.T
+    return logits if logit_bias is None else logits + logit_bias
+
+
+def _refuse_live(live: tuple[int, int] | None) -> None:
+    if live is not None:
+        raise ValueError(
+            f"live must be None for a loss that makes its own logits or labels, got {live!r}"
+        )
+
+
+@functools.cache
+def _warn_of_direction() -> None:
+    warnings.warn(
+        "ClipLoss(local_loss=True, gather_with_grad=False) returns open_clip's gradient, which is "
+        "not that of the loss, in direction either: what other ranks' losses contribute is left "
+        "out; gather_with_grad=True is exact",
+        stacklevel=5,  # whoever calls the module, past two frames of nn.Module's
+    )
+
+
+def _warn_while_compiling() -> None:
+    _warn_of_direction()
+
+
+# Called once, while a graph is made, which cannot hold a warning.
+_warn_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class ClipLoss(nn.Module):
+    """open_clip's `ClipLoss`; no parameters, no buffers.
+
+    `get_logits` and `get_ground_truth` are open_clip's, dense, for subclasses that call them; a
+    subclass that overrides one gets the dense loss of what it returns.
+
+    Args:
+        local_loss, gather_with_grad: which value and which gradients a rank gets; the table is in
+            `fastclip.distributed`. True, True is exact, True, False warns once.
+        cache_labels: keep `get_ground_truth`'s labels.
+        rank, world_size: this process's, within `process_group`.
+        use_horovod: must be False.
+        process_group, ring, uneven: as in `fastclip.distributed.clip_loss`.
+
+    Raises:
+        ValueError: Horovod, or a rank and world size that are not the group's.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        ring: bool = False,
+        uneven: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("ClipLoss: use_horovod must be False, got True: use torch.distributed")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+        self.process_group = process_group
+        self.ring = ring
+        self.uneven = uneven
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """(num_logits,) int64: the index of each row's positive."""
+        labels = self.labels.get(device) if self.cache_labels else None
+        if labels is None or len(labels) != num_logits:
+            labels = torch.arange(num_logits, device=device, dtype=torch.long)
+            if self.world_size > 1 and self.local_loss:
+                labels += num_logits * self.rank
+            if self.cache_labels:
+                self.labels[device] = labels
+                self.prev_num_logits = num_logits
+        return labels
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Dense logits per image and per text: (N, N), or across processes (b, B) of own rows with
+        `local_loss`, (B, B) without."""
+        if self.world_size == 1:
+            logits = _dense_logits(image_features, text_features, logit_scale, logit_bias)
+            return logits, logits.T
+        images, texts = gather_features(
+            image_features, text_features, local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad, rank=self.rank, world_size=self.world_size,
+            process_group=self.process_group,
+        )  # fmt: skip
+        if not self.local_loss:
+            logits = _dense_logits(images, texts, logit_scale, logit_bias)
+            return logits, logits.T
+        return (
+            _dense_logits(image_features, texts, logit_scale, logit_bias),
+            _dense_logits(text_features, images, logit_scale, logit_bias),
+        )
+
+    def forward(
+        self,
+        image_features: Tensor,  # (N, D)
+        text_features: Tensor,  # (N, D)
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        live: tuple[int, int] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or `{"contrastive_loss": loss}`; `live` as in `fastclip.clip_loss`."""
+        inputs = (image_features, text_features, logit_scale, logit_bias)
+        if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
+            if torch.compiler.is_compiling():
+                _warn_while_compiling()
+            else:
+                _warn_of_direction()
+        if _overrides(self, ClipLoss):
+            _refuse_live(live)
+            per_image, per_text = self.get_logits(*inputs)
+            labels = self.get_ground_truth(image_features.device, per_image.shape[0])
+            loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+        elif self.world_size > 1:
+            sharing = Sharing(not self.local_loss, self.gather_with_grad, self.ring)
+            world = ("ClipLoss", self.rank, self.world_size)
+            loss = shared_loss(
+                "softmax", *inputs, self.process_group, sharing, self.uneven, live=live, world=world
+            )
+        else:
+            loss = clip_loss(*inputs, live=live)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """open_clip's `SigLipLoss`; no parameters, no buffers.
+
+    A subclass that overrides `get_logits` or `get_ground_truth` gets the dense loss of what they
+    return, block by block of other ranks' texts.
+
+    Args:
+        cache_labels: without effect.
+        rank, world_size: this process's, within `process_group`.
+        dist_impl: how texts come to a rank, with one value and one gradient: "bidir" (also None)
+            and "shift" around a ring, "reduce" and "gather" all at once.
+        chunk_size: accepted; memory is bounded without it.
+        process_group, uneven: as in `fastclip.distributed.siglip_loss`.
+
+    Raises:
+        ValueError: an unknown dist_impl, or a rank and world size that are not the group's.
+    """
+
+    DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        uneven: bool = False,
+    ) -> None:
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        if self.dist_impl not in self.DIST_IMPLS:
+            raise ValueError(
+                f"dist_impl must be None or one of {self.DIST_IMPLS}, got {dist_impl!r}"
+            )
+        self.chunk_size = chunk_size
+        self.process_group = process_group
+        self.uneven = uneven
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """(num_logits, num_logits): 1 for positives, -1 for negatives."""
+        labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """Dense logits (N, N)."""
+        return _dense_logits(image_features, text_features, logit_scale, logit_bias)
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """open_clip's hook for one block; dense where no pair is a positive."""
+        if not negative_only and not _overrides(self, SigLipLoss):
+            return siglip_loss(image_features, text_features, logit_scale, logit_bias)
+        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        n = image_features.shape[0]
+        labels = self.get_ground_truth(
+            image_features.device, image_features.dtype, n, negative_only=negative_only
+        )
+        return -F.logsigmoid(labels * logits).sum() / n
+
+    def _dense_across(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+    ) -> Tensor:
+        _, texts = gather_features(
+            image_features, text_features, gather_with_grad=True, rank=self.rank,
+            world_size=self.world_size, process_group=self.process_group,
+        )  # fmt: skip
+        loss = self._loss(image_features, text_features, logit_scale, logit_bias)
+        for rank, others in enumerate(texts.chunk(self.world_size)):
+            if rank != self.rank:
+                loss = loss + self._loss(
+                    image_features, others, logit_scale, logit_bias, negative_only=True
+                )
+        return loss
+
+    def forward(
+        self,
+        image_features: Tensor,  # (N, D)
+        text_features: Tensor,  # (N, D)
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+        live: tuple[int, int] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or `{"contrastive_loss": loss}`; `live` as in `fastclip.clip_loss`."""
+        inputs = (image_features, text_features, logit_scale, logit_bias)
+        if _overrides(self, SigLipLoss, ("_loss",)):
+            _refuse_live(live)
+            across = self._dense_across if self.world_size > 1 else self._loss
+            loss = across(*inputs)
+        elif self.world_size > 1:
+            sharing = Sharing(ring=self.dist_impl in ("bidir", "shift"))
+            world = ("SigLipLoss", self.rank, self.world_size)
+            loss = shared_loss(
+                "sigmoid", *inputs, self.process_group, sharing, self.uneven, live=live, world=world
+            )
+        else:
+            loss = siglip_loss(*inputs, live=live)
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -1,0 +1,335 @@
+"""`contrast`: its statistics and any function's gradients are right, whatever the options."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.contrast_case import (
+    OPTIONS,
+    Evaluated,
+    check_gradients,
+    check_statistics,
+    make_problem,
+    random_upstream,
+)
+from support.judge import PRECISIONS
+from support.statistics_oracle import KINDS, Exact, Problem
+from torch import Tensor
+
+import fastclip
+from fastclip import contrast, reference
+from fastclip.engine import operators
+
+DTYPES = {name: PRECISIONS[name].x for name in ("float64", "float32", "bfloat16", "float16")}
+SHAPES = {"tall": (60, 23, 10), "wide": (23, 60, 10), "row": (1, 30, 7), "column": (30, 1, 7)}
+
+for_every_option = pytest.mark.parametrize("options", OPTIONS)
+for_every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def check(
+    problem: Problem, backend: str, device: torch.device, dtype: torch.dtype, **options: object
+) -> None:
+    """Statistics, and gradients of a random function of all of them."""
+    evaluated, exact = Evaluated(problem, backend, device, dtype, **options), Exact(problem)
+    found = evaluated.statistics
+    check_statistics(problem, found, dtype, exact)
+    upstream = random_upstream(found)
+    loss = sum(
+        (g * torch.where(getattr(found, name).isfinite(), getattr(found, name), 0)).sum()
+        for name, g in upstream.items()
+    )
+    truth = {name: g.cpu().numpy() for name, g in upstream.items()}
+    check_gradients(problem, evaluated.gradients(loss), truth, dtype, exact)
+
+
+@for_every_option
+@for_every_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_and_gradients(
+    backend: str, device: torch.device, dtype: str, kind: str, options: str
+) -> None:
+    for m, n, d in (SHAPES["tall"], SHAPES["wide"]):
+        for normalize in (False, True):
+            problem = make_problem(
+                m, n, d, dtype=DTYPES[dtype], kind=kind, normalize=normalize, **OPTIONS[options]
+            )
+            check(problem, backend, device, DTYPES[dtype])
+
+
+@for_every_kind
+@pytest.mark.parametrize("shape", ["row", "column"])
+def test_lines_of_one_pair(backend: str, device: torch.device, kind: str, shape: str) -> None:
+    for options in OPTIONS.values():
+        check(make_problem(*SHAPES[shape], kind=kind, **options), backend, device, torch.float32)
+
+
+@for_every_kind
+@pytest.mark.parametrize("scale", [0.0, 1e-3, -20.0, 100.0, 1e4])
+def test_any_scale(engine: str, device: torch.device, kind: str, scale: float) -> None:
+    for options in ("plain", "everything"):
+        problem = make_problem(40, 50, 16, kind=kind, scale=scale, **OPTIONS[options])
+        check(problem, engine, device, torch.float32)
+
+
+def test_negatives_far_below_the_positive(backend: str, device: torch.device) -> None:
+    """Their log-sum-exp has all its digits, though beside the positive it is nothing."""
+    opposite = np.array([[0.6, 0.8], [-0.6, -0.8]])
+    check(Problem(opposite, opposite, scale=150.0), backend, device, torch.float32)
+
+
+# ---- losses written on them ----------------------------------------------------------------------
+
+
+def clip_of(c: fastclip.LineStatistics) -> Tensor:
+    return (F.softplus(c.rows - c.positives) + F.softplus(c.columns - c.positives)).mean() / 2
+
+
+def siglip_of(c: fastclip.LineStatistics) -> Tensor:
+    return ((c.rows + c.columns) / 2 + F.softplus(-c.positives)).mean()
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_the_fused_losses_written_on_statistics(
+    engine: str, device: torch.device, loss: str
+) -> None:
+    write, fused, kind = {
+        "clip": (clip_of, fastclip.clip_loss, "softmax"),
+        "siglip": (siglip_of, fastclip.siglip_loss, "sigmoid"),
+    }[loss]
+    problem = make_problem(50, 50, 12, kind=kind)
+    mine = Evaluated(problem, engine, device)
+    value = write(mine.statistics)
+    gradients = mine.gradients(value)
+    leaves = [t.detach().requires_grad_() for t in mine.leaves.values()]
+    other = fused(*leaves, backend=engine)
+    torch.testing.assert_close(value.float(), other)
+    for name, gradient in zip(gradients, torch.autograd.grad(other, leaves), strict=True):
+        found = torch.from_numpy(gradients[name]).to(gradient)
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_more_negatives_from_another_block(engine: str, device: torch.device) -> None:
+    """A queue's log-sum-exp joins the batch's."""
+    whole = make_problem(20, 55, 8)
+    parts = whole.with_sides(whole.x, whole.y[:20]), whole.with_sides(whole.x, whole.y[20:])
+    parts = parts[0], Problem(**{**vars(parts[1]), "offset": None})
+    found = [Evaluated(p, engine, device).statistics for p in parts]
+    joined = torch.logaddexp(found[0].rows, found[1].rows)
+    torch.testing.assert_close(joined, Evaluated(whole, engine, device).statistics.rows)
+
+
+def test_one_side_against_itself(engine: str, device: torch.device) -> None:
+    """The same tensor may be both: its gradient has both parts."""
+    x = torch.randn(20, 6, device=device, requires_grad=True)
+    ids = torch.arange(20, device=device) // 2
+    found = []
+    for backend in (engine, "reference"):
+        c = contrast(x, x, 3.0, ids=(ids, ids), same_id="positive", backend=backend)
+        loss = (torch.logaddexp(c.rows, c.row_positives) - c.row_positives).mean()
+        found.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+# ---- what is not asked for costs nothing ---------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sweeps that were made."""
+    made: list[str] = []
+    sweep, weigh = operators.sweep, operators.weigh
+    monkeypatch.setattr(
+        operators, "sweep", lambda *a, **b: (made.append("sweep"), sweep(*a, **b))[1]
+    )
+    monkeypatch.setattr(
+        operators, "weigh", lambda *a, **b: (made.append("weigh"), weigh(*a, **b))[1]
+    )
+    return made
+
+
+def test_without_gradients_there_is_one_sweep(
+    engine: str, device: torch.device, calls: list[str]
+) -> None:
+    problem = make_problem(20, 30, 6)
+    with torch.no_grad():
+        found = Evaluated(problem, engine, device).statistics
+    assert calls == ["sweep"] and not found.rows.requires_grad
+    check_statistics(problem, found, torch.float32)
+
+
+def test_what_nobody_uses_is_not_differentiated(
+    engine: str, device: torch.device, calls: list[str]
+) -> None:
+    c = Evaluated(make_problem(20, 30, 6), engine, device)
+    x = c.leaves["dx"]
+    assert torch.autograd.grad(c.statistics.rows.sum(), x, retain_graph=True)[0].any()
+    assert calls == ["sweep", "weigh"]
+    # The positives alone are products of pairs.
+    dx, dy, dscale, dbias = torch.autograd.grad(c.statistics.positives.sum(), c.leaves.values())
+    assert calls == ["sweep", "weigh"]
+    y, scale = c.leaves["dy"].detach(), float(c.leaves["dscale"].detach())
+    torch.testing.assert_close(dx, scale * y[:20])
+    torch.testing.assert_close(dy, scale * F.pad(x.detach(), (0, 0, 0, 10)))
+    torch.testing.assert_close(dscale, (x * y[:20]).sum().detach())
+    assert dbias == 20
+
+
+@pytest.mark.parametrize("wanted", ["rows", "columns"])
+def test_one_direction(engine: str, device: torch.device, wanted: str) -> None:
+    """The other statistics are None, and lines without negatives there ask for no second sweep."""
+    for options in ("plain", "positives by id"):
+        problem = make_problem(20, 30, 6, **OPTIONS[options])
+        both = Evaluated(problem, engine, device)
+        one = Evaluated(problem, engine, device, rows=wanted == "rows", columns=wanted != "rows")
+        names = [n for n in ("rows", "columns") if getattr(one.statistics, n) is not None]
+        assert names == [wanted]
+        unwanted = "column_positives" if wanted == "rows" else "row_positives"
+        assert getattr(one.statistics, unwanted) is None
+        lines = [getattr(c.statistics, wanted) for c in (both, one)]
+        torch.testing.assert_close(*lines)
+        found = [c.gradients(line.sum()) for c, line in zip((both, one), lines, strict=True)]
+        for name in found[0]:
+            np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_sides(engine: str, device: torch.device) -> None:
+    problem = make_problem(20, 30, 6, key_bias=1.0)
+    whole = Evaluated(problem, engine, device)
+    expected = whole.gradients(clip_like(whole.statistics))
+    for frozen in ("dx", "dy", "dscale", "dbias", "dkey_bias"):
+        leaves = {k: v.detach().requires_grad_(k != frozen) for k, v in whole.leaves.items()}
+        x, y, scale, bias, key_bias = leaves.values()
+        c = contrast(x, y, scale, bias, key_bias=key_bias, backend=engine)
+        clip_like(c).backward()
+        for name, leaf in leaves.items():
+            if name == frozen:
+                assert leaf.grad is None
+            else:
+                np.testing.assert_allclose(
+                    leaf.grad.cpu().numpy(), expected[name], rtol=1e-5, atol=1e-6
+                )
+
+
+def clip_like(c: fastclip.LineStatistics) -> Tensor:
+    return F.softplus(c.rows - c.positives).mean() + c.columns.mean()
+
+
+def test_upstream_gradients_of_any_size(engine: str, device: torch.device) -> None:
+    for factor in (0.0, 1e-30, -1e30):
+        c = Evaluated(make_problem(20, 30, 6), engine, device, torch.float64)
+        one = c.gradients(clip_like(c.statistics))
+        c = Evaluated(make_problem(20, 30, 6), engine, device, torch.float64)
+        other = c.gradients(clip_like(c.statistics) * factor)
+        for name in one:
+            np.testing.assert_allclose(other[name], factor * one[name], rtol=1e-9, atol=0)
+
+
+def test_infinite_upstream_gradients_show(engine: str, device: torch.device) -> None:
+    """A GradScaler finds them in x's gradient."""
+    c = Evaluated(make_problem(20, 30, 6), engine, device)
+    assert not np.isfinite(c.gradients(c.statistics.rows.sum() * float("inf"))["dx"]).all()
+
+
+def test_no_second_derivative(engine: str, device: torch.device) -> None:
+    c = Evaluated(make_problem(20, 30, 6), engine, device)
+    x = c.leaves["dx"]
+    (dx,) = torch.autograd.grad(clip_like(c.statistics), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()
+
+
+def test_a_second_backward_through_a_retained_graph(engine: str, device: torch.device) -> None:
+    c = Evaluated(make_problem(20, 30, 6), engine, device)
+    loss = clip_like(c.statistics)
+    found = [torch.autograd.grad(loss, c.leaves["dx"], retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*found)
+
+
+def test_the_reference_has_derivatives_of_any_order(device: torch.device) -> None:
+    problem = make_problem(7, 9, 4, kind="softmax", **OPTIONS["everything"])
+    leaves = Evaluated(problem, "reference", device, torch.float64).leaves
+    ids = tuple(torch.tensor(side, device=device) for side in problem.ids)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        c = reference.contrast(x, y, 3.0, ids=ids, same_id="positive", offset=3)
+        return (torch.logaddexp(c.rows, c.row_positives) - c.row_positives).mean()
+
+    assert torch.autograd.gradgradcheck(loss, (leaves["dx"], leaves["dy"]))
+
+
+def test_same_numbers_every_time(engine: str, device: torch.device) -> None:
+    problem = make_problem(300, 200, 16, **OPTIONS["everything"])
+    runs = []
+    for _ in range(3):
+        c = Evaluated(problem, engine, device)
+        runs.append(
+            [*c.statistics, *map(torch.from_numpy, c.gradients(clip_like(c.statistics)).values())]
+        )
+    for other in runs[1:]:
+        for one, two in zip(runs[0], other, strict=True):
+            assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+X, Y = torch.ones(4, 3), torch.ones(5, 3)
+IDS = torch.arange(4), torch.arange(5)
+REFUSED = {
+    "x no tensor": (TypeError, r"x must be a torch.Tensor, got list", {"x": [1.0]}),
+    "integers": (TypeError, r"y must be float64, .*, got torch.int64", {"y": Y.long()}),
+    "rank": (ValueError, r"x must be \(M, D\), got shape \(4,\)", {"x": X[:, 0]}),
+    "width": (ValueError, r"must have one width D, got \(4, 3\) and \(5, 2\)", {"y": Y[:, :2]}),
+    "empty": (ValueError, r"must not be empty", {"y": Y[:0]}),
+    "offset": (TypeError, r"offset must be an int or None, got float", {"offset": 1.0}),
+    "true offset": (TypeError, r"offset must be an int or None, got bool", {"offset": True}),
+    "one tensor of ids": (TypeError, r"ids must be a pair of tensors", {"ids": IDS[0]}),
+    "ids no tensor": (TypeError, r"y_ids must be a torch.Tensor", {"ids": (IDS[0], [1])}),
+    "real ids": (TypeError, r"x_ids must be integers, got torch.float32", {"ids": (X[:, 0], Y)}),
+    "few ids": (
+        ValueError, r"y_ids must have an id for each row.*\(5,\), got \(4,\)",
+        {"ids": (IDS[0], IDS[0])},
+    ),
+    "same_id": (ValueError, r"same_id must be one of .*, got 'ours'", {"same_id": "ours"}),
+    "positive without ids": (ValueError, r"same_id='positive' needs ids", {"same_id": "positive"}),
+    "margin": (
+        TypeError, r"false_negative_margin must be a number or a tensor",
+        {"false_negative_margin": "far"},
+    ),
+    "margins": (
+        ValueError, r"false_negative_margin must have one element",
+        {"false_negative_margin": torch.ones(4)},
+    ),
+    "key bias no tensor": (TypeError, r"key_bias must be a .*, got float", {"key_bias": 1.0}),
+    "key bias of rows": (
+        ValueError, r"key_bias must have a bias for each column.*\(5,\), got \(4,\)",
+        {"key_bias": torch.ones(4)},
+    ),
+    "integral key bias": (
+        TypeError, r"key_bias must be float64.*got torch.int64", {"key_bias": torch.arange(5)},
+    ),
+    "kind": (ValueError, r"kind must be one of 'softmax', 'sigmoid'.*, got 'far'", {"kind": "far"}),
+    "nothing": (ValueError, r"rows or columns must be wanted", {"rows": False, "columns": False}),
+    "backend": (ValueError, r"backend must be None or one of", {"backend": "warp"}),
+    "budget": (ValueError, r"memory_budget must be a number of bytes", {"memory_budget": -1}),
+    "scale": (ValueError, r"logit_scale must have one element", {"logit_scale": torch.ones(2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused(what: str) -> None:
+    error, pattern, change = REFUSED[what]
+    arguments = {"x": X, "y": Y, "logit_scale": 1.0} | change
+    with pytest.raises(error, match=pattern):
+        contrast(**arguments)
+
+
+@pytest.mark.parametrize("value", [1e30, float("inf")])
+def test_a_pair_alone_has_no_negatives_whatever_it_is(
+    engine: str, device: torch.device, value: float
+) -> None:
+    """Norms that overflow leave no shift for anybody, and here nobody needs one."""
+    x = torch.full((1, 3), value, device=device)
+    c = contrast(x, x.clone(), 1.0, backend=engine)
+    assert c.rows == c.columns == -torch.inf
+    assert F.softplus(c.rows - 1).item() == 0

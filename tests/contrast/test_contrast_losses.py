@@ -1,0 +1,121 @@
+"""Random losses written on random statistics have the oracle's gradients; by hypothesis.
+
+The loss is written once, in PyTorch, and differentiated twice: through `contrast`, and by the
+oracle's statistics, whose own gradients come from its formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.contrast_case import Evaluated, check_gradients, make_problem
+from support.statistics_oracle import KINDS, NAMES, Exact
+from torch import Tensor
+
+from fastclip import LineStatistics
+
+pytest.importorskip("hypothesis")
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+# Forms of losses of the field, in a line's statistic and its own positive's logit.
+TERMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "cross entropy": lambda s, p, _: F.softplus(s - p, threshold=60),
+    "decoupled": lambda s, p, _: s - p,
+    "additive margin": lambda s, p, m: F.softplus(s - p + m, threshold=60),
+    "focal": lambda s, p, _: torch.sigmoid(s - p).square() * F.softplus(s - p, threshold=60),
+    "global": lambda s, p, m: torch.exp((s - p) / 10) * m,
+    "sum": lambda s, p, _: s + F.softplus(-p, threshold=60),
+    "repelled": lambda s, p, m: -m * s,
+}
+
+
+class Term(NamedTuple):
+    statistic: str
+    form: str
+    margin: float
+    weight: float
+
+
+terms = st.builds(
+    Term,
+    st.sampled_from([name for name in NAMES if name != "positives"]),
+    st.sampled_from(sorted(TERMS)),
+    st.floats(0.1, 3),
+    st.floats(-2, 2).filter(lambda w: abs(w) > 0.01),
+)
+problems = st.fixed_dictionaries(
+    {
+        "m": st.integers(1, 70), "n": st.integers(1, 70), "d": st.integers(1, 40),
+        "seed": st.integers(0, 2**31), "kind": st.sampled_from(sorted(KINDS)),
+        "scale": st.sampled_from([-5.0, 0.5, 14.3, 60.0]), "bias": st.floats(-8, 8),
+        "normalize": st.booleans(),
+        "offset": st.sampled_from([None, 0, 0, 0, 3, -11]),
+        "ids": st.sampled_from([None, 1, 4, 1000]), "key_bias": st.sampled_from([None, 0.5, 6.0]),
+        "margin": st.sampled_from([None, None, 0.05, -0.4]),
+        "same_id": st.sampled_from(["ignore", "positive"]),
+    }
+)  # fmt: skip
+
+
+def write(statistics: dict[str, Tensor], offset: int | None, drawn: list[Term]) -> Tensor:
+    """The loss: terms that some statistic is missing for are left out."""
+    positives, total = statistics["positives"], torch.zeros((), dtype=torch.float64)
+    n = statistics["columns"].shape[0]
+    i = torch.arange(len(positives))
+    partner = i + (offset if offset is not None else n)
+    inside = (partner >= 0) & (partner < n)
+    own = {
+        "row": (positives[inside], i[inside]), "column": (positives[inside], partner[inside]),
+    }  # fmt: skip
+    for term in drawn:
+        if term.statistic not in statistics:
+            continue
+        own_logits, lines = own["column" if "column" in term.statistic else "row"]
+        values = statistics[term.statistic][lines]
+        some = values.isfinite()
+        total = (
+            total
+            + term.weight * TERMS[term.form](values[some], own_logits[some], term.margin).sum()
+        )
+    return total
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(options=problems, drawn=st.lists(terms, min_size=1, max_size=4))
+def test_any_loss(
+    engine: str, device: torch.device, options: dict[str, Any], drawn: list[Term]
+) -> None:
+    if options["ids"] is None:
+        options = options | {"same_id": "ignore"}
+    problem = make_problem(
+        *(options[k] for k in "mnd"), **{k: v for k, v in options.items() if k not in "mnd"},
+        dtype=torch.float64,
+    )  # fmt: skip
+    exact = Exact(problem)
+    leaves = {
+        name: torch.tensor(value, requires_grad=True) for name, value in exact.statistics().items()
+    }
+    truth = write(leaves, problem.offset, drawn)
+    assume(truth.requires_grad)
+    upstream = torch.autograd.grad(truth, list(leaves.values()), allow_unused=True)
+    upstream = {
+        name: np.zeros(leaf.shape) if g is None else g.numpy()
+        for (name, leaf), g in zip(leaves.items(), upstream, strict=True)
+    }
+    dtype = torch.float64
+    evaluated = Evaluated(problem, engine, device, dtype)
+    found = {k: v.cpu() for k, v in named(evaluated.statistics).items()}
+    value = write(found, problem.offset, drawn)
+    torch.testing.assert_close(value, truth.detach(), rtol=1e-7, atol=1e-9)
+    if value.requires_grad:
+        check_gradients(problem, evaluated.gradients(value), upstream, dtype, exact)
+
+
+def named(found: LineStatistics) -> dict[str, Tensor]:
+    return {name: t for name, t in found._asdict().items() if t is not None}

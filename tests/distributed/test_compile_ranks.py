@@ -1,0 +1,210 @@
+"""Losses across ranks compile whole, with the values and gradients of eager mode.
+
+One pool of three ranks; worlds of two are groups within it.
+"""
+
+import shutil
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+from support.ranks import compile
+from support.ranks.compile import Case
+from support.ranks.processes import Ranks
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastclip import distributed
+from fastclip.distributed import traced
+from fastclip.distributed.block_row import Sharing
+from fastclip.distributed.calls import ContrastCall, LossCall
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    pool = Ranks(3)
+    yield pool
+    pool.close()
+
+
+def assert_like_eager(three: Ranks, cases: list[Case], allowed: float = 1e-6) -> None:
+    """One graph for all sizes, too."""
+    of_cases = zip(*three.run(compile.compiled, cases), strict=True)
+    for case, found in zip(cases, of_cases, strict=True):
+        for graphs, mistake in found[: case.ranks]:
+            # For the first size Dynamo may start anew once.
+            assert graphs[-1] == graphs[0], f"{case}: {graphs} graphs"
+            assert mistake <= allowed, f"{case}: {mistake:.1e}"
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+def test_losses(three: Ranks, ring: bool) -> None:
+    """An input that one rank alone has frozen is worked on all the same."""
+    frozen = ((1, "y"), (0, "scale"))
+    assert_like_eager(three, [
+        Case("clip_loss", {"ring": ring, "normalize": True}, frozen=frozen),
+        Case("siglip_loss", {"ring": ring, "live": (1, 4)}, ranks=3 if ring else 2),
+        Case("siglip_loss", {"ring": ring}, frozen=frozen),
+    ])  # fmt: skip
+
+
+def test_open_clips_sharings(three: Ranks) -> None:
+    cases = []
+    for k, (local, grad) in enumerate(product((False, True), repeat=2)):
+        options = {"local_loss": local, "gather_with_grad": grad, "ring": k in (1, 2)}
+        cases.append(Case("ClipLoss", options, ranks=2 + k % 2))
+    cases.append(Case("SigLipLoss", {"dist_impl": "bidir"}, sizes=(6,), dtype=torch.bfloat16))
+    assert_like_eager(three, cases)
+
+
+EVERYTHING = {"same_id": "positive", "false_negative_margin": 0.3, "normalize": True}
+
+
+def test_statistics(three: Ranks) -> None:
+    """With all options; rows that have their positive elsewhere; more columns than rows."""
+    assert_like_eager(three, [
+        Case(
+            "contrast", {**EVERYTHING, "offset": 1}, ranks=3, ids=True, key_bias=True,
+            frozen=((1, "key_bias"), (0, "y")),
+        ),
+        Case("contrast", {**EVERYTHING, "ring": True}, ids=True, frozen=((0, "x"),)),
+        Case(
+            "contrast", {"kind": "sigmoid", "columns": False, "offset": None}, sizes=(6,), wider=3
+        ),
+    ])  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor(three: Ranks) -> None:
+    assert_like_eager(three, [
+        Case("siglip_loss", {"normalize": True}, frozen=((1, "y"),), backend="inductor"),
+    ], 1e-5)  # fmt: skip
+
+
+def test_values_alone(three: Ranks) -> None:
+    for ours, eager in three.run(compile.without_gradients):
+        assert ours == eager
+
+
+SHAPES = [
+    Case("clip_loss", {"normalize": True}, ranks=3),
+    Case("clip_loss", {"ring": True}, ranks=3, dtype=torch.bfloat16),
+    Case("siglip_loss", {}, ranks=3, frozen=((0, "y"), (1, "y"), (2, "y"))),
+    Case("contrast", {**EVERYTHING, "offset": 1}, ranks=3, ids=True, key_bias=True),
+    Case("contrast", {**EVERYTHING, "ring": True}, ranks=3, ids=True),
+]
+
+
+def test_compilers_are_told_the_shapes(three: Ranks) -> None:
+    """Those of every rank, since ranks share the graphs that compilers keep on disk; and no result
+    shares memory with another one, or with an input."""
+    of_cases = zip(*three.run(compile.shapes, SHAPES), strict=True)
+    for case, found in zip(SHAPES, of_cases, strict=True):
+        for real, fake in found:
+            name = "fastclip::rank_contrast" if case.name == "contrast" else "fastclip::rank_loss"
+            assert real[name] == fake[name] == found[0][0][name], case
+            assert real[name + "_backward"] == fake[name + "_backward"], case
+            assert real[name + " apart"] == [(True,)], case
+            assert real[name + "_backward apart"] == [(True,)], case
+
+
+MISFITS = {
+    "sizes": ("clip_loss", {}, {"m": 5, "n": 5}, "all ranks must have batches of one size"),
+    "options": ("clip_loss", {}, {"normalize": True}, "one normalize, got"),
+    "statistics": ("contrast", {}, {"n": 5}, "one number of columns unless uneven=True"),
+}
+REFUSED = {
+    "shapes": ("clip_loss", {"n": 5}, "must have one shape (N, D)"),
+    "a backend": ("siglip_loss", {"backend": "other"}, "backend must be None or one of"),
+    "a scale": ("clip_loss", {"scale": torch.ones(2)}, "logit_scale must have one element"),
+    "an empty side": ("contrast", {"m": 0}, "the batch must not be empty"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_misfit_is_an_error_everywhere(three: Ranks, misfit: str) -> None:
+    name, usual, other, message = MISFITS[misfit]
+    for ours, eager in three.run(compile.errors, [(name, usual)] * 2 + [(name, other)]):
+        assert message in ours and ours == eager, ours
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_an_argument_refused_on_one_rank_fails_on_all(three: Ranks, what: str) -> None:
+    name, options, message = REFUSED[what]
+    found = three.run(compile.errors, [(name, {}), (name, options), (name, {})])
+    others = "all ranks must have arguments that the loss accepts, got others on rank 1"
+    for rank, (ours, eager) in enumerate(found):
+        assert (message if rank == 1 else others) in ours and ours == eager, ours
+
+
+@pytest.mark.parametrize("around", ["the step", "DDP"])
+def test_a_training_step_compiles_whole(three: Ranks, around: str) -> None:
+    assert max(three.run(compile.training_step, around)) < 1e-12
+
+
+def test_no_second_derivative(three: Ranks) -> None:
+    for error in three.run(compile.second_derivative):
+        assert "no second derivative" in error
+
+
+def test_batches_that_may_differ_in_size_cut_the_graph(three: Ranks) -> None:
+    for mistake, graphs in three.run(compile.uneven):
+        assert mistake < 1e-6 and graphs == 2
+
+
+@pytest.mark.parametrize("loss", ["clip_loss", "contrast"])
+def test_a_process_alone(loss: str) -> None:
+    """Without a group."""
+
+    def step(*inputs: torch.Tensor) -> torch.Tensor:
+        found = getattr(distributed, loss)(*inputs, normalize=True)
+        return found if loss == "clip_loss" else (found.rows + found.columns).mean()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    for n in (5, 9):
+        inputs = compile.inputs_of(Case(loss, {}), n, 0)[:4]
+        eager, ours = (compile.results(f, inputs, 2.0) for f in (step, fast))
+        torch.testing.assert_close(ours, eager)
+    assert counter.frame_count == 1
+
+
+def test_a_group_of_another_size_than_it_was_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled before the group was there, say; an error before anything is exchanged."""
+
+    def two(group: str) -> int:
+        return 2
+
+    two._dynamo_marked_constant = True
+    monkeypatch.setattr(traced, "_ranks_of", two)
+    torch._dynamo.reset()
+    fast = torch.compile(distributed.clip_loss, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="of 2 ranks, got one of 1"):
+        fast(*torch.randn(2, 5, 8).unbind(), 2.0)
+
+
+@pytest.mark.parametrize("name", ["rank_loss", "rank_contrast"])
+def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch asks of an operator, in a world of one. Other tests trace them with any sizes."""
+    called = []
+    operator = getattr(torch.ops.fastclip, name)
+
+    def listening(*arguments: object) -> list[torch.Tensor]:
+        called.append(arguments)
+        return operator(*arguments)
+
+    inputs = [t.requires_grad_() for t in torch.randn(2, 5, 8)] + [torch.tensor(2.0)]
+    monkeypatch.setattr(torch.ops.fastclip, name, listening)
+    if name == "rank_loss":
+        call = LossCall("sigmoid", Sharing(), False, True, None, None, None, None)
+        traced.loss((*inputs, None), None, call)
+    else:
+        call = ContrastCall(0, "positive", True, True, "softmax", True, False, False, None, None)
+        ids = torch.arange(5) // 2
+        others = None, torch.randn(5), (ids, ids), 0.1
+        traced.contrast((*inputs, *others), None, call)
+    monkeypatch.undo()
+    ((arguments,),) = [called]
+    asked = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(operator.default, arguments, test_utils=asked)

@@ -1,0 +1,150 @@
+"""What does not fit across processes is one error on every rank, that names ranks and sizes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.ranks import failures
+from support.ranks.processes import Failed, Ranks
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    pool = Ranks(3)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+
+
+MISFITS = {
+    "sizes": (
+        [{"n": 4}, {"n": 5}, {"n": 4}],
+        "batches of one size unless uneven=True, got rank 0: 4, rank 1: 5, rank 2: 4",
+    ),
+    "widths": (
+        [{"n": 4}, {"n": 4}, {"n": 4, "width": 7}],
+        "one width D, got rank 0: 6, rank 1: 6, rank 2: 7",
+    ),
+    "dtypes": (
+        [{"n": 4}, {"n": 4}, {"n": 4, "dtype": torch.bfloat16}],
+        "one dtype of images, got rank 0: torch.float32, rank 1: torch.float32, rank 2: "
+        "torch.bfloat16",
+    ),
+    "dtypes of texts": (
+        [{"n": 4}, {"n": 4, "dtype_y": torch.bfloat16}, {"n": 4}],
+        "one dtype of texts, got rank 0: torch.float32, rank 1: torch.bfloat16",
+    ),
+    "autocast": ([{"n": 4}, {"n": 4, "autocast": True}, {"n": 4}], "one dtype of products, got"),
+    "losses": ([{"n": 4}, {"n": 4, "loss": "siglip_loss"}, {"n": 4}], "one loss, got rank 0: 0"),
+    "normalisation": ([{"n": 4}, {"n": 4, "normalize": True}, {"n": 4}], "one normalize, got"),
+    "uneven": ([{"n": 4, "uneven": True}, {"n": 5}, {"n": 4}], "one uneven, got rank 0: 1"),
+    "nothing to differentiate": (
+        [{"n": 4}, {"n": 4}, {"n": 4, "frozen": True}],
+        "all ranks or none must have something to differentiate",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_misfit_is_an_error_everywhere(three: Ranks, misfit: str) -> None:
+    brought, message = MISFITS[misfit]
+    for error in three.run(failures.call, brought):
+        assert error.startswith("ValueError") and message in error, error
+
+
+def test_sizes_may_differ_where_that_is_allowed(three: Ranks) -> None:
+    brought = [{"n": n, "uneven": True} for n in (4, 1, 7)]
+    assert three.run(failures.call, brought) == ["no error"] * 3
+
+
+def test_an_argument_refused_on_one_rank_fails_on_all(three: Ranks) -> None:
+    """Of a loss, of `gather_features`."""
+    for errors in zip(*three.run(failures.bad_calls), strict=True):
+        assert errors[1].startswith("TypeError: image_features must be float64")
+        for error in (errors[0], errors[2]):
+            accepted = "ValueError: all ranks must have arguments that the loss accepts"
+            assert error.startswith(accepted) and "rank 1" in error
+
+
+def test_where_only_gpu_tensors_travel_first_calls_alone_compare(three: Ranks) -> None:
+    """A call of another kind compares anew, uneven ones always; misfits are not remembered, so that
+    what fits later does."""
+    four, live = (4, 4, 4), [{"live": (0, 2)}, {"live": (2, 4)}]
+    uneven, misfit = ((5, 4, 1), {"uneven": True}), ((7, 8, 7), {})
+    first, known, compared = (1, "no error"), (0, "no error"), (1, "ValueError")
+    calls = {
+        "four": ((four, {}), first), "four again": ((four, {}), known),
+        "five": (((5, 5, 5), {}), first), "four after five": ((four, {}), known),
+        "ring": ((four, {"ring": True}), first), "ring again": ((four, {"ring": True}), known),
+        "live": ((four, live[0]), first), "other live": ((four, live[1]), first),
+        "uneven": (uneven, first), "uneven again": (uneven, first),
+        "misfit": (misfit, compared), "misfit again": (misfit, compared),
+        "rank 0's of the misfit": (((7, 7, 7), {}), first),
+    }  # fmt: skip
+    every = [call for call, _ in calls.values()]
+    for found in three.run(failures.exchanges_for_agreement, every):
+        for (what, (_, expected)), (exchanges, error) in zip(calls.items(), found, strict=True):
+            assert (exchanges, error.split(":")[0]) == expected, f"{what}: {error}"
+
+
+def test_a_rank_that_one_process_has_wrong_fails_on_all(three: Ranks) -> None:
+    """As where nobody said the rank: it is right on rank 0."""
+    errors = three.run(failures.forgotten_rank)
+    assert "all ranks must have arguments that the loss accepts" in errors[0]
+    for rank in (1, 2):
+        assert (
+            f"rank and world_size must be those of this process in its group, {rank} and 3"
+            in (errors[rank])
+        )
+
+
+def test_a_tower_frozen_on_one_rank_is_gathered_for_the_others(three: Ranks) -> None:
+    assert max(three.run(failures.gathered_with_one_frozen)) < 1e-12
+
+
+def test_a_block_of_ones_own_is_honoured(three: Ranks) -> None:
+    assert three.run(failures.own_block) == [6.0] * 3
+
+
+def test_rows_of_zeros_in_fp16_have_no_gradient(three: Ranks) -> None:
+    """And not an infinite one, also where products are of a wider dtype; all other rows have one,
+    in either tower and on every rank."""
+    assert three.run(failures.zero_rows_in_fp16) == [[True] * 4] * 3
+
+
+def test_modules_ask_for_their_real_rank(three: Ranks) -> None:
+    for rank, errors in enumerate(three.run(failures.module_errors)):
+        assert len(errors) == 2
+        assert all(f"{rank} and 3, got" in error for error in errors)
+
+
+def test_no_second_derivative(three: Ranks) -> None:
+    for error in three.run(failures.double_backward):
+        assert "no second derivative" in error
+
+
+def test_a_group_within_a_larger_world(four: Ranks) -> None:
+    """For functions and modules."""
+    found = four.run(failures.in_group_of_odd_ranks)
+    for rank in (1, 3):
+        assert len(found[rank]) == 2 * 6 and max(found[rank]) < 1e-12
+    for rank in (0, 2):
+        assert "process_group must have this process among its ranks" in found[rank][0]
+
+
+def test_a_killed_rank_ends_the_others(four: Ranks) -> None:
+    """With an error, within the group's time, also on a rank that the ring has no link from to the
+    dead one. The last test of these ranks."""
+    seconds = 4.0
+    found = four.outcomes(failures.dies, seconds)
+    assert isinstance(found[0], Failed) and "died" in str(found[0])
+    for result in found[1:]:
+        assert not isinstance(result, Failed) and len(result) == 4, result
+        for what, (error, spent) in result.items():
+            assert error.startswith("RuntimeError") and spent < 5 * seconds, (what, error, spent)

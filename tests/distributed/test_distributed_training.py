@@ -1,0 +1,88 @@
+"""Losses across processes inside what people train with, and what they send."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.ranks import training
+from support.ranks.processes import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    pool = Ranks(3)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"checkpointed": True}, {"frozen": True}, {"shape": (1,)}], ids=str
+)
+@pytest.mark.parametrize(
+    "ddp", [{"static_graph": True}, {"find_unused_parameters": False}], ids=["static", "plain"]
+)
+def test_under_ddp(two: Ranks, options: dict, ddp: dict) -> None:
+    """Towers' and scale's gradients, averaged by DDP itself."""
+    assert max(two.run(training.under_ddp, options, ddp)) < 1e-12
+
+
+def test_cached_under_ddp(two: Ranks) -> None:
+    """Gradients travel with the last micro-batch alone."""
+    for error, exchanges in two.run(training.cached_under_ddp):
+        assert error < 1e-12 and exchanges == 1
+
+
+def test_a_static_graph_allows_no_cached_step(two: Ranks) -> None:
+    for error in two.run(training.cached_in_a_static_graph):
+        assert "static_graph=False" in error
+
+
+def test_under_fsdp(two: Ranks) -> None:
+    """In micro-batches gradients travel with the last one alone: as many bytes as without."""
+    plain, cached = (two.run(training.under_fsdp, micro) for micro in (None, 2))
+    for error, sent in plain + cached:
+        assert error < 1e-12 and sent == plain[0][1] > 0
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_bytes_sent_are_the_stated_ones(
+    three: Ranks, loss: str, dtype: torch.dtype, ring: bool
+) -> None:
+    """`fastclip.distributed`'s formula, and little besides."""
+    world_size, b, d = 3, 40, 256
+    found = three.run(training.bytes_sent, loss, b, d, dtype, ring)
+    texts, gradients = b * d * dtype.itemsize, 4 * b * d
+    others = world_size - 1
+    # Around a ring texts travel for the forward and for the backward.
+    stated = others * ((2 if ring else 1) * texts + gradients)
+    for sent in found:
+        total = sum(sent.values())
+        assert stated <= total <= stated + 5 * 8 * world_size * b, dict(sent)
+
+
+@pytest.mark.parametrize(
+    "loss, dtype",
+    [("clip", torch.float32), ("clip", torch.bfloat16), ("siglip", torch.bfloat16)],
+    ids=lambda value: str(value),
+)
+def test_memory_is_the_stated_one(three: Ranks, loss: str, dtype: torch.dtype) -> None:
+    """`fastclip.distributed`'s formula, per element of a rank's features, a MiB of them."""
+    world_size, b, d, itemsize = 3, 1024, 1024, dtype.itemsize
+    gathered, ring = (
+        max(three.run(training.most_held, loss, b, d, dtype, ring)) / (b * d)
+        for ring in (False, True)
+    )
+    own = 2 * itemsize + 8
+    # Less than another gradient beyond: states and work space.
+    slack = 3.6
+    assert world_size * (itemsize + 4) < gathered < world_size * (itemsize + 8) + own + slack
+    assert ring < min(4 * itemsize + 24 + own + slack, gathered - 4)

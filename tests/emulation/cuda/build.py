@@ -1,0 +1,137 @@
+"""Builds the programs of this folder and runs them.
+
+Objects are kept in build/cuda_emulation/programs under what they were made of: the preprocessed
+source, the flags and the compiler. So a mutated header costs one object, an unchanged tree none.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
+KEPT = ROOT / "build" / "cuda_emulation" / "programs"
+DAY = 86400
+
+FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-pthread"]
+SANITIZERS = {
+    "none": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+SCHEDULERS = {"fibers": ["-DEMULATION_POISON"], "threads": ["-DEMULATION_THREADS"]}
+SELFTEST = [HERE / "selftest.cpp", HERE / "mistakes.cpp"]
+
+
+def driver(csrc: Path = CSRC) -> list[Path]:
+    return [csrc / "cuda/engine.cu", HERE / "driver.cpp"]
+
+
+@functools.cache
+def compiler() -> tuple[list[str], str]:
+    """The command and its version."""
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]}")
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    return command, version.stdout
+
+
+@functools.cache
+def _links(sanitizer: str) -> bool:
+    command = [*compiler()[0], *SANITIZERS[sanitizer], "-x", "c++", "-", "-o", os.devnull]
+    return subprocess.run(command, input=b"int main() {}", capture_output=True).returncode == 0
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+def _make(path: Path, command: list[str]) -> Path:
+    """Other processes make and remove files here, too; the last one's of a name stays."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path)
+        return path
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for old in KEPT.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > DAY:
+                old.unlink()
+    with tempfile.NamedTemporaryFile(dir=KEPT, delete=False) as file:
+        _run([*command, "-o", file.name])
+    os.replace(file.name, path)
+    return path
+
+
+def preprocessed(source: Path, flags: Sequence[str], csrc: Path) -> str:
+    command, _ = compiler()
+    text = _run(
+        [*command, *flags, "-I", str(HERE), "-I", str(csrc), "-x", "c++", "-E", str(source)]
+    )
+    return text.replace(str(csrc), "csrc")
+
+
+def _object(source: Path, flags: Sequence[str], csrc: Path) -> Path:
+    command, version = compiler()
+    # Reports name files of csrc/, wherever a copy of it lies.
+    flags = [*flags, f"-ffile-prefix-map={csrc}=csrc", f"-ffile-prefix-map={HERE}=cuda_emulation"]
+    text = preprocessed(source, flags, csrc)
+    key = hashlib.sha256("\0".join([text, version, *flags[:-2]]).encode()).hexdigest()[:20]
+    includes = ["-I", str(HERE), "-I", str(csrc)]
+    return _make(KEPT / f"{key}.o", [*command, *flags, *includes, "-x", "c++", "-c", str(source)])
+
+
+def build(
+    sources: Sequence[Path],
+    sanitizer: str = "none",
+    scheduler: str = "fibers",
+    csrc: Path = CSRC,
+) -> Path:
+    """The program; skips where the compiler lacks the sanitizer."""
+    if not _links(sanitizer):
+        pytest.skip(f"{compiler()[0][0]} has no -fsanitize={sanitizer} here")
+    flags = [*FLAGS, *SANITIZERS[sanitizer], *SCHEDULERS[scheduler]]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags, csrc), sources))
+    key = hashlib.sha256("".join(o.stem for o in objects).encode()).hexdigest()[:20]
+    return _make(KEPT / key, [*compiler()[0], *flags, *map(str, objects)])
+
+
+def run(program: Path, *arguments: str, seconds: int = 600) -> subprocess.CompletedProcess[str]:
+    """Sanitizers end it at the first thing they report."""
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+
+    def start(*prefix: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*prefix, str(program), *arguments],
+            capture_output=True, text=True, timeout=seconds, env=os.environ | options, check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+        )  # fmt: skip
+
+    done = start()
+    # Kernels that place memory more randomly than the sanitizer can follow.
+    if "unexpected memory mapping" in done.stderr:
+        if shutil.which("setarch") is None:
+            pytest.skip("ThreadSanitizer cannot run with this much address-space randomisation")
+        done = start("setarch", platform.machine(), "-R")
+    return done

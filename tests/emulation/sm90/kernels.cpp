@@ -1,0 +1,70 @@
+// fused_sweep and fused_weigh for the emulated engine: products on the CPU, the epilogues' own code around them. A
+// library of its own, for the engine is emulated with other headers in place of CUDA's.
+#include <stdexcept>
+
+#include "collective.h"
+#include "cuda/sm90/api.h"
+#include "cuda/sm90/fold.h"
+#include "cuda/sm90/weights.h"
+
+// How often each has run, and how many of the second had two references.
+extern "C" {
+__attribute__((visibility("default"))) int emulated_sweeps = 0, emulated_weighs = 0, emulated_differ = 0;
+}
+
+namespace fastclip {
+namespace cuda {
+
+template <class Element>
+float product(const Part& part, int i, int j) {
+  const Element* const x = static_cast<const Element*>(part.x) + i * part.stride_x;
+  const Element* const y = static_cast<const Element*>(part.y) + j * part.stride_y;
+  double sum = 0;
+  for (int64_t d = 0; d < part.width; d++) sum += double(float(x[d])) * double(float(y[d]));
+  return float(sum);
+}
+
+template <class Function>
+void for_kernel(const Part& part, Function f) {
+  if (!fused_serves(part)) throw std::invalid_argument("the engine asked for a part that is not served");
+  CUDA::for_kind(part.kind, [&](auto statistic) {
+    if (part.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
+    f(statistic, cutlass::bfloat16_t());
+  });
+}
+
+template <class Work, class Layout, class Written>
+void run(const Part& part, const typename Work::Arguments& arguments, Written written) {
+  emulated::Collective<Work, Layout>::run(
+      part, arguments, int(tiles_of(part.rows, Layout::kRows)), int(tiles_of(part.columns, Layout::kColumns)), 0,
+      [&](int i, int j) { return product<typename Work::Element>(part, i, j); }, written);
+}
+
+__attribute__((visibility("default"))) void fused_sweep(const Part& part, const Folding& folding) {
+  if (folding.rows.parts != fused_row_parts(part) || folding.columns.parts != fused_column_parts(part))
+    throw std::invalid_argument("the engine expects other partial sums");
+  emulated_sweeps++;
+  for_kernel(part, [&](auto statistic, auto element) {
+    using Layout = fused::Layout<kSweepTile>;
+    run<fused::Fold<decltype(statistic), decltype(element), Layout>, Layout>(part, {part, folding},
+                                                                             [](int, int, float) {});
+  });
+}
+
+__attribute__((visibility("default"))) void fused_weigh(const Part& part, const PairWeights& weights) {
+  if (!fused_writes(weights) || weights.total_parts != fused_total_parts(part))
+    throw std::invalid_argument("the engine expects other weights or totals");
+  emulated_weighs++;
+  emulated_differ += *weights.differ != 0;
+  for_kernel(part, [&](auto statistic, auto element) {
+    using Element = decltype(element);
+    using Layout = fused::Layout<kWeighTile>;
+    Element* const out = static_cast<Element*>(weights.out);
+    run<fused::Weigh<decltype(statistic), Element, Layout>, Layout>(part, {part, weights}, [&](int i, int j, float w) {
+      if (i < part.rows && j < part.columns) out[i * weights.stride_out + j] = Element(w);
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace fastclip

@@ -1,0 +1,66 @@
+"""The CUDA engine, its kernels run on the CPU thread by thread: right, and under sanitizers.
+
+`emulation/cuda/driver.cpp` compares every operator with a dense float64 truth, with blocks and
+threads in order and in reverse. Shared memory is NaN before every block, buffers are exactly as
+large as they were asked for.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from emulation.cuda.build import CSRC, FLAGS, build, driver, preprocessed, run
+
+pytestmark = pytest.mark.minutes
+
+BARRIER = re.compile(r"__syncthreads\(\);")
+
+
+def assert_passes(sanitizer: str, *arguments: str) -> None:
+    done = run(build(driver(), sanitizer), *arguments)
+    assert done.returncode == 0 and " 0 failures" in done.stdout, done.stdout + done.stderr[-5000:]
+
+
+def test_results() -> None:
+    assert_passes("none")
+
+
+def test_no_overrun_and_nothing_undefined() -> None:
+    """Misaligned accesses to vectors among it, which a card would refuse."""
+    assert_passes("address")
+
+
+def test_no_race() -> None:
+    assert_passes("thread", "quick")
+
+
+def barriers() -> Iterator[tuple[Path, re.Match[str]]]:
+    text = preprocessed(driver()[0], FLAGS, CSRC)
+    for path in sorted(CSRC.rglob("*.h")):
+        if f'"csrc/{path.relative_to(CSRC)}"' in text:
+            yield from ((path, match) for match in BARRIER.finditer(path.read_text()))
+
+
+def test_no_barrier_is_superfluous(tmp_path: Path) -> None:
+    """Without any single one ThreadSanitizer reports a race: they are needed, and it looks."""
+
+    def what_is_reported(path: Path, barrier: re.Match[str]) -> tuple[str, str]:
+        place = f"{path.name}:{barrier.string.count(chr(10), 0, barrier.start()) + 1}"
+        csrc = tmp_path / place.replace(":", "-")
+        shutil.copytree(CSRC, csrc)
+        changed = barrier.string[: barrier.start()] + ";" + barrier.string[barrier.end() :]
+        (csrc / path.relative_to(CSRC)).write_text(changed)
+        return place, run(build(driver(csrc), "thread", csrc=csrc), "quick").stderr
+
+    found = list(barriers())
+    assert found
+    build(driver(), "thread")  # what all of them share
+    with ThreadPoolExecutor(2) as pool:
+        reports = dict(pool.map(lambda b: what_is_reported(*b), found))
+    unnoticed = [
+        place for place, text in reports.items() if "ThreadSanitizer: data race" not in text
+    ]
+    assert not unnoticed

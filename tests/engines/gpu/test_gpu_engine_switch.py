@@ -1,0 +1,239 @@
+"""Both sides of the GPU engines' numerical switch, and what must pass through either of them.
+
+One reference serves all lines or, where that proves too coarse, every line gets its own: decided
+on the device, so it shows in the state alone. The truth is a dense float64 computation.
+"""
+
+import math
+
+import pytest
+import torch
+from support.dense_block import (
+    LOG2E,
+    Block,
+    Dense,
+    assert_states,
+    has_one_reference,
+    make_block,
+    operator,
+    sweep,
+)
+from support.gpu_engine_case import check, enlarged
+from torch import Tensor
+
+from fastclip.loss import clip_loss, siglip_loss
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
+SHAPE = enlarged(40, 33)
+
+
+def random(scale: float) -> Block:
+    return make_block(*SHAPE, 24, scale=scale)
+
+
+def long(scale: float) -> Block:
+    """Features nobody normalised."""
+    block = random(scale)
+    return block._replace(x=block.x * 30, y=block.y * 20)
+
+
+def one_long(scale: float) -> Block:
+    """The bound speaks for one pair; all other logits are far below it."""
+    block = random(scale)
+    block.x[3] *= 25
+    block.y[5] *= 25
+    return block
+
+
+def low_row(scale: float) -> Block:
+    """All logits of one row, its positive included, are far below the others."""
+    block = random(scale)
+    block.y[:, 0] = block.y[:, 0].abs() + 1
+    block.x[7] = 0
+    block.x[7, 0] = -1
+    return block
+
+
+def low_column(scale: float) -> Block:
+    block = random(scale)
+    block.x[:, 0] = block.x[:, 0].abs() + 1
+    block.y[-1] = 0
+    block.y[-1, 0] = -1
+    return block
+
+
+CASES = [
+    (random, 0.0, True),
+    (random, 1e-3, True),
+    (random, 1.0, True),
+    (random, 14.3, True),
+    (random, 100.0, True),
+    (random, 112.3, True),
+    (random, 1e4, False),
+    (random, -14.3, True),
+    (random, -1e4, False),
+    (long, 1.0, False),
+    (one_long, 14.3, False),
+    (low_row, 14.3, True),
+    (low_row, 100.0, False),
+    (low_column, 100.0, False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} at {case[1]}")
+def test_references(gpu_engine: str, case: tuple) -> None:
+    kind, scale, enough = case
+    state = check(gpu_engine, kind(scale))
+    assert torch.equal(state[0], state[0].round()), "exponents are exact for integers alone"
+    assert has_one_reference(state) == enough
+
+
+def column_below(offset: int, along: float, across: float) -> Block:
+    """One column, 12, is far below the others: `along` what all rows share, `across` elsewhere."""
+    block = make_block(60, 66, 24, scale=100.0, offset=offset)
+    block.x[:, 0] = 1
+    block.y[:, 0] = 0
+    block.y[12] *= across / block.y[12].norm()
+    block.y[12, 0] = along
+    return block
+
+
+def test_a_column_that_one_reference_would_blur_asks_for_its_own(gpu_engine: str) -> None:
+    """Its sum would be about 2^-140: not zero, but with few digits left in fp32."""
+    state = check(gpu_engine, column_below(0, along=-0.30, across=0.15))
+    assert not has_one_reference(state)
+
+
+@pytest.mark.parametrize("offset", [5, -5])
+def test_a_column_is_judged_without_positives(gpu_engine: str, offset: int) -> None:
+    """No row's positive, taken for its own, makes up for the lost negatives."""
+    state = check(gpu_engine, column_below(offset, along=-1.0, across=0.0))
+    assert not has_one_reference(state)
+
+
+def test_a_row_is_judged_without_its_positive(gpu_engine: str) -> None:
+    """Its negatives are lost in the one reference, and its positive, far above, must not make up
+    for them: losses may be of the negatives alone."""
+    block = random(100.0)
+    x = torch.cat((torch.ones(1), torch.zeros(23)))
+    block.y[:] = -x + 0.1 * block.y
+    block.y[0] = block.x[0] = x
+    block.x[1:] = -block.x[1:].abs() * 0.1 - x
+    state = check(gpu_engine, block._replace(x=torch.nn.functional.normalize(block.x)))
+    assert not has_one_reference(state)
+
+
+@pytest.mark.parametrize("bound, enough", [(1.02, True), (1e4, False)])
+def test_any_bound_that_is_one(gpu_engine: str, bound: float, enough: bool) -> None:
+    state = check(gpu_engine, random(100.0), bound=torch.tensor(bound, dtype=torch.float64))
+    assert has_one_reference(state) == enough
+
+
+@pytest.mark.parametrize("scale", [1.0, 43.0, 60.0, 76.0])
+def test_the_reference_leaves_room_above_and_below(gpu_engine: str, scale: float) -> None:
+    """A negative with the largest possible logit and one with the smallest."""
+    block = make_block(*enlarged(33, 33), 12, scale=scale)
+    block.y[4] = block.x[9] = torch.eye(12)[0]
+    block.y[6] = block.x[11] = torch.eye(12)[1]
+    block.x[12] = -block.x[11]
+    state = check(gpu_engine, block, bound=torch.ones((), dtype=torch.float64))
+    top = scale * LOG2E
+    assert abs(state[0, 0] - (top - min(max(0.0, 2 * top - 120), 100))) < 1.1
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_norms_that_overflow(gpu_engine: str, swap: bool) -> None:
+    """The bound is infinite or NaN, the logits are not: 1e20 by 1e-20, and by zeros."""
+    block = random(14.3)
+    for short in (block.y * 1e-20, torch.zeros_like(block.y)):
+        changed = block._replace(x=block.x * 1e20, y=short)
+        if swap:
+            changed = changed._replace(x=short, y=block.x * 1e20)
+        state, positive, _ = sweep(gpu_engine, changed)
+        assert_states(Dense(changed), state, positive)
+
+
+@pytest.mark.parametrize("scale", [14.3, 1e4])
+@pytest.mark.parametrize("shape", [(1, *enlarged(40)), (*enlarged(40), 1), (1, 1)], ids=str)
+def test_a_line_of_nothing_but_its_positive(
+    gpu_engine: str, shape: tuple[int, int], scale: float
+) -> None:
+    """Its sum is zero, its reference a number, and its loss and weights are zero."""
+    block = make_block(*shape, 8, scale=scale)
+    state = check(gpu_engine, block)
+    alone = 0 if shape[1] == 1 else shape[0]
+    positive = sweep(gpu_engine, block)[1][[0]]
+    losses, _, weights = operator("finish", gpu_engine)(
+        state[:, [alone]].contiguous(), positive, block.scale, None, "softmax"
+    )
+    assert losses.tolist() == [0.0] and weights.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("scale", [0.0, 14.3, 100.0])
+def test_positives_tie_with_their_duplicates(gpu_engine: str, scale: float) -> None:
+    """All features alike: every row's loss is log(N)."""
+    n = SHAPE[1]
+    x = make_block(n, n, 24).x[:1].repeat(n, 1)
+    loss = clip_loss(x, x, scale, backend=gpu_engine, memory_budget=0)
+    assert abs(float(loss) - math.log(n)) < 1e-5
+
+
+# ---- values nobody wants, which must show --------------------------------------------------------
+
+LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+
+
+def gradients(
+    engine: str, loss: str, x: Tensor, y: Tensor, scale: float, normalize: bool
+) -> list[Tensor]:
+    inputs = [t.clone().requires_grad_() for t in (x, y, torch.tensor(scale, dtype=torch.float64))]
+    value = LOSSES[loss](*inputs, -1.0, normalize=normalize, backend=engine, memory_budget=0)
+    value.backward()
+    return [value.detach(), *(t.grad for t in inputs)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_spoilt_features_show(gpu_engine: str, loss: str, value: float) -> None:
+    """In loss and gradients, in the last lane of the last tile as well, and in half precision."""
+    for dtype in (torch.float32, torch.float16):
+        x, y = torch.randn(2, SHAPE[1], 6).unbind()
+        x[-1, 5] = value
+        results = gradients(gpu_engine, loss, x.to(dtype), y.to(dtype), 2.0, normalize=False)
+        if math.isnan(value):
+            assert results[0].isnan()
+        assert not all(t.isfinite().all() for t in results[1:])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_absurd_scales_give_the_loss_or_no_number(gpu_engine: str, loss: str) -> None:
+    from fastclip import reference
+
+    truths = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
+    x, y = torch.randn(2, SHAPE[1], 6).unbind()
+    for scale in (math.nan, math.inf, 1e30, -1e30, 1e8, 1e300):
+        ours = float(gradients(gpu_engine, loss, x, y, scale, normalize=True)[0])
+        exact = float(truths[loss](x.double(), y.double(), scale, -1.0, normalize=True))
+        assert not math.isfinite(ours) or ours == pytest.approx(exact, rel=1e-2), scale
+
+
+@pytest.mark.parametrize("scale, all_finite", [(1e8, True), (1e10, False)])
+def test_no_loss_of_an_absurd_scale_is_invented(
+    gpu_engine: str, scale: float, all_finite: bool
+) -> None:
+    """Each pair's loss is right or no number. A mean would be NaN and hide the invented ones."""
+    x, y = torch.randn(2, SHAPE[1], 6).unbind()
+    options = {"normalize": True, "reduction": "none"}
+    ours = clip_loss(x, y, scale, backend=gpu_engine, memory_budget=0, **options).double()
+    exact = clip_loss(x.double(), y.double(), scale, backend="reference", **options)
+    sound = ours.isfinite()
+    assert bool(sound.all()) == all_finite
+    # Rounded logits move a loss by so much.
+    assert ((ours - exact).abs() <= 1e-6 * scale)[sound].all()
+
+
+def test_a_positive_that_is_not_finite_is_not_lost(gpu_engine: str) -> None:
+    block = make_block(*enlarged(33, 40), 6)
+    block.x[3, 0] = block.y[3, 0] = 1e20
+    positive = sweep(gpu_engine, block)[1]
+    assert not positive[3].isfinite() and positive[:3].isfinite().all()

@@ -1,0 +1,357 @@
+"""fp32 products made of bf16 ones: exact parts, sums that tensor cores do not spoil.
+
+Tensor cores truncate (`tensor_core.py`). `modelled` puts them in the place of the interpreter's
+sums, so that the kernels themselves are judged on what a card does to them, by plain torch's errors
+in fp32, as every engine is; and the same kernels fail where tensor cores add up everything. A card
+needs no model: there the tests are of its own.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from support import tensor_core
+from support.dense_block import make_block
+from support.gpu_engine_case import check, check_in_one_go, small_chunks
+from support.hard_inputs import batch
+from support.judge import (
+    PRECISIONS,
+    QUANTITIES,
+    allowance,
+    assert_accurate,
+    error,
+    evaluate,
+    plain,
+    truth,
+)
+from support.pretended_card import CUDA, backends, nothing_known, pretend
+from support.triton_case import needs_engine
+
+from fastclip.engine import preference
+from fastclip.loss import clip_loss, siglip_loss
+
+LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+CORES = {"hopper": tensor_core.HOPPER, "ampere": tensor_core.AMPERE}
+SPECIAL = (
+    0.0, -0.0, 1.0, 1 + 2**-23, 1 - 2**-24, -(2 - 2**-23), 3.4028234663852886e38,
+    -3.4028234663852886e38, 3.3961775292304601e38, 2.0**-126, 2.0**-120 * (2 - 2**-23), 1e-39,
+)  # fmt: skip
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 features are multiplied in parts, and no block is too small for all of the kernels."""
+    from fastclip.triton_kernels import plan
+
+    monkeypatch.setattr(preference, "fp32", lambda: "split")
+    monkeypatch.setattr(plan, "SMALL_PAIRS", 0)
+
+
+@pytest.fixture
+def modelled(monkeypatch: pytest.MonkeyPatch) -> Callable[[tensor_core.Core], None]:
+    """Makes the interpreter add up as given tensor cores do."""
+    if not backends.interpreted():
+        return lambda core: None
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def be(core: tensor_core.Core) -> None:
+        def create_dot(self, a, b, d, *_):
+            total = tensor_core.multiply(a.data, b.data, d.data, core)
+            return TensorHandle(total, d.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+    return be
+
+
+@pytest.fixture
+def all_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Leaves the sum over all steps to them."""
+    if not backends.interpreted():
+        pytest.skip("kernels that are compiled cannot be changed")
+    from support.summed_on_tensor_cores import add_product
+
+    from fastclip.triton_kernels.kernels import split_gradients, tile
+
+    def be() -> None:
+        monkeypatch.setattr(tile, "add_product", add_product)
+        monkeypatch.setattr(split_gradients, "add_product", add_product)
+
+    return be
+
+
+def parts_of(x: torch.Tensor) -> torch.Tensor:
+    """By the kernel, (3, M, D); what it pads them with must be zero."""
+    from fastclip.triton_kernels import launch
+    from fastclip.triton_kernels.kernels import bf16_parts, split_product
+
+    (m, d), width = x.shape, split_product.padded(x.shape[1])
+    out = x.new_full((m, 3 * width), torch.nan, dtype=torch.bfloat16)
+    launch.launch(bf16_parts.to_parts_kernel, -(-m // 16), x, out, m, d, x.stride(0), width, 16, 32)
+    out = out.view(m, 3, width).transpose(0, 1)
+    assert not out[..., d:].any()
+    return out[..., :d]
+
+
+@needs_engine
+def test_parts_add_up(device: torch.device) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(33, 40)) * 10.0 ** rng.integers(-30, 30, size=(33, 40))
+    x[0, : len(SPECIAL)] = SPECIAL
+    x = torch.from_numpy(x.astype(np.float32)).to(device)
+    parts = parts_of(x).double()
+    mistake = (parts.sum(0) - x.double()).abs()
+    normal = x.abs() >= 2.0**-110
+    assert not mistake[normal].any()
+    # The interpreter has no subnormals of bf16.
+    assert mistake.max() <= (2.0**-125 if backends.interpreted() else 2.0**-134)
+    # Each is the rounded rest of the ones before.
+    assert (parts[1].abs() <= 2.0**-7 * parts[0].abs())[normal].all()
+    assert (parts[2].abs() <= 2.0**-7 * parts[1].abs())[normal].all()
+
+
+@needs_engine
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_parts_of_what_is_not_finite_show_it(value: float, device: torch.device) -> None:
+    x = torch.ones(3, 8, device=device)
+    x[1, 5] = value
+    parts = parts_of(x)
+    assert parts[:, 1, 5].isnan().any() and parts[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("core", CORES.values(), ids=CORES)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_model_truncates(core: tensor_core.Core, sign: float) -> None:
+    """What fits is exact; what does not is cut off towards zero, at every step."""
+    a, b = np.full((1, 64), sign), np.full((64, 1), 2.0**-8)
+    assert tensor_core.multiply(a, b, None, core) == sign / 4
+    b[0] = 2.0**8  # its last place is 2^-15, or 2^-17 before it is rounded
+    assert tensor_core.multiply(a, b, None, core) == sign * (2.0**8 + 63 * 2.0**-8)
+    b[1:] = 2.0**-18
+    assert tensor_core.multiply(a, b, None, core) == sign * 2.0**8
+    assert a @ b - sign * 2.0**8 == sign * 63 * 2.0**-18
+
+
+def test_the_model_has_infinities() -> None:
+    assert np.isposinf(tensor_core.multiply([[np.inf, 1.0]], [[1.0], [1.0]]))
+    assert np.isnan(tensor_core.multiply([[np.nan]], [[1.0]]))
+
+
+def gradient_product(w: torch.Tensor, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """w @ x by the kernel, from weights as the second sweep leaves them."""
+    from fastclip.triton_kernels import launch
+    from fastclip.triton_kernels.kernels import split_gradients, split_product
+
+    (k, d), width = x.shape, split_product.padded(x.shape[1])
+    stride = -(-w.shape[1] // 16) * 16
+    weights = w.new_full((len(w), 3, stride), torch.nan, dtype=torch.bfloat16)
+    weights[..., : -(-w.shape[1] // 8) * 8] = 0
+    weights[..., : w.shape[1]] = parts_of(w).transpose(0, 1)
+    features = x.new_zeros(k, 3, width, dtype=torch.bfloat16)
+    features[..., :d] = parts_of(x).transpose(0, 1)
+    out = x.new_full((w.shape[1] if transposed else len(w), d), torch.nan)
+    launch.launch(
+        split_gradients.split_gradient_kernel, -(-len(out) // 32) * -(-d // 32), weights, features,
+        out, len(out), k, stride, d, D=d, WIDTH=width, TRANSPOSED=transposed, BEGINS=True, BM=32,
+        BN=32, BK=32, GROUP=2,
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def long_sums(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of one sign, features of one sign: truncation, which never changes its direction,
+    shows most."""
+    rng = np.random.default_rng(1)
+    w = torch.from_numpy(rng.exponential(size=(5, 520)).astype(np.float32))
+    x = torch.from_numpy((rng.normal(size=(520, 8)) + 2).astype(np.float32))
+    return w.to(device), x.to(device)
+
+
+def mistake_of(product: torch.Tensor, w: torch.Tensor, x: torch.Tensor) -> float:
+    return error(product, (w.double() @ x.double()).cpu().numpy())
+
+
+@needs_engine
+@pytest.mark.parametrize("core", CORES)
+def test_long_sums_are_as_accurate_as_fp32(
+    modelled: Callable[[tensor_core.Core], None], long_sums: tuple[torch.Tensor, torch.Tensor],
+    core: str,
+) -> None:  # fmt: skip
+    w, x = long_sums
+    theirs = mistake_of(w @ x, w, x)
+    modelled(CORES[core])
+    for transposed in (False, True):
+        ours = gradient_product(w.T.contiguous() if transposed else w, x, transposed)
+        assert mistake_of(ours, w, x) <= 1.5 * theirs
+
+
+@needs_engine
+def test_long_sums_are_not_if_tensor_cores_add_up(
+    modelled: Callable[[tensor_core.Core], None], all_on_tensor_cores: Callable[[], None],
+    long_sums: tuple[torch.Tensor, torch.Tensor],
+) -> None:  # fmt: skip
+    w, x = long_sums
+    modelled(tensor_core.HOPPER)
+    all_on_tensor_cores()
+    assert mistake_of(gradient_product(w, x, False), w, x) > 5 * mistake_of(w @ x, w, x)
+
+
+CASES = [
+    ("clip", "random", 100.0), ("clip", "separated", 14.3), ("clip", "cone", 1.0),
+    ("siglip", "separated", 100.0), ("siglip", "lengths", 1.0),
+]  # fmt: skip
+
+
+def mistakes_of(
+    loss: str, kind: str, scale: float, n: int, d: int, device: torch.device
+) -> dict[str, str]:
+    """Of value and gradients, those that plain torch in fp32 does not excuse."""
+    case, found = (*batch(kind, n, d), scale, -3.0, PRECISIONS["float32"]), {}
+    exact = truth(loss, *case)
+    theirs = evaluate(plain(loss), *case, device)
+    engine = functools.partial(LOSSES[loss], backend="triton")
+    ours = evaluate(engine, *case, device)
+    for name in QUANTITIES:
+        eps = allowance(name, exact, case[-1], ours[name].dtype)
+        try:
+            assert_accurate(ours[name], theirs[name], getattr(exact, name), eps, name)
+        except AssertionError as mistake:
+            found[name] = str(mistake)
+    return found
+
+
+@needs_engine
+@pytest.mark.parametrize("loss, kind, scale", CASES)
+@pytest.mark.usefixtures("split")
+def test_losses_are_as_accurate_as_in_fp32(
+    modelled: Callable[[tensor_core.Core], None], loss: str, kind: str, scale: float,
+    device: torch.device,
+) -> None:  # fmt: skip
+    modelled(tensor_core.HOPPER)
+    assert not mistakes_of(loss, kind, scale, 33, 96, device)
+
+
+@needs_engine
+@pytest.mark.usefixtures("split")
+def test_losses_are_not_if_tensor_cores_add_up(
+    modelled: Callable[[tensor_core.Core], None], all_on_tensor_cores: Callable[[], None],
+    device: torch.device,
+) -> None:  # fmt: skip
+    modelled(tensor_core.HOPPER)
+    all_on_tensor_cores()
+    assert "dx" in mistakes_of("clip", "separated", 100.0, 32, 512, device)
+
+
+BLOCKS = [
+    ((66, 70, 40), {"loss": "softmax", "factors": (True, False)}),
+    ((66, 40, 7), {"loss": "sigmoid"}),
+    ((33, 64, 33), {"loss": "softmax", "offset": 3, "scale": 500.0}),
+]
+
+
+@needs_engine
+@pytest.mark.parametrize("sizes, options", BLOCKS)
+@pytest.mark.usefixtures("split", "on_the_device")
+def test_both_sweeps_are_right(sizes: tuple[int, ...], options: dict) -> None:
+    check("triton", make_block(*sizes, **options), projects=(True, False))
+
+
+@needs_engine
+@pytest.mark.usefixtures("split", "on_the_device")
+def test_kept_rows_and_chunks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_chunks("triton", monkeypatch):
+        check("triton", make_block(66, 40, 24, loss="softmax", offset=-2), keep=48)
+        check_in_one_go("triton", make_block(34, 40, 24, loss="sigmoid", factors=(True, True)))
+
+
+@needs_engine
+@pytest.mark.usefixtures("split", "on_the_device")
+def test_small_blocks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastclip.triton_kernels import plan
+
+    monkeypatch.setattr(plan, "SMALL_PAIRS", 1 << 23)
+    check("triton", make_block(37, 20, 24, loss="softmax"))
+
+
+@needs_engine
+@pytest.mark.usefixtures("split", "on_the_device")
+def test_rows_may_begin_anywhere() -> None:
+    """Parts are rows of their own."""
+    block = make_block(33, 40, 9)
+    wide = torch.zeros(33, 22)
+    wide[:, 1:19:2] = block.x
+    check("triton", block._replace(x=wide[:, 1:19:2]))
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, str], None]]:
+    """Sets FASTCLIP_FP32 and torch's precision."""
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def be(asked: str | None, precision: str = "ieee") -> None:
+        if asked is None:
+            monkeypatch.delenv("FASTCLIP_FP32", raising=False)
+        else:
+            monkeypatch.setenv("FASTCLIP_FP32", asked)
+        torch.backends.cuda.matmul.fp32_precision = precision
+        preference.fp32.cache_clear()
+
+    yield be
+    torch.backends.cuda.matmul.fp32_precision = before
+    preference.fp32.cache_clear()
+
+
+def test_it_is_asked_for(
+    settings: Callable[[str | None, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then Triton, which alone has it, comes first for fp32; tf32 comes before either."""
+    for asked, first in ((None, "cuda"), ("", "cuda"), ("ieee", "cuda"), ("split", "triton")):
+        settings(asked)
+        products = preference.products_of(torch.float32)
+        assert products == ("split" if asked == "split" else "fp32")
+        assert preference.products_of(torch.bfloat16) == "half"
+        rows = [row for row in preference.TABLE if row.takes(products, (9, 0))]
+        assert preference.order(rows, 1000, 512)[0] == first
+    settings("split", "tf32")
+    assert preference.products_of(torch.float32) == "tf32"
+    settings("split")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert preference.products_of(torch.float32) == "fp32"
+
+
+def test_another_word_is_refused(settings: Callable[[str | None, str], None]) -> None:
+    settings("bf16")
+    with pytest.raises(
+        ValueError, match=r"^FASTCLIP_FP32 must be one of 'split', 'ieee', got 'bf16'$"
+    ):
+        preference.products_of(torch.float32)
+
+
+def test_it_takes_fp32_features_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preference, "fp32", lambda: "split")
+    with nothing_known() as patch:
+        pretend(patch, (9, 0), "3.7.1")
+        assert backends.choose(None, CUDA, torch.float32, 1000, 512) == "triton"
+
+
+@needs_engine
+@pytest.mark.parametrize("n", [2048, 65536])
+def test_its_cost(n: int) -> None:
+    """Six passes in the place of one, six bytes a number; memory within the engine's bounds."""
+    from fastclip.triton_kernels import plan
+    from fastclip.triton_kernels.configurations import TABLE
+
+    d, table = 768, TABLE["sm_90"]
+    first = plan.sweep_cost(n, n, d, table["sweep", "split", "wide"], 4, 1, products=6)
+    second = plan.weigh_cost(n, n, d, table["weigh", "split", "wide"], 4, products=6)
+    assert (first + second).flops == 4 * 6 * 2 * n * n * d
+    one = plan.weigh_cost(n, n, d, table["weigh", "split", "wide"], 6)
+    assert second.bytes - one.bytes == 10 * 2 * n * d
+    assert second.work_space <= plan.WEIGHT_BYTES + (4 + 4 + 12) * n * d
+    kept = plan.sweep_cost(n, n, d, table["kept", "split", "wide"], 4, 1, n, products=6)
+    assert kept.bytes - first.bytes >= 4 * n * n
+    # H100: an fp32 product of cuBLAS, at 50 TFLOP/s, against six of these at 500.
+    assert second.bytes / 3.35e12 < 0.3 * second.flops / 500e12

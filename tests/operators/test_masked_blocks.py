@@ -1,0 +1,163 @@
+"""Pairs that do not count: equal ids, thresholds, biases of columns; positives by id.
+
+The truth is a dense float64 computation with the same masks.
+"""
+
+import math
+
+import pytest
+import torch
+from support.block_cases import SHAPES, compiled_only, for_every_loss, in_every_dtype
+from support.dense_block import (
+    DTYPES,
+    Dense,
+    accumulator,
+    has_one_reference,
+    make_masked_block,
+    make_weights,
+    sweep,
+    weigh_all,
+)
+from support.masked_cases import OPTIONS, check_masked, masked_blocks
+
+from fastclip.engine.kept import rows_to_keep
+
+pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
+
+for_every_option = pytest.mark.parametrize("options", OPTIONS)
+
+
+@for_every_option
+@in_every_dtype
+@for_every_loss
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_masked_blocks(engine: str, shape: str, loss: str, dtype: str, options: str) -> None:
+    for what, block in masked_blocks(SHAPES[shape], DTYPES[dtype], options, loss=loss):
+        check_masked(engine, block, what)
+
+
+@for_every_loss
+@pytest.mark.parametrize("shape", ["row", "column", "long features"])
+def test_awkward_shapes(engine: str, shape: str, loss: str) -> None:
+    for options in OPTIONS:
+        for what, block in masked_blocks(SHAPES[shape], torch.float32, options, loss=loss):
+            check_masked(engine, block, f"{options}, {what}")
+
+
+@compiled_only
+@for_every_loss
+@pytest.mark.parametrize("shape", ["large tiles", "large tiles, wide"])
+def test_several_tiles_and_blocks_of_rows(shape: str, loss: str) -> None:
+    for options in ("everything", "ids, margin, key bias"):
+        block = make_masked_block(*SHAPES[shape], loss=loss, offset=-9, **OPTIONS[options])
+        check_masked("cpu", block, options)
+
+
+@for_every_loss
+def test_factors(engine: str, loss: str) -> None:
+    """Thresholds are of normalised features' products."""
+    for options in ("margin", "everything"):
+        for what, block in masked_blocks(
+            SHAPES["tall"], torch.float32, options, loss=loss, factors=(True, True)
+        ):
+            check_masked(engine, block, f"{options}, {what}", project=True)
+
+
+@for_every_option
+@for_every_loss
+@pytest.mark.parametrize("scale", [1000.0, -300.0])
+def test_beyond_one_shift(engine: str, loss: str, options: str, scale: float) -> None:
+    """Lines take shifts of their own, negatives and positives by id each."""
+    shape = SHAPES["wide"]
+    for what, block in masked_blocks(shape, torch.float32, options, loss=loss, scale=scale):
+        check_masked(engine, block, what)
+    if loss == "softmax" and options != "one id":  # which leaves no negatives
+        assert not has_one_reference(sweep(engine, block)[0])
+
+
+@compiled_only
+def test_one_exponential_serves_lines_without_pairs() -> None:
+    """Nobody's sum is made anew for a line that has no pairs to lose."""
+    for options in (OPTIONS["one id"], OPTIONS["positives by id"], OPTIONS["key bias"]):
+        block = make_masked_block(40, 30, 8, **options)
+        assert has_one_reference(sweep("cpu", block)[0])
+
+
+def test_a_bias_far_from_the_others(engine: str) -> None:
+    """One column outweighs, and another vanishes beside all others."""
+    for far in (300.0, -300.0, 1e4):
+        block = make_masked_block(30, 40, 8, key_bias=1.0)
+        block.key_bias[3] = far
+        check_masked(engine, block, f"{far=}")
+
+
+def test_a_common_bias_moves_the_statistic_by_as_much(engine: str) -> None:
+    """To the last digits, in compiled engines: of a bias the integral part goes into the shift."""
+    block = make_masked_block(30, 40, 8, key_bias=0.0, scale=100.0)
+    finite = block.key_bias > -math.inf
+    block.key_bias[~finite] = 0.0
+
+    def statistic(bias: float) -> torch.Tensor:
+        moved = block._replace(key_bias=block.key_bias + bias)
+        reference, sums = sweep(engine, moved)[0]
+        return torch.log2(sums) + reference
+
+    atol = 5e-7 if engine == "cpu" else 2e-5  # others round the distance from the shift
+    for bias in (0.3, -11.7, 40.1):
+        difference = statistic(bias) - statistic(0.0)
+        torch.testing.assert_close(
+            difference, torch.full_like(difference, bias / math.log(2)), rtol=0, atol=atol
+        )
+
+
+def test_a_pair_at_the_threshold_counts(engine: str) -> None:
+    block = make_masked_block(12, 12, 8, torch.float64)
+    # Powers of two have products without rounding.
+    block = block._replace(
+        x=torch.exp2(block.x.mul(4).round()), y=torch.exp2(block.y.mul(4).round())
+    )
+    t = Dense(block).t.fill_diagonal_(0)
+    at = block._replace(threshold_x=t.amax(1), threshold_y=t.amax(0))
+    assert torch.equal(sweep(engine, at)[0], sweep(engine, block)[0])
+    below = at._replace(threshold_x=torch.nextafter(t.amax(1), torch.tensor(0.0, dtype=t.dtype)))
+    assert not torch.equal(sweep(engine, below)[0], sweep(engine, block)[0])
+
+
+@compiled_only
+@for_every_option
+@for_every_loss
+def test_kept_products(loss: str, options: str) -> None:
+    """Masks are made anew from them."""
+    for shape in ("tall", "wide"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for what, block in masked_blocks(SHAPES[shape], dtype, options, loss=loss):
+                itemsize = accumulator(dtype).itemsize
+                keep = rows_to_keep(len(block.x), len(block.y), itemsize, 70 * 48 * itemsize)
+                assert keep > 0
+                check_masked("cpu", block, what, keep)
+
+
+@for_every_loss
+def test_a_nan_spoils_its_lines_alone(engine: str, loss: str) -> None:
+    """A threshold does not hide it, an id does."""
+    block = make_masked_block(20, 30, 8, loss=loss, ids=4, margin=0.1)
+    block.x[3] = torch.nan
+    state = sweep(engine, block)[0]
+    row = state[1, :20]
+    assert row[3].isnan()
+    if loss == "sigmoid":  # with a shift all lines of a block share the bound that it spoils
+        assert row[torch.arange(20) != 3].isfinite().all()
+        hidden = (block.ids_y == block.ids_x[3]) | (torch.arange(30) == 3 + block.offset)
+        assert torch.equal(state[1, 20:].isnan(), ~hidden)
+
+
+def test_gradients_that_nobody_wants_have_no_rows(engine: str) -> None:
+    block = make_masked_block(20, 30, 8, ids=4, key_bias=1.0)
+    state, positive, _ = sweep(engine, block)
+    weights = make_weights(state, 20)
+    results = weigh_all(engine, block, state, positive, weights, needs=(False, True))
+    assert [len(t) for t in results] == [0, 30, 2, 30]
+    without = weigh_all(
+        engine, block._replace(key_bias=None), state, positive, weights, needs=(True, False)
+    )
+    assert [len(t) for t in without] == [20, 0, 2, 0]

@@ -1,0 +1,136 @@
+"""Lines may be swept in parts and finished apart: states merge, gradients add up, lines stay apart.
+
+Distributed losses, which see a block piece by piece, rest on this.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.block_cases import SMALL, blocks, for_every_loss, in_every_dtype
+from support.dense_block import (
+    DTYPES,
+    LOG2E,
+    Dense,
+    assert_gradients,
+    logarithms,
+    make_block,
+    make_weights,
+    operator,
+    sweep,
+    weigh,
+)
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
+
+
+def merged(states: list[Tensor], loss: str) -> Tensor:
+    """One number a line, from `sum * 2^reference`."""
+    parts = torch.stack([logarithms(state, loss) for state in states])
+    if loss == "sigmoid":
+        return parts.sum(0)
+    return torch.logsumexp(parts / LOG2E, 0) * LOG2E
+
+
+@pytest.mark.parametrize("scale", [14.3, 1e4])
+@pytest.mark.parametrize("split", ["columns", "rows"])
+@in_every_dtype
+@for_every_loss
+def test_parts_make_the_whole(engine: str, loss: str, dtype: str, split: str, scale: float) -> None:
+    """States of two parts merge to the block's, and gradients add up to the block's."""
+    m, n, d = 83, 59, 12
+    for offset in (0, 20, -50, 500):
+        whole = make_block(m, n, d, DTYPES[dtype], loss=loss, offset=offset, scale=scale)
+        dense = Dense(whole)
+        cut = 33
+        if split == "columns":
+            parts = [
+                (whole._replace(y=whole.y[:cut]), slice(0, m), slice(0, cut)),
+                (whole._replace(y=whole.y[cut:], offset=offset - cut), slice(0, m), slice(cut, n)),
+            ]
+        else:
+            parts = [
+                (whole._replace(x=whole.x[:cut]), slice(0, cut), slice(0, n)),
+                (whole._replace(x=whole.x[cut:], offset=offset + cut), slice(cut, m), slice(0, n)),
+            ]
+        swept = [sweep(engine, block) for block, _, _ in parts]
+        (first, _, _), (second, _, _) = swept
+        one, other = first.split([len(parts[0][0].x), len(parts[0][0].y)], 1)
+        two, another = second.split([len(parts[1][0].x), len(parts[1][0].y)], 1)
+        if split == "columns":
+            rows = merged([one, two], loss)
+            columns = torch.cat([logarithms(other, loss), logarithms(another, loss)])
+        else:
+            rows = torch.cat([logarithms(one, loss), logarithms(two, loss)])
+            columns = merged([other, another], loss)
+        difference = torch.cat([rows, columns]) - dense.logarithms
+        if loss == "sigmoid":
+            difference = difference / dense.logarithms.clamp_min(1e-30)
+        assert (difference.abs() <= 2 * dense.arithmetic).all()
+
+        state, positive, _ = sweep(engine, whole)
+        weights = make_weights(state, m)
+        exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
+        dx, dy = torch.zeros_like(exact.dx), torch.zeros_like(exact.dy)
+        totals = torch.zeros(2, dtype=torch.float64)
+        for block, rows, columns in parts:
+            lines = torch.cat([torch.arange(m)[rows], m + torch.arange(n)[columns]])
+            part = type(weights)(
+                weights.coefficients[lines], weights.positive_weight[rows], weights.gain
+            )
+            gradients = weigh(engine, block, state[:, lines].contiguous(), positive[rows], part)
+            dx[rows] += gradients[0]
+            dy[columns] += gradients[1]
+            totals += gradients[2]
+        assert_gradients(dense, exact, (dx, dy, totals), what=f"{offset=}")
+
+
+# ---- finished lines ------------------------------------------------------------------------------
+
+
+@in_every_dtype
+@for_every_loss
+def test_finish(engine: str, loss: str, dtype: str) -> None:
+    """Rows and columns of a rectangular block that have their positive in it."""
+    for shape in SMALL:
+        for what, block in blocks(shape, dtype, loss):
+            dense = Dense(block)
+            state, positive, _ = sweep(engine, block)
+            here = dense.is_positive.nonzero()
+            if not len(here):
+                continue
+            rows, columns = here.unbind(1)
+            lines = torch.cat([rows, dense.m + columns])
+            # One positive for both of its lines.
+            losses, coefficients, weights = operator("finish", engine)(
+                state[:, lines].contiguous(), positive[rows], block.scale, block.bias, loss
+            )
+            s = (dense.scale * dense.positive[rows] + dense.bias).repeat(2)
+            if loss == "sigmoid":
+                exact = dense.logarithms[lines] + F.softplus(-s, threshold=60)
+                expected, weight = torch.ones_like(s), -torch.sigmoid(-s)
+                found = coefficients
+            else:
+                negatives = dense.logarithms[lines] / LOG2E
+                exact = F.softplus(negatives - s, threshold=60)
+                total = torch.logaddexp(negatives, s) * LOG2E
+                # coefficients are relative to the references: a * 2^-reference = 1 / (R + P)
+                found, expected = torch.log2(coefficients) - state[0, lines], -total
+                weight = -torch.sigmoid(negatives - s)
+            tolerance = {"rtol": 2 * dense.arithmetic, "atol": 1e-12}
+            torch.testing.assert_close(losses, exact, **tolerance, msg=what)
+            torch.testing.assert_close(found, expected, atol=2 * dense.arithmetic, rtol=1e-12)
+            torch.testing.assert_close(weights, weight, **tolerance)
+
+
+@for_every_loss
+def test_a_line_without_its_positive_leaves_the_others_alone(engine: str, loss: str) -> None:
+    block = make_block(20, 9, 6, loss=loss)
+    state, positive, _ = sweep(engine, block)
+    arguments = (block.scale, block.bias, loss)
+    finish = operator("finish", engine)
+    alone = finish(state[:, :9].contiguous(), positive[:9], *arguments)
+    together = finish(state[:, :20].contiguous(), positive, *arguments)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other[:9], rtol=1e-14, atol=0)
+    assert together[0][9:].isnan().all()

@@ -1,0 +1,149 @@
+"""Problems for `contrast`, and its statistics and gradients against the oracle's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from support.judge import name_of, roundoff
+from support.oracle import rounded
+from support.statistics_oracle import KINDS, NAMES, Exact, Problem
+from torch import Tensor
+
+import fastclip
+from fastclip.kinds import LineStatistics
+
+# Each option alone, and together.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no positives": {"offset": None},
+    "aside": {"offset": -4},
+    "ids": {"ids": 7},
+    "positives by id": {"ids": 7, "same_id": "positive"},
+    "positives by id alone": {"ids": 7, "same_id": "positive", "offset": None},
+    "margin": {"margin": -0.2},
+    "key bias": {"key_bias": 2.0},
+    "everything": {
+        "ids": 9, "same_id": "positive", "margin": -0.1, "key_bias": 1.0, "offset": 3,
+    },
+}  # fmt: skip
+
+
+def make_problem(
+    m: int, n: int, d: int, *, seed: int = 0, ids: int | None = None, key_bias: float | None = None,
+    dtype: torch.dtype = torch.float32, **options: Any,
+) -> Problem:  # fmt: skip
+    """Unit features, or of any length where `normalize` makes them so; own positives stand out.
+    `ids`: how many there are; `key_bias`: their size."""
+    rng = np.random.default_rng(seed)
+    x, y = (rng.normal(size=(k, d)) for k in (m, n))
+    x, y = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (x, y))
+    offset = options.get("offset", 0)
+    if offset is not None:
+        i = np.arange(max(0, -offset), max(0, -offset, min(m, n - offset)))
+        y[i + offset] = x[i] + 0.5 * y[i + offset]
+    if options.get("normalize"):
+        x, y = (side * np.exp(rng.normal(size=(len(side), 1))) for side in (x, y))
+    else:
+        y = y / np.linalg.norm(y, axis=1, keepdims=True)
+    x, y = (rounded(side, name_of(dtype)) for side in (x, y))
+    given: dict[str, Any] = {"scale": 14.3, "bias": -1.5} | options
+    if ids is not None:
+        # Far apart, so that 32 bits would not tell them from one another.
+        given["ids"] = tuple(rng.integers(0, ids, k) * (1 << 40) - 5 for k in (m, n))
+    if key_bias is not None:
+        given["key_bias"] = rounded(key_bias * rng.normal(size=n), "float32")
+    return Problem(x, y, **given)
+
+
+class Evaluated:
+    """An engine's statistics of a problem, ready to be differentiated."""
+
+    def __init__(
+        self, problem: Problem, engine: str, device: torch.device,
+        dtype: torch.dtype = torch.float32, call: Callable[..., LineStatistics] = fastclip.contrast,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        p, scalar = problem, torch.float64 if dtype == torch.float64 else torch.float32
+        leaf = lambda value, kind: torch.tensor(value, dtype=kind, device=device).requires_grad_()  # noqa: E731
+        self.leaves = {
+            "dx": leaf(p.x, dtype), "dy": leaf(p.y, dtype), "dscale": leaf(p.scale, scalar),
+            "dbias": leaf(p.bias, scalar),
+        }  # fmt: skip
+        if p.key_bias is not None:
+            self.leaves["dkey_bias"] = leaf(p.key_bias, scalar)
+        ids = None
+        if p.ids is not None:
+            ids = tuple(torch.tensor(side, device=device) for side in p.ids)
+        x, y, scale, bias, *key_bias = self.leaves.values()
+        self.statistics = call(
+            x, y, scale, bias, offset=p.offset, ids=ids, same_id=p.same_id,
+            false_negative_margin=p.margin, key_bias=key_bias[0] if key_bias else None,
+            kind=p.kind, normalize=p.normalize, backend=engine, **options,
+        )  # fmt: skip
+
+    def gradients(self, loss: Tensor) -> dict[str, NDArray]:
+        found = torch.autograd.grad(loss, tuple(self.leaves.values()))
+        for leaf, gradient in zip(self.leaves.values(), found, strict=True):
+            assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+        return {
+            name: gradient.double().cpu().numpy()
+            for name, gradient in zip(self.leaves, found, strict=True)
+        }
+
+
+def check_statistics(
+    problem: Problem, found: LineStatistics, dtype: torch.dtype, exact: Exact | None = None
+) -> None:
+    exact = exact or Exact(problem)
+    allowed = allowance(exact, dtype)
+    for name, truth in exact.statistics().items():
+        value = getattr(found, name)
+        assert value.dtype == torch.float64 and value.shape == truth.shape
+        value = value.detach().cpu().numpy()
+        assert (np.isfinite(value) == np.isfinite(truth)).all(), name
+        assert np.array_equal(
+            value[~np.isfinite(truth)], truth[~np.isfinite(truth)], equal_nan=True
+        )
+        some = np.isfinite(truth)
+        size = np.abs(truth) if KINDS[problem.kind].is_relative and name != "positives" else 1.0
+        size = np.broadcast_to(np.maximum(size, 1e-30), truth.shape)[some]
+        error = np.abs(value[some] - truth[some]) / size
+        assert (error <= allowed * 4).all(), f"{name}: off by {error.max():.2e}, {allowed * 4:.2e}"
+
+
+def check_gradients(
+    problem: Problem, found: dict[str, NDArray], upstream: dict[str, NDArray], dtype: torch.dtype,
+    exact: Exact | None = None,
+) -> None:  # fmt: skip
+    exact = exact or Exact(problem)
+    truth = exact.gradients(upstream)
+    narrow = 2 * roundoff(dtype) if dtype == torch.bfloat16 else 0.0
+    for name, value in found.items():
+        right = getattr(truth, name)
+        error = np.linalg.norm(value - right) / (np.linalg.norm(right) or 1.0)
+        products = narrow if name in ("dx", "dy") else 0.0
+        allowed = truth.conditions[name] * (allowance(exact, dtype) + products)
+        allowed += 2 * roundoff(dtype) if name in ("dx", "dy") else 1e-7
+        assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}"
+
+
+def allowance(exact: Exact, dtype: torch.dtype) -> float:
+    """The error of one careful exponential."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    d = exact.problem.x.shape[1]
+    return (8 + d**0.5) * roundoff(wide) * (1 + exact.largest_logit)
+
+
+def random_upstream(found: LineStatistics, seed: int = 3) -> dict[str, Tensor]:
+    """Gradients of any sign, over many orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(like: Tensor) -> Tensor:
+        signed, sizes = torch.randn(2, *like.shape, generator=generator, dtype=torch.float64)
+        return (signed * 10 ** (0.8 * sizes)).to(like.device)
+
+    return {name: numbers(value) for name in NAMES if (value := getattr(found, name)) is not None}

@@ -1,0 +1,170 @@
+"""Blocks for the tests of a GPU engine: their sizes, and a check through both sweeps.
+
+A test that takes `gpu_engine` runs for the Triton engine and for the CUDA one. Without a card the
+first is interpreted, milliseconds for a tile, and the second emulated: blocks are small, tiles and
+chunks smaller. On a card the same tests take blocks of as many tiles.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import DEVICE
+from support import cuda_case
+from support.dense_block import (
+    Block,
+    Dense,
+    Weights,
+    assert_gradients,
+    assert_states,
+    make_weights,
+    operator,
+    sweep,
+    weigh_all,
+)
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fastclip
+
+GPU_ENGINES = ("triton", "cuda")
+
+# ---- how large is several tiles ------------------------------------------------------------------
+# The one place that knows: a card's tiles are up to 128 x 256 or 256 x 128 pairs, interpreted ones
+# 32 x 32, emulated ones 64 x 256.
+
+ON_A_CARD = DEVICE.type == "cuda"
+EDGE = 256 if ON_A_CARD else 32
+
+
+def enlarged(*sizes: int) -> tuple[int, ...]:
+    """Sizes chosen for the interpreter's tiles, in the card's: as many edges and corners."""
+    return tuple(size * EDGE // 32 for size in sizes)
+
+
+def tile_of(engine: str) -> tuple[int, int]:
+    """Rows and columns that every tile of the engine divides."""
+    return (64, 256) if engine == "cuda" and not ON_A_CARD else (EDGE, EDGE)
+
+
+def several_tiles(engine: str) -> tuple[int, int]:
+    """M and N: three rows of tiles or more by two columns or more, the last ones cut off."""
+    if ON_A_CARD:
+        return 700, 900
+    return (70, 60) if engine == "triton" else (150, 600)
+
+
+def many_tiles(engine: str) -> tuple[int, int]:
+    """M and N: on a card more than two tiles a processor, so that a persistent program takes a
+    second and a third, and more rows of tiles than share columns in L2."""
+    return (2700, 3500) if ON_A_CARD else several_tiles(engine)
+
+
+def depth(wide: int) -> int:
+    """D: unchanged on a card, whose products go along D in steps of 64 at most. The interpreter
+    needs milliseconds for a step of 32: it gets few of them, with the same remainder."""
+    return wide if ON_A_CARD else 32 * (wide > 32) + wide % 64
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """fp32 products may round their operands to tf32 within, as a user's setting allows."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+# ---- a block through both sweeps -----------------------------------------------------------------
+
+
+def prepare(engine: str, device: torch.device, patch: pytest.MonkeyPatch) -> None:
+    """Makes its operators, and the losses on it, take tensors on the device; skips if it cannot."""
+    if engine == "cuda" and device.type == "cpu":
+        if reason := cuda_case.why_not():
+            pytest.skip(f"the CUDA engine cannot be emulated: {reason}")
+        cuda_case.on_cpu_tensors(patch)
+    elif (reason := fastclip.backends()[engine]) != "available":
+        pytest.skip(f"the engine {engine!r} cannot run: {reason}")
+    if engine == "triton":
+        from fastclip.triton_kernels import plan
+
+        # Blocks take the way of large ones; that of small ones has tests of its own.
+        patch.setattr(plan, "SMALL_PAIRS", 0)
+
+
+def check(
+    engine: str,
+    block: Block,
+    keep: int = 0,
+    bound: Tensor | None = None,
+    projects: tuple[bool, ...] = (True,),
+    needs: tuple[bool, bool] = (True, True),
+    what: str = "",
+) -> Tensor:
+    """The state of a block, after both sweeps agreed with the truth."""
+    dense = Dense(block)
+    state, positive, kept = sweep(engine, block, keep, bound)
+    assert_states(dense, state, positive, what)
+    weights = make_weights(state, dense.m)
+    w = dense.activations(state, weights.coefficients)
+    for project in projects:
+        results = weigh_all(engine, block, state, positive, weights, kept, needs, project)
+        exact = dense.gradients(w, weights, project)
+        assert_gradients(dense, exact, results, needs, what, half_products=True)
+    return state
+
+
+def check_in_one_go(
+    engine: str,
+    block: Block,
+    needs: tuple[bool, bool] = (True, True),
+    project: bool = True,
+    what: str = "",
+) -> None:
+    dense = Dense(block)
+    gain = torch.tensor(0.3, dtype=torch.float64)
+    state, positive, *results = operator("sweep_and_weigh", engine)(
+        *block.arguments, gain, *needs, project
+    )
+    assert_states(dense, state, positive, what)
+    s = dense.scale * dense.positive + dense.bias
+    halves = torch.full((dense.m + dense.n,), 0.5, dtype=torch.float64)
+    weights = Weights(halves, -torch.sigmoid(-s).nan_to_num(0), gain)
+    exact = dense.gradients(dense.activations(state, halves), weights, project)
+    assert results[0].dtype == results[1].dtype == torch.float32
+    assert_gradients(dense, exact, tuple(results), needs, what, half_products=True)
+
+
+@contextmanager
+def small_chunks(
+    engine: str, patch: pytest.MonkeyPatch, rows: int = EDGE, columns: int = EDGE
+) -> Iterator[None]:
+    """Every block in several chunks, of rows and of columns."""
+    if engine == "cuda":
+        with cuda_case.chunks(rows, columns):
+            yield
+        return
+    from fastclip.triton_kernels import plan
+
+    with patch.context() as context:
+        context.setattr(plan, "PARTIAL_BYTES", 1)
+        context.setattr(plan, "WEIGHT_BYTES", 1)
+        context.setattr(plan, "ROW_UNIT", rows)
+        context.setattr(plan, "WEIGHT_COLUMNS", columns)
+        yield
+
+
+@contextmanager
+def library_products() -> Iterator[list[str]]:
+    """The products that torch makes within, filled in at the end."""
+    products: list[str] = []
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        yield products
+    products += [event.name for event in recorded.events() if event.name in PRODUCTS]
+
+
+PRODUCTS = ("aten::mm", "aten::addmm")

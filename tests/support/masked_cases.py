@@ -1,0 +1,52 @@
+"""Blocks of which not every pair counts, and the checks of an engine's operators on them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from support.dense_block import (
+    Block,
+    Dense,
+    Weights,
+    assert_gradients,
+    assert_states,
+    make_masked_block,
+    make_weights,
+    sweep,
+    weigh_all,
+)
+
+# Each option alone, and all of them together.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ids": {"ids": 5},
+    "one id": {"ids": 1},
+    "positives by id": {"ids": 9, "same_id_positive": True},
+    "no margin": {"margin": 0.0},
+    "margin": {"margin": -0.3},
+    "key bias": {"key_bias": 4.0},
+    "ids, margin, key bias": {"ids": 9, "margin": -0.2, "key_bias": 2.0},
+    "everything": {"ids": 9, "margin": -0.2, "key_bias": 2.0, "same_id_positive": True},
+}
+OFFSETS = {"on the diagonal": 0, "aside": -7, "none": 1 << 40}
+
+
+def masked_blocks(
+    shape: tuple[int, int, int], dtype: torch.dtype, options: str, **others: Any
+) -> Iterator[tuple[str, Block]]:
+    for name, offset in OFFSETS.items():
+        block = make_masked_block(*shape, dtype, offset=offset, **OPTIONS[options], **others)
+        yield f"positives {name}", block
+
+
+def check_masked(
+    engine: str, block: Block, what: str, keep: int = 0, project: bool = False, **options: Any
+) -> None:
+    """States and gradients against the dense truth. A column taken out by its bias has no shift
+    that its logits could be told by: no numbers of its own are compared."""
+    dense = Dense(block)
+    state, positive, kept = sweep(engine, block, keep)
+    assert_states(dense, state, positive, what)
+    weights: Weights = make_weights(state, dense.m)
+    exact = dense.gradients(dense.activations(state, weights.coefficients), weights, project)
+    results = weigh_all(engine, block, state, positive, weights, kept, project=project, **options)
+    assert_gradients(dense, exact, results, what=what)

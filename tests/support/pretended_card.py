@@ -1,0 +1,54 @@
+"""A card that is not here, with or without Triton and a CUDA engine, for `fastclip.backends`."""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+backends = importlib.import_module("fastclip.engine.backends")
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+COMPILED_KINDS = frozenset(("softmax", "sigmoid"))
+ALL_CARDS = ("sm_80", "sm_90", "sm_100", "compute_120")
+
+
+@contextmanager
+def nothing_known() -> Iterator[pytest.MonkeyPatch]:
+    """Nothing found out before, nothing asked for, and no interpreter."""
+    caches = (backends._warn_of_fallback, backends._capability)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "_STATUS", {})
+        patch.setattr(backends, "interpreted", lambda: False)
+        patch.delenv("FASTCLIP_GPU", raising=False)
+        for cache in caches:
+            cache.cache_clear()
+        yield patch
+    for cache in caches:
+        cache.cache_clear()
+
+
+def pretend(
+    patch: pytest.MonkeyPatch,
+    capability: tuple[int, int] = (9, 0),
+    triton: str | None = "3.7.1",
+    starts: Callable[[], object] = object,
+    compiled_for: Sequence[str] = (),
+) -> None:
+    """A card; Triton of this version, if any, whose driver starts so; a CUDA engine, if it was
+    compiled for anything."""
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    target = types.SimpleNamespace(get_current_target=starts)
+    runtime = types.SimpleNamespace(driver=types.SimpleNamespace(active=target))
+    fake = types.SimpleNamespace(__version__=triton, runtime=runtime) if triton else None
+    patch.setitem(sys.modules, "triton", fake)
+    # Which kinds its engine has is asked of a module that a pretended Triton cannot import.
+    epilogues = types.SimpleNamespace(EPILOGUES=COMPILED_KINDS)
+    patch.setitem(sys.modules, "fastclip.triton_kernels.epilogues", epilogues)
+    patch.setattr(backends, "_COMPILED_KINDS", COMPILED_KINDS)
+    cuda = {"version": "13.0", "architectures": list(compiled_for)} if compiled_for else False
+    info = {"cuda": cuda, "why_no_cuda": "there is no nvcc on PATH"}
+    patch.setattr(backends, "_MODULE", types.SimpleNamespace(build_info=lambda: info))

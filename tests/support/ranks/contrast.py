@@ -1,0 +1,260 @@
+"""Statistics of lines across ranks, as ranks make them and as one process would.
+
+Worlds of fewer ranks are groups within one pool of processes: a process costs more than a case.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from support.bench import importing  # noqa: F401 -- makes `bench` importable
+from support.ranks.failures import error_of
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from bench.measure.traffic import Traffic
+from fastclip import distributed, reference
+from fastclip.kinds import LineStatistics
+
+WIDTH = 12
+NAMES = LineStatistics._fields
+INPUTS = ("dx", "dy", "dscale", "dbias", "dkey_bias")
+
+
+class Case(NamedTuple):
+    """A batch, how it is spread, and what is asked about it."""
+
+    rows: tuple[int, ...]  # of each rank
+    columns: tuple[int, ...]
+    kind: str = "softmax"
+    ring: bool = False
+    uneven: bool = True
+    offsets: tuple[int, ...] | None = ()  # of each rank; (): 0
+    ids: int = 0  # so many different ones
+    same_id: str = "ignore"
+    margin: float | None = None
+    key_bias: bool = False
+    wanted: tuple[bool, bool] = (True, True)
+    normalize: bool = False
+    scale: float = 4.0
+    upstreams: tuple[float, ...] = ()  # each rank's factor
+    unused: tuple[str, ...] = ()  # statistics that the loss does not use
+    frozen: tuple[tuple[int, str], ...] = ()  # on single ranks
+    dtype: torch.dtype = torch.float64
+    backend: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        return len(self.rows)
+
+    def part(self, name: str, rank: int) -> slice:
+        sizes = self.columns if name in ("y", "columns", "column_positives") else self.rows
+        return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        rows, columns = self.wanted
+        return {
+            "same_id": self.same_id, "false_negative_margin": self.margin, "rows": rows,
+            "columns": columns, "kind": self.kind, "normalize": self.normalize,
+        }  # fmt: skip
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The whole batch's inputs, by name."""
+        generator = torch.Generator().manual_seed(3)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        m, n = sum(self.rows), sum(self.columns)
+        y = random(n, WIDTH)
+        # Half alike, so that positives stand out and some negatives exceed them.
+        x = 0.5 * random(m, WIDTH) + 0.5 * y[torch.arange(m) % n]
+        key_bias = random(n)
+        key_bias[n // 2] = -torch.inf
+        return {
+            "x": x.to(self.dtype) / WIDTH**0.5, "y": y.to(self.dtype) / WIDTH**0.5,
+            "scale": torch.tensor(self.scale, dtype=torch.float64),
+            "bias": torch.tensor(-0.7, dtype=torch.float64), "key_bias": key_bias,
+        }  # fmt: skip
+
+    def all_ids(self) -> tuple[Tensor, Tensor] | None:
+        if not self.ids:
+            return None
+        generator = torch.Generator().manual_seed(5)
+        return tuple(
+            torch.randint(self.ids, (sum(sizes),), generator=generator) - 2
+            for sizes in (self.rows, self.columns)
+        )
+
+    def offset(self, rank: int) -> int | None:
+        return None if self.offsets is None else (self.offsets or (0,) * self.world_size)[rank]
+
+    def partners(self) -> Tensor | None:
+        """(M, 1): from each row's number to its own positive's column."""
+        if self.offsets is None:
+            return None
+        found = []
+        for rank in range(self.world_size):
+            rows, columns = self.part("x", rank), self.part("y", rank)
+            for i in range(rows.stop - rows.start):
+                column = columns.start + i + self.offset(rank)
+                inside = columns.start <= column < columns.stop
+                found.append(column - (rows.start + i) if inside else 1 << 40)
+        return torch.tensor(found)[:, None]
+
+    def upstream(self, name: str) -> Tensor:
+        """Upstream gradients of any sign, of the whole batch."""
+        sizes = self.columns if name in ("columns", "column_positives") else self.rows
+        generator = torch.Generator().manual_seed(11 + NAMES.index(name))
+        every = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
+        every = every * (name not in self.unused)
+        if self.upstreams:
+            every = every * torch.tensor(self.upstreams).double().repeat_interleave(
+                torch.tensor(sizes)
+            )
+        return every
+
+
+def _backward(case: Case, statistics: LineStatistics, rank: int | None) -> None:
+    """The backward of the loss that upstream gradients belong to."""
+    used = [
+        (t, case.upstream(name)[slice(None) if rank is None else case.part(name, rank)])
+        for name, t in zip(NAMES, statistics, strict=True)
+        if t is not None and name not in case.unused
+    ]
+    torch.autograd.backward(*zip(*used, strict=True))
+
+
+def _leaves(case: Case, rank: int | None) -> list[Tensor]:
+    found = []
+    for name, t in case.leaves().items():
+        own = t.detach().clone()
+        if rank is not None and name in ("x", "y", "key_bias"):
+            own = own[case.part("x" if name == "x" else "y", rank)].clone()
+        elif rank is None and own.dim() == 2:
+            own = own.double()
+        found.append(own.requires_grad_((rank, name) not in case.frozen))
+    return found
+
+
+def whole(case: Case) -> dict[str, Tensor | None]:
+    """One process, dense, in float64."""
+    x, y, scale, bias, key_bias = leaves = _leaves(case, None)
+    # The dense form compares row numbers plus offset with column numbers: it takes an offset for
+    # each row.
+    statistics = reference.contrast(
+        x, y, scale, bias, offset=case.partners(), ids=case.all_ids(),
+        key_bias=key_bias if case.key_bias else None, **case.options,
+    )  # fmt: skip
+    _backward(case, statistics, None)
+    found = {n: None if t is None else t.detach() for n, t in statistics._asdict().items()}
+    return {**found, **{n: t.grad for n, t in zip(INPUTS, leaves, strict=True)}}
+
+
+def made(case: Case, rank: int, group: Any) -> dict[str, Tensor | None]:
+    """This rank's statistics, and gradients of its inputs; scalars' as this rank has them."""
+    x, y, scale, bias, key_bias = leaves = _leaves(case, rank)
+    ids = case.all_ids()
+    if ids is not None:
+        ids = ids[0][case.part("x", rank)], ids[1][case.part("y", rank)]
+    statistics = distributed.contrast(
+        x, y, scale, bias, offset=case.offset(rank), ids=ids,
+        key_bias=key_bias if case.key_bias else None, process_group=group, ring=case.ring,
+        uneven=case.uneven, backend=case.backend, **case.options,
+    )  # fmt: skip
+    _backward(case, statistics, rank)
+    found = {n: None if t is None else t.detach() for n, t in statistics._asdict().items()}
+    return {**found, **{n: t.grad for n, t in zip(INPUTS, leaves, strict=True)}}
+
+
+@functools.cache
+def group_of(world_size: int) -> dist.ProcessGroup:
+    return dist.new_group(list(range(world_size)))
+
+
+def each(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any] | None]:
+    """This rank's results by case; None for one that it has no part in."""
+    found: list[dict[str, Any] | None] = []
+    for case in cases:
+        group = group_of(case.world_size)  # all ranks make it
+        found.append(made(case, rank, group) if rank < case.world_size else None)
+    return found
+
+
+def joined(case: Case, found: list[dict[str, Any]]) -> dict[str, Tensor | None]:
+    """The ranks' results as one process would have them."""
+    results: dict[str, Tensor | None] = {}
+    for name in (*NAMES, *INPUTS):
+        parts = [one[name] for one in found]
+        if any(t is None for t in parts):
+            results[name] = None
+        elif parts[0].dim() == 0:
+            results[name] = sum(t.double() for t in parts)
+        else:
+            results[name] = torch.cat(parts).double()
+    return results
+
+
+def losses_beside_an_empty_rank(
+    rank: int, world_size: int, sizes: tuple[int, ...]
+) -> dict[str, tuple[float, list[Tensor], list[Tensor]]]:
+    """Both fused losses, each way: value, gradients over ranks, and those of one process."""
+    found = {}
+    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    for loss, ring, frozen in itertools.product(("clip", "siglip"), (False, True), ("", "x", "y")):
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(2, sum(sizes), WIDTH, generator=generator, dtype=torch.float64).unbind()
+        scale = torch.tensor(2.0, dtype=torch.float64)
+        every = [x, y, scale]
+        own = [x[part].clone(), y[part].clone(), scale.clone()]
+        for leaves in (every, own):
+            for name, leaf in zip(("x", "y", "scale"), leaves, strict=True):
+                leaf.requires_grad_(name != frozen)
+        getattr(reference, f"{loss}_loss")(*every, -1.0).backward()
+        value = getattr(distributed, f"{loss}_loss")(*own, -1.0, ring=ring, uneven=True)
+        value.backward()
+        dscale = own[2].grad.clone()
+        dist.all_reduce(dscale)
+        gradients = [None if t.grad is None else t.grad / world_size for t in own[:2]]
+        exact = [None if t.grad is None else t.grad[part] for t in every[:2]]
+        found[f"{loss} {ring=} {frozen=}"] = (
+            value.item(), [*gradients, dscale / world_size], [*exact, every[2].grad],
+        )  # fmt: skip
+    return found
+
+
+def call(rank: int, world_size: int, brought: list[dict[str, Any]]) -> str:
+    """`contrast` of what each rank brings; its error."""
+    own = dict(brought[rank])
+    m, n, width = own.pop("m", 3), own.pop("n", 4), own.pop("width", 6)
+    dtype, grad = own.pop("dtype", torch.float32), own.pop("grad", True)
+    x, y = (torch.ones(k, width, dtype=dtype, requires_grad=grad) for k in (m, n))
+    if own.pop("has_ids", False):
+        own["ids"] = torch.zeros(m, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    if (of := own.pop("key_bias_dtype", None)) is not None:
+        own["key_bias"] = torch.zeros(n, dtype=of)
+    with forward_ad.dual_level():
+        if own.pop("dual", False):
+            x = forward_ad.make_dual(x, torch.ones_like(x))
+        return error_of(distributed.contrast, x, y, 2.0, **own)
+
+
+def double_backward(rank: int, world_size: int) -> str:
+    x, y = torch.ones(3, 6, requires_grad=True), torch.ones(3, 6)
+    rows = distributed.contrast(x, y, 2.0).rows
+    (gradient,) = torch.autograd.grad(rows.sum(), x, create_graph=True)
+    return error_of(gradient.sum().backward)
+
+
+def bytes_sent(
+    rank: int, world_size: int, m: int, n: int, d: int, dtype: torch.dtype, options: dict[str, Any]
+) -> dict[str, int]:
+    """By kind of exchange, what this rank sends in a forward and a backward."""
+    x, y = (torch.randn(k, d).to(dtype).requires_grad_() for k in (m, n))
+    with Traffic() as traffic:
+        found = distributed.contrast(x, y, 5.0, normalize=True, **options)
+        sum(t.nan_to_num(0, 0, 0).sum() for t in found if t is not None).backward()
+    return dict(traffic.sent)

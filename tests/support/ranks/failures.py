@@ -1,0 +1,216 @@
+"""What goes wrong on ranks in `test_distributed_failures.py`."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from fastclip import distributed, reference
+from fastclip.distributed import agreement
+from fastclip.loss import ClipLoss, SigLipLoss
+
+WIDTH = 6
+
+
+def features(n: int, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(n, width).to(dtype).requires_grad_()
+
+
+def call(rank: int, world_size: int, own: list[dict[str, Any]]) -> str:
+    """The loss on what each rank brings; the error that it raises."""
+    bring = dict(own[rank])
+    uneven, frozen = bring.pop("uneven", False), bring.pop("frozen", False)
+    normalize = bring.pop("normalize", False)
+    loss, autocast = bring.pop("loss", "clip_loss"), bring.pop("autocast", False)
+    dtype_y = bring.pop("dtype_y", bring.get("dtype", torch.float32))
+    x, y = features(**bring), features(**{**bring, "dtype": dtype_y})
+    if frozen:
+        x, y = x.detach(), y.detach()
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = getattr(distributed, loss)(x, y, 2.0, -1.0, uneven=uneven, normalize=normalize)
+        value.backward()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def error_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    try:
+        function(*arguments, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def bad_calls(rank: int, world_size: int) -> list[str]:
+    """Rank 1 alone has integer features."""
+    x = features(4) if rank != 1 else torch.ones(4, WIDTH, dtype=torch.int64)
+    return [
+        error_of(distributed.clip_loss, x, x, 2.0), error_of(distributed.gather_features, x, x)
+    ]  # fmt: skip
+
+
+def exchanges_for_agreement(
+    rank: int, world_size: int, calls: list[tuple[tuple[int, ...], dict[str, Any]]]
+) -> list[tuple[int, str]]:
+    """For each call, of so many pairs on the ranks, how many there were, and its error. The group
+    is taken for one that moves GPU tensors alone, though what it moves are the CPU's."""
+    exchange, exchanged = agreement._exchange, []
+
+    def on_cpu(group: Any, mine: tuple[int, ...], device: torch.device) -> Any:
+        exchanged.append(device.type)
+        return exchange(group, mine, torch.device("cpu"))
+
+    def step(n: int, options: dict[str, Any]) -> None:
+        distributed.clip_loss(features(n), features(n), 2.0, **options).backward()
+
+    found = []
+    gpu = torch.device("cuda")
+    with mock.patch.multiple(agreement, _exchange=on_cpu, _exchanging_device=lambda *_: gpu):
+        for sizes, options in calls:
+            before = len(exchanged)
+            error = error_of(step, sizes[rank], options)
+            found.append((len(exchanged) - before, error))
+    return found
+
+
+def forgotten_rank(rank: int, world_size: int) -> str:
+    try:
+        ClipLoss(True, True, world_size=world_size)(features(3), features(3), 1.0)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def gathered_with_one_frozen(rank: int, world_size: int) -> float:
+    """The gradient of the sum of squares of all gathered features, times ranks."""
+    x, y = (torch.randn(3, WIDTH, dtype=torch.float64) + rank for _ in range(2))
+    x.requires_grad_()
+    y.requires_grad_(rank != 1)
+    every_x, every_y = distributed.gather_features(x, y, gather_with_grad=True)
+    (every_x.square().sum() + every_y.square().sum()).backward()
+    error = (x.grad - 2 * world_size * x).abs().max()
+    if rank != 1:
+        error = torch.maximum(error, (y.grad - 2 * world_size * y).abs().max())
+    return float(error)
+
+
+class OwnBlock(SigLipLoss):
+    """Counts its blocks: 2 for its own, and 2 for each other rank's texts."""
+
+    def _loss(self, *inputs: Any, negative_only: bool = False) -> torch.Tensor:
+        return torch.tensor(2.0)
+
+
+def own_block(rank: int, world_size: int) -> float:
+    loss = OwnBlock(rank=rank, world_size=world_size)
+    return float(loss(features(3), features(3), 1.0, None))
+
+
+def zero_rows_in_fp16(rank: int, world_size: int) -> list[bool]:
+    """Rows of zeros in the one tower or the other, another row on each rank: whether they alone
+    have no gradient."""
+    found = []
+    for ring, tower in ((False, 0), (True, 0), (False, 1), (True, 1)):
+        towers = [features(4), features(4)]
+        spoilt = towers[tower].detach().half()
+        spoilt[rank] = 0
+        towers[tower] = spoilt.requires_grad_()
+        distributed.clip_loss(*towers, 2.0, normalize=True, ring=ring).backward()
+        lengths = spoilt.grad.float().norm(dim=1)
+        found.append(
+            bool(lengths.isfinite().all()) and (lengths == 0).nonzero().flatten().tolist() == [rank]
+        )
+    return found
+
+
+def module_errors(rank: int, world_size: int) -> list[str]:
+    errors = []
+    for loss in (ClipLoss(rank=rank, world_size=world_size + 1),
+                 SigLipLoss(rank=(rank + 1) % world_size, world_size=world_size)):  # fmt: skip
+        try:
+            loss(features(3), features(3), 1.0, None)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def double_backward(rank: int, world_size: int) -> str:
+    x = features(4)
+    loss = distributed.clip_loss(x, features(4), 2.0)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    try:
+        gradient.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def dies(rank: int, world_size: int, seconds: float) -> dict[str, tuple[str, float]]:
+    """Rank 0 is killed between the forward and the backward of three losses, and in a fourth one's
+    forward, before it sends anything around the ring; in groups that wait so long. The others'
+    errors, and after how many seconds."""
+    losses, steps = (distributed.clip_loss, distributed.siglip_loss), {}
+    for loss, ring in product(losses, (False, True)):
+        group = dist.new_group(timeout=timedelta(seconds=seconds))
+        x, y = features(5), features(5)
+        step = partial(loss, x, y, 2.0, -1.0, process_group=group, ring=ring)
+        if loss is distributed.clip_loss or not ring:
+            step = step().backward
+        steps[f"{loss.__name__} {ring=}"] = step
+    dist.barrier()
+    if rank == 0:
+        with mock.patch.object(
+            distributed, "sharded_loss", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        ):
+            step()
+
+    def end(step: Callable[[], Any]) -> tuple[str, float]:
+        begun = time.monotonic()
+        return error_of(step), time.monotonic() - begun
+
+    with ThreadPoolExecutor() as every:  # they wait together
+        return dict(zip(steps, every.map(end, steps.values()), strict=True))
+
+
+def in_group_of_odd_ranks(rank: int, world_size: int) -> list[float] | None:
+    """Ranks 1 and 3 of four share a batch; the group's ranks are 0 and 1."""
+    group = dist.new_group([1, 3])
+    if rank not in (1, 3):
+        try:
+            distributed.clip_loss(features(3), features(3), 1.0, process_group=group)
+        except ValueError as error:
+            return [str(error)]
+        return ["no error"]
+    found = []
+    world = {"rank": dist.get_rank(group), "world_size": 2, "process_group": group}
+    for loss, whole in (
+        (partial(distributed.clip_loss, process_group=group), reference.clip_loss),
+        (partial(distributed.clip_loss, process_group=group, ring=True), reference.clip_loss),
+        (ClipLoss(True, True, **world), reference.clip_loss),
+        (ClipLoss(False, True, **world, ring=True), reference.clip_loss),
+        (SigLipLoss(**world), reference.siglip_loss),
+        (SigLipLoss(**world, dist_impl="gather"), reference.siglip_loss),
+    ):
+        torch.manual_seed(0)
+        x, y = torch.randn(2, 8, WIDTH, dtype=torch.float64).unbind()
+        own = slice(0, 4) if rank == 1 else slice(4, 8)
+        mine = [t[own].clone().requires_grad_() for t in (x, y)]
+        loss(*mine, 3.0, None).backward()
+        every = [t.clone().requires_grad_() for t in (x, y)]
+        whole(*every, 3.0, None).backward()
+        found += [
+            float((m.grad / 2 - e.grad[own]).norm() / e.grad[own].norm())
+            for m, e in zip(mine, every, strict=True)
+        ]
+    return found

@@ -1,0 +1,192 @@
+"""The truth about line statistics and all their gradients, written from the formulas.
+
+NumPy alone, as `oracle.py`: no autograd, nothing of fastclip. Dense and slow.
+
+A statistic is of the pairs that a mask leaves in a line. Pair (i, j) weighs
+`w_ij = g_i * dS_i/ds_ij + g_j * dS_j/ds_ij`, summed over the statistics S of its row and its column
+that upstream gradients g arrive at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from support.oracle import NORM_EPS
+
+
+def _softplus_sum(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    return np.where(counts, np.maximum(s, 0) + np.log1p(np.exp(-np.abs(s))), 0).sum(dim)
+
+
+def _sigmoid(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    small = np.exp(-np.abs(s))
+    return np.where(counts, np.where(s >= 0, 1, small) / (1 + small), 0)
+
+
+def _log_sum_exp(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    s = np.where(counts, s, -np.inf)
+    top = s.max(dim, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)
+    with np.errstate(divide="ignore"):
+        return (np.log(np.exp(s - top).sum(dim, keepdims=True)) + top).squeeze(dim)
+
+
+def _softmax(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    value = np.expand_dims(_log_sum_exp(s, counts, dim), dim)
+    exponent = s - np.where(np.isfinite(value), value, np.inf)
+    return np.exp(np.where(counts, exponent, -np.inf))
+
+
+class Kind(NamedTuple):
+    """Functions of logits, the pairs that count and the axis of the sum: each line's statistic, and
+    its derivative with respect to each logit."""
+
+    statistic: Callable[[NDArray, NDArray, int], NDArray]
+    derivative: Callable[[NDArray, NDArray, int], NDArray]
+    sign_of_positives: int  # of their logits
+    is_relative: bool  # errors count relative to the statistic
+
+
+KINDS = {
+    "softmax": Kind(_log_sum_exp, _softmax, 1, is_relative=False),
+    "sigmoid": Kind(_softplus_sum, _sigmoid, -1, is_relative=True),
+}
+NAMES = ("rows", "columns", "positives", "row_positives", "column_positives")
+
+
+@dataclass(frozen=True)
+class Problem:
+    x: NDArray  # (M, D)
+    y: NDArray  # (N, D)
+    scale: float
+    bias: float = 0.0
+    key_bias: NDArray | None = None  # (N)
+    offset: int | None = 0
+    ids: tuple[NDArray, NDArray] | None = None
+    same_id: str = "ignore"
+    margin: float | None = None
+    kind: str = "softmax"
+    normalize: bool = False
+
+    def with_sides(self, x: NDArray, y: NDArray) -> Problem:
+        return replace(self, x=x, y=y)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    dx: NDArray
+    dy: NDArray
+    dscale: NDArray
+    dbias: NDArray
+    dkey_bias: NDArray
+    conditions: dict[str, float]
+
+
+class Exact:
+    """All of a problem's matrices."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        x, y = (np.asarray(side, np.float64) for side in (problem.x, problem.y))
+        self.raw = x, y
+        self.hats = [_unit(side) if problem.normalize else side for side in (x, y)]
+        self.t = self.hats[0] @ self.hats[1].T
+        m, n = self.t.shape
+        self.s = problem.scale * self.t + problem.bias
+        if problem.key_bias is not None:
+            self.s = self.s + problem.key_bias
+        self.own = np.zeros((m, n), bool)
+        if problem.offset is not None:
+            i = np.arange(m)
+            inside = (i + problem.offset >= 0) & (i + problem.offset < n)
+            self.own[i[inside], i[inside] + problem.offset] = True
+        same = self.own.copy()
+        if problem.ids is not None:
+            same |= problem.ids[0][:, None] == problem.ids[1]
+        by_row, by_column = ~same, ~same
+        if problem.margin is not None:
+            limit = np.where(self.own, self.t + problem.margin, -np.inf)
+            for dim, by_line in ((1, by_row), (0, by_column)):
+                top = limit.max(dim, keepdims=True)
+                by_line &= ~(self.t > np.where(np.isfinite(top), top, np.inf))
+        self.counts = {"rows": by_row, "columns": by_column}
+        if problem.same_id == "positive":
+            self.counts |= {"row_positives": same, "column_positives": same}
+
+    def statistics(self) -> dict[str, NDArray]:
+        found = {name: self._value(name) for name in self.counts}
+        positives = np.where(self.own, self.s, 0).sum(1)
+        found["positives"] = np.where(self.own.any(1), positives, np.nan)
+        return found
+
+    def _line(self, name: str) -> tuple[Kind, int, int]:
+        """The kind, the sign of the logits as the statistic takes them, and the axis of its sum."""
+        kind = KINDS[self.problem.kind]
+        sign = kind.sign_of_positives if name.endswith("positives") else 1
+        return kind, sign, 0 if name.startswith("column") else 1
+
+    def _value(self, name: str) -> NDArray:
+        kind, sign, dim = self._line(name)
+        return kind.statistic(sign * self.s, self.counts[name], dim)
+
+    def _derivative(self, name: str) -> NDArray:
+        """The derivative of each line's statistic with respect to each of its logits."""
+        kind, sign, dim = self._line(name)
+        return sign * kind.derivative(sign * self.s, self.counts[name], dim)
+
+    def gradients(self, upstream: dict[str, NDArray]) -> Gradients:
+        """For upstream gradients of some statistics, by name."""
+        w = np.zeros_like(self.t)
+        size = np.zeros_like(self.t)
+        for name, g in upstream.items():
+            if name == "positives":
+                part = np.where(self.own, np.nan_to_num(g)[:, None], 0)
+            else:
+                dim = 0 if name.startswith("column") else 1
+                part = np.expand_dims(g, dim) * self._derivative(name)
+            w, size = w + part, size + np.abs(part)
+        p, (xhat, yhat) = self.problem, self.hats
+        results, conditions = {}, {}
+        for name, weights, sizes, mine, other, raw in (
+            ("dx", w, size, xhat, yhat, self.raw[0]),
+            ("dy", w.T, size.T, yhat, xhat, self.raw[1]),
+        ):
+            d = p.scale * (weights @ other)
+            bound = abs(p.scale) * (sizes @ np.abs(other))
+            if p.normalize:
+                lengths = np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), NORM_EPS)
+                d = (d - (d * mine).sum(1, keepdims=True) * mine) / lengths
+                along = (bound * np.abs(mine)).sum(1, keepdims=True) * np.abs(mine)
+                bound = (bound + along) / lengths
+            results[name], conditions[name] = d, _ratio(bound, d)
+        results["dscale"] = (w * self.t).sum()
+        conditions["dscale"] = _ratio(
+            (size * (np.abs(xhat) @ np.abs(yhat).T)).sum(), results["dscale"]
+        )
+        results["dbias"], conditions["dbias"] = w.sum(), _ratio(size.sum(), w.sum())
+        results["dkey_bias"] = w.sum(0)
+        conditions["dkey_bias"] = _ratio(size.sum(0), w.sum(0))
+        return Gradients(**results, conditions=conditions)
+
+    @property
+    def largest_logit(self) -> float:
+        """A bound, which errors of exponentials grow with."""
+        longest = [np.linalg.norm(side, axis=1).max() for side in self.hats]
+        biases = abs(self.problem.bias)
+        if self.problem.key_bias is not None:
+            biases += np.abs(self.problem.key_bias[np.isfinite(self.problem.key_bias)]).max()
+        return float(abs(self.problem.scale) * longest[0] * longest[1] + biases)
+
+
+def _unit(x: NDArray) -> NDArray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), NORM_EPS)
+
+
+def _ratio(size: NDArray, result: NDArray) -> float:
+    """Errors of a result that is zero are absolute."""
+    size, result = float(np.linalg.norm(size)), float(np.linalg.norm(result))
+    return size / result if result else max(size, 1.0)

@@ -1,0 +1,126 @@
+"""From products of features to logits, and which pairs of a block count for which lines.
+
+Kernels take a block's side of it as one tuple, LOGITS, of pointers: factors, scale, biases, ids,
+thresholds, each at its place below. A block has None for what it lacks, which the compiler knows:
+it costs nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from ..epilogues import INTERPRETED, LOG2E
+
+FACTOR_X, FACTOR_Y = tl.constexpr(0), tl.constexpr(1)
+SCALE, BIAS = tl.constexpr(2), tl.constexpr(3)
+# The bias of each column, that of all included, in log2 units: an integral part, and the rest.
+KEY_BIAS, KEY_BIAS_LOW = tl.constexpr(4), tl.constexpr(5)
+IDS_X, IDS_Y = tl.constexpr(6), tl.constexpr(7)
+THRESHOLD_X, THRESHOLD_Y = tl.constexpr(8), tl.constexpr(9)
+
+
+@triton.jit
+def of_lines(VALUES, i, M, PLAIN: tl.constexpr):
+    """A number of each line."""
+    if PLAIN:
+        return tl.load(VALUES + i)
+    else:
+        return tl.load(VALUES + i, mask=i < M, other=0)
+
+
+@triton.jit
+def normalised(t, LOGITS, i, j, M, N, PLAIN: tl.constexpr):
+    """t times the factors of its rows i and columns j, where there are any."""
+    if LOGITS[FACTOR_X] is not None:
+        t *= of_lines(LOGITS[FACTOR_X], i, M, PLAIN)[:, None]
+    if LOGITS[FACTOR_Y] is not None:
+        t *= of_lines(LOGITS[FACTOR_Y], j, N, PLAIN)[None, :]
+    return t
+
+
+@triton.jit
+def fma(a, b, c):
+    # The interpreter's tl.fma rounds twice. A product of two floats is exact in float64.
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def affine(LOGITS):
+    """scale and bias in log2 units, each as a float and what the float leaves of it.
+
+    Rounding the scale alone would cost 2^-24 relative: at a logit of 144 (scale 100) an error of
+    6e-6 in the exponential.
+    """
+    scale = tl.load(LOGITS[SCALE]).to(tl.float64) * LOG2E
+    bias = tl.zeros((), tl.float64)
+    if LOGITS[BIAS] is not None:
+        bias = tl.load(LOGITS[BIAS]).to(tl.float64) * LOG2E
+    high = scale.to(tl.float32)
+    bias_high = bias.to(tl.float32)
+    low = (scale - high.to(tl.float64)).to(tl.float32)
+    bias_low = (bias - bias_high.to(tl.float64)).to(tl.float32)
+    return high, low, bias_high, bias_low
+
+
+@triton.jit
+def relative(t, k, m, LOGITS, j, N, PLAIN: tl.constexpr):
+    """The logits of columns j in log2 units, less m: the reference of all lines or of each."""
+    # m is integral, as columns' biases are, and subtracted within the first rounding: the error is
+    # 2^-24 of the distance from the reference, not of the logit.
+    high, low, bias, bias_low = k
+    if LOGITS[KEY_BIAS] is not None:
+        bias = of_lines(LOGITS[KEY_BIAS], j, N, PLAIN)[None, :]
+        bias_low = of_lines(LOGITS[KEY_BIAS_LOW], j, N, PLAIN)[None, :]
+        return fma(t, high, bias - m) + fma(t, low, bias_low)
+    elif LOGITS[BIAS] is not None:
+        return fma(t, high, bias - m) + fma(t, low, bias_low)
+    else:
+        return fma(t, low, fma(t, high, -m))
+
+
+@triton.jit
+def others(i, j, M, N, offset, PLAIN: tl.constexpr):
+    """The pairs of a block but the own positives."""
+    if PLAIN:
+        return tl.full((i.shape[0], j.shape[0]), 1, tl.int1)
+    else:
+        inside = (i < M)[:, None] & (j < N)[None, :]
+        return inside & ((i + offset)[:, None] != j[None, :])
+
+
+@triton.jit
+def _same_id(LOGITS, i, j, M, N, PLAIN: tl.constexpr):
+    ids_x = of_lines(LOGITS[IDS_X], i, M, PLAIN)[:, None]
+    return ids_x == of_lines(LOGITS[IDS_Y], j, N, PLAIN)[None, :]
+
+
+@triton.jit
+def negatives(LOGITS, i, j, M, N, offset, PLAIN: tl.constexpr):
+    """The pairs that are negatives, whichever of their lines they count for."""
+    live = others(i, j, M, N, offset, PLAIN)
+    if LOGITS[IDS_X] is not None:
+        live = live & (_same_id(LOGITS, i, j, M, N, PLAIN) == 0)
+    return live
+
+
+@triton.jit
+def positives(LOGITS, i, j, M, N, offset, PLAIN: tl.constexpr):
+    """The pairs that are positives by their ids."""
+    return others(i, j, M, N, offset, PLAIN) & _same_id(LOGITS, i, j, M, N, PLAIN)
+
+
+@triton.jit
+def of_rows(live, t, LOGITS, i, M, PLAIN: tl.constexpr):
+    """Those of the negatives that count for their rows: a NaN does, and spoils its row."""
+    if LOGITS[THRESHOLD_X] is not None:
+        live = live & ((t > of_lines(LOGITS[THRESHOLD_X], i, M, PLAIN)[:, None]) == 0)
+    return live
+
+
+@triton.jit
+def of_columns(live, t, LOGITS, j, N, PLAIN: tl.constexpr):
+    if LOGITS[THRESHOLD_Y] is not None:
+        live = live & ((t > of_lines(LOGITS[THRESHOLD_Y], j, N, PLAIN)[None, :]) == 0)
+    return live

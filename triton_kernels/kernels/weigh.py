@@ -1,0 +1,353 @@
+"""The second sweep: w_ij = activation(s_ij) * (a_i + b_j) of a tile's negatives, c_i + d_j of its
+positives by id; written for two library products and summed for the gradients of scale and bias.
+
+Own positives stay out: theirs is the largest term, and it is added in fp32 (`complete.py`).
+
+What is written is `w_ij * ENLARGED * factor_x_i * factor_y_j`: then the products take the features
+as they are, nothing normalised is stored, and what is left is to divide row i of `w @ y` by
+factor_x_i, column j of `w.T @ x` by factor_y_j. fp16 has no range for factors (SPREAD off: the
+products take normalised copies) and needs ENLARGED instead: weights are at most 2, it would lose
+those below 6e-8 and blur those below 6e-5.
+
+`weigh_kernel` takes the plain tiles, `weigh_edges_kernel` the others, both for one reference;
+`weigh_apart_kernel` takes any tile and a reference for each line. Which of them work is decided on
+the device: a flag says whether all references are equal.
+
+Coefficients and references are those of rows and columns for negatives, then (_SAME) for positives
+by id, each None where there are none. SAME_ID: as in the first sweep.
+
+More run-time parameters than fifteen: they are a block of logits and its lines' states.
+"""
+
+import triton
+import triton.language as tl
+
+from .bf16_parts import parts_of
+from .flags import is_set
+from .logits import (
+    IDS_X,
+    THRESHOLD_X,
+    affine,
+    negatives,
+    normalised,
+    of_columns,
+    of_lines,
+    of_rows,
+    others,
+    positives,
+    relative,
+)
+from .sweep import columns_of, store_columns, store_rows
+from .tile import (
+    described_product,
+    edge_position,
+    in_slices,
+    plain_position,
+    position,
+    product,
+    rounded,
+    store_positives,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["M"])
+def to_tf32_kernel(X, OUT, M, D, stride_x, ROWS: tl.constexpr, BK: tl.constexpr):
+    """The operands of a tf32 product. What is rounded once need not be rounded in every tile."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BK)
+    for start in range(0, D, BK):
+        mask = (i < M)[:, None] & (start + k < D)[None, :]
+        x = tl.load(X + i.to(tl.int64)[:, None] * stride_x + start + k[None, :], mask=mask)
+        tl.store(OUT + i.to(tl.int64)[:, None] * D + start + k[None, :], rounded(x, 13), mask=mask)
+
+
+@triton.jit
+def _rows(VALUES, i, M, PLAIN: tl.constexpr):
+    return of_lines(VALUES, i, M, PLAIN).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _columns(VALUES, j, N, PLAIN: tl.constexpr):
+    return of_lines(VALUES, j, N, PLAIN).to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_weights(
+    W, w, LOGITS, row, column, M, N, stride_w, PLAIN: tl.constexpr, DESCRIBED: tl.constexpr,
+    SPREAD: tl.constexpr, ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """A tile of weights as the products take it; for those in parts, which lie side by side,
+    stride_w is from one to the next."""
+    w *= ENLARGED
+    if SPREAD:
+        i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+        w = normalised(w, LOGITS, i, j, M, N, PLAIN)
+    if PRECISION == "split":
+        high, middle, low = parts_of(w)
+        stride = 3 * stride_w
+        store_tile(W, high, row, column, 0, M, N, stride, PLAIN, DESCRIBED, BM, BN)
+        store_tile(W, middle, row, column, stride_w, M, N, stride, PLAIN, DESCRIBED, BM, BN)
+        store_tile(W, low, row, column, 2 * stride_w, M, N, stride, PLAIN, DESCRIBED, BM, BN)
+    else:
+        if PRECISION == "tf32":
+            w = rounded(w, 13)
+        store_tile(W, w, row, column, 0, M, N, stride_w, PLAIN, DESCRIBED, BM, BN)
+
+
+@triton.jit
+def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
+    """Stores weights, their sums of columns, and what columns remember where both sweeps are one;
+    returns what rows remember and the sums of w and of w * t."""
+    # By number: unpacking would make tensors of the constants.
+    row, M, N, offset, k, m = (
+        arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]
+    )  # fmt: skip
+    LOGITS, COEFFICIENTS, W, stride_w = arguments[6], arguments[7], arguments[8], arguments[9]
+    POSITIVE, PARTIAL, columns, SUMS = (
+        arguments[10], arguments[11], arguments[12], arguments[13]
+    )  # fmt: skip
+    PLAIN: tl.constexpr = arguments[14]
+    DESCRIBED: tl.constexpr = arguments[15]
+    SPREAD: tl.constexpr = arguments[16]
+    ENLARGED: tl.constexpr = arguments[17]
+    PRECISION: tl.constexpr = arguments[18]
+    FOLD: tl.constexpr = arguments[19]
+    ACTIVATION: tl.constexpr = arguments[20]
+    SAME_ID: tl.constexpr = arguments[21]
+    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    t = normalised(t, LOGITS, i, j, M, N, PLAIN)
+    x = relative(t, k, m, LOGITS, j, N, PLAIN)
+    w = ACTIVATION(x)
+    if LOGITS[THRESHOLD_X] is not None:
+        live = negatives(LOGITS, i, j, M, N, offset, PLAIN)
+        a, b = _rows(COEFFICIENTS[0], i, M, PLAIN), _columns(COEFFICIENTS[1], j, N, PLAIN)
+        by_column = tl.where(of_columns(live, t, LOGITS, j, N, PLAIN), w * b, 0.0)
+        w = tl.where(of_rows(live, t, LOGITS, i, M, PLAIN), w * a, 0.0) + by_column
+    else:
+        if COEFFICIENTS[0] is not None:
+            w *= _rows(COEFFICIENTS[0], i, M, PLAIN) + _columns(COEFFICIENTS[1], j, N, PLAIN)
+        if not PLAIN or LOGITS[IDS_X] is not None:
+            live = negatives(LOGITS, i, j, M, N, offset, PLAIN)
+            w = tl.where(live, w, 0.0)
+    if SAME_ID != 0:
+        same = positives(LOGITS, i, j, M, N, offset, PLAIN)
+        a, b = _rows(COEFFICIENTS[2], i, M, PLAIN), _columns(COEFFICIENTS[3], j, N, PLAIN)
+        w += tl.where(same, SAME_ID * ACTIVATION(x * SAME_ID) * (a + b), 0.0)
+    # Dead pairs' t is finite, or the features are not, and then the loss is not either.
+    # Not row by row first: the sum of a sliced layout makes the compiler for sm_100 abort.
+    sum_w, sum_wt = tl.sum(w), tl.sum(w * t)
+    if SUMS is not None:
+        store_columns(SUMS + (row // BM).to(tl.int64) * N, tl.sum(w, 0), j, N, PLAIN)
+    if W is not None:
+        store_weights(
+            W, w, LOGITS, row, column, M, N, stride_w, PLAIN, DESCRIBED, SPREAD, ENLARGED,
+            PRECISION, BM, BN,
+        )  # fmt: skip
+    # After the weights: the other way round their registers do not suffice.
+    rows = 0.0
+    if PARTIAL is not None:
+        e = FOLD(x)
+        if not PLAIN:
+            store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
+            e = tl.where(live, e, 0.0)
+        store_columns(PARTIAL + columns, tl.sum(e, 0), j, N, PLAIN)
+        rows = tl.sum(e, 1)
+    return rows, sum_w, sum_wt
+
+
+@triton.jit
+def _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    tiles_n = tl.cdiv(N, BN)
+    at = TOTALS + pid_m * tiles_n + pid_n
+    tl.store(at, sum_w)
+    tl.store(at + tl.cdiv(M, BM) * tiles_n, sum_wt)
+
+
+@triton.jit
+def _weigh_tile(
+    pid_m, pid_n, X, Y, LOGITS, k, m, COEFFICIENTS, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N, D,
+    stride_x, stride_y, stride_w, offset, PLAIN: tl.constexpr, SPREAD: tl.constexpr,
+    ENLARGED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    row, column = pid_m * BM, pid_n * BN
+    if DESCRIBED:
+        t = described_product(X, Y, row, column, D, BM, BN, BK, PRECISION, UNIT)
+    else:
+        t = product(
+            X, Y, row, column, M, N, D, stride_x, stride_y, PLAIN, BM, BN, BK, EVEN, PRECISION,
+            UNIT,
+        )  # fmt: skip
+    columns = columns_of(pid_m, M, N, BN)
+    # A variable would make tensors of the constants among them.
+    rows, sum_w, sum_wt = in_slices(
+        _weigh_slice, t, column,
+        (
+            row, M, N, offset, k, m, LOGITS, COEFFICIENTS, W, stride_w, POSITIVE, PARTIAL, columns,
+            SUMS, PLAIN, DESCRIBED, SPREAD, ENLARGED, PRECISION, FOLD, ACTIVATION, SAME_ID,
+        ),
+        BM, BN, SLICES,
+    )  # fmt: skip
+    if PARTIAL is not None:
+        store_rows(PARTIAL, rows, pid_n, row, M, BM, PLAIN)
+    _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
+
+
+# Coefficients of columns begin at M + column: their alignment would follow the batch. They are
+# in no tuple: the compiler asks after the alignment of its members all the same.
+UNALIGNED = ["A", "B", "A_SAME", "B_SAME"]
+REFERENCES = ["REFERENCE_X", "REFERENCE_Y", "REFERENCE_X_SAME", "REFERENCE_Y_SAME"]
+
+
+@triton.jit(
+    do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
+)
+def weigh_kernel(
+    X, Y, LOGITS, REFERENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, PARTIAL, M, N, stride_x,
+    stride_y, stride_w, offset, skipped, D: tl.constexpr, SPREAD: tl.constexpr,
+    ENLARGED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """The plain tiles. ONE: whether all references are equal, and so one exponential serves.
+    PARTIAL: both sweeps in one go. A and B are absent where they add up to 1. SUMS: sums of
+    columns are wanted. DESCRIBED: X, Y and W are tensor descriptors, and programs go through the
+    tiles, as in the first sweep."""
+    if is_set(ONE, True) == 0:
+        return
+    m = 0.0
+    if REFERENCE is not None:
+        m = tl.load(REFERENCE).to(tl.float32)
+    k = affine(LOGITS)
+    if DESCRIBED:
+        tiles = (M // BM) * (N // BN - skipped)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            pid_m, pid_n = plain_position(tile, M, N, offset, skipped, BM, BN, GROUP)
+            _weigh_tile(
+                pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, None,
+                PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED,
+                FOLD, ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, True,
+            )  # fmt: skip
+    else:
+        pid_m, pid_n = plain_position(tl.program_id(0), M, N, offset, skipped, BM, BN, GROUP)
+        _weigh_tile(
+            pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, None,
+            PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, True, SPREAD, ENLARGED, FOLD,
+            ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, False,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
+)
+def weigh_edges_kernel(
+    X, Y, LOGITS, REFERENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N,
+    D, stride_x, stride_y, stride_w, offset, skipped, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
+    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """The tiles of the edges, a program each."""
+    if is_set(ONE, True) == 0:
+        return
+    m = 0.0
+    if REFERENCE is not None:
+        m = tl.load(REFERENCE).to(tl.float32)
+    k = affine(LOGITS)
+    pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
+    _weigh_tile(
+        pid_m, pid_n, X, Y, LOGITS, k, m, (A, B, A_SAME, B_SAME), W, TOTALS, SUMS, POSITIVE,
+        PARTIAL, M, N, D, stride_x, stride_y, stride_w, offset, False, SPREAD, ENLARGED, FOLD,
+        ACTIVATION, SAME_ID, BM, BN, BK, EVEN, PRECISION, UNIT, SLICES, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _apart(
+    t, k, LOGITS, REFERENCE_X, REFERENCE_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """Weights of pairs in their rows and in their columns, which have references of their own."""
+    x = relative(t, k, _rows(REFERENCE_X, i, M, False), LOGITS, j, N, False)
+    by_row = ACTIVATION(x) * _rows(A, i, M, False)
+    x = relative(t, k, _columns(REFERENCE_Y, j, N, False), LOGITS, j, N, False)
+    return by_row, ACTIVATION(x) * _columns(B, j, N, False)
+
+
+@triton.jit(
+    do_not_specialize=["M", "N", "offset"],
+    do_not_specialize_on_alignment=[*UNALIGNED, *REFERENCES],
+)
+def weigh_apart_kernel(
+    X, Y, LOGITS, REFERENCE_X, REFERENCE_Y, REFERENCE_X_SAME, REFERENCE_Y_SAME, UNLESS, A, B,
+    A_SAME, B_SAME, W, TOTALS, SUMS, M, N, D, stride_x, stride_y, stride_w, offset,
+    SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Every tile, with a reference for each line: two exponentials a pair. Returns at once if
+    UNLESS is set."""
+    if is_set(UNLESS, False) != 0:
+        return
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    k = affine(LOGITS)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = position(tile, tiles_m, tiles_n, GROUP)
+        row, column = pid_m * BM, pid_n * BN
+        i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+        t = product(
+            X, Y, row, column, M, N, D, stride_x, stride_y, False, BM, BN, BK, EVEN, PRECISION, UNIT
+        )
+        t = normalised(t, LOGITS, i, j, M, N, False)
+        by_row, by_column = _apart(
+            t, k, LOGITS, REFERENCE_X, REFERENCE_Y, A, B, i, j, M, N, ACTIVATION
+        )
+        live = negatives(LOGITS, i, j, M, N, offset, False)
+        if LOGITS[THRESHOLD_X] is None:
+            w = tl.where(live, by_row + by_column, 0.0)
+        else:
+            # Pairs that do not count for a line may exceed its reference by any power.
+            w = tl.where(of_rows(live, t, LOGITS, i, M, False), by_row, 0.0)
+            w += tl.where(of_columns(live, t, LOGITS, j, N, False), by_column, 0.0)
+        if SAME_ID != 0:
+            by_row, by_column = _apart(
+                t, k, LOGITS, REFERENCE_X_SAME, REFERENCE_Y_SAME, A_SAME, B_SAME, i, j, M, N,
+                ACTIVATION,
+            )  # fmt: skip
+            same = positives(LOGITS, i, j, M, N, offset, False)
+            w += tl.where(same, by_row + by_column, 0.0)
+        here = others(i, j, M, N, offset, False)
+        sum_w, sum_wt = tl.sum(w), tl.sum(w * tl.where(here, t, 0.0))
+        _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
+        if SUMS is not None:
+            store_columns(SUMS + pid_m.to(tl.int64) * N, tl.sum(w, 0), j, N, False)
+        if W is not None:
+            store_weights(
+                W, w, LOGITS, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED,
+                PRECISION, BM, BN,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "N"], do_not_specialize_on_alignment=UNALIGNED)
+def weigh_kept_kernel(
+    KEPT, FACTORS, VALID, A, B, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
+    ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Weights of what the first sweep has kept: read, times (a_i + b_j), written. Their sums come
+    from the moments that were kept with them. Returns at once unless VALID."""
+    if is_set(VALID, True) == 0:
+        return
+    tiles_n = tl.cdiv(N, BN)
+    pid_m = tl.program_id(0) // tiles_n
+    row, column = pid_m * BM, (tl.program_id(0) - pid_m * tiles_n) * BN
+    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    mask = (i < M)[:, None] & (j // 8 < tl.cdiv(N, 8))[None, :]
+    w = tl.load(KEPT + i.to(tl.int64)[:, None] * stride_kept + j[None, :], mask=mask, other=0.0)
+    a, b = _rows(A, i, M, False), _columns(B, j, N, False)
+    w = w.to(tl.float32) * (a + b)
+    store_weights(
+        W, w, FACTORS, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED, PRECISION, BM,
+        BN,
+    )  # fmt: skip

@@ -1,0 +1,242 @@
+"""A rectangular block of logits on the host: operands, their layout, and parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastclip.engine.block import Block
+from fastclip.kinds import kind_of
+
+from . import configurations, launch, plan
+from .configurations import Config
+from .epilogues import LOG2E, epilogue_of
+from .kept import Kept
+from .kernels import bf16_parts, split_product, weigh
+from .launch import COLUMNS, ROWS, takes_split, takes_tf32
+from .plan import Chunk, cdiv
+
+
+class LogitBlock:
+    """A rectangular block of logits as the kernels take it."""
+
+    def __init__(self, block: Block) -> None:
+        x, y = block.x.features, block.y.features
+        self.m, self.n, self.d = *block.sizes(), x.shape[1]
+        self.kind, self.epilogue = kind_of(block.kind), epilogue_of(block.kind)
+        self.is_plain, self.same_id_positive = block.is_plain, block.same_id_positive
+        self.tf32, self.split = takes_tf32(x), takes_split(x)
+        self.x, self.y = (self._rows(t) for t in (x, y))
+        # As products take them, `depth` features long.
+        self.depth = split_product.padded(self.d) if self.split else self.d
+        self.operands = (self.x, self.y)
+        if self.split:
+            self.operands = (self._parts(self.x), self._parts(self.y))
+        self.factor_x, self.factor_y = (
+            None if side.factor is None else side.factor.to(torch.float32).contiguous()
+            for side in (block.x, block.y)
+        )
+        self.scale, self.bias = block.scale, None if self.kind.has_shift else block.bias
+        self.key_bias, self.largest_bias = (None, None), None
+        if block.key_bias is not None:
+            self.key_bias, self.largest_bias = self._biases(block.key_bias)
+            self.bias = None
+        self.sides = tuple(
+            None if t is None else t.contiguous()
+            for t in (block.x.ids, block.y.ids, block.x.threshold, block.y.threshold)
+        )
+        self.unit = self._unit()
+        # Beyond the block every offset is alike; within 32 bits there is one kernel for all.
+        self.offset = max(-self.m, min(block.offset, self.n))
+        self.is_small = plan.is_small(self.m, self.n)
+
+    def _biases(self, bias: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Biases of the logits of each column, in log2 units: an integral part and the rest;
+        and the largest of them."""
+        bias = bias.to(torch.float64)
+        if self.bias is not None:
+            bias = bias + self.bias.reshape(()).to(torch.float64)
+        bias = bias * LOG2E.value
+        high = bias.round().to(torch.float32)
+        low = torch.where(high.isinf(), 0.0, bias - high).to(torch.float32)
+        # Any finite number will do if all are -inf.
+        return (high, low), bias.amax().clamp_min(-1e30)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        side_by_side = x.stride(1) == 1 or x.shape[1] == 1
+        # Descriptors take no rows that overlap, such as one row expanded.
+        apart = x.stride(0) >= x.shape[1] or x.shape[0] == 1
+        x = x if side_by_side and apart else x.contiguous()
+        if not self.tf32:
+            return x
+        rounded = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        launch.launch(
+            weigh.to_tf32_kernel, cdiv(x.shape[0], ROWS), x, rounded, *x.shape, x.stride(0),
+            ROWS=ROWS, BK=COLUMNS,
+        )  # fmt: skip
+        return rounded
+
+    def _parts(self, x: Tensor) -> Tensor:
+        out = torch.empty(len(x), 3 * self.depth, dtype=torch.bfloat16, device=x.device)
+        launch.launch(
+            bf16_parts.to_parts_kernel, cdiv(len(x), ROWS), x, out, *x.shape, x.stride(0),
+            WIDTH=self.depth, ROWS=ROWS, BK=COLUMNS,
+        )  # fmt: skip
+        return out
+
+    def _unit(self) -> int:
+        """Elements in 16 bytes, if every row of both operands begins on 16 bytes, else 1."""
+        unit = 16 // self.operands[0].element_size()
+        for t in self.operands:
+            if t.data_ptr() % 16 or t.shape[1] % unit or t.stride(0) % unit:
+                return 1
+        return unit
+
+    def features(self, chunk: Chunk, config: Config | None = None) -> tuple[Any, Any]:
+        """x and y of a chunk, which is a block of its own; as descriptors if a config is given and
+        asks for them."""
+        x, y = self.operands
+        x, y = x[chunk.row_slice], y[chunk.column_slice]
+        if config is None or not config.descriptors:
+            return x, y
+        return launch.described(x, config.bm, config.bk), launch.described(y, config.bn, config.bk)
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        """LOGITS of `logits.py` for a chunk: all that makes logits of its products."""
+
+        def part(t: Tensor | None, lines: slice) -> Tensor | None:
+            return None if t is None else t[lines]
+
+        rows, columns = chunk.row_slice, chunk.column_slice
+        return (
+            part(self.factor_x, rows), part(self.factor_y, columns), self.scale, self.bias,
+            *(part(t, columns) for t in self.key_bias),
+            *map(part, self.sides, (rows, columns, rows, columns)),
+        )  # fmt: skip
+
+    @property
+    def same_id(self) -> int:
+        """SAME_ID of the kernels: 0, or the sign that logits of positives by id are folded with."""
+        return (-1 if self.kind.negates_positives else 1) if self.same_id_positive else 0
+
+    @property
+    def folds(self) -> int:
+        """Sets of pairs that lines remember: negatives, and positives by id."""
+        return 2 if self.same_id_positive else 1
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernels that fold and make weights."""
+        epilogue = self.epilogue
+        return {
+            "FOLD": epilogue.fold, "ACTIVATION": epilogue.activation, "SAME_ID": self.same_id
+        }  # fmt: skip
+
+    def offset_of(self, chunk: Chunk) -> int:
+        """A chunk's offset, again within 32 bits."""
+        offset = self.offset + chunk.start - chunk.column_start
+        return max(-chunk.rows, min(offset, chunk.columns))
+
+    def skipped(self, chunk: Chunk) -> int:
+        """Tiles of each row of tiles that the edges' launch takes: all in a small block, which
+        waits for launches."""
+        if self.is_small:
+            return chunk.columns // chunk.bn
+        return chunk.skipped(self.offset_of(chunk))
+
+    @property
+    def width(self) -> int:
+        """Features of an operand, in units."""
+        return self.depth // self.unit
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """From row to row, in units."""
+        x, y = self.operands
+        return x.stride(0) // self.unit, y.stride(0) // self.unit
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic of the products."""
+        return "tf32" if self.tf32 else "split" if self.split else "ieee"
+
+    def tiles(self, config: Config) -> dict[str, Any]:
+        """Compile-time arguments of every kernel that makes tiles."""
+        return {
+            "BM": config.bm, "BN": config.bn, "BK": config.bk, "EVEN": self.depth % config.bk == 0,
+            "PRECISION": self.precision, "UNIT": self.unit, "num_warps": config.warps,
+            "num_stages": config.stages,
+        }  # fmt: skip
+
+    def edge_tiles(self, config: Config) -> dict[str, Any]:
+        """And of one for the edges, where masks take registers: of 128 x 128 numbers no thread
+        holds more than 64."""
+        warps = max(config.warps, min(8, config.bm * config.bn // 2048))
+        return {"SLICES": launch.EDGE_SLICES, **self.tiles(config), "num_warps": warps}
+
+    def plain_tiles(self, config: Config) -> dict[str, Any]:
+        """And of one for plain tiles."""
+        return {
+            "D": self.width, "GROUP": config.group, "SLICES": config.slices,
+            "DESCRIBED": config.descriptors, **self.tiles(config),
+        }  # fmt: skip
+
+    def programs(self, tiles: int, config: Config) -> int:
+        """For so many plain tiles."""
+        if not config.descriptors:
+            return tiles
+        return min(tiles, launch.room(self.x.device, config, self.operands[0].element_size()))
+
+    # Masks take registers that the widest tiles do not have.
+
+    @property
+    def kernel_of_lines(self) -> str:
+        """Configurations of the kernels that give each line a reference of its own."""
+        return "tile" if self.is_plain and not self.is_small else "small"
+
+    @property
+    def kernel_of_sums(self) -> str:
+        """The kernel that folds."""
+        return "small" if self.is_small else "sweep" if self.is_plain else "heavy"
+
+    @property
+    def kernel_of_keeping(self) -> str:
+        """The kernel that folds and keeps weights."""
+        return "kept" if self.is_plain and self.epilogue.is_light else "heavy kept"
+
+    @property
+    def kernel_of_weights(self) -> str:
+        """The kernel that makes weights."""
+        if self.is_small:
+            return "small"
+        if not self.is_plain:
+            return "heavy"
+        return "weigh" if self.epilogue.is_light else "both"
+
+    def config(
+        self, kernel: str, run: Callable[[Config], object] | None = None, how: str = ""
+    ) -> Config:
+        """how: which of these kernels `run` launches."""
+        x, words = self.x, [kernel, self.kind.name, how, "" if self.is_plain else "masked"]
+        return configurations.choose(
+            x.device, x.dtype, self.tf32, self.d, self.unit, ", ".join(filter(None, words)), run,
+            self.split,
+        )  # fmt: skip
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def kept(self, kept: Tensor) -> Kept:
+        """The parts of what a first sweep has kept. A small one keeps nothing, and nothing is kept
+        where a pair's weight is not one number times the sum of two coefficients."""
+        keeps = self.sides[2] is None and self.largest_bias is None and not self.same_id_positive
+        return Kept.of(kept, self.m, self.n, self.x) if keeps and not self.is_small else Kept()
+
+    def new_states(self) -> tuple[Tensor, Tensor]:
+        positive = self.empty(self.m, dtype=torch.float64)
+        if self.offset < 0 or self.m + self.offset > self.n:  # rows without a positive
+            positive.fill_(torch.nan)
+        return self.empty(2 * self.folds, self.m + self.n, dtype=torch.float64), positive

@@ -1,0 +1,138 @@
+"""The host's side of the first sweep: the reference, the launches over chunks, and their sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import launch, plan
+from .configurations import Config
+from .kept import Kept
+from .kernels import bound as bound_kernels
+from .kernels import finalise, sweep
+from .launch import COLUMNS, LANES, ROWS
+from .logit_block import LogitBlock
+from .plan import Chunk, cdiv
+
+# Lines and partials of a program of `finalise.py`.
+LINES, PARTS = 32, 64
+
+
+def reference_of(block: LogitBlock, bound: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
+    """The one reference, and the flag that will say whether it was too coarse."""
+    reference, flag = block.empty(1), block.empty(1, dtype=torch.int32)
+    counts, squares = [0, 0], None
+    if bound is None:
+        # Those of features with factors are 1.
+        lines = [
+            0 if factor is not None else len(features)
+            for features, factor in ((block.x, block.factor_x), (block.y, block.factor_y))
+        ]
+        counts = [cdiv(count, ROWS) for count in lines]
+        if any(counts):
+            squares = block.empty(sum(counts))
+            launch.launch(
+                bound_kernels.longest_kernel, sum(counts), block.x, block.y, squares, *lines,
+                block.d, block.x.stride(0), block.y.stride(0), ROWS=ROWS, BK=COLUMNS,
+            )  # fmt: skip
+    launch.launch(
+        bound_kernels.reference_kernel, 1, bound, squares, block.scale, block.largest_bias,
+        reference, kept.reference, flag, *counts, LANES=LANES,
+    )  # fmt: skip
+    return reference, flag
+
+
+def run_sweep(
+    block: LogitBlock, config: Config, chunk: Chunk, reference: Tensor | None, positive: Tensor,
+    kept: Kept, partial: Tensor,
+) -> None:  # fmt: skip
+    """Every tile of a chunk, plain ones and those of the edges."""
+    skipped = block.skipped(chunk)
+    plain = chunk.plain(skipped)
+    keeping = kept.weights[chunk.row_slice] if chunk.kept else None
+    stride_kept = keeping.stride(0) if chunk.kept else 0
+    sizes = (chunk.rows, chunk.columns)
+    where = (*block.strides, stride_kept, block.offset_of(chunk), skipped)
+    if plain:
+        launch.launch(
+            sweep.sweep_kernel, block.programs(plain, config), *block.features(chunk, config),
+            block.logits(chunk), reference, launch.stored(keeping, config), partial, *sizes, *where,
+            **block.functions, **block.plain_tiles(config),
+        )  # fmt: skip
+    if chunk.tiles > plain:
+        launch.launch(
+            sweep.sweep_edges_kernel, chunk.tiles - plain, *block.features(chunk),
+            block.logits(chunk), reference, positive[chunk.row_slice], keeping, partial, *sizes,
+            block.width, *where, **block.functions, **block.edge_tiles(config),
+        )  # fmt: skip
+
+
+def _programs_of_lines(chunk: Chunk) -> int:
+    return cdiv(chunk.rows, LINES) + cdiv(chunk.columns, LINES)
+
+
+def _lines(chunk: Chunk) -> tuple[int, ...]:
+    """A chunk as `finalise.py` takes it."""
+    return (
+        chunk.rows, chunk.columns, chunk.tiles_m, chunk.tiles_n, chunk.start, chunk.column_start,
+    )  # fmt: skip
+
+
+def _begins_and_ends(block: LogitBlock, chunk: Chunk) -> tuple[int, ...]:
+    """Whether its rows' states begin with this chunk, its columns' do, and all end with it."""
+    return int(chunk.column_start == 0), int(chunk.start == 0), int(chunk.stop == block.m)
+
+
+def add_sums(
+    block: LogitBlock, chunk: Chunk, partial: Tensor, state: Tensor, occupied: Tensor | None,
+    reference: Tensor | None, flag: Tensor | None,
+) -> None:  # fmt: skip
+    for index in range(block.folds):
+        launch.launch(
+            finalise.sums_kernel, _programs_of_lines(chunk), partial[index * chunk.partials :],
+            state[2 * index :], None if occupied is None else occupied[index], reference, flag,
+            *_lines(chunk), block.m, block.n, block.offset, *_begins_and_ends(block, chunk),
+            LINES=LINES, PARTS=PARTS,
+        )  # fmt: skip
+
+
+def add_columns(
+    chunk: Chunk, partial: Tensor, out: Tensor, flag: Tensor | None, tiles: int, otherwise: int
+) -> None:
+    """Sums of a chunk's columns, of so many rows of tiles where the flag is set and where it is
+    not."""
+    launch.launch(
+        finalise.columns_kernel, cdiv(chunk.columns, LINES), partial, out[chunk.column_slice], flag,
+        chunk.columns, tiles, otherwise, int(chunk.start == 0), LINES=LINES, PARTS=PARTS,
+    )  # fmt: skip
+
+
+def add_moments(block: LogitBlock, chunk: Chunk, partial: Tensor, kept: Kept) -> None:
+    launch.launch(
+        finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, kept.reference,
+        *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES, PARTS=PARTS,
+    )  # fmt: skip
+
+
+def sweep_maxima(
+    block: LogitBlock, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
+    positive: Tensor | None, kept: Kept, flag: Tensor | None,
+) -> None:  # fmt: skip
+    """States with a reference for each line: made anew where the flag is set, or, without one, in
+    the only sweep, which makes the positives, too."""
+    for chunk in chunks:
+        programs = chunk.tiles if flag is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
+        launch.launch(
+            sweep.maxima_kernel, programs, *block.features(chunk), block.logits(chunk), flag,
+            None if positive is None else positive[chunk.row_slice], partial, chunk.rows,
+            chunk.columns, block.width, *block.strides, block.offset_of(chunk),
+            FOLD=block.epilogue.fold, SAME_ID=block.same_id, GROUP=config.group,
+            **block.tiles(config),
+        )  # fmt: skip
+        for index in range(block.folds):
+            launch.launch(
+                finalise.maxima_sums_kernel, _programs_of_lines(chunk),
+                partial[plan.MAXIMA_LAYERS * index * chunk.partials :], state[2 * index :], flag,
+                kept.reference, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
+                LINES=LINES, PARTS=PARTS,
+            )  # fmt: skip

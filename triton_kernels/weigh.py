@@ -1,0 +1,396 @@
+"""The host's side of the second sweep: chunks of weights, two products of each, what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launch, plan
+from .configurations import Config
+from .kept import Kept
+from .kernels import complete, finalise, split_gradients
+from .kernels import weigh as weight_kernels
+from .launch import COLUMNS, LANES, ROWS
+from .logit_block import LogitBlock
+from .plan import Chunk, cdiv
+from .sweep import add_columns, add_sums
+
+# Rows and columns of a program that turns kept weights into weights.
+KEPT_TILE = {"BM": 16, "BN": 256}
+
+
+def accumulate(a: Tensor, b: Tensor, out: Tensor, begins: bool) -> None:
+    """out = a @ b, or out += a @ b: a library product that accumulates in fp32."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out) if begins else torch.addmm(out, a, b, out=out)
+    elif a.is_cuda and not torch.version.hip:
+        if begins:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            _add_product(a, b, out)
+    else:
+        product = a.to(out.dtype) @ b.to(out.dtype)
+        out.copy_(product) if begins else out.add_(product)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    try:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        # A torch whose addmm adds to half precision only.
+        out += torch.mm(a, b, out_dtype=out.dtype)
+
+
+class Lines:
+    """What the second sweep takes of each line, rows first: the references, the coefficients a and
+    b (None where they add up to 1), of positives by id c and d, and two flags that the device sets:
+    whether one reference serves, and whether what was kept does."""
+
+    def __init__(
+        self, block: LogitBlock, state: Tensor, coefficients: Tensor | None, kept: Kept
+    ) -> None:
+        self.rows, self.lines = block.m, block.m + block.n
+        self.references = state[::2].contiguous() if block.kind.has_shift else None
+        self.coefficients = self.exact = coefficients
+        self.one = self.valid = None
+        if coefficients is None or (block.is_small and kept.rows == 0):
+            return
+        numbers = coefficients.numel()
+        self.coefficients = block.empty(numbers)
+        flags = block.empty(2, dtype=torch.int32)
+        launch.launch(
+            finalise.lines_kernel, cdiv(numbers, LANES) + 1, self.references, coefficients,
+            kept.reference, flags, self.coefficients, numbers, LANES=LANES,
+        )  # fmt: skip
+        if self.references is not None:
+            self.one = flags[:1]
+        if kept.rows:
+            self.valid = flags[1:]
+
+    def _of(self, values: Tensor | None, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        """The negatives' rows and columns, then the positives'."""
+        if values is None:
+            return (None,) * 4
+        columns = slice(self.rows + chunk.column_start, self.rows + chunk.column_stop)
+        sets = values.view(-1, self.lines)
+        found = [part for v in sets for part in (v[chunk.row_slice], v[columns])]
+        return *found, *(None,) * (4 - len(found))
+
+    def references_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        return self._of(self.references, chunk)
+
+    def coefficients_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        return self._of(self.coefficients, chunk)
+
+
+class Buffers(NamedTuple):
+    """Room for what a chunk's tiles write."""
+
+    weights: Tensor | None
+    totals: Tensor
+    sums: Tensor | None  # of columns
+    partial: Tensor | None
+
+
+class Weighing:
+    """The second sweep of a block, or both in one go (`also_fold`)."""
+
+    def __init__(
+        self, block: LogitBlock, state: Tensor, positive: Tensor, coefficients: Tensor | None,
+        needs: tuple[bool, bool, bool], kept: Kept, also_fold: bool = False,
+    ) -> None:  # fmt: skip
+        self.block, self.state, self.positive = block, state, positive
+        self.needs_x, self.needs_y, needs_columns = needs
+        # The sums of w over the rows.
+        self.by_column = block.empty(block.n, dtype=torch.float64) if needs_columns else None
+        self.kept, self.fold = kept, also_fold
+        if coefficients is not None:
+            coefficients = coefficients.to(torch.float64).contiguous()
+        self.lines = Lines(block, state, coefficients, kept)
+        dtype = block.x.dtype
+        self.dtype = torch.bfloat16 if block.split else dtype
+        # Of weights, which are at most 2: the largest possible becomes 2^14.
+        self.enlarged = 2.0**13 if dtype == torch.float16 else 1.0
+        self.spread = dtype != torch.float16
+        x_operand, y_operand = block.x, block.y
+        if not self.spread:
+            x_operand = self._unit(block.x, block.factor_x) if self.needs_y else x_operand
+            y_operand = self._unit(block.y, block.factor_y) if self.needs_x else y_operand
+        if block.split:
+            x_operand, y_operand = block.operands
+        self.x_operand, self.y_operand = x_operand, y_operand
+        self.parts = 3 if block.split else 1
+        self._config_apart = block.config(block.kernel_of_lines)
+
+    @staticmethod
+    def _unit(x: Tensor, factor: Tensor | None) -> Tensor:
+        # Into half precision at once: no copy in fp32.
+        return x if factor is None else torch.mul(x, factor[:, None], out=torch.empty_like(x))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"SPREAD": self.spread, "ENLARGED": self.enlarged}
+
+    def weigh(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
+        """The weights of a chunk. Where lines may have references of their own, every way to make
+        them is launched, and the device's flags say which one works."""
+        by_state = self.block.kind.has_shift
+        if chunk.kept:
+            self._read(chunk, buffers.weights)
+        elif not (by_state and self.block.is_small):
+            self._one_reference(config, chunk, buffers)
+        if by_state:
+            self._apart(chunk, buffers, self.lines.valid if chunk.kept else self.lines.one)
+
+    def _one_reference(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
+        block, lines = self.block, self.lines
+        weights, *sums, partial = buffers
+        skipped = block.skipped(chunk)
+        plain = chunk.plain(skipped)
+        where = (*block.strides, self._stride(weights), block.offset_of(chunk), skipped)
+        coefficients = lines.coefficients_of(chunk)
+        given = (block.logits(chunk), lines.references, lines.one, *coefficients)
+        constants = {**block.functions, **self.constants}
+        if plain:
+            launch.launch(
+                weight_kernels.weigh_kernel, block.programs(plain, config),
+                *block.features(chunk, config), *given, launch.stored(weights, config), *sums,
+                partial, chunk.rows, chunk.columns, *where, **constants,
+                **block.plain_tiles(config),
+            )  # fmt: skip
+        if chunk.tiles > plain:
+            launch.launch(
+                weight_kernels.weigh_edges_kernel, chunk.tiles - plain, *block.features(chunk),
+                *given, weights, *sums, self.positive[chunk.row_slice] if self.fold else None,
+                partial, chunk.rows, chunk.columns, block.width, *where, **constants,
+                **block.edge_tiles(config),
+            )  # fmt: skip
+
+    def _apart(self, chunk: Chunk, buffers: Buffers, unless: Tensor | None) -> None:
+        block, config, chunk = self.block, self._config_apart, self._cut_apart(chunk)
+        weights, totals, sums, _ = buffers
+        programs = chunk.tiles if unless is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
+        launch.launch(
+            weight_kernels.weigh_apart_kernel, programs, *block.features(chunk),
+            block.logits(chunk), *self.lines.references_of(chunk), unless,
+            *self.lines.coefficients_of(chunk), weights, totals, sums, chunk.rows, chunk.columns,
+            block.width, *block.strides, self._stride(weights), block.offset_of(chunk),
+            ACTIVATION=block.epilogue.activation, SAME_ID=block.same_id, GROUP=config.group,
+            **self.constants, **block.tiles(config),
+        )  # fmt: skip
+
+    def _read(self, chunk: Chunk, weights: Tensor | None) -> None:
+        if weights is None:
+            return
+        block, kept = self.block, self.kept.weights[chunk.row_slice, chunk.column_slice]
+        factors = block.logits(chunk)[:2]
+        programs = cdiv(chunk.rows, KEPT_TILE["BM"]) * cdiv(chunk.columns, KEPT_TILE["BN"])
+        launch.launch(
+            weight_kernels.weigh_kept_kernel, programs, kept, factors, self.lines.valid,
+            *self.lines.coefficients_of(chunk)[:2], weights, chunk.rows, chunk.columns,
+            kept.stride(0), self._stride(weights), PRECISION=block.precision, **self.constants,
+            **KEPT_TILE,
+        )  # fmt: skip
+
+    def _stride(self, weights: Tensor | None) -> int:
+        """From a row of weights to the next, or from a part of it to the next."""
+        return 0 if weights is None else weights.stride(0) // self.parts
+
+    def _cut_apart(self, chunk: Chunk) -> Chunk:
+        config = self._config_apart
+        return chunk._replace(bm=config.bm, bn=config.bn)
+
+    def _cuts(self, chunk: Chunk) -> tuple[Tensor | None, Chunk | None, Chunk | None]:
+        """A flag, and how a chunk is cut into the tiles that write sums: where it is set, and where
+        it is not."""
+        apart = self._cut_apart(chunk)
+        if not self.block.kind.has_shift:
+            return None, None if chunk.kept else chunk, None
+        if chunk.kept:  # its moments were kept, too
+            return self.lines.valid, None, apart
+        return (None, apart, None) if self.block.is_small else (self.lines.one, chunk, apart)
+
+    def totals_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
+        """The flag, and how many tiles write a chunk's totals."""
+        flag, *cuts = self._cuts(chunk)
+        return flag, *(0 if cut is None else cut.tiles for cut in cuts)
+
+    def _columns_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
+        """The flag, and how many rows of tiles write sums of a chunk's columns."""
+        flag, *cuts = self._cuts(chunk)
+        return flag, *(0 if cut is None else cut.tiles_m for cut in cuts)
+
+    def prepare(self, config: Config) -> tuple[list[Chunk], Buffers]:
+        """Chunks, and room for what any of them writes."""
+        block = self.block
+        itemsize = plan.SPLIT_BYTES if block.split else self.dtype.itemsize
+        chunks = list(plan.weigh(block.m, block.n, config, itemsize, self.kept.rows))
+        totals = block.empty(2 * max(max(self.totals_of(chunk)[1:]) for chunk in chunks))
+        partial = block.empty(max(c.partials for c in chunks)) if self.fold else None
+        weights = sums = None
+        if self.by_column is not None:
+            sums = block.empty(max(max(self._columns_of(c)[1:]) * c.columns for c in chunks))
+        if self.needs_x or self.needs_y:
+            stride = cdiv(max(c.columns for c in chunks), plan.COLUMN_UNIT) * plan.COLUMN_UNIT
+            shape = (max(c.rows for c in chunks), self.parts * stride)
+            weights = block.empty(*shape, dtype=self.dtype)
+        return chunks, Buffers(weights, totals, sums, partial)
+
+    def run(
+        self, kernel: str, dx: Tensor, product_y: Tensor,
+        finish_rows: Callable[[Tensor, Chunk], None] | None = None,
+    ) -> Last:  # fmt: skip
+        """All chunks. Products with y go to dx, or where that is narrower than fp32 to a room for
+        those of one chunk: `finish_rows` makes gradients of them, but for the last rows'."""
+        block = self.block
+
+        def first(config: Config) -> None:
+            chunks, buffers = self.prepare(config)
+            made = (chunk for chunk in chunks if not chunk.kept)
+            self.weigh(config, next(made, chunks[0]), buffers)
+
+        config = block.config(kernel, first, "in one go" if self.fold else "")
+        chunks, buffers = self.prepare(config)
+        weights = buffers.weights
+        totals = block.empty(2, dtype=torch.float64) if len(chunks) > 1 else None
+        room = None
+        if self.needs_x and dx.dtype != torch.float32:
+            room = block.empty(max(c.rows for c in chunks), block.d)
+        for index, chunk in enumerate(chunks):
+            self.weigh(config, chunk, buffers)
+            if self.fold:
+                add_sums(block, chunk, buffers.partial, self.state, None, None, None)
+            if self.by_column is not None:
+                add_columns(chunk, buffers.sums, self.by_column, *self._columns_of(chunk))
+            made, is_last = self.totals_of(chunk), index + 1 == len(chunks)
+            if not is_last:  # the last chunk's are added in the last launch
+                launch.launch(
+                    finalise.totals_kernel, 2, buffers.totals, totals, *made, int(index == 0),
+                    LANES=LANES,
+                )  # fmt: skip
+            product = None
+            if self.needs_x:
+                product = dx[chunk.row_slice] if room is None else room[: chunk.rows]
+                self._add_rows(weights, chunk, product)
+            if self.needs_y:
+                self._add_columns(weights, chunk, product_y[chunk.column_slice])
+            if not is_last and product is not None and chunk.column_stop == block.n and finish_rows:
+                finish_rows(product, chunk)
+        return Last(chunk, product, (buffers.totals, made[0], totals), made[1:])
+
+    def _add_rows(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
+        y, begins = self.y_operand[chunk.column_slice], chunk.column_start == 0
+        if self.block.split:
+            self._add_split(weights, y, out, begins, transposed=False)
+        else:
+            accumulate(weights[: chunk.rows, : chunk.columns], y, out, begins)
+
+    def _add_columns(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
+        x, begins = self.x_operand[chunk.row_slice], chunk.start == 0
+        if self.block.split:
+            self._add_split(weights, x, out, begins, transposed=True)
+        else:
+            accumulate(weights[: chunk.rows, : chunk.columns].T, x, out, begins)
+
+    def _add_split(
+        self, weights: Tensor, features: Tensor, out: Tensor, begins: bool, transposed: bool
+    ) -> None:
+        """out = or += weights, or their transpose, times features, all in parts."""
+
+        def run(config: Config) -> None:
+            programs = cdiv(len(out), config.bm) * cdiv(out.shape[1], config.bn)
+            launch.launch(
+                split_gradients.split_gradient_kernel, programs, weights, features, out, len(out),
+                len(features), self._stride(weights), out.stride(0), D=self.block.d,
+                WIDTH=self.block.depth, TRANSPOSED=transposed, BEGINS=begins, BM=config.bm,
+                BN=config.bn, BK=config.bk, GROUP=config.group, num_warps=config.warps,
+                num_stages=config.stages,
+            )  # fmt: skip
+
+        run(self.block.config("small" if self.block.is_small else "gradient"))
+
+
+class Last(NamedTuple):
+    """What the last chunk leaves for the last launch."""
+
+    chunk: Chunk
+    product_x: Tensor | None
+    totals: tuple[Tensor, Tensor | None, Tensor | None]  # its own, a flag, the earlier chunks'
+    tiles: tuple[int, int]  # that wrote its own, where the flag is set and where it is not
+
+
+class Tail:
+    """What follows the products: positives, factors, gain, scale."""
+
+    def __init__(
+        self, sweep: Weighing, positive_weight: Tensor, gain: Tensor, project: bool, dx: Tensor,
+        dy: Tensor,
+    ) -> None:  # fmt: skip
+        self.sweep, self.block, self.gain, self.project = sweep, sweep.block, gain, project
+        self.weight = positive_weight.to(torch.float64).contiguous()
+        self.dx, self.dy = dx, dy
+
+    def finish_rows(self, product: Tensor, chunk: Chunk) -> None:
+        self._complete((product, self.dx[chunk.row_slice], chunk.start))
+
+    def finish(self, last: Last, product_y: Tensor, every_row: bool = False) -> Tensor:
+        """The last chunk's rows, or all of them, the columns, and the totals, which it returns."""
+        rows = None
+        if self.sweep.needs_x:
+            chunk = last.chunk
+            rows = (last.product_x, self.dx[chunk.row_slice], chunk.start)
+            if every_row:
+                rows = (self.dx, self.dx, 0)
+        columns = (product_y, self.dy) if self.sweep.needs_y else None
+        totals = self.block.empty(2, dtype=torch.float64)
+        self._complete(rows, columns, last, totals)
+        return totals
+
+    def finish_columns(self) -> Tensor:
+        """The gradient of a bias of each column, if it is wanted."""
+        b, found = self.block, self.sweep.by_column
+        if found is None:
+            return b.empty(0, dtype=torch.float64)
+        first, last = max(0, -b.offset), min(b.m, b.n - b.offset)
+        if first < last:
+            found[first + b.offset : last + b.offset] += self.weight[first:last]
+        return found.mul_(self.gain.reshape(()))
+
+    def _complete(
+        self, rows: tuple[Tensor, Tensor, int] | None, columns: tuple[Tensor, Tensor] | None = None,
+        last: Last | None = None, totals: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        b, sweep = self.block, self.sweep
+        product_x, out_x, first = rows or (None, None, 0)
+        product_y, out_y = columns or (None, None)
+        sums, tiles = (last.totals, last.tiles) if last else ((None, None, None), (0, 0))
+        kept, lines = sweep.kept, sweep.lines
+        outs, factors = (out_x, out_y), (b.factor_x, b.factor_y)
+        projects = [self.project and factor is not None for factor in factors]
+        zeroes = [
+            self.project
+            and torch.float16 in (b.x.dtype, *(o.dtype for o in (out,) if o is not None))
+            for out in outs
+        ]
+        count = 0 if out_x is None else len(out_x)
+        programs = (
+            cdiv(count, ROWS) + (0 if out_y is None else cdiv(b.n, ROWS)) + (last is not None)
+        )
+        strides = [0 if t is None else t.stride(0) for t in (product_x, product_y)]
+        strides += [b.x.stride(0), b.y.stride(0)]
+        strides += [0 if t is None else t.stride(0) for t in outs]
+        launch.launch(
+            complete.complete_kernel, programs, product_x, product_y, b.x, b.y, *factors,
+            self.weight, self.gain, b.scale, *outs, *sums, lines.valid, kept.moments, lines.exact,
+            sweep.positive, totals, b.m, b.n, b.d, count, first, b.offset, *tiles, kept.rows,
+            *strides, SPREAD=sweep.spread, PROJECT_X=projects[0], PROJECT_Y=projects[1],
+            CLAMPED_IS_ZERO_X=zeroes[0], CLAMPED_IS_ZERO_Y=zeroes[1], ENLARGED=sweep.enlarged,
+            ROWS=ROWS, BK=COLUMNS, LANES=LANES, num_warps=8,
+        )  # fmt: skip
