@@ -8,7 +8,7 @@ from . import reference
 from .engine.backends import choose
 from .engine.block import NO_POSITIVES
 from .engine.checks import budget_of, check_contrast, product_dtype
-from .engine.line_statistics import Inputs, Request, block_of, line_statistics
+from .engine.line_statistics import Inputs, StatisticsOptions, block_of, line_statistics
 from .kinds import LineStatistics
 
 
@@ -103,7 +103,7 @@ def contrast(
             normalize=normalize,
         )  # fmt: skip
     budget = budget_of(memory_budget, x.device)
-    request = Request(engine, dtype, normalize, bool(rows), bool(columns), budget)
+    options = StatisticsOptions(engine, dtype, normalize, bool(rows), bool(columns), budget)
     offset = NO_POSITIVES if offset is None else offset
-    block = block_of(inputs, ids, margin, offset, kind, is_positive, request)
-    return line_statistics(inputs, block, request)
+    block = block_of(inputs, ids, margin, offset, kind, is_positive, options)
+    return line_statistics(inputs, block, options)

@@ -22,12 +22,12 @@ def clip(engine: str, inputs: Inputs, budget: int) -> tuple[Tensor, ...]:
     """
     from fastclip.engine import operators
     from fastclip.engine.block import Block, Side, Upstream, Wanted
-    from fastclip.engine.kept import PLANS
+    from fastclip.engine.kept import KEPT_BY
 
     x, y, scale = inputs.x.detach(), inputs.y.detach(), inputs.scale.detach()
     m, n = len(x), len(y)
     block = Block(Side(x), Side(y), scale, kind="softmax")
-    found = operators.sweep(engine, block, keep=PLANS[engine].keep(block, budget))
+    found = operators.sweep(engine, block, keep=KEPT_BY[engine].keep(block, budget))
 
     # Rows and the first M columns have a positive; the others have no loss, so no coefficient.
     own = found.state[:, : 2 * m].contiguous()

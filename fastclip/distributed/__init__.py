@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..engine.checks import check_features
-from ..engine.no_compile import uncompiled
+from ..engine.no_compile import no_compile
 from ..kinds import LineStatistics
 from . import traced
 from .agreement import agree, check_world, refuse
-from .block_row import Sharing
+from .block_row import GradientMode
 from .calls import ContrastCall, LossCall, begin_contrast, begin_loss
 from .shard import Shard
 from .sharded_loss import sharded_loss
@@ -100,9 +100,9 @@ def clip_loss(
         compares; elsewhere every call does, through CPU memory. RuntimeError where a rank has died:
         within the group's timeout, which is gloo's and NCCL's to keep.
     """
-    return shared_loss(
+    return distributed_loss(
         "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
-        Sharing(ring=ring), uneven, normalize, backend, memory_budget, live,
+        GradientMode(ring=ring), uneven, normalize, backend, memory_budget, live,
     )  # fmt: skip
 
 
@@ -132,16 +132,16 @@ def siglip_loss(
     forward makes the gradients (all texts gathered, float32 or on GPUs) these wait for the backward
     and are there twice, `4 B D` more, when it scales them.
     """
-    return shared_loss(
+    return distributed_loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
-        Sharing(ring=ring), uneven, normalize, backend, memory_budget, live,
+        GradientMode(ring=ring), uneven, normalize, backend, memory_budget, live,
     )  # fmt: skip
 
 
-def shared_loss(
+def distributed_loss(
     kind: str, x: Tensor, y: Tensor, logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None, process_group: dist.ProcessGroup | None, sharing: Sharing,
-    uneven: bool, normalize: bool = False, backend: str | None = None,
+    logit_bias: Tensor | float | None, process_group: dist.ProcessGroup | None,
+    mode: GradientMode, uneven: bool, normalize: bool = False, backend: str | None = None,
     memory_budget: int | None = None, live: tuple[int, int] | None = None,
     world: tuple[str, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
@@ -150,13 +150,13 @@ def shared_loss(
     world: of a module its name, and the rank and world size that it was told.
     """
     inputs = x, y, logit_scale, logit_bias
-    call = LossCall(kind, sharing, uneven, normalize, backend, memory_budget, live, world)
+    call = LossCall(kind, mode, uneven, normalize, backend, memory_budget, live, world)
     if torch.compiler.is_compiling() and traced.takes_loss(inputs, process_group, call):
         return traced.loss(inputs, process_group, call)
     return _eager_loss(inputs, process_group, call)
 
 
-@uncompiled
+@no_compile
 def _eager_loss(
     inputs: tuple[Any, ...], process_group: dist.ProcessGroup | None, call: LossCall
 ) -> Tensor:
@@ -231,7 +231,7 @@ def contrast(
     return _eager_contrast(given, process_group, call)
 
 
-@uncompiled
+@no_compile
 def _eager_contrast(
     given: tuple[Any, ...], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> LineStatistics:
@@ -257,7 +257,7 @@ class _Gather(torch.autograd.Function):
         return ctx.shard.scatter_sum(g), None
 
 
-@uncompiled
+@no_compile
 def gather_features(
     image_features: Tensor,
     text_features: Tensor,

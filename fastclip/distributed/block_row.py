@@ -15,7 +15,7 @@ from torch import Tensor
 from ..engine import operators
 from ..engine.block import NO_POSITIVES, Block, Side, Statistics, Upstream, Wanted
 from ..engine.fused_loss import cast
-from ..engine.kept import PLANS
+from ..engine.kept import KEPT_BY
 from ..engine.operator_checks import accumulation_dtype, state_dtype
 from ..engine.operators import Gradients
 from ..engine.torch_engine import merge
@@ -24,7 +24,7 @@ from .exchange import Gathered, Ring, Visit
 from .shard import Shard
 
 
-class Sharing(NamedTuple):
+class GradientMode(NamedTuple):
     """Which value a rank returns, and which gradients come back to it.
 
     The default is exact: after a mean over ranks, as DDP takes it, all gradients are those of one
@@ -159,7 +159,7 @@ def sweep(
         if 0 in block.sizes():
             kept.append(x.new_empty(0))
             continue
-        keep = PLANS[row.engine].keep(block, budget * block.sizes()[1] // shard.batch)
+        keep = KEPT_BY[row.engine].keep(block, budget * block.sizes()[1] // shard.batch)
         found = operators.sweep(row.engine, block, bound, occupied(block), keep)
         kept.append(found.kept)
         count = block.sizes()[0]

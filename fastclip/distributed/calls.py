@@ -24,11 +24,11 @@ from ..engine.checks import (
     scalar,
 )
 from ..engine.checks import check_contrast as check_contrast_inputs
-from ..engine.fused_loss import Plan
-from ..engine.line_statistics import Inputs, Request
+from ..engine.fused_loss import LossOptions
+from ..engine.line_statistics import Inputs, StatisticsOptions
 from ..kinds import KINDS, kind_of
 from .agreement import agree, agree_on_sides, check_world, ranks_of, refuse
-from .block_row import Sharing
+from .block_row import GradientMode
 from .shard import Shard
 from .sharded_loss import Context
 from .sharded_loss import Inputs as LossInputs
@@ -41,7 +41,7 @@ class LossCall(NamedTuple):
     """The options of a loss, as they were given."""
 
     kind: str
-    sharing: Sharing
+    sharing: GradientMode
     uneven: bool
     normalize: bool
     backend: str | None
@@ -69,7 +69,7 @@ class ContrastCall(NamedTuple):
 
 class CheckedLoss(NamedTuple):
     inputs: LossInputs
-    plan: Plan
+    plan: LossOptions
     live: tuple[int, int] | None
     alike: dict[str, int | torch.dtype]  # what ranks must have in common
 
@@ -139,7 +139,7 @@ def check_loss(
     }  # fmt: skip
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
-    plan = Plan(call.kind, engine, dtype, call.normalize, "mean", budget)
+    plan = LossOptions(call.kind, engine, dtype, call.normalize, "mean", budget)
     return CheckedLoss((x, y, scale, bias), plan, live, alike)
 
 
@@ -162,7 +162,9 @@ def check_contrast(
     }  # fmt: skip
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
-    request = Request(engine, dtype, call.normalize, bool(call.rows), bool(call.columns), budget)
+    request = StatisticsOptions(
+        engine, dtype, call.normalize, bool(call.rows), bool(call.columns), budget
+    )
     offset = NO_POSITIVES if call.offset is None else call.offset
     task = Task(request, ids, margin, offset, call.kind, positive, NOBODYS, call.ring)
     return CheckedContrast(Inputs(x, y, scale, bias, key_bias), task, alike)

@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..engine.block import NO_POSITIVES, Block
-from ..engine.fused_loss import Plan, refuse_second_derivative
-from ..engine.kept import PLANS
-from ..engine.line_statistics import Inputs, Request, statistics_of
+from ..engine.fused_loss import LossOptions, refuse_second_derivative
+from ..engine.kept import KEPT_BY
+from ..engine.line_statistics import Inputs, StatisticsOptions, statistics_of
 from ..engine.operator_checks import state_dtype
 from . import sharded_loss, sharded_statistics
 from .agreement import NEEDS, group_named, group_of, ranks_of
-from .block_row import TENSORS, BlockRow, Sharing, Swept
+from .block_row import TENSORS, BlockRow, GradientMode, Swept
 from .calls import ContrastCall, LossCall, begin_contrast, begin_loss, check_contrast, check_loss
 from .shard import Parcel, Shard, starts_of
 from .sharded_statistics import Task
@@ -47,7 +47,7 @@ class Trace(NamedTuple):
     SCHEMA = "str group, int ranks, str engine, bool[] needs, bool saves, str edition"
 
 
-class LossOptions(NamedTuple):
+class TracedOptions(NamedTuple):
     """`LossCall`, flat."""
 
     kind: str
@@ -69,7 +69,7 @@ class LossOptions(NamedTuple):
     )
 
     @classmethod
-    def of(cls, call: LossCall, dtype: torch.dtype) -> LossOptions:
+    def of(cls, call: LossCall, dtype: torch.dtype) -> TracedOptions:
         live = None if call.live is None else list(call.live)
         module, rank, world_size = call.world or (None, 0, 0)
         return cls(
@@ -78,8 +78,8 @@ class LossOptions(NamedTuple):
         )  # fmt: skip
 
     @property
-    def sharing(self) -> Sharing:
-        return Sharing(self.whole_value, self.from_others, self.ring)
+    def sharing(self) -> GradientMode:
+        return GradientMode(self.whole_value, self.from_others, self.ring)
 
     @property
     def call(self) -> LossCall:
@@ -100,9 +100,9 @@ _CONTRAST_INPUTS = f"{_LOSS_INPUTS}, Tensor? key_bias"
 _OTHERS = "Tensor? x_ids, Tensor? y_ids, Tensor? margin"
 
 _SCHEMAS = {
-    "rank_loss": f"({_LOSS_INPUTS}, {LossOptions.SCHEMA}, {Trace.SCHEMA}) -> Tensor[]",
+    "rank_loss": f"({_LOSS_INPUTS}, {TracedOptions.SCHEMA}, {Trace.SCHEMA}) -> Tensor[]",
     "rank_loss_backward": f"(Tensor upstream, {_LOSS_INPUTS}, Tensor[] saved,"
-    f" {LossOptions.SCHEMA}, {Trace.SCHEMA}) -> Tensor[]",
+    f" {TracedOptions.SCHEMA}, {Trace.SCHEMA}) -> Tensor[]",
     "rank_contrast": f"({_CONTRAST_INPUTS}, {_OTHERS}, {_CONTRAST}, {Trace.SCHEMA}) -> Tensor[]",
     "rank_contrast_backward": f"(Tensor[] upstream, {_CONTRAST_INPUTS}, Tensor[] statistics,"
     f" Tensor[] saved, {_CONTRAST}, {Trace.SCHEMA}) -> Tensor[]",
@@ -215,7 +215,7 @@ def _loss_results(
 def _rank_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
-    options, trace = _split(LossOptions, arguments)
+    options, trace = _split(TracedOptions, arguments)
     _check_ranks(trace)
     leaves = _leaves((x, y, scale, bias), trace.needs)
     with torch.set_grad_enabled(trace.saves):
@@ -227,7 +227,7 @@ def _rank_loss(
 def _fake_rank_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
-    options, trace = _split(LossOptions, arguments)
+    options, trace = _split(TracedOptions, arguments)
     try:
         checked = check_loss((x, y, scale, bias), group_named(trace.group), options.call)
     except (TypeError, ValueError, RuntimeError):
@@ -241,9 +241,9 @@ def _rank_loss_backward(
     upstream: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None,
     saved: Sequence[Tensor], *arguments: Any,
 ) -> list[Tensor]:  # fmt: skip
-    options, trace = _split(LossOptions, arguments)
+    options, trace = _split(TracedOptions, arguments)
     inputs, (told, *saved) = (x, y, scale, bias), saved
-    plan = Plan(options.kind, trace.engine, options.dtype, options.normalize, "mean", 0)
+    plan = LossOptions(options.kind, trace.engine, options.dtype, options.normalize, "mean", 0)
     shard = _again(trace, x.shape[0], options.live, told)
     context = sharded_loss.Context(plan, shard, options.sharing)
     block = context.own(*inputs)
@@ -325,7 +325,9 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     inputs, (found, saved, *rest) = Inputs(*arguments[:count]), arguments[count:]
     call, trace = _split(ContrastCall, rest)
     told, beside, (state, positive, *kept) = saved[0], saved[1 : TENSORS + 1], saved[TENSORS + 1 :]
-    request = Request(trace.engine, call.dtype, call.normalize, call.rows, call.columns, 0)
+    request = StatisticsOptions(
+        trace.engine, call.dtype, call.normalize, call.rows, call.columns, 0
+    )
     offset = NO_POSITIVES if call.offset is None else call.offset
     shard = _again(trace, inputs.y.shape[0], None, told)
     positive_ids = call.same_id == "positive"
@@ -334,7 +336,7 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     columns = sharded_statistics.columns_of(*own.sizes(), task)
     row = BlockRow(trace.engine, columns, call.normalize, _with_beside(own, beside))
     if not kept:
-        nothing = PLANS[trace.engine].empty(own.x.features, own.y.features, 0)
+        nothing = KEPT_BY[trace.engine].empty(own.x.features, own.y.features, 0)
         kept = [nothing] * columns.visits
     swept = Swept(state, positive, tuple(kept))
     gradients = sharded_statistics.backward(

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engine import operators
 from ..engine.block import Block, Upstream
 from ..engine.fused_loss import (
-    Plan,
+    LossOptions,
     bias_of,
     cast,
     differentiates,
@@ -28,7 +28,7 @@ from ..engine.fused_loss import (
 )
 from ..engine.operator_checks import accumulation_dtype, state_dtype
 from ..kinds import Kind, kind_of
-from .block_row import TENSORS, BlockRow, Sharing, Swept, Weighing, merge_columns, to_features
+from .block_row import TENSORS, BlockRow, GradientMode, Swept, Weighing, merge_columns, to_features
 from .block_row import sweep as sweep_row
 from .exchange import Gathered, Ring
 from .shard import Shard
@@ -37,9 +37,9 @@ Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
 
 
 class Context(NamedTuple):
-    plan: Plan
+    plan: LossOptions
     shard: Shard
-    sharing: Sharing
+    sharing: GradientMode
 
     @property
     def kind(self) -> type[Kind]:
@@ -74,8 +74,8 @@ class Context(NamedTuple):
 
 
 def sharded_loss(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan, shard: Shard,
-    sharing: Sharing,
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: LossOptions, shard: Shard,
+    sharing: GradientMode,
 ) -> Tensor:  # fmt: skip
     """The mean of the ranks' values is the mean over all pairs. x, y (b, D) are this rank's."""
     context = Context(plan, shard, sharing)

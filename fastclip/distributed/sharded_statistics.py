@@ -17,7 +17,15 @@ from torch import Tensor
 from ..engine import pairs
 from ..engine.block import Block, Side, Upstream
 from ..engine.fused_loss import cast, differentiates, refuse_second_derivative, scalar_like
-from ..engine.line_statistics import Inputs, Request, block_of, finish, made_of, named, weights
+from ..engine.line_statistics import (
+    Inputs,
+    StatisticsOptions,
+    block_of,
+    finish,
+    made_of,
+    named,
+    weights,
+)
 from ..kinds import LineStatistics, kind_of
 from .block_row import (
     TENSORS,
@@ -36,7 +44,7 @@ from .shard import Shard
 class Task(NamedTuple):
     """The questions about the inputs of this rank."""
 
-    request: Request
+    request: StatisticsOptions
     ids: tuple[Tensor, Tensor] | None
     margin: Tensor | None
     offset: int
@@ -97,7 +105,7 @@ def _of_own(state: Tensor, row: BlockRow) -> Tensor:
 
 
 def forward(
-    inputs: Inputs, row: BlockRow, request: Request, budget: int
+    inputs: Inputs, row: BlockRow, request: StatisticsOptions, budget: int
 ) -> tuple[tuple[Tensor, ...], Swept]:
     """Statistics, and what `backward` takes beside them."""
 
@@ -144,7 +152,7 @@ class _ShardedStatistics(torch.autograd.Function):
         return *gradients, None
 
 
-def _upstream(row: BlockRow, request: Request, own: Upstream) -> Upstream:
+def _upstream(row: BlockRow, request: StatisticsOptions, own: Upstream) -> Upstream:
     """From coefficients of own rows and own columns to those of own rows and all columns."""
     shard, m = row.shard, row.rows
     coefficients, positive_weight, largest = own
@@ -160,8 +168,8 @@ def _upstream(row: BlockRow, request: Request, own: Upstream) -> Upstream:
 
 
 def backward(
-    inputs: Inputs, row: BlockRow, request: Request, found: Sequence[Tensor], swept: Swept,
-    upstream: Sequence[Tensor], wanted: Sequence[bool],
+    inputs: Inputs, row: BlockRow, request: StatisticsOptions, found: Sequence[Tensor],
+    swept: Swept, upstream: Sequence[Tensor], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the inputs, for those of the statistics."""
     shard, needs = row.shard, Inputs(*wanted[: len(Inputs._fields)])

@@ -22,7 +22,7 @@ from ..engine.line_statistics import named, statistics_of
 from ..kinds import LineStatistics
 from .agreement import group_named, ranks_of
 from .calls import ContrastCall, LossCall, engine_of
-from .operators import LossOptions, Trace
+from .operators import Trace, TracedOptions
 
 
 def _is_plain(value: Any, optional: bool = True) -> bool:
@@ -131,13 +131,13 @@ def _tensor(name: str, value: Any, x: Tensor) -> Tensor | None:
 
 
 def loss(given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall) -> Tensor:
-    """`distributed.shared_loss`, in a graph."""
+    """`distributed.distributed_loss`, in a graph."""
     x, y, scale, bias = given
     scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
     dtype = product_dtype(x, y)
     inputs = x, y, scale, bias
     trace = _trace(inputs, process_group, call, dtype)
-    return torch.ops.fastclip.rank_loss(*inputs, *LossOptions.of(call, dtype), *trace)[0]
+    return torch.ops.fastclip.rank_loss(*inputs, *TracedOptions.of(call, dtype), *trace)[0]
 
 
 def contrast(

@@ -17,7 +17,7 @@ from ..kinds import kind_of
 from . import operators
 from .block import Block, Side, Statistics, Upstream, Wanted
 from .checks import refuse_forward_mode
-from .kept import PLANS
+from .kept import KEPT_BY
 from .operator_checks import accumulation_dtype, state_dtype
 
 EPS = 1e-12  # F.normalize's
@@ -25,7 +25,7 @@ EPS = 1e-12  # F.normalize's
 REDUCTIONS = ("none", "mean", "sum")
 
 
-class Plan(NamedTuple):
+class LossOptions(NamedTuple):
     """The settings of a call."""
 
     kind: str
@@ -40,24 +40,26 @@ class Plan(NamedTuple):
     in_one_go: bool = False
 
 
-def fused_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+def fused_loss(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: LossOptions
+) -> Tensor:
     """The loss of paired features x, y (N, D); scale, bias of one element each."""
     traced = is_traced()
     refuse_forward_mode(x, y, scale, bias)
-    block = _block(x, y, scale, bias, plan)
+    block = _block(x, y, scale, bias, options)
     if differentiates(x, y, scale, bias):
         # Within torch.func's transforms a tensor need not know that it is differentiated.
         every = torch._C._are_functorch_transforms_active()
         needs_x, needs_y = x.requires_grad or every, y.requires_grad or every
-        in_one_go = _makes_gradients_at_once(x, y, needs_x, needs_y, plan)
-        plan = plan._replace(needs_x=needs_x, needs_y=needs_y, in_one_go=in_one_go)
+        in_one_go = _makes_gradients_at_once(x, y, needs_x, needs_y, options)
+        options = options._replace(needs_x=needs_x, needs_y=needs_y, in_one_go=in_one_go)
         if not traced:
-            return _FusedLoss.apply(x, y, scale, bias, block, plan)
-        value, *_ = _TracedLoss.apply(x, y, scale, bias, *without_inputs(block).flat(), *plan)
+            return _FusedLoss.apply(x, y, scale, bias, block, options)
+        value, *_ = _TracedLoss.apply(x, y, scale, bias, *without_inputs(block).flat(), *options)
         return value
-    state, positive, _ = operators.sweep(plan.engine, block)
-    losses, _, _ = _finish(block, state, positive, plan)
-    return _reduce(losses, plan)
+    state, positive, _ = operators.sweep(options.engine, block)
+    losses, _, _ = _finish(block, state, positive, options)
+    return _reduce(losses, options)
 
 
 def is_traced() -> bool:
@@ -73,9 +75,12 @@ def differentiates(*inputs: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in inputs)
 
 
-def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan) -> Block:
-    sides = (side_of(x, plan.dtype, plan.normalize), side_of(y, plan.dtype, plan.normalize))
-    return Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
+def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: LossOptions) -> Block:
+    sides = (
+        side_of(x, options.dtype, options.normalize),
+        side_of(y, options.dtype, options.normalize),
+    )
+    return Block(*sides, scale, bias_of(bias, options.kind), kind=options.kind)
 
 
 def bias_of(bias: Tensor | None, kind: str) -> Tensor | None:
@@ -110,17 +115,17 @@ def side_of(x: Tensor, dtype: torch.dtype, normalize: bool) -> Side:
 
 
 def _finish(
-    block: Block, state: Tensor, positive: Tensor, plan: Plan
+    block: Block, state: Tensor, positive: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return operators.finish(plan.engine, state, positive, block.scale, block.bias, plan.kind)
+    return operators.finish(options.engine, state, positive, block.scale, block.bias, options.kind)
 
 
-def _reduce(losses: Tensor, plan: Plan) -> Tensor:
+def _reduce(losses: Tensor, options: LossOptions) -> Tensor:
     """Losses of rows, then of columns (2 N) to the result."""
-    dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
-    if plan.reduction == "mean":
+    dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
+    if options.reduction == "mean":
         return losses.mean(dtype=dtype)
-    if plan.reduction == "sum":
+    if options.reduction == "sum":
         return losses.sum(dtype=dtype) / 2
     return losses.unflatten(0, (2, -1)).mean(0, dtype=dtype)
 
@@ -130,23 +135,25 @@ def _share(n: int, reduction: str) -> float:
     return 1 / n if reduction == "mean" else 1.0
 
 
-def _forward(block: Block, plan: Plan) -> tuple[Tensor, Sequence[Tensor]]:
+def _forward(block: Block, options: LossOptions) -> tuple[Tensor, Sequence[Tensor]]:
     """The value, and what the backward takes."""
-    if plan.in_one_go:
-        state, positive, *gradients = _sweep_and_weigh(block, plan)
-        losses, _, _ = _finish(block, state, positive, plan)
-        return _reduce(losses, plan), gradients
-    keep = PLANS[plan.engine].keep(block, plan.memory_budget)
-    state, positive, kept = operators.sweep(plan.engine, block, keep=keep)
-    losses, coefficients, weights = _finish(block, state, positive, plan)
-    return _reduce(losses, plan), (state, positive, kept, coefficients, weights)
+    if options.in_one_go:
+        state, positive, *gradients = _sweep_and_weigh(block, options)
+        losses, _, _ = _finish(block, state, positive, options)
+        return _reduce(losses, options), gradients
+    keep = KEPT_BY[options.engine].keep(block, options.memory_budget)
+    state, positive, kept = operators.sweep(options.engine, block, keep=keep)
+    losses, coefficients, weights = _finish(block, state, positive, options)
+    return _reduce(losses, options), (state, positive, kept, coefficients, weights)
 
 
 _Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
 
 
-def _save(ctx: Any, inputs: _Inputs, block: Block, found: Sequence[Tensor], plan: Plan) -> None:
-    ctx.plan = plan
+def _save(
+    ctx: Any, inputs: _Inputs, block: Block, found: Sequence[Tensor], options: LossOptions
+) -> None:
+    ctx.options = options
     operands = block.x.features, block.x.factor, block.y.features, block.y.factor
     ctx.save_for_backward(*inputs, *operands, *found)
 
@@ -154,11 +161,11 @@ def _save(ctx: Any, inputs: _Inputs, block: Block, found: Sequence[Tensor], plan
 def _backward(ctx: Any, g: Tensor) -> Sequence[Tensor | None]:
     """Gradients of x, y, scale and bias."""
     x, y, scale, bias, x_operand, factor_x, y_operand, factor_y, *found = ctx.saved_tensors
-    kind = ctx.plan.kind
+    kind = ctx.options.kind
     sides = Side(x_operand, factor_x), Side(y_operand, factor_y)
     block = Block(*sides, scale, bias_of(bias, kind), kind=kind)
     with torch.no_grad():
-        make = _unit_backward if ctx.plan.in_one_go else _weigh_backward
+        make = _unit_backward if ctx.options.in_one_go else _weigh_backward
         gradients = make(ctx, block, (x, y, scale, bias), found, g)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         gradients = refuse_second_derivative(gradients, g, x, y, scale)
@@ -170,13 +177,19 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, block: Block, plan: Plan
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        block: Block,
+        options: LossOptions,
     ) -> Tensor:
-        value, found = _forward(block, plan)
+        value, found = _forward(block, options)
         ctx.waiting = None
-        if plan.in_one_go:
+        if options.in_one_go:
             ctx.waiting, found = found, ()
-        _save(ctx, (x, y, scale, bias), block, found, plan)
+        _save(ctx, (x, y, scale, bias), block, found, options)
         return value
 
     @staticmethod
@@ -193,30 +206,30 @@ class _TracedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        _, block, plan = _unpacked(arguments)
-        value, found = _forward(block, plan)
+        _, block, options = _unpacked(arguments)
+        value, found = _forward(block, options)
         return value, *found
 
     @staticmethod
     def setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        inputs, block, plan = _unpacked(arguments)
+        inputs, block, options = _unpacked(arguments)
         _, *found = output
         ctx.mark_non_differentiable(*found)
-        _save(ctx, inputs, block, found, plan)
+        _save(ctx, inputs, block, found, options)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, g), *(None for _ in range(Block.COUNT + len(ctx.plan)))
+        return *_backward(ctx, g), *(None for _ in range(Block.COUNT + len(ctx.options)))
 
 
-def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, Block, Plan]:
+def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, Block, LossOptions]:
     x, y, scale, bias, *rest = arguments
-    block, plan = Block.of(rest)
-    return (x, y, scale, bias), with_inputs(block, scale, bias), Plan(*plan)
+    block, options = Block.of(rest)
+    return (x, y, scale, bias), with_inputs(block, scale, bias), LossOptions(*options)
 
 
 def _makes_gradients_at_once(
-    x: Tensor, y: Tensor, needs_x: bool, needs_y: bool, plan: Plan
+    x: Tensor, y: Tensor, needs_x: bool, needs_y: bool, options: LossOptions
 ) -> bool:
     """True where the forward makes the gradients for upstream 1: where weights are known before the
     sweep, and gradients may wait in fp32 for the backward.
@@ -224,22 +237,22 @@ def _makes_gradients_at_once(
     Where the features have that dtype they become the gradients; else they are work space, which
     GPUs have: there a sweep saved is a quarter of the time.
     """
-    if not kind_of(plan.kind).is_linear or plan.reduction == "none":
+    if not kind_of(options.kind).is_linear or options.reduction == "none":
         return False
     # Torch 2.11 compiles no product of a symbolic size and a bool.
     waiting = x.shape[0] * x.shape[1] * int(needs_x) + y.shape[0] * y.shape[1] * int(needs_y)
-    dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
     if x.dtype == y.dtype == dtype or x.device.type == "cuda":
         return True
-    return waiting * dtype.itemsize <= plan.memory_budget
+    return waiting * dtype.itemsize <= options.memory_budget
 
 
-def _sweep_and_weigh(block: Block, plan: Plan) -> tuple[Tensor, ...]:
+def _sweep_and_weigh(block: Block, options: LossOptions) -> tuple[Tensor, ...]:
     x = block.x.features
-    share = _share(x.shape[0], plan.reduction)
+    share = _share(x.shape[0], options.reduction)
     gain = torch.full((), share, dtype=state_dtype(x.device), device=x.device)
     return operators.sweep_and_weigh(
-        plan.engine, block, gain, plan.needs_x, plan.needs_y, plan.normalize
+        options.engine, block, gain, options.needs_x, options.needs_y, options.normalize
     )
 
 
@@ -253,7 +266,7 @@ def _unit_backward(
         # through a retained graph makes its own.
         gradients, ctx.waiting = ctx.waiting, None
         if gradients is None:
-            _, _, *gradients = _sweep_and_weigh(block, ctx.plan)
+            _, _, *gradients = _sweep_and_weigh(block, ctx.options)
         # The usual upstream is 1. On a GPU asking would wait for it.
         if g.device.type != "cpu" or g.item() != 1:
             for gradient in gradients:
@@ -280,23 +293,23 @@ def _weigh_backward(
     ctx: Any, block: Block, inputs: _Inputs, found: Sequence[Tensor], g: Tensor
 ) -> Sequence[Tensor | None]:
     state, positive, kept, coefficients, weights = found
-    plan, (x, y, scale, bias) = ctx.plan, inputs
+    options, (x, y, scale, bias) = ctx.options, inputs
     needs_x, needs_y, needs_scale, needs_bias = ctx.needs_input_grad[:4]
     dx = dy = dscale = dbias = None
     sees_bias = block.bias is not None
     if needs_x or needs_y or needs_scale or (needs_bias and sees_bias):
         weights = weights.unflatten(0, (2, -1)).sum(0)
-        if plan.reduction == "none":
+        if options.reduction == "none":
             # Weights keep order 1, whatever the upstream gradients: a common factor goes outside.
             largest = g.abs().amax()
             relative = (g / torch.where(largest > 0, largest, 1)).to(state.dtype)
             coefficients, weights = coefficients * relative.repeat(2), weights * relative
             g = largest
-        gain = g * (_share(x.shape[0], plan.reduction) / 2)
+        gain = g * (_share(x.shape[0], options.reduction) / 2)
         dx, dy, totals, _ = operators.weigh(
-            plan.engine, block, Statistics(state, positive, kept),
+            options.engine, block, Statistics(state, positive, kept),
             Upstream(coefficients, weights, gain),
-            Wanted(needs_x, needs_y, False, plan.normalize, x.dtype, y.dtype),
+            Wanted(needs_x, needs_y, False, options.normalize, x.dtype, y.dtype),
         )  # fmt: skip
         dbias, dscale = totals.unbind()
     if needs_bias:

@@ -137,4 +137,4 @@ class Weights:
         return kept.dtype == torch.uint8 and rows > 0 and rows % Weights.row(x, len(y)) == 0
 
 
-PLANS = {"cpu": Products, "cuda": Products, "torch": Nothing, "triton": Weights}
+KEPT_BY = {"cpu": Products, "cuda": Products, "torch": Nothing, "triton": Weights}

@@ -29,11 +29,11 @@ from .fused_loss import (
     with_inputs,
     without_inputs,
 )
-from .kept import PLANS
+from .kept import KEPT_BY
 from .operator_checks import accumulation_dtype
 
 
-class Request(NamedTuple):
+class StatisticsOptions(NamedTuple):
     """The settings of a call."""
 
     engine: str
@@ -56,11 +56,11 @@ class Inputs(NamedTuple):
 
 def block_of(
     inputs: Inputs, ids: tuple[Tensor, Tensor] | None, margin: Tensor | None, offset: int,
-    kind: str, same_id_positive: bool, request: Request,
+    kind: str, same_id_positive: bool, options: StatisticsOptions,
 ) -> Block:  # fmt: skip
     """The operands of the inputs, as constants."""
     with torch.no_grad():
-        x, y = (side_of(t, request.dtype, request.normalize) for t in inputs[:2])
+        x, y = (side_of(t, options.dtype, options.normalize) for t in inputs[:2])
         if ids is not None:
             codes = pairs.codes_of(*ids)
             x, y = x._replace(ids=codes[0]), y._replace(ids=codes[1])
@@ -71,20 +71,20 @@ def block_of(
         return Block(x, y, inputs.scale, bias, inputs.key_bias, offset, kind, same_id_positive)
 
 
-def line_statistics(inputs: Inputs, block: Block, request: Request) -> LineStatistics:
+def line_statistics(inputs: Inputs, block: Block, options: StatisticsOptions) -> LineStatistics:
     """The statistics of a block of the inputs."""
     with torch.no_grad():
-        occupied = pairs.occupied(block, sum(block.sizes()), request.rows, request.columns)
+        occupied = pairs.occupied(block, sum(block.sizes()), options.rows, options.columns)
     if differentiates(*inputs):
         if is_traced():
             flat = without_inputs(block).flat()
-            found = _TracedStatistics.apply(*inputs, *flat, occupied, *request)
+            found = _TracedStatistics.apply(*inputs, *flat, occupied, *options)
         else:
-            found = _LineStatistics.apply(*inputs, block, occupied, request)
+            found = _LineStatistics.apply(*inputs, block, occupied, options)
     else:
-        state, positive, _ = operators.sweep(request.engine, block, occupied=occupied)
+        state, positive, _ = operators.sweep(options.engine, block, occupied=occupied)
         found = finish(block, state, positive, inputs.bias)
-    return named(found, block.same_id_positive, request.rows, request.columns)
+    return named(found, block.same_id_positive, options.rows, options.columns)
 
 
 def named(
@@ -170,18 +170,18 @@ class _Own:
 
 
 def _forward(
-    inputs: Inputs, block: Block, occupied: Tensor | None, request: Request
+    inputs: Inputs, block: Block, occupied: Tensor | None, options: StatisticsOptions
 ) -> tuple[tuple[Tensor, ...], Statistics]:
-    keep = PLANS[request.engine].keep(block, request.memory_budget)
-    statistics = operators.sweep(request.engine, block, occupied=occupied, keep=keep)
+    keep = KEPT_BY[options.engine].keep(block, options.memory_budget)
+    statistics = operators.sweep(options.engine, block, occupied=occupied, keep=keep)
     return finish(block, statistics.state, statistics.positive, inputs.bias), statistics
 
 
 def _save(
-    ctx: Any, inputs: Inputs, block: Block, request: Request, output: tuple[Tensor, ...]
+    ctx: Any, inputs: Inputs, block: Block, options: StatisticsOptions, output: tuple[Tensor, ...]
 ) -> None:
     ctx.set_materialize_grads(False)
-    ctx.request = request
+    ctx.options = options
     ctx.block_options = block.offset, block.kind, block.same_id_positive
     ctx.save_for_backward(*inputs, *block.x, *block.y, *output)
 
@@ -207,9 +207,9 @@ class _LineStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *inputs, block, occupied, request = arguments
-        found, statistics = _forward(Inputs(*inputs), block, occupied, request)
-        _save(ctx, Inputs(*inputs), block, request, (*found, *statistics))
+        *inputs, block, occupied, options = arguments
+        found, statistics = _forward(Inputs(*inputs), block, occupied, options)
+        _save(ctx, Inputs(*inputs), block, options, (*found, *statistics))
         return found
 
     @staticmethod
@@ -229,21 +229,21 @@ class _TracedStatistics(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        inputs, block, _, request = _unpacked(arguments)
+        inputs, block, _, options = _unpacked(arguments)
         ctx.mark_non_differentiable(*output[-len(Statistics._fields) :])
-        _save(ctx, inputs, block, request, output)
+        _save(ctx, inputs, block, options, output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        others = Block.COUNT + 1 + len(ctx.request)
+        others = Block.COUNT + 1 + len(ctx.options)
         return *_backward(ctx, upstream), *(None for _ in range(others))
 
 
-def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Block, Tensor | None, Request]:
+def _unpacked(arguments: tuple[Any, ...]) -> tuple[Inputs, Block, Tensor | None, StatisticsOptions]:
     count = len(Inputs._fields)
-    block, (occupied, *request) = Block.of(arguments[count:])
+    block, (occupied, *options) = Block.of(arguments[count:])
     inputs = Inputs(*arguments[:count])
-    return inputs, with_inputs(block, *inputs[2:]), occupied, Request(*request)
+    return inputs, with_inputs(block, *inputs[2:]), occupied, StatisticsOptions(*options)
 
 
 def _gradients(
@@ -256,10 +256,10 @@ def _gradients(
         of_own = given.positives
         return [None] * len(needs) if of_own is None else _of_own(ctx, inputs, block, of_own)
     coefficients, of_bias = weights(block, inputs.bias, found, state, given)
-    request = ctx.request
+    options = ctx.options
     dx, dy, totals, dkey_bias = operators.weigh(
-        request.engine, block, Statistics(state, positive, kept), coefficients,
-        Wanted(needs.x, needs.y, needs.key_bias, request.normalize, inputs.x.dtype, inputs.y.dtype),
+        options.engine, block, Statistics(state, positive, kept), coefficients,
+        Wanted(needs.x, needs.y, needs.key_bias, options.normalize, inputs.x.dtype, inputs.y.dtype),
     )  # fmt: skip
     if of_bias is not None:
         _, of_scale = totals
@@ -280,8 +280,8 @@ def _of_own(ctx: Any, inputs: Inputs, block: Block, g: Tensor) -> list[Tensor | 
     x, y, scale, bias, key_bias = leaves
     with torch.enable_grad():
         wide = accumulation_dtype(block.x.features)
-        sides = [t.to(ctx.request.dtype).to(wide) for t in (x, y)]
-        if ctx.request.normalize:
+        sides = [t.to(ctx.options.dtype).to(wide) for t in (x, y)]
+        if ctx.options.normalize:
             sides = [F.normalize(t, dim=1, eps=EPS) for t in sides]
         columns, inside = pairs.partners(*block.sizes(), block.offset, g.device)
         logits = scale.reshape(()).to(g.dtype) * (sides[0] * sides[1][columns]).sum(1).to(g.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def no_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compiler.disable`, without importing the compiler before somebody compiles.
 
     For calls whose sizes other ranks tell, and for arguments that no operator takes.

@@ -79,7 +79,7 @@ from torch import Tensor
 
 from . import flops, operator_checks
 from .block import Block, Side, Statistics, Upstream, Wanted
-from .kept import PLANS
+from .kept import KEPT_BY
 from .operator_checks import accumulation_dtype, state_dtype
 
 SCHEMAS = {
@@ -153,7 +153,7 @@ def _fake_statistics(block: Block) -> tuple[Tensor, Tensor]:
 
 
 def _fake_sweep(engine: str, block: Block, bound: Any, occupied: Any, keep: int) -> Statistics:
-    kept = PLANS[engine].empty(block.x.features, block.y.features, keep)
+    kept = KEPT_BY[engine].empty(block.x.features, block.y.features, keep)
     return Statistics(*_fake_statistics(block), kept)
 
 
@@ -260,7 +260,7 @@ def implement(engine: str, module: ModuleType) -> None:
     def isolated(name: str) -> Callable[..., Any]:
         implementation, check = getattr(module, name), getattr(operator_checks, name)
         if name == "weigh":
-            check = functools.partial(check, plan=PLANS[engine])
+            check = functools.partial(check, plan=KEPT_BY[engine])
 
         # The caller's autocast would reach into the engine's own products and round its logits.
         @functools.wraps(implementation)

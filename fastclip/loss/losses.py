@@ -10,13 +10,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .. import reference
-from ..distributed.block_row import Sharing
+from ..distributed.block_row import GradientMode
 from ..distributed.shard import shard_of_one
 from ..distributed.sharded_loss import sharded_loss
 from ..engine.backends import choose
 from ..engine.checks import budget_of, check_features, check_live, product_dtype, scalar
-from ..engine.fused_loss import REDUCTIONS, Plan, fused_loss
-from ..engine.no_compile import uncompiled
+from ..engine.fused_loss import REDUCTIONS, LossOptions, fused_loss
+from ..engine.no_compile import no_compile
 
 
 def clip_loss(
@@ -134,17 +134,24 @@ def _loss(
                 'live pairs must be reduced to "mean" or "sum" by a fused engine, got '
                 f"reduction={reduction!r}, backend={backend!r}"
             )
-        plan = Plan(kind, engine, dtype, normalize, "mean", budget)
-        value = _live_loss(x, y, scale, bias, plan, live)
+        options = LossOptions(kind, engine, dtype, normalize, "mean", budget)
+        value = _live_loss(x, y, scale, bias, options, live)
         return value * x.shape[0] if reduction == "sum" else value
     if engine == "reference":
         return dense(x, y, scale, bias, normalize=normalize, reduction=reduction)
-    return fused_loss(x, y, scale, bias, Plan(kind, engine, dtype, normalize, reduction, budget))
+    return fused_loss(
+        x, y, scale, bias, LossOptions(kind, engine, dtype, normalize, reduction, budget)
+    )
 
 
-@uncompiled
+@no_compile
 def _live_loss(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: Plan, live: tuple[int, int]
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    live: tuple[int, int],
 ) -> Tensor:
     """One process is a rank without others."""
-    return sharded_loss(x, y, scale, bias, plan, shard_of_one(x, y, live), Sharing())
+    return sharded_loss(x, y, scale, bias, options, shard_of_one(x, y, live), GradientMode())

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import gather_features, shared_loss
-from ..distributed.block_row import Sharing
+from ..distributed import distributed_loss, gather_features
+from ..distributed.block_row import GradientMode
 from .losses import clip_loss, siglip_loss
 
 
@@ -164,9 +164,9 @@ class ClipLoss(nn.Module):
             labels = self.get_ground_truth(image_features.device, per_image.shape[0])
             loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
         elif self.world_size > 1:
-            sharing = Sharing(not self.local_loss, self.gather_with_grad, self.ring)
+            sharing = GradientMode(not self.local_loss, self.gather_with_grad, self.ring)
             world = ("ClipLoss", self.rank, self.world_size)
-            loss = shared_loss(
+            loss = distributed_loss(
                 "softmax", *inputs, self.process_group, sharing, self.uneven, live=live, world=world
             )
         else:
@@ -290,9 +290,9 @@ class SigLipLoss(nn.Module):
             across = self._dense_across if self.world_size > 1 else self._loss
             loss = across(*inputs)
         elif self.world_size > 1:
-            sharing = Sharing(ring=self.dist_impl in ("bidir", "shift"))
+            sharing = GradientMode(ring=self.dist_impl in ("bidir", "shift"))
             world = ("SigLipLoss", self.rank, self.world_size)
-            loss = shared_loss(
+            loss = distributed_loss(
                 "sigmoid", *inputs, self.process_group, sharing, self.uneven, live=live, world=world
             )
         else:

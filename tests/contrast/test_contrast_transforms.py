@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastclip import LineStatistics, clip_loss, contrast, siglip_loss
-from fastclip.engine.kept import PLANS
+from fastclip.engine.kept import KEPT_BY
 
 D = 8
 
@@ -180,7 +180,7 @@ def test_flops_are_counted_in_passes(loss: str, engine: str, device: torch.devic
             value = LOSSES[loss](x, y, backend=engine, memory_budget=budget)
             forward = counter.get_total_flops()
             value.backward()
-        keeps = PLANS[engine].__name__ == "Products" and budget > 0
+        keeps = KEPT_BY[engine].__name__ == "Products" and budget > 0
         passes = (3, 3) if loss == "siglip" else (1, 3 if keeps else 4)
         assert forward == passes[0] * 2 * n * n * D
         assert counter.get_total_flops() == passes[1] * 2 * n * n * D

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastclip import distributed
 from fastclip.distributed import traced
-from fastclip.distributed.block_row import Sharing
+from fastclip.distributed.block_row import GradientMode
 from fastclip.distributed.calls import ContrastCall, LossCall
 
 
@@ -197,7 +197,7 @@ def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     inputs = [t.requires_grad_() for t in torch.randn(2, 5, 8)] + [torch.tensor(2.0)]
     monkeypatch.setattr(torch.ops.fastclip, name, listening)
     if name == "rank_loss":
-        call = LossCall("sigmoid", Sharing(), False, True, None, None, None, None)
+        call = LossCall("sigmoid", GradientMode(), False, True, None, None, None, None)
         traced.loss((*inputs, None), None, call)
     else:
         call = ContrastCall(0, "positive", True, True, "softmax", True, False, False, None, None)

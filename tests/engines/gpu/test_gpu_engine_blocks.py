@@ -35,7 +35,7 @@ from support.triton_case import needs_engine
 
 from fastclip.engine import kept as kept_plans
 from fastclip.engine.block import Block as Arguments
-from fastclip.engine.kept import PLANS
+from fastclip.engine.kept import KEPT_BY
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
@@ -152,10 +152,10 @@ def test_kept_products(gpu_engine: str, loss: str, shape: tuple[int, int]) -> No
     m, n = enlarged(*shape)
     block = make_block(m, n, 12, torch.bfloat16, loss=loss, offset=-3, factors=(True, True))
     for budget in (4 * EDGE * min(m, n), 1 << 40):
-        keep = PLANS[gpu_engine].keep(Arguments.of(block.arguments)[0], budget)
+        keep = KEPT_BY[gpu_engine].keep(Arguments.of(block.arguments)[0], budget)
         check(gpu_engine, block, keep, what=f"{keep} rows")
         state, positive, kept = sweep(gpu_engine, block, keep)
-        assert 0 < kept.nbytes <= budget and PLANS[gpu_engine].made(block.x, block.y, kept)
+        assert 0 < kept.nbytes <= budget and KEPT_BY[gpu_engine].made(block.x, block.y, kept)
         weights = make_weights(state, m)
         before = weigh(gpu_engine, block, state, positive, weights, kept)
         # Of kept weights the bytes before the rows say whether they are to be read.
@@ -286,5 +286,5 @@ def test_kept_sums_that_overflow_are_not_used(monkeypatch: pytest.MonkeyPatch) -
     m, n = enlarged(40, 70)
     x = torch.ones(m, 8)
     block = make_block(m, n, 8, scale=1e-14)._replace(x=1e8 * x, y=1e8 * torch.ones(n, 8))
-    keep = PLANS["triton"].keep(Arguments.of(block.arguments)[0], 1 << 30)
+    keep = KEPT_BY["triton"].keep(Arguments.of(block.arguments)[0], 1 << 30)
     check("triton", block, keep)

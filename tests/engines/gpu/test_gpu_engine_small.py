@@ -15,7 +15,7 @@ from support.gpu_engine_case import check, check_in_one_go
 from support.triton_case import needs_engine
 
 from fastclip.engine.block import Block as Arguments
-from fastclip.engine.kept import PLANS
+from fastclip.engine.kept import KEPT_BY
 from fastclip.loss import clip_loss, siglip_loss
 
 pytestmark = [
@@ -73,7 +73,7 @@ def test_nothing_is_kept(launches: Counter) -> None:
     """What the budget allows is not used: reading it would take another launch."""
     for loss in ("softmax", "sigmoid"):
         block = make_block(40, 50, 24, torch.bfloat16, loss=loss)
-        check("triton", block, PLANS["triton"].keep(Arguments.of(block.arguments)[0], 1 << 30))
+        check("triton", block, KEPT_BY["triton"].keep(Arguments.of(block.arguments)[0], 1 << 30))
     assert not launches["weigh_kept_kernel"] and not launches["moments_kernel"]
 
 
