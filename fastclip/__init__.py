@@ -1,13 +1,14 @@
 """fastclip: CLIP and SigLIP losses that never build the similarity matrix.
 
-    from fastclip.loss import ClipLoss, SigLipLoss    # open_clip's signatures, call by call
-    from fastclip.loss import clip_loss, siglip_loss  # the functions beneath
+    from fastclip.loss import ClipLoss, SigLipLoss    # open_clip's classes, same signatures
+    from fastclip.loss import clip_loss, siglip_loss  # the functions beneath them
 
-    from fastclip import contrast                     # statistics to write a loss of one's own on
-    from fastclip import distributed, cached_step     # batches over processes; beyond memory
+    from fastclip import contrast                     # statistics to write your own loss with
+    from fastclip import distributed                  # batches that are spread over processes
+    from fastclip import cached_step                  # batches that the towers cannot hold at once
 
-`fastclip.backends()` tells which engines can run here, and why each other one cannot;
-`fastclip.reference` holds the same losses, dense and obvious.
+`fastclip.backends()` lists the engines and the reason why each of the others cannot run here.
+`fastclip.reference` has the same losses, dense and obvious.
 """
 
 from .cached import cached_step

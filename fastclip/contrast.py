@@ -1,13 +1,13 @@
-"""`contrast`: the statistics that every contrastive loss is a few lines of PyTorch on."""
+"""`contrast`: statistics of rows and columns, from which a loss is a few lines of PyTorch."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
 from .engine.backends import choose
 from .engine.block import NO_POSITIVES
 from .engine.checks import budget_of, check_contrast, product_dtype
+from .engine.dense_statistics import dense_contrast
 from .engine.line_statistics import Inputs, StatisticsOptions, block_of, line_statistics
 from .kinds import LineStatistics
 
@@ -30,11 +30,11 @@ def contrast(
     backend: str | None = None,
     memory_budget: int | None = None,
 ) -> LineStatistics:
-    """Statistics of each row and column of an M x N matrix of logits, without the matrix.
+    """Returns statistics of each row and column of an M x N matrix of logits, without the matrix.
 
         c = contrast(x, y, logit_scale)
 
-    is, where the matrix would fit,
+    computes the same as
 
         logits = (logit_scale * x @ y.T).double()
         own = torch.eye(M, N, dtype=torch.bool)
@@ -42,7 +42,7 @@ def contrast(
         c.rows, c.columns = negatives.logsumexp(1), negatives.logsumexp(0)
         c.positives = logits.diagonal()  # NaN where a row has no column of its own
 
-    A loss is a few lines on it, and has the gradients of these lines, exactly:
+    A loss is a few lines that use these statistics; autograd gives its exact gradients:
 
         loss = (F.softplus(c.rows - c.positives) + F.softplus(c.columns - c.positives)).mean() / 2
         loss = F.softplus(c.rows - c.positives).mean()  # InfoNCE, one way (arXiv 1807.03748)
@@ -51,41 +51,43 @@ def contrast(
 
     Args:
         x, y: (M, D), (N, D), float64, float32, bfloat16 or float16, any strides. Mixed dtypes
-            promote, autocast counts, as in `clip_loss`.
+            promote and autocast applies as in `clip_loss`.
         logit_scale: already exponentiated; a number or a tensor of one element.
-        logit_bias: the same, added to all logits; None: 0.
-        offset: column i + offset is row i's own positive, where there is one; None: no row has one.
-        ids: (x_ids (M), y_ids (N)), integers: a pair with equal ids is not a negative.
-        same_id: "ignore" leaves such pairs out; "positive" makes them positives of both their
-            lines, as the own positive always is.
+        logit_bias: a number or a tensor of one element, added to all logits; None: 0.
+        offset: the own positive of row i is column i + offset, if there is such a column; None: no
+            row has an own positive.
+        ids: (x_ids (M), y_ids (N)), integers. A pair with equal ids is not a negative.
+        same_id: "ignore" leaves pairs with equal ids out; "positive" makes them positives of their
+            row and their column, beside the own positives.
         false_negative_margin: a number or a tensor of one element, in units of the similarity
-            `<x_i, y_j>`, after `normalize` and before the scale. A negative whose similarity
-            exceeds its line's own positive's by more is left out of that line. Duplicates of the
-            positive stay at margin 0. A line without an own positive keeps all its negatives.
-            No gradient flows through the comparison.
+            `<x_i, y_j>`, after `normalize` and before the scale. A line (a row or a column) leaves
+            out each negative whose similarity exceeds that of the line's own positive by more than
+            the margin. At margin 0 duplicates of the positive stay. A line without an own positive
+            keeps all its negatives. No gradient flows through the comparison.
         key_bias: (N), floating point, added to the logits of each column, with a gradient; -inf
             takes a column out.
-        rows, columns: which statistics are wanted; the others are None.
-        kind: "softmax", or "sigmoid": sums of softplus instead of log-sum-exps. `fastclip.kinds`
-            says how to add one.
+        rows, columns: which statistics to compute; the others are None.
+        kind: "softmax" for log-sum-exps, "sigmoid" for sums of softplus. `fastclip.kinds` explains
+            how to add a kind.
         normalize: divide rows of x and y by max(norm, 1e-12) first, fused.
-        backend, memory_budget: as in `clip_loss`. A kind that a compiled engine does not have runs
-            on the plain PyTorch engine.
+        backend, memory_budget: as in `clip_loss`. The plain PyTorch engine serves kinds that the
+            compiled engines do not have.
 
     Returns:
         `LineStatistics`: rows (M), columns (N), positives (M), and with `same_id="positive"`
-        row_positives (M), column_positives (N), each differentiable, in float64: at scale 100
-        float32 would cost the gradients more than dense float32 logits do. They have gradients in
-        x, y, logit_scale, logit_bias and key_bias, but no second derivative. Lines without pairs
-        have -inf (sigmoid: 0), and no gradient.
+        row_positives (M), column_positives (N). They are float64: at scale 100 float32 statistics
+        would make the gradients less accurate than dense float32 logits do. They are differentiable
+        once, with respect to x, y, logit_scale, logit_bias and key_bias. The statistic of a line
+        without pairs is -inf (sigmoid: 0) and has no gradient.
 
     Raises:
-        TypeError: features, ids or key_bias that are no tensors, or of other dtypes; an offset that
-            is no int; a scale, bias or margin that is no number, or a memory_budget.
+        TypeError: features, ids or key_bias that are no tensors or have another dtype; an offset
+            that is no int; a scale, bias, margin or memory_budget that is no number.
         ValueError: shapes or devices that do not fit, an empty side, an unknown kind, same_id or
-            backend, "positive" without ids, neither rows nor columns, a negative budget, an offset
-            beyond 2^62.
-        RuntimeError: forward mode (torch.func.jvp, dual numbers); a second derivative.
+            backend, same_id="positive" without ids, neither rows nor columns, a negative budget,
+            an offset beyond 2^62.
+        RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
+            derivative.
     """
     scale, bias, ids, margin = check_contrast(
         x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, offset=offset,
@@ -97,7 +99,7 @@ def contrast(
     inputs = Inputs(x, y, scale, bias, key_bias)
     is_positive = same_id == "positive"
     if engine == "reference":
-        return reference.contrast(
+        return dense_contrast(
             x, y, scale, bias, offset=offset, ids=ids, same_id=same_id,
             false_negative_margin=margin, key_bias=key_bias, rows=rows, columns=columns, kind=kind,
             normalize=normalize,

@@ -1,24 +1,24 @@
-"""The kinds of statistic that a line can keep of its pairs, in PyTorch: two functions each.
+"""The kinds of statistic of a row or column, in PyTorch; `register` adds your own.
 
-A *line* is a row or a column: a feature together with all its pairs. The engine streams the pairs
-and hands over, for each line, a state that remembers its negatives; the own positive stays apart.
-A kind says what a pair adds to the state, and what that is worth in the gradient:
+A *line* is a row or a column of the matrix of logits: a feature with all its pairs. The engine
+streams the pairs and returns, for each line, a state of its negatives; own positives stay apart. A
+kind is two functions of a pair's logit:
 
-    fold(logit, shift)         what a pair adds to its line's sum
+    fold(logit, shift)         the pair's term in its line's sum
     activation(logit, shift)   the derivative of the line's statistic with respect to the logit, up
                                to a factor of the line
 
-Logits and shifts are in log2 units, `s * log2(e)`. The statistic is the sum itself, or, for a kind
-with a shift, `log(sum) + shift`: exponentials are taken relative to the shift, which keeps them
-within range.
+Logits and shifts are in log2 units, `s * log2(e)`. The statistic is the sum itself or, for a kind
+with a shift, `log(sum) + shift`: exponentials are relative to the shift, which keeps them within
+range.
 
-A loss that is fused to its end brings a third function, `finish`: loss, coefficient and positive's
-weight of a line whose own positive has logit s. A pair's loss is half its row's plus half its
-column's. Keeping positives apart loses nothing where training succeeds: `softmax - 1` cancels
-there, `-R / (R + P)` does not.
+A loss that is fused to its end needs a third function, `finish`. For a line whose own positive has
+logit s it returns the loss, the coefficient of the line and the weight of the positive. The loss of
+a pair is half its row's plus half its column's. Positives stay apart for accuracy: when training
+succeeds `softmax - 1` cancels, `-R / (R + P)` does not.
 
-`register` adds a kind. The plain PyTorch engine serves every kind; a compiled engine those that it
-has the two functions of, under the same name (`csrc/epilogues.h`, `triton_kernels/epilogues.py`).
+The plain PyTorch engine serves every kind. A compiled engine serves those whose two functions it
+has under the same name (`csrc/epilogues.h`, `triton_kernels/epilogues.py`).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ LN2 = math.log(2.0)
 
 
 class Kind:
-    """The traits and functions of a kind; never instantiated."""
+    """The traits and functions of a kind. It is never instantiated."""
 
     name: str
-    # Sums are of exponentials relative to a shift, and their logarithm is the statistic. A bias
-    # common to all logits moves it by as much, so that the engine does not see the bias.
+    # True: the sums are of exponentials relative to a shift, and the statistic is their logarithm.
+    # A bias common to all logits just adds to it, so the engine does not get the bias.
     has_shift = False
-    # `finish` has coefficients of 1: weights are known before the sweep, which makes the loss and
-    # its gradients in one go.
+    # True: `finish` returns coefficients of 1, so weights are known before the sweep, and one sweep
+    # makes the loss and its gradients.
     is_linear = False
-    # Positives by id are folded with the sign of their logits changed.
+    # True: positives by id are folded with negated logits.
     negates_positives = False
 
     @classmethod
@@ -77,10 +77,10 @@ class Softmax(Kind):
 
     @staticmethod
     def finish(shift: Tensor, sum: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # log(1 + R / P), in the log domain: neither R nor P needs to be representable.
+        # log(1 + R / P) in the log domain: neither R nor P needs to be representable.
         z = (torch.log2(sum) + shift) * LN2 - s
         positive = torch.exp2(s * LOG2E - shift)
-        # The clamp only matters to a line without negatives whose positive underflows.
+        # The clamp only matters for a line without negatives whose positive underflows.
         total = (sum + positive).clamp_min(torch.finfo(sum.dtype).tiny)
         return F.softplus(z, threshold=60), total.reciprocal(), -sum / total
 
@@ -110,7 +110,7 @@ KINDS: dict[str, type[Kind]] = {}
 
 
 def register(kind: type[Kind]) -> type[Kind]:
-    """Adds a kind under its name.
+    """Adds a kind under its name, and returns it: a decorator.
 
     Raises:
         ValueError: another kind has that name.
@@ -121,7 +121,7 @@ def register(kind: type[Kind]) -> type[Kind]:
 
 
 def kind_of(name: str) -> type[Kind]:
-    """Raises ValueError for an unknown name."""
+    """Returns the kind of a name; raises ValueError for an unknown one."""
     if name not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {name!r}")
     return KINDS[name]
@@ -132,14 +132,14 @@ for _kind in (Softmax, Sigmoid):
 
 
 class LineStatistics(NamedTuple):
-    """Statistics of each line's pairs; float64 (float32 on Apple GPUs).
+    """Statistics of each row's and each column's pairs; float64 (float32 on Apple GPUs).
 
-    rows (M), columns (N): log-sum-exp of each line's negatives, -inf without any; with
-        `kind="sigmoid"` the sum of their softplus, 0 without any. None where not asked for.
-    positives (M): the logit of each row's own positive; NaN for a row without.
-    row_positives (M), column_positives (N): with `same_id="positive"` log-sum-exp of each line's
-        positives, its own included; with `kind="sigmoid"` the sum of softplus of their negated
-        logits. Else None.
+    rows (M), columns (N): the log-sum-exp of each line's negatives, -inf without any; with
+        `kind="sigmoid"` the sum of their softplus, 0 without any. None if not wanted.
+    positives (M): the logit of each row's own positive; NaN for a row without one.
+    row_positives (M), column_positives (N): with `same_id="positive"` the log-sum-exp of each
+        line's positives, the own one included; with `kind="sigmoid"` the sum of softplus of their
+        negated logits. Otherwise None.
     """
 
     rows: Tensor | None

@@ -1,4 +1,4 @@
-"""Which engines can run here, and why each other one cannot."""
+"""The engines that can run here, the reason why each other one cannot, and the default."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from . import operators, preference, torch_engine
 
 AVAILABLE = "available"
 
-# Of a CUDA card, for a fused engine: bf16 on tensor cores.
+# The least capability of a CUDA card for a fused engine: bf16 on tensor cores.
 LEAST_CAPABILITY = (8, 0)
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
-    """The compiled module, whose import registers its operators; or None and the reason."""
+    """Imports the compiled module, which registers its operators; returns it, and availability."""
     try:
         module = importlib.import_module("fastclip._C")
         built = str(module.build_info()["torch"])
-        # It uses C++ internals of torch: that it loads beside another release proves nothing.
+        # It uses C++ internals of torch: loading beside another release proves nothing.
         if built.partition("+")[0] != torch.__version__.partition("+")[0]:
             raise ImportError("its torch is another release")
         return module, AVAILABLE
@@ -48,31 +48,32 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 
 def build_info() -> dict[str, object] | None:
-    """Compiler, torch built against, instruction sets, product, threads; None if not compiled."""
+    """Returns compiler, torch, instruction sets, matrix product and threads of the compiled module;
+    None without one."""
     return None if _MODULE is None else _MODULE.build_info()
 
 
 def release_workspace() -> None:
-    """Frees the buffers that wait for the next step, on CPUs.
+    """Frees the buffers that the CPU engine reuses from step to step.
 
-    Products kept for a backward and gradients of a MiB and more, once freed: at most 512 MiB, and
-    whatever `memory_budget` is now.
+    Kept products and gradients of a MiB and more wait there once freed: at most 512 MiB, whatever
+    `memory_budget` is.
     """
     if _MODULE is not None:
         _MODULE.release_workspace()
 
 
 def backends() -> dict[str, str]:
-    """Every engine's name, with "available" or the reason why it cannot run here.
+    """Returns the name of every engine, with "available" or the reason why it cannot run here.
 
-    "cpu" is the C++ engine, "cuda" the C++ engine for CUDA tensors, "triton" the Triton engine for
-    them, "torch" the plain PyTorch engine for any device, "reference" the dense loss that engines
-    are compared with.
+    "cpu" is the C++ engine for CPU tensors, "cuda" the C++ engine for CUDA tensors, "triton" the
+    Triton engine for them, "torch" the plain PyTorch engine for any device, "reference" the dense
+    loss.
     """
     return {
-        "cpu": _CPU_STATUS,
-        "cuda": _status("cuda", None),
-        "triton": _status("triton", None),
+        "cpu": _CPU_AVAILABILITY,
+        "cuda": _availability("cuda", None),
+        "triton": _availability("triton", None),
         "torch": AVAILABLE,
         "reference": AVAILABLE,
     }
@@ -86,13 +87,13 @@ def _warn_of_fallback(device: str, reason: str) -> None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors: for tests."""
+    """True if Triton's kernels run in its interpreter on CPU tensors, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
 def _capability(device: int | None) -> tuple[int, int] | None:
-    """Of a CUDA device, where there is one."""
+    """The capability of a CUDA device; None without one."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
@@ -109,7 +110,7 @@ def _card_problem(device: int | None) -> str | None:
 
 def _find_cuda(device: int | None) -> str:
     if _MODULE is None:
-        return _CPU_STATUS
+        return _CPU_AVAILABILITY
     info = _MODULE.build_info()
     if not info["cuda"]:
         reason = info.get("why_no_cuda", "by an earlier version of fastclip")
@@ -127,13 +128,18 @@ def _find_cuda(device: int | None) -> str:
 
 
 def _runs_on(code: str, capability: tuple[int, int]) -> bool:
-    """sm_86 is code for cards of 8.6 to 8.9, compute_86 PTX for all from 8.6 on; with an "a" both
-    are for 8.6 alone, with an "f" for 8.6 to 8.9."""
+    """True if a card of this capability runs that code.
+
+    sm_86 runs on cards of 8.6 to 8.9, compute_86 (PTX) on all from 8.6. With the suffix "a" both
+    run on 8.6 alone, with "f" on 8.6 to 8.9.
+    """
     kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code).groups()
-    of = (int(number[:-1]), int(number[-1]))
+    target = (int(number[:-1]), int(number[-1]))
     if suffix == "a":
-        return of == capability
-    return of <= capability and (of[0] == capability[0] or (kind == "compute" and not suffix))
+        return target == capability
+    return target <= capability and (
+        target[0] == capability[0] or (kind == "compute" and not suffix)
+    )
 
 
 def _find_triton(device: int | None) -> str:
@@ -148,7 +154,7 @@ def _find_triton(device: int | None) -> str:
     if found is None or tuple(map(int, found.groups())) < oldest:
         return f"it needs Triton {oldest[0]}.{oldest[1]} or later, got {triton.__version__}"
     if not interpreted():
-        try:  # its driver is compiled on first use: no C compiler, no kernels
+        try:  # compiles the driver on first use, which needs a C compiler
             triton.runtime.driver.active.get_current_target()
         except Exception as error:
             return f"Triton's driver does not start: {(str(error) or repr(error)).splitlines()[0]}"
@@ -156,24 +162,25 @@ def _find_triton(device: int | None) -> str:
 
 
 _FINDERS = {"cuda": _find_cuda, "triton": _find_triton}
-_STATUS: dict[tuple[str, int | None], str] = {}
+_AVAILABILITY: dict[tuple[str, int | None], str] = {}
 
 
-def _status(engine: str, device: int | None) -> str:
-    """For a CUDA device; None asks for the current one. Looks at Triton only where it can run."""
-    if (engine, device) not in _STATUS:
-        _STATUS[engine, device] = _FINDERS[engine](device)
-    return _STATUS[engine, device]
+def _availability(engine: str, device: int | None) -> str:
+    """A GPU engine's availability on a CUDA device, by default the current one. Triton is imported
+    only if it can run."""
+    if (engine, device) not in _AVAILABILITY:
+        _AVAILABILITY[engine, device] = _FINDERS[engine](device)
+    return _AVAILABILITY[engine, device]
 
 
 def _rows(device: int | None, dtype: torch.dtype) -> list[preference.Row]:
-    """Those of the table that hold for a card and the products of this dtype."""
+    """The rows of the table that hold for a card and a dtype."""
     products, capability = preference.products_of(dtype), _capability(device) or (0, 0)
     return [row for row in preference.TABLE if row.takes(products, capability)]
 
 
 def _asked() -> str | None:
-    """What FASTCLIP_GPU asks for."""
+    """The value of FASTCLIP_GPU, or None."""
     name, known = os.environ.get("FASTCLIP_GPU") or None, (*_FINDERS, "torch")
     if name is not None and name not in known:
         raise ValueError(f"FASTCLIP_GPU must be one of {', '.join(map(repr, known))}, got {name!r}")
@@ -181,22 +188,22 @@ def _asked() -> str | None:
 
 
 def _has_kind(engine: str, kind: str) -> bool:
-    """An engine has the kind's functions; one that is not available has none."""
+    """True if an engine has the functions of a kind. An engine that cannot run has none."""
     if engine in ("torch", "reference"):
         return kind in KINDS
     if engine == "triton":
-        if _status(engine, None) != AVAILABLE:
+        if _availability(engine, None) != AVAILABLE:
             return False
         return kind in importlib.import_module("fastclip.triton_kernels.epilogues").EPILOGUES
     return kind in _COMPILED_KINDS
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler here: a compiled
-# loss asks once, when it is compiled.
-for _function in (_status, _rows, _asked, _has_kind):
+# This is torch.compiler.assume_constant_result without its import of the compiler: a compiled loss
+# asks once, when it is compiled.
+for _function in (_availability, _rows, _asked, _has_kind):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-# The types of device whose tensors an engine takes; those that are not here take any.
+# The device types whose tensors an engine takes. Engines that are not listed take any.
 _SERVED = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
 
@@ -206,16 +213,16 @@ def _serves(backend: str, device: torch.device) -> bool:
     return device.type in _SERVED.get(backend, (device.type,))
 
 
-def _state(backend: str, device: torch.device) -> str | None:
-    """ "available", the reason why not, or None for a name that is no backend's."""
+def _availability_of(backend: str, device: torch.device) -> str | None:
+    """The availability of a backend, or None for an unknown name."""
     if backend in _FINDERS:
-        return _status(backend, device.index if device.type == "cuda" else None)
-    return {"cpu": _CPU_STATUS, "torch": AVAILABLE, "reference": AVAILABLE}.get(backend)
+        return _availability(backend, device.index if device.type == "cuda" else None)
+    return {"cpu": _CPU_AVAILABILITY, "torch": AVAILABLE, "reference": AVAILABLE}.get(backend)
 
 
 def _default(device: torch.device, dtype: torch.dtype, logits: int, d: int, kind: str) -> str:
     if device.type == "cpu":
-        reason = _CPU_STATUS
+        reason = _CPU_AVAILABILITY
         if reason == AVAILABLE:
             return "cpu" if _has_kind("cpu", kind) else "torch"
     elif device.type == "cuda":
@@ -223,9 +230,9 @@ def _default(device: torch.device, dtype: torch.dtype, logits: int, d: int, kind
             return "torch"
         engines = preference.order(_rows(device.index, dtype), logits, d)
         for engine in engines:
-            if _status(engine, device.index) == AVAILABLE:
+            if _availability(engine, device.index) == AVAILABLE:
                 return engine if _has_kind(engine, kind) else "torch"
-        reason = "; ".join(f"{engine}: {_status(engine, device.index)}" for engine in engines)
+        reason = "; ".join(f"{engine}: {_availability(engine, device.index)}" for engine in engines)
     elif device.type == "meta":
         return "torch"
     else:
@@ -239,34 +246,35 @@ def choose(
     backend: str | None, device: torch.device, dtype: torch.dtype, logits: int, d: int,
     kind: str = "softmax",
 ) -> str:  # fmt: skip
-    """The engine for so many logits of d features, the dtype of their products, and a kind of
-    statistic. None takes the one that `preference.py` puts first of those that can run; falling
-    back to plain PyTorch warns once, unless the kind is a user's own. float64 on GPUs is always the
-    plain engine's.
+    """Returns the engine for a number of logits, their width d, the dtype of products, and a kind.
+
+    `backend=None` takes the first engine of `preference.py` that can run. Falling back to plain
+    PyTorch warns once, unless the reason is a kind that the user registered. float64 on GPUs always
+    goes to the plain PyTorch engine.
 
     Raises:
-        ValueError: unknown or unavailable, or one that does not serve this device or kind.
+        ValueError: a backend that is unknown or cannot run, or does not serve this device or kind.
     """
     if backend is None and device.type == "cuda":
         backend = _asked()
     if backend is None:
         return _default(device, dtype, logits, d, kind)
-    # Of this one alone: asking for all of them would start CUDA where nobody wants it, and fail in
-    # a process that was forked from one that uses it.
-    state = _state(backend, device)
-    if state == AVAILABLE and _serves(backend, device) and not _has_kind(backend, kind):
+    # Only this backend is asked: asking all would initialise CUDA needlessly, and would fail in a
+    # process that was forked from one that uses CUDA.
+    availability = _availability_of(backend, device)
+    if availability == AVAILABLE and _serves(backend, device) and not _has_kind(backend, kind):
         raise ValueError(
             f"kind {kind!r} must be one that backend {backend!r} has; plain PyTorch has all: "
             f"backend=None or 'torch', got {backend!r}"
         )
-    if state == AVAILABLE and _serves(backend, device):
+    if availability == AVAILABLE and _serves(backend, device):
         return "torch" if backend in _FINDERS and dtype == torch.float64 else backend
-    status = backends()
-    available = ", ".join(repr(name) for name, reason in status.items() if reason == AVAILABLE)
-    if backend not in status:
-        rule = f"backend must be None or one of {', '.join(map(repr, status))}"
-    elif state != AVAILABLE:
-        rule = f"backend {backend!r} cannot run here ({state})"
+    known = backends()
+    available = ", ".join(repr(name) for name, reason in known.items() if reason == AVAILABLE)
+    if backend not in known:
+        rule = f"backend must be None or one of {', '.join(map(repr, known))}"
+    elif availability != AVAILABLE:
+        rule = f"backend {backend!r} cannot run here ({availability})"
     else:
         kind = {"cpu": "CPU", "cuda": "CUDA"}[_SERVED[backend][0]]
         rule = f"backend {backend!r} takes {kind} tensors, got tensors on {device}"
@@ -275,5 +283,5 @@ def choose(
 
 operators.implement("torch", torch_engine)
 operators.implement("triton", triton_kernels)
-_MODULE, _CPU_STATUS = _load_extension()
+_MODULE, _CPU_AVAILABILITY = _load_extension()
 _COMPILED_KINDS = frozenset(() if _MODULE is None else _MODULE.build_info()["kinds"])

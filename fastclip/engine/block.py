@@ -1,6 +1,7 @@
-"""A rectangular block of logits and what is asked about it: the operators' arguments, in bundles.
+"""The operators' arguments in bundles: a block of logits, statistics, upstream factors, requests.
 
-Schemas know tensors and numbers only (`ops.py`), so every bundle says how it is laid out there.
+A schema holds tensors and numbers only (`operators.py`), so each bundle has the part of the schema
+that it is flattened to.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# An offset that no block reaches; a number of its own, so that a compiled graph serves every N.
+# An offset that no block reaches. It is a constant, so that a compiled graph serves every N.
 NO_POSITIVES = 1 << 40
 
 
 class Side(NamedTuple):
-    """The rows or the columns of a block: L lines."""
+    """One side of a block: its rows or its columns, L lines."""
 
     features: Tensor  # (L, D)
-    factor: Tensor | None = None  # (L): 1 / norm; None: features are taken as they are
-    ids: Tensor | None = None  # (L) int32: pairs of equal ids are no negatives
-    threshold: Tensor | None = None  # (L): a negative of larger t does not count for this line
+    factor: Tensor | None = None  # (L): 1 / norm; None: 1
+    ids: Tensor | None = None  # (L) int32: pairs with equal ids are not negatives
+    threshold: Tensor | None = None  # (L): negatives with a larger t are left out of the line
 
 
 class Block(NamedTuple):
@@ -33,9 +34,9 @@ class Block(NamedTuple):
     scale: Tensor  # one element
     bias: Tensor | None = None  # one element
     key_bias: Tensor | None = None  # (N)
-    offset: int = 0  # the own positive of row i is column i + offset, where that lies in the block
+    offset: int = 0  # the own positive of row i is column i + offset, if the block has that column
     kind: str = "softmax"
-    same_id_positive: bool = False  # pairs of equal ids are positives; else they are left out
+    same_id_positive: bool = False  # pairs with equal ids are positives; else left out
 
     SCHEMA = (
         "Tensor x, Tensor? factor_x, Tensor? ids_x, Tensor? threshold_x,"
@@ -46,23 +47,23 @@ class Block(NamedTuple):
     COUNT = SCHEMA.count(",") + 1  # of arguments
 
     def flat(self) -> tuple[Any, ...]:
-        """In the order of the schema."""
+        """The arguments in the order of the schema."""
         return *self.x, *self.y, *self[2:]
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> tuple[Block, tuple[Any, ...]]:
-        """The block that an operator's arguments begin with, and the arguments that follow it."""
+        """Splits an operator's arguments into the block and the arguments after it."""
         half, sides = len(Side._fields), 2 * len(Side._fields)
         x, y = Side(*arguments[:half]), Side(*arguments[half:sides])
         return cls(x, y, *arguments[sides : cls.COUNT]), tuple(arguments[cls.COUNT :])
 
     def sizes(self) -> tuple[int, int]:
-        """M and N. No property: Dynamo of torch 2.10 reads none of a named tuple."""
+        """M and N. This is no property, since Dynamo of torch 2.10 reads none of a named tuple."""
         return self.x.features.shape[0], self.y.features.shape[0]
 
     @property
     def is_plain(self) -> bool:
-        """Every pair but the own positives is a negative of both of its lines."""
+        """True if every pair but the own positives is a negative of its row and its column."""
         return self.x.ids is None and self.x.threshold is None and self.key_bias is None
 
 
@@ -77,7 +78,7 @@ class Statistics(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The factors of pairs' weights beside their activations."""
+    """The factors that multiply the activations in the weights of pairs."""
 
     coefficients: Tensor  # (M + N): a, b; or (2, M + N): a, b, then c, d
     positive_weight: Tensor  # (M)
@@ -87,12 +88,12 @@ class Upstream(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients, and how."""
+    """The gradients to compute, and their form."""
 
     x: bool
     y: bool
     key_bias: bool
-    project: bool  # to the features before they were normalised by the factors
+    project: bool  # gradients with respect to the features before normalisation
     dtype_x: torch.dtype
     dtype_y: torch.dtype
 

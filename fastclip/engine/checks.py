@@ -1,6 +1,6 @@
-"""What a user may pass: every check of it, once, and what the checked values stand for.
+"""The checks of everything that a user may pass, and the values that follow from the arguments.
 
-An error says the rule, what was expected and what it got.
+An error states the rule, with what was expected, and what it got.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from torch.autograd import forward_ad
 from ..kinds import kind_of
 from .operator_checks import FLOATING
 
-# Meanings of equal ids.
+# The meanings of equal ids.
 SAME_ID = ("ignore", "positive")
 
-# On CPUs a product costs more than the memory traffic of keeping it. On an H100 all 65536 x 65536
-# weights in bf16, 8 GiB, save 5 % of a step.
+# On CPUs a product costs more than the memory traffic of keeping it. On an H100, keeping all
+# 65536 x 65536 weights in bf16 takes 8 GiB and saves 5 % of a step.
 DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
-
 
 LARGEST_OFFSET = 1 << 62
 
 
 def check_features(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
-    """Two towers' features, paired row by row."""
+    """Checks two towers' features, paired row by row."""
     names = "image_features", "text_features"
     for name, features in zip(names, (x, y), strict=True):
         _check_one(name, features, "(N, D)")
@@ -41,7 +40,7 @@ def check_features(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
 
 
 def check_sides(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
-    """The features of rows, x (M, D), and of columns, y (N, D)."""
+    """Checks the features of rows, x (M, D), and of columns, y (N, D)."""
     _check_one("x", x, "(M, D)")
     _check_one("y", y, "(N, D)")
     if x.shape[1] != y.shape[1]:
@@ -85,7 +84,7 @@ def _check_together(
 def check_ids(
     ids: tuple[Tensor, Tensor] | None, same_id: str, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Ids of rows and columns, integers."""
+    """Checks ids of rows and columns, which are integers; returns them as a pair."""
     if same_id not in SAME_ID:
         raise ValueError(f"same_id must be one of {SAME_ID}, got {same_id!r}")
     if ids is None:
@@ -113,7 +112,7 @@ def check_ids(
 
 
 def check_key_bias(key_bias: Tensor | None, y: Tensor) -> None:
-    """A bias for each column."""
+    """Checks a bias for each column."""
     if key_bias is None:
         return
     if not isinstance(key_bias, Tensor):
@@ -146,7 +145,7 @@ def check_contrast(
     offset: int | None, same_id: str, rows: bool, columns: bool, kind: str,
     may_be_empty: bool = False,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]:  # fmt: skip
-    """All that `contrast` is given but its engine; scale, bias, ids and margin as it takes them."""
+    """Checks the arguments of `contrast` but its engine; returns scale, bias, ids and margin."""
     check_sides(x, y, may_be_empty)
     check_offset(offset)
     ids = check_ids(ids, same_id, x, y)
@@ -163,7 +162,7 @@ def check_contrast(
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """An error that says so, before a Function or an operator raises one that does not."""
+    """Raises a clear RuntimeError where torch's own would not name the cause."""
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
@@ -174,7 +173,7 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
 
 
 def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
-    """logit_scale or logit_bias as a tensor of one element on the features' device."""
+    """Returns logit_scale or logit_bias as a tensor of one element on the features' device."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
@@ -188,7 +187,7 @@ def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
         raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
     if value.device != features.device:
         if value.dim() == 0 and value.device.type == "cpu":
-            return value.to(features.device, non_blocking=True)  # as torch's own operators take it
+            return value.to(features.device, non_blocking=True)  # as in torch's own operators
         raise ValueError(
             f"{name} must be on the features' device {features.device}, got {value.device}"
         )
@@ -196,7 +195,7 @@ def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
 
 
 def budget_of(memory_budget: int | None, device: torch.device) -> int:
-    """Bytes of work space that may hold products for the backward."""
+    """Returns the bytes in which products may be kept for the backward."""
     if memory_budget is None:
         return DEFAULT_BUDGETS.get(device.type, 0)
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
@@ -205,7 +204,7 @@ def budget_of(memory_budget: int | None, device: torch.device) -> int:
 
 
 def check_live(live: tuple[int, int] | None, pairs: int) -> tuple[int, int] | None:
-    """Raises ValueError unless it is None or (start, stop) within the pairs."""
+    """Returns live as two ints; raises ValueError unless they lie within the pairs."""
     if live is None:
         return None
     try:
@@ -220,7 +219,7 @@ def check_live(live: tuple[int, int] | None, pairs: int) -> tuple[int, int] | No
 
 
 def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype in which the matmul that this loss replaces would take its operands."""
+    """The dtype that the operands would have in the matmul that this loss replaces."""
     dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
     if dtype == torch.float64:
         return dtype
@@ -235,10 +234,10 @@ def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
 
 
 def _cpu_takes_bf16() -> bool:
-    """Whether the user lets fp32 matmuls on CPUs round their operands to bf16."""
+    """True if the user lets fp32 matmuls on CPUs round their operands to bf16."""
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler and Triton here:
-# a compiled loss reads the setting once, when it is compiled.
+# This is torch.compiler.assume_constant_result without its import of the compiler and Triton: a
+# compiled loss reads the setting once, when it is compiled.
 _cpu_takes_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]

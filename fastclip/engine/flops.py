@@ -1,7 +1,7 @@
 """FLOPs of the operators for `torch.utils.flop_counter.FlopCounterMode`: passes of 2 M N D.
 
-The counter's module imports Triton, so it is not imported here: it is told the formulas when an
-operator is called after somebody else has imported it.
+The counter's module imports Triton, so it is not imported here. The formulas are registered by the
+first call of an operator after some other code has imported the counter.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def _weigh(*arguments: Any, **_: Any) -> int:
     block, rest = Block.of(arguments)
     kept = Statistics(*rest[: len(Statistics._fields)]).kept
     wanted = Wanted(*rest[-len(Wanted._fields) :])
-    plan = Weights if kept.dtype == torch.uint8 else Products
+    kept_as = Weights if kept.dtype == torch.uint8 else Products
     x, y = block.x.features, block.y.features
-    spared = 2 * plan.pairs(x, y, kept) * x.shape[1]
+    spared = 2 * kept_as.pairs(x, y, kept) * x.shape[1]
     return _pass(block) * (1 + int(wanted.x) + int(wanted.y)) - spared
 
 
@@ -45,8 +45,8 @@ def _finish(*arguments: Any, **_: Any) -> int:
     return 0
 
 
-def tell_counter() -> None:
-    """Registers the formulas with a counter that has been imported, and with those at work."""
+def register_formulas() -> None:
+    """Registers the formulas if the counter has been imported, with active counters, too."""
     if "torch.utils.flop_counter" in sys.modules:
         _register()
 
@@ -65,7 +65,7 @@ def _register() -> None:
     }  # fmt: skip
     for operator, formula in formulas.items():
         flop_counter.register_flop_formula(operator, get_raw=True)(formula)
-    # A counter copies the formulas when it is made.
+    # A counter copies the formulas when it is constructed.
     for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, flop_counter.FlopCounterMode):

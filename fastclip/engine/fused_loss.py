@@ -1,8 +1,8 @@
-"""The differentiable loss: two operators, and O(M + N) plain PyTorch between them.
+"""The differentiable loss of paired features: two operators, O(M + N) plain PyTorch between them.
 
-`fused_loss` is what every public loss calls after its checks. It sweeps once for the loss, weighs
-once for the gradients, and asks for nothing that nobody wants: no backward without gradients, no
-gradient of a frozen tower, no second sweep for a loss whose weights need no state.
+`fused_loss` sweeps once for the loss and weighs once for the gradients. It computes no gradient
+that is not requested (a frozen tower, `no_grad`), and makes loss and gradients in one sweep for a
+kind whose weights need no state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .checks import refuse_forward_mode
 from .kept import KEPT_BY
 from .operator_checks import accumulation_dtype, state_dtype
 
-EPS = 1e-12  # F.normalize's
+EPS = 1e-12  # as in F.normalize
 
 REDUCTIONS = ("none", "mean", "sum")
 
 
 class LossOptions(NamedTuple):
-    """The settings of a call."""
+    """The options of a call."""
 
     kind: str
     engine: str
@@ -43,12 +43,12 @@ class LossOptions(NamedTuple):
 def fused_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: LossOptions
 ) -> Tensor:
-    """The loss of paired features x, y (N, D); scale, bias of one element each."""
+    """The loss of paired features x, y (N, D). scale, bias: one element each."""
     traced = is_traced()
     refuse_forward_mode(x, y, scale, bias)
     block = _block(x, y, scale, bias, options)
     if differentiates(x, y, scale, bias):
-        # Within torch.func's transforms a tensor need not know that it is differentiated.
+        # Within the transforms of torch.func, requires_grad may be False of differentiated tensors.
         every = torch._C._are_functorch_transforms_active()
         needs_x, needs_y = x.requires_grad or every, y.requires_grad or every
         in_one_go = _makes_gradients_at_once(x, y, needs_x, needs_y, options)
@@ -63,11 +63,12 @@ def fused_loss(
 
 
 def is_traced() -> bool:
-    """True where tensors may stand for others: nothing may depend on their numbers then."""
+    """True if tensors may be symbolic, so that nothing may depend on their values."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def differentiates(*inputs: Tensor | None) -> bool:
+    """True if a gradient may be asked of any of the inputs."""
     if not torch.is_grad_enabled():
         return False
     if torch._C._are_functorch_transforms_active():
@@ -84,12 +85,12 @@ def _block(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: Lo
 
 
 def bias_of(bias: Tensor | None, kind: str) -> Tensor | None:
-    """The bias as far as an engine sees it: with a shift it cancels, or is added afterwards."""
+    """The bias that engines get. With a shift it is None: it cancels, or is added later."""
     return None if kind_of(kind).has_shift else bias
 
 
 def without_inputs(block: Block) -> Block:
-    """Without what is an input of a Function beside it: Dynamo takes no tensor twice."""
+    """The block without the tensors that are inputs of its Function: Dynamo takes none twice."""
     return block._replace(scale=None, bias=None, key_bias=None)
 
 
@@ -100,8 +101,8 @@ def with_inputs(
 
 
 def side_of(x: Tensor, dtype: torch.dtype, normalize: bool) -> Side:
-    """x as the products take it, a constant."""
-    # Beside the input that it is the operand must be a tensor of its own: Dynamo takes none twice.
+    """The operand that products take for x, without a gradient."""
+    # A Function gets both the input and the operand, and Dynamo takes no tensor twice.
     if is_traced():
         x = x.detach()
     if x.dtype == dtype and not normalize:
@@ -121,7 +122,7 @@ def _finish(
 
 
 def _reduce(losses: Tensor, options: LossOptions) -> Tensor:
-    """Losses of rows, then of columns (2 N) to the result."""
+    """Reduces the losses of rows, then of columns (2 N)."""
     dtype = torch.float64 if options.dtype == torch.float64 else torch.float32
     if options.reduction == "mean":
         return losses.mean(dtype=dtype)
@@ -130,13 +131,13 @@ def _reduce(losses: Tensor, options: LossOptions) -> Tensor:
     return losses.unflatten(0, (2, -1)).mean(0, dtype=dtype)
 
 
-def _share(n: int, reduction: str) -> float:
-    """What each pair's loss counts in the result."""
+def _pair_weight(n: int, reduction: str) -> float:
+    """The factor of each pair's loss in the result."""
     return 1 / n if reduction == "mean" else 1.0
 
 
 def _forward(block: Block, options: LossOptions) -> tuple[Tensor, Sequence[Tensor]]:
-    """The value, and what the backward takes."""
+    """Returns the value and the tensors that the backward takes."""
     if options.in_one_go:
         state, positive, *gradients = _sweep_and_weigh(block, options)
         losses, _, _ = _finish(block, state, positive, options)
@@ -159,7 +160,7 @@ def _save(
 
 
 def _backward(ctx: Any, g: Tensor) -> Sequence[Tensor | None]:
-    """Gradients of x, y, scale and bias."""
+    """The gradients of x, y, scale and bias."""
     x, y, scale, bias, x_operand, factor_x, y_operand, factor_y, *found = ctx.saved_tensors
     kind = ctx.options.kind
     sides = Side(x_operand, factor_x), Side(y_operand, factor_y)
@@ -173,7 +174,7 @@ def _backward(ctx: Any, g: Tensor) -> Sequence[Tensor | None]:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """In eager mode."""
+    """The loss in eager mode."""
 
     @staticmethod
     def forward(
@@ -198,9 +199,9 @@ class _FusedLoss(torch.autograd.Function):
 
 
 class _TracedLoss(torch.autograd.Function):
-    """For torch.compile and torch.func, which want arguments flat, and all that the backward takes
-    among inputs and outputs. In eager mode such a Function costs 100 us more: torch inspects the
-    signature of its forward at every call."""
+    """The loss for torch.compile and torch.func: they need flat arguments, and all tensors of the
+    backward among inputs and outputs. In eager mode it would cost 100 us more, since torch inspects
+    the signature of its forward at every call."""
 
     generate_vmap_rule = True
 
@@ -231,11 +232,12 @@ def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, Block, LossOptions]:
 def _makes_gradients_at_once(
     x: Tensor, y: Tensor, needs_x: bool, needs_y: bool, options: LossOptions
 ) -> bool:
-    """True where the forward makes the gradients for upstream 1: where weights are known before the
-    sweep, and gradients may wait in fp32 for the backward.
+    """True if the forward makes the gradients, for an upstream gradient of 1.
 
-    Where the features have that dtype they become the gradients; else they are work space, which
-    GPUs have: there a sweep saved is a quarter of the time.
+    Weights must be known before the sweep, and the gradients must be allowed to wait in fp32 for
+    the backward. fp32 features need no other memory, since these become the returned gradients.
+    For other dtypes they are work space: always on GPUs, where one sweep less saves a quarter of
+    the time, and within the memory budget on CPUs.
     """
     if not kind_of(options.kind).is_linear or options.reduction == "none":
         return False
@@ -249,8 +251,8 @@ def _makes_gradients_at_once(
 
 def _sweep_and_weigh(block: Block, options: LossOptions) -> tuple[Tensor, ...]:
     x = block.x.features
-    share = _share(x.shape[0], options.reduction)
-    gain = torch.full((), share, dtype=state_dtype(x.device), device=x.device)
+    weight = _pair_weight(x.shape[0], options.reduction)
+    gain = torch.full((), weight, dtype=state_dtype(x.device), device=x.device)
     return operators.sweep_and_weigh(
         options.engine, block, gain, options.needs_x, options.needs_y, options.normalize
     )
@@ -262,12 +264,12 @@ def _unit_backward(
     if found:
         gradients = [gradient * g for gradient in found]
     else:
-        # What waits is given away: it becomes x.grad, which later steps write to. A second backward
-        # through a retained graph makes its own.
+        # The gradients that waited become x.grad, which later steps write to, so they are handed
+        # over. A second backward through a retained graph makes new ones.
         gradients, ctx.waiting = ctx.waiting, None
         if gradients is None:
             _, _, *gradients = _sweep_and_weigh(block, ctx.options)
-        # The usual upstream is 1. On a GPU asking would wait for it.
+        # The upstream gradient is usually 1. Reading it on a GPU would wait for the device.
         if g.device.type != "cpu" or g.item() != 1:
             for gradient in gradients:
                 gradient.mul_(g)
@@ -277,7 +279,7 @@ def _unit_backward(
 def as_inputs(
     gradients: Sequence[Tensor], inputs: _Inputs, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """dx, dy, and dbias and dscale in one, with their inputs' dtypes and shapes."""
+    """Casts dx, dy, (dbias, dscale) to the dtypes and shapes of the inputs; None if not needed."""
     dx, dy, dbias_dscale = gradients
     x, y, scale, bias = inputs
     dbias, dscale = dbias_dscale.unbind()
@@ -300,12 +302,12 @@ def _weigh_backward(
     if needs_x or needs_y or needs_scale or (needs_bias and sees_bias):
         weights = weights.unflatten(0, (2, -1)).sum(0)
         if options.reduction == "none":
-            # Weights keep order 1, whatever the upstream gradients: a common factor goes outside.
+            # Weights stay of order 1 for any upstream gradients: their largest goes into the gain.
             largest = g.abs().amax()
             relative = (g / torch.where(largest > 0, largest, 1)).to(state.dtype)
             coefficients, weights = coefficients * relative.repeat(2), weights * relative
             g = largest
-        gain = g * (_share(x.shape[0], options.reduction) / 2)
+        gain = g * (_pair_weight(x.shape[0], options.reduction) / 2)
         dx, dy, totals, _ = operators.weigh(
             options.engine, block, Statistics(state, positive, kept),
             Upstream(coefficients, weights, gain),
@@ -328,19 +330,19 @@ def scalar_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # A call that has nothing to do still takes a microsecond, of 130 for 32 pairs.
+    # `to` takes a microsecond even without a change; a step of 32 pairs takes 130.
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def refuse_second_derivative(
     gradients: Sequence[Tensor | None], *sources: Tensor
 ) -> list[Tensor | None]:
-    """Gradients that fail when they are differentiated, with respect to any of the sources."""
+    """Returns the gradients so that differentiating them, with respect to any source, raises."""
     return [None if d is None else _NoSecondDerivative.apply(d, *sources) for d in gradients]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes a gradient on; being differentiated it refuses, instead of returning zeros."""
+    """The identity on a gradient; its backward raises instead of returning zeros."""
 
     generate_vmap_rule = True
 

@@ -1,7 +1,7 @@
-"""What a first sweep keeps for the second one: how many rows a budget holds, and in which tensor.
+"""How many rows a first sweep keeps for the second within a budget, and in which tensor.
 
-`keep`, the operators' argument, counts rows along the longer side; `kept`, their result, is opaque
-to all but the engine that made it. Engines keep one of three things: products, weights, nothing.
+`keep`, an argument of the operators, counts rows along the longer side. `kept`, their result, is
+opaque to all but the engine that made it. An engine keeps products, weights or nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .block import Block
 
-# Rows are kept in multiples of this; rows of weights lie a multiple of it apart.
+# Rows are kept in multiples of UNIT; the stride of kept rows of weights is a multiple, too.
 UNIT = 16
 
 
 def _smaller(a: int, b: int) -> int:
-    # Of symbolic sizes `min` would compile one order alone. Of plain ones `sym_min` is refused by
-    # the compilers of torch 2.10 and 2.11: it is an operator of torch that returns no tensor.
+    # `min` of symbolic sizes would compile one order alone. The compilers of torch 2.10 and 2.11
+    # refuse `sym_min` of plain sizes: it is an operator of torch that returns no tensor.
     plain = isinstance(a, int) and isinstance(b, int)
     return min(a, b) if plain else torch.sym_min(a, b)
 
@@ -27,15 +27,15 @@ def _padded(n: int) -> int:
 
 
 def rows_to_keep(m: int, n: int, itemsize: int, budget: int) -> int:
-    """`keep` of products for a budget in bytes: whole rows of t, along the longer side, in steps of
-    16."""
+    """`keep` of products for a budget in bytes: whole rows of t along the longer side, a multiple
+    of 16."""
     short = _smaller(m, n)
     affordable = budget // (short * itemsize) // UNIT * UNIT
     return _smaller(_padded(m + n - short), affordable)
 
 
 class Products:
-    """t = <x^_i, y^_j> in the dtype that it was accumulated in."""
+    """Products t_ij in the dtype of their accumulation."""
 
     @staticmethod
     def dtype(x: Tensor) -> torch.dtype:
@@ -43,27 +43,29 @@ class Products:
 
     @staticmethod
     def keep(block: Block, budget: int) -> int:
-        """`keep` for a budget in bytes."""
+        """Returns `keep` for a budget in bytes."""
         itemsize = Products.dtype(block.x.features).itemsize
         return rows_to_keep(*block.sizes(), itemsize, budget)
 
     @staticmethod
     def empty(x: Tensor, y: Tensor, keep: int) -> Tensor:
-        """What `keep` asks for, not yet filled in."""
+        """Returns an empty tensor for `keep` rows."""
         return x.new_empty((keep * _smaller(x.shape[0], y.shape[0]),), dtype=Products.dtype(x))
 
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
-        """True if a sweep of x and y may have made it; an empty one is anybody's."""
+        """True if `kept` may come from a sweep of x and y; an empty one may come from any."""
         return kept.dtype == Products.dtype(x) and kept.numel() % min(len(x), len(y)) == 0
 
     @staticmethod
     def pairs(x: Tensor, y: Tensor, kept: Tensor) -> int:
-        """How many pairs were kept."""
+        """The number of pairs that were kept."""
         return min(kept.numel(), len(x) * len(y))
 
 
 class Nothing:
+    """An engine that keeps nothing."""
+
     @staticmethod
     def keep(block: Block, budget: int) -> int:
         return 0
@@ -78,11 +80,13 @@ class Nothing:
 
 
 class Weights:
-    """Weights up to their coefficients, of leading rows of x: 2 bytes a pair for half features, as
-    bfloat16 whichever they are, since exponentials need float32's range; else 4, as float32.
+    """Weights without their coefficients, for the leading rows of x.
 
-    A tensor of bytes: sums of w and of w * t for every line, float64; the reference that w is
-    relative to, float64; the rows.
+    Half features of either dtype keep bfloat16, 2 bytes a pair, since exponentials need float32's
+    range; float32 features keep float32.
+
+    The tensor of bytes holds, in this order: the sums of w and of w * t of every line (float64),
+    the shift that w is relative to (float64), the rows of w.
     """
 
     @staticmethod
@@ -100,20 +104,21 @@ class Weights:
     @staticmethod
     def keep(block: Block, budget: int) -> int:
         x, (m, n) = block.x.features, block.sizes()
-        # float64 is the plain engine's. One weight serves a pair's row and column, and its kind,
-        # and columns' sums of weights are not kept.
+        # Kept weights serve only blocks where one weight counts for a pair's row, its column and
+        # its kind; the sums of weights that key_bias needs are not kept. The plain PyTorch engine
+        # serves float64.
         apart = block.x.threshold is not None or block.same_id_positive
         if x.dtype == torch.float64 or apart or block.key_bias is not None:
             return 0
         affordable = (budget - Weights.header(m, n)) // Weights.row(x, n) // UNIT * UNIT
         rows = -_smaller(-_smaller(affordable, m), 0)
-        # Along the longer side they count n / min(m, n) times as many.
+        # `keep` counts rows along the longer side: n / min(m, n) of them for each row of x.
         short = _smaller(m, n)
         return (rows * n + short - 1) // short
 
     @staticmethod
     def rows(m: int, n: int, keep: int) -> int:
-        """Rows of x that `keep` comes to."""
+        """The rows of x that `keep` stands for."""
         return _smaller(keep * _smaller(m, n) // n, m)
 
     @staticmethod
@@ -122,7 +127,7 @@ class Weights:
             return Products.empty(x, y, keep)
         m, n = x.shape[0], y.shape[0]
         rows = Weights.rows(m, n, keep)
-        # No rows, no header: in arithmetic, since a symbolic number of rows decides nothing.
+        # Without rows there is no header. A symbolic number of rows cannot decide an `if`.
         size = _smaller(rows, 1) * Weights.header(m, n) + rows * Weights.row(x, n)
         return x.new_empty((size,), dtype=torch.uint8)
 

@@ -1,8 +1,8 @@
-"""The statistics of lines, differentiable: what `contrast` returns, from one sweep and one weigh.
+"""The differentiable statistics of rows and columns that `contrast` returns.
 
-The forward sweeps once; what it returns are logarithms (or sums) of states, O(M + N). The backward
-turns the gradients of these into coefficients of lines and weighs once. A coefficient is a
-gradient over the line's sum, so that nothing is exponentiated but logits.
+The forward sweeps once and returns logarithms (or sums) of states, O(M + N). The backward turns the
+upstream gradients into coefficients of lines and weighs once. A coefficient is the upstream
+gradient divided by the line's sum, so that only logits are exponentiated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .operator_checks import accumulation_dtype
 
 
 class StatisticsOptions(NamedTuple):
-    """The settings of a call."""
+    """The options of a call."""
 
     engine: str
     dtype: torch.dtype  # of the products
@@ -45,7 +45,7 @@ class StatisticsOptions(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors that gradients are taken with respect to."""
+    """The tensors that have gradients."""
 
     x: Tensor  # (M, D)
     y: Tensor  # (N, D)
@@ -58,7 +58,7 @@ def block_of(
     inputs: Inputs, ids: tuple[Tensor, Tensor] | None, margin: Tensor | None, offset: int,
     kind: str, same_id_positive: bool, options: StatisticsOptions,
 ) -> Block:  # fmt: skip
-    """The operands of the inputs, as constants."""
+    """The block of the inputs, without gradients."""
     with torch.no_grad():
         x, y = (side_of(t, options.dtype, options.normalize) for t in inputs[:2])
         if ids is not None:
@@ -72,7 +72,7 @@ def block_of(
 
 
 def line_statistics(inputs: Inputs, block: Block, options: StatisticsOptions) -> LineStatistics:
-    """The statistics of a block of the inputs."""
+    """The statistics of the inputs' block, differentiable in the inputs."""
     with torch.no_grad():
         occupied = pairs.occupied(block, sum(block.sizes()), options.rows, options.columns)
     if differentiates(*inputs):
@@ -90,7 +90,8 @@ def line_statistics(inputs: Inputs, block: Block, options: StatisticsOptions) ->
 def named(
     found: tuple[Tensor, ...], same_id_positive: bool, rows: bool, columns: bool
 ) -> LineStatistics:
-    """Without what nobody asked for. found: `finish`'s results, and whatever follows them."""
+    """`finish`'s results by name, None for the sides that are not wanted. More results may follow
+    in `found`."""
     every = made_of(found, same_id_positive)
     if not rows:
         every = every._replace(rows=None, row_positives=None)
@@ -100,29 +101,30 @@ def named(
 
 
 def statistics_of(same_id_positive: bool) -> int:
-    """How many `finish` returns; those of positives by id are the last ones."""
+    """The number of tensors that `finish` returns; those of positives by id come last."""
     fields = LineStatistics._fields
     return len(fields) if same_id_positive else fields.index("row_positives")
 
 
 def made_of(found: Sequence[Tensor], same_id_positive: bool) -> LineStatistics:
+    """`finish`'s results by name."""
     return LineStatistics(*found[: statistics_of(same_id_positive)])
 
 
 class States(NamedTuple):
-    """A set's states of lines, as a sweep returns them."""
+    """The states of lines for one set of pairs: negatives, or positives by id."""
 
     shift: Tensor  # (L), in log2 units
     sums: Tensor  # (L)
 
 
 def states_of(state: Tensor) -> list[States]:
-    """Those of negatives and, in a state of four rows, of positives by id."""
+    """Splits a state into that of negatives and, if it has four rows, of positives by id."""
     return [States(*one) for one in state.unflatten(0, (-1, 2))]
 
 
 def statistic(kind: type[Kind], states: States) -> Tensor:
-    """(L)"""
+    """Returns the statistic of each line (L)."""
     shift, sums = states
     return (torch.log2(sums) + shift) * LN2 if kind.has_shift else sums
 
@@ -130,8 +132,8 @@ def statistic(kind: type[Kind], states: States) -> Tensor:
 def finish(
     block: Block, state: Tensor, positive: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The fields of `LineStatistics`, those of positives by id only where there are any. A side may
-    be empty."""
+    """Returns the fields of `LineStatistics`, by-id positives only with same_id_positive. A side
+    may be empty."""
     kind, (m, _) = kind_of(block.kind), block.sizes()
     dtype = state.dtype
     common = 0.0 if bias is None else bias.reshape(()).to(dtype)
@@ -153,7 +155,7 @@ def finish(
 
 
 class _Own:
-    """The own positive of each row, then of each column."""
+    """The own positives of each row, then of each column."""
 
     def __init__(self, block: Block, positives: Tensor) -> None:
         m, n = block.sizes()
@@ -165,7 +167,7 @@ class _Own:
         self.exists = of_lines(inside, False)
         self.logits = of_lines(positives, torch.nan)
         self.sign = -1 if kind_of(block.kind).negates_positives else 1
-        # As the kind's functions take them.
+        # In log2 units, with the sign that the kind gives to positives.
         self.log2 = self.logits * (self.sign * LOG2E)
 
 
@@ -218,7 +220,7 @@ class _LineStatistics(torch.autograd.Function):
 
 
 class _TracedStatistics(torch.autograd.Function):
-    """For torch.compile and torch.func, as `function._TracedLoss`."""
+    """For torch.compile and torch.func, like `fused_loss._TracedLoss`."""
 
     generate_vmap_rule = True
 
@@ -271,7 +273,7 @@ def _gradients(
 
 
 def _of_own(ctx: Any, inputs: Inputs, block: Block, g: Tensor) -> list[Tensor | None]:
-    """Gradients of the own positives' logits alone, O((M + N) D): autograd's, of their formula."""
+    """Gradients of the own positives' logits alone: autograd of their formula, O((M + N) D)."""
     needs = ctx.needs_input_grad[: len(Inputs._fields)]
     leaves = [
         None if t is None else t.detach().requires_grad_(needed)
@@ -298,8 +300,8 @@ def weights(
     block: Block, bias: Tensor | None, found: LineStatistics, state: Tensor,
     upstream: LineStatistics,
 ) -> tuple[Upstream, Tensor | None]:  # fmt: skip
-    """Coefficients of lines and weights of own positives for the gradients of the statistics; and
-    the gradient of a bias that the engine does not see. A side may be empty."""
+    """Returns the factors of pairs' weights for the upstream gradients of the statistics, and the
+    gradient of a bias that the engine does not get. A side may be empty."""
     kind, (m, n) = kind_of(block.kind), block.sizes()
     given = LineStatistics(*(
         t if t is None else torch.zeros_like(t) if g is None else g.to(state.dtype)
@@ -324,10 +326,10 @@ def weights(
             nothing = by_id == -torch.inf
             of_lines = of_lines.masked_fill(nothing, 0)
             total = total + of_lines.sum()
-            # In logarithms: an own positive may exceed the other ones' shift by any power.
+            # In logarithms, since an own positive may exceed the others' shift by far.
             common = 0.0 if bias is None else bias.reshape(()).to(state.dtype)
             beside = torch.exp2(states.shift - (by_id - common) * LOG2E)
-            # A column that its bias takes out has an own positive of -inf.
+            # The own positive of a column that key_bias takes out is -inf.
             share = of_lines * torch.exp(own.logits - by_id.masked_fill(nothing, 0))
             of_lines = torch.where(states.sums == 0, 0, of_lines * beside)
         else:
@@ -335,7 +337,7 @@ def weights(
         coefficients.append(of_lines)
         share = torch.where(own.exists, share, 0)
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
-    # Weights keep order 1, whatever the upstream gradients: a common factor goes outside.
+    # Weights stay of order 1 for any upstream gradients: their largest goes into the gain.
     largest = torch.cat([of_own, *every, of_own.new_zeros(1)]).abs().amax()
     unit = torch.where(largest > 0, largest, 1)
     stacked = torch.stack(coefficients) if len(coefficients) > 1 else coefficients[0]

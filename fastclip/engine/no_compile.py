@@ -1,4 +1,4 @@
-"""Functions that are no part of a compiled graph: it is cut there."""
+"""`no_compile` excludes a function from torch.compile: graphs break before and after it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 def no_compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable`, without importing the compiler before somebody compiles.
+    """`torch.compiler.disable`, which imports the compiler only once something else has.
 
-    For calls whose sizes other ranks tell, and for arguments that no operator takes.
+    It serves calls whose sizes come from other ranks, and arguments that no operator can take.
     """
     disabled: Callable[..., Any] | None = None
 

@@ -1,8 +1,8 @@
-"""What operators refuse, arguments that do not fit together; the dtypes that follow from operands.
+"""Checks that an operator's arguments fit together, and the dtypes that follow from them.
 
-For the engines in Python, whose tensors would broadcast where the compiled ones refuse; sizes and
-dtypes only, so nothing waits for a device. The losses make arguments that fit: who sees an error
-from here composes the operators himself.
+They serve the engines in Python, whose tensors would broadcast silently; the compiled engines have
+checks of their own. They read sizes and dtypes only, so nothing waits for a device. The losses
+always pass arguments that fit, so these errors are for callers of the operators.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
-    """float64, O(M + N) numbers; float32 on Apple GPUs, which have nothing wider."""
+    """The dtype of states: float64, but float32 on Apple GPUs, which have nothing wider."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 features, else float32."""
+    """The dtype of sums of products: float64 for float64 features, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -86,7 +86,7 @@ def _block(block: Block) -> None:
     kind_of(block.kind)
 
 
-def sweep(block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int) -> None:
+def check_sweep(block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int) -> None:
     _block(block)
     _one_element(bound=bound)
     shape = (2 if block.same_id_positive else 1, sum(block.sizes()))
@@ -97,7 +97,9 @@ def sweep(block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int
     _check(keep >= 0, "keep must be a number of rows >= 0", keep)
 
 
-def finish(state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> None:
+def check_finish(
+    state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str
+) -> None:
     lines, period = state.shape[-1], positive.numel()
     _check(
         state.dim() == 2 and len(state) == 2 and period > 0 and lines % period == 0
@@ -108,9 +110,9 @@ def finish(state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, 
     kind_of(kind)
 
 
-def weigh(
+def check_weigh(
     block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted,
-    plan: type[Products | Nothing | Weights],
+    kept_as: type[Products | Nothing | Weights],
 ) -> None:  # fmt: skip
     _block(block)
     x, y = block.x.features, block.y.features
@@ -129,7 +131,7 @@ def weigh(
         state, coefficients, positive, positive_weight,
     )  # fmt: skip
     _check(
-        kept.is_contiguous() and (kept.numel() == 0 or plan.made(x, y, kept)),
+        kept.is_contiguous() and (kept.numel() == 0 or kept_as.made(x, y, kept)),
         "kept must come from a sweep of the same features", kept,
     )  # fmt: skip
     fit = wanted.dtype_x in FLOATING and wanted.dtype_y in FLOATING
@@ -140,14 +142,14 @@ def weigh(
     _one_element(gain=gain)
 
 
-def sweep_and_weigh(
+def check_sweep_and_weigh(
     block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
 ) -> None:
     _block(block)
     _one_element(gain=gain)
     _check(
         kind_of(block.kind).is_linear,
-        "only a loss whose weights need no state can be swept and weighed in one go", block.kind,
+        "kind must have weights that need no state, to be swept and weighed in one go", block.kind,
         error=ValueError,
     )  # fmt: skip
     _check(

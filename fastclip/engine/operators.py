@@ -1,70 +1,75 @@
 """The engine's operators: schemas, fakes, and the table of engines.
 
-Two sweeps over a rectangular block, and both in one go for a loss whose weights are known before
-the sweep; between them a finish of O(M + N). `block.py` has the bundles that their arguments are
-put in on either side of a schema.
+`sweep` and `weigh` stream a rectangular block of logits; `finish`, O(M + N), lies between them.
+`sweep_and_weigh` is both in one go, for a loss whose weights are known before the sweep. `block.py`
+has the bundles of their arguments.
 
-A block (`block.Block`): the logits `s_ij = scale * t_ij + bias + key_bias_j` with
-`t_ij = <x_i, y_j> * factor_x_i * factor_y_j`, and which pairs count.
+A block (`block.Block`) has the logits `s_ij = scale * t_ij + bias + key_bias_j` with
+`t_ij = <x_i, y_j> * factor_x_i * factor_y_j`, and says which pairs count. A line is a row or a
+column.
 
     x (M, D), y (N, D): features of one dtype, float64, float32, bfloat16 or float16.
-    factor_x (M), factor_y (N): 1 / norm, or None for features that are taken as they are.
-    ids_x (M), ids_y (N): int32, or None. Pairs of equal ids are no negatives.
-    threshold_x (M), threshold_y (N): of the dtype that t is accumulated in, or None. A negative of
-    larger t does not count for that line; for its other line it may.
+    factor_x (M), factor_y (N): 1 / norm, or None for 1.
+    ids_x (M), ids_y (N): int32, or None. Pairs with equal ids are not negatives.
+    threshold_x (M), threshold_y (N): in the dtype that t is accumulated in, or None. A negative
+    with a larger t is left out of that line, but not of its other line.
     scale, bias: one element each; bias may be None.
     key_bias (N): of a floating dtype, or None; -inf takes a column out.
-    offset: the own positive of row i is column i + offset, where that lies in the block; it is no
-    negative, whatever ids and thresholds say.
-    kind: a name of `kinds.KINDS`.
-    same_id_positive: pairs of equal ids are positives of both of their lines.
+    offset: the own positive of row i is column i + offset, if the block has that column. It is not
+    a negative, whatever ids and thresholds say.
+    kind: a name in `kinds.KINDS`.
+    same_id_positive: pairs with equal ids are positives of their row and their column.
 
 `sweep(BLOCK, bound, occupied, keep) -> state, positive, kept`
-    Streams the logits once and returns what each row and column remembers.
+    Streams the logits once and returns the state of each line.
 
-    bound: one element, an upper bound of `|t_ij|`, or None: the engine finds one.
-    occupied: bool (1, M + N), or (2, M + N) with same_id_positive: the lines that have any
-    negatives, any positives by id; thresholds aside. None: all whose block leaves them a negative.
-    A sum too small for its shift is made anew with a shift of its own, unless its line is not
-    occupied.
-    keep: how many rows to keep for `weigh`, along the longer side; what is not kept is recomputed
-    (`kept.py`).
+    bound: one element, an upper bound of `|t_ij|`, or None: the engine computes one.
+    occupied: bool (1, M + N), the lines that have any negatives; (2, M + N) with same_id_positive,
+    the second row for lines that have any positives by id. Thresholds are not considered. None: the
+    offset decides. If the sum of an occupied line is too small for the common shift, the engine
+    recomputes it with a shift of its own.
+    keep: how many rows to keep for `weigh`, along the longer side (`kept.py`); `weigh` recomputes
+    the rest.
 
-    state (2, M + N), float64: rows first, then columns. softmax: shifts in log2 units and sums of
-    `2^(s_ij * log2(e) - shift)`; sigmoid: zeros and sums of `softplus(s_ij)`, over the negatives.
-    With same_id_positive (4, M + N): then the same of the positives by id, own ones apart; sigmoid
-    adds up `softplus(-s_ij)` there.
-    positive (M), float64: t of the own positives, NaN for a row without.
+    state (2, M + N), float64: rows first, then columns. softmax: shifts in log2 units, and sums of
+    `2^(s_ij * log2(e) - shift)` over the negatives; sigmoid: zeros, and sums of `softplus(s_ij)`.
+    With same_id_positive (4, M + N): the last two rows are the same for the positives by id without
+    the own ones; there sigmoid sums `softplus(-s_ij)`.
+    positive (M), float64: t of the own positives, NaN for a row without one.
     kept: opaque, for `weigh` on the same block.
 
 `finish(state, positive, scale, bias, kind) -> losses, coefficients, weights`
-    Finishes lines, rows or columns: O(L), float64.
+    Turns the states of L lines into losses: O(L), float64.
 
-    state (2, L); positive (L), or fewer that repeat: rows and columns of a square block share them.
-    losses (L), coefficients (L), weights (L) of the positives. A pair counts half its row's and
-    half its column's loss.
+    state (2, L); positive (L), or a divisor of L of them, which repeat: the rows and columns of a
+    square block share them.
+    losses (L), coefficients (L), weights (L) of the positives. The loss of a pair is half its row's
+    plus half its column's.
 
 `weigh(BLOCK, state, positive, kept, coefficients, positive_weight, gain, needs_x, needs_y,
        needs_key_bias, project, dtype_x, dtype_y) -> dx, dy, dbias_dscale, dkey_bias`
-    Streams the logits again: `w_ij = activation(s_ij) * (a_i + b_j)` for negatives, without a_i or
-    b_j where a threshold takes the pair from that line; `activation(s_ij) * (c_i + d_j)` for
-    positives by id, `-activation(-s_ij) * (c_i + d_j)` in a kind that negates them; the given
-    weight for own positives.
+    Streams the logits again, with these weights w_ij of pairs:
 
-    coefficients (M + N): a, then b; with same_id_positive (2, M + N): c and d in the second row.
-    positive_weight (M). gain: one element, multiplies everything.
+        negatives: `activation(s_ij) * (a_i + b_j)`, without a_i or b_j if a threshold leaves the
+            pair out of that line
+        positives by id: `activation(s_ij) * (c_i + d_j)`, or `-activation(-s_ij) * (c_i + d_j)` in
+            a kind that negates them
+        own positives: positive_weight
+
+    coefficients (M + N): a, then b; with same_id_positive (2, M + N): c, then d in the second row.
+    positive_weight (M). gain: one element that multiplies all results.
     dx (M, D) = gain * scale * w @ (factor_y * y), dy (N, D) = gain * scale * w.T @ (factor_x * x),
-    in the dtypes asked for; (0, D) where not needed. `project` makes them gradients with respect to
-    the features before they were normalised by the factors.
+    in dtype_x and dtype_y; (0, D) if not needed. `project` makes them gradients with respect to the
+    features before the factors normalised them.
     dbias_dscale (2), float64: gain times the sums of w and of w * t.
-    dkey_bias (N), float64: gain times the sums of w over the rows; (0) where not needed.
+    dkey_bias (N), float64: gain times the sums of w over the rows; (0) if not needed.
 
 `sweep_and_weigh(BLOCK, gain, needs_x, needs_y, project) -> state, positive, dx, dy, dbias_dscale`
-    Both, with `a_i + b_j = 1`, of a block without ids, thresholds and key_bias. dx and dy have at
-    least float32.
+    Sweeps and weighs with `a_i + b_j = 1` a block without ids, thresholds and key_bias. dx and dy
+    are float32, or float64 for float64 features.
 
-Each engine is an overload: `torch.ops.fastclip.sweep.cpu` and `.cuda` (C++), `.torch`
-(`chunked.py`), `.triton` (`triton_kernels/`).
+Each engine is an overload of every operator: `torch.ops.fastclip.sweep.cpu` and `.cuda` (C++),
+`.torch` (`torch_engine.py`), `.triton` (`triton_kernels/`).
 """
 
 from __future__ import annotations
@@ -93,7 +98,7 @@ SCHEMAS = {
     " -> (Tensor state, Tensor positive, Tensor dx, Tensor dy, Tensor dbias_dscale)",
 }
 
-# Each an overload of every operator.
+# The overloads of every operator.
 ENGINES = ("cpu", "cuda", "torch", "triton")
 
 _library = torch.library.Library("fastclip", "DEF")
@@ -112,16 +117,16 @@ def operator(name: str, engine: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.fastclip, name), engine)
 
 
-def _tell_counter() -> None:
+def _register_flops() -> None:
     if not torch.compiler.is_compiling():
-        flops.tell_counter()
+        flops.register_formulas()
 
 
 def sweep(
     engine: str, block: Block, bound: Tensor | None = None, occupied: Tensor | None = None,
     keep: int = 0,
 ) -> Statistics:  # fmt: skip
-    _tell_counter()
+    _register_flops()
     return Statistics(*operator("sweep", engine)(*block.flat(), bound, occupied, keep))
 
 
@@ -134,7 +139,7 @@ def weigh(
 def sweep_and_weigh(
     engine: str, block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _tell_counter()
+    _register_flops()
     return operator("sweep_and_weigh", engine)(*block.flat(), gain, needs_x, needs_y, project)
 
 
@@ -196,12 +201,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "weigh": _fake_weigh,
     "sweep_and_weigh": _fake_sweep_and_weigh,
 }
-# The bundles that follow the block.
+# The bundles that follow the block in an operator's arguments.
 _BUNDLES: dict[str, tuple[Any, ...]] = {"weigh": (Statistics, Upstream, Wanted)}
 
 
 def _bundled(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An operator's arguments as the engines written in Python take them."""
+    """Puts an operator's arguments into the bundles that Python engines take."""
     if name == "finish":
         return arguments
     block, rest = Block.of(arguments)
@@ -214,8 +219,7 @@ def _bundled(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _looped(name: str, engine: str) -> Callable[..., Any]:
-    """The rule of torch.vmap: an operator's sweeps are as large as a device can take, so samples
-    come one after the other."""
+    """The rule of torch.vmap: one call for each sample, since each fills the device."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         def sample(index: int) -> tuple[Tensor, ...]:
@@ -249,7 +253,8 @@ for _engine in ENGINES:
 
 
 def implement(engine: str, module: ModuleType) -> None:
-    """Registers an engine written in Python. Like the compiled ones it has no derivative."""
+    """Registers an engine written in Python. Its operators, like the compiled ones, have no
+    derivative."""
 
     def refuse(ctx: Any, *gradients: Any) -> None:
         raise RuntimeError(
@@ -258,11 +263,11 @@ def implement(engine: str, module: ModuleType) -> None:
         )
 
     def isolated(name: str) -> Callable[..., Any]:
-        implementation, check = getattr(module, name), getattr(operator_checks, name)
+        implementation, check = getattr(module, name), getattr(operator_checks, f"check_{name}")
         if name == "weigh":
-            check = functools.partial(check, plan=KEPT_BY[engine])
+            check = functools.partial(check, kept_as=KEPT_BY[engine])
 
-        # The caller's autocast would reach into the engine's own products and round its logits.
+        # The caller's autocast would apply to the engine's own products and round its logits.
         @functools.wraps(implementation)
         def run(*arguments: Any) -> Any:
             with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):

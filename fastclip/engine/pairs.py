@@ -1,6 +1,6 @@
-"""Which pairs of a block count: ids, a margin for false negatives, and what they leave each line.
+"""Ids, margins for false negatives, and the lines that keep any pairs under them.
 
-All of it is O((M + N) D) in plain PyTorch, without a number read from the device.
+All of it is O((M + N) D) in plain PyTorch and reads no number from the device.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from .operator_checks import accumulation_dtype
 
 
 def partners(m: int, n: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The column of each row's own positive, within the block, and whether the row has one there;
-    (M) each."""
+    """Returns for each row (M) the column of its own positive, clamped to the block, and a mask of
+    the rows whose own positive lies in the block."""
     columns = torch.arange(m, device=device) + offset
     inside = (columns >= 0) & (columns < n)
     return columns.clamp(0, n - 1), inside
 
 
 def at_rows(values: Tensor, m: int, offset: int, absent: float) -> Tensor:
-    """(M): at each row the value (N) of its own positive's column."""
+    """Returns (M): for each row the value (N) at the column of its own positive."""
     n = values.shape[0]
     columns, inside = partners(m, n, offset, values.device)
-    # An index must be one in a block without columns, too.
+    # The index must be valid in a block without columns, too.
     padded = torch.cat((values, values.new_full((1,), absent)))
     return padded[torch.where(inside, columns, n)]
 
 
 def at_columns(values: Tensor, n: int, offset: int, absent: float) -> Tensor:
-    """(N): at each column the value (M) of the row whose own positive it is."""
+    """Returns (N): for each column the value (M) of the row whose own positive it is."""
     columns, inside = partners(values.shape[0], n, offset, values.device)
-    # Rows without an own positive write behind the last column.
+    # Rows without an own positive write past the last column.
     out = values.new_full((n + 1,), absent)
     return out.scatter(0, torch.where(inside, columns, n), values)[:n]
 
 
 def codes_of(ids_x: Tensor, ids_y: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 numbers, equal where the ids are, whatever the ids' size."""
+    """Maps ids of any size to int32 numbers that are equal where the ids are."""
     m = ids_x.shape[0]
     ordered, places = torch.cat((ids_x.to(torch.int64), ids_y.to(torch.int64))).sort()
-    # As many as there are different ones before.
+    # An id's number counts the distinct ids below it.
     numbers = torch.zeros_like(ordered, dtype=torch.int32)
     numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     codes = torch.zeros_like(numbers).scatter(0, places, numbers)
@@ -50,7 +50,7 @@ def codes_of(ids_x: Tensor, ids_y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def own_products(x: Side, y: Side, offset: int) -> Tensor:
-    """(M): t of each row's own positive, infinite for a row without."""
+    """Returns (M): t of each row's own positive, infinite for a row without one."""
     m, n = x.features.shape[0], y.features.shape[0]
     columns, inside = partners(m, n, offset, x.features.device)
     dtype = accumulation_dtype(x.features)
@@ -67,7 +67,7 @@ def own_products(x: Side, y: Side, offset: int) -> Tensor:
 def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, Tensor]:
     """The largest t that a negative may have in each row and column.
 
-    A duplicate of the own positive stays, whichever way the products of both are rounded.
+    Duplicates of the own positive stay, however the products are rounded.
     """
     m, n = x.features.shape[0], y.features.shape[0]
     if m == 0 or n == 0:
@@ -81,7 +81,7 @@ def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, T
     ]  # fmt: skip
     rounding = 16 * torch.finfo(t.dtype).eps
     if t.dtype == torch.float32 and preference.tf32():
-        # An engine's product may round either feature by 2^-11 of it; these here do not.
+        # An engine's product may round each feature by a relative 2^-11; the products here do not.
         rounding += 2.0**-10
     rounding = rounding * longest[0] * longest[1]
     of_rows = t + margin.to(t.dtype).reshape(()) + rounding
@@ -89,10 +89,10 @@ def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, T
 
 
 def occupied(block: Block, codes: int, rows: bool, columns: bool) -> Tensor | None:
-    """The lines that have negatives, and with same_id_positive those that have positives by id, of
-    the rows and columns that are wanted: (1, M + N) or (2, M + N). None: as the offset says.
+    """Returns the wanted lines that have negatives, bool (1, M + N). With same_id_positive it is
+    (2, M + N); the second row marks lines that have positives by id. None: the offset decides.
 
-    codes: all ids are below it; a block of a larger one has codes beyond its own lines.
+    codes: an upper bound of all ids. It exceeds M + N if the block is part of a larger one.
     """
     x, y, key_bias, offset = block.x, block.y, block.key_bias, block.offset
     if x.ids is None and key_bias is None and rows and columns:
@@ -123,6 +123,9 @@ def occupied(block: Block, codes: int, rows: bool, columns: bool) -> Tensor | No
 
 
 def _count(codes: Tensor, others: Tensor, weights: Tensor, most: int) -> Tensor:
-    """The weights of the others that each code equals; codes are below `most`."""
+    """Returns for each code the sum of the weights of equal codes among `others`.
+
+    All codes are below `most`.
+    """
     found = torch.zeros(most, dtype=torch.int64, device=codes.device)
     return found.scatter_add(0, others.long(), weights.long())[codes]

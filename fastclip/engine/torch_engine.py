@@ -1,9 +1,9 @@
-"""The engine in plain PyTorch: `sweep` and `weigh` of `ops.py` on any device.
+"""The engine in plain PyTorch: the operators of `operators.py` on any device.
 
-It streams chunks of rows, so at most a chunk of the (M, N) matrix exists, in the forward and in
-the backward. It is the engine where no compiled one can run, and the shortest text to learn the
-algorithm from. `_Tiles` makes a chunk of t and says which pairs count; everything else is the
-kind's own `fold` and `activation`, and where the sums go.
+It streams chunks of rows, so that no more than one chunk of the (M, N) matrix exists, in the
+forward and in the backward. It runs where no compiled engine can, and it is the shortest text to
+learn the algorithm from. `_ChunkedBlock` makes a chunk of t and its masks of pairs; the kind's
+`fold` and `activation` turn it into sums and weights.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..kinds import LOG2E, Kind, kind_of
 from .block import Block, Side, Statistics, Upstream, Wanted
 from .operator_checks import accumulation_dtype, state_dtype
 
-# Elements of a chunk: 8 MiB in fp32, of which up to four live at a time.
+# Elements of a chunk: 8 MiB in fp32. Up to four such tensors exist at a time.
 CHUNK = 1 << 21
 
 
 def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, operands as they are, accumulated and returned in `dtype`."""
+    """Returns a @ b of operands in their own dtype, accumulated and returned in `dtype`."""
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda:
@@ -36,15 +36,15 @@ def _chunks(m: int, n: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
 
 
-class _Tiles:
-    """A block of logits, of which chunks of rows are made on demand."""
+class _ChunkedBlock:
+    """A block of logits that is made in chunks of rows."""
 
     def __init__(self, block: Block) -> None:
         self.block, self.kind = block, kind_of(block.kind)
         x, y = block.x.features, block.y.features
         self.dtype = accumulation_dtype(x)
         self.scale = block.scale.reshape(()).to(state_dtype(x.device)) * LOG2E
-        # Added to the logits of each column, or of all.
+        # Added to the logits: one number, or one for each column.
         self.bias = block.key_bias
         if block.bias is not None and not self.kind.has_shift:
             bias = block.bias.reshape(()).to(self.scale.dtype)
@@ -57,7 +57,7 @@ class _Tiles:
         return _chunks(*self.block.sizes())
 
     def t(self, rows: slice) -> Tensor:
-        """(C, N), of a chunk of rows."""
+        """Products t (C, N) of a chunk of C rows."""
         x, y = self.block.x, self.block.y
         t = _multiply(x.features[rows], y.features.T, self.dtype)
         if x.factor is not None:
@@ -67,7 +67,7 @@ class _Tiles:
         return t
 
     def logits(self, t: Tensor) -> Tensor:
-        """In log2 units."""
+        """The logits of t, in log2 units."""
         logit = t * self.scale.to(self.dtype)
         return logit if self.bias is None else logit + self.bias.to(logit.dtype)
 
@@ -82,22 +82,22 @@ class _Tiles:
             negatives = negatives & ~same
         if x.threshold is None:
             return _Pairs(negatives, negatives, positives)
-        # A NaN counts, and spoils the line as it should.
+        # A NaN counts, so that it shows in the results of its line.
         return _Pairs(
             negatives & ~(t > x.threshold[rows, None]), negatives & ~(t > y.threshold), positives
         )
 
 
 class _Pairs(NamedTuple):
-    """Which pairs of a chunk count, (C, N)."""
+    """Masks of the pairs of a chunk, (C, N)."""
 
-    rows: Tensor  # as negatives of their rows
-    columns: Tensor  # as negatives of their columns
-    positives: Tensor | None  # by id, of both
+    rows: Tensor  # negatives of their rows
+    columns: Tensor  # negatives of their columns
+    positives: Tensor | None  # positives by id
 
 
 def _largest(logit: Tensor, dim: int) -> Tensor:
-    """The shift of each line: its largest logit, or 0 for one without pairs."""
+    """The shift of each line: its largest logit, rounded up, or 0 for a line without pairs."""
     largest = logit.amax(dim)
     return torch.where(largest == -torch.inf, 0, largest.ceil())
 
@@ -119,45 +119,45 @@ def _add(
 def sweep(
     block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.py`'s sweep. A shift for each line, so neither bound nor occupied is needed; nothing is
-    kept."""
+    """The operator `sweep`. Each line has a shift of its own, so bound and occupied are not needed.
+    Nothing is kept."""
     if keep:
         raise ValueError(f"keep must be 0: the plain PyTorch engine keeps nothing, got {keep}")
-    tiles, kind = _Tiles(block), kind_of(block.kind)
+    chunked, kind = _ChunkedBlock(block), kind_of(block.kind)
     x, (m, n) = block.x.features, block.sizes()
     state = torch.zeros(
         (4 if block.same_id_positive else 2, m + n), dtype=state_dtype(x.device), device=x.device
     )
     positive = torch.full((m,), torch.nan, dtype=state.dtype, device=x.device)
     sign = -1 if kind.negates_positives else 1
-    for rows in tiles.chunks():
-        t = tiles.t(rows)
-        logit, pairs = tiles.logits(t), tiles.pairs(rows, t)
-        _note_positives(positive[rows], tiles, t, rows.start + block.offset)
+    for rows in chunked.chunks():
+        t = chunked.t(rows)
+        logit, pairs = chunked.logits(t), chunked.pairs(rows, t)
+        _note_positives(positive[rows], chunked, t, rows.start + block.offset)
         by_row, by_column = state[:, :m][:, rows], state[:, m:]
         _add(kind, logit, pairs.rows, 1, *by_row[:2])
         _add(kind, logit, pairs.columns, 0, *by_column[:2])
         if pairs.positives is not None:
             _add(kind, sign * logit, pairs.positives, 1, *by_row[2:])
             _add(kind, sign * logit, pairs.positives, 0, *by_column[2:])
-    return state, positive, x.new_empty((0,), dtype=tiles.dtype)
+    return state, positive, x.new_empty((0,), dtype=chunked.dtype)
 
 
-def _note_positives(positive: Tensor, tiles: _Tiles, t: Tensor, offset: int) -> None:
-    """The diagonal of a chunk that begins `offset` columns right of its first column."""
+def _note_positives(positive: Tensor, chunked: _ChunkedBlock, t: Tensor, offset: int) -> None:
+    """Stores t of the chunk's own positives, its diagonal at `offset`."""
     if not -t.shape[0] < offset < t.shape[1]:
         return
     diagonal = t.diagonal(offset)
-    if tiles.kind.has_shift:
-        # t as the rounded logits have it: a positive must tie with its duplicates among them.
-        exact = (diagonal * tiles.scale.to(t.dtype)).to(positive.dtype) / tiles.scale
-        diagonal = torch.where(tiles.scale == 0, diagonal.to(positive.dtype), exact)
+    if chunked.kind.has_shift:
+        # A positive must tie with its duplicates among the rounded logits, so t comes from them.
+        exact = (diagonal * chunked.scale.to(t.dtype)).to(positive.dtype) / chunked.scale
+        diagonal = torch.where(chunked.scale == 0, diagonal.to(positive.dtype), exact)
     first = max(0, -offset)
     positive[first : first + len(diagonal)] = diagonal.to(positive.dtype)
 
 
 def merge(shift: Tensor, sum: Tensor, other_shift: Tensor, other_sum: Tensor) -> None:
-    """Adds other states to states, in place: the same merge serves chunks, ring steps and ranks."""
+    """Adds other states to states, in place. Chunks, ring steps and ranks merge alike."""
     shift_is_free = sum == 0
     other_is_free = other_sum == 0
     top = torch.maximum(shift, other_shift)
@@ -172,7 +172,7 @@ def merge(shift: Tensor, sum: Tensor, other_shift: Tensor, other_sum: Tensor) ->
 def finish(
     state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.py`'s finish: the loss's own, with each line's positive beside its state."""
+    """The operator `finish`: the kind's own, given each line's positive and state."""
     s = positive.repeat(state.shape[1] // positive.shape[0]) * scale.reshape(()).to(state.dtype)
     if bias is not None and not kind_of(kind).has_shift:
         s = s + bias.reshape(()).to(s.dtype)
@@ -180,7 +180,7 @@ def finish(
 
 
 class _Lines(NamedTuple):
-    """Shifts and coefficients of lines, which weights are made of."""
+    """The shifts and coefficients of lines that weights are computed from."""
 
     rows: tuple[Tensor, Tensor]  # shifts and coefficients (M)
     columns: tuple[Tensor, Tensor]  # (N)
@@ -192,10 +192,11 @@ class _Lines(NamedTuple):
     def weights(
         self, kind: type[Kind], logit: Tensor, rows: slice, counts: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """The weights of a chunk's pairs, as far as they count for rows and for columns."""
+        """The weights of a chunk's pairs. counts: masks of the pairs that count for their rows and
+        for their columns."""
         (row_shift, a), (column_shift, b) = self
         row_shift, a = row_shift[rows, None], a[rows, None]
-        # Filled in after the product: what does not count may exceed its line's shift by any power.
+        # Masks apply after the product, since pairs that do not count may exceed the shift by far.
         if kind.has_shift:
             w = (kind.activation(logit, row_shift) * a).masked_fill_(~counts[0], 0)
             w += (kind.activation(logit, column_shift) * b).masked_fill_(~counts[1], 0)
@@ -210,17 +211,17 @@ class _Lines(NamedTuple):
 def weigh(
     block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ops.py`'s weigh: the weights of a chunk, its sums, and two products with the features."""
-    tiles, kind = _Tiles(block), kind_of(block.kind)
-    dtype, (m, n) = tiles.dtype, block.sizes()
+    """The operator `weigh`: a chunk's weights, their sums, and two products with the features."""
+    chunked, kind = _ChunkedBlock(block), kind_of(block.kind)
+    dtype, (m, n) = chunked.dtype, block.sizes()
     x, y, scale = block.x, block.y, block.scale
     state, positive, _ = statistics
     shifts = state[::2].to(dtype)
     coefficients = upstream.coefficients.reshape(-1, m + n).to(dtype)
     lines = [_Lines.of(*both, m) for both in zip(shifts, coefficients, strict=True)]
     positive_weight = upstream.positive_weight.to(state.dtype)
-    # A half-precision product takes the weights in the features' dtype. They are at most 2; fp16
-    # would lose those below 6e-8 and blur those below 6e-5, so it takes them as large as it can.
+    # A half-precision product takes the weights in the features' dtype. They are at most 2. fp16
+    # would lose those below 6e-8 and blur those below 6e-5, so they are multiplied by 2^13 for it.
     narrow = x.features.is_cuda and x.features.dtype != dtype
     enlarged = 2.0**13 if narrow and x.features.dtype == torch.float16 else 1.0
     width, device = x.features.shape[1], x.features.device
@@ -231,9 +232,9 @@ def weigh(
     gain = upstream.gain.reshape(()).to(state.dtype)
     feature_gain = (gain * scale.reshape(())).to(dtype)
     x_operand, y_operand = (_scaled(side, narrow) for side in (x, y))
-    for rows in tiles.chunks():
-        t = tiles.t(rows)
-        logit, pairs = tiles.logits(t), tiles.pairs(rows, t)
+    for rows in chunked.chunks():
+        t = chunked.t(rows)
+        logit, pairs = chunked.logits(t), chunked.pairs(rows, t)
         w = lines[0].weights(kind, logit, rows, (pairs.rows, pairs.columns))
         if pairs.positives is not None:
             counts = pairs.positives, pairs.positives
@@ -255,12 +256,12 @@ def weigh(
             by_column.index_add_(0, partners, weight)
         weight = weight[:, None].to(dtype)
         if wanted.x:
-            part = _multiply(operand, y_operand, dtype) / enlarged
-            part += weight * _normalized(y, partners, dtype)
-            dx[rows] = _complete(part, x, rows, feature_gain, wanted.project, wanted.dtype_x)
+            product = _multiply(operand, y_operand, dtype) / enlarged
+            product += weight * _normalized(y, partners, dtype)
+            dx[rows] = _complete(product, x, rows, feature_gain, wanted.project, wanted.dtype_x)
         if wanted.y:
             dy += _multiply(operand.T, x_operand[rows], dtype) / enlarged
-            # At most one row for each column: index_add_ has nothing to order.
+            # A column gets at most one row, so index_add_ is deterministic.
             dy.index_add_(0, partners, weight * _normalized(x, rows, dtype))
     if wanted.y:
         dy = _complete(dy, y, slice(None), feature_gain, wanted.project, wanted.dtype_y)
@@ -273,7 +274,7 @@ def _normalized(side: Side, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled(side: Side, narrow: bool) -> Tensor:
-    """The operand of a product with weights: as wide as the weights."""
+    """The operand of a product with weights, in the weights' dtype."""
     if narrow and side.factor is None:
         return side.features
     scaled = _normalized(side, slice(None), accumulation_dtype(side.features))
@@ -283,23 +284,23 @@ def _scaled(side: Side, narrow: bool) -> Tensor:
 def _complete(
     g: Tensor, side: Side, rows: slice, gain: Tensor, project: bool, dtype: torch.dtype
 ) -> Tensor:
-    """Gain, the normalisation's Jacobian `factor * (g - x^ <x^, g>)`, and the output's dtype."""
+    """Applies the gain and the normalisation's Jacobian `factor * (g - x^ <x^, g>)`, and casts."""
     if not project or side.factor is None:
         return (g * gain).to(dtype)
     f, x = side.factor[rows, None], side.features[rows]
-    # A norm below 1e-12 was clamped: the features were divided by a constant.
+    # A norm below 1e-12 was clamped, so that the features were divided by a constant.
     clamped = f >= 0.9999e12
     unit = x.to(g.dtype) * f
     g = torch.where(clamped, g, g - unit * (unit * g).sum(1, keepdim=True))
     g = g * (gain * f)
-    # 1e12 times anything overflows fp16: there a zero row has no gradient, not an infinite one.
+    # 1e12 times anything overflows fp16, which gets 0 for a zero row instead of infinity.
     return (torch.where(clamped, 0, g) if torch.float16 in (dtype, x.dtype) else g).to(dtype)
 
 
 def sweep_and_weigh(
     block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ops.py`'s sweep_and_weigh. Plain PyTorch gains nothing by fusing: it sweeps, then weighs."""
+    """The operator `sweep_and_weigh`: plain PyTorch gains nothing by fusing the two."""
     statistics = Statistics(*sweep(block, None, None, 0))
     m, n = block.sizes()
     state, positive, _ = statistics

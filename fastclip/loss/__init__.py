@@ -1,9 +1,10 @@
-"""The public losses: drop-ins for the ones in open_clip, and the functions beneath them.
+"""The public losses: open_clip's classes, and the functions beneath them.
 
-Of batches that are spread over processes: `fastclip.distributed`.
+`fastclip.distributed` has the losses of batches that are spread over processes.
 """
 
-from .losses import clip_loss, siglip_loss
+from .clip import clip_loss
 from .open_clip import ClipLoss, SigLipLoss
+from .siglip import siglip_loss
 
 __all__ = ["ClipLoss", "SigLipLoss", "clip_loss", "siglip_loss"]

@@ -1,7 +1,7 @@
-"""open_clip's loss classes (3.3.0), call by call, without the N x N matrices.
+"""open_clip's loss classes (3.3.0) with the same signatures, without the N x N matrices.
 
-Features arrive normalised and `logit_scale` exponentiated, as open_clip's models emit them. With a
-world size above 1 the losses are those of `distributed.py`.
+They take what open_clip's models return: normalised features and an exponentiated `logit_scale`.
+With a world size above 1 they compute the losses of `fastclip.distributed`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ..distributed import distributed_loss, gather_features
 from ..distributed.block_row import GradientMode
-from .losses import clip_loss, siglip_loss
+from .clip import clip_loss
+from .siglip import siglip_loss
 
 
 def _overrides(loss: nn.Module, base: type[nn.Module], others: tuple[str, ...] = ()) -> bool:
-    """Whether a subclass makes logits or labels of its own: then they must be made, densely."""
+    """True if a subclass makes its own logits or labels, so that the loss must be dense."""
     return any(
         getattr(type(loss), name) is not getattr(base, name)
         for name in ("get_logits", "get_ground_truth", *others)
@@ -44,10 +45,10 @@ def _refuse_live(live: tuple[int, int] | None) -> None:
 @functools.cache
 def _warn_of_direction() -> None:
     warnings.warn(
-        "ClipLoss(local_loss=True, gather_with_grad=False) returns open_clip's gradient, which is "
-        "not that of the loss, in direction either: what other ranks' losses contribute is left "
-        "out; gather_with_grad=True is exact",
-        stacklevel=5,  # whoever calls the module, past two frames of nn.Module's
+        "ClipLoss(local_loss=True, gather_with_grad=False) returns open_clip's gradient, which "
+        "leaves out what other ranks' losses contribute: it is not the gradient of the loss, and "
+        "even its direction is off; gather_with_grad=True is exact",
+        stacklevel=5,  # the caller of the module, past two frames of nn.Module
     )
 
 
@@ -55,26 +56,26 @@ def _warn_while_compiling() -> None:
     _warn_of_direction()
 
 
-# Called once, while a graph is made, which cannot hold a warning.
+# A graph cannot hold a warning, so this is called once, while the graph is made.
 _warn_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class ClipLoss(nn.Module):
-    """open_clip's `ClipLoss`; no parameters, no buffers.
+    """open_clip's `ClipLoss`, without parameters or buffers.
 
-    `get_logits` and `get_ground_truth` are open_clip's, dense, for subclasses that call them; a
-    subclass that overrides one gets the dense loss of what it returns.
+    `get_logits` and `get_ground_truth` are dense, as in open_clip, for subclasses that call them.
+    If a subclass overrides one of them, the loss is the dense loss of what it returns.
 
     Args:
-        local_loss, gather_with_grad: which value and which gradients a rank gets; the table is in
-            `fastclip.distributed`. True, True is exact, True, False warns once.
-        cache_labels: keep `get_ground_truth`'s labels.
-        rank, world_size: this process's, within `process_group`.
+        local_loss, gather_with_grad: which value and which gradients a rank gets; see the table in
+            `fastclip.distributed`. True, True is exact; True, False warns once.
+        cache_labels: keep the labels of `get_ground_truth`.
+        rank, world_size: those of this process within `process_group`.
         use_horovod: must be False.
         process_group, ring, uneven: as in `fastclip.distributed.clip_loss`.
 
     Raises:
-        ValueError: Horovod, or a rank and world size that are not the group's.
+        ValueError: use_horovod=True, or a rank or world size that is not the group's.
     """
 
     def __init__(
@@ -124,8 +125,8 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Dense logits per image and per text: (N, N), or across processes (b, B) of own rows with
-        `local_loss`, (B, B) without."""
+        """Dense logits per image and per text: (N, N); across processes (b, B), this rank's rows,
+        with `local_loss`, and (B, B) without."""
         if self.world_size == 1:
             logits = _dense_logits(image_features, text_features, logit_scale, logit_bias)
             return logits, logits.T
@@ -164,10 +165,10 @@ class ClipLoss(nn.Module):
             labels = self.get_ground_truth(image_features.device, per_image.shape[0])
             loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
         elif self.world_size > 1:
-            sharing = GradientMode(not self.local_loss, self.gather_with_grad, self.ring)
+            mode = GradientMode(not self.local_loss, self.gather_with_grad, self.ring)
             world = ("ClipLoss", self.rank, self.world_size)
             loss = distributed_loss(
-                "softmax", *inputs, self.process_group, sharing, self.uneven, live=live, world=world
+                "softmax", *inputs, self.process_group, mode, self.uneven, live=live, world=world
             )
         else:
             loss = clip_loss(*inputs, live=live)
@@ -175,21 +176,21 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """open_clip's `SigLipLoss`; no parameters, no buffers.
+    """open_clip's `SigLipLoss`, without parameters or buffers.
 
-    A subclass that overrides `get_logits` or `get_ground_truth` gets the dense loss of what they
-    return, block by block of other ranks' texts.
+    If a subclass overrides `get_logits` or `get_ground_truth`, the loss is the dense loss of what
+    they return, one rank's texts after another.
 
     Args:
-        cache_labels: without effect.
-        rank, world_size: this process's, within `process_group`.
-        dist_impl: how texts come to a rank, with one value and one gradient: "bidir" (also None)
-            and "shift" around a ring, "reduce" and "gather" all at once.
-        chunk_size: accepted; memory is bounded without it.
+        cache_labels: has no effect.
+        rank, world_size: those of this process within `process_group`.
+        dist_impl: how texts reach a rank: "bidir" (also None) and "shift" around a ring, "reduce"
+            and "gather" by an all-gather. Values and gradients are the same.
+        chunk_size: has no effect; memory is bounded without it.
         process_group, uneven: as in `fastclip.distributed.siglip_loss`.
 
     Raises:
-        ValueError: an unknown dist_impl, or a rank and world size that are not the group's.
+        ValueError: an unknown dist_impl, or a rank or world size that is not the group's.
     """
 
     DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -245,7 +246,7 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         negative_only: bool = False,
     ) -> Tensor:
-        """open_clip's hook for one block; dense where no pair is a positive."""
+        """open_clip's hook for one block of texts; dense if no pair in it is a positive."""
         if not negative_only and not _overrides(self, SigLipLoss):
             return siglip_loss(image_features, text_features, logit_scale, logit_bias)
         logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
@@ -290,10 +291,10 @@ class SigLipLoss(nn.Module):
             across = self._dense_across if self.world_size > 1 else self._loss
             loss = across(*inputs)
         elif self.world_size > 1:
-            sharing = GradientMode(ring=self.dist_impl in ("bidir", "shift"))
+            mode = GradientMode(ring=self.dist_impl in ("bidir", "shift"))
             world = ("SigLipLoss", self.rank, self.world_size)
             loss = distributed_loss(
-                "sigmoid", *inputs, self.process_group, sharing, self.uneven, live=live, world=world
+                "sigmoid", *inputs, self.process_group, mode, self.uneven, live=live, world=world
             )
         else:
             loss = siglip_loss(*inputs, live=live)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastclip import clip_loss, siglip_loss
 from fastclip.engine import operators
 from fastclip.engine.block import Block
-from fastclip.loss import ClipLoss, SigLipLoss, losses
+from fastclip.loss import ClipLoss, SigLipLoss
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"clip": clip_loss, "siglip": siglip_loss}
 SLICES = ((0, 5), (5, 6), (6, 23))
@@ -128,7 +128,7 @@ def test_what_live_does_not_go_with(options: dict[str, str]) -> None:
 def test_compiled() -> None:
     """The graph is cut at the loss."""
     x, y, *scalars = leaves()
-    step = torch.compile(lambda *a: losses.clip_loss(*a, live=(2, 9)) * 2, backend="aot_eager")
+    step = torch.compile(lambda *a: clip_loss(*a, live=(2, 9)) * 2, backend="aot_eager")
     step(x, y, *scalars).backward()
     other = leaves()
     (clip_loss(*other, live=(2, 9)) * 2).backward()

@@ -109,7 +109,7 @@ def on_cpu_tensors(patch: pytest.MonkeyPatch) -> None:
     """The losses, too, take `backend="cuda"` for them."""
     emulated()
     backends = importlib.import_module("fastclip.engine.backends")  # beside a function of that name
-    patch.setitem(backends._STATUS, ("cuda", None), backends.AVAILABLE)
+    patch.setitem(backends._AVAILABILITY, ("cuda", None), backends.AVAILABLE)
     patch.setitem(backends._SERVED, "cuda", ("cuda", "cpu"))
 
 

@@ -20,7 +20,7 @@ def nothing_known() -> Iterator[pytest.MonkeyPatch]:
     """Nothing found out before, nothing asked for, and no interpreter."""
     caches = (backends._warn_of_fallback, backends._capability)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_STATUS", {})
+        patch.setattr(backends, "_AVAILABILITY", {})
         patch.setattr(backends, "interpreted", lambda: False)
         patch.delenv("FASTCLIP_GPU", raising=False)
         for cache in caches:

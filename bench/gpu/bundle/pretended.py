@@ -71,7 +71,7 @@ def pretend() -> None:
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
     torch.cuda.get_device_properties = lambda device=None: PROPERTIES
     backends = importlib.import_module("fastclip.engine.backends")  # beside it there is a function
-    backends._STATUS["triton", None] = backends.AVAILABLE
+    backends._AVAILABILITY["triton", None] = backends.AVAILABLE
     backends._SERVED["triton"] = ("cuda", "cpu")
     # The tensors' device decides what is launched: it is the card that counts.
     function = importlib.import_module("fastclip.engine.fused_loss")

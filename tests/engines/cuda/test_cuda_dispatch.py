@@ -42,7 +42,7 @@ def test_it_says_what_stands_in_its_way(fresh: pytest.MonkeyPatch) -> None:
 def test_without_the_compiled_module_it_gives_its_reason(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh)
     fresh.setattr(backends, "_MODULE", None)
-    fresh.setattr(backends, "_CPU_STATUS", "the compiled module was not built")
+    fresh.setattr(backends, "_CPU_AVAILABILITY", "the compiled module was not built")
     assert backends.backends()["cuda"] == "the compiled module was not built"
 
 
@@ -120,7 +120,7 @@ def test_the_order_follows_the_arithmetic(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(None, dtype) == first
-        backends._STATUS["triton" if first == "triton" else "cuda", 0] = "it is ill"
+        backends._AVAILABILITY["triton" if first == "triton" else "cuda", 0] = "it is ill"
         assert choose(None, dtype) == second
 
 
@@ -247,7 +247,7 @@ def test_the_compiler_sees_a_constant(fresh: pytest.MonkeyPatch) -> None:
     """In one graph, compiled once for all batch sizes."""
     importlib.import_module("torch._dynamo").reset()
     # Found out before: the compiler itself would believe in a pretended card.
-    fresh.setattr(backends, "_STATUS", {("cuda", 0): "available", ("triton", 0): "it is ill"})
+    fresh.setattr(backends, "_AVAILABILITY", {("cuda", 0): "available", ("triton", 0): "it is ill"})
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list) -> object:
@@ -286,5 +286,5 @@ def test_a_named_backend_asks_for_no_other(fresh: pytest.MonkeyPatch, name: str)
     def refuse(engine: str, device: int | None) -> str:
         raise AssertionError(f"asked for {engine}")
 
-    fresh.setattr(backends, "_status", refuse)
+    fresh.setattr(backends, "_availability", refuse)
     assert backends.choose(name, CPU, torch.float32, 8, 8) == name

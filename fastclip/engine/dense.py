@@ -1,0 +1,54 @@
+"""Dense logits and reductions in plain PyTorch, for the reference losses."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dense_logits(
+    x: Tensor,  # (M, D)
+    y: Tensor,  # (N, D)
+    scale: Tensor | float,
+    bias: Tensor | float | None,
+    normalize: bool,
+) -> Tensor:  # (M, N)
+    """`scale * x @ y.T + bias` in float32, or in float64 if either side is float64; never in a half
+    dtype."""
+    x, y = _in_autocast_dtype(x), _in_autocast_dtype(y)
+    dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.to(dtype), y.to(dtype)
+        if normalize:
+            x, y = F.normalize(x, dim=1, eps=1e-12), F.normalize(y, dim=1, eps=1e-12)
+        logits = as_scalar(scale, x) * (x @ y.T)
+        return logits if bias is None else logits + as_scalar(bias, x)
+
+
+def _in_autocast_dtype(x: Tensor) -> Tensor:
+    """`x` as the matmul that the loss replaces would take it; autocast leaves float64 alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def as_scalar(value: Tensor | float, like: Tensor) -> Tensor | float:
+    """A one-element tensor as 0-dim in `like`'s dtype: its own shape and dtype must not spread."""
+    return value.to(like).reshape(()) if isinstance(value, Tensor) else value
+
+
+def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
+    """The losses of pairs (N), their mean or their sum.
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+    if reduction == "none":
+        return losses
+    if reduction == "mean":
+        return losses.mean()
+    if reduction == "sum":
+        return losses.sum()
+    raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")

@@ -1,0 +1,83 @@
+"""`fastclip.contrast` with all of its matrices: the logits, and masks of the pairs that count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kinds import LN2, LOG2E, Kind, LineStatistics, kind_of
+from .dense import dense_logits
+
+
+def dense_contrast(
+    x: Tensor,  # (M, D)
+    y: Tensor,  # (N, D)
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    offset: int | None = 0,
+    ids: tuple[Tensor, Tensor] | None = None,
+    same_id: str = "ignore",
+    false_negative_margin: Tensor | float | None = None,
+    key_bias: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = True,
+    kind: str = "softmax",
+    normalize: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> LineStatistics:
+    """`fastclip.contrast` in plain PyTorch, with derivatives of any order and O(M N) memory.
+
+    Args, Returns, Raises: as `fastclip.contrast`; backend and memory_budget are ignored. Logits are
+    float32, or float64 if either side is.
+    """
+    logits = dense_logits(x, y, logit_scale, logit_bias, normalize)
+    t = dense_logits(x.detach(), y.detach(), 1.0, None, normalize)
+    if key_bias is not None:
+        logits = logits + key_bias.to(logits.dtype)
+    m, n = logits.shape
+    i, j = torch.arange(m, device=x.device)[:, None], torch.arange(n, device=x.device)
+    own = i + offset == j if offset is not None else torch.zeros_like(t, dtype=torch.bool)
+    same = own if ids is None else (ids[0][:, None] == ids[1]) | own
+    by_row = by_column = ~same
+    if false_negative_margin is not None:
+        similarity = torch.where(own, t, -torch.inf)
+        for dim in (1, 0):
+            # A line without an own positive has no limit.
+            limit = similarity.amax(dim, keepdim=True)
+            limit = torch.where(limit == -torch.inf, torch.inf, limit + false_negative_margin)
+            if dim == 1:
+                by_row = by_row & ~(t > limit)
+            else:
+                by_column = by_column & ~(t > limit)
+    found = kind_of(kind)
+    positives = torch.where(own, logits, 0).sum(1)
+    positives = torch.where(own.any(1), positives, torch.nan).double()
+    by_id: list[Tensor | None] = [None, None]
+    if same_id == "positive":
+        sign = -1 if found.negates_positives else 1
+        by_id = [_statistic(found, sign * logits, same, dim) for dim in (1, 0)]
+    return LineStatistics(
+        _statistic(found, logits, by_row, 1) if rows else None,
+        _statistic(found, logits, by_column, 0) if columns else None,
+        positives,
+        by_id[0] if rows else None,
+        by_id[1] if columns else None,
+    )
+
+
+def _statistic(kind: type[Kind], logits: Tensor, counts: Tensor, dim: int) -> Tensor:
+    """The statistic of each line over the pairs that count; float64."""
+    logits = logits.double() * LOG2E
+    if not kind.has_shift:
+        return torch.where(counts, kind.fold(logits, torch.zeros_like(logits)), 0).sum(dim)
+    logits = torch.where(counts, logits, -torch.inf)
+    largest = logits.detach().amax(dim, keepdim=True)
+    shift = torch.where(largest == -torch.inf, 0, largest)
+    sums = kind.fold(logits, shift).sum(dim)
+    # A line without pairs has -inf, and no gradient.
+    some = sums > 0
+    return torch.where(
+        some, (torch.where(some, sums, 1).log2() + shift.squeeze(dim)) * LN2, -torch.inf
+    )

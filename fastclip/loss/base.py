@@ -1,0 +1,56 @@
+"""Checks the arguments of a loss of paired features, and runs the chosen engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..distributed.block_row import GradientMode
+from ..distributed.shard import shard_of_one
+from ..distributed.sharded_loss import sharded_loss
+from ..engine.backends import choose
+from ..engine.checks import budget_of, check_features, check_live, product_dtype, scalar
+from ..engine.fused_loss import REDUCTIONS, LossOptions, fused_loss
+from ..engine.no_compile import no_compile
+
+
+def paired_loss(
+    kind: str, dense: Callable[..., Tensor], x: Tensor, y: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None, normalize: bool, reduction: str, backend: str | None,
+    memory_budget: int | None, live: tuple[int, int] | None,
+) -> Tensor:  # fmt: skip
+    """The loss of a kind; `dense` computes it for `backend="reference"`. Other arguments, errors:
+    as `clip_loss`."""
+    check_features(x, y)
+    y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    scale = scalar("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+    dtype = product_dtype(x, y)
+    budget = budget_of(memory_budget, x.device)
+    engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1])
+    if live is not None:
+        live = check_live(live, x.shape[0])
+        if reduction == "none" or engine == "reference":
+            raise ValueError(
+                'live pairs must be reduced to "mean" or "sum" by a fused engine, got '
+                f"reduction={reduction!r}, backend={backend!r}"
+            )
+        options = LossOptions(kind, engine, dtype, normalize, "mean", budget)
+        value = _live_loss(x, y, scale, bias, options, live)
+        return value * x.shape[0] if reduction == "sum" else value
+    if engine == "reference":
+        return dense(x, y, scale, bias, normalize=normalize, reduction=reduction)
+    options = LossOptions(kind, engine, dtype, normalize, reduction, budget)
+    return fused_loss(x, y, scale, bias, options)
+
+
+@no_compile
+def _live_loss(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: LossOptions,
+    live: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """The distributed loss of a single rank: its code differentiates a part of the rows."""
+    return sharded_loss(x, y, scale, bias, options, shard_of_one(x, y, live), GradientMode())
