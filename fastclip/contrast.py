@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .engine.backends import choose
 from .engine.block import NO_POSITIVES
-from .engine.checks import budget_of, check_contrast, product_dtype
+from .engine.checks import budget_of, check_contrast
 from .engine.dense_statistics import dense_contrast
+from .engine.dtypes import product_dtype
 from .engine.line_statistics import Inputs, StatisticsOptions, block_of, line_statistics
 from .kinds import LineStatistics
 

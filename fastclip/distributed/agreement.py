@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine.operator_checks import FLOATING
+from ..engine.dtypes import FLOATING
 from .collectives import gather_rows
 from .shard import Shard, starts_of
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..engine import operators
+from ..engine.autograd import cast
 from ..engine.block import NO_POSITIVES, Block, Side, Statistics, Upstream, Wanted
-from ..engine.fused_loss import cast
+from ..engine.dtypes import accumulation_dtype, state_dtype
 from ..engine.kept import KEPT_BY
-from ..engine.operator_checks import accumulation_dtype, state_dtype
 from ..engine.operators import Gradients
 from ..engine.torch_engine import merge
 from ..kinds import Kind, kind_of

@@ -13,17 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engine.autograd import refuse_forward_mode
 from ..engine.backends import choose
 from ..engine.block import NO_POSITIVES
-from ..engine.checks import (
-    budget_of,
-    check_features,
-    check_live,
-    product_dtype,
-    refuse_forward_mode,
-    scalar,
-)
+from ..engine.checks import budget_of, check_features, check_live, scalar
 from ..engine.checks import check_contrast as check_contrast_inputs
+from ..engine.dtypes import product_dtype
 from ..engine.fused_loss import LossOptions
 from ..engine.line_statistics import Inputs, StatisticsOptions
 from ..kinds import KINDS, kind_of

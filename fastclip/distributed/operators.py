@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engine.autograd import refuse_second_derivative
 from ..engine.block import NO_POSITIVES, Block
-from ..engine.fused_loss import LossOptions, refuse_second_derivative
+from ..engine.dtypes import state_dtype
+from ..engine.fused_loss import LossOptions
 from ..engine.kept import KEPT_BY
 from ..engine.line_statistics import Inputs, StatisticsOptions, statistics_of
-from ..engine.operator_checks import state_dtype
 from . import sharded_loss, sharded_statistics
 from .agreement import NEEDS, group_named, group_of, ranks_of
 from .block_row import TENSORS, BlockRow, GradientMode, Swept

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine import operators
-from ..engine.block import Block, Upstream
-from ..engine.fused_loss import (
-    LossOptions,
+from ..engine.autograd import (
     bias_of,
     cast,
     differentiates,
@@ -26,7 +24,9 @@ from ..engine.fused_loss import (
     scalar_like,
     side_of,
 )
-from ..engine.operator_checks import accumulation_dtype, state_dtype
+from ..engine.block import Block, Upstream
+from ..engine.dtypes import accumulation_dtype, state_dtype
+from ..engine.fused_loss import LossOptions
 from ..kinds import Kind, kind_of
 from .block_row import TENSORS, BlockRow, GradientMode, Swept, Weighing, merge_columns, to_features
 from .block_row import sweep as sweep_row

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..engine import pairs
+from ..engine.autograd import cast, differentiates, refuse_second_derivative, scalar_like
 from ..engine.block import Block, Side, Upstream
-from ..engine.fused_loss import cast, differentiates, refuse_second_derivative, scalar_like
 from ..engine.line_statistics import (
     Inputs,
     StatisticsOptions,

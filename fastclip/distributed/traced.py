@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine.checks import product_dtype, scalar
+from ..engine.checks import scalar
+from ..engine.dtypes import product_dtype
 from ..engine.line_statistics import named, statistics_of
 from ..kinds import LineStatistics
 from .agreement import group_named, ranks_of

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..kinds import kind_of
-from .operator_checks import FLOATING
+from .autograd import refuse_forward_mode
+from .dtypes import FLOATING
 
 # The meanings of equal ids.
 SAME_ID = ("ignore", "positive")
@@ -52,17 +52,13 @@ def check_sides(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
 
 
 def _check_one(name: str, features: Tensor, shape: str) -> None:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+    _check_tensor(name, features)
     if type(features) is not Tensor and type(features).__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local() or "
             f"{name}.full_tensor()"
         )
-    if features.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
-        )
+    _check_floating(name, features)
     if features.dim() != 2:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(features.shape)}")
 
@@ -95,19 +91,10 @@ def check_ids(
         got = f"{len(ids)} of them" if isinstance(ids, Sequence) else type(ids).__name__
         raise TypeError(f"ids must be a pair of tensors (x_ids, y_ids), got {got}")
     for name, own, features in zip(("x_ids", "y_ids"), ids, (x, y), strict=True):
-        if not isinstance(own, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(own).__name__}")
+        _check_tensor(name, own)
         if own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, got {own.dtype}")
-        if own.shape != (features.shape[0],):
-            raise ValueError(
-                f"{name} must have an id for each row of the features, shape "
-                f"({features.shape[0]},), got {tuple(own.shape)}"
-            )
-        if own.device != features.device:
-            raise ValueError(
-                f"{name} must be on the features' device {features.device}, got {own.device}"
-            )
+        _check_vector(name, own, "an id for each row of the features", features)
     return ids[0], ids[1]
 
 
@@ -115,20 +102,29 @@ def check_key_bias(key_bias: Tensor | None, y: Tensor) -> None:
     """Checks a bias for each column."""
     if key_bias is None:
         return
-    if not isinstance(key_bias, Tensor):
-        raise TypeError(f"key_bias must be a torch.Tensor, got {type(key_bias).__name__}")
-    if key_bias.dtype not in FLOATING:
-        raise TypeError(
-            f"key_bias must be float64, float32, bfloat16 or float16, got {key_bias.dtype}"
-        )
-    if key_bias.shape != (y.shape[0],):
+    _check_tensor("key_bias", key_bias)
+    _check_floating("key_bias", key_bias)
+    _check_vector("key_bias", key_bias, "a bias for each column", y)
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+
+
+def _check_vector(name: str, vector: Tensor, rule: str, features: Tensor) -> None:
+    """Checks that a vector has a number for each of the features, on their device."""
+    lines = features.shape[0]
+    if vector.shape != (lines,):
+        raise ValueError(f"{name} must have {rule}, shape ({lines},), got {tuple(vector.shape)}")
+    if vector.device != features.device:
         raise ValueError(
-            f"key_bias must have a bias for each column, shape ({y.shape[0]},), got "
-            f"{tuple(key_bias.shape)}"
-        )
-    if key_bias.device != y.device:
-        raise ValueError(
-            f"key_bias must be on the features' device {y.device}, got {key_bias.device}"
+            f"{name} must be on the features' device {features.device}, got {vector.device}"
         )
 
 
@@ -159,17 +155,6 @@ def check_contrast(
         margin = scalar("false_negative_margin", margin, x).detach()
     refuse_forward_mode(x, y, scale, bias, key_bias)
     return scale, bias, ids, margin
-
-
-def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """Raises a clear RuntimeError where torch's own would not name the cause."""
-    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
-        raise RuntimeError(
-            "fastclip's losses have no forward-mode derivative (torch.func.jvp, dual numbers): "
-            "use reverse mode, or backend='reference', which is plain PyTorch"
-        )
 
 
 def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
@@ -216,28 +201,3 @@ def check_live(live: tuple[int, int] | None, pairs: int) -> tuple[int, int] | No
             f"live must be (start, stop) with 0 <= start < stop <= {pairs} pairs, got {live!r}"
         )
     return start, stop
-
-
-def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype that the operands would have in the matmul that this loss replaces."""
-    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
-    if dtype == torch.float64:
-        return dtype
-    device = x.device.type
-    if device == "meta":
-        return dtype
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    if dtype == torch.float32 and device == "cpu" and _cpu_takes_bf16():
-        return torch.bfloat16
-    return dtype
-
-
-def _cpu_takes_bf16() -> bool:
-    """True if the user lets fp32 matmuls on CPUs round their operands to bf16."""
-    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-
-
-# This is torch.compiler.assume_constant_result without its import of the compiler and Triton: a
-# compiled loss reads the setting once, when it is compiled.
-_cpu_takes_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]

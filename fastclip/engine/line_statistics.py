@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..kinds import LN2, LOG2E, Kind, LineStatistics, kind_of
 from . import operators, pairs
-from .block import Block, Side, Statistics, Upstream, Wanted
-from .fused_loss import (
+from .autograd import (
     EPS,
     as_inputs,
     bias_of,
@@ -29,8 +28,9 @@ from .fused_loss import (
     with_inputs,
     without_inputs,
 )
+from .block import Block, Side, Statistics, Upstream, Wanted
+from .dtypes import accumulation_dtype
 from .kept import KEPT_BY
-from .operator_checks import accumulation_dtype
 
 
 class StatisticsOptions(NamedTuple):

@@ -1,4 +1,4 @@
-"""Checks that an operator's arguments fit together, and the dtypes that follow from them.
+"""Checks that an operator's arguments fit together.
 
 They serve the engines in Python, whose tensors would broadcast silently; the compiled engines have
 checks of their own. They read sizes and dtypes only, so nothing waits for a device. The losses
@@ -14,19 +14,8 @@ from torch import Tensor
 
 from ..kinds import kind_of
 from .block import Block, Side, Statistics, Upstream, Wanted
+from .dtypes import FLOATING, accumulation_dtype, state_dtype
 from .kept import Nothing, Products, Weights
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def state_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of states: float64, but float32 on Apple GPUs, which have nothing wider."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums of products: float64 for float64 features, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(holds: bool, rule: str, *got: Any, error: type[Exception] = RuntimeError) -> None:

@@ -84,8 +84,8 @@ from torch import Tensor
 
 from . import flops, operator_checks
 from .block import Block, Side, Statistics, Upstream, Wanted
+from .dtypes import accumulation_dtype, state_dtype
 from .kept import KEPT_BY
-from .operator_checks import accumulation_dtype, state_dtype
 
 SCHEMAS = {
     "sweep": f"({Block.SCHEMA}, Tensor? bound, Tensor? occupied, SymInt keep)"

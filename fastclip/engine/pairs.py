@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import preference
 from .block import Block, Side
-from .operator_checks import accumulation_dtype
+from .dtypes import accumulation_dtype
 
 
 def partners(m: int, n: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kinds import LOG2E, Kind, kind_of
 from .block import Block, Side, Statistics, Upstream, Wanted
-from .operator_checks import accumulation_dtype, state_dtype
+from .dtypes import accumulation_dtype, state_dtype
 
 # Elements of a chunk: 8 MiB in fp32. Up to four such tensors exist at a time.
 CHUNK = 1 << 21

@@ -10,7 +10,8 @@ from ..distributed.block_row import GradientMode
 from ..distributed.shard import shard_of_one
 from ..distributed.sharded_loss import sharded_loss
 from ..engine.backends import choose
-from ..engine.checks import budget_of, check_features, check_live, product_dtype, scalar
+from ..engine.checks import budget_of, check_features, check_live, scalar
+from ..engine.dtypes import product_dtype
 from ..engine.fused_loss import REDUCTIONS, LossOptions, fused_loss
 from ..engine.no_compile import no_compile
 
