@@ -17,9 +17,9 @@ enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
 
 // Statistics of the lines of a side over one set of pairs, and coefficients for their weights.
 struct Lines {
-  double* reference = nullptr;         // sweep: (rows) out, in log2 units
+  double* shift = nullptr;             // sweep: (rows) out, in log2 units
   double* sum = nullptr;               // sweep: (rows) out, the folded pairs
-  const void* references = nullptr;    // weigh: T (rows)
+  const void* shifts = nullptr;        // weigh: T (rows)
   const void* coefficients = nullptr;  // weigh: T (rows)
 };
 
@@ -54,13 +54,13 @@ struct Problem {
   bool fold = false;   // sweep: make the states
   bool weigh = false;  // weigh: make gradients and totals
 
-  double reference = 0;         // sweep: the one reference of all rows and columns, integral
-  bool running_maxima = false;  // sweep: a reference for each row and column instead
+  double shift = 0;             // sweep: the one shift of all rows and columns, integral
+  bool running_maxima = false;  // sweep: a shift for each row and column instead
   double* positive = nullptr;   // t of the own positives: sweep writes it, weigh reads it
   bool positive_of_y = false;   // positive and positive_weight are indexed by the columns, not by the rows
 
   const double* positive_weight = nullptr;  // weigh: dL/ds of the own positives
-  bool one_reference = true;                // weigh: all references equal: one exponential serves row and column
+  bool one_shift = true;                    // weigh: all shifts equal: one exponential serves row and column
   double gain = 1;            // weigh: the upstream gradient; multiplies both gradients, but not the totals
   bool project = false;       // weigh: gradients with respect to the features before normalisation
   double totals[2] = {0, 0};  // weigh: sums of w and of w * t, out

@@ -3,9 +3,9 @@
 // A kind is two functions. The engine makes the tiles of <x_i, y_j>, keeps the own positives out, and calls
 //   fold(t, k, m)        what a pair adds to the sum that its row and its column remember
 //   activation(t, k, m)  its weight dL/ds up to the factor (a_i + b_j) of its row and column
-// with t = <x_i, y_j>, the logit in log2 units l = t * k.scale + k.bias, and m the reference of the row or the column.
+// with t = <x_i, y_j>, the logit in log2 units l = t * k.scale + k.bias, and m the shift of the row or the column.
 // A kind with a fused loss (fastclip.clip_loss, siglip_loss) brings a third one, which finishes a line:
-//   finish(reference, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its own positive, of logit s
+//   finish(shift, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its own positive, of logit s
 // A pair's loss is half its row's plus half its column's. A new kind is such a struct and an entry in `Kinds`.
 //
 // Nothing in this file includes torch, allocates, or branches on data: on the CPU each function is one sequence of
@@ -46,7 +46,7 @@ constexpr double kLn2 = 0.6931471805599453;
 // 2^-24 relative, which at a logit of 144 (scale 100) is an error of 6e-6 in the exponential.
 //
 // Biased: lines have biases of their own, numbers or vectors of them (Bias). The integral part of one, `whole`, is
-// taken off the reference by kinds that have one, so that it costs them no digit, or else added to `bias`.
+// taken off the shift by kinds that have one, so that it costs them no digit, or else added to `bias`.
 template <class T, class Bias = T, bool Biased = false>
 struct Affine {
   using Scalar = T;
@@ -157,9 +157,9 @@ FASTCLIP_INLINE V exp2_relative(V t, const K& k, V m) {
     if constexpr (K::kBiased) low += k.bias_low;
     const V l = product_minus(t, k.scale, m) + low;
     const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
-    const V r = z - kRounder, shift = m + r;
-    const V lost = r - (shift - m);  // of the sum, where |m| has outgrown the integers of a float
-    return exp2_split(z, (product_minus(t, k.scale, shift) - lost) + low);
+    const V r = z - kRounder, whole = m + r;
+    const V lost = r - (whole - m);  // of the sum, where |m| has outgrown the integers of a float
+    return exp2_split(z, (product_minus(t, k.scale, whole) - lost) + low);
   }
 }
 
@@ -208,7 +208,7 @@ FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(
 // (arXiv 2103.00020). A bias common to all logits moves the logarithm of the sum by as much, and nobody needs it here.
 struct Softmax {
   static constexpr const char* kName = "softmax";
-  static constexpr bool kHasShift = true;           // sums are relative to references, and weights depend on sums
+  static constexpr bool kHasShift = true;           // sums are relative to shifts, and weights depend on sums
   static constexpr bool kIsLinear = false;          // finished coefficients are 1: loss and gradients in one go
   static constexpr bool kNegatesPositives = false;  // positives by id are folded with their logits' sign changed
   template <class V, class K>
@@ -220,11 +220,11 @@ struct Softmax {
     return exp2_relative(t, k, m);
   }
   // log(1 + R / P) in the log domain, where neither needs to be representable; the sums themselves for the weights.
-  static FASTCLIP_INLINE Line finish(double reference, double sum, double s) {
-    const double sum_and_positive = sum + exp2(s * kLog2E - reference);
+  static FASTCLIP_INLINE Line finish(double shift, double sum, double s) {
+    const double sum_and_positive = sum + exp2(s * kLog2E - shift);
     const double total =
         sum_and_positive < 2.3e-308 ? 2.3e-308 : sum_and_positive;  // no negatives, positive underflows
-    return {softplus((log2(sum) + reference) * kLn2 - s), 1 / total, -sum / total};
+    return {softplus((log2(sum) + shift) * kLn2 - s), 1 / total, -sum / total};
   }
 };
 

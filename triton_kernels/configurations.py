@@ -58,7 +58,7 @@ def _table_of(
 ) -> Table:  # fmt: skip
     """For each kind of kernel: the first "sweep", one whose weights are "kept", the second one
     ("weigh"), "both" in one go, any of these whose epilogue is "heavy", the products of split
-    weights ("gradient"), "tile" for whichever references each line has, "small" blocks. For each
+    weights ("gradient"), "tile" for whichever shifts each line has, "small" blocks. For each
     arithmetic: "half" (bf16 and fp16 on tensor cores), "tf32", "split" (fp32 in parts of bf16), and
     "ieee" (fp32 on the ordinary cores). For each width: rows that are "wide", "narrow" (no use for
     a long step along D) and "odd" (they do not begin on 16 bytes: loads go through registers).

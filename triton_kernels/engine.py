@@ -1,6 +1,6 @@
 """The Triton engine: `ops.py`'s operators for CUDA tensors.
 
-Nothing here waits for the device: what depends on data (the reference, whether it was enough,
+Nothing here waits for the device: what depends on data (the shift, whether it was enough,
 whether one exponential serves) is decided there, so every call can be captured in a CUDA graph.
 """
 
@@ -21,7 +21,7 @@ from .kernels.finalise import finish_kernel
 from .launch import LANES, on_its_device
 from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
-from .sweep import add_moments, add_sums, reference_of, run_sweep, sweep_maxima
+from .sweep import add_moments, add_sums, run_sweep, shift_of, sweep_maxima
 from .weigh import Tail, Weighing
 
 
@@ -50,10 +50,10 @@ def _sweep(
     block: LogitBlock, bound: Tensor | None, occupied: Tensor | None, state: Tensor,
     positive: Tensor, kept: Kept,
 ) -> None:  # fmt: skip
-    """With one reference for all lines, if they have any, and a way out if that is not enough."""
-    reference = flag = None
+    """With one shift for all lines, if they have any, and a way out if that is not enough."""
+    shift = flag = None
     if block.kind.has_shift:
-        reference, flag = reference_of(block, bound, kept)
+        shift, flag = shift_of(block, bound, kept)
     by_maxima = block.config(block.kernel_of_lines)
     layers, maxima_layers = plan.LAYERS * block.folds, plan.MAXIMA_LAYERS * block.folds
 
@@ -69,11 +69,11 @@ def _sweep(
     def first(config: Config) -> None:
         chunks, _, partial = prepare(config, config)
         chunk = chunks[-1] if kept.rows < block.m else chunks[0]
-        run_sweep(block, config, chunk, reference, positive, kept, partial)
+        run_sweep(block, config, chunk, shift, positive, kept, partial)
 
     def first_kept(config: Config) -> None:
         chunks, _, partial = prepare(config, config)
-        run_sweep(block, config, chunks[0], reference, positive, kept, partial)
+        run_sweep(block, config, chunks[0], shift, positive, kept, partial)
 
     keeping = by_maxima
     if kept.rows:
@@ -84,8 +84,8 @@ def _sweep(
     chunks, again, partial = prepare(config, keeping)
     for chunk in chunks:
         chosen = keeping if chunk.kept else config
-        run_sweep(block, chosen, chunk, reference, positive, kept, partial)
-        add_sums(block, chunk, partial, state, occupied, reference, flag)
+        run_sweep(block, chosen, chunk, shift, positive, kept, partial)
+        add_sums(block, chunk, partial, state, occupied, shift, flag)
         if chunk.kept:
             add_moments(block, chunk, partial, kept)
     if flag is not None:

@@ -2,10 +2,10 @@
 
     fold(x)              what a pair adds to the sum that its row and its column remember
     activation(x)        its weight dL/ds up to the factor (a_i + b_j) of its row and column
-    finish(reference, sum, s)   loss, coefficient and positive's weight of a line, in float64
+    finish(shift, sum, s)   loss, coefficient and positive's weight of a line, in float64
 
-x is the logit in log2 units, less the reference of all lines or of each (`logits.py`); a kind
-without a shift has the reference 0. Masking, positives and sums are the kernels'. A new kind is
+x is the logit in log2 units, less the shift of all lines or of each (`logits.py`); a kind
+without a shift has the shift 0. Masking, positives and sums are the kernels'. A new kind is
 three such functions and an `Epilogue`, besides what `fastclip.kinds` asks of it; no kernel changes.
 The same functions in C++: `csrc/epilogues.h`.
 """
@@ -50,10 +50,10 @@ def softplus(z):
 
 
 @triton.jit
-def softmax_finish(reference, sum, s):
+def softmax_finish(shift, sum, s):
     # log(1 + R / P), in the log domain: neither R nor P needs to be representable.
-    z = (tl.log2(sum) + reference) * LN2 - s
-    total = sum + tl.exp2(s * LOG2E - reference)
+    z = (tl.log2(sum) + shift) * LN2 - s
+    total = sum + tl.exp2(s * LOG2E - shift)
     # Only matters to a line without negatives whose positive underflows.
     total = tl.where(total < TINY, TINY, total)
     return softplus(z), 1 / total, -sum / total
@@ -87,7 +87,7 @@ def sigmoid_activation(x):
 
 
 @triton.jit
-def sigmoid_finish(reference, sum, s):
+def sigmoid_finish(shift, sum, s):
     return sum + softplus(-s), tl.full(sum.shape, 1.0, tl.float64), -1 / (1 + tl.exp(s))
 
 

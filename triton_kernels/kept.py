@@ -20,7 +20,7 @@ class Kept(NamedTuple):
 
     rows: int = 0
     moments: Tensor | None = None  # sums of w and of w * t for every line, (2, m + n)
-    reference: Tensor | None = None  # that w is relative to, (1)
+    shift: Tensor | None = None  # that w is relative to, (1)
     weights: Tensor | None = None  # (rows, n and what its rows are padded by)
 
     @staticmethod

@@ -194,7 +194,7 @@ class LogitBlock:
 
     @property
     def kernel_of_lines(self) -> str:
-        """Configurations of the kernels that give each line a reference of its own."""
+        """Configurations of the kernels that give each line a shift of its own."""
         return "tile" if self.is_plain and not self.is_small else "small"
 
     @property

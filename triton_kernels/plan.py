@@ -29,7 +29,7 @@ WEIGHT_ROWS = WEIGHT_COLUMNS = 11264
 # Rows of weights come in multiples of this, and rows of them lie this many elements apart.
 ROW_UNIT, COLUMN_UNIT = 128, 16
 # Numbers of a line in each tile: what it remembers; where weights are kept, sums of w and of w * t;
-# where lines have references of their own, these.
+# where lines have shifts of their own, these.
 LAYERS, KEPT_LAYERS, MAXIMA_LAYERS = 1, 3, 2
 # Most a launch may have in one dimension.
 MOST_PROGRAMS = (1 << 31) - 1
@@ -177,7 +177,7 @@ def sweep_cost(
     m: int, n: int, d: int, config: Config, itemsize: int, layers: int, kept_rows: int = 0,
     products: int = 1,
 ) -> Cost:  # fmt: skip
-    """Returns the first sweep's, with one reference. Partial sums are written and read once, three
+    """Returns the first sweep's, with one shift. Partial sums are written and read once, three
     times as many where weights are kept. products: that one of the features is made of; if several,
     they and their weights have SPLIT_BYTES, but for those that are kept."""
     kept_itemsize, itemsize = itemsize, itemsize if products == 1 else SPLIT_BYTES

@@ -1,4 +1,4 @@
-"""The host's side of the first sweep: the reference, the launches over chunks, and their sums."""
+"""The host's side of the first sweep: the shift, the launches over chunks, and their sums."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .plan import Chunk, cdiv
 LINES, PARTS = 32, 64
 
 
-def reference_of(block: LogitBlock, bound: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
-    """The one reference, and the flag that will say whether it was too coarse."""
-    reference, flag = block.empty(1), block.empty(1, dtype=torch.int32)
+def shift_of(block: LogitBlock, bound: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
+    """The one shift, and the flag that will say whether it was too coarse."""
+    shift, flag = block.empty(1), block.empty(1, dtype=torch.int32)
     counts, squares = [0, 0], None
     if bound is None:
         # Those of features with factors are 1.
@@ -36,14 +36,14 @@ def reference_of(block: LogitBlock, bound: Tensor | None, kept: Kept) -> tuple[T
                 block.d, block.x.stride(0), block.y.stride(0), ROWS=ROWS, BK=COLUMNS,
             )  # fmt: skip
     launch.launch(
-        bound_kernels.reference_kernel, 1, bound, squares, block.scale, block.largest_bias,
-        reference, kept.reference, flag, *counts, LANES=LANES,
+        bound_kernels.shift_kernel, 1, bound, squares, block.scale, block.largest_bias,
+        shift, kept.shift, flag, *counts, LANES=LANES,
     )  # fmt: skip
-    return reference, flag
+    return shift, flag
 
 
 def run_sweep(
-    block: LogitBlock, config: Config, chunk: Chunk, reference: Tensor | None, positive: Tensor,
+    block: LogitBlock, config: Config, chunk: Chunk, shift: Tensor | None, positive: Tensor,
     kept: Kept, partial: Tensor,
 ) -> None:  # fmt: skip
     """Every tile of a chunk, plain ones and those of the edges."""
@@ -56,13 +56,13 @@ def run_sweep(
     if plain:
         launch.launch(
             sweep.sweep_kernel, block.programs(plain, config), *block.features(chunk, config),
-            block.logits(chunk), reference, launch.stored(keeping, config), partial, *sizes, *where,
+            block.logits(chunk), shift, launch.stored(keeping, config), partial, *sizes, *where,
             **block.functions, **block.plain_tiles(config),
         )  # fmt: skip
     if chunk.tiles > plain:
         launch.launch(
             sweep.sweep_edges_kernel, chunk.tiles - plain, *block.features(chunk),
-            block.logits(chunk), reference, positive[chunk.row_slice], keeping, partial, *sizes,
+            block.logits(chunk), shift, positive[chunk.row_slice], keeping, partial, *sizes,
             block.width, *where, **block.functions, **block.edge_tiles(config),
         )  # fmt: skip
 
@@ -85,12 +85,12 @@ def _begins_and_ends(block: LogitBlock, chunk: Chunk) -> tuple[int, ...]:
 
 def add_sums(
     block: LogitBlock, chunk: Chunk, partial: Tensor, state: Tensor, occupied: Tensor | None,
-    reference: Tensor | None, flag: Tensor | None,
+    shift: Tensor | None, flag: Tensor | None,
 ) -> None:  # fmt: skip
     for index in range(block.folds):
         launch.launch(
             finalise.sums_kernel, _programs_of_lines(chunk), partial[index * chunk.partials :],
-            state[2 * index :], None if occupied is None else occupied[index], reference, flag,
+            state[2 * index :], None if occupied is None else occupied[index], shift, flag,
             *_lines(chunk), block.m, block.n, block.offset, *_begins_and_ends(block, chunk),
             LINES=LINES, PARTS=PARTS,
         )  # fmt: skip
@@ -109,7 +109,7 @@ def add_columns(
 
 def add_moments(block: LogitBlock, chunk: Chunk, partial: Tensor, kept: Kept) -> None:
     launch.launch(
-        finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, kept.reference,
+        finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, kept.shift,
         *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES, PARTS=PARTS,
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def sweep_maxima(
     block: LogitBlock, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
     positive: Tensor | None, kept: Kept, flag: Tensor | None,
 ) -> None:  # fmt: skip
-    """States with a reference for each line: made anew where the flag is set, or, without one, in
+    """States with a shift for each line: made anew where the flag is set, or, without one, in
     the only sweep, which makes the positives, too."""
     for chunk in chunks:
         programs = chunk.tiles if flag is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
@@ -133,6 +133,6 @@ def sweep_maxima(
             launch.launch(
                 finalise.maxima_sums_kernel, _programs_of_lines(chunk),
                 partial[plan.MAXIMA_LAYERS * index * chunk.partials :], state[2 * index :], flag,
-                kept.reference, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
+                kept.shift, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
                 LINES=LINES, PARTS=PARTS,
             )  # fmt: skip

@@ -49,15 +49,15 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class Lines:
-    """What the second sweep takes of each line, rows first: the references, the coefficients a and
+    """What the second sweep takes of each line, rows first: the shifts, the coefficients a and
     b (None where they add up to 1), of positives by id c and d, and two flags that the device sets:
-    whether one reference serves, and whether what was kept does."""
+    whether one shift serves, and whether what was kept does."""
 
     def __init__(
         self, block: LogitBlock, state: Tensor, coefficients: Tensor | None, kept: Kept
     ) -> None:
         self.rows, self.lines = block.m, block.m + block.n
-        self.references = state[::2].contiguous() if block.kind.has_shift else None
+        self.shifts = state[::2].contiguous() if block.kind.has_shift else None
         self.coefficients = self.exact = coefficients
         self.one = self.valid = None
         if coefficients is None or (block.is_small and kept.rows == 0):
@@ -66,10 +66,10 @@ class Lines:
         self.coefficients = block.empty(numbers)
         flags = block.empty(2, dtype=torch.int32)
         launch.launch(
-            finalise.lines_kernel, cdiv(numbers, LANES) + 1, self.references, coefficients,
-            kept.reference, flags, self.coefficients, numbers, LANES=LANES,
+            finalise.lines_kernel, cdiv(numbers, LANES) + 1, self.shifts, coefficients,
+            kept.shift, flags, self.coefficients, numbers, LANES=LANES,
         )  # fmt: skip
-        if self.references is not None:
+        if self.shifts is not None:
             self.one = flags[:1]
         if kept.rows:
             self.valid = flags[1:]
@@ -83,8 +83,8 @@ class Lines:
         found = [part for v in sets for part in (v[chunk.row_slice], v[columns])]
         return *found, *(None,) * (4 - len(found))
 
-    def references_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        return self._of(self.references, chunk)
+    def shifts_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
+        return self._of(self.shifts, chunk)
 
     def coefficients_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         return self._of(self.coefficients, chunk)
@@ -139,24 +139,24 @@ class Weighing:
         return {"SPREAD": self.spread, "ENLARGED": self.enlarged}
 
     def weigh(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
-        """The weights of a chunk. Where lines may have references of their own, every way to make
+        """The weights of a chunk. Where lines may have shifts of their own, every way to make
         them is launched, and the device's flags say which one works."""
         by_state = self.block.kind.has_shift
         if chunk.kept:
             self._read(chunk, buffers.weights)
         elif not (by_state and self.block.is_small):
-            self._one_reference(config, chunk, buffers)
+            self._one_shift(config, chunk, buffers)
         if by_state:
             self._apart(chunk, buffers, self.lines.valid if chunk.kept else self.lines.one)
 
-    def _one_reference(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
+    def _one_shift(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
         block, lines = self.block, self.lines
         weights, *sums, partial = buffers
         skipped = block.skipped(chunk)
         plain = chunk.plain(skipped)
         where = (*block.strides, self._stride(weights), block.offset_of(chunk), skipped)
         coefficients = lines.coefficients_of(chunk)
-        given = (block.logits(chunk), lines.references, lines.one, *coefficients)
+        given = (block.logits(chunk), lines.shifts, lines.one, *coefficients)
         constants = {**block.functions, **self.constants}
         if plain:
             launch.launch(
@@ -179,7 +179,7 @@ class Weighing:
         programs = chunk.tiles if unless is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         launch.launch(
             weight_kernels.weigh_apart_kernel, programs, *block.features(chunk),
-            block.logits(chunk), *self.lines.references_of(chunk), unless,
+            block.logits(chunk), *self.lines.shifts_of(chunk), unless,
             *self.lines.coefficients_of(chunk), weights, totals, sums, chunk.rows, chunk.columns,
             block.width, *block.strides, self._stride(weights), block.offset_of(chunk),
             ACTIVATION=block.epilogue.activation, SAME_ID=block.same_id, GROUP=config.group,

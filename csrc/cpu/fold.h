@@ -14,12 +14,12 @@ FASTCLIP_INLINE V<T> where(const typename Counted<T>::Mask& mask, const V<T>& va
   return mask ? value : V<T>{};
 }
 
-// States with one reference; with Weigh also the weights of a loss that is linear, all a_i + b_j being one.
+// States with one shift; with Weigh also the weights of a loss that is linear, all a_i + b_j being one.
 template <class Kind, template <class> class Pairs, bool Weigh, class T>
 void fold_tile(const Tile<T>& tile) {
   const int64_t lanes = tile.lanes;
   const TileLines<T>& lines = Pairs<T>::lines(tile);
-  const V<T> m = number_of<T>(tile.reference);
+  const V<T> m = number_of<T>(tile.shift);
   T* const row = tile.scratch;
   for (int64_t i = 0; i < lanes; i++) row[i] = 0;
   for (int64_t c = 0; c < tile.cols; c++) {
@@ -33,7 +33,7 @@ void fold_tile(const Tile<T>& tile) {
       t = t * factor;
       const auto& k = pairs.template map<Kind>(i);
       const Counted<T> counted = pairs.counted(t, counts, i);
-      const V<T> value = Kind::fold(t, k, pairs.reference(m, i));
+      const V<T> value = Kind::fold(t, k, pairs.shift(m, i));
       sum += where<T>(counted.by_column, value);
       store<T>(row + i, line + where<T>(counted.by_row, value));
       if constexpr (Weigh) {
@@ -52,10 +52,10 @@ void fold_tile(const Tile<T>& tile) {
   for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
 }
 
-// A line without pairs takes any reference.
+// A line without pairs takes any shift.
 template <class T>
-FASTCLIP_INLINE T usable(double reference) {
-  return reference == -std::numeric_limits<double>::infinity() ? T(0) : T(reference);
+FASTCLIP_INLINE T usable(double shift) {
+  return shift == -std::numeric_limits<double>::infinity() ? T(0) : T(shift);
 }
 
 // States with running maxima: each row, and each column of this tile, relative to the largest of its own pairs,
@@ -86,39 +86,39 @@ void fold_tile_running(const Tile<T>& tile) {
     }
     T lane[kWidth<T>];
     store<T>(lane, highest);
-    lines.col_reference[c] = std::ceil(double(*std::max_element(lane, lane + kWidth<T>)));
+    lines.col_shift[c] = std::ceil(double(*std::max_element(lane, lane + kWidth<T>)));
   }
   for (int64_t i = 0; i < tile.rows; i++) {
-    const double before = lines.row_reference[i], now = std::ceil(double(largest[i]));
+    const double before = lines.row_shift[i], now = std::ceil(double(largest[i]));
     if (!(now <= before)) {
-      lines.row_reference[i] = now;
+      lines.row_shift[i] = now;
       if (lines.row_sum[i] != 0) lines.row_sum[i] *= std::exp2(before - now);
     }
-    largest[i] = usable<T>(lines.row_reference[i]);
+    largest[i] = usable<T>(lines.row_shift[i]);
   }
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
     const Pairs<T> pairs(tile, column, c);
-    const V<T> m = number_of<T>(usable<T>(lines.col_reference[c]));
+    const V<T> m = number_of<T>(usable<T>(lines.col_shift[c]));
     V<T> sum{};
     for (int64_t i = 0; i < lanes; i += kWidth<T>) {
-      V<T> t, factor, counts, line, reference;
+      V<T> t, factor, counts, line, shift;
       load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, line);
-      load(largest + i, reference);
+      load(largest + i, shift);
       t = t * factor;
       const auto& k = pairs.template map<Kind>(i);
       const Counted<T> counted = pairs.counted(t, counts, i);
-      sum += where<T>(counted.by_column, Kind::fold(t, k, pairs.reference(m, i)));
-      store<T>(row + i, line + where<T>(counted.by_row, Kind::fold(t, k, pairs.reference(reference, i))));
+      sum += where<T>(counted.by_column, Kind::fold(t, k, pairs.shift(m, i)));
+      store<T>(row + i, line + where<T>(counted.by_row, Kind::fold(t, k, pairs.shift(shift, i))));
     }
     lines.col_sum[c] = total_of<T>(sum);
   }
   for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
 }
 
-// Weights dL/ds, zero at other pairs; those of positives by id are added to the negatives'. OneReference: one
+// Weights dL/ds, zero at other pairs; those of positives by id are added to the negatives'. OneShift: one
 // exponential serves row and column.
-template <class Kind, template <class> class Pairs, bool OneReference, class T>
+template <class Kind, template <class> class Pairs, bool OneShift, class T>
 void weigh_tile(const Tile<T>& tile) {
   using P = Pairs<T>;
   const int64_t lanes = tile.lanes;
@@ -129,7 +129,7 @@ void weigh_tile(const Tile<T>& tile) {
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
     const P pairs(tile, column, c);
-    const V<T> b = number_of<T>(lines.b[c]), mb = number_of<T>(lines.col_references[c]);
+    const V<T> b = number_of<T>(lines.b[c]), mb = number_of<T>(lines.col_shifts[c]);
     V<T> total{}, moment{};
     for (int64_t i = 0; i < lanes; i += kWidth<T>) {
       V<T> t, factor, counts, a, w;
@@ -137,17 +137,17 @@ void weigh_tile(const Tile<T>& tile) {
       t = t * factor;
       const auto& k = pairs.template map<Kind>(i);
       const Counted<T> counted = pairs.counted(t, counts, i);
-      if constexpr (!OneReference) {
+      if constexpr (!OneShift) {
         V<T> ma;
-        load(lines.row_references + i, ma);
-        // Pairs that do not count may exceed a line's reference by any power.
-        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.reference(ma, i)) * a) +
-            where<T>(counted.by_column, Kind::activation(t, k, pairs.reference(mb, i)) * b);
+        load(lines.row_shifts + i, ma);
+        // Pairs that do not count may exceed a line's shift by any power.
+        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.shift(ma, i)) * a) +
+            where<T>(counted.by_column, Kind::activation(t, k, pairs.shift(mb, i)) * b);
       } else if constexpr (P::kApart) {
         const V<T> both = where<T>(counted.by_row, a) + where<T>(counted.by_column, b);
-        w = where<T>(counted.by_row | counted.by_column, Kind::activation(t, k, pairs.reference(mb, i)) * both);
+        w = where<T>(counted.by_row | counted.by_column, Kind::activation(t, k, pairs.shift(mb, i)) * both);
       } else {
-        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.reference(mb, i)) * (a + b));
+        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.shift(mb, i)) * (a + b));
       }
       if constexpr (P::kPositives && Kind::kNegatesPositives) w = -w;
       total += w;

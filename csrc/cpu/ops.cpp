@@ -38,9 +38,9 @@ double highest_bias(const Side& side) {
   return highest == -std::numeric_limits<double>::infinity() ? 0 : highest;
 }
 
-// The one reference of all logits: it puts the largest possible one at 2^t, high enough for the smallest row to stay
+// The one shift of all logits: it puts the largest possible one at 2^t, high enough for the smallest row to stay
 // within fp32, low enough for a sum over 2^27 columns not to overflow.
-void set_reference(Call& call, const OptionalTensor& bound) {
+void set_shift(Call& call, const OptionalTensor& bound) {
   Problem& p = call.problem;
   const bool wide = p.dtype == Dtype::kDouble;
   double largest;
@@ -50,14 +50,14 @@ void set_reference(Call& call, const OptionalTensor& bound) {
     const auto norm = capability().largest_norm;
     largest = (p.x.factor ? 1.0 : norm(p.x, p)) * (p.y.factor ? 1.0 : norm(p.y, p));
   }
-  // The margin covers the rounding of norms and products; the reference is one that T can hold, since the engine and
+  // The margin covers the rounding of norms and products; the shift is one that T can hold, since the engine and
   // the finish must speak of the same.
   const double top = std::abs(p.scale) * largest * kLog2E * (1 + 1e-5);
   const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
   const double t = std::min(std::max(0.0, 2 * top - depth), headroom);
-  p.reference = std::ceil(top + highest_bias(call.second()) * kLog2E - t);
-  if (!wide && double(float(p.reference)) != p.reference)
-    p.reference = std::nextafterf(float(p.reference), std::numeric_limits<float>::infinity());
+  p.shift = std::ceil(top + highest_bias(call.second()) * kLog2E - t);
+  if (!wide && double(float(p.shift)) != p.shift)
+    p.shift = std::nextafterf(float(p.shift), std::numeric_limits<float>::infinity());
 }
 
 // The lines of which a sum is expected, one set of pairs of one side.
@@ -78,7 +78,7 @@ class Occupied {
   const int64_t others_, offset_;
 };
 
-// True if one reference was enough for a set of pairs: a smaller sum may have lost terms that count.
+// True if one shift was enough for a set of pairs: a smaller sum may have lost terms that count.
 bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occupied& occupied) {
   const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
   for (int64_t i = 0; i < side.rows; i++)
@@ -88,8 +88,8 @@ bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occ
 
 bool states_hold(Call& call, const OptionalTensor& occupied, int64_t offset) {
   const Problem& p = call.problem;
-  // A reference that is no number serves not even a line without pairs, whose sum is right.
-  if (!std::isfinite(p.reference)) return false;
+  // A shift that is no number serves not even a line without pairs, whose sum is right.
+  if (!std::isfinite(p.shift)) return false;
   const Side &x = call.first(), &y = call.second();
   const int64_t lines = call.m + call.n;
   for (int64_t set = 0; set < (p.same_id_positive ? 2 : 1); set++) {
@@ -110,7 +110,7 @@ Swept allocate_states(Call& call) {
   Swept out{at::empty({2 * sets, lines}, options), at::empty({call.m}, options)};
   double* state = out.state.mutable_data_ptr<double>();
   const auto set = [&](Lines& x, Lines& y) {
-    x.reference = state, y.reference = state + call.m;
+    x.shift = state, y.shift = state + call.m;
     x.sum = state + lines, y.sum = state + lines + call.m;
     state += 2 * lines;
   };
@@ -122,10 +122,10 @@ Swept allocate_states(Call& call) {
 }
 
 // After running maxima.
-void settle(double* reference, double* sum, int64_t lines) {
+void settle(double* shift, double* sum, int64_t lines) {
   for (int64_t q = 0; q < lines; q++) {
-    if (std::isinf(reference[q]) && reference[q] < 0) {
-      reference[q] = 0;  // no pairs
+    if (std::isinf(shift[q]) && shift[q] < 0) {
+      shift[q] = 0;  // no pairs
     } else if (!(sum[q] >= 0x1p-100 && sum[q] <= 0x1p127)) {
       sum[q] = NAN;  // relative to its own largest term: logits beyond 1e9 have outgrown the dtype
     }
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& block, const Opti
   p.kept = kept.data_ptr();
   p.kept_rows = kept.numel() / p.y.rows;
   p.fold = true;
-  if (call.has_shift()) set_reference(call, bound);
+  if (call.has_shift()) set_shift(call, bound);
   call.run();
   const OptionalTensor flags = occupied ? OptionalTensor(occupied->contiguous()) : std::nullopt;
   if (call.has_shift() && !states_hold(call, flags, block.offset)) {
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
   const double k = number("scale", scale), k0 = bias ? number("bias", *bias) : 0.0;
   Tensor losses = at::empty({lines}, state.options()), coefficients = at::empty({lines}, state.options()),
          weights = at::empty({lines}, state.options());
-  const double* const reference = state.const_data_ptr<double>();
+  const double* const shift = state.const_data_ptr<double>();
   const double* const t = positive.const_data_ptr<double>();
   double *const l = losses.mutable_data_ptr<double>(), *const c = coefficients.mutable_data_ptr<double>(),
                 *const q = weights.mutable_data_ptr<double>();
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
     for (int64_t i = begin; i < end; i++) {
       PORTABLE::Line line{NAN, NAN, NAN};  // as far as the compiler knows, for_kind may call nothing
       PORTABLE::for_kind(found, [&](auto entry) {
-        line = entry.finish(reference[i], reference[lines + i], k * t[i % period] + (entry.kHasShift ? 0. : k0));
+        line = entry.finish(shift[i], shift[lines + i], k * t[i % period] + (entry.kHasShift ? 0. : k0));
       });
       l[i] = line.loss, c[i] = line.coefficient, q[i] = line.positive_weight;
     }
@@ -240,10 +240,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
     const auto at = [&](const Tensor& t, int64_t line) {
       return static_cast<const char*>(t.const_data_ptr()) + t.element_size() * line;
     };
-    const Tensor& references = call.held(given.state.select(0, 2 * place), statistic);
-    x.references = at(references, 0), y.references = at(references, call.m);
+    const Tensor& shifts = call.held(given.state.select(0, 2 * place), statistic);
+    x.shifts = at(shifts, 0), y.shifts = at(shifts, call.m);
     x.coefficients = at(coefficients, place * lines), y.coefficients = at(coefficients, place * lines + call.m);
-    for (int64_t q = 0; q < lines; q++) p.one_reference = p.one_reference && m[2 * place * lines + q] == m[0];
+    for (int64_t q = 0; q < lines; q++) p.one_shift = p.one_shift && m[2 * place * lines + q] == m[0];
   };
   set(0, call.first().negatives, call.second().negatives);
   if (p.same_id_positive) set(1, call.first().positives, call.second().positives);

@@ -30,7 +30,7 @@ struct Plain {
   FASTCLIP_INLINE const Affine<T>& map(int64_t) const {
     return k;
   }
-  FASTCLIP_INLINE V<T> reference(V<T> m, int64_t) const { return m; }
+  FASTCLIP_INLINE V<T> shift(V<T> m, int64_t) const { return m; }
   FASTCLIP_INLINE V<T> bias(int64_t) const { return V<T>{}; }
   FASTCLIP_INLINE Counted<T> counted(const V<T>&, const V<T>& counts, int64_t) const {
     const auto mask = counts != T(0);
@@ -65,7 +65,7 @@ class Selected {
         bias_(tile.col_bias ? tile.col_bias[c] : 0.) {}
   static const TileLines<T>& lines(const Tile<T>& tile) { return Positives ? tile.positives : tile.negatives; }
 
-  // With a shift the integral part of a bias is taken off the reference.
+  // With a shift the integral part of a bias is taken off the shift.
   template <class Kind>
   FASTCLIP_INLINE auto map(int64_t i) const {
     constexpr bool kNegated = Positives && Kind::kNegatesPositives;
@@ -84,7 +84,7 @@ class Selected {
       return kNegated ? k.negated() : k;
     }
   }
-  FASTCLIP_INLINE V<T> reference(V<T> m, int64_t i) const {
+  FASTCLIP_INLINE V<T> shift(V<T> m, int64_t i) const {
     if constexpr (kBiased) {
       m -= bias_.whole;
       if (whole_) {

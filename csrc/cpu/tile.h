@@ -34,10 +34,10 @@ using Integer = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t
 // Statistics of the lines of a tile over a set of pairs, and coefficients for their weights.
 template <class T>
 struct TileLines {
-  double *row_reference, *row_sum;  // fold
-  double *col_reference, *col_sum;
+  double *row_shift, *row_sum;  // fold
+  double *col_shift, *col_sum;
   const T *a, *b;  // weigh
-  const T *row_references, *col_references;
+  const T *row_shifts, *col_shifts;
 };
 
 template <class T>
@@ -52,7 +52,7 @@ struct Tile {
   T* counts;   // (lanes): 1 for rows, 0 beyond; a column's own positive is 0 while it is worked on
   T* scratch;  // (2 lanes)
 
-  T reference;       // fold, one for all
+  T shift;           // fold, one for all
   double* positive;  // fold: t of the own positives, at lane i or at column c
   bool positive_of_col;
   TileLines<T> negatives{}, positives{};  // positives by id

@@ -1,4 +1,4 @@
-// The one reference of a softmax sweep, in log2 units, made on the device.
+// The one shift of a softmax sweep, in log2 units, made on the device.
 //
 // exp2(logit - m) serves the row and the column of a pair alike if m is one number for all of them. m puts the largest
 // logit that is possible at 2^above: high enough for the smallest row to stay within fp32, low enough for a sum over
@@ -23,7 +23,7 @@ inline int64_t norm_blocks(const Features& f) {
   return f.factor ? 0 : blocks < kMostNormBlocks ? blocks : kMostNormBlocks;
 }
 
-// The largest squared norm of each block's rows, blocks of x first. Infinite where it overflows: then no one reference
+// The largest squared norm of each block's rows, blocks of x first. Infinite where it overflows: then no one shift
 // is enough, and the states say so.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -70,8 +70,8 @@ __device__ inline float largest_norm(const float* squares, int64_t count) {
 // From |t| <= bound where that is given, else from norms; and from the largest biases of columns, in log2 units, where
 // these have any. Sets the flag that asks for running maxima, or clears it. One block.
 static __global__ void __launch_bounds__(kThreads)
-    reference_kernel(Scalar bound, const float* squares, int64_t count_x, int64_t count_y, const float* biases,
-                     int64_t count_biases, Scalar scale, float* reference, int32_t* flag) {
+    shift_kernel(Scalar bound, const float* squares, int64_t count_x, int64_t count_y, const float* biases,
+                 int64_t count_biases, Scalar scale, float* shift, int32_t* flag) {
   const double longest_x = largest_norm(squares, count_x), longest_y = largest_norm(squares + count_x, count_y);
   const float bias = largest_of(biases, count_biases, -INFINITY);
   if (threadIdx.x != 0) return;
@@ -80,10 +80,10 @@ static __global__ void __launch_bounds__(kThreads)
   const double top = fabs(value_of(scale, 1)) * largest * (kLog2E * (1 + 1e-5));
   // The column of the largest bias keeps every row's sum above -top, relative to that bias.
   const double above = fmin(fmax(2 * top - 120, 0.), 100.);
-  // Integral, so that powers of two relate it to any other reference. Beyond 2^24 it rounds: there no one reference is
+  // Integral, so that powers of two relate it to any other shift. Beyond 2^24 it rounds: there no one shift is
   // enough.
   const float m = float(ceil(top - above) + (bias > -INFINITY ? double(bias) : 0.));
-  *reference = m;
+  *shift = m;
   // One that is no number serves nobody, not even a line without pairs.
   *flag = fabsf(m) < INFINITY ? 0 : 1;
 }

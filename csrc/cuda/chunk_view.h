@@ -10,7 +10,7 @@ namespace cuda {
 
 // Some rows and columns of a block, as a block of its own. The positive of row i is column i + offset; offset lies
 // within [-rows, columns].
-struct Part {
+struct ChunkView {
   const void *x = nullptr, *y = nullptr;  // (rows, width), (columns, width), unit stride along the width
   int64_t rows = 0, columns = 0, width = 0;
   int64_t stride_x = 0, stride_y = 0;
@@ -31,16 +31,16 @@ struct Partials {
 
 // The first sweep: sums of fold(t, k, m) over the negatives of each row and column, and t of the positives.
 struct Folding {
-  const float* reference = nullptr;  // m, one for all lines; null for a kind without
-  double* positive = nullptr;        // (rows) of the part; only rows with a positive in it are written
+  const float* shift = nullptr;  // m, one for all lines; null for a kind without
+  double* positive = nullptr;    // (rows) of the view; only rows with a positive in it are written
   Partials rows, columns;
 };
 
 // The second sweep: w_ij = activation(t, k, m) * (a_i + b_j) of the negatives, 0 for positives.
 struct PairWeights {
-  const float *reference_x = nullptr, *reference_y = nullptr;  // of rows, of columns; null for a kind without
-  const int32_t* differ = nullptr;  // not 0: the references are not all equal, and a pair takes two exponentials:
-                                    // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j
+  const float *shift_x = nullptr, *shift_y = nullptr;  // of rows, of columns; null for a kind without
+  const int32_t* differ = nullptr;         // not 0: the shifts are not all equal, and a pair takes two exponentials:
+                                           // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j
   const float *a = nullptr, *b = nullptr;  // null where a_i + b_j = 1
   void* out = nullptr;                     // (rows, columns) of the part's dtype, or null where nobody wants gradients
   int64_t stride_out = 0;

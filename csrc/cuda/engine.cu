@@ -2,7 +2,7 @@
 //
 // A product is written by the library and read by one kernel, which folds it (epilogue.h), or turns it into
 // weights, which two more products of the library take. Partial sums become states in finalise.h; maxima.h
-// makes them anew where one reference was not enough; complete.h turns products of weights into gradients.
+// makes them anew where one shift was not enough; complete.h turns products of weights into gradients.
 #include "first_sweep.h"
 #include "second_sweep.h"
 
@@ -18,7 +18,7 @@ void sweep(const Block& block, const Sweeping& sweeping, Library& library) {
   Work w(block, library);
   const std::vector<Chunk> chunks = chunks_of(w.m(), w.n(), sweeping.kept_rows);
   FirstSweep first(w, chunks, sweeping);
-  if (CUDA::has_shift(block.kind)) first.set_reference();
+  if (CUDA::has_shift(block.kind)) first.set_shift();
   float* const buffer = allocate<float>(library, w.products_size(chunks));
   for (const Chunk& c : chunks) first.fold(c, buffer);
   if (CUDA::has_shift(block.kind)) first.sweep_maxima();
@@ -55,8 +55,8 @@ void sweep_and_weigh(const Block& block, double* positive, const Weighing& weigh
   second.run(&first);
   // Only now the positives, whose weights the gradients wait for, are known.
   double* const lines = allocate<double>(library, 3 * w.m());
-  finish({block.kind, w.m(), w.m(), block.x.negatives.reference, block.x.negatives.sum, positive, block.scale,
-          block.bias, lines, lines + w.m(), lines + 2 * w.m(), block.stream});
+  finish({block.kind, w.m(), w.m(), block.x.negatives.shift, block.x.negatives.sum, positive, block.scale, block.bias,
+          lines, lines + w.m(), lines + 2 * w.m(), block.stream});
   second.set_positives(positive, lines + 2 * w.m());
   if (second.wants_x()) second.complete_rows(static_cast<const float*>(block.x.gradient), 0, w.m());
   if (second.wants_y()) second.complete_columns();

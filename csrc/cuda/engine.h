@@ -2,7 +2,7 @@
 // no CUDA header either, so the front compiles beside any torch.
 //
 // Letters as in engine.h. Every pointer is to device memory. Nothing here waits for the device: what depends on data
-// (the reference, whether it was enough, whether one exponential serves) is decided there, so every call can be
+// (the shift, whether it was enough, whether one exponential serves) is decided there, so every call can be
 // captured in a CUDA graph. Launches go to the given stream of the current device, and one that fails throws
 // std::runtime_error with the kernel's name and the block's shape.
 #pragma once
@@ -43,9 +43,9 @@ class Library {
 
 // A rectangular block of logits. The engine reads features, rows, stride, factor (fp32), ids and threshold (fp32) of
 // either Side, and key_bias of y. In the negatives of a Side, and with same_id_positive in its positives,
-//   sweep             writes reference and sum
-//   weigh             reads references and coefficients, both float64
-//   sweep_and_weigh   writes reference and sum
+//   sweep             writes shift and sum
+//   weigh             reads shifts and coefficients, both float64
+//   sweep_and_weigh   writes shift and sum
 // The latter two write gradient and weigh also key_bias_sum of y, where these are not null.
 struct Block {
   Side x, y;
@@ -80,7 +80,7 @@ void sweep(const Block& block, const Sweeping& sweeping, Library& library);
 struct Finishing {
   Kind kind{};
   int64_t count = 0, period = 0;
-  const double *reference = nullptr, *sum = nullptr, *positive = nullptr;
+  const double *shift = nullptr, *sum = nullptr, *positive = nullptr;
   Scalar scale, bias;
   double *losses = nullptr, *coefficients = nullptr, *weights = nullptr;
   Stream stream = nullptr;

@@ -40,23 +40,23 @@ __device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], fl
 // Out: the dtype of the weights, or void where only their sums are wanted or there are none.
 template <class Statistic, class Options, bool kFold, bool kWeigh, class Out>
 __global__ void __launch_bounds__(kThreads)
-    epilogue_kernel(Part part, Products products, Folding folding, PairWeights weights, Options options) {
+    epilogue_kernel(ChunkView view, Products products, Folding folding, PairWeights weights, Options options) {
   constexpr bool kWrites = !std::is_void_v<Out>, kHasAll = Options::kHasAll;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t tiles_n = cdiv(part.columns, kTileColumns);
+  const int64_t tiles_n = cdiv(view.columns, kTileColumns);
   const int64_t tile_m = blockIdx.x / tiles_n, tile_n = blockIdx.x % tiles_n;
   const int64_t first_row = tile_m * kTileRows + warp * kRowsOfWarp, first_column = tile_n * kTileColumns;
   // Within a tile 32 bits do: columns are counted from its first one.
-  const int columns = int(part.columns - first_column < kTileColumns ? part.columns - first_column : kTileColumns);
+  const int columns = int(view.columns - first_column < kTileColumns ? view.columns - first_column : kTileColumns);
   const auto column_of = [lane](int four, int q) { return (four * kWarp + lane) * 4 + q; };
 
-  const Affine<float> k = affine<Statistic>(part.scale, part.bias);
+  const Affine<float> k = affine<Statistic>(view.scale, view.bias);
   float m = 0;
-  bool two_references = false;
-  if (kFold && folding.reference) m = *folding.reference;
-  if (kWeigh && weights.reference_x) {
-    m = *weights.reference_x;
-    two_references = *weights.differ != 0;
+  bool two_shifts = false;
+  if (kFold && folding.shift) m = *folding.shift;
+  if (kWeigh && weights.shift_x) {
+    m = *weights.shift_x;
+    two_shifts = *weights.differ != 0;
   }
 
   float factor_y[kFours][4], column_sum[kFours][4] = {};
@@ -73,17 +73,17 @@ __global__ void __launch_bounds__(kThreads)
       const int c = column_of(four, q);
       const int64_t j = first_column + c;
       const bool inside = c < columns;
-      factor_y[four][q] = inside && part.factor_y ? part.factor_y[j] : 1.f;
+      factor_y[four][q] = inside && view.factor_y ? view.factor_y[j] : 1.f;
       if (inside) {
         column_line[four][q] = options.column(j);
         bias[four][q] = options.template bias<Statistic>(j, k);
       }
       if constexpr (kWeigh) {
         if (inside && weights.b) column[four][q].coefficient = weights.b[j];
-        if (inside && two_references) column[four][q].reference = weights.reference_y[j];
+        if (inside && two_shifts) column[four][q].shift = weights.shift_y[j];
         if constexpr (kHasAll) {
           if (inside && options.d) column_positive[four][q].coefficient = options.d[j];
-          if (inside && options.d && two_references) column_positive[four][q].reference = options.reference_y[j];
+          if (inside && options.d && two_shifts) column_positive[four][q].shift = options.shift_y[j];
         }
       }
     }
@@ -91,20 +91,20 @@ __global__ void __launch_bounds__(kThreads)
   float sum_w = 0, sum_wt = 0;
   for (int row = 0; row < kRowsOfWarp; row++) {
     const int64_t i = first_row + row;
-    if (i >= part.rows) break;
+    if (i >= view.rows) break;
     const float* const t_row = products.data + i * products.stride + first_column;
-    const int64_t partner = i + part.offset - first_column;
+    const int64_t partner = i + view.offset - first_column;
     const int positive = partner >= 0 && partner < columns ? int(partner) : -1;
-    const float factor_x = part.factor_x ? part.factor_x[i] : 1.f;
+    const float factor_x = view.factor_x ? view.factor_x[i] : 1.f;
     const typename Options::Line line = options.row(i);
     float row_sum = 0, row_positive_sum = 0;
     LineWeight mine = {1, m}, mine_positive = {0, m};
     if constexpr (kWeigh) {
       if (weights.a) mine.coefficient = weights.a[i];
-      if (two_references) mine.reference = weights.reference_x[i];
+      if (two_shifts) mine.shift = weights.shift_x[i];
       if constexpr (kHasAll) {
         if (options.c) mine_positive.coefficient = options.c[i];
-        if (options.c && two_references) mine_positive.reference = options.reference_x[i];
+        if (options.c && two_shifts) mine_positive.shift = options.shift_x[i];
       }
     }
 #pragma unroll
@@ -124,11 +124,11 @@ __global__ void __launch_bounds__(kThreads)
         const float spread = factor_x * factor_y[four][q];
         t[q] *= spread;
         const Counts counts = options.counts(line, column_line[four][q], t[q], c0 + q < columns && c0 + q != positive);
-        const bool is_live = counts.mine || counts.other || counts.positive;
+        const bool is_negative = counts.mine || counts.other || counts.positive;
         const auto& own = affine_of<Statistic>(k, bias[four][q], counts.positive);
         if (kFold && c0 + q == positive && folding.positive) folding.positive[i] = t[q];
         if constexpr (kFold) {
-          const float e = is_live ? Statistic::fold(t[q], own, reference_of<Statistic>(m, bias[four][q])) : 0.f;
+          const float e = is_negative ? Statistic::fold(t[q], own, shift_of<Statistic>(m, bias[four][q])) : 0.f;
           if constexpr (kHasAll) {
             row_sum += counts.mine ? e : 0.f, column_sum[four][q] += counts.other ? e : 0.f;
             row_positive_sum += counts.positive ? e : 0.f, positive_sum[four][q] += counts.positive ? e : 0.f;
@@ -142,18 +142,18 @@ __global__ void __launch_bounds__(kThreads)
           if constexpr (kHasAll) {
             const LineWeight &c = mine_positive, &d = column_positive[four][q];
             w = weight_as<Statistic>(t[q], own, bias[four][q], counts, choose(counts.positive, c, mine),
-                                     choose(counts.positive, d, other), two_references);
+                                     choose(counts.positive, d, other), two_shifts);
             weight_sum[four][q] += w;
           } else {
-            w = Statistic::activation(t[q], own, mine.reference);
-            if (two_references)
-              w = w * mine.coefficient + Statistic::activation(t[q], own, other.reference) * other.coefficient;
+            w = Statistic::activation(t[q], own, mine.shift);
+            if (two_shifts)
+              w = w * mine.coefficient + Statistic::activation(t[q], own, other.shift) * other.coefficient;
             else
               w *= mine.coefficient + other.coefficient;
-            w = is_live ? w : 0.f;
+            w = is_negative ? w : 0.f;
           }
           sum_w += w;
-          sum_wt += is_live ? w * t[q] : 0.f;
+          sum_wt += is_negative ? w * t[q] : 0.f;
           if constexpr (kWrites) {
             written[q] = w * weights.enlarged;
             if (weights.spread) written[q] *= spread;
@@ -186,16 +186,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t j = first_column + threadIdx.x;
   if constexpr (kFold) {
     __shared__ float shared[kWarps][kTileColumns];
-    write_columns(column_sum, shared, folding.columns, tile_m, j, part.columns);
+    write_columns(column_sum, shared, folding.columns, tile_m, j, view.columns);
     if constexpr (kHasAll)
       if (options.columns.data) {
         __syncthreads();
-        write_columns(positive_sum, shared, options.columns, tile_m, j, part.columns);
+        write_columns(positive_sum, shared, options.columns, tile_m, j, view.columns);
       }
   }
   if constexpr (kWeigh && kHasAll) {
     __shared__ float shared[kWarps][kTileColumns];
-    if (options.weights.data) write_columns(weight_sum, shared, options.weights, tile_m, j, part.columns);
+    if (options.weights.data) write_columns(weight_sum, shared, options.weights, tile_m, j, view.columns);
   }
   if constexpr (kWeigh) {
     __shared__ float shared[2][kWarps];
@@ -210,8 +210,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-inline int64_t epilogue_blocks(const Part& part) {
-  return cdiv(part.rows, kTileRows) * cdiv(part.columns, kTileColumns);
+inline int64_t epilogue_blocks(const ChunkView& view) {
+  return cdiv(view.rows, kTileRows) * cdiv(view.columns, kTileColumns);
 }
 
 }  // namespace cuda

@@ -6,26 +6,26 @@
 namespace fastclip {
 namespace cuda {
 
-// The least sum of a line that one reference can serve: what such a line lost lies below fp32's resolution of it. Of
+// The least sum of a line that one shift can serve: what such a line lost lies below fp32's resolution of it. Of
 // one above 2^125 the coefficient, 1 / sum, comes close to where floats are flushed to zero.
 constexpr double kLeast = 0x1p-78, kLargest = 0x1p125;
 
-// Rows or columns of a part, and where their states lie. A line's sums in several parts add up in its state: the
+// Rows or columns of a view, and where their states lie. A line's sums in several parts add up in its state: the
 // stream runs one part after another.
 struct PartLines {
   Partials partials;
-  int64_t count = 0, first = 0;                 // of the part's lines; the first one's place in the block
-  bool begins = true, ends = true;              // whether this is a line's first part, its last
-  double *reference = nullptr, *sum = nullptr;  // of the block's lines; reference may be null
+  int64_t count = 0, first = 0;             // of the part's lines; the first one's place in the block
+  bool begins = true, ends = true;          // whether this is a line's first view, its last
+  double *shift = nullptr, *sum = nullptr;  // of the block's lines; shift may be null
 };
 
 // Which lines of the block have any pairs to add up; of others a sum of zero is right.
 struct Occupied {
-  const bool* lines = nullptr;    // or null: all whose own positive is not their only pair
-  int64_t others = 0, shift = 0;  // the own positive of line l is number l + shift of the other ones
+  const bool* lines = nullptr;         // or null: all whose own positive is not their only pair
+  int64_t others = 0, own_offset = 0;  // the own positive of line l is number l + own_offset of the other ones
   __device__ __forceinline__ bool operator()(int64_t l) const {
     if (lines) return lines[l];
-    const int64_t own = l + shift >= 0 && l + shift < others ? 1 : 0;
+    const int64_t own = l + own_offset >= 0 && l + own_offset < others ? 1 : 0;
     return others > own;
   }
 };
@@ -40,19 +40,19 @@ __device__ __forceinline__ double add_up(const PartLines& lines, int64_t l) {
   return sum;
 }
 
-// The flag is raised if there is one reference and it was too coarse for a line: one whose sum is so small may have
+// The flag is raised if there is one shift and it was too coarse for a line: one whose sum is so small may have
 // lost terms that count.
 static __global__ void __launch_bounds__(kThreads)
     sums_kernel(PartLines rows, PartLines columns, Occupied rows_occupied, Occupied columns_occupied,
-                const float* reference, int32_t* flag) {
+                const float* shift, int32_t* flag) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= rows.count + columns.count) return;
   const bool is_row = index < rows.count;
   const PartLines lines = is_row ? rows : columns;
   const int64_t l = is_row ? index : index - rows.count, out = lines.first + l;
   const double sum = add_up(lines, l);
-  lines.reference[out] = reference ? *reference : 0.;
-  if (reference == nullptr || !lines.ends) return;
+  lines.shift[out] = shift ? *shift : 0.;
+  if (shift == nullptr || !lines.ends) return;
   const bool is_occupied = is_row ? rows_occupied(out) : columns_occupied(out);
   if (is_occupied && !(sum >= kLeast && sum <= kLargest)) *flag = 1;
 }
@@ -63,23 +63,23 @@ static __global__ void __launch_bounds__(kThreads) weight_sums_kernel(PartLines 
   if (index < columns.count) add_up(columns, index);
 }
 
-// The second sweep's operands of a line: fp32, and whether references differ from the first of all.
+// The second sweep's operands of a line: fp32, and whether shifts differ from the first of all.
 struct StateLines {
-  const double *reference = nullptr, *coefficient = nullptr;
+  const double *shift = nullptr, *coefficient = nullptr;
   int64_t count = 0;
-  float *reference_out = nullptr, *coefficient_out = nullptr;  // no references in a kind without
+  float *shift_out = nullptr, *coefficient_out = nullptr;  // no shifts in a kind without
 };
 
 static __global__ void __launch_bounds__(kThreads)
-    operands_kernel(StateLines rows, StateLines columns, const double* first_reference, int32_t* differ) {
+    operands_kernel(StateLines rows, StateLines columns, const double* first_shift, int32_t* differ) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= rows.count + columns.count) return;
   const StateLines lines = index < rows.count ? rows : columns;
   const int64_t l = index < rows.count ? index : index - rows.count;
   lines.coefficient_out[l] = float(lines.coefficient[l]);
-  if (lines.reference_out == nullptr) return;
-  lines.reference_out[l] = float(lines.reference[l]);
-  if (lines.reference[l] != *first_reference) *differ = 1;  // whoever writes writes the same
+  if (lines.shift_out == nullptr) return;
+  lines.shift_out[l] = float(lines.shift[l]);
+  if (lines.shift[l] != *first_shift) *differ = 1;  // whoever writes writes the same
 }
 
 // Adds the sums of w and of w * t, (2, parts), to the totals of earlier parts. Two blocks.
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Finishing lines) {
   if (l >= lines.count) return;
   const double bias = Statistic::kHasShift ? 0. : value_of(lines.bias, 0);
   const double s = value_of(lines.scale, 1) * lines.positive[l % lines.period] + bias;
-  const CUDA::Line line = Statistic::finish(lines.reference[l], lines.sum[l], s);
+  const CUDA::Line line = Statistic::finish(lines.shift[l], lines.sum[l], s);
   lines.losses[l] = line.loss;
   lines.coefficients[l] = line.coefficient;
   lines.weights[l] = line.positive_weight;

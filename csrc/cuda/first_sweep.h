@@ -1,4 +1,4 @@
-// The host's side of the first sweep: the reference, the sums of each chunk, and what follows if one reference was not
+// The host's side of the first sweep: the shift, the sums of each chunk, and what follows if one shift was not
 // enough.
 #pragma once
 
@@ -19,36 +19,36 @@ class FirstSweep {
     if (w.b.same_id_positive) positive_partials_ = allocate<float>(w.library(), most);
   }
 
-  void set_reference() {
+  void set_shift() {
     const Scalar bound = sweeping_.bound;
     const Features x = Work::features_of(w.b.x), y = Work::features_of(w.b.y);
     const int64_t blocks_x = bound.at ? 0 : norm_blocks(x), blocks_y = bound.at ? 0 : norm_blocks(y);
     float* const squares = allocate<float>(w.library(), blocks_x + blocks_y);
-    reference_ = allocate<float>(w.library(), 1);
+    shift_ = allocate<float>(w.library(), 1);
     flag_ = allocate<int32_t>(w.library(), 1);
     if (blocks_x + blocks_y > 0)
       for_features(w.b.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         launch(w.place("longest_kernel"), longest_kernel<T>, blocks_x + blocks_y, x, y, blocks_x, w.b.width, squares);
       });
-    launch(w.place("reference_kernel"), reference_kernel, 1, bound, static_cast<const float*>(squares), blocks_x,
-           blocks_y, w.largest_biases(), w.count_largest_biases(), w.b.scale, reference_, flag_);
+    launch(w.place("shift_kernel"), shift_kernel, 1, bound, static_cast<const float*>(squares), blocks_x, blocks_y,
+           w.largest_biases(), w.count_largest_biases(), w.b.scale, shift_, flag_);
   }
 
   Folding folding_of(const Chunk& c) const {
     Folding f;
-    f.reference = reference_;
+    f.shift = shift_;
     f.positive = sweeping_.positive + c.row;
     f.rows = rows_of(c, partials_), f.columns = columns_of(c, partials_);
     return f;
   }
 
   void fold(const Chunk& c, float* buffer) {
-    const Part part = w.part_of(c);
+    const ChunkView view = w.view_of(c);
     const Folding folding = folding_of(c);
 #if FASTCLIP_FUSED
     if (w.folds_fused(c)) {
-      fused_sweep(part, folding);
+      fused_sweep(view, folding);
       return add_sums(c);
     }
 #endif
@@ -58,7 +58,7 @@ class FirstSweep {
         if constexpr (options.kHasAll)
           if (positive_partials_)
             options.rows = rows_of(c, positive_partials_), options.columns = columns_of(c, positive_partials_);
-        launch_epilogue<decltype(statistic), true, false, void>(w, part, products, folding, {}, options);
+        launch_epilogue<decltype(statistic), true, false, void>(w, view, products, folding, {}, options);
       });
     });
     add_sums(c);
@@ -69,7 +69,7 @@ class FirstSweep {
     if (positive_partials_) add_sums(c, positive_partials_, w.b.x.positives, w.b.y.positives, 1);
   }
 
-  // Where the flag is set the states are made anew, with a reference for each line.
+  // Where the flag is set the states are made anew, with a shift for each line.
   void sweep_maxima() {
     const Features x = Work::features_of(w.b.x), y = Work::features_of(w.b.y);
     for_features(w.b.dtype, [&](auto* type) {
@@ -91,14 +91,14 @@ class FirstSweep {
 
   // set: 0 for negatives, 1 for positives by id.
   void add_sums(const Chunk& c, float* partials, const Lines& x, const Lines& y, int64_t set) {
-    const PartLines rows = {rows_of(c, partials),          c.rows,      c.row, c.column == 0,
-                            c.column + c.columns == w.n(), x.reference, x.sum};
-    const PartLines columns = {columns_of(c, partials), c.columns,   c.column, c.row == 0,
-                               c.row + c.rows == w.m(), y.reference, y.sum};
+    const PartLines rows = {rows_of(c, partials),          c.rows,  c.row, c.column == 0,
+                            c.column + c.columns == w.n(), x.shift, x.sum};
+    const PartLines columns = {columns_of(c, partials), c.columns, c.column, c.row == 0,
+                               c.row + c.rows == w.m(), y.shift,   y.sum};
     const bool* const occupied = sweeping_.occupied ? sweeping_.occupied + set * (w.m() + w.n()) : nullptr;
     launch(w.place("sums_kernel"), sums_kernel, cdiv(c.rows + c.columns, kThreads), rows, columns,
            Occupied{occupied, w.n(), w.b.offset}, Occupied{occupied ? occupied + w.m() : nullptr, w.m(), -w.b.offset},
-           static_cast<const float*>(reference_), flag_);
+           static_cast<const float*>(shift_), flag_);
   }
 
   Partials rows_of(const Chunk& c, float* partials) const { return {partials, tiles_of(c).across, 1, c.rows}; }
@@ -110,7 +110,7 @@ class FirstSweep {
     int64_t down, across;
   };
   Tiles tiles_of(const Chunk& c) const {
-    if (w.folds_fused(c)) return {fused_column_parts(w.part_of(c)), fused_row_parts(w.part_of(c))};
+    if (w.folds_fused(c)) return {fused_column_parts(w.view_of(c)), fused_row_parts(w.view_of(c))};
     return {cdiv(c.rows, kTileRows), cdiv(c.columns, kTileColumns)};
   }
   int64_t partials_of(const Chunk& c) const {
@@ -120,7 +120,7 @@ class FirstSweep {
 
   Work& w;
   Sweeping sweeping_;
-  float *partials_ = nullptr, *positive_partials_ = nullptr, *reference_ = nullptr;
+  float *partials_ = nullptr, *positive_partials_ = nullptr, *shift_ = nullptr;
   int32_t* flag_ = nullptr;
 };
 

@@ -1,4 +1,4 @@
-// The sweep with running maxima: right at any scale. Launched after the sweep with one reference, always, and returns
+// The sweep with running maxima: right at any scale. Launched after the sweep with one shift, always, and returns
 // at once unless the flag says that this was too coarse; the host never learns which of them did the work.
 //
 // A block owns 64 lines and meets all their pairs, so that it needs no partial sums, and makes the products itself, on
@@ -45,13 +45,14 @@ template <class T, class Statistic, class Options>
 __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
     maxima_kernel(Features x, Features y, int64_t width, Scalar scale, Scalar bias, int64_t offset, const int32_t* flag,
                   double* positive, States rows, States columns, Options options) {
-  static_assert(!Statistic::kNegatesPositives, "references are the largest of logits with their own sign");
+  static_assert(!Statistic::kNegatesPositives, "shifts are the largest of logits with their own sign");
   if (*flag == 0) return;
   const int64_t blocks_x = cdiv(x.rows, kLines);
   const bool is_row = int64_t(blockIdx.x) < blocks_x;
   const Features mine = is_row ? x : y, others = is_row ? y : x;
   const States states = is_row ? rows : columns;
-  const int64_t shift = is_row ? offset : -offset;  // the own positive of line l is line l + shift of the others
+  const int64_t own_offset =
+      is_row ? offset : -offset;  // the own positive of line l is line l + own_offset of the others
   const int64_t first = (blockIdx.x - (is_row ? 0 : blocks_x)) * kLines;
   const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
   const Affine<float> k = affine<Statistic>(scale, bias);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
 #pragma unroll
     for (int p = 0; p < kSide; p++) {
       const int64_t line = first + down * kSide + p;
-      bool live[kSets][kSide];
+      bool counted[kSets][kSide];
       float tops[kSets];
 #pragma unroll
       for (int set = 0; set < kSets; set++) tops[set] = -INFINITY;
@@ -95,17 +96,16 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
         if (is_inside) {
           if (mine.factor) t[p][q] *= mine.factor[line];
           if (others.factor) t[p][q] *= others.factor[other];
-          const bool is_own = other == line + shift;
+          const bool is_own = other == line + own_offset;
           if (is_own && is_row) positive[line] = t[p][q];  // it must tie with its duplicates among these products
           of_column[q] = options.template bias<Statistic>(is_row ? other : line, k);
           counts = options.counts(line_of(is_row, line), line_of(!is_row, other), t[p][q], !is_own);
         }
-        live[0][q] = counts.mine;
-        if constexpr (Options::kHasAll) live[1][q] = counts.positive;
+        counted[0][q] = counts.mine;
+        if constexpr (Options::kHasAll) counted[1][q] = counts.positive;
 #pragma unroll
         for (int set = 0; set < kSets; set++)
-          if (live[set][q])
-            tops[set] = fmaxf(tops[set], t[p][q] * k.scale - reference_of<Statistic>(0.f, of_column[q]));
+          if (counted[set][q]) tops[set] = fmaxf(tops[set], t[p][q] * k.scale - shift_of<Statistic>(0.f, of_column[q]));
       }
 #pragma unroll
       for (int set = 0; set < kSets; set++) {
@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
         float part = 0;
 #pragma unroll
         for (int q = 0; q < kSide; q++)
-          if (live[set][q])
+          if (counted[set][q])
             part += Statistic::fold(t[p][q], affine_of<Statistic>(k, of_column[q], set == 1),
-                                    reference_of<Statistic>(m == -INFINITY ? 0.f : m, of_column[q]));
+                                    shift_of<Statistic>(m == -INFINITY ? 0.f : m, of_column[q]));
         sum[set][p] += warp_sum(part, kAcross);
       }
     }
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
       if (across != 0 || line >= mine.rows) continue;
       const bool absent = running[set][p] == -INFINITY;
       const bool sound = absent || (sum[set][p] >= kLeastRelative && sum[set][p] <= 0x1p127);
-      out.reference[line] = absent ? 0. : double(running[set][p]);
+      out.shift[line] = absent ? 0. : double(running[set][p]);
       out.sum[line] = sound ? sum[set][p] : double(NAN);
     }
   }

@@ -54,7 +54,7 @@ struct All {
 
   // Sums of positives by id, where there are any, and what weighs these (see Folding and PairWeights).
   Partials rows, columns;
-  const float *reference_x = nullptr, *reference_y = nullptr, *c = nullptr, *d = nullptr;
+  const float *shift_x = nullptr, *shift_y = nullptr, *c = nullptr, *d = nullptr;
   Partials weights;  // the columns' sums of weights, or null
 
   struct Line {
@@ -98,37 +98,37 @@ __device__ __forceinline__ BiasedAffine affine_of(const Affine<float>& k, const 
   return Statistic::kNegatesPositives && is_positive ? biased.negated() : biased;
 }
 template <class Statistic>
-__device__ __forceinline__ float reference_of(float m, Plain::Bias) {
+__device__ __forceinline__ float shift_of(float m, Plain::Bias) {
   return m;
 }
 template <class Statistic>
-__device__ __forceinline__ float reference_of(float m, const LineBias<float>& bias) {
+__device__ __forceinline__ float shift_of(float m, const LineBias<float>& bias) {
   return Statistic::kHasShift ? m - bias.whole : m;
 }
 
 // A line's part in the weights of its pairs.
 struct LineWeight {
-  float coefficient, reference;
+  float coefficient, shift;
 };
 
 // By value: a choice between addresses would put both into local memory.
 __device__ __forceinline__ LineWeight choose(bool first, LineWeight a, LineWeight b) {
-  return {first ? a.coefficient : b.coefficient, first ? a.reference : b.reference};
+  return {first ? a.coefficient : b.coefficient, first ? a.shift : b.shift};
 }
 
 // The weight of a pair by the lines' parts in negatives or in positives, whichever it is one of; it may count for one
 // of its lines alone.
 template <class Statistic, class K>
 __device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<float>& bias, const Counts& counts,
-                                           const LineWeight& mine, const LineWeight& other, bool two_references) {
+                                           const LineWeight& mine, const LineWeight& other, bool two_shifts) {
   const auto activation = [&](const LineWeight& line) {
-    return Statistic::activation(t, k, reference_of<Statistic>(line.reference, bias));
+    return Statistic::activation(t, k, shift_of<Statistic>(line.shift, bias));
   };
   const bool is_mine = counts.mine || counts.positive, is_other = counts.other || counts.positive;
   const float first = activation(mine);
   float w;
-  // Left out after the product: a pair that does not count may exceed its line's reference by any power.
-  if (two_references)
+  // Left out after the product: a pair that does not count may exceed its line's shift by any power.
+  if (two_shifts)
     w = (is_mine ? first * mine.coefficient : 0.f) + (is_other ? activation(other) * other.coefficient : 0.f);
   else
     w = first * ((is_mine ? mine.coefficient : 0.f) + (is_other ? other.coefficient : 0.f));

@@ -65,23 +65,23 @@ class SecondSweep {
  private:
   // x and y are both sides' negatives, or both sides' positives by id.
   void set_operands(const Lines& x, const Lines& y, PairWeights& to) {
-    const bool has_references = CUDA::has_shift(w.b.kind);
+    const bool has_shifts = CUDA::has_shift(w.b.kind);
     const int64_t lines = w.m() + w.n();
     float* const coefficients = allocate<float>(w.library(), lines);
-    float* const references = has_references ? allocate<float>(w.library(), lines) : nullptr;
+    float* const shifts = has_shifts ? allocate<float>(w.library(), lines) : nullptr;
     if (differ_ == nullptr) {
       differ_ = allocate<int32_t>(w.library(), 1);
       check(cudaMemsetAsync(differ_, 0, sizeof *differ_, w.b.stream), w.place("cudaMemsetAsync"));
     }
     const auto of = [&](const Lines& side, int64_t count, int64_t first) {
-      return StateLines{static_cast<const double*>(side.references), static_cast<const double*>(side.coefficients),
-                        count, references ? references + first : nullptr, coefficients + first};
+      return StateLines{static_cast<const double*>(side.shifts), static_cast<const double*>(side.coefficients), count,
+                        shifts ? shifts + first : nullptr, coefficients + first};
     };
     launch(w.place("operands_kernel"), operands_kernel, cdiv(lines, kThreads), of(x, w.m(), 0), of(y, w.n(), w.m()),
-           static_cast<const double*>(w.b.x.negatives.references), differ_);
+           static_cast<const double*>(w.b.x.negatives.shifts), differ_);
     to.a = coefficients, to.b = coefficients + w.m();
     to.differ = differ_;
-    if (has_references) to.reference_x = references, to.reference_y = references + w.m();
+    if (has_shifts) to.shift_x = shifts, to.shift_y = shifts + w.m();
   }
 
   void allocate_buffers(const std::vector<Chunk>& chunks) {
@@ -113,8 +113,8 @@ class SecondSweep {
   bool is_fused(const Chunk& c) const { return w.folds_fused(c) && !fold_ && (wants_x() || wants_y()); }
 
   int64_t total_parts(const Chunk& c) const {
-    const Part part = w.part_of(c);
-    return is_fused(c) ? fused_total_parts(part) : epilogue_blocks(part);
+    const ChunkView view = w.view_of(c);
+    return is_fused(c) ? fused_total_parts(view) : epilogue_blocks(view);
   }
 
   // fp32 weights overwrite the products that they are made from, but not those that are kept.
@@ -131,7 +131,7 @@ class SecondSweep {
 
   static void begin_at(PairWeights& weights, const Chunk& c) {
     if (weights.a) weights.a += c.row, weights.b += c.column;
-    if (weights.reference_x) weights.reference_x += c.row, weights.reference_y += c.column;
+    if (weights.shift_x) weights.shift_x += c.row, weights.shift_y += c.column;
   }
 
   Partials key_bias_of(const Chunk& c) const { return {key_bias_, cdiv(c.rows, kTileRows), 1, c.columns}; }
@@ -148,13 +148,13 @@ class SecondSweep {
     PairWeights positives = positives_;
     begin_at(positives, c);
     options.c = positives.a, options.d = positives.b;
-    options.reference_x = positives.reference_x, options.reference_y = positives.reference_y;
+    options.shift_x = positives.shift_x, options.shift_y = positives.shift_y;
   }
 
   void weigh(const Chunk& c, const Folding& folding, const PairWeights& weights) {
-    const Part part = w.part_of(c);
+    const ChunkView view = w.view_of(c);
 #if FASTCLIP_FUSED
-    if (is_fused(c)) return fused_weigh(part, weights);
+    if (is_fused(c)) return fused_weigh(view, weights);
 #endif
     const Products products = w.products(c, const_cast<float*>(weighing_.kept), products_, true);
     CUDA::for_kind(w.b.kind, [&](auto statistic) {
@@ -162,10 +162,10 @@ class SecondSweep {
       const auto run = [&](auto* type) {
         using Out = std::remove_pointer_t<decltype(type)>;
         if constexpr (Statistic::kIsLinear)
-          if (fold_) return launch_epilogue<Statistic, true, true, Out>(w, part, products, folding, weights, Plain());
+          if (fold_) return launch_epilogue<Statistic, true, true, Out>(w, view, products, folding, weights, Plain());
         w.with_options(c, [&](auto options) {
           add_positives(options, c);
-          launch_epilogue<Statistic, false, true, Out>(w, part, products, folding, weights, options);
+          launch_epilogue<Statistic, false, true, Out>(w, view, products, folding, weights, options);
         });
       };
       if (weights.out)

@@ -36,20 +36,20 @@ class Work {
     return {side.features, side.rows, side.stride, static_cast<const float*>(side.factor)};
   }
 
-  Part part_of(const Chunk& c) const {
+  ChunkView view_of(const Chunk& c) const {
     const auto at = [](const void* factor, int64_t first) {
       return factor ? static_cast<const float*>(factor) + first : nullptr;
     };
-    Part part;
-    part.x = advance(b.x.features, c.row * b.x.stride, b.dtype);
-    part.y = advance(b.y.features, c.column * b.y.stride, b.dtype);
-    part.rows = c.rows, part.columns = c.columns, part.width = b.width;
-    part.stride_x = b.x.stride, part.stride_y = b.y.stride;
-    part.dtype = b.dtype, part.kind = b.kind;
-    part.factor_x = at(b.x.factor, c.row), part.factor_y = at(b.y.factor, c.column);
-    part.scale = b.scale, part.bias = b.bias, part.stream = b.stream;
-    part.offset = std::max(-c.rows, std::min(b.offset + c.row - c.column, c.columns));
-    return part;
+    ChunkView view;
+    view.x = advance(b.x.features, c.row * b.x.stride, b.dtype);
+    view.y = advance(b.y.features, c.column * b.y.stride, b.dtype);
+    view.rows = c.rows, view.columns = c.columns, view.width = b.width;
+    view.stride_x = b.x.stride, view.stride_y = b.y.stride;
+    view.dtype = b.dtype, view.kind = b.kind;
+    view.factor_x = at(b.x.factor, c.row), view.factor_y = at(b.y.factor, c.column);
+    view.scale = b.scale, view.bias = b.bias, view.stream = b.stream;
+    view.offset = std::max(-c.rows, std::min(b.offset + c.row - c.column, c.columns));
+    return view;
   }
 
   Chunk whole() const { return {0, m(), 0, n(), false}; }
@@ -81,7 +81,7 @@ class Work {
   int64_t count_largest_biases() const { return b.y.key_bias ? cdiv(n(), kThreads) : 0; }
 
   // Whether a fused kernel makes and folds the products of a chunk, which then are nowhere in memory.
-  bool folds_fused(const Chunk& c) const { return b.fused && !c.kept && fused_serves(part_of(c)); }
+  bool folds_fused(const Chunk& c) const { return b.fused && !c.kept && fused_serves(view_of(c)); }
 
   // Rows first .. first + rows of a tower as a product's operand.
   Matrix operand(const Side& side, int64_t first, int64_t rows) const {
@@ -153,10 +153,10 @@ class Work {
 };
 
 template <class Statistic, bool kFold, bool kWeigh, class Out, class Options>
-void launch_epilogue(const Work& w, const Part& part, const Products& products, const Folding& folding,
+void launch_epilogue(const Work& w, const ChunkView& view, const Products& products, const Folding& folding,
                      const PairWeights& weights, const Options& options) {
-  launch(w.place("epilogue_kernel"), epilogue_kernel<Statistic, Options, kFold, kWeigh, Out>, epilogue_blocks(part),
-         part, products, folding, weights, options);
+  launch(w.place("epilogue_kernel"), epilogue_kernel<Statistic, Options, kFold, kWeigh, Out>, epilogue_blocks(view),
+         view, products, folding, weights, options);
 }
 
 }  // namespace cuda

@@ -24,18 +24,6 @@ from .exchange import Gathered, Ring, Visit
 from .shard import Shard
 
 
-class GradientMode(NamedTuple):
-    """Which value a rank returns, and which gradients come back to it.
-
-    The default is exact: after a mean over ranks, as DDP takes it, all gradients are those of one
-    process on the whole batch. The others are open_clip's (`distributed.py` has the table).
-    """
-
-    whole_value: bool = False  # the loss of all pairs, else the share of the rank's own
-    from_others: bool = True  # of other ranks' losses, too
-    ring: bool = False  # columns come rank by rank
-
-
 class BlockRow(NamedTuple):
     """Own rows (m) and all columns (B).
 

@@ -23,7 +23,7 @@ from ..engine.fused_loss import LossOptions
 from ..engine.line_statistics import Inputs, StatisticsOptions
 from ..kinds import KINDS, kind_of
 from .agreement import agree, agree_on_sides, check_world, ranks_of, refuse
-from .block_row import GradientMode
+from .gradient_mode import GradientMode
 from .shard import Shard
 from .sharded_loss import Context
 from .sharded_loss import Inputs as LossInputs
@@ -36,7 +36,7 @@ class LossCall(NamedTuple):
     """The options of a loss, as they were given."""
 
     kind: str
-    sharing: GradientMode
+    mode: GradientMode
     uneven: bool
     normalize: bool
     backend: str | None
@@ -64,7 +64,7 @@ class ContrastCall(NamedTuple):
 
 class CheckedLoss(NamedTuple):
     inputs: LossInputs
-    plan: LossOptions
+    options: LossOptions
     live: tuple[int, int] | None
     alike: dict[str, int | torch.dtype]  # what ranks must have in common
 
@@ -80,9 +80,9 @@ def begin_loss(
 ) -> tuple[LossInputs, Context]:
     """given: x, y, scale, bias."""
     checked = _or_refuse(check_loss, given, process_group, call)
-    inputs, plan, live, alike = checked
+    inputs, options, live, alike = checked
     shard = agree(process_group, *inputs[:2], _wants(*inputs), call.uneven, live, **alike)
-    return inputs, Context(plan, shard, call.sharing)
+    return inputs, Context(options, shard, call.mode)
 
 
 def begin_contrast(
@@ -129,13 +129,13 @@ def check_loss(
     alike = {
         "loss": _index(call.kind), "normalize": int(call.normalize),
         "logit_bias": int(bias is not None),
-        **{name: int(value) for name, value in call.sharing._asdict().items()},
+        **{name: int(value) for name, value in call.mode._asdict().items()},
         "dtype of products": dtype,
     }  # fmt: skip
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
-    plan = LossOptions(call.kind, engine, dtype, call.normalize, "mean", budget)
-    return CheckedLoss((x, y, scale, bias), plan, live, alike)
+    options = LossOptions(call.kind, engine, dtype, call.normalize, "mean", budget)
+    return CheckedLoss((x, y, scale, bias), options, live, alike)
 
 
 def check_contrast(
@@ -157,11 +157,11 @@ def check_contrast(
     }  # fmt: skip
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
-    request = StatisticsOptions(
+    options = StatisticsOptions(
         engine, dtype, call.normalize, bool(call.rows), bool(call.columns), budget
     )
     offset = NO_POSITIVES if call.offset is None else call.offset
-    task = Task(request, ids, margin, offset, call.kind, positive, NOBODYS, call.ring)
+    task = Task(options, ids, margin, offset, call.kind, positive, NOBODYS, call.ring)
     return CheckedContrast(Inputs(x, y, scale, bias, key_bias), task, alike)
 
 

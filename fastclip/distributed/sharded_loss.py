@@ -28,22 +28,23 @@ from ..engine.block import Block, Upstream
 from ..engine.dtypes import accumulation_dtype, state_dtype
 from ..engine.fused_loss import LossOptions
 from ..kinds import Kind, kind_of
-from .block_row import TENSORS, BlockRow, GradientMode, Swept, Weighing, merge_columns, to_features
+from .block_row import TENSORS, BlockRow, Swept, Weighing, merge_columns, to_features
 from .block_row import sweep as sweep_row
 from .exchange import Gathered, Ring
+from .gradient_mode import GradientMode
 from .shard import Shard
 
 Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
 
 
 class Context(NamedTuple):
-    plan: LossOptions
+    options: LossOptions
     shard: Shard
-    sharing: GradientMode
+    mode: GradientMode
 
     @property
     def kind(self) -> type[Kind]:
-        return kind_of(self.plan.kind)
+        return kind_of(self.options.kind)
 
     @property
     def pairs(self) -> slice:
@@ -52,16 +53,16 @@ class Context(NamedTuple):
 
     @property
     def columns(self) -> Gathered | Ring:
-        return (Ring if self.sharing.ring else Gathered)(self.shard)
+        return (Ring if self.mode.ring else Gathered)(self.shard)
 
     def own(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Block:
         """Own rows and own columns."""
-        plan = self.plan
-        sides = (side_of(t, plan.dtype, plan.normalize) for t in (x, y))
-        return Block(*sides, scale, bias_of(bias, plan.kind), kind=plan.kind)
+        options = self.options
+        sides = (side_of(t, options.dtype, options.normalize) for t in (x, y))
+        return Block(*sides, scale, bias_of(bias, options.kind), kind=options.kind)
 
     def row(self, own: Block) -> BlockRow:
-        return BlockRow.of(self.plan.engine, self.columns, self.plan.normalize, own)
+        return BlockRow.of(self.options.engine, self.columns, self.options.normalize, own)
 
     def finish(self, row: BlockRow, state: Tensor, positive: Tensor) -> tuple[Tensor, ...]:
         """Losses, coefficients and positives' weights of lines."""
@@ -74,11 +75,11 @@ class Context(NamedTuple):
 
 
 def sharded_loss(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: LossOptions, shard: Shard,
-    sharing: GradientMode,
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: LossOptions, shard: Shard,
+    mode: GradientMode,
 ) -> Tensor:  # fmt: skip
     """The mean of the ranks' values is the mean over all pairs. x, y (b, D) are this rank's."""
-    context = Context(plan, shard, sharing)
+    context = Context(options, shard, mode)
     if differentiates(x, y, scale, bias):
         return _ShardedLoss.apply(x, y, scale, bias, context)
     return value_alone(context, context.row(context.own(x, y, scale, bias)))
@@ -87,8 +88,8 @@ def sharded_loss(
 def _value(context: Context, own: Tensor) -> Tensor:
     """own: the sum of this rank's pairs' losses."""
     shard = context.shard
-    dtype = torch.float64 if context.plan.dtype == torch.float64 else torch.float32
-    if context.sharing.whole_value:
+    dtype = torch.float64 if context.options.dtype == torch.float64 else torch.float32
+    if context.mode.whole_value:
         return (shard.sum(own.reshape(1)).reshape(()) / shard.batch).to(dtype)
     return (own * (shard.world_size / shard.batch)).to(dtype)
 
@@ -160,7 +161,7 @@ def forward(
         value, *gradients = _sweep_and_weigh(context, row, needs_x)
         return value, gradients
     # Kept products serve a second sweep over the very same blocks.
-    budget = context.plan.memory_budget if context.shard.all_live else 0
+    budget = context.options.memory_budget if context.shard.all_live else 0
     own, swept, lines = sweep(context, row, budget)
     return _value(context, own), [*lines, *swept[:2], *swept.kept]
 
@@ -182,9 +183,9 @@ def makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
     wide = accumulation_dtype(x)
     return (
         context.kind.is_linear
-        and not context.sharing.ring
+        and not context.mode.ring
         and context.shard.all_live
-        and (x.device.type == "cuda" or x.dtype == y.dtype == wide == context.plan.dtype)
+        and (x.device.type == "cuda" or x.dtype == y.dtype == wide == context.options.dtype)
     )
 
 
@@ -243,11 +244,11 @@ class _Upstream(NamedTuple):
 
 
 def _upstream(context: Context, g: Tensor, dtype: torch.dtype) -> _Upstream:
-    shard, sharing = context.shard, context.sharing
-    if sharing.whole_value:
+    shard, mode = context.shard, context.mode
+    if mode.whole_value:
         # The gradient of the loss of all pairs, for what all ranks make of it, or this one alone.
         gain = torch.full((), 1 / shard.batch, dtype=dtype, device=g.device)
-        every = shard.sum(g.reshape(1).clone()).reshape(()) if sharing.from_others else g
+        every = shard.sum(g.reshape(1).clone()).reshape(()) if mode.from_others else g
         return _Upstream(gain, 1.0, 1.0, every)
     upstreams = shard.gather_scalar(g).to(dtype)
     largest = upstreams.abs().amax()
@@ -260,7 +261,7 @@ def _weigh(
     context: Context, row: BlockRow, inputs: Inputs, found: Sequence[Tensor],
     needs: Sequence[bool], g: Tensor,
 ) -> list[Tensor | None]:  # fmt: skip
-    shard, sharing = context.shard, context.sharing
+    shard, mode = context.shard, context.mode
     own_x, own_y, scale, bias = inputs
     count = len(_Lines._fields)
     lines, (state, positive, *kept) = _Lines(*found[:count]), found[count:]
@@ -277,14 +278,14 @@ def _weigh(
         return weighing.run(needs_x, needs_y)
 
     needs_x, needs_y, needs_scale, needs_bias = needs[:4]
-    if sharing.from_others or sharing.whole_value:
+    if mode.from_others or mode.whole_value:
         dx, dy, totals, _ = gradients(a, b, of_rows + of_columns, needs_x, shard.needs_y)
     else:
         # Each tower as the anchor of its own rank's loss alone: rows for x, columns for y.
         dx, _, of_x, _ = gradients(a, b * 0, of_rows, needs_x, False)
         _, dy, of_y, _ = gradients(a * 0, b, of_columns, False, shard.needs_y)
         totals = of_x + of_y
-    if sharing.whole_value:
+    if mode.whole_value:
         totals = shard.sum(totals) * g
         dx, dy = dx * upstream.afterwards, dy * upstream.afterwards
     x, y = row.block.x, row.block.y

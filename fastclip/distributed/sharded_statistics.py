@@ -44,7 +44,7 @@ from .shard import Shard
 class Task(NamedTuple):
     """The questions about the inputs of this rank."""
 
-    request: StatisticsOptions
+    options: StatisticsOptions
     ids: tuple[Tensor, Tensor] | None
     margin: Tensor | None
     offset: int
@@ -59,23 +59,23 @@ def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
     if differentiates(*inputs):
         found = _ShardedStatistics.apply(*inputs, task)
     else:
-        found, *_ = forward(inputs, row_of(own_of(inputs, task), task), task.request, budget=0)
-    return named(found, task.same_id_positive, task.request.rows, task.request.columns)
+        found, *_ = forward(inputs, row_of(own_of(inputs, task), task), task.options, budget=0)
+    return named(found, task.same_id_positive, task.options.rows, task.options.columns)
 
 
 def own_of(inputs: Inputs, task: Task) -> Block:
     """Own rows and own columns, without ids."""
     return block_of(
-        inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, task.request
+        inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, task.options
     )
 
 
 def row_of(own: Block, task: Task) -> BlockRow:
-    request = task.request
+    options = task.options
     if task.ids is not None:
         ids_x, ids_y = (ids.to(torch.int64) for ids in task.ids)
         own = own._replace(x=own.x._replace(ids=ids_x), y=own.y._replace(ids=ids_y))
-    row = BlockRow.of(request.engine, columns_of(*own.sizes(), task), request.normalize, own)
+    row = BlockRow.of(options.engine, columns_of(*own.sizes(), task), options.normalize, own)
     if task.ids is None:
         return row
     x, y = row.block.x, row.block.y
@@ -105,17 +105,17 @@ def _of_own(state: Tensor, row: BlockRow) -> Tensor:
 
 
 def forward(
-    inputs: Inputs, row: BlockRow, request: StatisticsOptions, budget: int
+    inputs: Inputs, row: BlockRow, options: StatisticsOptions, budget: int
 ) -> tuple[tuple[Tensor, ...], Swept]:
     """Statistics, and what `backward` takes beside them."""
 
     def occupied(block: Block) -> Tensor | None:
         codes = row.rows + row.shard.batch
-        return pairs.occupied(block, codes, request.rows, request.columns)
+        return pairs.occupied(block, codes, options.rows, options.columns)
 
     with torch.no_grad():
         swept = sweep(row, slice(0, row.rows), budget, occupied)
-        if request.columns:
+        if options.columns:
             columns = swept.state[:, row.rows :]
             columns.copy_(merge_columns(columns, row.kind, row.shard))
         return finish(_own(row), _of_own(swept.state, row), swept.positive, inputs.bias), swept
@@ -129,8 +129,8 @@ class _ShardedStatistics(torch.autograd.Function):
         *tensors, task = arguments
         inputs = Inputs(*tensors)
         row = row_of(own_of(inputs, task), task)
-        found, swept = forward(inputs, row, task.request, task.request.memory_budget)
-        ctx.row, ctx.request, ctx.found = row.without_tensors(), task.request, len(found)
+        found, swept = forward(inputs, row, task.options, task.options.memory_budget)
+        ctx.row, ctx.options, ctx.found = row.without_tensors(), task.options, len(found)
         ctx.save_for_backward(
             *inputs, *row.tensors, *found, swept.state, swept.positive, *swept.kept
         )
@@ -145,18 +145,18 @@ class _ShardedStatistics(torch.autograd.Function):
         swept = Swept(state, positive, tuple(kept))
         with torch.no_grad():
             gradients = backward(
-                inputs, row, ctx.request, found, swept, upstream, ctx.needs_input_grad
+                inputs, row, ctx.options, found, swept, upstream, ctx.needs_input_grad
             )
         if torch.is_grad_enabled():
             gradients = refuse_second_derivative(gradients, *upstream, *inputs[:3])
         return *gradients, None
 
 
-def _upstream(row: BlockRow, request: StatisticsOptions, own: Upstream) -> Upstream:
+def _upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -> Upstream:
     """From coefficients of own rows and own columns to those of own rows and all columns."""
     shard, m = row.shard, row.rows
     coefficients, positive_weight, largest = own
-    if not request.columns:
+    if not options.columns:
         none = coefficients.new_zeros((*coefficients.shape[:-1], shard.batch))
         return own._replace(coefficients=torch.cat((coefficients[..., :m], none), -1))
     # They are relative to each rank's largest one: columns of all ranks need one unit.
@@ -168,14 +168,14 @@ def _upstream(row: BlockRow, request: StatisticsOptions, own: Upstream) -> Upstr
 
 
 def backward(
-    inputs: Inputs, row: BlockRow, request: StatisticsOptions, found: Sequence[Tensor],
+    inputs: Inputs, row: BlockRow, options: StatisticsOptions, found: Sequence[Tensor],
     swept: Swept, upstream: Sequence[Tensor], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the inputs, for those of the statistics."""
     shard, needs = row.shard, Inputs(*wanted[: len(Inputs._fields)])
     found, given = (made_of(t, row.block.same_id_positive) for t in (found, upstream))
     own, of_bias = weights(_own(row), inputs.bias, found, _of_own(swept.state, row), given)
-    dx, dy, totals, dkey_bias = Weighing(row, swept, _upstream(row, request, own)).run(
+    dx, dy, totals, dkey_bias = Weighing(row, swept, _upstream(row, options, own)).run(
         needs.x, shard.needs_y, shard.needs_key_bias
     )
     if shard.needs_key_bias:

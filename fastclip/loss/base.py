@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..distributed.block_row import GradientMode
+from ..distributed.gradient_mode import GradientMode
 from ..distributed.shard import shard_of_one
 from ..distributed.sharded_loss import sharded_loss
 from ..engine.backends import choose

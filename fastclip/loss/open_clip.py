@@ -14,8 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import distributed_loss, gather_features
-from ..distributed.block_row import GradientMode
+from ..distributed import gather_features
+from ..distributed.gradient_mode import GradientMode
+from ..distributed.losses import distributed_loss
 from .clip import clip_loss
 from .siglip import siglip_loss
 

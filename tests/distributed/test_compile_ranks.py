@@ -15,9 +15,9 @@ from support.ranks.processes import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastclip import distributed
-from fastclip.distributed import traced
-from fastclip.distributed.block_row import GradientMode
 from fastclip.distributed.calls import ContrastCall, LossCall
+from fastclip.distributed.compiled import call as compiled_call
+from fastclip.distributed.gradient_mode import GradientMode
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_group_of_another_size_than_it_was_compiled_in(monkeypatch: pytest.Mon
         return 2
 
     two._dynamo_marked_constant = True
-    monkeypatch.setattr(traced, "_ranks_of", two)
+    monkeypatch.setattr(compiled_call, "_ranks_of", two)
     torch._dynamo.reset()
     fast = torch.compile(distributed.clip_loss, backend="aot_eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="of 2 ranks, got one of 1"):
@@ -198,12 +198,12 @@ def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.ops.fastclip, name, listening)
     if name == "rank_loss":
         call = LossCall("sigmoid", GradientMode(), False, True, None, None, None, None)
-        traced.loss((*inputs, None), None, call)
+        compiled_call.traced_loss((*inputs, None), None, call)
     else:
         call = ContrastCall(0, "positive", True, True, "softmax", True, False, False, None, None)
         ids = torch.arange(5) // 2
         others = None, torch.randn(5), (ids, ids), 0.1
-        traced.contrast((*inputs, *others), None, call)
+        compiled_call.traced_contrast((*inputs, *others), None, call)
     monkeypatch.undo()
     ((arguments,),) = [called]
     asked = "test_schema", "test_autograd_registration", "test_faketensor"

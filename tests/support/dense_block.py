@@ -33,11 +33,11 @@ class DenseKind(NamedTuple):
 
     # A line's statistic in the units of `logarithms`, of the logits that a mask leaves it.
     statistic: Callable[[Tensor, Tensor, int], Tensor]
-    # The weight of a logit, given a line's reference in log2 units.
+    # The weight of a logit, given a line's shift in log2 units.
     activation: Callable[[Tensor, Tensor], Tensor]
-    # The statistic in these units, from a state's reference and sum.
+    # The statistic in these units, from a state's shift and sum.
     logarithm: Callable[[Tensor, Tensor], Tensor]
-    has_reference: bool  # then a bias is not seen, and a statistic is judged by its difference
+    has_shift: bool  # then a bias is not seen, and a statistic is judged by its difference
     sign_of_positives: int  # by id: of their logits and weights
 
 
@@ -48,16 +48,16 @@ def _softplus_sum(s: Tensor, mask: Tensor, dim: int) -> Tensor:
 KINDS = {
     "softmax": DenseKind(
         lambda s, mask, dim: s.masked_fill(~mask, -torch.inf).logsumexp(dim) * LOG2E,
-        lambda s, reference: torch.exp2(s * LOG2E - reference),
-        lambda reference, sums: torch.log2(sums) + reference,
-        has_reference=True,
+        lambda s, shift: torch.exp2(s * LOG2E - shift),
+        lambda shift, sums: torch.log2(sums) + shift,
+        has_shift=True,
         sign_of_positives=1,
     ),
     "sigmoid": DenseKind(
         _softplus_sum,
-        lambda s, reference: torch.sigmoid(s),
-        lambda reference, sums: sums,
-        has_reference=False,
+        lambda s, shift: torch.sigmoid(s),
+        lambda shift, sums: sums,
+        has_shift=False,
         sign_of_positives=-1,
     ),
 }
@@ -181,9 +181,7 @@ def make_masked_block(
         extra |= {"threshold_x": thresholds[0].to(wide), "threshold_y": thresholds[1].to(wide)}
     if key_bias is not None:
         extra["key_bias"] = key_bias * _random(n, seed=seed + 3)
-        if (
-            KINDS[block.loss].has_reference or not same_id_positive
-        ):  # softplus(-s) is infinite there
+        if KINDS[block.loss].has_shift or not same_id_positive:  # softplus(-s) is infinite there
             extra["key_bias"][n // 2] = -torch.inf
     return block._replace(**extra)
 
@@ -275,8 +273,8 @@ def weigh_all(
 def logarithms(state: Tensor, loss: str) -> Tensor:
     """States as one number a line: log2 of the sum of exponentials, or the sum of softplus; those
     of positives by id behind those of negatives."""
-    reference, sums = state[::2].flatten(), state[1::2].flatten()
-    return KINDS[loss].logarithm(reference, sums)
+    shift, sums = state[::2].flatten(), state[1::2].flatten()
+    return KINDS[loss].logarithm(shift, sums)
 
 
 class Gradients(NamedTuple):
@@ -298,7 +296,7 @@ class Dense:
         )
         self.m, self.n = len(self.x), len(self.y)
         self.scale = float(block.scale)
-        has_bias = block.bias is not None and not self.kind.has_reference
+        has_bias = block.bias is not None and not self.kind.has_shift
         self.bias = float(block.bias) if has_bias else 0.0
         self.t = self.x @ self.y.T
         self.s = self.scale * self.t + self.bias
@@ -344,10 +342,10 @@ class Dense:
         return w + sign * self._weights(sign * self.s, state[2], coefficients[1], same, same)
 
     def _weights(
-        self, s: Tensor, references: Tensor, coefficients: Tensor, by_row: Tensor, by_column: Tensor
+        self, s: Tensor, shifts: Tensor, coefficients: Tensor, by_row: Tensor, by_column: Tensor
     ) -> Tensor:
         a, b = coefficients.split([self.m, self.n])
-        row, column = references.split([self.m, self.n])
+        row, column = shifts.split([self.m, self.n])
         of_row = self.kind.activation(s, row[:, None]) * a[:, None]
         of_column = self.kind.activation(s, column) * b
         return of_row.masked_fill(~by_row, 0) + of_column.masked_fill(~by_column, 0)
@@ -420,8 +418,8 @@ def product_error(x: Tensor) -> float:
     return terms * roundoff(accumulator(x.dtype))
 
 
-def has_one_reference(state: Tensor) -> bool:
-    """Whether the sweep with one reference for all lines was enough."""
+def has_one_shift(state: Tensor) -> bool:
+    """Whether the sweep with one shift for all lines was enough."""
     return bool((state[::2] == state[0, 0]).all())
 
 
@@ -432,10 +430,10 @@ def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "")
     assert state.shape == (2 * sets, dense.m + dense.n) and positive.shape == (dense.m,)
     assert state.isfinite().all(), what
     lines, exact = logarithms(state, dense.block.loss), dense.logarithms
-    if dense.kind.has_reference:
+    if dense.kind.has_shift:
         absent = exact == -torch.inf
         assert torch.equal(state[1::2].flatten() == 0, absent), f"{what}: lines without pairs"
-        # The truth itself is a sum of a reference and a logarithm, in float64.
+        # The truth itself is a sum of a shift and a logarithm, in float64.
         difference = (lines - exact)[~absent].abs() - 1e-15 * exact[~absent].abs()
     else:
         difference = (lines - exact).abs() / exact.clamp_min(1e-30)

@@ -1,4 +1,4 @@
-"""The one reference of a softmax sweep, in log2 units, made on the device.
+"""The one shift of a softmax sweep, in log2 units, made on the device.
 
 `exp2(logit - m)` serves the row and the column of a pair alike if m is one number for all of them.
 m puts the largest logit that is possible at 2^top: high enough for the smallest row to stay within
@@ -16,7 +16,7 @@ def longest_kernel(
     X, Y, SQUARES, M, N, D, stride_x, stride_y, ROWS: tl.constexpr, BK: tl.constexpr
 ):
     """The largest squared norm of ROWS rows of either tower, x first; M or N is 0 where none is
-    asked for. Infinite where it overflows: then no one reference is enough, and the states say
+    asked for. Infinite where it overflows: then no one shift is enough, and the states say
     so."""
     programs_of_x = tl.cdiv(M, ROWS)
     features, first, lines, stride = X, tl.program_id(0), M, stride_x
@@ -44,8 +44,8 @@ def _largest(SQUARES, count, LANES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count_x", "count_y"])
-def reference_kernel(
-    BOUND, SQUARES, SCALE, LARGEST_BIAS, REFERENCE, KEPT_REFERENCE, FLAG, count_x, count_y,
+def shift_kernel(
+    BOUND, SQUARES, SCALE, LARGEST_BIAS, referenceENCE, KEPT_referenceENCE, FLAG, count_x, count_y,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """m from |t| <= BOUND where one is given, else from norms: those of normalised features are 1,
@@ -64,10 +64,10 @@ def reference_kernel(
     above = tl.minimum(tl.maximum(2 * top - 120, 0.0), 100.0)
     if LARGEST_BIAS is not None:  # of columns, in log2 units
         top += tl.load(LARGEST_BIAS)
-    # Integral, so that powers of two relate it to any other reference. Beyond 2^24 it rounds: there
-    # no one reference is enough.
-    reference = tl.ceil(top - above).to(tl.float32)
-    tl.store(REFERENCE, reference)
-    if KEPT_REFERENCE is not None:
-        tl.store(KEPT_REFERENCE, reference.to(tl.float64))
+    # Integral, so that powers of two relate it to any other shift. Beyond 2^24 it rounds: there
+    # no one shift is enough.
+    shift = tl.ceil(top - above).to(tl.float32)
+    tl.store(referenceENCE, shift)
+    if KEPT_referenceENCE is not None:
+        tl.store(KEPT_referenceENCE, shift.to(tl.float64))
     tl.store(FLAG, 0)

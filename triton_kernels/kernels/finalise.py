@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .flags import is_set
 
-# The least sum of a line that one reference can serve: what such a line lost lies below fp32's
+# The least sum of a line that one shift can serve: what such a line lost lies below fp32's
 # resolution of it.
 LEAST = tl.constexpr(2.0**-78)
 LARGEST = tl.constexpr(2.0**127)
@@ -65,11 +65,11 @@ SIZES += ["columns_total", "offset", "fresh_rows", "fresh_columns", "is_last"]
 
 @triton.jit(do_not_specialize=SIZES)
 def sums_kernel(
-    PARTIAL, STATE, OCCUPIED, REFERENCE, FLAG, M, N, tiles_m, tiles_n, row_start, column_start,
+    PARTIAL, STATE, OCCUPIED, referenceENCE, FLAG, M, N, tiles_m, tiles_n, row_start, column_start,
     rows_total, columns_total, offset, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Partials that share a reference. Where there is one, chunks are whole rows, and the flag is
+    """Partials that share a shift. Where there is one, chunks are whole rows, and the flag is
     raised if it was too coarse for a line that has pairs, since a sum so small may have lost terms
     that count, or no number. OCCUPIED says which have pairs; without it those whose block leaves
     them a negative."""
@@ -82,23 +82,23 @@ def sums_kernel(
     total = _added(PARTIAL + base, line, length, parts, LINES, PARTS)
     total += tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
     tl.store(STATE + lines + out, total, mask=mask)
-    reference = tl.zeros((LINES,), tl.float64)
-    if REFERENCE is not None:
-        reference += tl.load(REFERENCE)
+    shift = tl.zeros((LINES,), tl.float64)
+    if referenceENCE is not None:
+        shift += tl.load(referenceENCE)
         if is_row | (is_last != 0):
             occupied = _has_others(is_row, out, rows_total, columns_total, offset)
             if OCCUPIED is not None:
                 occupied = tl.load(OCCUPIED + out, mask=mask, other=0) != 0
             holds = (occupied == 0) | ((total >= LEAST) & (total <= LARGEST))
-            holds &= reference - reference == 0.0
+            holds &= shift - shift == 0.0
             if tl.max((mask & (holds == 0)).to(tl.int32), 0) > 0:
                 tl.store(FLAG, 1)
-    tl.store(STATE + out, reference, mask=mask)
+    tl.store(STATE + out, shift, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
-    PARTIAL, MOMENTS, KEPT_REFERENCE, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
+    PARTIAL, MOMENTS, KEPT_referenceENCE, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
     columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sums of the kept w and of w * t of each line, (2, rows_total + columns_total): the second and
@@ -113,59 +113,59 @@ def moments_kernel(
     for moment in tl.static_range(2):
         total = _added(PARTIAL + (1 + moment) * layer + base, line, length, parts, LINES, PARTS)
         if tl.max((mask & ((tl.abs(total) < float("inf")) == 0)).to(tl.int32), 0) > 0:
-            tl.store(KEPT_REFERENCE, float("nan"))
+            tl.store(KEPT_referenceENCE, float("nan"))
         at = MOMENTS + moment * (rows_total + columns_total) + out
         tl.store(at, total + tl.load(at, mask=old, other=0.0), mask=mask)
 
 
 @triton.jit
-def _merge(reference, total, other_reference, other):
-    """States relative to references; -inf is the reference of one without terms."""
-    top = tl.maximum(reference, other_reference)
-    mine = tl.where(reference == float("-inf"), 1.0, power_of_two(reference - top))
-    theirs = tl.where(other_reference == float("-inf"), 1.0, power_of_two(other_reference - top))
+def _merge(shift, total, other_shift, other):
+    """States relative to shifts; -inf is the shift of one without terms."""
+    top = tl.maximum(shift, other_shift)
+    mine = tl.where(shift == float("-inf"), 1.0, power_of_two(shift - top))
+    theirs = tl.where(other_shift == float("-inf"), 1.0, power_of_two(other_shift - top))
     return top, total * mine + other * theirs
 
 
 @triton.jit(do_not_specialize=SIZES)
 def maxima_sums_kernel(
-    PARTIAL, STATE, FLAG, KEPT_REFERENCE, M, N, tiles_m, tiles_n, row_start, column_start,
+    PARTIAL, STATE, FLAG, KEPT_referenceENCE, M, N, tiles_m, tiles_n, row_start, column_start,
     rows_total, columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Partials that have references of their own, behind them. With a FLAG, writes only if it is
-    set; what was kept relative to the one reference is then of no use."""
+    """Partials that have shifts of their own, behind them. With a FLAG, writes only if it is
+    set; what was kept relative to the one shift is then of no use."""
     if is_set(FLAG, True) == 0:
         return
-    if KEPT_REFERENCE is not None:
-        tl.store(KEPT_REFERENCE, float("nan"))
+    if KEPT_referenceENCE is not None:
+        tl.store(KEPT_referenceENCE, float("nan"))
     is_row, line, base, out, length, parts = owned(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
-    REFERENCES = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
+    referenceENCES = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
     part = tl.arange(0, PARTS)
     mask = line < length
     lines = rows_total + columns_total
     fresh = tl.where(is_row, fresh_rows, fresh_columns)
-    # Stored states of lines without terms have a sum and a reference of 0.
+    # Stored states of lines without terms have a sum and a shift of 0.
     total = tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
-    reference = tl.load(STATE + out, mask=mask & (fresh == 0), other=0.0)
-    reference = tl.where(total == 0, float("-inf"), reference)
+    shift = tl.load(STATE + out, mask=mask & (fresh == 0), other=0.0)
+    shift = tl.where(total == 0, float("-inf"), shift)
     for p in range(0, parts, PARTS):
         at = base + (p + part).to(tl.int64)[:, None] * length + line[None, :]
         within = (p + part < parts)[:, None] & mask[None, :]
         sums = tl.load(PARTIAL + at, mask=within, other=0.0).to(tl.float64)
-        references = tl.load(REFERENCES + at, mask=within, other=float("-inf")).to(tl.float64)
-        top = tl.max(references, 0)
-        weight = power_of_two(references - top[None, :])
-        weight = tl.where(references == float("-inf"), 1.0, weight)
-        reference, total = _merge(reference, total, top, tl.sum(sums * weight, 0))
-    absent = reference == float("-inf")
+        shifts = tl.load(referenceENCES + at, mask=within, other=float("-inf")).to(tl.float64)
+        top = tl.max(shifts, 0)
+        weight = power_of_two(shifts - top[None, :])
+        weight = tl.where(shifts == float("-inf"), 1.0, weight)
+        shift, total = _merge(shift, total, top, tl.sum(sums * weight, 0))
+    absent = shift == float("-inf")
     if is_row | (is_last != 0):
         sound = absent | ((total >= LEAST_RELATIVE) & (total <= LARGEST))
         total = tl.where(sound, total, float("nan"))
     tl.store(STATE + lines + out, total, mask=mask)
-    tl.store(STATE + out, tl.where(absent, 0.0, reference), mask=mask)
+    tl.store(STATE + out, tl.where(absent, 0.0, shift), mask=mask)
 
 
 @triton.jit
@@ -208,9 +208,11 @@ def columns_kernel(
 
 
 @triton.jit(do_not_specialize=["lines"])
-def lines_kernel(REFERENCES, COEFFICIENTS, KEPT_REFERENCE, FLAGS, OUT, lines, LANES: tl.constexpr):
+def lines_kernel(
+    referenceENCES, COEFFICIENTS, KEPT_referenceENCE, FLAGS, OUT, lines, LANES: tl.constexpr
+):
     """Lines as the second sweep takes them: coefficients in fp32; and one program's answer to
-    whether one exponential serves (all references are equal, those of positives by id among
+    whether one exponential serves (all shifts are equal, those of positives by id among
     them), and whether kept weights do (that is the one they are relative to)."""
     programs = tl.cdiv(lines, LANES)
     lane = tl.arange(0, LANES)
@@ -220,17 +222,17 @@ def lines_kernel(REFERENCES, COEFFICIENTS, KEPT_REFERENCE, FLAGS, OUT, lines, LA
         tl.store(OUT + line, value.to(tl.float32), mask=line < lines)
     else:
         valid = 1
-        if REFERENCES is not None:
-            reference = tl.load(REFERENCES)
+        if referenceENCES is not None:
+            shift = tl.load(referenceENCES)
             differs = tl.zeros((LANES,), tl.int32)
             for start in range(0, lines, LANES):
                 at = start + lane
-                other = tl.load(REFERENCES + at, mask=at < lines, other=reference)
-                differs += (other != reference).to(tl.int32)
+                other = tl.load(referenceENCES + at, mask=at < lines, other=shift)
+                differs += (other != shift).to(tl.int32)
             one = (tl.max(differs, 0) == 0).to(tl.int32)
             tl.store(FLAGS, one)
-            if KEPT_REFERENCE is not None:
-                valid = one * (tl.load(KEPT_REFERENCE) == reference).to(tl.int32)
+            if KEPT_referenceENCE is not None:
+                valid = one * (tl.load(KEPT_referenceENCE) == shift).to(tl.int32)
         tl.store(FLAGS + 1, valid)
 
 
@@ -242,13 +244,13 @@ def finish_kernel(
     """Lines to losses, coefficients and positives' weights; `period` lines share positives."""
     line = tl.program_id(0) * LANES + tl.arange(0, LANES)
     mask = line < lines
-    reference = tl.load(STATE + line, mask=mask, other=0.0)
+    shift = tl.load(STATE + line, mask=mask, other=0.0)
     total = tl.load(STATE + stride + line, mask=mask, other=1.0)
     s = tl.load(POSITIVE + line % period, mask=mask, other=0.0)
     s *= tl.load(SCALE).to(tl.float64)
     if BIAS is not None:
         s += tl.load(BIAS).to(tl.float64)
-    loss, coefficient, weight = FINISH(reference, total, s)
+    loss, coefficient, weight = FINISH(shift, total, s)
     tl.store(LOSSES + line, loss, mask=mask)
     tl.store(COEFFICIENTS + line, coefficient, mask=mask)
     tl.store(WEIGHTS + line, weight, mask=mask)

@@ -66,9 +66,9 @@ def affine(LOGITS):
 
 @triton.jit
 def relative(t, k, m, LOGITS, j, N, PLAIN: tl.constexpr):
-    """The logits of columns j in log2 units, less m: the reference of all lines or of each."""
+    """The logits of columns j in log2 units, less m: the shift of all lines or of each."""
     # m is integral, as columns' biases are, and subtracted within the first rounding: the error is
-    # 2^-24 of the distance from the reference, not of the logit.
+    # 2^-24 of the distance from the shift, not of the logit.
     high, low, bias, bias_low = k
     if LOGITS[KEY_BIAS] is not None:
         bias = of_lines(LOGITS[KEY_BIAS], j, N, PLAIN)[None, :]

@@ -1,10 +1,10 @@
 """The first sweep: a tile is made, folded into one number for each of its rows and columns, and
 forgotten.
 
-`sweep_kernel` has one reference for all pairs, so one exponential serves row and column.
-`maxima_kernel` gives every row and column of a tile the reference that its largest logit asks for.
+`sweep_kernel` has one shift for all pairs, so one exponential serves row and column.
+`maxima_kernel` gives every row and column of a tile the shift that its largest logit asks for.
 A large block takes the first, and launches the second after it, always: it returns at once unless
-the flag says that one reference was too coarse, and the host never learns which of them did the
+the flag says that one shift was too coarse, and the host never learns which of them did the
 work. A small block, which waits for launches, takes the second alone.
 
 Both write partials, a number for each (line, tile) pair: rows first, (tiles_n, M), then columns,
@@ -153,7 +153,7 @@ def _sweep_tile(
 
 @triton.jit(do_not_specialize=["M", "N", "offset", "skipped"])
 def sweep_kernel(
-    X, Y, LOGITS, REFERENCE, KEPT, PARTIAL, M, N, stride_x, stride_y, stride_kept, offset, skipped,
+    X, Y, LOGITS, referenceENCE, KEPT, PARTIAL, M, N, stride_x, stride_y, stride_kept, offset, skipped,
     D: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -161,8 +161,8 @@ def sweep_kernel(
     """The plain tiles. DESCRIBED: X, Y and KEPT are tensor descriptors, and as many programs as the
     card has room for go through the tiles, each reading the next one's features already."""
     m = 0.0
-    if REFERENCE is not None:
-        m = tl.load(REFERENCE)
+    if referenceENCE is not None:
+        m = tl.load(referenceENCE)
     k = affine(LOGITS)
     if DESCRIBED:
         tiles = (M // BM) * (N // BN - skipped)
@@ -184,15 +184,15 @@ def sweep_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "offset", "skipped"])
 def sweep_edges_kernel(
-    X, Y, LOGITS, REFERENCE, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y, stride_kept,
+    X, Y, LOGITS, referenceENCE, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y, stride_kept,
     offset, skipped, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """The tiles of the edges, a program each."""
     m = 0.0
-    if REFERENCE is not None:
-        m = tl.load(REFERENCE)
+    if referenceENCE is not None:
+        m = tl.load(referenceENCE)
     k = affine(LOGITS)
     pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
     _sweep_tile(
@@ -203,14 +203,14 @@ def sweep_edges_kernel(
 
 
 @triton.jit
-def _reference_of_lines(x, DIM: tl.constexpr):
+def _shift_of_lines(x, DIM: tl.constexpr):
     """The least integer above the largest logit of each line; -inf for one without pairs."""
     return tl.ceil(tl.max(x, DIM))
 
 
 @triton.jit
-def _usable(reference):
-    return tl.where(reference == float("-inf"), 0.0, reference)
+def _usable(shift):
+    return tl.where(shift == float("-inf"), 0.0, shift)
 
 
 @triton.jit
@@ -218,23 +218,23 @@ def _store_maxima(
     PARTIAL, by_row, by_column, t, k, LOGITS, pid_m, pid_n, M, N, FOLD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Two layers of partials of a tile: sums over the pairs that count, and their references."""
+    """Two layers of partials of a tile: sums over the pairs that count, and their shifts."""
     row = pid_m * BM
     j = pid_n * BN + tl.arange(0, BN)
     x = relative(t, k, 0.0, LOGITS, j, N, False)
-    reference = _reference_of_lines(tl.where(by_row, x, float("-inf")), 1)
-    other = _reference_of_lines(tl.where(by_column, x, float("-inf")), 0)
-    # Chosen after the exponential: what does not count may exceed the reference by any power.
-    x = relative(t, k, _usable(reference)[:, None], LOGITS, j, N, False)
+    shift = _shift_of_lines(tl.where(by_row, x, float("-inf")), 1)
+    other = _shift_of_lines(tl.where(by_column, x, float("-inf")), 0)
+    # Chosen after the exponential: what does not count may exceed the shift by any power.
+    x = relative(t, k, _usable(shift)[:, None], LOGITS, j, N, False)
     rows = tl.sum(tl.where(by_row, FOLD(x), 0.0), 1)
     x = relative(t, k, _usable(other)[None, :], LOGITS, j, N, False)
     columns = tl.sum(tl.where(by_column, FOLD(x), 0.0), 0)
-    REFERENCES = PARTIAL + partials(M, N, BM, BN)
+    referenceENCES = PARTIAL + partials(M, N, BM, BN)
     store_rows(PARTIAL, rows, pid_n, row, M, BM, False)
-    store_rows(REFERENCES, reference, pid_n, row, M, BM, False)
+    store_rows(referenceENCES, shift, pid_n, row, M, BM, False)
     at = columns_of(pid_m, M, N, BN)
     store_columns(PARTIAL + at, columns, j, N, False)
-    store_columns(REFERENCES + at, other, j, N, False)
+    store_columns(referenceENCES + at, other, j, N, False)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
@@ -243,7 +243,7 @@ def maxima_kernel(
     SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums, and behind them, in the same layout, the references that they are relative to;
+    """Partial sums, and behind them, in the same layout, the shifts that they are relative to;
     positives where POSITIVE is given.
 
     With a FLAG there are fewer programs than tiles, since as a rule all they do is return.

@@ -165,18 +165,18 @@ def store_positives(POSITIVE, t, row, column, M, N, offset, BM: tl.constexpr, BN
 
 @triton.jit
 def store_tile(
-    OUT, value, row, column, shift, M, N, stride, PLAIN: tl.constexpr, DESCRIBED: tl.constexpr,
+    OUT, value, row, column, moved, M, N, stride, PLAIN: tl.constexpr, DESCRIBED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile, `shift` columns further right than it lies. Rows of OUT are a multiple of 16
+    """Writes a tile, `moved` columns further right than it lies. Rows of OUT are a multiple of 16
     numbers apart, and past N they may be written up to a multiple of 8: then the compiler knows
     that eight neighbours are stored or none, and 16 bytes leave at once. A mask of `j < N` makes it
     store number by number."""
     if DESCRIBED:
-        OUT.store([row, column + shift], stored_as(value, OUT.dtype))
+        OUT.store([row, column + moved], stored_as(value, OUT.dtype))
     else:
         i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        at = i.to(tl.int64)[:, None] * stride + (shift + j)[None, :]
+        at = i.to(tl.int64)[:, None] * stride + (moved + j)[None, :]
         if PLAIN:
             tl.store(OUT + at, stored_as(value, OUT.dtype.element_ty))
         else:

@@ -9,11 +9,11 @@ factor_x_i, column j of `w.T @ x` by factor_y_j. fp16 has no range for factors (
 products take normalised copies) and needs ENLARGED instead: weights are at most 2, it would lose
 those below 6e-8 and blur those below 6e-5.
 
-`weigh_kernel` takes the plain tiles, `weigh_edges_kernel` the others, both for one reference;
-`weigh_apart_kernel` takes any tile and a reference for each line. Which of them work is decided on
-the device: a flag says whether all references are equal.
+`weigh_kernel` takes the plain tiles, `weigh_edges_kernel` the others, both for one shift;
+`weigh_apart_kernel` takes any tile and a shift for each line. Which of them work is decided on
+the device: a flag says whether all shifts are equal.
 
-Coefficients and references are those of rows and columns for negatives, then (_SAME) for positives
+Coefficients and shifts are those of rows and columns for negatives, then (_SAME) for positives
 by id, each None where there are none. SAME_ID: as in the first sweep.
 
 More run-time parameters than fifteen: they are a block of logits and its lines' states.
@@ -199,28 +199,33 @@ def _weigh_tile(
 # Coefficients of columns begin at M + column: their alignment would follow the batch. They are
 # in no tuple: the compiler asks after the alignment of its members all the same.
 UNALIGNED = ["A", "B", "A_SAME", "B_SAME"]
-REFERENCES = ["REFERENCE_X", "REFERENCE_Y", "REFERENCE_X_SAME", "REFERENCE_Y_SAME"]
+referenceENCES = [
+    "referenceENCE_X",
+    "referenceENCE_Y",
+    "referenceENCE_X_SAME",
+    "referenceENCE_Y_SAME",
+]
 
 
 @triton.jit(
     do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
 )
 def weigh_kernel(
-    X, Y, LOGITS, REFERENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, PARTIAL, M, N, stride_x,
+    X, Y, LOGITS, referenceENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, PARTIAL, M, N, stride_x,
     stride_y, stride_w, offset, skipped, D: tl.constexpr, SPREAD: tl.constexpr,
     ENLARGED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """The plain tiles. ONE: whether all references are equal, and so one exponential serves.
+    """The plain tiles. ONE: whether all shifts are equal, and so one exponential serves.
     PARTIAL: both sweeps in one go. A and B are absent where they add up to 1. SUMS: sums of
     columns are wanted. DESCRIBED: X, Y and W are tensor descriptors, and programs go through the
     tiles, as in the first sweep."""
     if is_set(ONE, True) == 0:
         return
     m = 0.0
-    if REFERENCE is not None:
-        m = tl.load(REFERENCE).to(tl.float32)
+    if referenceENCE is not None:
+        m = tl.load(referenceENCE).to(tl.float32)
     k = affine(LOGITS)
     if DESCRIBED:
         tiles = (M // BM) * (N // BN - skipped)
@@ -244,7 +249,7 @@ def weigh_kernel(
     do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
 )
 def weigh_edges_kernel(
-    X, Y, LOGITS, REFERENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N,
+    X, Y, LOGITS, referenceENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N,
     D, stride_x, stride_y, stride_w, offset, skipped, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
     FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -254,8 +259,8 @@ def weigh_edges_kernel(
     if is_set(ONE, True) == 0:
         return
     m = 0.0
-    if REFERENCE is not None:
-        m = tl.load(REFERENCE).to(tl.float32)
+    if referenceENCE is not None:
+        m = tl.load(referenceENCE).to(tl.float32)
     k = affine(LOGITS)
     pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
     _weigh_tile(
@@ -267,27 +272,27 @@ def weigh_edges_kernel(
 
 @triton.jit
 def _apart(
-    t, k, LOGITS, REFERENCE_X, REFERENCE_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr
+    t, k, LOGITS, referenceENCE_X, referenceENCE_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Weights of pairs in their rows and in their columns, which have references of their own."""
-    x = relative(t, k, _rows(REFERENCE_X, i, M, False), LOGITS, j, N, False)
+    """Weights of pairs in their rows and in their columns, which have shifts of their own."""
+    x = relative(t, k, _rows(referenceENCE_X, i, M, False), LOGITS, j, N, False)
     by_row = ACTIVATION(x) * _rows(A, i, M, False)
-    x = relative(t, k, _columns(REFERENCE_Y, j, N, False), LOGITS, j, N, False)
+    x = relative(t, k, _columns(referenceENCE_Y, j, N, False), LOGITS, j, N, False)
     return by_row, ACTIVATION(x) * _columns(B, j, N, False)
 
 
 @triton.jit(
     do_not_specialize=["M", "N", "offset"],
-    do_not_specialize_on_alignment=[*UNALIGNED, *REFERENCES],
+    do_not_specialize_on_alignment=[*UNALIGNED, *referenceENCES],
 )
 def weigh_apart_kernel(
-    X, Y, LOGITS, REFERENCE_X, REFERENCE_Y, REFERENCE_X_SAME, REFERENCE_Y_SAME, UNLESS, A, B,
+    X, Y, LOGITS, referenceENCE_X, referenceENCE_Y, referenceENCE_X_SAME, referenceENCE_Y_SAME, UNLESS, A, B,
     A_SAME, B_SAME, W, TOTALS, SUMS, M, N, D, stride_x, stride_y, stride_w, offset,
     SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Every tile, with a reference for each line: two exponentials a pair. Returns at once if
+    """Every tile, with a shift for each line: two exponentials a pair. Returns at once if
     UNLESS is set."""
     if is_set(UNLESS, False) != 0:
         return
@@ -302,18 +307,18 @@ def weigh_apart_kernel(
         )
         t = normalised(t, LOGITS, i, j, M, N, False)
         by_row, by_column = _apart(
-            t, k, LOGITS, REFERENCE_X, REFERENCE_Y, A, B, i, j, M, N, ACTIVATION
+            t, k, LOGITS, referenceENCE_X, referenceENCE_Y, A, B, i, j, M, N, ACTIVATION
         )
         live = negatives(LOGITS, i, j, M, N, offset, False)
         if LOGITS[THRESHOLD_X] is None:
             w = tl.where(live, by_row + by_column, 0.0)
         else:
-            # Pairs that do not count for a line may exceed its reference by any power.
+            # Pairs that do not count for a line may exceed its shift by any power.
             w = tl.where(of_rows(live, t, LOGITS, i, M, False), by_row, 0.0)
             w += tl.where(of_columns(live, t, LOGITS, j, N, False), by_column, 0.0)
         if SAME_ID != 0:
             by_row, by_column = _apart(
-                t, k, LOGITS, REFERENCE_X_SAME, REFERENCE_Y_SAME, A_SAME, B_SAME, i, j, M, N,
+                t, k, LOGITS, referenceENCE_X_SAME, referenceENCE_Y_SAME, A_SAME, B_SAME, i, j, M, N,
                 ACTIVATION,
             )  # fmt: skip
             same = positives(LOGITS, i, j, M, N, offset, False)

@@ -25,27 +25,27 @@ constexpr FusedTile kWeighTile = {128, 128, Schedule::kPingPong, 1};
 inline int64_t tiles_of(int64_t lines, int lines_of_tile) { return (lines + lines_of_tile - 1) / lines_of_tile; }
 
 // Numbers of a row and of a column that fused_sweep writes, one for each tile: Folding::rows.parts and columns.parts.
-inline int64_t fused_row_parts(const Part& part) { return tiles_of(part.columns, kSweepTile.columns); }
-inline int64_t fused_column_parts(const Part& part) { return tiles_of(part.rows, kSweepTile.rows); }
+inline int64_t fused_row_parts(const ChunkView& view) { return tiles_of(view.columns, kSweepTile.columns); }
+inline int64_t fused_column_parts(const ChunkView& view) { return tiles_of(view.rows, kSweepTile.rows); }
 
 // PairWeights::total_parts of fused_weigh: one for each warp of each tile.
-inline int64_t fused_total_parts(const Part& part) {
-  return tiles_of(part.rows, kWeighTile.rows) * tiles_of(part.columns, kWeighTile.columns) * kWeighTile.warps();
+inline int64_t fused_total_parts(const ChunkView& view) {
+  return tiles_of(view.rows, kWeighTile.rows) * tiles_of(view.columns, kWeighTile.columns) * kWeighTile.warps();
 }
 
-// Whether the kernels take this part, on a card of compute capability 9.0. Tensor maps ask for rows that begin on 16
+// Whether the kernels take this view, on a card of compute capability 9.0. Tensor maps ask for rows that begin on 16
 // bytes, and tiles are counted in 32 bits.
-inline bool fused_serves(const Part& part) {
+inline bool fused_serves(const ChunkView& view) {
   const auto on_16_bytes = [](const void* features, int64_t stride) {
     return reinterpret_cast<uintptr_t>(features) % 16 == 0 && stride % 8 == 0 && stride > 0 &&
            stride < int64_t(1) << 39;
   };
-  const bool is_half = part.dtype == Dtype::kBFloat16 || part.dtype == Dtype::kHalf;
+  const bool is_half = view.dtype == Dtype::kBFloat16 || view.dtype == Dtype::kHalf;
   const int64_t most = int64_t(1) << 30;
-  const bool is_sized = part.rows > 0 && part.columns > 0 && part.width > 0 && part.rows <= most &&
-                        part.columns <= most && part.width <= most && fused_total_parts(part) <= most;
-  return is_half && is_sized && part.width % 8 == 0 && on_16_bytes(part.x, part.stride_x) &&
-         on_16_bytes(part.y, part.stride_y);
+  const bool is_sized = view.rows > 0 && view.columns > 0 && view.width > 0 && view.rows <= most &&
+                        view.columns <= most && view.width <= most && fused_total_parts(view) <= most;
+  return is_half && is_sized && view.width % 8 == 0 && on_16_bytes(view.x, view.stride_x) &&
+         on_16_bytes(view.y, view.stride_y);
 }
 
 // Whether fused_weigh can write these weights: rows begin on 16 bytes. It has no form that writes none.
@@ -56,8 +56,8 @@ inline bool fused_writes(const PairWeights& weights) {
 
 // Neither needs work space. Both write every partial sum of every line; fused_weigh writes nothing past a row's last
 // column.
-void fused_sweep(const Part& part, const Folding& folding);
-void fused_weigh(const Part& part, const PairWeights& weights);
+void fused_sweep(const ChunkView& view, const Folding& folding);
+void fused_weigh(const ChunkView& view, const PairWeights& weights);
 
 }  // namespace cuda
 }  // namespace fastclip

@@ -62,7 +62,7 @@ struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
   };
 
   template <class Arguments>
-  __device__ __forceinline__ Share(const Part& part, Storage& storage, const Arguments& arguments)
+  __device__ __forceinline__ Share(const ChunkView& view, Storage& storage, const Arguments& arguments)
       : storage(storage), thread(arguments.thread_idx) {
     static_assert(lies_as_expected<Layout, decltype(arguments.tCcD.layout())>(), "not wgmma's accumulator");
     tile_m = cute::get<0>(arguments.tile_coord_mnkl);
@@ -70,12 +70,12 @@ struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
     // Arguments count from the thread's first pair to the part's last.
     rows_left = cute::get<0>(arguments.residue_tCcD);
     columns_left = cute::get<1>(arguments.residue_tCcD);
-    first_row = int(part.rows) - rows_left;
-    first_column = int(part.columns) - columns_left;
-    positive = first_row + int(part.offset) - first_column;
-    const int tile_rows_left = int(part.rows) - tile_m * Layout::kRows;
-    const int tile_columns_left = int(part.columns) - tile_n * Layout::kColumns;
-    const int diagonal = tile_m * Layout::kRows + int(part.offset) - tile_n * Layout::kColumns;
+    first_row = int(view.rows) - rows_left;
+    first_column = int(view.columns) - columns_left;
+    positive = first_row + int(view.offset) - first_column;
+    const int tile_rows_left = int(view.rows) - tile_m * Layout::kRows;
+    const int tile_columns_left = int(view.columns) - tile_n * Layout::kColumns;
+    const int diagonal = tile_m * Layout::kRows + int(view.offset) - tile_n * Layout::kColumns;
     is_inside = tile_rows_left > 0 && tile_columns_left > 0;
     is_plain = tile_rows_left >= Layout::kRows && tile_columns_left >= Layout::kColumns &&
                (diagonal <= -Layout::kRows || diagonal >= Layout::kColumns);
@@ -138,7 +138,7 @@ struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
   Storage& storage;
   int thread, tile_m, tile_n;
   int first_row, first_column;  // of the thread, in the part
-  int rows_left, columns_left;  // of the part, from there
+  int rows_left, columns_left;  // of the view, from there
   int positive;                 // column of the first row's positive, from the first column
   bool is_inside;               // scheduling may round tiles up: not every one has pairs
   bool is_plain;                // all pairs are negatives

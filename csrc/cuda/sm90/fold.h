@@ -37,15 +37,15 @@ struct Fold : Share<Layout, 1> {
   using Base = Share<Layout, 1>;
 
   struct Arguments {
-    Part part;
+    ChunkView view;
     Folding folding;
   };
 
   struct Uniform {
     Uniform() = default;
     __device__ __forceinline__ explicit Uniform(const Arguments& arguments)
-        : k(affine<Statistic>(arguments.part.scale, arguments.part.bias)),
-          m(arguments.folding.reference ? *arguments.folding.reference : 0.f) {}
+        : k(affine<Statistic>(arguments.view.scale, arguments.view.bias)),
+          m(arguments.folding.shift ? *arguments.folding.shift : 0.f) {}
     Affine<float> k;
     float m;
   };
@@ -57,10 +57,10 @@ struct Fold : Share<Layout, 1> {
   template <class Where>
   __device__ __forceinline__ Fold(const Arguments& arguments, const Uniform& uniform, Storage& storage,
                                   const Where& where)
-      : Base(arguments.part, storage, where), arguments(arguments), uniform(uniform), sums(storage.sums) {}
+      : Base(arguments.view, storage, where), arguments(arguments), uniform(uniform), sums(storage.sums) {}
 
   __device__ __forceinline__ void begin() {
-    this->fetch({{arguments.part.factor_x, 1.f}}, {{arguments.part.factor_y, 1.f}});
+    this->fetch({{arguments.view.factor_x, 1.f}}, {{arguments.view.factor_y, 1.f}});
   }
 
   template <class Accumulator>
@@ -111,7 +111,7 @@ struct Fold : Share<Layout, 1> {
     for (int first = 0; first < Layout::kColumns; first += Layout::kThreads) {
       const int c = first + this->thread;
       const int64_t j = int64_t(this->tile_n) * Layout::kColumns + c;
-      if (c >= Layout::kColumns || !this->is_inside || j >= arguments.part.columns) continue;
+      if (c >= Layout::kColumns || !this->is_inside || j >= arguments.view.columns) continue;
       float sum = 0;
       CUTLASS_PRAGMA_UNROLL
       for (int w = 0; w < Layout::kWarps; w++) sum += sums[w][c];

@@ -65,35 +65,35 @@ inline int square_edge(int64_t tiles_m, int64_t tiles_n) {
 // Calls f with the kind and the dtype of a part. CUTLASS would not notice one that its tensor maps cannot describe:
 // without asserts it tells stderr and launches all the same.
 template <class Function>
-void for_kernel(const char* name, const Part& part, Function f) {
-  if (!fused_serves(part)) throw std::invalid_argument(std::string(name) + " does not serve this part");
-  CUDA::for_kind(part.kind, [&](auto statistic) {
-    if (part.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
+void for_kernel(const char* name, const ChunkView& view, Function f) {
+  if (!fused_serves(view)) throw std::invalid_argument(std::string(name) + " does not serve this part");
+  CUDA::for_kind(view.kind, [&](auto statistic) {
+    if (view.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
     f(statistic, cutlass::bfloat16_t());
   });
 }
 
 template <class Kernel>
-void launch(const char* name, const Part& part, const typename Kernel::EpilogueArguments& epilogue) {
+void launch(const char* name, const ChunkView& view, const typename Kernel::EpilogueArguments& epilogue) {
   using Element = typename Kernel::ElementA;
-  const Place place = {name, part.rows, part.columns, part.width, part.stream};
+  const Place place = {name, view.rows, view.columns, view.width, view.stream};
   int device = 0, processors = 0;
   check(cudaGetDevice(&device), place);
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), place);
 
   typename Kernel::Arguments arguments;
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
-  arguments.problem_shape = {int(part.rows), int(part.columns), int(part.width), 1};
-  arguments.mainloop.ptr_A = static_cast<const Element*>(part.x);
-  arguments.mainloop.dA = {part.stride_x, cute::_1{}, 0};
-  arguments.mainloop.ptr_B = static_cast<const Element*>(part.y);
-  arguments.mainloop.dB = {part.stride_y, cute::_1{}, 0};
+  arguments.problem_shape = {int(view.rows), int(view.columns), int(view.width), 1};
+  arguments.mainloop.ptr_A = static_cast<const Element*>(view.x);
+  arguments.mainloop.dA = {view.stride_x, cute::_1{}, 0};
+  arguments.mainloop.ptr_B = static_cast<const Element*>(view.y);
+  arguments.mainloop.dB = {view.stride_y, cute::_1{}, 0};
   arguments.epilogue = epilogue;
   arguments.hw_info.device_id = device;
   arguments.hw_info.sm_count = processors;
   const auto tile = typename Kernel::TileShape{};
   arguments.scheduler.max_swizzle_size =
-      square_edge(tiles_of(part.rows, cute::size<0>(tile)), tiles_of(part.columns, cute::size<1>(tile)));
+      square_edge(tiles_of(view.rows, cute::size<0>(tile)), tiles_of(view.columns, cute::size<1>(tile)));
 
   const auto kernel = cutlass::device_kernel<Kernel>;
   const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);
@@ -104,7 +104,7 @@ void launch(const char* name, const Part& part, const typename Kernel::EpilogueA
   config.gridDim = Kernel::get_grid_shape(parameters);
   config.blockDim = Kernel::get_block_shape();
   config.dynamicSmemBytes = Kernel::SharedStorageSize;
-  config.stream = part.stream;
+  config.stream = view.stream;
   config.attrs = &cluster;
   config.numAttrs = cute::size(typename Kernel::ClusterShape{}) > 1 ? 1 : 0;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize), place);

@@ -10,16 +10,16 @@ namespace fused {
 using SweepLayout = Layout<kSweepTile>;
 
 template <class Statistic, class Element>
-void sweep(const Part& part, const Folding& folding) {
+void sweep(const ChunkView& view, const Folding& folding) {
   using Kernel = typename Product<Fold<Statistic, Element, SweepLayout>, SweepLayout, void>::Kernel;
-  launch<Kernel>("fused_sweep", part, {{part, folding}, nullptr, {}, nullptr, {}});
+  launch<Kernel>("fused_sweep", view, {{view, folding}, nullptr, {}, nullptr, {}});
 }
 
 }  // namespace fused
 
-void fused_sweep(const Part& part, const Folding& folding) {
-  fused::for_kernel("fused_sweep", part, [&](auto statistic, auto element) {
-    fused::sweep<decltype(statistic), decltype(element)>(part, folding);
+void fused_sweep(const ChunkView& view, const Folding& folding) {
+  fused::for_kernel("fused_sweep", view, [&](auto statistic, auto element) {
+    fused::sweep<decltype(statistic), decltype(element)>(view, folding);
   });
 }
 

@@ -10,19 +10,19 @@ namespace fused {
 using WeighLayout = Layout<kWeighTile>;
 
 template <class Statistic, class Element>
-void weigh(const Part& part, const PairWeights& weights) {
+void weigh(const ChunkView& view, const PairWeights& weights) {
   using Kernel = typename Product<Weigh<Statistic, Element, WeighLayout>, WeighLayout, Element>::Kernel;
   launch<Kernel>(
-      "fused_weigh", part,
-      {{part, weights}, nullptr, {}, static_cast<Element*>(weights.out), {weights.stride_out, cute::_1{}, 0}});
+      "fused_weigh", view,
+      {{view, weights}, nullptr, {}, static_cast<Element*>(weights.out), {weights.stride_out, cute::_1{}, 0}});
 }
 
 }  // namespace fused
 
-void fused_weigh(const Part& part, const PairWeights& weights) {
+void fused_weigh(const ChunkView& view, const PairWeights& weights) {
   if (!fused_writes(weights)) throw std::invalid_argument("fused_weigh was not given rows on 16 bytes to write to");
-  fused::for_kernel("fused_weigh", part, [&](auto statistic, auto element) {
-    fused::weigh<decltype(statistic), decltype(element)>(part, weights);
+  fused::for_kernel("fused_weigh", view, [&](auto statistic, auto element) {
+    fused::weigh<decltype(statistic), decltype(element)>(view, weights);
   });
 }
 

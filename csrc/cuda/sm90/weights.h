@@ -11,20 +11,20 @@ template <class Statistic, class Element_, class Layout>
 struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
   using Element = Element_;
   using Base = Share<Layout, Statistic::kHasShift ? 4 : 3>;
-  enum { kFactor, kCoefficient, kSpread, kReference };  // of a line; a kind without a shift has no references
+  enum { kFactor, kCoefficient, kSpread, kShift };  // of a line; a kind without a shift has no shifts
 
   struct Arguments {
-    Part part;
+    ChunkView view;
     PairWeights weights;
   };
 
   struct Uniform {
     Uniform() = default;
     __device__ __forceinline__ explicit Uniform(const Arguments& arguments)
-        : k(affine<Statistic>(arguments.part.scale, arguments.part.bias)),
-          two_references(Statistic::kHasShift && *arguments.weights.differ != 0) {}
+        : k(affine<Statistic>(arguments.view.scale, arguments.view.bias)),
+          two_shifts(Statistic::kHasShift && *arguments.weights.differ != 0) {}
     Affine<float> k;
-    bool two_references;
+    bool two_shifts;
   };
 
   using Storage = typename Base::Storage;
@@ -32,20 +32,20 @@ struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
   template <class Where>
   __device__ __forceinline__ Weigh(const Arguments& arguments, const Uniform& uniform, Storage& storage,
                                    const Where& where)
-      : Base(arguments.part, storage, where), arguments(arguments), uniform(uniform) {}
+      : Base(arguments.view, storage, where), arguments(arguments), uniform(uniform) {}
 
   __device__ __forceinline__ void begin() {
-    const Part& part = arguments.part;
+    const ChunkView& view = arguments.view;
     const PairWeights& weights = arguments.weights;
-    const Vector spread_x = {weights.spread ? part.factor_x : nullptr, 1.f};
-    const Vector spread_y = {weights.spread ? part.factor_y : nullptr, 1.f};
+    const Vector spread_x = {weights.spread ? view.factor_x : nullptr, 1.f};
+    const Vector spread_y = {weights.spread ? view.factor_y : nullptr, 1.f};
     // Without coefficients 1 + 0 takes their place.
     if constexpr (Statistic::kHasShift)
-      this->fetch({{part.factor_x, 1.f}, {weights.a, 1.f}, spread_x, {weights.reference_x, 0.f}},
-                  {{part.factor_y, 1.f}, {weights.b, 0.f}, spread_y, {weights.reference_y, 0.f}});
+      this->fetch({{view.factor_x, 1.f}, {weights.a, 1.f}, spread_x, {weights.shift_x, 0.f}},
+                  {{view.factor_y, 1.f}, {weights.b, 0.f}, spread_y, {weights.shift_y, 0.f}});
     else
-      this->fetch({{part.factor_x, 1.f}, {weights.a, 1.f}, spread_x},
-                  {{part.factor_y, 1.f}, {weights.b, 0.f}, spread_y});
+      this->fetch({{view.factor_x, 1.f}, {weights.a, 1.f}, spread_x},
+                  {{view.factor_y, 1.f}, {weights.b, 0.f}, spread_y});
     CUTLASS_PRAGMA_UNROLL
     for (int r = 0; r < Layout::kRowsOfThread; r++) this->row[kSpread][r] *= weights.enlarged;
   }
@@ -53,15 +53,15 @@ struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
   // Nearly all pieces are of the first kind.
   template <class Accumulator>
   __device__ __forceinline__ auto visit(const Accumulator& accumulator, int, int band, int piece) {
-    const bool is_simple = this->is_plain && !uniform.two_references;
+    const bool is_simple = this->is_plain && !uniform.two_shifts;
     return is_simple ? weights_of<true>(accumulator, band, piece) : weights_of<false>(accumulator, band, piece);
   }
 
   __device__ __forceinline__ void end() {
     const float w = warp_sum(sum_w), wt = warp_sum(sum_wt);
     if (!this->is_inside || this->thread % kWarp != 0) return;
-    const Part& part = arguments.part;
-    const int64_t tiles_n = cdiv(part.columns, Layout::kColumns);
+    const ChunkView& view = arguments.view;
+    const int64_t tiles_n = cdiv(view.columns, Layout::kColumns);
     const int64_t at = (this->tile_m * tiles_n + this->tile_n) * Layout::kWarps + this->thread / kWarp;
     arguments.weights.totals[at] = w;
     arguments.weights.totals[arguments.weights.total_parts + at] = wt;
@@ -79,9 +79,9 @@ struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
       const float t = this->product(accumulator, q, band);
       float w;
       if constexpr (Statistic::kHasShift) {
-        w = Statistic::activation(t, k, this->row[kReference][r]);
-        if (!kSimple && uniform.two_references)
-          w = w * a + Statistic::activation(t, k, this->column[kReference][s]) * b;
+        w = Statistic::activation(t, k, this->row[kShift][r]);
+        if (!kSimple && uniform.two_shifts)
+          w = w * a + Statistic::activation(t, k, this->column[kShift][s]) * b;
         else
           w *= a + b;
       } else {

@@ -119,7 +119,7 @@ struct Cases {
       }
   }
 
-  // Within and beyond the reach of one reference.
+  // Within and beyond the reach of one shift.
   void scales(const Case& base) {
     for (const double scale : {0., -14.3, 120., 1e4}) {
       Case c = base;
@@ -154,7 +154,7 @@ struct Cases {
     add(c, "no bias");
   }
 
-  // Each option alone and all together, in one tile and in several, within one reference's reach and beyond it.
+  // Each option alone and all together, in one tile and in several, within one shift's reach and beyond it.
   void masks(const Case& base) {
     struct Option {
       const char* name;
@@ -192,9 +192,9 @@ struct Cases {
       c.quick = is_all && base.dtype == Dtype::kHalf;
       add(c, std::string(option.name) + ", two tiles");
       c.scale = 1000, c.quick = is_all && base.dtype == Dtype::kBFloat16;
-      add(c, std::string(option.name) + ", beyond one reference");
+      add(c, std::string(option.name) + ", beyond one shift");
       c.scale = -300, c.quick = c.needs_x = c.needs_y = false;
-      add(c, std::string(option.name) + ", beyond one reference, no gradient");
+      add(c, std::string(option.name) + ", beyond one shift, no gradient");
     }
   }
 
@@ -243,7 +243,7 @@ int refusals() {
   Block b;
   b.x = x.side, b.y = y.side, b.width = 4, b.scale = scale.scalar;
   double* const state = states.as<double>();
-  b.x.negatives.reference = state, b.y.negatives.reference = state + 3;
+  b.x.negatives.shift = state, b.y.negatives.shift = state + 3;
   b.x.negatives.sum = state + 6, b.y.negatives.sum = state + 9;
   Library library;
   cuda::Sweeping sweeping;

@@ -89,9 +89,9 @@ class Run {
     double* state = states.as<double>();
     for (const auto set : {&fastclip::Side::negatives, &fastclip::Side::positives}) {
       fastclip::Lines &of_x = b.x.*set, &of_y = b.y.*set;
-      of_x.reference = state, of_y.reference = state + c.m;
+      of_x.shift = state, of_y.shift = state + c.m;
       of_x.sum = state + lines(), of_y.sum = state + lines() + c.m;
-      of_x.references = of_x.reference, of_y.references = of_y.reference;
+      of_x.shifts = of_x.shift, of_y.shifts = of_y.shift;
       state += 2 * lines();
       if (!c.same_id_positive) break;
     }
@@ -123,10 +123,10 @@ class Run {
 
   void compare_states(const std::string& what) {
     const Numbers all = note(numbers_of(states.data(), 2 * c.sets() * lines(), Dtype::kDouble));
-    references.clear(), sums.clear();
+    shifts.clear(), sums.clear();
     for (int64_t set = 0; set < c.sets(); set++) {
       const auto begin = all.begin() + 2 * set * lines();
-      references.insert(references.end(), begin, begin + lines());
+      shifts.insert(shifts.end(), begin, begin + lines());
       sums.insert(sums.end(), begin + lines(), begin + 2 * lines());
     }
     Numbers found = sums, exact;
@@ -135,13 +135,13 @@ class Run {
       if (!of_positives || c.same_id_positive) exact.insert(exact.end(), of_set.begin(), of_set.end());
     }
     if (c.is_softmax())
-      for (size_t l = 0; l < found.size(); l++) found[l] = std::log2(sums[l]) + references[l];
-    // Up to here one reference is enough; whoever takes running maxima all the same is slow. A threshold may leave a
+      for (size_t l = 0; l < found.size(); l++) found[l] = std::log2(sums[l]) + shifts[l];
+    // Up to here one shift is enough; whoever takes running maxima all the same is slow. A threshold may leave a
     // line with few of its pairs or none.
-    const bool is_one = std::all_of(references.begin(), references.end(), [&](double m) { return m == references[0]; });
+    const bool is_one = std::all_of(shifts.begin(), shifts.end(), [&](double m) { return m == shifts[0]; });
     const bool is_told = c.tells_occupied || c.is_plain();
     if (truth.reach <= (c.is_plain() ? 76 : 40) && std::isnan(c.margin) && is_told)
-      judge.expect(is_one, what + ": more than one reference");
+      judge.expect(is_one, what + ": more than one shift");
     if (c.is_softmax())
       judge.close(what + ": log2 of the state", found, exact, arithmetic(), 1e-15);
     else
@@ -167,8 +167,8 @@ class Run {
       const double surplus = exact[l] / kLog2E - s;  // softmax: log(R / P)
       const bool is_softmax = c.is_softmax();
       losses.push_back(is_softmax ? softplus(surplus) : exact[l] + softplus(-s));
-      // 1 / (R + P), relative to the line's reference
-      coefficients.push_back(is_softmax ? std::exp2(references[l] - s * kLog2E) * sigmoid(-surplus) : 1);
+      // 1 / (R + P), relative to the line's shift
+      coefficients.push_back(is_softmax ? std::exp2(shifts[l] - s * kLog2E) * sigmoid(-surplus) : 1);
       weights.push_back(is_softmax ? -sigmoid(surplus) : -sigmoid(-s));
     }
     const double error = 2 * arithmetic();
@@ -194,7 +194,7 @@ class Run {
     const double* coefficient = coefficients.as<double>();
     for (const auto set : {&fastclip::Side::negatives, &fastclip::Side::positives}) {
       fastclip::Lines &of_x = b.x.*set, &of_y = b.y.*set;
-      of_x.sum = of_y.sum = of_x.reference = of_y.reference = nullptr;
+      of_x.sum = of_y.sum = of_x.shift = of_y.shift = nullptr;
       of_x.coefficients = coefficient, of_y.coefficients = coefficient + c.m;
       coefficient += lines();
       if (!c.same_id_positive) break;
@@ -206,7 +206,7 @@ class Run {
                 {positives.as<double>(), weights.as<double>(), gain.scalar, c.kept_rows ? kept.as<float>() : nullptr,
                  c.kept_rows, c.project, totals.as<double>()},
                 library);
-    const Numbers w = truth.weights(references, numbers_of(coefficients.data(), numbers, Dtype::kDouble));
+    const Numbers w = truth.weights(shifts, numbers_of(coefficients.data(), numbers, Dtype::kDouble));
     compare_gradients("weigh", w, numbers_of(weights.data(), c.m, Dtype::kDouble), gain.value, dx, dy, totals,
                       c.needs_key_bias ? numbers_of(key_bias_sums.data(), c.n, Dtype::kDouble) : Numbers());
   }
@@ -228,7 +228,7 @@ class Run {
     for (int64_t i = 0; i < c.m; i++)
       if (truth.has_own(i)) weights[i] = -sigmoid(-truth.own_logit(i));
     const Numbers halves(size_t(lines()), 0.5);
-    compare_gradients("sweep_and_weigh", truth.weights(references, halves), weights, gain.value, dx, dy, totals, {});
+    compare_gradients("sweep_and_weigh", truth.weights(shifts, halves), weights, gain.value, dx, dy, totals, {});
   }
 
   void compare_gradients(const std::string& what, const Numbers& w, const Numbers& positive_weights, double gain,
@@ -273,7 +273,7 @@ class Run {
   Block block;
   const Truth truth;
   const Memory states, positives, kept;
-  Numbers references, sums, written_, noted_;  // of both sets
+  Numbers shifts, sums, written_, noted_;  // of both sets
 };
 
 }  // namespace driver

@@ -145,15 +145,15 @@ class Truth {
     return lines;
   }
 
-  // Weights of the pairs, 0 at the own positives. references in log2 units, coefficients: rows first, those of
+  // Weights of the pairs, 0 at the own positives. shifts in log2 units, coefficients: rows first, those of
   // positives by id behind the others.
-  Numbers weights(const Numbers& references, const Numbers& coefficients) const {
+  Numbers weights(const Numbers& shifts, const Numbers& coefficients) const {
     Numbers w(size_t(m * n), 0.);
     for (const bool of_positives : {false, true}) {
       if (of_positives && !masks.same_id_positive) break;
       const int64_t first = of_positives ? m + n : 0;
       for_pairs(of_positives, [&](int64_t i, int64_t j, int64_t l, double s) {
-        const double activation = is_softmax ? std::exp2(s * kLog2E - references[first + l]) : sigmoid(s);
+        const double activation = is_softmax ? std::exp2(s * kLog2E - shifts[first + l]) : sigmoid(s);
         w[i * n + j] += (of_positives && !is_softmax ? -1 : 1) * activation * coefficients[first + l];
       });
     }

@@ -14,7 +14,7 @@
 
 namespace emulated {
 
-using fastclip::cuda::Part;
+using fastclip::cuda::ChunkView;
 namespace fused = fastclip::cuda::fused;
 
 template <class Work, class Layout>
@@ -32,7 +32,7 @@ class Collective {
  public:
   // product(i, j): of the features, inside the part. written(i, j, value), also past its edges.
   template <class Product, class Written>
-  static void run(const Part& part, const typename Work::Arguments& arguments, int tiles_m, int tiles_n, unsigned seed,
+  static void run(const ChunkView& view, const typename Work::Arguments& arguments, int tiles_m, int tiles_n, unsigned seed,
                   Product product, Written written) {
     std::vector<char> memory(sizeof(Storage) + 128, char(0xff));  // NaN, as a card's is at best
     void* aligned = memory.data();
@@ -41,15 +41,15 @@ class Collective {
     fibers.run(Layout::kThreads, seed, [&](unsigned thread) {
       Visitor visitor(arguments, storage);
       for (int m = 0; m < tiles_m; m++)
-        for (int n = 0; n < tiles_n; n++) store(visitor, part, m, n, int(thread), product, written);
+        for (int n = 0; n < tiles_n; n++) store(visitor, view, m, n, int(thread), product, written);
     });
   }
 
  private:
   template <class Product, class Written>
-  static void store(Visitor& visitor, const Part& part, int m, int n, int thread, Product product, Written written) {
+  static void store(Visitor& visitor, const ChunkView& view, int m, int n, int thread, Product product, Written written) {
     using namespace cute;
-    const int M = int(part.rows), N = int(part.columns);
+    const int M = int(view.rows), N = int(view.columns);
     Mma mma;
     Tensor cD_mn = local_tile(make_identity_tensor(make_shape(M, N)), take<0, 2>(Tile{}), make_coord(m, n));
     Tensor accumulators = partition_fragment_C(mma, take<0, 2>(Tile{}));

@@ -1,7 +1,7 @@
 // The fused epilogues on the CPU, all threads of a tile, against double: a line of JSON for each case.
 //
-//   emulate sweep|weigh rows columns offset softmax|sigmoid bf16|fp16 factors coefficients references scale
-//     factors, coefficients: 0 or 1;  references: one or two
+//   emulate sweep|weigh rows columns offset softmax|sigmoid bf16|fp16 factors coefficients shifts scale
+//     factors, coefficients: 0 or 1;  shifts: one or two
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -56,12 +56,12 @@ bool same_bits(const Guarded<T>& a, const Guarded<T>& b) {
 
 const float* pointer(const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); }
 
-cuda::Part part_of(const Pairs& p, const double* scale, const double* bias) {
-  cuda::Part part;
-  part.rows = p.rows, part.columns = p.columns, part.offset = p.offset;
-  part.factor_x = pointer(p.factor_x), part.factor_y = pointer(p.factor_y);
-  part.scale = {scale, fastclip::Dtype::kDouble}, part.bias = {bias, fastclip::Dtype::kDouble};
-  return part;
+cuda::ChunkView view_of(const Pairs& p, const double* scale, const double* bias) {
+  cuda::ChunkView view;
+  view.rows = p.rows, view.columns = p.columns, view.offset = p.offset;
+  view.factor_x = pointer(p.factor_x), view.factor_y = pointer(p.factor_y);
+  view.scale = {scale, fastclip::Dtype::kDouble}, view.bias = {bias, fastclip::Dtype::kDouble};
+  return view;
 }
 
 // Behind the last tiles, too: scheduling rounds their number up.
@@ -71,8 +71,8 @@ template <class Statistic, class Element, const cuda::FusedTile& kTile>
 Errors sweep(const Pairs& p) {
   using Layout = fused::Layout<kTile>;
   using Work = fused::Fold<Statistic, Element, Layout>;
-  const cuda::Part part = part_of(p, &p.scale, &p.bias);
-  const int64_t tiles_m = cuda::fused_column_parts(part), tiles_n = cuda::fused_row_parts(part);
+  const cuda::ChunkView view = view_of(p, &p.scale, &p.bias);
+  const int64_t tiles_m = cuda::fused_column_parts(view), tiles_n = cuda::fused_row_parts(view);
   const int64_t line = 3;  // any strides will do
   struct Results {
     Guarded<float> rows, columns;
@@ -81,13 +81,13 @@ Errors sweep(const Pairs& p) {
   const auto run = [&](unsigned seed) {
     Results r{Guarded<float>(p.rows * line * tiles_n), Guarded<float>(p.columns * line * tiles_m),
               Guarded<double>(p.rows)};
-    typename Work::Arguments arguments{part, {}};
-    arguments.folding.reference = pointer(p.reference_x);
+    typename Work::Arguments arguments{view, {}};
+    arguments.folding.shift = pointer(p.shift_x);
     arguments.folding.positive = r.positive.data();
     arguments.folding.rows = {r.rows.data(), tiles_n, line, p.rows * line};
     arguments.folding.columns = {r.columns.data(), tiles_m, line * tiles_m, line};
     Collective<Work, Layout>::run(
-        part, arguments, rounded_up(p.rows, Layout::kRows), rounded_up(p.columns, Layout::kColumns), seed,
+        view, arguments, rounded_up(p.rows, Layout::kRows), rounded_up(p.columns, Layout::kColumns), seed,
         [&](int i, int j) { return p.product(i, j); }, [](int, int, float) {});
     return r;
   };
@@ -101,7 +101,7 @@ Errors sweep(const Pairs& p) {
   }
 
   std::vector<double> of_row(size_t(p.rows * tiles_n)), of_column(size_t(p.columns * tiles_m));
-  const double m = p.is_softmax ? p.reference_x[0] : 0;
+  const double m = p.is_softmax ? p.shift_x[0] : 0;
   for (int64_t i = 0; i < p.rows; i++)
     for (int64_t j = 0; j < p.columns; j++) {
       const double folded = p.fold(i, j, m);
@@ -137,25 +137,25 @@ Errors weigh(const Pairs& p, bool spread, float enlarged) {
   using Layout = fused::Layout<kTile>;
   using Work = fused::Weigh<Statistic, Element, Layout>;
   constexpr double kLeastNormal = std::is_same_v<Element, cutlass::half_t> ? 0x1p-14 : 0;
-  const cuda::Part part = part_of(p, &p.scale, &p.bias);
-  const int64_t tiles_n = cuda::tiles_of(p.columns, Layout::kColumns), parts = cuda::fused_total_parts(part);
+  const cuda::ChunkView view = view_of(p, &p.scale, &p.bias);
+  const int64_t tiles_n = cuda::tiles_of(p.columns, Layout::kColumns), parts = cuda::fused_total_parts(view);
   int32_t differ = 0;
-  for (const float m : p.reference_x) differ |= m != p.reference_x[0];
-  for (const float m : p.reference_y) differ |= m != p.reference_x[0];
+  for (const float m : p.shift_x) differ |= m != p.shift_x[0];
+  for (const float m : p.shift_y) differ |= m != p.shift_x[0];
   struct Results {
     Guarded<float> out, totals;
   };
   const auto run = [&](unsigned seed) {
     Results r{Guarded<float>(p.rows * p.columns), Guarded<float>(2 * parts)};
-    typename Work::Arguments arguments{part, {}};
+    typename Work::Arguments arguments{view, {}};
     cuda::PairWeights& weights = arguments.weights;
-    weights.reference_x = pointer(p.reference_x), weights.reference_y = pointer(p.reference_y);
+    weights.shift_x = pointer(p.shift_x), weights.shift_y = pointer(p.shift_y);
     weights.differ = &differ;
     weights.a = pointer(p.a), weights.b = pointer(p.b);
     weights.spread = spread, weights.enlarged = enlarged;
     weights.totals = r.totals.data(), weights.total_parts = parts;
     Collective<Work, Layout>::run(
-        part, arguments, rounded_up(p.rows, Layout::kRows), rounded_up(p.columns, Layout::kColumns), seed,
+        view, arguments, rounded_up(p.rows, Layout::kRows), rounded_up(p.columns, Layout::kColumns), seed,
         [&](int i, int j) { return p.product(i, j); },
         [&](int i, int j, float w) {
           if (i < p.rows && j < p.columns) r.out.data()[i * p.columns + j] = w;  // as TMA does
@@ -194,7 +194,7 @@ Errors weigh(const Pairs& p, bool spread, float enlarged) {
 }
 
 Errors run_case(char** given) {
-  const std::string sweeps = given[1], kind = given[5], dtype = given[6], references = given[9];
+  const std::string sweeps = given[1], kind = given[5], dtype = given[6], shifts = given[9];
   std::mt19937 random(1);
   Pairs p;
   p.rows = std::atoll(given[2]), p.columns = std::atoll(given[3]), p.offset = std::atoll(given[4]);
@@ -209,10 +209,10 @@ Errors run_case(char** given) {
   if (std::atoi(given[8])) p.a = numbers(p.rows, 0.1, 1, random), p.b = numbers(p.columns, 0.1, 1, random);
   if (p.is_softmax) {
     const float m = std::ceil(float(p.scale * 1.4427 * (has_factors ? 1.44 : 1)));
-    p.reference_x.assign(size_t(p.rows), m), p.reference_y.assign(size_t(p.columns), m);
-    if (references == "two") {
-      for (int64_t i = 0; i < p.rows; i++) p.reference_x[size_t(i)] += float(i % 5);
-      for (int64_t j = 0; j < p.columns; j++) p.reference_y[size_t(j)] += float(j % 3);
+    p.shift_x.assign(size_t(p.rows), m), p.shift_y.assign(size_t(p.columns), m);
+    if (shifts == "two") {
+      for (int64_t i = 0; i < p.rows; i++) p.shift_x[size_t(i)] += float(i % 5);
+      for (int64_t j = 0; j < p.columns; j++) p.shift_y[size_t(j)] += float(j % 3);
     }
   }
   const auto run = [&](auto statistic, auto element) {

@@ -1,6 +1,6 @@
 """The emulated CUDA engine with the fused epilogues in it: both sweeps against the dense truth.
 
-    python engine.py     prints how often each fused kernel ran, and the second with two references
+    python engine.py     prints how often each fused kernel ran, and the second with two shifts
 
 A process of its own, since torch takes one implementation of an operator.
 """
@@ -56,10 +56,10 @@ def main() -> None:
     # Both sweeps in one go are no fused kernel's: partial sums are laid out as those of another.
     for dtype in halves:
         check_in_one_go("cuda", make_block(140, 200, 16, dtype, loss="sigmoid", offset=30))
-    # So large a scale that every line has its own reference.
+    # So large a scale that every line has its own shift.
     for dtype in halves:
         block = make_block(150, 140, 16, dtype, scale=500.0)
-        check("cuda", block, what=f"{dtype} two references")
+        check("cuda", block, what=f"{dtype} two shifts")
     # Whatever a block has beside features and factors, the library's tiles serve it.
     for options in OPTIONS:
         for _, block in masked_blocks((140, 200, 16), halves[0], options):

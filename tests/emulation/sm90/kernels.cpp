@@ -7,7 +7,7 @@
 #include "cuda/sm90/fold.h"
 #include "cuda/sm90/weights.h"
 
-// How often each has run, and how many of the second had two references.
+// How often each has run, and how many of the second had two shifts.
 extern "C" {
 __attribute__((visibility("default"))) int emulated_sweeps = 0, emulated_weighs = 0, emulated_differ = 0;
 }
@@ -16,52 +16,52 @@ namespace fastclip {
 namespace cuda {
 
 template <class Element>
-float product(const Part& part, int i, int j) {
-  const Element* const x = static_cast<const Element*>(part.x) + i * part.stride_x;
-  const Element* const y = static_cast<const Element*>(part.y) + j * part.stride_y;
+float product(const ChunkView& view, int i, int j) {
+  const Element* const x = static_cast<const Element*>(view.x) + i * view.stride_x;
+  const Element* const y = static_cast<const Element*>(view.y) + j * view.stride_y;
   double sum = 0;
-  for (int64_t d = 0; d < part.width; d++) sum += double(float(x[d])) * double(float(y[d]));
+  for (int64_t d = 0; d < view.width; d++) sum += double(float(x[d])) * double(float(y[d]));
   return float(sum);
 }
 
 template <class Function>
-void for_kernel(const Part& part, Function f) {
-  if (!fused_serves(part)) throw std::invalid_argument("the engine asked for a part that is not served");
-  CUDA::for_kind(part.kind, [&](auto statistic) {
-    if (part.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
+void for_kernel(const ChunkView& view, Function f) {
+  if (!fused_serves(view)) throw std::invalid_argument("the engine asked for a part that is not served");
+  CUDA::for_kind(view.kind, [&](auto statistic) {
+    if (view.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
     f(statistic, cutlass::bfloat16_t());
   });
 }
 
 template <class Work, class Layout, class Written>
-void run(const Part& part, const typename Work::Arguments& arguments, Written written) {
+void run(const ChunkView& view, const typename Work::Arguments& arguments, Written written) {
   emulated::Collective<Work, Layout>::run(
-      part, arguments, int(tiles_of(part.rows, Layout::kRows)), int(tiles_of(part.columns, Layout::kColumns)), 0,
-      [&](int i, int j) { return product<typename Work::Element>(part, i, j); }, written);
+      view, arguments, int(tiles_of(view.rows, Layout::kRows)), int(tiles_of(view.columns, Layout::kColumns)), 0,
+      [&](int i, int j) { return product<typename Work::Element>(view, i, j); }, written);
 }
 
-__attribute__((visibility("default"))) void fused_sweep(const Part& part, const Folding& folding) {
-  if (folding.rows.parts != fused_row_parts(part) || folding.columns.parts != fused_column_parts(part))
+__attribute__((visibility("default"))) void fused_sweep(const ChunkView& view, const Folding& folding) {
+  if (folding.rows.parts != fused_row_parts(view) || folding.columns.parts != fused_column_parts(view))
     throw std::invalid_argument("the engine expects other partial sums");
   emulated_sweeps++;
-  for_kernel(part, [&](auto statistic, auto element) {
+  for_kernel(view, [&](auto statistic, auto element) {
     using Layout = fused::Layout<kSweepTile>;
-    run<fused::Fold<decltype(statistic), decltype(element), Layout>, Layout>(part, {part, folding},
+    run<fused::Fold<decltype(statistic), decltype(element), Layout>, Layout>(view, {view, folding},
                                                                              [](int, int, float) {});
   });
 }
 
-__attribute__((visibility("default"))) void fused_weigh(const Part& part, const PairWeights& weights) {
-  if (!fused_writes(weights) || weights.total_parts != fused_total_parts(part))
+__attribute__((visibility("default"))) void fused_weigh(const ChunkView& view, const PairWeights& weights) {
+  if (!fused_writes(weights) || weights.total_parts != fused_total_parts(view))
     throw std::invalid_argument("the engine expects other weights or totals");
   emulated_weighs++;
   emulated_differ += *weights.differ != 0;
-  for_kernel(part, [&](auto statistic, auto element) {
+  for_kernel(view, [&](auto statistic, auto element) {
     using Element = decltype(element);
     using Layout = fused::Layout<kWeighTile>;
     Element* const out = static_cast<Element*>(weights.out);
-    run<fused::Weigh<decltype(statistic), Element, Layout>, Layout>(part, {part, weights}, [&](int i, int j, float w) {
-      if (i < part.rows && j < part.columns) out[i * weights.stride_out + j] = Element(w);
+    run<fused::Weigh<decltype(statistic), Element, Layout>, Layout>(view, {view, weights}, [&](int i, int j, float w) {
+      if (i < view.rows && j < view.columns) out[i * weights.stride_out + j] = Element(w);
     });
   });
 }

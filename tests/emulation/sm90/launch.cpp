@@ -15,7 +15,7 @@ namespace cuda = fastclip::cuda;
 
 namespace {
 
-cuda::Part part;
+cuda::ChunkView view;
 cuda::Folding folding;
 cuda::PairWeights weights;
 bool is_sweep, arguments_arrive = false;
@@ -30,28 +30,27 @@ bool same(const cuda::Partials& a, const cuda::Partials& b) {
   return a.data == b.data && a.parts == b.parts && a.line == b.line && a.part == b.part;
 }
 bool same(const cuda::Scalar& a, const cuda::Scalar& b) { return a.at == b.at && a.dtype == b.dtype; }
-bool same(const cuda::Part& a, const cuda::Part& b) {
+bool same(const cuda::ChunkView& a, const cuda::ChunkView& b) {
   return a.x == b.x && a.y == b.y && a.rows == b.rows && a.columns == b.columns && a.width == b.width &&
          a.factor_x == b.factor_x && a.factor_y == b.factor_y && same(a.scale, b.scale) && same(a.bias, b.bias) &&
          a.offset == b.offset && a.kind == b.kind;
 }
 bool same(const cuda::Folding& a, const cuda::Folding& b) {
-  return a.reference == b.reference && a.positive == b.positive && same(a.rows, b.rows) && same(a.columns, b.columns);
+  return a.shift == b.shift && a.positive == b.positive && same(a.rows, b.rows) && same(a.columns, b.columns);
 }
 bool same(const cuda::PairWeights& a, const cuda::PairWeights& b) {
-  return a.reference_x == b.reference_x && a.reference_y == b.reference_y && a.differ == b.differ && a.a == b.a &&
-         a.b == b.b && a.spread == b.spread && a.enlarged == b.enlarged && a.totals == b.totals &&
-         a.total_parts == b.total_parts;
+  return a.shift_x == b.shift_x && a.shift_y == b.shift_y && a.differ == b.differ && a.a == b.a && a.b == b.b &&
+         a.spread == b.spread && a.enlarged == b.enlarged && a.totals == b.totals && a.total_parts == b.total_parts;
 }
 
-// The epilogue's arguments begin with the part, wherever they lie among the kernel's.
+// The epilogue's arguments begin with the view, wherever they lie among the kernel's.
 template <class T>
 bool has_arguments(size_t at, const T& expected) {
-  cuda::Part p;
+  cuda::ChunkView p;
   T arguments;
   std::memcpy(&p, seen.parameters + at, sizeof p);
   std::memcpy(&arguments, seen.parameters + at + sizeof p, sizeof arguments);
-  return same(p, part) && same(arguments, expected);
+  return same(p, view) && same(arguments, expected);
 }
 
 void look_at_parameters() {
@@ -60,7 +59,7 @@ void look_at_parameters() {
     uint64_t words[2];
     std::memcpy(words, seen.parameters + at, sizeof words);
     if (words[0] == kMapMark) maps_in_parameters.push_back(words[1]);
-    if (words[0] != reinterpret_cast<uint64_t>(part.x) || words[1] != reinterpret_cast<uint64_t>(part.y)) continue;
+    if (words[0] != reinterpret_cast<uint64_t>(view.x) || words[1] != reinterpret_cast<uint64_t>(view.y)) continue;
     arguments_arrive = is_sweep ? has_arguments(at, folding) : has_arguments(at, weights);
   }
 }
@@ -77,39 +76,39 @@ void print(const char* name, const std::vector<T>& values) {
 int main(int count, char** given) {
   if (count < 10) return 2;
   is_sweep = std::string(given[1]) == "sweep";
-  part.rows = std::atoll(given[2]), part.columns = std::atoll(given[3]), part.width = std::atoll(given[4]);
-  part.stride_x = std::atoll(given[5]), part.stride_y = std::atoll(given[6]);
+  view.rows = std::atoll(given[2]), view.columns = std::atoll(given[3]), view.width = std::atoll(given[4]);
+  view.stride_x = std::atoll(given[5]), view.stride_y = std::atoll(given[6]);
   fastclip::PORTABLE::Kinds::each_name([&](fastclip::Kind kind, const char* name) {
-    if (std::string(given[8]) == name) part.kind = kind;
+    if (std::string(given[8]) == name) view.kind = kind;
   });
-  part.dtype = std::string(given[9]) == "bf16" ? fastclip::Dtype::kBFloat16 : fastclip::Dtype::kHalf;
-  part.x = address<void>(0x10000), part.y = address<void>(0x20000);
-  part.factor_x = address<float>(0x30004), part.factor_y = address<float>(0x40008);
-  part.scale = {address<void>(0x50000), fastclip::Dtype::kFloat};
-  part.bias = {address<void>(0x60000), fastclip::Dtype::kHalf};
-  part.offset = -3;
-  part.stream = address<CUstream_st>(0x70);
-  folding.reference = address<float>(0x80000), folding.positive = address<double>(0x90000);
-  folding.rows = {address<float>(0xa0000), cuda::fused_row_parts(part), 1, part.rows};
-  folding.columns = {address<float>(0xb0000), cuda::fused_column_parts(part), 5, 7};
-  weights.reference_x = address<float>(0xc0000), weights.reference_y = address<float>(0xd0000);
+  view.dtype = std::string(given[9]) == "bf16" ? fastclip::Dtype::kBFloat16 : fastclip::Dtype::kHalf;
+  view.x = address<void>(0x10000), view.y = address<void>(0x20000);
+  view.factor_x = address<float>(0x30004), view.factor_y = address<float>(0x40008);
+  view.scale = {address<void>(0x50000), fastclip::Dtype::kFloat};
+  view.bias = {address<void>(0x60000), fastclip::Dtype::kHalf};
+  view.offset = -3;
+  view.stream = address<CUstream_st>(0x70);
+  folding.shift = address<float>(0x80000), folding.positive = address<double>(0x90000);
+  folding.rows = {address<float>(0xa0000), cuda::fused_row_parts(view), 1, view.rows};
+  folding.columns = {address<float>(0xb0000), cuda::fused_column_parts(view), 5, 7};
+  weights.shift_x = address<float>(0xc0000), weights.shift_y = address<float>(0xd0000);
   weights.differ = address<int32_t>(0xe0000);
   weights.a = address<float>(0xf0004), weights.b = address<float>(0x100008);
   weights.out = address<void>(0x110000), weights.stride_out = std::atoll(given[7]);
   weights.spread = false, weights.enlarged = 8192;
-  weights.totals = address<float>(0x120000), weights.total_parts = cuda::fused_total_parts(part);
+  weights.totals = address<float>(0x120000), weights.total_parts = cuda::fused_total_parts(view);
   const std::string oddity = count > 10 ? given[10] : "";
   if (oddity == "refused") seen.fails = cudaErrorInvalidValue;
-  if (oddity == "x") part.x = address<void>(0x10002);
+  if (oddity == "x") view.x = address<void>(0x10002);
   if (oddity == "out") weights.out = address<void>(0x110002);
   seen.on_launch = look_at_parameters;
 
   std::string error;
   try {
     if (is_sweep)
-      cuda::fused_sweep(part, folding);
+      cuda::fused_sweep(view, folding);
     else
-      cuda::fused_weigh(part, weights);
+      cuda::fused_weigh(view, weights);
   } catch (const std::exception& e) {
     error = e.what();
   }
@@ -132,6 +131,6 @@ int main(int count, char** given) {
     std::printf("}");
   }
   std::printf("], \"row_parts\": %lld, \"column_parts\": %lld, \"total_parts\": %lld}\n",
-              (long long)cuda::fused_row_parts(part), (long long)cuda::fused_column_parts(part),
-              (long long)cuda::fused_total_parts(part));
+              (long long)cuda::fused_row_parts(view), (long long)cuda::fused_column_parts(view),
+              (long long)cuda::fused_total_parts(view));
 }

@@ -15,7 +15,7 @@ struct Pairs {
   std::vector<float> products;            // (rows, columns), without the factors
   std::vector<float> factor_x, factor_y;  // empty: all 1
   std::vector<float> a, b;                // empty: a_i + b_j = 1
-  std::vector<float> reference_x, reference_y;
+  std::vector<float> shift_x, shift_y;
 
   float product(int64_t i, int64_t j) const { return products[size_t(i * columns + j)]; }
   double t(int64_t i, int64_t j) const {
@@ -36,7 +36,7 @@ struct Pairs {
     if (is_positive(i, j)) return 0;
     const double a_i = a.empty() ? 1 : a[size_t(i)], b_j = b.empty() ? 0 : b[size_t(j)];
     if (!is_softmax) return (a_i + b_j) / (1 + std::exp(-s(i, j)));
-    return fold(i, j, reference_x[size_t(i)]) * a_i + fold(i, j, reference_y[size_t(j)]) * b_j;
+    return fold(i, j, shift_x[size_t(i)]) * a_i + fold(i, j, shift_y[size_t(j)]) * b_j;
   }
 };
 

@@ -94,7 +94,7 @@ def test_no_atomics_local_memory_or_calls(kernels: list[build.Kernel]) -> None:
 
 def test_one_exponential_a_pair(unit: tuple[str, Path, str], kernels: list[build.Kernel]) -> None:
     """A thread has 128 pairs of a tile. Weights exist twice: for pieces with nothing but negatives
-    and one reference, and for all others, where a pair may have two references."""
+    and one shift, and for all others, where a pair may have two shifts."""
     for kernel in kernels:
         exponentials = kernel.count("MUFU.EX2")
         if "sweep" in unit[0]:
@@ -216,7 +216,7 @@ def test_sweep(
 @pytest.mark.parametrize("rows, columns, offset", BLOCKS)
 @pytest.mark.parametrize("factors", [0, 1])
 @pytest.mark.parametrize(
-    "loss, dtype, coefficients, references, scale",
+    "loss, dtype, coefficients, shifts, scale",
     [
         ("softmax", "bf16", 1, "one", 20),
         ("softmax", "bf16", 1, "two", 20),
@@ -227,11 +227,11 @@ def test_sweep(
 )
 def test_weigh(
     emulator: Path, rows: int, columns: int, offset: int, factors: int,
-    loss: str, dtype: str, coefficients: int, references: str, scale: int,
+    loss: str, dtype: str, coefficients: int, shifts: str, scale: int,
 ) -> None:  # fmt: skip
     """Every weight but for its rounding, and every warp's sums, against double."""
     block = "weigh", rows, columns, offset
-    told = emulated(emulator, *block, loss, dtype, factors, coefficients, references, scale)
+    told = emulated(emulator, *block, loss, dtype, factors, coefficients, shifts, scale)
     ulp = {"bf16": 2.0**-8, "fp16": 2.0**-11}[dtype]
     assert told["weights"] <= ulp * 1.01
     assert told["totals"] <= limit(scale)

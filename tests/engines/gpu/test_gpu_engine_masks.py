@@ -20,7 +20,7 @@ from support.dense_block import (
     Block,
     Dense,
     assert_gradients,
-    has_one_reference,
+    has_one_shift,
     make_masked_block,
     make_weights,
     occupied,
@@ -73,16 +73,16 @@ def test_chunks(gpu_engine: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     "options, scale", [("ids", 1e3), ("margin", -1e3), ("key bias", 1e3), (ALL, 1e3)], ids=str
 )
-def test_beyond_one_reference(gpu_engine: str, options: str, scale: float) -> None:
+def test_beyond_one_shift(gpu_engine: str, options: str, scale: float) -> None:
     """Pairs that a threshold takes from a line, and positives by id, may lie any power above the
-    references of the negatives."""
+    shifts of the negatives."""
     block = masked(gpu_engine, options, scale=scale)
     check_masked(gpu_engine, block, "")
-    assert not has_one_reference(sweep(gpu_engine, block)[0])
+    assert not has_one_shift(sweep(gpu_engine, block)[0])
 
 
 @needs_engine
-def test_tiles_of_lines_with_references_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_lines_with_shifts_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are more of them, and more sums."""
     from fastclip.triton_kernels.configurations import TABLE
 
@@ -94,7 +94,7 @@ def test_tiles_of_lines_with_references_differ(monkeypatch: pytest.MonkeyPatch) 
         check_masked("triton", masked("triton", ALL, scale=scale), f"{scale=}")
 
 
-def test_positives_by_id_ask_for_references(gpu_engine: str) -> None:
+def test_positives_by_id_ask_for_shifts(gpu_engine: str) -> None:
     """One positive is far below all other pairs."""
     block = masked(gpu_engine, "positives by id", scale=60.0, offset=1 << 40)
     block.ids_x[:], block.ids_y[:] = 0, 1
@@ -102,7 +102,7 @@ def test_positives_by_id_ask_for_references(gpu_engine: str) -> None:
     block.ids_x[3] = 2
     block.x[3] *= 1 - 1e-3
     check_masked(gpu_engine, block, "")
-    assert not has_one_reference(sweep(gpu_engine, block)[0])
+    assert not has_one_shift(sweep(gpu_engine, block)[0])
 
 
 @pytest.mark.parametrize("options", ["one id", "positives by id", "key bias"])
@@ -112,10 +112,10 @@ def test_lines_without_pairs_ask_for_nothing(gpu_engine: str, options: str) -> N
     if options == "positives by id":
         block.ids_x[2] = -7  # nobody else's
     assert not occupied(block).all()
-    assert has_one_reference(sweep(gpu_engine, block)[0])
+    assert has_one_shift(sweep(gpu_engine, block)[0])
     blind = operator("sweep", gpu_engine)(*block.arguments, None, None, 0)[0]
-    if options != "one id":  # which leaves nothing to tell references from
-        assert not has_one_reference(blind)
+    if options != "one id":  # which leaves nothing to tell shifts from
+        assert not has_one_shift(blind)
     assert torch.equal(blind[1::2] == 0, sweep(gpu_engine, block)[0][1::2] == 0)
 
 
@@ -130,7 +130,7 @@ def test_duplicates_of_the_positive_stay_at_margin_0(gpu_engine: str, products: 
 
 
 def test_norms_that_overflow_where_no_line_has_pairs(gpu_engine: str) -> None:
-    """No sum is too small, but the reference that all lines would share is no number."""
+    """No sum is too small, but the shift that all lines would share is no number."""
     block = masked(gpu_engine, "one id")
     block = block._replace(x=block.x * 1e25, y=block.y * 1e25)
     state = sweep(gpu_engine, block)[0]
@@ -153,13 +153,13 @@ def test_biases_that_leave_no_column(gpu_engine: str) -> None:
 
 
 def test_a_common_bias_moves_the_statistic_by_as_much(gpu_engine: str) -> None:
-    """Its integral part goes into the reference, and costs no digits."""
+    """Its integral part goes into the shift, and costs no digits."""
     block = masked(gpu_engine, "key bias", scale=100.0)
     zeros = torch.zeros_like(block.key_bias)
 
     def statistic(bias: float) -> torch.Tensor:
         state = sweep(gpu_engine, block._replace(key_bias=zeros + bias))[0]
-        assert has_one_reference(state)
+        assert has_one_shift(state)
         return torch.log2(state[1]) + state[0]
 
     for bias in (0.3, -11.7, 4000.1):

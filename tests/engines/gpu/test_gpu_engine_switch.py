@@ -1,6 +1,6 @@
 """Both sides of the GPU engines' numerical switch, and what must pass through either of them.
 
-One reference serves all lines or, where that proves too coarse, every line gets its own: decided
+One shift serves all lines or, where that proves too coarse, every line gets its own: decided
 on the device, so it shows in the state alone. The truth is a dense float64 computation.
 """
 
@@ -13,7 +13,7 @@ from support.dense_block import (
     Block,
     Dense,
     assert_states,
-    has_one_reference,
+    has_one_shift,
     make_block,
     operator,
     sweep,
@@ -81,11 +81,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} at {case[1]}")
-def test_references(gpu_engine: str, case: tuple) -> None:
+def test_shifts(gpu_engine: str, case: tuple) -> None:
     kind, scale, enough = case
     state = check(gpu_engine, kind(scale))
     assert torch.equal(state[0], state[0].round()), "exponents are exact for integers alone"
-    assert has_one_reference(state) == enough
+    assert has_one_shift(state) == enough
 
 
 def column_below(offset: int, along: float, across: float) -> Block:
@@ -98,21 +98,21 @@ def column_below(offset: int, along: float, across: float) -> Block:
     return block
 
 
-def test_a_column_that_one_reference_would_blur_asks_for_its_own(gpu_engine: str) -> None:
+def test_a_column_that_one_shift_would_blur_asks_for_its_own(gpu_engine: str) -> None:
     """Its sum would be about 2^-140: not zero, but with few digits left in fp32."""
     state = check(gpu_engine, column_below(0, along=-0.30, across=0.15))
-    assert not has_one_reference(state)
+    assert not has_one_shift(state)
 
 
 @pytest.mark.parametrize("offset", [5, -5])
 def test_a_column_is_judged_without_positives(gpu_engine: str, offset: int) -> None:
     """No row's positive, taken for its own, makes up for the lost negatives."""
     state = check(gpu_engine, column_below(offset, along=-1.0, across=0.0))
-    assert not has_one_reference(state)
+    assert not has_one_shift(state)
 
 
 def test_a_row_is_judged_without_its_positive(gpu_engine: str) -> None:
-    """Its negatives are lost in the one reference, and its positive, far above, must not make up
+    """Its negatives are lost in the one shift, and its positive, far above, must not make up
     for them: losses may be of the negatives alone."""
     block = random(100.0)
     x = torch.cat((torch.ones(1), torch.zeros(23)))
@@ -120,17 +120,17 @@ def test_a_row_is_judged_without_its_positive(gpu_engine: str) -> None:
     block.y[0] = block.x[0] = x
     block.x[1:] = -block.x[1:].abs() * 0.1 - x
     state = check(gpu_engine, block._replace(x=torch.nn.functional.normalize(block.x)))
-    assert not has_one_reference(state)
+    assert not has_one_shift(state)
 
 
 @pytest.mark.parametrize("bound, enough", [(1.02, True), (1e4, False)])
 def test_any_bound_that_is_one(gpu_engine: str, bound: float, enough: bool) -> None:
     state = check(gpu_engine, random(100.0), bound=torch.tensor(bound, dtype=torch.float64))
-    assert has_one_reference(state) == enough
+    assert has_one_shift(state) == enough
 
 
 @pytest.mark.parametrize("scale", [1.0, 43.0, 60.0, 76.0])
-def test_the_reference_leaves_room_above_and_below(gpu_engine: str, scale: float) -> None:
+def test_the_shift_leaves_room_above_and_below(gpu_engine: str, scale: float) -> None:
     """A negative with the largest possible logit and one with the smallest."""
     block = make_block(*enlarged(33, 33), 12, scale=scale)
     block.y[4] = block.x[9] = torch.eye(12)[0]
@@ -158,7 +158,7 @@ def test_norms_that_overflow(gpu_engine: str, swap: bool) -> None:
 def test_a_line_of_nothing_but_its_positive(
     gpu_engine: str, shape: tuple[int, int], scale: float
 ) -> None:
-    """Its sum is zero, its reference a number, and its loss and weights are zero."""
+    """Its sum is zero, its shift a number, and its loss and weights are zero."""
     block = make_block(*shape, 8, scale=scale)
     state = check(gpu_engine, block)
     alone = 0 if shape[1] == 1 else shape[0]

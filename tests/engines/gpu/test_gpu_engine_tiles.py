@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.dense_block import DTYPES, LOSSES, Block, has_one_reference, make_block
+from support.dense_block import DTYPES, LOSSES, Block, has_one_shift, make_block
 from support.gpu_engine_case import (
     check,
     check_in_one_go,
@@ -179,11 +179,11 @@ def test_the_switch_among_tiles(
     gpu_engine: str, spoil: Callable[[Block], None], scale: float, dtype: str, in_chunks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Every line comes out right, not only the one that asks for a reference of its own."""
+    """Every line comes out right, not only the one that asks for a shift of its own."""
     rows, columns = tile_of(gpu_engine)
     m, n = several_tiles(gpu_engine)
     block = make_block(m, n, 24, DTYPES[dtype], scale=scale, offset=rows + 1)
     spoil(block)
     with small_chunks(gpu_engine, monkeypatch, rows, columns) if in_chunks else nullcontext():
         state = check(gpu_engine, block)
-    assert has_one_reference(state) == (spoil is as_it_is)
+    assert has_one_shift(state) == (spoil is as_it_is)

@@ -23,7 +23,7 @@ TILES = {
     "weigh_apart_kernel",
 }  # fmt: skip
 OTHERS = {
-    "longest_kernel", "reference_kernel", "sums_kernel", "moments_kernel", "maxima_sums_kernel",
+    "longest_kernel", "shift_kernel", "sums_kernel", "moments_kernel", "maxima_sums_kernel",
     "finish_kernel", "lines_kernel", "columns_kernel", "weigh_kept_kernel", "complete_kernel",
 }  # fmt: skip
 

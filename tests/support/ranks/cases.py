@@ -5,7 +5,6 @@ gradients of its features as they are after DDP's mean, scalars averaged over ra
 """
 
 import functools
-import importlib
 import itertools
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from bench.measure.traffic import Traffic
 from fastclip import distributed
+from fastclip.distributed import sharded_loss
 from fastclip.loss import open_clip
 
 
@@ -94,8 +94,6 @@ def ours_and_kept(
     rank: int, world_size: int, case: Case, options: dict[str, Any]
 ) -> tuple[dict[str, Any], int]:
     """And the bytes of products that were kept between the two sweeps."""
-    # Beside it `fastclip.distributed.sharded_loss` is a function.
-    sharded_loss = importlib.import_module("fastclip.distributed.sharded_loss")
     kept, sweep = [], sharded_loss.sweep
 
     def seen(*arguments: Any, **named: Any) -> Any:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fastclip import distributed, reference
 from fastclip.distributed import agreement
+from fastclip.distributed import losses as losses_module
 from fastclip.loss import ClipLoss, SigLipLoss
 
 WIDTH = 6
@@ -171,7 +172,7 @@ def dies(rank: int, world_size: int, seconds: float) -> dict[str, tuple[str, flo
     dist.barrier()
     if rank == 0:
         with mock.patch.object(
-            distributed, "sharded_loss", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            losses_module, "sharded_loss", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         ):
             step()
 

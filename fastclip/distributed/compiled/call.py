@@ -1,8 +1,4 @@
-"""Losses across ranks in a compiled graph: the call as an operator takes it.
-
-Dynamo reads this. `rank_operators.py` has the operators, in which everything happens that depends
-on other ranks, when the graph runs.
-"""
+"""Turns a call of a loss across ranks into a call of its operator. Dynamo traces this code."""
 
 from __future__ import annotations
 
@@ -17,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine.checks import scalar
-from ..engine.dtypes import product_dtype
-from ..engine.line_statistics import named, statistics_of
-from ..kinds import LineStatistics
-from .agreement import group_named, ranks_of
-from .calls import ContrastCall, LossCall, engine_of
-from .operators import Trace, TracedOptions
+from ...engine.checks import scalar
+from ...engine.dtypes import product_dtype
+from ...engine.line_statistics import named, statistics_of
+from ...kinds import LineStatistics
+from ..agreement import group_named, ranks_of
+from ..calls import ContrastCall, LossCall, engine_of
+from . import contrast as _contrast  # noqa: F401 -- defines the operators
+from .loss import TracedOptions
+from .rank_operator import Trace
 
 
 def _is_plain(value: Any, optional: bool = True) -> bool:
@@ -87,7 +85,7 @@ def _ranks_of(group: str) -> int:
 @functools.cache
 def _digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for path in sorted(Path(__file__).parents[2].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -131,7 +129,9 @@ def _tensor(name: str, value: Any, x: Tensor) -> Tensor | None:
         return value
 
 
-def loss(given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall) -> Tensor:
+def traced_loss(
+    given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
+) -> Tensor:
     """`distributed.distributed_loss`, in a graph."""
     x, y, scale, bias = given
     scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
@@ -141,7 +141,7 @@ def loss(given: Sequence[Any], process_group: dist.ProcessGroup | None, call: Lo
     return torch.ops.fastclip.rank_loss(*inputs, *TracedOptions.of(call, dtype), *trace)[0]
 
 
-def contrast(
+def traced_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> LineStatistics:
     """`distributed.contrast`, in a graph."""

@@ -1,0 +1,43 @@
+// A thread's work space.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "pack.h"
+
+namespace fastclip {
+namespace FASTCLIP_CAPABILITY {
+namespace {
+
+// It stays from call to call, since fresh pages would cost more than a small loss.
+class Arena {
+ public:
+  ~Arena() { std::free(base_); }
+  void reset(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(base_);
+      size_ = 0;
+      base_ = static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)));
+      if (!base_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    used_ = 0;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* const p = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(count * int64_t(sizeof(T)), 64);
+    return p;
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
+};
+thread_local Arena arena;
+
+}  // namespace
+}  // namespace FASTCLIP_CAPABILITY
+}  // namespace fastclip

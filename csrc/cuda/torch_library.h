@@ -1,0 +1,121 @@
+// What the CUDA engine takes from torch: memory, matrix products, the current stream.
+//
+// No CUDA header is included, torch's own among them, so this compiles beside any torch: memory and products come from
+// ATen, the stream from a C function of libtorch_cuda.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "engine.h"
+
+// From torch's stable C interface; a result other than 0 is an error. It is declared here because its header is for
+// builds that have CUDA's.
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fastclip {
+namespace {
+
+using at::Tensor;
+
+at::ScalarType type_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return at::kDouble;
+    case Dtype::kBFloat16:
+      return at::kBFloat16;
+    case Dtype::kHalf:
+      return at::kHalf;
+    default:
+      return at::kFloat;
+  }
+}
+
+// Work space goes back to torch's allocator when the operator returns, which is before the device is done with it: the
+// allocator hands it on in the order of the stream.
+class Torch final : public cuda::Library {
+ public:
+  explicit Torch(const Tensor& like) : options_(like.options()) {}
+
+  void* allocate(int64_t bytes) override {
+    held_.push_back(at::empty({bytes + kAlignment}, options_.dtype(at::kByte)));
+    const auto begin = reinterpret_cast<uintptr_t>(held_.back().mutable_data_ptr());
+    return reinterpret_cast<void*>((begin + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+  void multiply(const cuda::Matrix& a, const cuda::Matrix& b, const cuda::Matrix& out, bool add) override {
+    const Tensor left = view(a), right = view(b);
+    Tensor result = view(out);
+    if (a.dtype == Dtype::kFloat)
+      add ? at::addmm_out(result, result, left, right) : at::mm_out(result, left, right);
+    else if (options_.device().is_cpu())  // which multiplies half operands into half results alone
+      add ? at::addmm_out(result, result, left.to(at::kFloat), right.to(at::kFloat))
+          : at::mm_out(result, left.to(at::kFloat), right.to(at::kFloat));
+    else if (add)
+      add_half_product(left, right, result);
+    else
+      at::mm_out(result, left, right, at::kFloat);
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 256;
+
+  Tensor view(const cuda::Matrix& m) const {
+    const std::array<int64_t, 2> sizes{m.rows, m.columns}, strides{m.row_stride, m.column_stride};
+    // With a target device torch does not ask the driver whose the pointer is.
+    return at::for_blob(m.data, sizes)
+        .strides(at::IntArrayRef(strides))
+        .target_device(options_.device())
+        .options(options_.dtype(type_of(m.dtype)))
+        .make_tensor();
+  }
+
+  static void add_half_product(const Tensor& left, const Tensor& right, Tensor& result) {
+    static std::atomic<bool> in_place{true};
+    if (in_place) {
+      try {
+        at::addmm_out(result, result, left, right, at::kFloat);
+        return;
+      } catch (const c10::OutOfMemoryError&) {
+        throw;
+      } catch (const c10::Error& error) {
+        // A torch whose addmm adds to half precision only says so before it launches anything. Whatever else went wrong
+        // must show.
+        if (std::string_view(error.what_without_backtrace()).find("dtype") == std::string_view::npos) throw;
+        in_place = false;
+      }
+    }
+    result.add_(at::mm(left, right, at::kFloat));
+  }
+
+  at::TensorOptions options_;
+  std::vector<Tensor> held_;
+};
+
+cuda::Stream current_stream([[maybe_unused]] const Tensor& x) {
+  void* stream = nullptr;
+#ifndef FASTCLIP_EMULATED
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.device().index(), &stream) == 0,
+              "fastclip: torch does not tell its current stream of ", x.device());
+#endif
+  return static_cast<cuda::Stream>(stream);
+}
+
+// The features' device is current, and whatever the caller has switched on, such as autocast, does not reach the
+// engine's own products.
+class Scope {
+ public:
+  explicit Scope(const Tensor& x) : device_(x.device()), autocast_(c10::autocast_dispatch_keyset) {}
+
+ private:
+  c10::OptionalDeviceGuard device_;
+  c10::impl::ExcludeDispatchKeyGuard autocast_;
+  at::AutoDispatchBelowADInplaceOrView autograd_;
+};
+
+}  // namespace
+}  // namespace fastclip

@@ -1,0 +1,163 @@
+"""The operators `rank_contrast` and `rank_contrast_backward`: statistics of lines across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...engine.block import NO_POSITIVES, Block
+from ...engine.dtypes import state_dtype
+from ...engine.kept import KEPT_BY
+from ...engine.line_statistics import Inputs, StatisticsOptions, statistics_of
+from .. import sharded_statistics
+from ..agreement import group_named
+from ..block_row import TENSORS, BlockRow, Swept
+from ..calls import ContrastCall, begin_contrast, check_contrast
+from ..sharded_statistics import Task
+from .rank_operator import (
+    Trace,
+    by_input,
+    define,
+    fakes_like,
+    leaves,
+    register_backward,
+    requested,
+    separate_memory,
+    split,
+    tensors_beside,
+    with_tensors_beside,
+)
+from .shards import check_ranks, exchanged_needs, pretended_shard, shard_again
+
+# The fields of `ContrastCall`, in its order.
+_OPTIONS = (
+    "int? offset, str same_id, bool rows, bool columns, str kind, bool normalize, bool ring,"
+    " bool uneven, str? backend, int? memory_budget, ScalarType dtype"
+)
+_INPUTS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? key_bias"
+_OTHERS = "Tensor? x_ids, Tensor? y_ids, Tensor? margin"
+
+
+def _contrast_results(inputs: Inputs, task: Task, trace: Trace) -> list[Tensor]:
+    own = sharded_statistics.own_of(inputs, task)
+    row = sharded_statistics.row_of(own, task)
+    # With columns apart, shapes of kept products would depend on the rank's number.
+    apart = not task.ring and row.columns.apart
+    budget = task.options.memory_budget if trace.saves and not apart else 0
+    found, swept = sharded_statistics.forward(inputs, row, task.options, budget)
+    found = separate_memory(found)
+    if not trace.saves:
+        return found
+    beside = tensors_beside(_with_codes_apart(row.block), _without_margin(own))
+    kept = () if apart else swept.kept
+    return [*found, exchanged_needs(task.shard), *beside, swept.state, swept.positive, *kept]
+
+
+def _with_codes_apart(block: Block) -> Block:
+    """The block with codes of rows and columns in separate memory, for an operator's results."""
+    x, y = block.x, block.y
+    if x.ids is None:
+        return block
+    return block._replace(x=x._replace(ids=x.ids.clone()), y=y._replace(ids=y.ids.clone()))
+
+
+def _without_margin(own: Block) -> Block:
+    return own._replace(x=own.x._replace(threshold=None), y=own.y._replace(threshold=None))
+
+
+def _given(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], ContrastCall, Trace]:
+    """Splits the arguments after the inputs into ids and margin, the options, the trace."""
+    x_ids, y_ids, margin, *rest = arguments
+    call, trace = split(ContrastCall, rest)
+    return (None if x_ids is None else (x_ids, y_ids), margin), call, trace
+
+
+def _rank_contrast(*arguments: Any) -> list[Tensor]:
+    count = len(Inputs._fields)
+    others, call, trace = _given(arguments[count:])
+    check_ranks(trace)
+    inputs = leaves(arguments[:count], trace.needs)
+    with torch.set_grad_enabled(trace.saves):
+        inputs, task = begin_contrast((*inputs, *others), group_named(trace.group), call)
+    with torch.no_grad():
+        return _contrast_results(inputs, task, trace)
+
+
+def _fake_rank_contrast(*arguments: Any) -> list[Tensor]:
+    count = len(Inputs._fields)
+    others, call, trace = _given(arguments[count:])
+    try:
+        checked = check_contrast((*arguments[:count], *others), group_named(trace.group), call)
+    except (TypeError, ValueError):
+        m, n = (t.shape[0] if t.dim() else 1 for t in arguments[:2])
+        dtype = state_dtype(arguments[0].device)
+        sizes = (m, n, m, m, n)[: statistics_of(call.same_id == "positive")]
+        return [arguments[0].new_empty((size,), dtype=dtype) for size in sizes]
+    task = checked.task._replace(shard=pretended_shard(trace, checked.inputs.y.shape[0]))
+    return _contrast_results(checked.inputs, task, trace)
+
+
+def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    count = len(Inputs._fields)
+    inputs, (found, saved, *rest) = Inputs(*arguments[:count]), arguments[count:]
+    call, trace = split(ContrastCall, rest)
+    told, beside, (state, positive, *kept) = saved[0], saved[1 : TENSORS + 1], saved[TENSORS + 1 :]
+    options = StatisticsOptions(
+        trace.engine, call.dtype, call.normalize, call.rows, call.columns, 0
+    )
+    offset = NO_POSITIVES if call.offset is None else call.offset
+    shard = shard_again(trace, inputs.y.shape[0], None, told)
+    positive_ids = call.same_id == "positive"
+    task = Task(options, None, None, offset, call.kind, positive_ids, shard, call.ring)
+    own = sharded_statistics.own_of(inputs, task)
+    columns = sharded_statistics.columns_of(*own.sizes(), task)
+    row = BlockRow(trace.engine, columns, call.normalize, with_tensors_beside(own, beside))
+    if not kept:
+        nothing = KEPT_BY[trace.engine].empty(own.x.features, own.y.features, 0)
+        kept = [nothing] * columns.visits
+    swept = Swept(state, positive, tuple(kept))
+    gradients = sharded_statistics.backward(
+        inputs, row, options, found, swept, upstream, trace.needs
+    )
+    return requested(gradients)
+
+
+def _fake_rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    return fakes_like(arguments[: len(Inputs._fields)], arguments)
+
+
+def _contrast_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    count = len(Inputs._fields)
+    inputs, output = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    found, saved = list(output[: ctx.results]), list(output[ctx.results :])
+    # All ranks must make the same exchanges, whichever statistics each of them uses.
+    given = [torch.zeros_like(t) if g is None else g for t, g in zip(found, upstream, strict=False)]
+    options = ctx.arguments[_OTHERS.count(",") + 1 :]
+    with torch.no_grad():
+        gradients = torch.ops.fastclip.rank_contrast_backward(
+            given, *inputs, found, saved, *options
+        )
+    needs = Trace(*options[-len(Trace._fields) :]).needs
+    sources = (*(g for g in upstream if g is not None), *inputs[:3])
+    return *by_input(gradients, needs, sources), *(None for _ in ctx.arguments)
+
+
+def _results_of_contrast(arguments: tuple[Any, ...]) -> int:
+    _, call, _ = _given(arguments)
+    return statistics_of(call.same_id == "positive")
+
+
+define(
+    "rank_contrast", f"({_INPUTS}, {_OTHERS}, {_OPTIONS}, {Trace.SCHEMA}) -> Tensor[]",
+    _rank_contrast, _fake_rank_contrast,
+)  # fmt: skip
+define(
+    "rank_contrast_backward",
+    f"(Tensor[] upstream, {_INPUTS}, Tensor[] statistics, Tensor[] saved, {_OPTIONS},"
+    f" {Trace.SCHEMA}) -> Tensor[]",
+    _rank_contrast_backward, _fake_rank_contrast_backward,
+)  # fmt: skip
+register_backward("rank_contrast", _contrast_gradients, len(Inputs._fields), _results_of_contrast)

@@ -1,0 +1,161 @@
+"""The operators `rank_loss` and `rank_loss_backward`: CLIP's and SigLIP's loss across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...engine.fused_loss import LossOptions
+from .. import sharded_loss
+from ..agreement import group_named
+from ..block_row import TENSORS, BlockRow
+from ..calls import LossCall, begin_loss, check_loss
+from ..gradient_mode import GradientMode
+from .rank_operator import (
+    Trace,
+    by_input,
+    define,
+    fakes_like,
+    leaves,
+    register_backward,
+    requested,
+    split,
+    tensors_beside,
+    with_tensors_beside,
+)
+from .shards import check_ranks, exchanged_needs, pretended_shard, shard_again
+
+
+class TracedOptions(NamedTuple):
+    """The fields of `LossCall`, flat and typed for a schema."""
+
+    kind: str
+    whole_value: bool
+    from_others: bool
+    ring: bool
+    normalize: bool
+    backend: str | None
+    memory_budget: int | None
+    live: list[int] | None
+    module: str | None
+    rank: int
+    world_size: int
+    dtype: torch.dtype
+
+    SCHEMA = (
+        "str kind, bool whole_value, bool from_others, bool ring, bool normalize, str? backend,"
+        " int? memory_budget, int[]? live, str? module, int rank, int world_size, ScalarType dtype"
+    )
+
+    @classmethod
+    def of(cls, call: LossCall, dtype: torch.dtype) -> TracedOptions:
+        live = None if call.live is None else list(call.live)
+        module, rank, world_size = call.world or (None, 0, 0)
+        return cls(
+            call.kind, *call.mode, bool(call.normalize), call.backend, call.memory_budget, live,
+            module, rank, world_size, dtype,
+        )  # fmt: skip
+
+    @property
+    def mode(self) -> GradientMode:
+        return GradientMode(self.whole_value, self.from_others, self.ring)
+
+    @property
+    def call(self) -> LossCall:
+        return LossCall(
+            self.kind, self.mode, False, self.normalize, self.backend, self.memory_budget,
+            None if self.live is None else tuple(self.live),
+            None if self.module is None else (self.module, self.rank, self.world_size), self.dtype,
+        )  # fmt: skip
+
+
+def _loss_results(
+    inputs: sharded_loss.Inputs, context: sharded_loss.Context, trace: Trace
+) -> list[Tensor]:
+    own = context.own(*inputs)
+    row = context.row(own)
+    if not trace.saves:
+        return [sharded_loss.value_alone(context, row)]
+    x, y = inputs[:2]
+    at_once = sharded_loss.makes_gradients_at_once(context, x, y)
+    value, found = sharded_loss.forward(context, row, x, y, trace.needs[0])
+    beside = [] if at_once else tensors_beside(row.block, own)
+    if at_once and not context.shard.needs_y:
+        # The graph was made for ranks some of which may want it.
+        dx, dy, totals = found
+        found = [dx, dy.new_empty((context.shard.batch, *dy.shape[1:])), totals]
+    return [value, exchanged_needs(context.shard), *beside, *found]
+
+
+def _rank_loss(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *arguments: Any
+) -> list[Tensor]:
+    options, trace = split(TracedOptions, arguments)
+    check_ranks(trace)
+    inputs = leaves((x, y, scale, bias), trace.needs)
+    with torch.set_grad_enabled(trace.saves):
+        inputs, context = begin_loss(inputs, group_named(trace.group), options.call)
+    with torch.no_grad():
+        return _loss_results(inputs, context, trace)
+
+
+def _fake_rank_loss(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *arguments: Any
+) -> list[Tensor]:
+    options, trace = split(TracedOptions, arguments)
+    try:
+        checked = check_loss((x, y, scale, bias), group_named(trace.group), options.call)
+    except (TypeError, ValueError, RuntimeError):
+        return [x.new_empty((), dtype=torch.float32)]
+    shard = pretended_shard(trace, x.shape[0], checked.live)
+    context = sharded_loss.Context(checked.options, shard, options.mode)
+    return _loss_results(checked.inputs, context, trace)
+
+
+def _rank_loss_backward(
+    upstream: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None,
+    saved: Sequence[Tensor], *arguments: Any,
+) -> list[Tensor]:  # fmt: skip
+    options, trace = split(TracedOptions, arguments)
+    inputs, (told, *saved) = (x, y, scale, bias), saved
+    loss_options = LossOptions(
+        options.kind, trace.engine, options.dtype, options.normalize, "mean", 0
+    )
+    shard = shard_again(trace, x.shape[0], options.live, told)
+    context = sharded_loss.Context(loss_options, shard, options.mode)
+    block = context.own(*inputs)
+    if not sharded_loss.makes_gradients_at_once(context, x, y):
+        block, saved = with_tensors_beside(block, saved[:TENSORS]), saved[TENSORS:]
+    row = BlockRow(loss_options.engine, context.columns, loss_options.normalize, block)
+    gradients = sharded_loss.backward(context, row, inputs, saved, trace.needs, upstream)
+    return requested(gradients)
+
+
+def _fake_rank_loss_backward(upstream: Tensor, *arguments: Any) -> list[Tensor]:
+    return fakes_like(arguments[:4], arguments)
+
+
+def _loss_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    inputs, (_, *saved) = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    g, needs = upstream[0], Trace(*ctx.arguments[-len(Trace._fields) :]).needs
+    with torch.no_grad():
+        found = torch.ops.fastclip.rank_loss_backward(g, *inputs, saved, *ctx.arguments)
+    return *by_input(found, needs, (g, *inputs[:3])), *(None for _ in ctx.arguments)
+
+
+_INPUTS = "Tensor x, Tensor y, Tensor scale, Tensor? bias"
+
+define(
+    "rank_loss", f"({_INPUTS}, {TracedOptions.SCHEMA}, {Trace.SCHEMA}) -> Tensor[]",
+    _rank_loss, _fake_rank_loss,
+)  # fmt: skip
+define(
+    "rank_loss_backward",
+    f"(Tensor upstream, {_INPUTS}, Tensor[] saved, {TracedOptions.SCHEMA}, {Trace.SCHEMA})"
+    " -> Tensor[]",
+    _rank_loss_backward, _fake_rank_loss_backward,
+)  # fmt: skip
+register_backward("rank_loss", _loss_gradients, 4, lambda _: 1)

@@ -1,0 +1,81 @@
+"""open_clip's `gather_features`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..engine.checks import check_features
+from ..engine.no_compile import no_compile
+from .agreement import agree, check_world, refuse
+from .shard import Shard
+
+
+def _all_rows(x: Tensor, shard: Shard) -> Tensor:
+    """All ranks' rows, in a tensor of their own: of one rank they would be x itself."""
+    return shard.gather(x).clone() if shard.world_size == 1 else shard.gather(x)
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; the gradient is the sum of what the ranks make of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return _all_rows(x, shard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.scatter_sum(g), None
+
+
+@no_compile
+def gather_features(
+    image_features: Tensor,
+    text_features: Tensor,
+    local_loss: bool = False,
+    gather_with_grad: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    use_horovod: bool = False,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """open_clip's function of that name: both towers' features of all ranks, (B, D).
+
+    With `gather_with_grad` differentiable, once; else only own rows are, and not with
+    `local_loss`. rank and world_size may be left out. For losses of one's own: those of this
+    library never hold more than one tower's.
+    """
+    alike = {"local_loss": int(local_loss), "gather_with_grad": int(gather_with_grad)}
+    try:
+        if use_horovod:
+            raise ValueError("use_horovod must be False, got True: use torch.distributed")
+        if rank is not None and world_size is not None:
+            check_world("gather_features", rank, world_size, process_group)
+        check_features(image_features, text_features)
+    except (TypeError, ValueError):
+        refuse(process_group)
+        raise
+    towers = image_features, text_features
+    wants = torch.is_grad_enabled() and any(t.requires_grad for t in towers)
+    shard = agree(process_group, *towers, wants, False, **alike)
+    if gather_with_grad:
+        needed = (shard.needs_x and wants, shard.needs_y and wants)
+        # A tower that is frozen on this rank alone takes part in the others' gradients.
+        towers = tuple(
+            t if t.requires_grad or not needs else t.detach().requires_grad_()
+            for t, needs in zip(towers, needed, strict=True)
+        )
+        images, texts = (_Gather.apply(t, shard) for t in towers)
+        return images, texts
+    gathered = [_all_rows(t.detach(), shard) for t in towers]
+    if not local_loss:
+        for every, own in zip(gathered, towers, strict=True):
+            every[shard.mine] = own
+    return gathered[0], gathered[1]
