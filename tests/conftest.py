@@ -30,7 +30,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import dense_block, judge
+from support import dense_truth, judge
 
 import fastclip
 from fastclip.engine import torch_engine
@@ -67,8 +67,8 @@ if TESTED == "emulated":
 
     cuda_case.on_cpu_tensors(pytest.MonkeyPatch())
     # Weights in fp16, as on a card.
-    dense_block.assert_gradients = functools.partial(
-        dense_block.assert_gradients, half_products=True
+    dense_truth.assert_gradients = functools.partial(
+        dense_truth.assert_gradients, half_products=True
     )
 
 BACKENDS = [name for name in ON_DEVICE if fastclip.backends().get(name) == "available"]

@@ -14,6 +14,7 @@ from fastclip.engine.kept import Weights
 from fastclip.kinds import kind_of
 
 from . import launch, plan
+from .complete import Tail
 from .configurations import Config
 from .epilogues import epilogue_of
 from .kept import Kept
@@ -22,7 +23,7 @@ from .launch import LANES, on_its_device
 from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
 from .sweep import add_moments, add_sums, run_sweep, shift_of, sweep_maxima
-from .weigh import Tail, Weighing
+from .weigh import Weighing
 
 
 @on_its_device

@@ -15,7 +15,7 @@ from . import configurations, launch, plan
 from .configurations import Config
 from .epilogues import LOG2E, epilogue_of
 from .kept import Kept
-from .kernels import bf16_parts, split_product, weigh
+from .kernels import bf16_parts, split_product, tf32
 from .launch import COLUMNS, ROWS, takes_split, takes_tf32
 from .plan import Chunk, cdiv
 
@@ -74,7 +74,7 @@ class LogitBlock:
             return x
         rounded = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         launch.launch(
-            weigh.to_tf32_kernel, cdiv(x.shape[0], ROWS), x, rounded, *x.shape, x.stride(0),
+            tf32.to_tf32_kernel, cdiv(x.shape[0], ROWS), x, rounded, *x.shape, x.stride(0),
             ROWS=ROWS, BK=COLUMNS,
         )  # fmt: skip
         return rounded

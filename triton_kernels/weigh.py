@@ -11,9 +11,9 @@ from torch import Tensor
 from . import launch, plan
 from .configurations import Config
 from .kept import Kept
-from .kernels import complete, finalise, split_gradients
+from .kernels import finalise, split_gradients
 from .kernels import weigh as weight_kernels
-from .launch import COLUMNS, LANES, ROWS
+from .launch import LANES
 from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
 from .sweep import add_columns, add_sums
@@ -97,6 +97,15 @@ class Buffers(NamedTuple):
     totals: Tensor
     sums: Tensor | None  # of columns
     partial: Tensor | None
+
+
+class Last(NamedTuple):
+    """What the last chunk leaves for the last launch."""
+
+    chunk: Chunk
+    product_x: Tensor | None
+    totals: tuple[Tensor, Tensor | None, Tensor | None]  # its own, a flag, the earlier chunks'
+    tiles: tuple[int, int]  # that wrote its own, where the flag is set and where it is not
 
 
 class Weighing:
@@ -315,82 +324,3 @@ class Weighing:
             )  # fmt: skip
 
         run(self.block.config("small" if self.block.is_small else "gradient"))
-
-
-class Last(NamedTuple):
-    """What the last chunk leaves for the last launch."""
-
-    chunk: Chunk
-    product_x: Tensor | None
-    totals: tuple[Tensor, Tensor | None, Tensor | None]  # its own, a flag, the earlier chunks'
-    tiles: tuple[int, int]  # that wrote its own, where the flag is set and where it is not
-
-
-class Tail:
-    """What follows the products: positives, factors, gain, scale."""
-
-    def __init__(
-        self, sweep: Weighing, positive_weight: Tensor, gain: Tensor, project: bool, dx: Tensor,
-        dy: Tensor,
-    ) -> None:  # fmt: skip
-        self.sweep, self.block, self.gain, self.project = sweep, sweep.block, gain, project
-        self.weight = positive_weight.to(torch.float64).contiguous()
-        self.dx, self.dy = dx, dy
-
-    def finish_rows(self, product: Tensor, chunk: Chunk) -> None:
-        self._complete((product, self.dx[chunk.row_slice], chunk.start))
-
-    def finish(self, last: Last, product_y: Tensor, every_row: bool = False) -> Tensor:
-        """The last chunk's rows, or all of them, the columns, and the totals, which it returns."""
-        rows = None
-        if self.sweep.needs_x:
-            chunk = last.chunk
-            rows = (last.product_x, self.dx[chunk.row_slice], chunk.start)
-            if every_row:
-                rows = (self.dx, self.dx, 0)
-        columns = (product_y, self.dy) if self.sweep.needs_y else None
-        totals = self.block.empty(2, dtype=torch.float64)
-        self._complete(rows, columns, last, totals)
-        return totals
-
-    def finish_columns(self) -> Tensor:
-        """The gradient of a bias of each column, if it is wanted."""
-        b, found = self.block, self.sweep.by_column
-        if found is None:
-            return b.empty(0, dtype=torch.float64)
-        first, last = max(0, -b.offset), min(b.m, b.n - b.offset)
-        if first < last:
-            found[first + b.offset : last + b.offset] += self.weight[first:last]
-        return found.mul_(self.gain.reshape(()))
-
-    def _complete(
-        self, rows: tuple[Tensor, Tensor, int] | None, columns: tuple[Tensor, Tensor] | None = None,
-        last: Last | None = None, totals: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        b, sweep = self.block, self.sweep
-        product_x, out_x, first = rows or (None, None, 0)
-        product_y, out_y = columns or (None, None)
-        sums, tiles = (last.totals, last.tiles) if last else ((None, None, None), (0, 0))
-        kept, lines = sweep.kept, sweep.lines
-        outs, factors = (out_x, out_y), (b.factor_x, b.factor_y)
-        projects = [self.project and factor is not None for factor in factors]
-        zeroes = [
-            self.project
-            and torch.float16 in (b.x.dtype, *(o.dtype for o in (out,) if o is not None))
-            for out in outs
-        ]
-        count = 0 if out_x is None else len(out_x)
-        programs = (
-            cdiv(count, ROWS) + (0 if out_y is None else cdiv(b.n, ROWS)) + (last is not None)
-        )
-        strides = [0 if t is None else t.stride(0) for t in (product_x, product_y)]
-        strides += [b.x.stride(0), b.y.stride(0)]
-        strides += [0 if t is None else t.stride(0) for t in outs]
-        launch.launch(
-            complete.complete_kernel, programs, product_x, product_y, b.x, b.y, *factors,
-            self.weight, self.gain, b.scale, *outs, *sums, lines.valid, kept.moments, lines.exact,
-            sweep.positive, totals, b.m, b.n, b.d, count, first, b.offset, *tiles, kept.rows,
-            *strides, SPREAD=sweep.spread, PROJECT_X=projects[0], PROJECT_Y=projects[1],
-            CLAMPED_IS_ZERO_X=zeroes[0], CLAMPED_IS_ZERO_Y=zeroes[1], ENLARGED=sweep.enlarged,
-            ROWS=ROWS, BK=COLUMNS, LANES=LANES, num_warps=8,
-        )  # fmt: skip

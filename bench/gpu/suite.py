@@ -21,12 +21,12 @@ def _files(*patterns: str) -> tuple[str, ...]:
 
 # What only a card can show; then the losses' own tests, thousands of small kernels to compile.
 GROUPS = {
-    "card": _files("gpu", "gpu_engine_*", "split_products", "errors"),
+    "card": _files("gpu", "gpu_large", "gpu_engine_*", "split_products", "errors"),
     "losses": _files(
         "determinism", "gradients_requested", "shapes", "parts_of_a_block", "kept_products",
         "blocks", "accuracy",
     ),
-    "sanitizers": _files("gpu", "gpu_engine_*"),
+    "sanitizers": _files("gpu", "gpu_large", "gpu_engine_*"),
 }  # fmt: skip
 # Sanitizers may take half a minute for a test: they are a group of their own.
 MARKS = {"card": "not minutes and not sanitizer", "losses": "not minutes and not sanitizer",

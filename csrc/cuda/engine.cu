@@ -42,7 +42,7 @@ void weigh(const Block& block, const Weighing& weighing, Library& library) {
 
 void sweep_and_weigh(const Block& block, double* positive, const Weighing& weighing, Library& library) {
   if (!CUDA::is_linear(block.kind))
-    throw std::invalid_argument("only a loss whose weights need no state can be swept and weighed in one go");
+    throw std::invalid_argument("kind must have weights that need no state, to be swept and weighed in one go");
   if (!block.is_plain())
     throw std::invalid_argument(
         "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");

@@ -263,11 +263,11 @@ def test_the_copied_tree_has_fastclip_as_an_installation_has_it(tmp_path, monkey
 
 
 COMPILE = """
-from bench.gpu import smoke
+from bench.gpu import smoke, smoke_checks
 from bench.gpu.bundle import pretended
 pretended.pretend()
 import torch
-problem = smoke.Problem("siglip", torch.bfloat16, False, 48, 32, 14.3, "cpu")
+problem = smoke_checks.Problem("siglip", torch.bfloat16, False, 48, 32, 14.3, "cpu")
 problem.step("triton", problem.leaves())
 """
 

@@ -14,7 +14,7 @@ from bench.distributed import cases as across
 from bench.distributed import methods
 from bench.distributed import table as across_table
 from bench.gpu import cases as gpu_cases
-from bench.gpu import smoke, tiles
+from bench.gpu import smoke, smoke_checks, tiles
 from bench.losses import LOSSES, loss_of
 from bench.methods import on_contrast, registry
 from bench.report import table
@@ -34,7 +34,7 @@ ASKED = {
     "passes": lambda name: registry.METHODS["fastclip"].passes(case_of(name), "cpu"),
     "table": lambda name: table.report(rows_of_a_case(loss=name)),
     "across": lambda name: methods.make(name, "fastclip", 0, 1),
-    "smoke": lambda name: list(smoke.checks(name, "bfloat16", "cpu")),
+    "smoke": lambda name: list(smoke_checks.checks(name, "bfloat16", "cpu")),
     "tiles": lambda name: tiles.step(name, 8, 8, "cpu"),
 }
 

@@ -16,19 +16,9 @@ from support.block_cases import (
     for_every_loss,
     in_every_dtype,
 )
-from support.dense_block import (
-    DTYPES,
-    Block,
-    Dense,
-    accumulator,
-    assert_gradients,
-    assert_states,
-    make_block,
-    make_weights,
-    operator,
-    sweep,
-    weigh,
-)
+from support.block_operators import make_weights, operator, sweep, weigh
+from support.dense_block import DTYPES, Block, accumulator, make_block
+from support.dense_truth import Dense, assert_gradients, assert_states
 
 pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 
@@ -36,11 +26,11 @@ pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 @everywhere
 @in_every_dtype
 @for_every_loss
-def test_any_block(engine: str, loss: str, dtype: str, shape: str) -> None:
+def test_any_block(engine: str, kind: str, dtype: str, shape: str) -> None:
     """States, positives (NaN where they lie elsewhere), gradients and totals, without factors."""
     if shape in LARGE and engine != "cpu":
         pytest.skip("tiles are the C++ engine's")
-    for what, block in blocks(shape, dtype, loss):
+    for what, block in blocks(shape, dtype, kind):
         dense = Dense(block)
         state, positive, _ = sweep(engine, block)
         assert_states(dense, state, positive, what)
@@ -52,10 +42,10 @@ def test_any_block(engine: str, loss: str, dtype: str, shape: str) -> None:
 @pytest.mark.parametrize("shape", SMALL)
 @in_every_dtype
 @for_every_loss
-def test_factors_on_either_tower(engine: str, loss: str, dtype: str, shape: str) -> None:
+def test_factors_on_either_tower(engine: str, kind: str, dtype: str, shape: str) -> None:
     """The features count as normalised, their gradient is projected only where that is asked."""
     for factors in FACTORS:
-        for what, block in blocks(shape, dtype, loss, few=True, factors=factors):
+        for what, block in blocks(shape, dtype, kind, few=True, factors=factors):
             dense = Dense(block)
             state, positive, _ = sweep(engine, block)
             assert_states(dense, state, positive, f"{what}, {factors}")
@@ -71,7 +61,7 @@ def test_factors_on_either_tower(engine: str, loss: str, dtype: str, shape: str)
 def test_features_shorter_than_epsilon_are_not_projected(engine: str, out: str) -> None:
     """Their norm was clamped. In fp16 their gradient of 1e12 is 0 instead of infinite."""
     for shape in SMALL:
-        block = make_block(*SHAPES[shape], loss="sigmoid", factors=(True, True))
+        block = make_block(*SHAPES[shape], kind="sigmoid", factors=(True, True))
         block.x[0] = 0
         for row in (block.x[7], block.y[3]):
             row *= 1e-13 / row.norm()
@@ -91,17 +81,17 @@ def test_features_shorter_than_epsilon_are_not_projected(engine: str, out: str) 
 
 @pytest.mark.parametrize("needs", [(x, y) for x in (False, True) for y in (False, True)])
 @for_every_loss
-def test_only_what_is_needed(engine: str, loss: str, needs: tuple[bool, bool]) -> None:
+def test_only_what_is_needed(engine: str, kind: str, needs: tuple[bool, bool]) -> None:
     """A gradient that nobody wants has no rows; totals come in any case."""
     for shape in SMALL:
-        for what, block in blocks(shape, "float32", loss, few=True, factors=(True, False)):
+        for what, block in blocks(shape, "float32", kind, few=True, factors=(True, False)):
             dense = Dense(block)
             state, positive, _ = sweep(engine, block)
             weights = make_weights(state, dense.m)
             exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
             results = weigh(engine, block, state, positive, weights, needs=needs)
             assert_gradients(dense, exact, results, needs, f"{shape}, {what}")
-            if loss == "sigmoid":
+            if kind == "sigmoid":
                 check_in_one_go(engine, block, needs, project=False, what=what)
 
 
@@ -135,7 +125,7 @@ def test_both_sweeps_in_one_go(engine: str, dtype: str, shape: str) -> None:
 
 
 def test_a_loss_that_needs_its_state_is_not_weighed_in_one_go(engine: str) -> None:
-    block = make_block(5, 9, 4, loss="softmax")
+    block = make_block(5, 9, 4, kind="softmax")
     gain = torch.ones((), dtype=torch.float64)
     with pytest.raises((ValueError, RuntimeError), match=r"need (no|its) state"):
         operator("sweep_and_weigh", engine)(*block.arguments, gain, True, True, False)
@@ -143,10 +133,10 @@ def test_a_loss_that_needs_its_state_is_not_weighed_in_one_go(engine: str) -> No
 
 @pytest.mark.parametrize("bias", [None, 0.0, -10.0, 25.0])
 @for_every_loss
-def test_bias(engine: str, loss: str, bias: float | None) -> None:
+def test_bias(engine: str, kind: str, bias: float | None) -> None:
     """None is zero; softmax drops it, since it cancels."""
     for shape in SMALL:
-        block = make_block(*SHAPES[shape], loss=loss, bias=bias)
+        block = make_block(*SHAPES[shape], kind=kind, bias=bias)
         dense = Dense(block)
         state, positive, _ = sweep(engine, block)
         assert_states(dense, state, positive, shape)
@@ -186,7 +176,7 @@ def test_gradients_in_any_dtype(engine: str, dtype_x: str, dtype_y: str) -> None
 def test_any_strides(engine: str, dtype: str) -> None:
     """Rows of a wider tensor, transposed, every second one, one row expanded."""
     m, n, d = 70, 45, 18
-    block = make_block(m, n, d, DTYPES[dtype], loss="softmax")
+    block = make_block(m, n, d, DTYPES[dtype], kind="softmax")
     padded = torch.full((m, 3 * d), torch.nan, dtype=DTYPES[dtype])
     padded[:, d : 2 * d] = block.x
     every_other = torch.full((m, 2 * d), torch.nan, dtype=DTYPES[dtype])

@@ -19,17 +19,9 @@ from support.block_cases import (
     for_every_loss,
     in_every_dtype,
 )
-from support.dense_block import (
-    DTYPES,
-    Dense,
-    accumulator,
-    assert_gradients,
-    assert_states,
-    make_block,
-    make_weights,
-    sweep,
-    weigh,
-)
+from support.block_operators import make_weights, sweep, weigh
+from support.dense_block import DTYPES, accumulator, make_block
+from support.dense_truth import Dense, assert_gradients, assert_states
 
 import fastclip
 from fastclip.engine.kept import rows_to_keep
@@ -41,9 +33,9 @@ pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 @everywhere
 @in_every_dtype
 @for_every_loss
-def test_kept_products_change_nothing(loss: str, dtype: str, shape: str) -> None:
+def test_kept_products_change_nothing(kind: str, dtype: str, shape: str) -> None:
     """No row, some rows, all rows, more room than rows."""
-    block = make_block(*SHAPES[shape], DTYPES[dtype], loss=loss, offset=-3, factors=(True, True))
+    block = make_block(*SHAPES[shape], DTYPES[dtype], kind=kind, offset=-3, factors=(True, True))
     dense = Dense(block)
     long, short = max(dense.m, dense.n), min(dense.m, dense.n)
     itemsize = accumulator(block.x.dtype).itemsize
@@ -65,10 +57,10 @@ def test_kept_products_change_nothing(loss: str, dtype: str, shape: str) -> None
 
 @compiled_only
 @for_every_loss
-def test_any_number_of_kept_rows(loss: str) -> None:
+def test_any_number_of_kept_rows(kind: str) -> None:
     """Whole registers of rows are kept; what does not fill one is made again."""
     for shape in SMALL:
-        block = make_block(*SHAPES[shape], loss=loss)
+        block = make_block(*SHAPES[shape], kind=kind)
         dense = Dense(block)
         for keep in (1, 15, 17, 64, 65, 149, 150, 151, 160):
             state, positive, kept = sweep("cpu", block, keep)
@@ -81,9 +73,9 @@ def test_any_number_of_kept_rows(loss: str) -> None:
 
 @compiled_only
 @for_every_loss
-def test_kept_products_are_what_the_second_sweep_reads(loss: str) -> None:
+def test_kept_products_are_what_the_second_sweep_reads(kind: str) -> None:
     for shape in SMALL:
-        block = make_block(*SHAPES[shape], loss=loss)
+        block = make_block(*SHAPES[shape], kind=kind)
         m, n, _ = SHAPES[shape]
         state, positive, kept = sweep("cpu", block, rows_to_keep(m, n, 4, 1 << 40))
         weights = make_weights(state, m)
@@ -100,12 +92,12 @@ def test_kept_products_are_what_the_second_sweep_reads(loss: str) -> None:
 @in_every_dtype
 @for_every_loss
 def test_one_product_reads_what_another_kept(
-    loss: str, dtype: str, shape: str, products: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: str, shape: str, products: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The setting may change between the sweeps, and brgemm may be switched off between them."""
     if (fastclip.build_info() or {})["product"] != "brgemm":
         pytest.skip("this machine has no brgemm")
-    block = make_block(*SHAPES[shape], DTYPES[dtype], loss=loss, offset=-3, factors=(True, True))
+    block = make_block(*SHAPES[shape], DTYPES[dtype], kind=kind, offset=-3, factors=(True, True))
     dense = Dense(block)
     itemsize = accumulator(block.x.dtype).itemsize
     half = dense.m * dense.n // 2 * itemsize
@@ -125,8 +117,9 @@ import sys
 from pathlib import Path
 import torch
 from support.block_cases import SHAPES
-from support.dense_block import DTYPES, LOSSES, Dense, accumulator, assert_gradients, make_block
-from support.dense_block import make_weights, sweep, weigh
+from support.block_operators import make_weights, sweep, weigh
+from support.dense_block import DTYPES, KINDS, accumulator, make_block
+from support.dense_truth import Dense, assert_gradients
 import fastclip
 from fastclip.engine.kept import rows_to_keep
 
@@ -134,11 +127,11 @@ own, *others = map(Path, sys.argv[1:])
 assert fastclip.build_info()["capability"] == own.name.upper()
 
 def cases():
-    for loss in LOSSES:
+    for kind in KINDS:
         for dtype in DTYPES.values():
             for shape, sizes in SHAPES.items():
-                block = make_block(*sizes, dtype, loss=loss, offset=-3, factors=(True, True))
-                yield f"{loss}, {dtype}, {shape}", block
+                block = make_block(*sizes, dtype, kind=kind, offset=-3, factors=(True, True))
+                yield f"{kind}, {dtype}, {shape}", block
 
 if not others:
     swept = {}

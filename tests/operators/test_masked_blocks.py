@@ -8,16 +8,10 @@ import math
 import pytest
 import torch
 from support.block_cases import SHAPES, compiled_only, for_every_loss, in_every_dtype
-from support.dense_block import (
-    DTYPES,
-    Dense,
-    accumulator,
-    has_one_reference,
-    make_masked_block,
-    make_weights,
-    sweep,
-    weigh_all,
-)
+from support.block_operators import make_weights, sweep, weigh_all
+from support.dense_block import DTYPES, accumulator
+from support.dense_truth import Dense, has_one_shift
+from support.masked_block import make_masked_block
 from support.masked_cases import OPTIONS, check_masked, masked_blocks
 
 from fastclip.engine.kept import rows_to_keep
@@ -31,34 +25,34 @@ for_every_option = pytest.mark.parametrize("options", OPTIONS)
 @in_every_dtype
 @for_every_loss
 @pytest.mark.parametrize("shape", ["tall", "wide"])
-def test_masked_blocks(engine: str, shape: str, loss: str, dtype: str, options: str) -> None:
-    for what, block in masked_blocks(SHAPES[shape], DTYPES[dtype], options, loss=loss):
+def test_masked_blocks(engine: str, shape: str, kind: str, dtype: str, options: str) -> None:
+    for what, block in masked_blocks(SHAPES[shape], DTYPES[dtype], options, kind=kind):
         check_masked(engine, block, what)
 
 
 @for_every_loss
 @pytest.mark.parametrize("shape", ["row", "column", "long features"])
-def test_awkward_shapes(engine: str, shape: str, loss: str) -> None:
+def test_awkward_shapes(engine: str, shape: str, kind: str) -> None:
     for options in OPTIONS:
-        for what, block in masked_blocks(SHAPES[shape], torch.float32, options, loss=loss):
+        for what, block in masked_blocks(SHAPES[shape], torch.float32, options, kind=kind):
             check_masked(engine, block, f"{options}, {what}")
 
 
 @compiled_only
 @for_every_loss
 @pytest.mark.parametrize("shape", ["large tiles", "large tiles, wide"])
-def test_several_tiles_and_blocks_of_rows(shape: str, loss: str) -> None:
+def test_several_tiles_and_blocks_of_rows(shape: str, kind: str) -> None:
     for options in ("everything", "ids, margin, key bias"):
-        block = make_masked_block(*SHAPES[shape], loss=loss, offset=-9, **OPTIONS[options])
+        block = make_masked_block(*SHAPES[shape], kind=kind, offset=-9, **OPTIONS[options])
         check_masked("cpu", block, options)
 
 
 @for_every_loss
-def test_factors(engine: str, loss: str) -> None:
+def test_factors(engine: str, kind: str) -> None:
     """Thresholds are of normalised features' products."""
     for options in ("margin", "everything"):
         for what, block in masked_blocks(
-            SHAPES["tall"], torch.float32, options, loss=loss, factors=(True, True)
+            SHAPES["tall"], torch.float32, options, kind=kind, factors=(True, True)
         ):
             check_masked(engine, block, f"{options}, {what}", project=True)
 
@@ -66,13 +60,13 @@ def test_factors(engine: str, loss: str) -> None:
 @for_every_option
 @for_every_loss
 @pytest.mark.parametrize("scale", [1000.0, -300.0])
-def test_beyond_one_shift(engine: str, loss: str, options: str, scale: float) -> None:
+def test_beyond_one_shift(engine: str, kind: str, options: str, scale: float) -> None:
     """Lines take shifts of their own, negatives and positives by id each."""
     shape = SHAPES["wide"]
-    for what, block in masked_blocks(shape, torch.float32, options, loss=loss, scale=scale):
+    for what, block in masked_blocks(shape, torch.float32, options, kind=kind, scale=scale):
         check_masked(engine, block, what)
-    if loss == "softmax" and options != "one id":  # which leaves no negatives
-        assert not has_one_reference(sweep(engine, block)[0])
+    if kind == "softmax" and options != "one id":  # which leaves no negatives
+        assert not has_one_shift(sweep(engine, block)[0])
 
 
 @compiled_only
@@ -80,7 +74,7 @@ def test_one_exponential_serves_lines_without_pairs() -> None:
     """Nobody's sum is made anew for a line that has no pairs to lose."""
     for options in (OPTIONS["one id"], OPTIONS["positives by id"], OPTIONS["key bias"]):
         block = make_masked_block(40, 30, 8, **options)
-        assert has_one_reference(sweep("cpu", block)[0])
+        assert has_one_shift(sweep("cpu", block)[0])
 
 
 def test_a_bias_far_from_the_others(engine: str) -> None:
@@ -126,11 +120,11 @@ def test_a_pair_at_the_threshold_counts(engine: str) -> None:
 @compiled_only
 @for_every_option
 @for_every_loss
-def test_kept_products(loss: str, options: str) -> None:
+def test_kept_products(kind: str, options: str) -> None:
     """Masks are made anew from them."""
     for shape in ("tall", "wide"):
         for dtype in (torch.float32, torch.bfloat16):
-            for what, block in masked_blocks(SHAPES[shape], dtype, options, loss=loss):
+            for what, block in masked_blocks(SHAPES[shape], dtype, options, kind=kind):
                 itemsize = accumulator(dtype).itemsize
                 keep = rows_to_keep(len(block.x), len(block.y), itemsize, 70 * 48 * itemsize)
                 assert keep > 0
@@ -138,14 +132,14 @@ def test_kept_products(loss: str, options: str) -> None:
 
 
 @for_every_loss
-def test_a_nan_spoils_its_lines_alone(engine: str, loss: str) -> None:
+def test_a_nan_spoils_its_lines_alone(engine: str, kind: str) -> None:
     """A threshold does not hide it, an id does."""
-    block = make_masked_block(20, 30, 8, loss=loss, ids=4, margin=0.1)
+    block = make_masked_block(20, 30, 8, kind=kind, ids=4, margin=0.1)
     block.x[3] = torch.nan
     state = sweep(engine, block)[0]
     row = state[1, :20]
     assert row[3].isnan()
-    if loss == "sigmoid":  # with a shift all lines of a block share the bound that it spoils
+    if kind == "sigmoid":  # with a shift all lines of a block share the bound that it spoils
         assert row[torch.arange(20) != 3].isfinite().all()
         hidden = (block.ids_y == block.ids_x[3]) | (torch.arange(30) == 3 + block.offset)
         assert torch.equal(state[1, 20:].isnan(), ~hidden)

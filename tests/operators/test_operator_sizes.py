@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.dense_block import Block, Weights, make_block, make_weights, operator, sweep
+from support.block_operators import make_weights, operator, sweep
+from support.dense_block import Block, Weights, make_block
 
 from fastclip.engine.kept import rows_to_keep
 
@@ -54,7 +55,7 @@ class Call:
         )  # fmt: skip
 
     def in_one_go(self, **changes: Any) -> object:
-        block = self._block({"loss": "sigmoid"} | changes)
+        block = self._block({"kind": "sigmoid"} | changes)
         return operator("sweep_and_weigh", self.engine)(
             *block.arguments, self.weights.gain, True, True, False
         )
@@ -118,7 +119,7 @@ SPOILT = {
         TypeError, r"float64, float32, bfloat16 or float16",
         lambda b: {"x": b.x.int(), "y": b.y.int()},
     ),
-    "kind": (ValueError, r"'softmax', 'sigmoid', got 'hinge'", lambda b: {"loss": "hinge"}),
+    "kind": (ValueError, r"'softmax', 'sigmoid', got 'hinge'", lambda b: {"kind": "hinge"}),
 }  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def test_scalars_have_one_element(engine: str, name: str) -> None:
     call = Call(engine)
     two = torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=f"{name} must have one element"):
-        call.weigh(loss="sigmoid", **{name: two})
+        call.weigh(kind="sigmoid", **{name: two})
 
 
 def test_what_fits_is_accepted(engine: str) -> None:

@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.dense_block import (
-    DTYPES,
-    Block,
-    make_block,
-    make_masked_block,
-    make_weights,
-    occupied,
-    operator,
-    sweep,
-)
+from support.block_operators import make_weights, operator, sweep
+from support.dense_block import DTYPES, Block, make_block
 from support.judge import error, numbers
+from support.masked_block import make_masked_block, occupied
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -75,7 +68,7 @@ def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, t
         for m, n, offset in ((20, 33, 4), (33, 20, -7), (6, 6, 100)):
             for factors in ((False, False), (True, False), (True, True)):
                 block = make_block(
-                    m, n, 5, dtype, loss=loss, offset=offset, factors=factors,
+                    m, n, 5, dtype, kind=loss, offset=offset, factors=factors,
                     bias=None if factors[1] else -2.0,
                 )  # fmt: skip
                 what = f"{loss}, {m} x {n}, {offset=}, {factors=}"
@@ -84,7 +77,7 @@ def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, t
         for loss in ("softmax", "sigmoid"):
             for same_id_positive in (False, True):
                 block = make_masked_block(
-                    20, 33, 5, dtype, loss=loss, offset=4, ids=6, margin=-0.2, key_bias=1.0,
+                    20, 33, 5, dtype, kind=loss, offset=4, ids=6, margin=-0.2, key_bias=1.0,
                     same_id_positive=same_id_positive,
                 )  # fmt: skip
                 what = f"{loss}, masked, {same_id_positive=}"
@@ -100,7 +93,7 @@ def arguments(name: str, engine: str, block: Block, needs: tuple[bool, bool]) ->
     state, positive, kept = sweep(engine, block, keep if needs[0] else 0)
     weights = make_weights(state, m)
     if name == "finish":
-        return state[:, :m].contiguous(), positive, block.scale, block.bias, block.loss
+        return state[:, :m].contiguous(), positive, block.scale, block.bias, block.kind
     if name == "weigh":
         return (
             *block.arguments, state, positive, kept, weights.coefficients, weights.positive_weight,

@@ -89,8 +89,8 @@ def test_it_takes_every_option(module: ModuleType, device: torch.device) -> None
             *inputs, ids=ids, same_id="positive", key_bias=bias, false_negative_margin=0.3,
             kind="squared_hinge", backend=backend,
         )  # fmt: skip
-        loss = sum(t.square().sum() for t in c)
-        found.append((*c, *torch.autograd.grad(loss, (*inputs, bias))))
+        kind = sum(t.square().sum() for t in c)
+        found.append((*c, *torch.autograd.grad(kind, (*inputs, bias))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 

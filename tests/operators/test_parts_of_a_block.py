@@ -7,27 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.block_cases import SMALL, blocks, for_every_loss, in_every_dtype
-from support.dense_block import (
-    DTYPES,
-    LOG2E,
-    Dense,
-    assert_gradients,
-    logarithms,
-    make_block,
-    make_weights,
-    operator,
-    sweep,
-    weigh,
-)
+from support.block_operators import make_weights, operator, sweep, weigh
+from support.dense_block import DTYPES, LOG2E, make_block
+from support.dense_truth import Dense, assert_gradients, logarithms
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 
 
-def merged(states: list[Tensor], loss: str) -> Tensor:
+def merged(states: list[Tensor], kind: str) -> Tensor:
     """One number a line, from `sum * 2^reference`."""
-    parts = torch.stack([logarithms(state, loss) for state in states])
-    if loss == "sigmoid":
+    parts = torch.stack([logarithms(state, kind) for state in states])
+    if kind == "sigmoid":
         return parts.sum(0)
     return torch.logsumexp(parts / LOG2E, 0) * LOG2E
 
@@ -36,11 +27,11 @@ def merged(states: list[Tensor], loss: str) -> Tensor:
 @pytest.mark.parametrize("split", ["columns", "rows"])
 @in_every_dtype
 @for_every_loss
-def test_parts_make_the_whole(engine: str, loss: str, dtype: str, split: str, scale: float) -> None:
+def test_parts_make_the_whole(engine: str, kind: str, dtype: str, split: str, scale: float) -> None:
     """States of two parts merge to the block's, and gradients add up to the block's."""
     m, n, d = 83, 59, 12
     for offset in (0, 20, -50, 500):
-        whole = make_block(m, n, d, DTYPES[dtype], loss=loss, offset=offset, scale=scale)
+        whole = make_block(m, n, d, DTYPES[dtype], kind=kind, offset=offset, scale=scale)
         dense = Dense(whole)
         cut = 33
         if split == "columns":
@@ -58,13 +49,13 @@ def test_parts_make_the_whole(engine: str, loss: str, dtype: str, split: str, sc
         one, other = first.split([len(parts[0][0].x), len(parts[0][0].y)], 1)
         two, another = second.split([len(parts[1][0].x), len(parts[1][0].y)], 1)
         if split == "columns":
-            rows = merged([one, two], loss)
-            columns = torch.cat([logarithms(other, loss), logarithms(another, loss)])
+            rows = merged([one, two], kind)
+            columns = torch.cat([logarithms(other, kind), logarithms(another, kind)])
         else:
-            rows = torch.cat([logarithms(one, loss), logarithms(two, loss)])
-            columns = merged([other, another], loss)
+            rows = torch.cat([logarithms(one, kind), logarithms(two, kind)])
+            columns = merged([other, another], kind)
         difference = torch.cat([rows, columns]) - dense.logarithms
-        if loss == "sigmoid":
+        if kind == "sigmoid":
             difference = difference / dense.logarithms.clamp_min(1e-30)
         assert (difference.abs() <= 2 * dense.arithmetic).all()
 
@@ -90,10 +81,10 @@ def test_parts_make_the_whole(engine: str, loss: str, dtype: str, split: str, sc
 
 @in_every_dtype
 @for_every_loss
-def test_finish(engine: str, loss: str, dtype: str) -> None:
+def test_finish(engine: str, kind: str, dtype: str) -> None:
     """Rows and columns of a rectangular block that have their positive in it."""
     for shape in SMALL:
-        for what, block in blocks(shape, dtype, loss):
+        for what, block in blocks(shape, dtype, kind):
             dense = Dense(block)
             state, positive, _ = sweep(engine, block)
             here = dense.is_positive.nonzero()
@@ -103,10 +94,10 @@ def test_finish(engine: str, loss: str, dtype: str) -> None:
             lines = torch.cat([rows, dense.m + columns])
             # One positive for both of its lines.
             losses, coefficients, weights = operator("finish", engine)(
-                state[:, lines].contiguous(), positive[rows], block.scale, block.bias, loss
+                state[:, lines].contiguous(), positive[rows], block.scale, block.bias, kind
             )
             s = (dense.scale * dense.positive[rows] + dense.bias).repeat(2)
-            if loss == "sigmoid":
+            if kind == "sigmoid":
                 exact = dense.logarithms[lines] + F.softplus(-s, threshold=60)
                 expected, weight = torch.ones_like(s), -torch.sigmoid(-s)
                 found = coefficients
@@ -124,10 +115,10 @@ def test_finish(engine: str, loss: str, dtype: str) -> None:
 
 
 @for_every_loss
-def test_a_line_without_its_positive_leaves_the_others_alone(engine: str, loss: str) -> None:
-    block = make_block(20, 9, 6, loss=loss)
+def test_a_line_without_its_positive_leaves_the_others_alone(engine: str, kind: str) -> None:
+    block = make_block(20, 9, 6, kind=kind)
     state, positive, _ = sweep(engine, block)
-    arguments = (block.scale, block.bias, loss)
+    arguments = (block.scale, block.bias, kind)
     finish = operator("finish", engine)
     alone = finish(state[:, :9].contiguous(), positive[:9], *arguments)
     together = finish(state[:, :20].contiguous(), positive, *arguments)

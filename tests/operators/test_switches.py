@@ -7,21 +7,9 @@ plain PyTorch engine has no such switch and is held to the same truth.
 
 import pytest
 import torch
-from support.dense_block import (
-    DTYPES,
-    LOG2E,
-    Block,
-    Dense,
-    accumulator,
-    assert_gradients,
-    assert_states,
-    has_one_reference,
-    make_block,
-    make_weights,
-    operator,
-    sweep,
-    weigh,
-)
+from support.block_operators import make_weights, operator, sweep, weigh
+from support.dense_block import DTYPES, LOG2E, Block, accumulator, make_block
+from support.dense_truth import Dense, assert_gradients, assert_states, has_one_shift
 from torch import Tensor
 
 from fastclip import reference
@@ -112,11 +100,11 @@ def test_references(engine: str, case: tuple, dtype: str, shape: tuple[int, int]
     state = check(engine, block)
     assert torch.equal(state[0], state[0].round()), "exponents are exact for integers alone"
     if engine == "cpu":
-        assert has_one_reference(state) == enough[dtype != "float64"]
+        assert has_one_shift(state) == enough[dtype != "float64"]
         itemsize = accumulator(DTYPES[dtype]).itemsize
         for budget in (64 * 90 * itemsize, 1 << 30):  # half the rows, all of them
             kept = check(engine, block, rows_to_keep(*shape, itemsize, budget))
-            assert has_one_reference(kept) == has_one_reference(state)
+            assert has_one_shift(kept) == has_one_shift(state)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,7 +115,7 @@ def test_any_bound_that_is_one(engine: str, dtype: str) -> None:
         for bound, enough in ((1.02, True), (50.0, None), (1e4, False)):
             state = check(engine, block, bound=torch.tensor(bound, dtype=torch.float64))
             if engine == "cpu" and enough is not None:
-                assert has_one_reference(state) == enough
+                assert has_one_shift(state) == enough
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0, 43.0, 60.0, 76.0, 77.0, 100.0, 300.0])
@@ -149,8 +137,8 @@ def test_the_references_headroom(engine: str, dtype: str, scale: float) -> None:
     if engine == "cpu":
         top = scale * LOG2E
         t = min(max(0.0, 2 * top - depth), headroom)
-        assert has_one_reference(state) == (scale not in (300, 3000))  # no typical row reaches it
-        if has_one_reference(state):
+        assert has_one_shift(state) == (scale not in (300, 3000))  # no typical row reaches it
+        if has_one_shift(state):
             assert abs(state[0, 0] - (top - t)) < 1.1  # rounded up, with a margin for rounding
     # All of a row's and all of a column's logits at the lower end, its positive's too: too low for
     # one reference, unless the scale is small.
@@ -159,7 +147,7 @@ def test_the_references_headroom(engine: str, dtype: str, scale: float) -> None:
     lowest.x[20] = lowest.y[0]
     state = check(engine, lowest, bound=one)
     if engine == "cpu":
-        assert has_one_reference(state) == (scale == 1.0 or scale == 10.0)
+        assert has_one_shift(state) == (scale == 1.0 or scale == 10.0)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -243,7 +231,7 @@ def test_a_line_of_nothing_but_its_positive(
     positive = sweep(engine, block)[1]
     alone = 0 if shape[1] == 1 else m  # the row, or the column, of the only positive
     losses, _, weights = operator("finish", engine)(
-        state[:, [alone]].contiguous(), positive[[0]], block.scale, None, block.loss
+        state[:, [alone]].contiguous(), positive[[0]], block.scale, None, block.kind
     )
     assert losses.tolist() == [0.0]
     assert weights.tolist() == [0.0]

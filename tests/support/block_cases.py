@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import DEVICE
-from support.dense_block import DTYPES, LOSSES, Block, make_block
+from support.dense_block import DTYPES, KINDS, Block, make_block
 
 import fastclip
 
@@ -46,15 +46,15 @@ FEW = ("to the left", "partly beyond the last column", "all before the first col
 
 
 def blocks(
-    shape: str, dtype: str, loss: str, few: bool = False, **options: object
+    shape: str, dtype: str, kind: str, few: bool = False, **options: object
 ) -> Iterator[tuple[str, Block]]:
     m, n, d = SHAPES[shape]
     for name, offset in offsets(m, n).items():
         if name in FEW or not (few or shape in LARGE):
-            block = make_block(m, n, d, DTYPES[dtype], loss=loss, offset=offset, **options)
+            block = make_block(m, n, d, DTYPES[dtype], kind=kind, offset=offset, **options)
             yield f"positives {name}", block
 
 
 everywhere = pytest.mark.parametrize("shape", SHAPES)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-for_every_loss = pytest.mark.parametrize("loss", LOSSES)
+for_every_loss = pytest.mark.parametrize("kind", KINDS)

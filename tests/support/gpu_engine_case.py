@@ -12,17 +12,9 @@ import pytest
 import torch
 from conftest import DEVICE
 from support import cuda_case
-from support.dense_block import (
-    Block,
-    Dense,
-    Weights,
-    assert_gradients,
-    assert_states,
-    make_weights,
-    operator,
-    sweep,
-    weigh_all,
-)
+from support.block_operators import make_weights, operator, sweep, weigh_all
+from support.dense_block import Block, Weights
+from support.dense_truth import Dense, assert_gradients, assert_states
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

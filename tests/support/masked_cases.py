@@ -4,17 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from support.dense_block import (
-    Block,
-    Dense,
-    Weights,
-    assert_gradients,
-    assert_states,
-    make_masked_block,
-    make_weights,
-    sweep,
-    weigh_all,
-)
+from support.block_operators import make_weights, sweep, weigh_all
+from support.dense_block import Block, Weights
+from support.dense_truth import Dense, assert_gradients, assert_states
+from support.masked_block import make_masked_block
 
 # Each option alone, and all of them together.
 OPTIONS: dict[str, dict[str, Any]] = {

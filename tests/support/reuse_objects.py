@@ -18,7 +18,7 @@ def built_object(checkout: Path, out: Path) -> Path | None:
     # An editable build ends with the library: ninja has then seen to every object.
     library = f"fastclip/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     linked = max((path.stat().st_mtime for path in checkout.glob(library)), default=0)
-    newest = max(path.stat().st_mtime for path in (checkout / "csrc").rglob("*"))
+    newest = max(p.stat().st_mtime for p in (checkout / "csrc").rglob("*") if p.is_file())
     return built if built.is_file() and linked > newest else None
 
 

@@ -45,7 +45,7 @@ def _largest(SQUARES, count, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count_x", "count_y"])
 def shift_kernel(
-    BOUND, SQUARES, SCALE, LARGEST_BIAS, referenceENCE, KEPT_referenceENCE, FLAG, count_x, count_y,
+    BOUND, SQUARES, SCALE, LARGEST_BIAS, SHIFT, KEPT_SHIFT, FLAG, count_x, count_y,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """m from |t| <= BOUND where one is given, else from norms: those of normalised features are 1,
@@ -67,7 +67,7 @@ def shift_kernel(
     # Integral, so that powers of two relate it to any other shift. Beyond 2^24 it rounds: there
     # no one shift is enough.
     shift = tl.ceil(top - above).to(tl.float32)
-    tl.store(referenceENCE, shift)
-    if KEPT_referenceENCE is not None:
-        tl.store(KEPT_referenceENCE, shift.to(tl.float64))
+    tl.store(SHIFT, shift)
+    if KEPT_SHIFT is not None:
+        tl.store(KEPT_SHIFT, shift.to(tl.float64))
     tl.store(FLAG, 0)

@@ -65,7 +65,7 @@ SIZES += ["columns_total", "offset", "fresh_rows", "fresh_columns", "is_last"]
 
 @triton.jit(do_not_specialize=SIZES)
 def sums_kernel(
-    PARTIAL, STATE, OCCUPIED, referenceENCE, FLAG, M, N, tiles_m, tiles_n, row_start, column_start,
+    PARTIAL, STATE, OCCUPIED, SHIFT, FLAG, M, N, tiles_m, tiles_n, row_start, column_start,
     rows_total, columns_total, offset, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +83,8 @@ def sums_kernel(
     total += tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
     tl.store(STATE + lines + out, total, mask=mask)
     shift = tl.zeros((LINES,), tl.float64)
-    if referenceENCE is not None:
-        shift += tl.load(referenceENCE)
+    if SHIFT is not None:
+        shift += tl.load(SHIFT)
         if is_row | (is_last != 0):
             occupied = _has_others(is_row, out, rows_total, columns_total, offset)
             if OCCUPIED is not None:
@@ -98,7 +98,7 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
-    PARTIAL, MOMENTS, KEPT_referenceENCE, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
+    PARTIAL, MOMENTS, KEPT_SHIFT, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
     columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sums of the kept w and of w * t of each line, (2, rows_total + columns_total): the second and
@@ -113,7 +113,7 @@ def moments_kernel(
     for moment in tl.static_range(2):
         total = _added(PARTIAL + (1 + moment) * layer + base, line, length, parts, LINES, PARTS)
         if tl.max((mask & ((tl.abs(total) < float("inf")) == 0)).to(tl.int32), 0) > 0:
-            tl.store(KEPT_referenceENCE, float("nan"))
+            tl.store(KEPT_SHIFT, float("nan"))
         at = MOMENTS + moment * (rows_total + columns_total) + out
         tl.store(at, total + tl.load(at, mask=old, other=0.0), mask=mask)
 
@@ -129,7 +129,7 @@ def _merge(shift, total, other_shift, other):
 
 @triton.jit(do_not_specialize=SIZES)
 def maxima_sums_kernel(
-    PARTIAL, STATE, FLAG, KEPT_referenceENCE, M, N, tiles_m, tiles_n, row_start, column_start,
+    PARTIAL, STATE, FLAG, KEPT_SHIFT, M, N, tiles_m, tiles_n, row_start, column_start,
     rows_total, columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -137,12 +137,12 @@ def maxima_sums_kernel(
     set; what was kept relative to the one shift is then of no use."""
     if is_set(FLAG, True) == 0:
         return
-    if KEPT_referenceENCE is not None:
-        tl.store(KEPT_referenceENCE, float("nan"))
+    if KEPT_SHIFT is not None:
+        tl.store(KEPT_SHIFT, float("nan"))
     is_row, line, base, out, length, parts = owned(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
-    referenceENCES = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
+    SHIFTS = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
     part = tl.arange(0, PARTS)
     mask = line < length
     lines = rows_total + columns_total
@@ -155,7 +155,7 @@ def maxima_sums_kernel(
         at = base + (p + part).to(tl.int64)[:, None] * length + line[None, :]
         within = (p + part < parts)[:, None] & mask[None, :]
         sums = tl.load(PARTIAL + at, mask=within, other=0.0).to(tl.float64)
-        shifts = tl.load(referenceENCES + at, mask=within, other=float("-inf")).to(tl.float64)
+        shifts = tl.load(SHIFTS + at, mask=within, other=float("-inf")).to(tl.float64)
         top = tl.max(shifts, 0)
         weight = power_of_two(shifts - top[None, :])
         weight = tl.where(shifts == float("-inf"), 1.0, weight)
@@ -208,9 +208,7 @@ def columns_kernel(
 
 
 @triton.jit(do_not_specialize=["lines"])
-def lines_kernel(
-    referenceENCES, COEFFICIENTS, KEPT_referenceENCE, FLAGS, OUT, lines, LANES: tl.constexpr
-):
+def lines_kernel(SHIFTS, COEFFICIENTS, KEPT_SHIFT, FLAGS, OUT, lines, LANES: tl.constexpr):
     """Lines as the second sweep takes them: coefficients in fp32; and one program's answer to
     whether one exponential serves (all shifts are equal, those of positives by id among
     them), and whether kept weights do (that is the one they are relative to)."""
@@ -222,17 +220,17 @@ def lines_kernel(
         tl.store(OUT + line, value.to(tl.float32), mask=line < lines)
     else:
         valid = 1
-        if referenceENCES is not None:
-            shift = tl.load(referenceENCES)
+        if SHIFTS is not None:
+            shift = tl.load(SHIFTS)
             differs = tl.zeros((LANES,), tl.int32)
             for start in range(0, lines, LANES):
                 at = start + lane
-                other = tl.load(referenceENCES + at, mask=at < lines, other=shift)
+                other = tl.load(SHIFTS + at, mask=at < lines, other=shift)
                 differs += (other != shift).to(tl.int32)
             one = (tl.max(differs, 0) == 0).to(tl.int32)
             tl.store(FLAGS, one)
-            if KEPT_referenceENCE is not None:
-                valid = one * (tl.load(KEPT_referenceENCE) == shift).to(tl.int32)
+            if KEPT_SHIFT is not None:
+                valid = one * (tl.load(KEPT_SHIFT) == shift).to(tl.int32)
         tl.store(FLAGS + 1, valid)
 
 

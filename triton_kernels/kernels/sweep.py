@@ -153,7 +153,7 @@ def _sweep_tile(
 
 @triton.jit(do_not_specialize=["M", "N", "offset", "skipped"])
 def sweep_kernel(
-    X, Y, LOGITS, referenceENCE, KEPT, PARTIAL, M, N, stride_x, stride_y, stride_kept, offset, skipped,
+    X, Y, LOGITS, SHIFT, KEPT, PARTIAL, M, N, stride_x, stride_y, stride_kept, offset, skipped,
     D: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -161,8 +161,8 @@ def sweep_kernel(
     """The plain tiles. DESCRIBED: X, Y and KEPT are tensor descriptors, and as many programs as the
     card has room for go through the tiles, each reading the next one's features already."""
     m = 0.0
-    if referenceENCE is not None:
-        m = tl.load(referenceENCE)
+    if SHIFT is not None:
+        m = tl.load(SHIFT)
     k = affine(LOGITS)
     if DESCRIBED:
         tiles = (M // BM) * (N // BN - skipped)
@@ -184,15 +184,15 @@ def sweep_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "offset", "skipped"])
 def sweep_edges_kernel(
-    X, Y, LOGITS, referenceENCE, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y, stride_kept,
+    X, Y, LOGITS, SHIFT, POSITIVE, KEPT, PARTIAL, M, N, D, stride_x, stride_y, stride_kept,
     offset, skipped, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """The tiles of the edges, a program each."""
     m = 0.0
-    if referenceENCE is not None:
-        m = tl.load(referenceENCE)
+    if SHIFT is not None:
+        m = tl.load(SHIFT)
     k = affine(LOGITS)
     pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
     _sweep_tile(
@@ -229,12 +229,12 @@ def _store_maxima(
     rows = tl.sum(tl.where(by_row, FOLD(x), 0.0), 1)
     x = relative(t, k, _usable(other)[None, :], LOGITS, j, N, False)
     columns = tl.sum(tl.where(by_column, FOLD(x), 0.0), 0)
-    referenceENCES = PARTIAL + partials(M, N, BM, BN)
+    SHIFTS = PARTIAL + partials(M, N, BM, BN)
     store_rows(PARTIAL, rows, pid_n, row, M, BM, False)
-    store_rows(referenceENCES, shift, pid_n, row, M, BM, False)
+    store_rows(SHIFTS, shift, pid_n, row, M, BM, False)
     at = columns_of(pid_m, M, N, BN)
     store_columns(PARTIAL + at, columns, j, N, False)
-    store_columns(referenceENCES + at, other, j, N, False)
+    store_columns(SHIFTS + at, other, j, N, False)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])

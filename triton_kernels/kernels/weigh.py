@@ -51,17 +51,6 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["M"])
-def to_tf32_kernel(X, OUT, M, D, stride_x, ROWS: tl.constexpr, BK: tl.constexpr):
-    """The operands of a tf32 product. What is rounded once need not be rounded in every tile."""
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BK)
-    for start in range(0, D, BK):
-        mask = (i < M)[:, None] & (start + k < D)[None, :]
-        x = tl.load(X + i.to(tl.int64)[:, None] * stride_x + start + k[None, :], mask=mask)
-        tl.store(OUT + i.to(tl.int64)[:, None] * D + start + k[None, :], rounded(x, 13), mask=mask)
-
-
 @triton.jit
 def _rows(VALUES, i, M, PLAIN: tl.constexpr):
     return of_lines(VALUES, i, M, PLAIN).to(tl.float32)[:, None]
@@ -199,11 +188,11 @@ def _weigh_tile(
 # Coefficients of columns begin at M + column: their alignment would follow the batch. They are
 # in no tuple: the compiler asks after the alignment of its members all the same.
 UNALIGNED = ["A", "B", "A_SAME", "B_SAME"]
-referenceENCES = [
-    "referenceENCE_X",
-    "referenceENCE_Y",
-    "referenceENCE_X_SAME",
-    "referenceENCE_Y_SAME",
+SHIFTS = [
+    "SHIFT_X",
+    "SHIFT_Y",
+    "SHIFT_X_SAME",
+    "SHIFT_Y_SAME",
 ]
 
 
@@ -211,7 +200,7 @@ referenceENCES = [
     do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
 )
 def weigh_kernel(
-    X, Y, LOGITS, referenceENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, PARTIAL, M, N, stride_x,
+    X, Y, LOGITS, SHIFT, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, PARTIAL, M, N, stride_x,
     stride_y, stride_w, offset, skipped, D: tl.constexpr, SPREAD: tl.constexpr,
     ENLARGED: tl.constexpr, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
@@ -224,8 +213,8 @@ def weigh_kernel(
     if is_set(ONE, True) == 0:
         return
     m = 0.0
-    if referenceENCE is not None:
-        m = tl.load(referenceENCE).to(tl.float32)
+    if SHIFT is not None:
+        m = tl.load(SHIFT).to(tl.float32)
     k = affine(LOGITS)
     if DESCRIBED:
         tiles = (M // BM) * (N // BN - skipped)
@@ -249,7 +238,7 @@ def weigh_kernel(
     do_not_specialize=["M", "N", "offset", "skipped"], do_not_specialize_on_alignment=UNALIGNED
 )
 def weigh_edges_kernel(
-    X, Y, LOGITS, referenceENCE, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N,
+    X, Y, LOGITS, SHIFT, ONE, A, B, A_SAME, B_SAME, W, TOTALS, SUMS, POSITIVE, PARTIAL, M, N,
     D, stride_x, stride_y, stride_w, offset, skipped, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
     FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -259,8 +248,8 @@ def weigh_edges_kernel(
     if is_set(ONE, True) == 0:
         return
     m = 0.0
-    if referenceENCE is not None:
-        m = tl.load(referenceENCE).to(tl.float32)
+    if SHIFT is not None:
+        m = tl.load(SHIFT).to(tl.float32)
     k = affine(LOGITS)
     pid_m, pid_n = edge_position(tl.program_id(0), M, N, offset, skipped, BM, BN)
     _weigh_tile(
@@ -272,21 +261,21 @@ def weigh_edges_kernel(
 
 @triton.jit
 def _apart(
-    t, k, LOGITS, referenceENCE_X, referenceENCE_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr
+    t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """Weights of pairs in their rows and in their columns, which have shifts of their own."""
-    x = relative(t, k, _rows(referenceENCE_X, i, M, False), LOGITS, j, N, False)
+    x = relative(t, k, _rows(SHIFT_X, i, M, False), LOGITS, j, N, False)
     by_row = ACTIVATION(x) * _rows(A, i, M, False)
-    x = relative(t, k, _columns(referenceENCE_Y, j, N, False), LOGITS, j, N, False)
+    x = relative(t, k, _columns(SHIFT_Y, j, N, False), LOGITS, j, N, False)
     return by_row, ACTIVATION(x) * _columns(B, j, N, False)
 
 
 @triton.jit(
     do_not_specialize=["M", "N", "offset"],
-    do_not_specialize_on_alignment=[*UNALIGNED, *referenceENCES],
+    do_not_specialize_on_alignment=[*UNALIGNED, *SHIFTS],
 )
 def weigh_apart_kernel(
-    X, Y, LOGITS, referenceENCE_X, referenceENCE_Y, referenceENCE_X_SAME, referenceENCE_Y_SAME, UNLESS, A, B,
+    X, Y, LOGITS, SHIFT_X, SHIFT_Y, SHIFT_X_SAME, SHIFT_Y_SAME, UNLESS, A, B,
     A_SAME, B_SAME, W, TOTALS, SUMS, M, N, D, stride_x, stride_y, stride_w, offset,
     SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
@@ -306,9 +295,7 @@ def weigh_apart_kernel(
             X, Y, row, column, M, N, D, stride_x, stride_y, False, BM, BN, BK, EVEN, PRECISION, UNIT
         )
         t = normalised(t, LOGITS, i, j, M, N, False)
-        by_row, by_column = _apart(
-            t, k, LOGITS, referenceENCE_X, referenceENCE_Y, A, B, i, j, M, N, ACTIVATION
-        )
+        by_row, by_column = _apart(t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION)
         live = negatives(LOGITS, i, j, M, N, offset, False)
         if LOGITS[THRESHOLD_X] is None:
             w = tl.where(live, by_row + by_column, 0.0)
@@ -318,7 +305,7 @@ def weigh_apart_kernel(
             w += tl.where(of_columns(live, t, LOGITS, j, N, False), by_column, 0.0)
         if SAME_ID != 0:
             by_row, by_column = _apart(
-                t, k, LOGITS, referenceENCE_X_SAME, referenceENCE_Y_SAME, A_SAME, B_SAME, i, j, M, N,
+                t, k, LOGITS, SHIFT_X_SAME, SHIFT_Y_SAME, A_SAME, B_SAME, i, j, M, N,
                 ACTIVATION,
             )  # fmt: skip
             same = positives(LOGITS, i, j, M, N, offset, False)

@@ -18,7 +18,7 @@ from ...cases import CONTRAST, SCALES, Case, Inputs
 from ...losses import loss_of
 from ...methods import on_contrast
 from ...methods.registry import bytes_of_everything
-from .. import cases, figures, fp32, smoke, tiles
+from .. import cases, figures, fp32, smoke, smoke_checks, tiles
 from . import pretended
 
 
@@ -40,7 +40,7 @@ def items() -> Iterator[tuple[str, Callable[[], object]]]:
             if method in case.methods and case.scale == SCALES[0]:
                 yield f"{case.name} {method}", partial(timed_on_contrast, case, method)
     for label, loss, dtype in smoke.jobs(["triton", "triton tf32", "triton split"]):
-        for problem, check in smoke.checks(loss, dtype, "cpu"):
+        for problem, check in smoke_checks.checks(loss, dtype, "cpu"):
             if check in ("rerun", "kept", "masked"):
                 yield f"smoke {label} {problem} {check}", partial(smoked, label, problem, check)
     for index in range(CANDIDATE_SHARES):
@@ -74,11 +74,11 @@ def timed_split(case: Case) -> None:
         timed(case, 0)
 
 
-def smoked(label: str, problem: smoke.Problem, check: str) -> None:
-    budget = smoke.budget_of_everything(problem) if check == "kept" else 0
+def smoked(label: str, problem: smoke_checks.Problem, check: str) -> None:
+    budget = smoke_checks.budget_of_everything(problem) if check == "kept" else 0
     with smoke.engine_of(label, None) as engine:
         if check == "masked":
-            smoke.masked_step(engine, problem, problem.leaves())
+            smoke_checks.masked_step(engine, problem, problem.leaves())
             return
         problem.step(engine, problem.leaves(), budget)
 

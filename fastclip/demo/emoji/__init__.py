@@ -52,7 +52,18 @@ class Emoji:
 
 
 def load(folder: Path = FOLDER) -> Emoji:
-    """Reads concepts.json and one sheet of drawings per vendor."""
+    """Reads concepts.json and one sheet of drawings for each vendor.
+
+    Raises:
+        FileNotFoundError: a file is missing, as in a fastclip that was installed from a wheel.
+    """
+    files = ["concepts.json", TOKENIZER.name, *(f"{vendor}.png" for vendor in VENDORS)]
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"the demo needs {', '.join(missing)} in {folder}, which wheels of fastclip "
+            "leave out (6 MB): run the demo in a checkout of the sources, with `make demo`"
+        )
     rows = json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
     concepts = tuple(Concept(**{**row, "captions": tuple(row["captions"])}) for row in rows)
     sheets = [read_sheet(folder / f"{vendor}.png", len(concepts)) for vendor in VENDORS]

@@ -38,24 +38,24 @@ def main() -> None:
     link_fused()
     cuda_case.emulated()
 
-    from support.dense_block import DTYPES, LOSSES, make_block
+    from support.dense_block import DTYPES, KINDS, make_block
     from support.gpu_engine_case import check, check_in_one_go
     from support.masked_cases import OPTIONS, check_masked, masked_blocks
 
     halves = DTYPES["bfloat16"], DTYPES["float16"]
     shapes = [(129, 257, 16, 3), (300, 130, 24, -140), (1, 300, 8, 299), (140, 1, 8, 0)]
-    for loss, dtype, (m, n, d, offset) in itertools.product(LOSSES, halves, shapes):
+    for kind, dtype, (m, n, d, offset) in itertools.product(KINDS, halves, shapes):
         for factors in ((False, False), (True, True)):
-            block = make_block(m, n, d, dtype, loss=loss, offset=offset, factors=factors)
-            check("cuda", block, what=f"{loss} {dtype} {m} x {n} {factors=}")
+            block = make_block(m, n, d, dtype, kind=kind, offset=offset, factors=factors)
+            check("cuda", block, what=f"{kind} {dtype} {m} x {n} {factors=}")
     # Chunks, whose positives, factors and weights begin anywhere.
     with cuda_case.chunks(128, 144):
-        for loss, dtype in itertools.product(LOSSES, halves):
-            block = make_block(200, 300, 16, dtype, loss=loss, offset=60, factors=(True, False))
-            check("cuda", block, what=f"{loss} {dtype} in chunks")
+        for kind, dtype in itertools.product(KINDS, halves):
+            block = make_block(200, 300, 16, dtype, kind=kind, offset=60, factors=(True, False))
+            check("cuda", block, what=f"{kind} {dtype} in chunks")
     # Both sweeps in one go are no fused kernel's: partial sums are laid out as those of another.
     for dtype in halves:
-        check_in_one_go("cuda", make_block(140, 200, 16, dtype, loss="sigmoid", offset=30))
+        check_in_one_go("cuda", make_block(140, 200, 16, dtype, kind="sigmoid", offset=30))
     # So large a scale that every line has its own shift.
     for dtype in halves:
         block = make_block(150, 140, 16, dtype, scale=500.0)

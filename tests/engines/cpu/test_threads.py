@@ -10,7 +10,8 @@ from functools import partial
 
 import pytest
 import torch
-from support.dense_block import DTYPES, make_block, make_weights, operator, sweep, weigh
+from support.block_operators import make_weights, operator, sweep, weigh
+from support.dense_block import DTYPES, make_block
 from torch import Tensor
 
 import fastclip
@@ -74,7 +75,7 @@ def test_as_many_as_torch_says(threads: int) -> None:
     gain = torch.ones((), dtype=torch.float64)
     for shape in ((4000, 600), (600, 4000)):
         for loss in ("softmax", "sigmoid"):
-            block = make_block(*shape, 8, torch.float64, loss=loss)
+            block = make_block(*shape, 8, torch.float64, kind=loss)
             state, positive, _ = sweep("cpu", block)
             weights = make_weights(state, shape[0])
             assert_used(threads, partial(sweep, "cpu", block))
@@ -114,7 +115,7 @@ def test_the_same_bits_for_any_number_of_threads(loss: str, dtype: str, scale: f
     """Sums have one order. Three threads are more than many a machine has cores."""
     for m, n in ((333, 200), (200, 333)):
         block = make_block(
-            m, n, 30, DTYPES[dtype], loss=loss, scale=scale, offset=7, factors=(True, True)
+            m, n, 30, DTYPES[dtype], kind=loss, scale=scale, offset=7, factors=(True, True)
         )
         itemsize = 8 if dtype == "float64" else 4
         keep = rows_to_keep(m, n, itemsize, 100 * n * itemsize)
@@ -145,7 +146,7 @@ def test_other_python_threads_run_meanwhile() -> None:
     """The interpreter's lock is released. While it is held nothing else can count, since nobody
     is made to hand it over before the switch interval has passed."""
     torch.set_num_threads(1)
-    block = make_block(2500, 2500, 64, loss="sigmoid")
+    block = make_block(2500, 2500, 64, kind="sigmoid")
     state, positive, _ = sweep("cpu", block)
     weights = make_weights(state, 2500)
     gain = torch.ones((), dtype=torch.float64)

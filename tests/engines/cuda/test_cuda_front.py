@@ -11,18 +11,10 @@ from typing import Any
 import pytest
 import torch
 from support import cuda_case
-from support.dense_block import (
-    Block,
-    make_block,
-    make_masked_block,
-    make_weights,
-    occupied,
-    operator,
-    sweep,
-    weigh,
-    weigh_all,
-)
+from support.block_operators import make_weights, operator, sweep, weigh, weigh_all
+from support.dense_block import Block, make_block
 from support.gpu_engine_case import library_products, prepare
+from support.masked_block import make_masked_block, occupied
 from torch.profiler import ProfilerActivity, profile
 
 from fastclip.loss import clip_loss
@@ -104,7 +96,7 @@ def test_chunks_are_as_they_were_afterwards() -> None:
 def test_no_work_space_is_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
     """But one chunk's."""
     m, n, chunk = 500, 600, 64
-    block = make_block(m, n, 8, dtype, loss="sigmoid", factors=(True, True))
+    block = make_block(m, n, 8, dtype, kind="sigmoid", factors=(True, True))
     gain = torch.ones((), dtype=torch.float64)
     activities = [ProfilerActivity.CPU]
     with cuda_case.chunks(chunk, chunk), profile(activities=activities, profile_memory=True) as p:
@@ -120,7 +112,7 @@ def test_no_work_space_is_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
 
 def test_operands_of_another_device_are_refused() -> None:
     """Such as a scale that was left on the CPU: its address means nothing on a card."""
-    block = make_block(9, 7, 4, loss="sigmoid")
+    block = make_block(9, 7, 4, kind="sigmoid")
     state, positive, kept = sweep("cuda", block)
     weights = make_weights(state, 9)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -255,7 +247,7 @@ def test_statistics_of_positives_by_id_must_be_there() -> None:
 
 @pytest.mark.parametrize("changes", [IDS, LIMITS, {"key_bias": torch.zeros(7)}], ids=list)
 def test_blocks_in_one_go_are_plain(changes: dict[str, Any]) -> None:
-    block = make_block(9, 7, 4, loss="sigmoid")._replace(**changes)
+    block = make_block(9, 7, 4, kind="sigmoid")._replace(**changes)
     rule = "swept and weighed in one go must have no ids, thresholds and key_bias"
     with pytest.raises(RuntimeError, match=rule):
         operator("sweep_and_weigh", "cuda")(*block.arguments, torch.ones(()), True, True, False)

@@ -7,19 +7,9 @@ on either tower; parts of a block kept, or cut into chunks. The truth is a dense
 import pytest
 import torch
 from conftest import DEVICE
-from support.dense_block import (
-    DTYPES,
-    LOSSES,
-    Block,
-    Dense,
-    Weights,
-    assert_gradients,
-    make_block,
-    make_weights,
-    operator,
-    sweep,
-    weigh,
-)
+from support.block_operators import make_weights, operator, sweep, weigh
+from support.dense_block import DTYPES, KINDS, Block, Weights, make_block
+from support.dense_truth import Dense, assert_gradients
 from support.gpu_engine_case import (
     EDGE,
     check,
@@ -57,21 +47,21 @@ FACTORS = ((False, False), (True, False), (False, True), (True, True))
 
 @pytest.mark.parametrize("shape", shapes(0, 0))
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_any_block(gpu_engine: str, loss: str, dtype: str, shape: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_block(gpu_engine: str, kind: str, dtype: str, shape: str) -> None:
     m, n, d = shapes(*tile_of(gpu_engine))[shape]
     for offset, factors in zip((0, -5, n - 1 - m // 4), FACTORS[1:], strict=True):
-        block = make_block(m, n, d, HALVES[dtype], loss=loss, offset=offset, factors=factors)
+        block = make_block(m, n, d, HALVES[dtype], kind=kind, offset=offset, factors=factors)
         check(gpu_engine, block, what=f"{offset=}, {factors=}")
 
 
 @pytest.mark.parametrize("beyond", [0, 1 << 40])
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_blocks_without_positives(gpu_engine: str, loss: str, side: str, beyond: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_without_positives(gpu_engine: str, kind: str, side: str, beyond: int) -> None:
     m, n = enlarged(33, 70)
     offset = n + beyond if side == "right" else -m - beyond
-    block = make_block(m, n, 8, loss=loss, offset=offset)
+    block = make_block(m, n, 8, kind=kind, offset=offset)
     check(gpu_engine, block)
     assert sweep(gpu_engine, block)[1].isnan().all()
 
@@ -82,7 +72,7 @@ def test_both_sweeps_in_one_go(
 ) -> None:
     for factors in FACTORS:
         block = make_block(
-            *enlarged(40, 65), 24, HALVES[dtype], loss="sigmoid", offset=-5, factors=factors,
+            *enlarged(40, 65), 24, HALVES[dtype], kind="sigmoid", offset=-5, factors=factors,
             bias=-10.0,
         )  # fmt: skip
         check_in_one_go(gpu_engine, block, what=f"{factors=}")
@@ -91,8 +81,8 @@ def test_both_sweeps_in_one_go(
 
 
 def test_gradients_before_and_after_the_normalisation(gpu_engine: str) -> None:
-    for loss in LOSSES:
-        block = make_block(*enlarged(33, 40), 24, loss=loss, factors=(True, True))
+    for kind in KINDS:
+        block = make_block(*enlarged(33, 40), 24, kind=kind, factors=(True, True))
         check(gpu_engine, block, projects=(False, True))
     check_in_one_go(gpu_engine, block, project=False)
 
@@ -100,7 +90,7 @@ def test_gradients_before_and_after_the_normalisation(gpu_engine: str) -> None:
 @pytest.mark.parametrize("needs", [(x, y) for x in (False, True) for y in (False, True)])
 def test_only_what_is_needed(gpu_engine: str, needs: tuple[bool, bool]) -> None:
     m, n = enlarged(33, 40)
-    block, sigmoid = (make_block(m, n, 8, loss=loss, factors=(True, False)) for loss in LOSSES)
+    block, sigmoid = (make_block(m, n, 8, kind=kind, factors=(True, False)) for kind in KINDS)
     check(gpu_engine, block, needs=needs)
     check_in_one_go(gpu_engine, sigmoid, needs)
     # The CUDA engine's logits are torch's product, too.
@@ -116,15 +106,15 @@ def test_only_what_is_needed(gpu_engine: str, needs: tuple[bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_chunks_change_nothing(
-    gpu_engine: str, loss: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    gpu_engine: str, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tile at a time, on either side of the switch."""
-    has_switch = loss == "softmax" and dtype == "bfloat16"
+    has_switch = kind == "softmax" and dtype == "bfloat16"
     for scale in (14.3, 1e4) if has_switch else (14.3,):
         block = make_block(
-            *enlarged(70, 67), 16, HALVES[dtype], loss=loss, offset=3, factors=(True, True),
+            *enlarged(70, 67), 16, HALVES[dtype], kind=kind, offset=3, factors=(True, True),
             scale=scale,
         )  # fmt: skip
         with small_chunks(gpu_engine, monkeypatch):
@@ -133,24 +123,24 @@ def test_chunks_change_nothing(
                 check(gpu_engine, block, *enlarged(48), what=f"{scale=}, kept rows")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_chunks_of_several_tiles(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_several_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA engine's: the last chunks are narrower, and their rows begin anywhere."""
     prepare("cuda", DEVICE, monkeypatch)
-    block = make_block(300, 701, 8, loss=loss, offset=150, factors=(True, False))
+    block = make_block(300, 701, 8, kind=kind, offset=150, factors=(True, False))
     with small_chunks("cuda", monkeypatch, 130, 300):
         for keep in (0, 160):
             check("cuda", block, keep)
-        if loss == "sigmoid":
+        if kind == "sigmoid":
             check_in_one_go("cuda", block)
 
 
 @pytest.mark.parametrize("shape", [(70, 40), (40, 70)], ids=["tall", "wide"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_kept_products(gpu_engine: str, loss: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_products(gpu_engine: str, kind: str, shape: tuple[int, int]) -> None:
     """Some rows, all rows, more than all; they are what the second sweep reads."""
     m, n = enlarged(*shape)
-    block = make_block(m, n, 12, torch.bfloat16, loss=loss, offset=-3, factors=(True, True))
+    block = make_block(m, n, 12, torch.bfloat16, kind=kind, offset=-3, factors=(True, True))
     for budget in (4 * EDGE * min(m, n), 1 << 40):
         keep = KEPT_BY[gpu_engine].keep(Arguments.of(block.arguments)[0], budget)
         check(gpu_engine, block, keep, what=f"{keep} rows")
@@ -201,7 +191,7 @@ def test_gradients_in_any_dtype(gpu_engine: str, dtype_x: str, dtype_y: str) -> 
 @pytest.mark.parametrize("out", HALVES)
 def test_features_shorter_than_epsilon_are_not_projected(gpu_engine: str, out: str) -> None:
     """Their norm was clamped. In fp16 their gradient of 1e12 is 0 instead of infinite."""
-    block = make_block(*enlarged(40, 33), 24, loss="sigmoid", factors=(True, True))
+    block = make_block(*enlarged(40, 33), 24, kind="sigmoid", factors=(True, True))
     block.x[0] = 0
     block.x[7] *= 1e-13 / block.x[7].norm()
     block.factor_x[[0, 7]] = 1e12

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.dense_block import operator
+from support.block_operators import operator
 
 from fastclip.engine import torch_engine
 
@@ -21,14 +21,14 @@ def lines() -> tuple[torch.Tensor, torch.Tensor]:
     return grid[:, :2].T.contiguous(), grid[:, 2].contiguous()
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_it_agrees_with_plain_pytorch(gpu_engine: str, loss: str) -> None:
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_it_agrees_with_plain_pytorch(gpu_engine: str, kind: str) -> None:
     state, positive = lines()
-    if loss == "sigmoid":
+    if kind == "sigmoid":
         state[0] = 0
     scale, bias = torch.tensor(1.3), torch.tensor(-2.0)
-    finished = operator("finish", gpu_engine)(state, positive, scale, bias, loss)
-    expected = torch_engine.finish(state, positive, scale, bias, loss)
+    finished = operator("finish", gpu_engine)(state, positive, scale, bias, kind)
+    expected = torch_engine.finish(state, positive, scale, bias, kind)
     for result, truth in zip(finished, expected, strict=True):
         # Coefficients beyond belong to lines without negatives: they weigh nothing.
         result, truth = result.clamp_max(4e307), truth.clamp_max(4e307)

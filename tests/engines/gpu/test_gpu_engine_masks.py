@@ -14,20 +14,11 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from support import masked_cases
-from support.dense_block import (
-    DTYPES,
-    LOSSES,
-    Block,
-    Dense,
-    assert_gradients,
-    has_one_shift,
-    make_masked_block,
-    make_weights,
-    occupied,
-    operator,
-    sweep,
-)
+from support.block_operators import make_weights, operator, sweep
+from support.dense_block import DTYPES, KINDS, Block
+from support.dense_truth import Dense, assert_gradients, has_one_shift
 from support.gpu_engine_case import enlarged, prepare, several_tiles, small_chunks, tf32_products
+from support.masked_block import make_masked_block, occupied
 from support.masked_cases import OFFSETS, OPTIONS, check_masked
 from support.triton_case import needs_engine
 
@@ -54,20 +45,18 @@ def masked(engine: str, options: str, turn: int = 0, **others: object) -> Block:
     return make_masked_block(*size, 8, dtype, **{**OPTIONS[options], **others})
 
 
-@pytest.mark.parametrize(
-    "loss, options", [*zip(itertools.cycle(LOSSES), OPTIONS), ("softmax", ALL)]
-)
-def test_every_option(gpu_engine: str, loss: str, options: str) -> None:
+@pytest.mark.parametrize("kind, options", [*zip(itertools.cycle(KINDS), OPTIONS), ("softmax", ALL)])
+def test_every_option(gpu_engine: str, kind: str, options: str) -> None:
     """With the one kind or the other: a card has time for both."""
-    turn = [*itertools.product(LOSSES, OPTIONS)].index((loss, options))
-    check_masked(gpu_engine, masked(gpu_engine, options, turn, loss=loss), "", project=turn % 2 > 0)
+    turn = [*itertools.product(KINDS, OPTIONS)].index((kind, options))
+    check_masked(gpu_engine, masked(gpu_engine, options, turn, kind=kind), "", project=turn % 2 > 0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_chunks(gpu_engine: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks(gpu_engine: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_chunks(gpu_engine, monkeypatch):
         for turn, options in enumerate((ALL, "ids, margin, key bias")):
-            check_masked(gpu_engine, masked(gpu_engine, options, turn, loss=loss), options)
+            check_masked(gpu_engine, masked(gpu_engine, options, turn, kind=kind), options)
 
 
 @pytest.mark.parametrize(
@@ -185,26 +174,26 @@ def test_a_pair_at_the_threshold_counts(gpu_engine: str) -> None:
     assert not torch.equal(sweep(gpu_engine, below)[0], sweep(gpu_engine, block)[0])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_nan_passes_thresholds(gpu_engine: str, loss: str) -> None:
-    block = masked(gpu_engine, "margin", loss=loss, ids=4, same_id_positive=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_passes_thresholds(gpu_engine: str, kind: str) -> None:
+    block = masked(gpu_engine, "margin", kind=kind, ids=4, same_id_positive=False)
     block.x[3] = torch.nan
     row = sweep(gpu_engine, block)[0][1]
     assert row[3].isnan()
-    if loss == "sigmoid":  # with a shift all lines of a block share the bound that it spoils
+    if kind == "sigmoid":  # with a shift all lines of a block share the bound that it spoils
         m = len(block.x)
         hidden = block.ids_y == block.ids_x[3]
         hidden[3] = True
         assert row[:3].isfinite().all() and torch.equal(row[m:].isnan(), ~hidden)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_equal_ids_are_kept_out_of_what_is_kept(gpu_engine: str, loss: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_ids_are_kept_out_of_what_is_kept(gpu_engine: str, kind: str) -> None:
     """Nothing is kept, or used, of a block whose weights depend on more; sums of columns are made
     anew."""
     for options in ("ids", ALL):
-        check_masked(gpu_engine, masked(gpu_engine, options, 1, loss=loss), options, keep=96)
-    block = masked(gpu_engine, "ids", 1, loss=loss)
+        check_masked(gpu_engine, masked(gpu_engine, options, 1, kind=kind), options, keep=96)
+    block = masked(gpu_engine, "ids", 1, kind=kind)
     state, positive, kept = sweep(gpu_engine, block, 96)
     weights = make_weights(state, len(block.x))
     dense = Dense(block)
@@ -217,13 +206,13 @@ def test_equal_ids_are_kept_out_of_what_is_kept(gpu_engine: str, loss: str) -> N
 
 
 @needs_engine
-@pytest.mark.parametrize("loss", LOSSES)
-def test_small_blocks(loss: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_blocks(kind: str) -> None:
     """The Triton engine's way of blocks that wait for launches."""
     for turn, options in enumerate((ALL, "ids, margin, key bias")):
         for scale in (14.3, 1e3):
             block = make_masked_block(
-                40, 37, 24, loss=loss, scale=scale, offset=-3, factors=(True, False),
+                40, 37, 24, kind=kind, scale=scale, offset=-3, factors=(True, False),
                 **OPTIONS[options],
             )  # fmt: skip
             check_masked("triton", block, f"{options}, {scale=}", keep=16 * turn)

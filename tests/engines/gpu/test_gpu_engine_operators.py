@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.dense_block import Block, make_block, make_weights, operator, sweep, weigh
+from support.block_operators import make_weights, operator, sweep, weigh
+from support.dense_block import Block, make_block
 from support.gpu_engine_case import enlarged
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def test_they_agree_with_their_fakes(gpu_engine: str) -> None:
             *block.arguments, state, positive, kept, state[1].reciprocal(), positive, gain, True,
             True, False, False, torch.float32, torch.bfloat16,
         ),
-        "sweep_and_weigh": (*block._replace(loss="sigmoid").arguments, gain, True, False, False),
+        "sweep_and_weigh": (*block._replace(kind="sigmoid").arguments, gain, True, False, False),
     }  # fmt: skip
     for name, values in arguments.items():
         torch.library.opcheck(
@@ -89,7 +90,7 @@ def test_autocast_does_not_reach_into_them(gpu_engine: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_scalars_have_any_dtype_and_either_shape(gpu_engine: str, dtype: torch.dtype) -> None:
     """Each of them is exact in all."""
-    block = make_block(20, 24, 8, loss="sigmoid", scale=4.5, bias=-3.0)
+    block = make_block(20, 24, 8, kind="sigmoid", scale=4.5, bias=-3.0)
     expected = sweep(gpu_engine, block)
     for shape in ((), (1,), (1, 1)):
         scale, bias = (t.to(dtype).reshape(shape) for t in (block.scale, block.bias))
@@ -116,7 +117,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Block], Any]]] = {
     ),
     "a kind of another name": (
         ValueError, "kind must be one of 'softmax', 'sigmoid', got 'hinge'",
-        lambda b: {"loss": "hinge"},
+        lambda b: {"kind": "hinge"},
     ),
     "integers": (
         TypeError, "features must be float64, float32, bfloat16 or float16",

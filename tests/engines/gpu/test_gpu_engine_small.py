@@ -62,7 +62,7 @@ def test_any_scale(scale: float) -> None:
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])
 def test_losses_without_a_state(dtype: str, launches: Counter) -> None:
     """Every tile is one of the edges: one launch makes them all."""
-    block = make_block(40, 70, 24, DTYPES[dtype], loss="sigmoid", offset=5, factors=(True, False))
+    block = make_block(40, 70, 24, DTYPES[dtype], kind="sigmoid", offset=5, factors=(True, False))
     check("triton", block)
     check_in_one_go("triton", block)
     assert launches["sweep_edges_kernel"] == 1 and launches["weigh_edges_kernel"] == 2
@@ -72,7 +72,7 @@ def test_losses_without_a_state(dtype: str, launches: Counter) -> None:
 def test_nothing_is_kept(launches: Counter) -> None:
     """What the budget allows is not used: reading it would take another launch."""
     for loss in ("softmax", "sigmoid"):
-        block = make_block(40, 50, 24, torch.bfloat16, loss=loss)
+        block = make_block(40, 50, 24, torch.bfloat16, kind=loss)
         check("triton", block, KEPT_BY["triton"].keep(Arguments.of(block.arguments)[0], 1 << 30))
     assert not launches["weigh_kept_kernel"] and not launches["moments_kernel"]
 

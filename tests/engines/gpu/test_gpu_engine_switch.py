@@ -8,16 +8,9 @@ import math
 
 import pytest
 import torch
-from support.dense_block import (
-    LOG2E,
-    Block,
-    Dense,
-    assert_states,
-    has_one_shift,
-    make_block,
-    operator,
-    sweep,
-)
+from support.block_operators import operator, sweep
+from support.dense_block import LOG2E, Block, make_block
+from support.dense_truth import Dense, assert_states, has_one_shift
 from support.gpu_engine_case import check, enlarged
 from torch import Tensor
 

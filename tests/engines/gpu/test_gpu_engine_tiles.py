@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.dense_block import DTYPES, LOSSES, Block, has_one_shift, make_block
+from support.dense_block import DTYPES, KINDS, Block, make_block
+from support.dense_truth import has_one_shift
 from support.gpu_engine_case import (
     check,
     check_in_one_go,
@@ -35,10 +36,10 @@ class Case(NamedTuple):
         factors = [side for side, used in zip("xy", self.factors, strict=True) if used]
         return " ".join([self.dtype, str(self.width), *factors, *["tall"] * self.tall])
 
-    def block(self, size: tuple[int, int], loss: str, offset: int) -> Block:
+    def block(self, size: tuple[int, int], kind: str, offset: int) -> Block:
         m, n = size[::-1] if self.tall else size
         return make_block(
-            m, n, depth(self.width), DTYPES[self.dtype], loss=loss, offset=offset,
+            m, n, depth(self.width), DTYPES[self.dtype], kind=kind, offset=offset,
             factors=self.factors,
         )  # fmt: skip
 
@@ -71,8 +72,8 @@ def test_many_tiles_in_one_go(gpu_engine: str, case: Case) -> None:
 
 def test_many_tiles_in_tf32(gpu_engine: str) -> None:
     """The features hold tf32 numbers, so only weights are rounded."""
-    for loss, run in zip(LOSSES, (check, check_in_one_go), strict=True):
-        block = Case("float32", 520, (True, False)).block(many_tiles(gpu_engine), loss, -5)
+    for kind, run in zip(KINDS, (check, check_in_one_go), strict=True):
+        block = Case("float32", 520, (True, False)).block(many_tiles(gpu_engine), kind, -5)
         held = [(t.view(torch.int32) & -(1 << 13)).view(torch.float32) for t in block[:2]]
         with tf32_products():
             run(gpu_engine, block._replace(x=held[0], y=held[1]))
@@ -100,14 +101,14 @@ def test_any_diagonal(gpu_engine: str, diagonal: str) -> None:
     rows, columns = tile_of(gpu_engine)
     m, n = rows + rows // 2, 2 * columns + columns // 4
     offset = diagonals(rows, columns, m, n)[diagonal]
-    loss = LOSSES[offset % 2]
-    check(gpu_engine, make_block(m, n, 8, torch.bfloat16, loss=loss, offset=offset))
+    kind = KINDS[offset % 2]
+    check(gpu_engine, make_block(m, n, 8, torch.bfloat16, kind=kind, offset=offset))
 
 
 class Cut(NamedTuple):
     """A loss, a shape of chunks and an offset, in tiles, rows to keep, of all."""
 
-    loss: str
+    kind: str
     rows: int
     columns: int
     offset: float
@@ -128,13 +129,13 @@ def test_chunks_of_tiles(gpu_engine: str, cut: Cut, monkeypatch: pytest.MonkeyPa
     rows, columns = tile_of(gpu_engine)
     m, n = several_tiles(gpu_engine)
     block = make_block(
-        m, n, depth(520), torch.bfloat16, loss=cut.loss, offset=round(cut.offset * columns),
+        m, n, depth(520), torch.bfloat16, kind=cut.kind, offset=round(cut.offset * columns),
         factors=(True, True),
     )  # fmt: skip
     keep = int(cut.kept * n) // 16 * 16
     with small_chunks(gpu_engine, monkeypatch, cut.rows * rows, cut.columns * columns):
         check(gpu_engine, block, keep)
-        if cut.loss == "sigmoid" and not keep:
+        if cut.kind == "sigmoid" and not keep:
             check_in_one_go(gpu_engine, block)
 
 

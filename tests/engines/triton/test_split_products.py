@@ -7,7 +7,7 @@ needs no model: there the tests are of its own.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from support.judge import (
     plain,
     truth,
 )
-from support.pretended_card import CUDA, backends, nothing_known, pretend
+from support.pretended_card import backends
 from support.triton_case import needs_engine
 
 from fastclip.engine import preference
@@ -246,9 +246,9 @@ def test_losses_are_not_if_tensor_cores_add_up(
 
 
 BLOCKS = [
-    ((66, 70, 40), {"loss": "softmax", "factors": (True, False)}),
-    ((66, 40, 7), {"loss": "sigmoid"}),
-    ((33, 64, 33), {"loss": "softmax", "offset": 3, "scale": 500.0}),
+    ((66, 70, 40), {"kind": "softmax", "factors": (True, False)}),
+    ((66, 40, 7), {"kind": "sigmoid"}),
+    ((33, 64, 33), {"kind": "softmax", "offset": 3, "scale": 500.0}),
 ]
 
 
@@ -263,8 +263,8 @@ def test_both_sweeps_are_right(sizes: tuple[int, ...], options: dict) -> None:
 @pytest.mark.usefixtures("split", "on_the_device")
 def test_kept_rows_and_chunks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     with small_chunks("triton", monkeypatch):
-        check("triton", make_block(66, 40, 24, loss="softmax", offset=-2), keep=48)
-        check_in_one_go("triton", make_block(34, 40, 24, loss="sigmoid", factors=(True, True)))
+        check("triton", make_block(66, 40, 24, kind="softmax", offset=-2), keep=48)
+        check_in_one_go("triton", make_block(34, 40, 24, kind="sigmoid", factors=(True, True)))
 
 
 @needs_engine
@@ -273,7 +273,7 @@ def test_small_blocks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastclip.triton_kernels import plan
 
     monkeypatch.setattr(plan, "SMALL_PAIRS", 1 << 23)
-    check("triton", make_block(37, 20, 24, loss="softmax"))
+    check("triton", make_block(37, 20, 24, kind="softmax"))
 
 
 @needs_engine
@@ -284,57 +284,6 @@ def test_rows_may_begin_anywhere() -> None:
     wide = torch.zeros(33, 22)
     wide[:, 1:19:2] = block.x
     check("triton", block._replace(x=wide[:, 1:19:2]))
-
-
-@pytest.fixture
-def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, str], None]]:
-    """Sets FASTCLIP_FP32 and torch's precision."""
-    before = torch.backends.cuda.matmul.fp32_precision
-
-    def be(asked: str | None, precision: str = "ieee") -> None:
-        if asked is None:
-            monkeypatch.delenv("FASTCLIP_FP32", raising=False)
-        else:
-            monkeypatch.setenv("FASTCLIP_FP32", asked)
-        torch.backends.cuda.matmul.fp32_precision = precision
-        preference.fp32.cache_clear()
-
-    yield be
-    torch.backends.cuda.matmul.fp32_precision = before
-    preference.fp32.cache_clear()
-
-
-def test_it_is_asked_for(
-    settings: Callable[[str | None, str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Then Triton, which alone has it, comes first for fp32; tf32 comes before either."""
-    for asked, first in ((None, "cuda"), ("", "cuda"), ("ieee", "cuda"), ("split", "triton")):
-        settings(asked)
-        products = preference.products_of(torch.float32)
-        assert products == ("split" if asked == "split" else "fp32")
-        assert preference.products_of(torch.bfloat16) == "half"
-        rows = [row for row in preference.TABLE if row.takes(products, (9, 0))]
-        assert preference.order(rows, 1000, 512)[0] == first
-    settings("split", "tf32")
-    assert preference.products_of(torch.float32) == "tf32"
-    settings("split")
-    monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert preference.products_of(torch.float32) == "fp32"
-
-
-def test_another_word_is_refused(settings: Callable[[str | None, str], None]) -> None:
-    settings("bf16")
-    with pytest.raises(
-        ValueError, match=r"^FASTCLIP_FP32 must be one of 'split', 'ieee', got 'bf16'$"
-    ):
-        preference.products_of(torch.float32)
-
-
-def test_it_takes_fp32_features_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preference, "fp32", lambda: "split")
-    with nothing_known() as patch:
-        pretend(patch, (9, 0), "3.7.1")
-        assert backends.choose(None, CUDA, torch.float32, 1000, 512) == "triton"
 
 
 @needs_engine

@@ -18,7 +18,19 @@ import pytest
 from support.bench.importing import TINY
 
 import fastclip.triton_kernels
-from bench.gpu import cases, counters, install, kernels, process, rates, rows, smoke, steps, tiles
+from bench.gpu import (
+    cases,
+    counters,
+    install,
+    kernels,
+    process,
+    rates,
+    rows,
+    smoke,
+    smoke_checks,
+    steps,
+    tiles,
+)
 from bench.losses import loss_of
 from bench.measure import memory, runner
 
@@ -164,8 +176,8 @@ def _make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rows, "SECONDS", dict.fromkeys(groups, 0.01))
     patch.setattr(memory, "measure", lambda case, method, device: (1 << 20, ""))
     patch.setattr(runner, "GemmLimit", Limit)
-    patch.setattr(smoke, "SHAPES", ((17, 8),))
-    patch.setattr(smoke, "SCALES", (14.3, 100.0))
+    patch.setattr(smoke_checks, "SHAPES", ((17, 8),))
+    patch.setattr(smoke_checks, "SCALES", (14.3, 100.0))
     patch.setattr(smoke, "run_job", _job_in_this_process)
     patch.setattr(rates, "ROUNDS", 1)
     patch.setattr(rates, "SHORTEST", 1e-4)

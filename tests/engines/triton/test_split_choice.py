@@ -1,0 +1,60 @@
+"""FASTCLIP_FP32 decides how float32 features are multiplied, and which engine does it."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support.pretended_card import CUDA, backends, nothing_known, pretend
+
+from fastclip.engine import preference
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, str], None]]:
+    """Sets FASTCLIP_FP32 and torch's precision."""
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def be(asked: str | None, precision: str = "ieee") -> None:
+        if asked is None:
+            monkeypatch.delenv("FASTCLIP_FP32", raising=False)
+        else:
+            monkeypatch.setenv("FASTCLIP_FP32", asked)
+        torch.backends.cuda.matmul.fp32_precision = precision
+        preference.fp32.cache_clear()
+
+    yield be
+    torch.backends.cuda.matmul.fp32_precision = before
+    preference.fp32.cache_clear()
+
+
+def test_it_is_asked_for(
+    settings: Callable[[str | None, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then Triton, which alone has it, comes first for fp32; tf32 comes before either."""
+    for asked, first in ((None, "cuda"), ("", "cuda"), ("ieee", "cuda"), ("split", "triton")):
+        settings(asked)
+        products = preference.products_of(torch.float32)
+        assert products == ("split" if asked == "split" else "fp32")
+        assert preference.products_of(torch.bfloat16) == "half"
+        rows = [row for row in preference.TABLE if row.takes(products, (9, 0))]
+        assert preference.order(rows, 1000, 512)[0] == first
+    settings("split", "tf32")
+    assert preference.products_of(torch.float32) == "tf32"
+    settings("split")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert preference.products_of(torch.float32) == "fp32"
+
+
+def test_another_word_is_refused(settings: Callable[[str | None, str], None]) -> None:
+    settings("bf16")
+    with pytest.raises(
+        ValueError, match=r"^FASTCLIP_FP32 must be one of 'split', 'ieee', got 'bf16'$"
+    ):
+        preference.products_of(torch.float32)
+
+
+def test_it_takes_fp32_features_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preference, "fp32", lambda: "split")
+    with nothing_known() as patch:
+        pretend(patch, (9, 0), "3.7.1")
+        assert backends.choose(None, CUDA, torch.float32, 1000, 512) == "triton"

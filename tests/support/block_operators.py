@@ -1,0 +1,65 @@
+"""The operators called on a block of the tests, and weights as a loss would ask for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from support.dense_block import Block, Weights, accumulator, random_tensor
+from support.masked_block import occupied
+from torch import Tensor
+
+
+def operator(name: str, engine: str) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops.fastclip, name), engine)
+
+
+def sweep(
+    engine: str, block: Block, keep: int = 0, bound: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return operator("sweep", engine)(*block.arguments, bound, occupied(block), keep)
+
+
+def make_weights(state: Tensor, m: int, gain: float = -0.7, seed: int = 1) -> Weights:
+    """Coefficients that bring each line's weights to order 1; also weights for absent positives."""
+    sums = state[1::2]
+    coefficients = torch.exp2(random_tensor(*sums.shape, seed=seed) / 3) / torch.where(
+        sums > 1e-30, sums, 1
+    )
+    coefficients = coefficients if len(sums) > 1 else coefficients[0]
+    positive = -torch.sigmoid(random_tensor(m, seed=seed + 1))
+    return Weights(coefficients, positive, torch.tensor(gain, dtype=torch.float64))
+
+
+def weigh(
+    engine: str,
+    block: Block,
+    state: Tensor,
+    positive: Tensor,
+    weights: Weights,
+    kept: Tensor | None = None,
+    needs: tuple[bool, bool] = (True, True),
+    project: bool = False,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = weigh_all(engine, block, state, positive, weights, kept, needs, project, dtypes)
+    return results[:3]
+
+
+def weigh_all(
+    engine: str,
+    block: Block,
+    state: Tensor,
+    positive: Tensor,
+    weights: Weights,
+    kept: Tensor | None = None,
+    needs: tuple[bool, bool] = (True, True),
+    project: bool = False,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `weigh`, and the gradient of a key bias behind it, where there is one."""
+    dtype = accumulator(block.x.dtype)
+    kept = block.x.new_empty(0, dtype=dtype) if kept is None else kept
+    return operator("weigh", engine)(
+        *block.arguments, state, positive, kept, weights.coefficients, weights.positive_weight,
+        weights.gain, *needs, block.key_bias is not None, project, *(dtypes or (dtype, dtype)),
+    )  # fmt: skip

@@ -1,0 +1,214 @@
+"""What the operators must return for a block, dense in float64, and the comparison with it."""
+
+from functools import cached_property
+
+import torch
+from support.dense_block import DENSE_KINDS, Block, Gradients, Weights, accumulator
+from support.judge import roundoff
+from torch import Tensor
+
+
+class Dense:
+    """The truth of one block."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.kind = block, DENSE_KINDS[block.kind]
+        self.x, self.y = (
+            features.double() * (1 if factor is None else factor.double()[:, None])
+            for features, factor in zip(block[:2], block[2:4], strict=True)
+        )
+        self.m, self.n = len(self.x), len(self.y)
+        self.scale = float(block.scale)
+        has_bias = block.bias is not None and not self.kind.has_shift
+        self.bias = float(block.bias) if has_bias else 0.0
+        self.t = self.x @ self.y.T
+        self.s = self.scale * self.t + self.bias
+        if block.key_bias is not None:
+            self.s = self.s + block.key_bias.double()
+        rows = torch.arange(self.m)[:, None] + block.offset
+        self.is_positive = rows == torch.arange(self.n)
+        same = torch.zeros_like(self.is_positive)
+        if block.ids_x is not None:
+            same = (block.ids_x[:, None] == block.ids_y) & ~self.is_positive
+        self.is_same = same
+        self.by_row = self.by_column = ~self.is_positive & ~same
+        if block.threshold_x is not None:
+            self.by_row = self.by_row & ~(self.t > block.threshold_x.double()[:, None])
+            self.by_column = self.by_column & ~(self.t > block.threshold_y.double())
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """(M): t of the own positives, NaN where there is none in the block."""
+        t = torch.where(self.is_positive, self.t, 0).sum(1)
+        return torch.where(self.is_positive.any(1), t, torch.nan)
+
+    @cached_property
+    def logarithms(self) -> Tensor:
+        """(M + N), or twice as many with positives by id: as the function of that name."""
+        negatives = self._statistics(self.s, self.by_row, self.by_column)
+        if not self.block.same_id_positive:
+            return negatives
+        s = self.kind.sign_of_positives * self.s
+        return torch.cat([negatives, self._statistics(s, self.is_same, self.is_same)])
+
+    def _statistics(self, s: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+        statistic = self.kind.statistic
+        return torch.cat([statistic(s, by_row, 1), statistic(s, by_column, 0)])
+
+    def activations(self, state: Tensor, coefficients: Tensor) -> Tensor:
+        """(M, N): weights of the pairs, 0 at the own positives."""
+        coefficients = coefficients.double().reshape(-1, self.m + self.n)
+        w = self._weights(self.s, state[0], coefficients[0], self.by_row, self.by_column)
+        if not self.block.same_id_positive:
+            return w
+        sign, same = self.kind.sign_of_positives, self.is_same
+        return w + sign * self._weights(sign * self.s, state[2], coefficients[1], same, same)
+
+    def _weights(
+        self, s: Tensor, shifts: Tensor, coefficients: Tensor, by_row: Tensor, by_column: Tensor
+    ) -> Tensor:
+        a, b = coefficients.split([self.m, self.n])
+        row, column = shifts.split([self.m, self.n])
+        of_row = self.kind.activation(s, row[:, None]) * a[:, None]
+        of_column = self.kind.activation(s, column) * b
+        return of_row.masked_fill(~by_row, 0) + of_column.masked_fill(~by_column, 0)
+
+    def gradients(self, w: Tensor, weights: Weights, project: bool = False) -> Gradients:
+        """From the weights of the pairs beside the own positives."""
+        w = w + self.is_positive * weights.positive_weight.double()[:, None]
+        gain = float(weights.gain)
+        results, conditions = [], []
+        for weight, mine, other, factor in (
+            (w, self.x, self.y, self.block.factor_x),
+            (w.T, self.y, self.x, self.block.factor_y),
+        ):
+            g = gain * self.scale * (weight @ other)
+            size = abs(gain * self.scale) * (weight.abs() @ other.abs())
+            if project and factor is not None:
+                f = factor.double()[:, None]
+                clamped = f >= 0.9999e12
+                unit = torch.where(clamped, 0, mine)
+                g = (g - unit * (unit * g).sum(1, keepdim=True)) * f
+                size = (size + unit.abs() * (unit * size).abs().sum(1, keepdim=True)) * f
+            results.append(g)
+            conditions.append(_ratio(size, g))
+        totals = gain * torch.stack([w.sum(), (w * self.t).sum()])
+        sizes = abs(gain) * torch.stack([w.abs().sum(), (w * self.t).abs().sum()])
+        columns, of_columns = gain * w.sum(0), abs(gain) * w.abs().sum(0)
+        conditions += [_ratio(sizes, totals), _ratio(of_columns, columns)]
+        return Gradients(*results, totals, columns, tuple(conditions))
+
+    @cached_property
+    def longest(self) -> list[float]:
+        """The largest norm of either tower."""
+        peaks = [float(features.abs().max()) or 1.0 for features in (self.x, self.y)]
+        return [
+            peak * float((features / peak).norm(dim=1).max())
+            for features, peak in zip((self.x, self.y), peaks, strict=True)
+        ]
+
+    @property
+    def largest(self) -> float:
+        """A bound of the logits, which is what rounding errors in exponentials grow with."""
+        biases = abs(self.bias)
+        if self.block.key_bias is not None:
+            biases += float(self.block.key_bias.clamp_min(-1e3).abs().max())
+        return abs(self.scale) * self.longest[0] * self.longest[1] + biases
+
+    @property
+    def arithmetic(self) -> float:
+        """The error of one careful exponential."""
+        return 8 * roundoff(accumulator(self.block.x.dtype)) * (1 + self.largest)
+
+
+def _ratio(size: Tensor, result: Tensor) -> float:
+    return float(size.norm() / result.norm()) if result.any() else 1.0
+
+
+def takes_tf32(x: Tensor) -> bool:
+    """A GPU engine rounds these features, and weights, to tf32 before it multiplies them."""
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def product_error(x: Tensor) -> float:
+    """The error of <x_i, y_j> for unit features."""
+    d = x.shape[1]
+    terms = 8 + d**0.5
+    if x.is_cuda and (x.itemsize == 2 or takes_tf32(x)):
+        # Tensor cores truncate, so the errors of terms of one sign add up. Emulated on pairs that
+        # are alike: at most 0.1 D roundoffs on Ampere (8 products a step), 0.05 D on Hopper (16).
+        terms += d / 8
+    return terms * roundoff(accumulator(x.dtype))
+
+
+def has_one_shift(state: Tensor) -> bool:
+    """Whether the sweep with one shift for all lines was enough."""
+    return bool((state[::2] == state[0, 0]).all())
+
+
+def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "") -> None:
+    """The operators' state and positives against the truth."""
+    assert state.dtype == positive.dtype == torch.float64
+    sets = 2 if dense.block.same_id_positive else 1
+    assert state.shape == (2 * sets, dense.m + dense.n) and positive.shape == (dense.m,)
+    assert state.isfinite().all(), what
+    lines, exact = logarithms(state, dense.block.kind), dense.logarithms
+    if dense.kind.has_shift:
+        absent = exact == -torch.inf
+        assert torch.equal(state[1::2].flatten() == 0, absent), f"{what}: lines without pairs"
+        # The truth itself is a sum of a shift and a logarithm, in float64.
+        difference = (lines - exact)[~absent].abs() - 1e-15 * exact[~absent].abs()
+    else:
+        difference = (lines - exact).abs() / exact.clamp_min(1e-30)
+    assert (difference <= dense.arithmetic).all(), f"{what}: states off by {difference.max()}"
+    close = torch.isclose(positive, dense.positive, rtol=0, atol=_atol(dense), equal_nan=True)
+    assert close.all(), f"{what}: positives {positive[~close]}, not {dense.positive[~close]}"
+
+
+def _atol(dense: Dense) -> float:
+    return product_error(dense.block.x) * dense.longest[0] * dense.longest[1]
+
+
+def assert_gradients(
+    dense: Dense,
+    exact: Gradients,
+    results: tuple[Tensor, ...],
+    needs: tuple[bool, bool] = (True, True),
+    what: str = "",
+    half_products: bool = False,
+) -> None:
+    """dx, dy, the totals, and the gradient of a key bias against the truth, each by its own
+    condition. half_products: fp16 weights enter products in fp16, as bf16 ones do in any case."""
+    x = dense.block.x
+    # The C++ and plain engines widen fp16 on CPUs.
+    takes_half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and half_products)
+    narrow = roundoff(x.dtype) if takes_half or (x.is_cuda and x.itemsize == 2) else 0.0
+    if takes_tf32(x):
+        narrow = 2.0**-11
+    names = ("dx", "dy", "totals", "key bias")
+    for name, result, truth, condition, needed in zip(
+        names,
+        results,
+        exact,
+        exact.conditions,
+        (*needs, True, dense.block.key_bias is not None),
+        strict=False,
+    ):
+        if not needed:
+            assert result.shape == (0, *truth.shape[1:]), f"{what}: {name} was not asked for"
+            continue
+        assert result.shape == truth.shape, f"{what}: {name}"
+        assert result.isfinite().all(), f"{what}: {name} is not finite"
+        # Only the products that make dx and dy may take weights in half precision.
+        weights = narrow if name in ("dx", "dy") else 0.0
+        allowed = condition * (dense.arithmetic + weights) + roundoff(result.dtype)
+        size = truth.norm()
+        error = float((result.double() - truth).norm() / (size if size else 1))
+        assert error <= allowed, f"{what}: {name} is off by {error:.2e}, allowed {allowed:.2e}"
+
+
+def logarithms(state: Tensor, loss: str) -> Tensor:
+    """States as one number a line: log2 of the sum of exponentials, or the sum of softplus; those
+    of positives by id behind those of negatives."""
+    shift, sums = state[::2].flatten(), state[1::2].flatten()
+    return DENSE_KINDS[loss].logarithm(shift, sums)
