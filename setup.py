@@ -77,8 +77,7 @@ CUDA_LIBRARIES = ["cudart_static", "rt", "pthread", "dl"]
 
 
 def compiler_version() -> str:
-    """Returns the first line of the C++ compiler's `--version`; raises without one. As in distutils,
-    CXX may have a launcher such as ccache before the compiler."""
+    """Returns the first line of `$CXX --version`; CXX may begin with a launcher such as ccache."""
     command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     return version.stdout.partition("\n")[0]

@@ -1,0 +1,87 @@
+"""Modules import one another without circles, and packages form layers."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.installation import ROOT
+
+# Each package may import those that come before it, and the modules beside them.
+LAYERS = ("fastclip.engine", "fastclip.distributed", "fastclip.loss", "fastclip.clip",
+          "fastclip.demo")  # fmt: skip
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "triton_kernels":
+        parts = ("fastclip", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, modules: set[str]) -> Iterator[str]:
+    """The modules that a file names in its imports, deferred ones included. A name of a package
+    stands for its submodule of that name, if it has one."""
+    own = module_of(path)
+    package = own if path.name == "__init__.py" else own.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")
+            above = above[: len(above) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield name if name in modules else base
+
+
+def graph(*folders: str) -> dict[str, set[str]]:
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    modules = {module_of(path) for path in files}
+    return {module_of(path): set(imports(path, modules)) & modules for path in files}
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """A circle of modules, empty if there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(edges[module]):
+            if found := visit(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next(filter(None, (visit(module, []) for module in edges)), [])
+
+
+@pytest.mark.parametrize("folders", [("fastclip", "triton_kernels"), ("bench",)], ids="/".join)
+def test_no_modules_import_one_another_in_a_circle(folders: tuple[str, ...]) -> None:
+    edges = graph(*folders)
+    assert len(edges) > 30
+    assert circle(edges) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def layer(module: str) -> int | None:
+    return next((k for k, name in enumerate(LAYERS) if f"{module}.".startswith(f"{name}.")), None)
+
+
+def test_packages_form_layers() -> None:
+    """fastclip/train.py starts the demo, and no package imports it."""
+    upwards = [
+        (module, other)
+        for module, others in graph("fastclip", "triton_kernels").items()
+        for other in others
+        if None not in (layer(module), layer(other)) and layer(other) > layer(module)
+    ]
+    assert upwards == []
