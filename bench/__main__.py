@@ -22,7 +22,7 @@ EPILOG = """\
   python -m bench scale --tflops 400            what they would take on thousands of GPUs: a model
   python -m bench table                         the CSVs of bench/results as Markdown
   python -m bench plot                          and as PNGs beside them
-  python -m bench readme                        and into README.md, between its markers
+  python -m bench readme                        and into README.md and docs/benchmarks.md
 
 Run it with nothing else on the machine: the medians are of interleaved runs, but a load that comes
 and goes still shows in the quartiles. results.Row and distributed/row.py document the columns.
@@ -57,7 +57,14 @@ def parser() -> argparse.ArgumentParser:
         "--csv", nargs="+", type=Path, default=[], metavar="FILE",
         help="where the rows go, or come from (default: bench/results)",
     )  # fmt: skip
-    made.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    made.add_argument(
+        "--readme", type=Path, default=ROOT / "README.md", metavar="FILE",
+        help="what `readme` writes the summary into, between its markers",
+    )  # fmt: skip
+    made.add_argument(
+        "--page", type=Path, default=ROOT / "docs" / "benchmarks.md", metavar="FILE",
+        help="what `readme` writes all tables into, between their markers",
+    )  # fmt: skip
     return made
 
 
@@ -169,10 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    """Tables, pictures or the README's part, of the files given or of those committed."""
+    """Tables, pictures or pages, of the files given or of those committed."""
     from .distributed import row
     from .distributed import table as across
-    from .report import plot, table
+    from .report import plot, summary, table
     from .scale import page
 
     paths = options.csv or [*table.committed(), *row.committed()]
@@ -188,12 +195,13 @@ def show(options: argparse.Namespace) -> int:
             print(os.path.relpath(page.draw(of_one)))
     elif options.command == "readme":
         if of_one:
-            table.into_readme(options.readme, of_one)
+            table.into_page(options.page, of_one)
         if of_ranks:
-            across.into_readme(options.readme, of_ranks)
+            across.into_page(options.page, of_ranks)
         if not options.csv:
-            page.into_readme(options.readme, of_one)
-        print(f"Tables of {', '.join(path.name for path in paths)} put into {options.readme}")
+            page.into_page(options.page, of_one)
+            summary.into_readme(options.readme, of_one)
+        print(f"Tables of {', '.join(path.name for path in paths)} put into {options.page}")
     else:
         reports = [table.report(results.read(path)) for path in of_one]
         reports += [across.report(results.read(path, row.Row)) for path in of_ranks]

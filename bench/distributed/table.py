@@ -194,7 +194,7 @@ def _predictions(rows: list[Row]) -> str:
     return markdown(header, lines)
 
 
-def into_readme(readme: Path, paths: Iterable[Path]) -> None:
+def into_page(page: Path, paths: Iterable[Path]) -> None:
     """Replaces what stands between the markers by the tables of `paths`."""
     body = "\n\n".join(essentials(results.read(path, Row), path) for path in paths)
-    readme.write_text(between(readme, BEGIN, END, body))
+    page.write_text(between(page, BEGIN, END, body))

@@ -116,22 +116,22 @@ def _skipped(rows: list[Row]) -> list[str]:
 # ---- README ------------------------------------------------------------------------------------
 
 
-def into_readme(readme: Path, paths: Iterable[Path]) -> None:
+def into_page(page: Path, paths: Iterable[Path]) -> None:
     """Replaces what stands between the markers by the tables of `paths`."""
     body = "\n\n".join(essentials(results.read(path), path) for path in paths)
-    readme.write_text(between(readme, BEGIN, END, body))
+    page.write_text(between(page, BEGIN, END, body))
 
 
-def between(readme: Path, begin: str, end: str, body: str) -> str:
+def between(page: Path, begin: str, end: str, body: str) -> str:
     """The file's text with `body` between two of its lines.
 
     Raises:
         SystemExit: if the file does not hold the two markers in their order.
     """
-    before, found, rest = readme.read_text().partition(begin)
+    before, found, rest = page.read_text().partition(begin)
     _, ended, after = rest.partition(end)
     if not found or not ended:
-        raise SystemExit(f"{readme}: expected the markers {begin} and {end}, one after the other")
+        raise SystemExit(f"{page}: expected the markers {begin} and {end}, one after the other")
     return f"{before}{begin}\n{body}\n{end}{after}"
 
 
@@ -166,7 +166,7 @@ def essentials(rows: list[Row], path: Path) -> str:
         parts += ["What this library sets itself, and where it stands here:", met]
     picture = path.with_suffix(".png")
     if picture.exists():
-        parts.append(f"![Time and memory against N](bench/results/{picture.name})")
+        parts.append(f"![Time and memory against N](../bench/results/{picture.name})")
     parts += _skipped(rows)
     parts.append(f"All rows, with quartiles: `bench/results/{path.name}`; `make bench ARGS=table`.")
     return "\n\n".join(parts)

@@ -128,15 +128,15 @@ def page(paths: Iterable[Path]) -> str:
     ]
     if PICTURE.exists():
         parts.append(
-            f"![Time and memory against the number of GPUs](bench/results/distributed/"
+            f"![Time and memory against the number of GPUs](../bench/results/distributed/"
             f"{PICTURE.name})"
         )
     return "\n\n".join(parts)
 
 
-def into_readme(readme: Path, paths: Iterable[Path]) -> None:
+def into_page(page_file: Path, paths: Iterable[Path]) -> None:
     """Replaces what stands between the markers."""
-    readme.write_text(between(readme, BEGIN, END, page(paths)))
+    page_file.write_text(between(page_file, BEGIN, END, page(paths)))
 
 
 def draw(paths: Iterable[Path], path: Path = PICTURE) -> Path:

@@ -141,7 +141,7 @@ def test_the_report_and_the_readme_show_times_bytes_memory_and_predictions(tmp_p
     assert "3.50x" in cells and "150 ms" in cells and "77" in cells and "1.0e-07" in cells
 
     readme.write_text(f"before\n{table.BEGIN}\nold figures\n{table.END}\nafter\n")
-    arguments = ["readme", "--csv", str(path), "--readme", str(readme)]
+    arguments = ["readme", "--csv", str(path), "--page", str(readme)]
     assert command.main(arguments) == 0
     once = readme.read_text()
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old figures" not in once

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.bench import importing  # noqa: F401 -- makes `bench` importable
 
 from bench.gpu import process, suite
 

@@ -46,7 +46,7 @@ def test_goals_are_reached_missed_or_not_measured():
     assert verdicts(every)[near] == "floor"
     assert found["CLIP float32: rms of gradient errors over the dense loss's"] == "aim"
     assert found["CLIP float32, N = 65536: seconds"] == "not measured"
-    assert list(found) == [goal.text for goal in goals.GOALS]
+    assert list(found) == [goal.text for goal in goals.CPU_GOALS]
     both = rows_of_a_case() + rows_of_a_case(scale=100.0, over_open_clip=1.5, err_dx=1e-6)
     found = verdicts(both)
     assert found["CLIP float32, N = 8192: faster than open_clip"] == "missed"
@@ -54,7 +54,7 @@ def test_goals_are_reached_missed_or_not_measured():
     assert found.pop("CLIP float32, separated pairs: gradient errors") == "aim"
     assert set(found.values()) == set(verdicts([]).values()) == {"not measured"}
     # They are goals for CPUs.
-    assert not set(verdicts(rows_of_a_case(capability="sm_90"))) & {g.text for g in goals.GOALS}
+    assert not set(verdicts(rows_of_a_case(capability="sm_90"))) & {g.text for g in goals.CPU_GOALS}
 
 
 def test_the_brief_table_has_a_line_for_each_row_that_ran():
@@ -74,15 +74,15 @@ def test_the_readme_gets_its_tables_between_the_markers(tmp_path):
     path, readme = tmp_path / "test.csv", tmp_path / "README.md"
     results.write(path, rows_of_a_case())
     readme.write_text(f"before\n{table.BEGIN}\nold figures\n{table.END}\nafter\n")
-    table.into_readme(readme, [path])
+    table.into_page(readme, [path])
     once = readme.read_text()
     assert once.startswith("before\n") and once.endswith("\nafter\n")
     assert "old figures" not in once and "1.25 s" in once and "Test CPU" in once
-    table.into_readme(readme, [path])
+    table.into_page(readme, [path])
     assert readme.read_text() == once
     readme.write_text(f"{table.END} {table.BEGIN}")
     with pytest.raises(SystemExit, match="expected the markers"):
-        table.into_readme(readme, [path])
+        table.into_page(readme, [path])
 
 
 def test_the_readme_shows_methods_that_only_a_card_has(tmp_path):

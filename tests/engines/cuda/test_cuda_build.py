@@ -159,7 +159,7 @@ def test_the_command_has_each_card_and_the_units_own_flags(
     commands = []
     monkeypatch.setattr(
         subprocess, "run",
-        lambda c, **_: (commands.append(c), SimpleNamespace(returncode=0, stdout=""))[1],
+        lambda c, **_: (commands.append(c), SimpleNamespace(returncode=0, stdout="", stderr=""))[1],
     )  # fmt: skip
     toolkit = setup.Toolkit("nvcc", "13.0", [], ["sm_80", "sm_90a", "compute_120"])
     setup.compile_cuda(toolkit, setup.CudaSource("csrc/a.cu", ("-DA",)), Path("objects"))

@@ -1,8 +1,7 @@
-"""The library's goals on GPUs, and how far the rows of a CSV reach them.
+"""The goals on GPUs. Each is the worst figure among its cases, at each scale.
 
-Ratios within one run hold on any card. Milliseconds are set for an H100 and for an H200, a line
-each: a row counts for the card that it is from. Every goal is one figure for each scale, as in
-`goals.py`.
+Ratios within one run hold on any card. Milliseconds are set for an H100 and for an H200: a row
+counts for the card that it was measured on.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..losses import LOSSES, loss_of
-from .goals import Figure, Goal, pick, worst_of
+from .goal import Figure, Goal, pick, worst_of
 from .markdown import mebibytes, percent, times
 from .results import Row
 
