@@ -1,7 +1,7 @@
-"""How a loss across ranks begins: checks of what this rank brings, then the ranks' agreement.
+"""The beginning of a call across ranks: checks of this rank's arguments, then the ranks' agreement.
 
-What is wrong on one rank is an error on all of them: a rank that is about to raise tells the others
-first. Eager calls begin here, and so do the operators of compiled ones (`traced_ranks.py`).
+A mistake on one rank is an error on all of them: a rank that is about to raise informs the others
+first. Eager calls and the operators of compiled ones (`compiled/`) begin here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Checked = TypeVar("Checked")
 
 
 class LossCall(NamedTuple):
-    """The options of a loss, as they were given."""
+    """The options of a loss, as the caller passed them."""
 
     kind: str
     mode: GradientMode
@@ -42,12 +42,12 @@ class LossCall(NamedTuple):
     backend: str | None
     memory_budget: int | None
     live: tuple[int, int] | None
-    world: tuple[str, int, int] | None  # of a module: name, rank and world size
-    dtype: torch.dtype | None = None  # of the products; None: as autocast has it now
+    world: tuple[str, int, int] | None  # a module's name, rank and world size
+    dtype: torch.dtype | None = None  # of the products; None: from autocast
 
 
 class ContrastCall(NamedTuple):
-    """The options of `distributed.contrast`, as they were given."""
+    """The options of `distributed.contrast`, as the caller passed them."""
 
     offset: int | None
     same_id: str
@@ -165,13 +165,13 @@ def check_contrast(
     return CheckedContrast(Inputs(x, y, scale, bias, key_bias), task, alike)
 
 
-NOBODYS = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)  # until ranks have agreed
+NOBODYS = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)  # before the agreement
 
 
 def engine_of(
     backend: str | None, x: Tensor, y: Tensor, ranks: int, dtype: torch.dtype, kind: str
 ) -> str:
-    """For own rows and the columns of all ranks, if they have as many."""
+    """The engine for this rank's rows by all ranks' columns, assuming ranks of one size."""
     logits = x.shape[0] * y.shape[0] * ranks
     engine = choose(backend, x.device, dtype, logits, x.shape[1], kind)
     if engine == "reference":

@@ -1,4 +1,4 @@
-"""Rows of all ranks together, sums of rows back home: each as torch and the device do it best."""
+"""All-gather and reduce-scatter of rows, in the way that suits torch and the device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows, in the order of ranks, of which each has as many as `sizes` says."""
+    """Returns all ranks' rows, in the order of ranks. sizes: the number of rows of each rank."""
     most = max(sizes)
     x = _padded(x, most)
     out = x.new_empty((len(sizes) * most, *x.shape[1:]))
-    # torch 2.13 has new names for these two, and warns of the old ones.
+    # torch 2.13 renamed these two functions and warns of the old names.
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     getattr(dist, name)(out, x, group=group)
     if min(sizes) == most:
@@ -25,9 +25,9 @@ def gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None
 def scatter_sum_rows(
     x: Tensor, sizes: Sequence[int], rank: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """This rank's rows of the sum of the ranks' x (B, ...)."""
+    """Returns this rank's rows of the sum over ranks of x (B, ...)."""
     if x.device.type == "cpu":
-        # gloo's own reduce-scatter adds up the whole everywhere: two to three times as slow.
+        # gloo's own reduce-scatter sums everything on every rank, two to three times as slow.
         each = sizes[rank]
         parts = x.new_empty((len(sizes) * each, *x.shape[1:]))
         dist.all_to_all_single(parts, x.contiguous(), [each] * len(sizes), list(sizes), group=group)

@@ -36,42 +36,39 @@ def contrast(
     backend: str | None = None,
     memory_budget: int | None = None,
 ) -> LineStatistics:
-    """`fastclip.contrast` of the rows and the columns of all ranks: of its statistics those of this
-    rank's lines.
+    """`fastclip.contrast` of all ranks' rows and columns; returns the statistics of this rank's.
 
         c = contrast(x, y, logit_scale)
         loss = (F.softplus(c.rows - c.positives) + F.softplus(c.columns - c.positives)).mean() / 2
 
-    is `clip_loss` here, of even batches. A loss of one's own is this rank's share of the whole, so
-    that the mean over ranks is meant: R / B times the sum over this rank's lines where batches
-    differ in size. After DDP's mean over ranks the gradients of towers, scale, biases are those of
-    one process that takes the mean of the ranks' losses.
+    is `clip_loss` of even batches. A rank's loss is its share of the whole: the mean over ranks
+    must be the loss of the whole batch. For batches that differ in size that is R / B times the sum
+    over this rank's lines. After DDP's mean over ranks, the gradients of towers, scale and biases
+    equal those of one process that takes the mean of the ranks' losses.
 
     Args:
-        x, y: (m, D), (n, D), this rank's rows and columns; m and n need not be equal.
-        offset: row i's own positive is this rank's column i + offset, where it has one; None: no
-            row has one, on any rank.
-        ids: (x_ids (m), y_ids (n)) of this rank's lines; compared across ranks.
-        false_negative_margin: each rank's own positives and margin say what its lines leave out.
-        key_bias: (n), of this rank's columns. Its gradient is the sum over all ranks.
-        process_group, ring, uneven: as in `clip_loss`. Sizes m and n are exchanged; with `uneven` a
-            rank may have no rows, no columns, or neither.
-        logit_scale, logit_bias, same_id, rows, columns, kind, normalize: the same on all ranks;
-            these, backend and memory_budget as in `fastclip.contrast`.
+        x, y: (m, D), (n, D), this rank's rows and columns; m and n may differ.
+        offset: the own positive of row i is this rank's column i + offset, if the rank has that
+            column; None: no row has an own positive, on any rank.
+        ids: (x_ids (m), y_ids (n)) of this rank's lines. They are compared across ranks.
+        false_negative_margin: applies to a rank's lines with its own positives and margin.
+        key_bias: (n), for this rank's columns. Its gradient is the sum over all ranks.
+        process_group, ring, uneven: as in `clip_loss`. With `uneven` a rank may have no rows, no
+            columns, or neither.
+        logit_scale, logit_bias, same_id, rows, columns, kind, normalize: the same on all ranks.
+            These, backend and memory_budget are as in `fastclip.contrast`.
 
-    Every rank must go backward through something that it got, a rank without pairs too, since the
-    others' gradients wait for it: `c.rows.sum()` of no rows is enough.
+    Every rank must call backward on something that it got, also a rank without pairs, since the
+    others' gradients wait for it; `c.rows.sum()` serves.
 
-    Bytes that a rank sends, E per feature element, B columns of all ranks: `(R - 1) n D E` for the
-    features, `4 (R - 1) n D` for their gradients in fp32, around the ring features twice, as in
-    `clip_loss`. Beside them at most 56 B for states and coefficients; 40 B more with
-    `same_id="positive"`, 8 B for ids, 4 B for a margin, 16 B for key_bias.
+    Bytes that a rank sends (B columns of all ranks, E bytes a feature element): features and
+    gradients as in `clip_loss`, with n in place of b; at most 56 B for states and coefficients,
+    40 B more with `same_id="positive"`, 8 B for ids, 4 B for a margin, 16 B for key_bias.
 
-    Bytes that a rank holds: as in `clip_loss`; where some of its rows alone have their positive
-    among its columns, `4 B D` more while gathered gradients are put together.
+    Bytes that a rank holds: as in `clip_loss`. If only some of its rows have their positive among
+    its columns, `4 B D` more while gathered gradients are concatenated.
 
-    Raises, on every rank: what `fastclip.contrast` does; ValueError and RuntimeError as in
-        `clip_loss`.
+    Raises, on every rank: as `fastclip.contrast`, and ValueError and RuntimeError as `clip_loss`.
     """
     given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin)
     call = ContrastCall(

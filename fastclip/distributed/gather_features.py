@@ -16,12 +16,12 @@ from .shard import Shard
 
 
 def _all_rows(x: Tensor, shard: Shard) -> Tensor:
-    """All ranks' rows, in a tensor of their own: of one rank they would be x itself."""
+    """All ranks' rows in a new tensor, also for a single rank."""
     return shard.gather(x).clone() if shard.world_size == 1 else shard.gather(x)
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; the gradient is the sum of what the ranks make of them."""
+    """All ranks' rows. The gradient is the sum over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
@@ -46,11 +46,11 @@ def gather_features(
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """open_clip's function of that name: both towers' features of all ranks, (B, D).
+    """open_clip's `gather_features`: both towers' features of all ranks, (B, D).
 
-    With `gather_with_grad` differentiable, once; else only own rows are, and not with
-    `local_loss`. rank and world_size may be left out. For losses of one's own: those of this
-    library never hold more than one tower's.
+    With `gather_with_grad` they are differentiable, once. Without it only own rows are, and none
+    with `local_loss`. rank and world_size may be left out. It is meant for other losses: those of
+    this library never hold more than one tower's features of all ranks.
     """
     alike = {"local_loss": int(local_loss), "gather_with_grad": int(gather_with_grad)}
     try:
@@ -67,7 +67,7 @@ def gather_features(
     shard = agree(process_group, *towers, wants, False, **alike)
     if gather_with_grad:
         needed = (shard.needs_x and wants, shard.needs_y and wants)
-        # A tower that is frozen on this rank alone takes part in the others' gradients.
+        # A tower that only this rank has frozen still takes part in the others' gradients.
         towers = tuple(
             t if t.requires_grad or not needs else t.detach().requires_grad_()
             for t, needs in zip(towers, needed, strict=True)

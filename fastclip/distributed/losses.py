@@ -29,7 +29,7 @@ def clip_loss(
     memory_budget: int | None = None,
     live: tuple[int, int] | None = None,
 ) -> Tensor:
-    """This rank's share of `fastclip.clip_loss` on all ranks' pairs. Equivalent to:
+    """Returns this rank's share of `fastclip.clip_loss` of all ranks' pairs. Equivalent to:
 
         images, texts = all_gather(image_features), all_gather(text_features)  # differentiable
         labels = start + torch.arange(b)
@@ -37,37 +37,47 @@ def clip_loss(
                 + F.cross_entropy(logit_scale * text_features @ images.T, labels)) / 2
 
     (Radford et al., arXiv 2103.00020; open_clip's `local_loss=True, gather_with_grad=True`.) The
-    mean of the ranks' values is the loss of the whole batch; with `uneven` batches every pair
-    counts alike, so a rank's value is R / B times the sum over its pairs.
+    mean of the ranks' values is the loss of the whole batch. All pairs have the same weight, so
+    with `uneven` batches a rank's value is R / B times the sum over its pairs.
 
     Args:
         image_features, text_features: (b, D), this rank's pairs, as in `fastclip.clip_loss`.
         logit_scale, logit_bias: the same on all ranks.
         process_group: the ranks that share the batch; None: all processes.
-        ring: texts travel from rank to rank, both ways at once, and a rank holds four ranks' of
-            them at most, O(b D), instead of all, O(B D): slower, for batches that do not fit.
-        uneven: batches may differ in size from rank to rank, and a rank may have no pairs: it takes
-            part, and its value is 0. Sizes are exchanged at every step, which on GPUs waits for the
-            device.
-        live: (start, stop), as in `fastclip.clip_loss`, of this rank's pairs; the same on all ranks
+        ring: True sends texts around a ring, both ways at once, instead of gathering them. A rank
+            then holds at most four ranks' texts, O(b D) instead of O(B D). It is slower.
+        uneven: batches may differ in size from rank to rank. A rank without pairs takes part and
+            gets 0. Sizes are exchanged at every step, which waits for the device on GPUs.
+        live: (start, stop) of this rank's pairs, as in `fastclip.clip_loss`; the same on all ranks
             unless `uneven`; None on a rank without pairs.
         normalize, backend, memory_budget: as in `fastclip.clip_loss`.
 
-    Bytes that a rank sends, E per feature element: `(R - 1) b D E` for the texts, `4 (R - 1) b D`
-    for their gradients in fp32, at most 40 B for states. Around the ring texts travel twice, for
-    the forward and for the backward, and gradients follow: `(R - 1) b D (2 E + 4)`. Uneven batches
-    are gathered as if all had the largest one's b.
+    Bytes that a rank sends (R ranks, b pairs a rank, B in all, E bytes a feature element):
 
-    Bytes that a rank holds beside its inputs, at most: `B D (E + 4)` for all texts and their
-    gradients, on CPUs `4 B D` more while these add up; around the ring `b D (4 E + 24)`. Either way
-    `b D (2 E + 8)` for its own gradients, `100 B` for states, the engine's work space and
-    `memory_budget`. Uneven texts are held twice while they are gathered.
+                              gathered             ring
+        texts                 (R - 1) b D E        2 (R - 1) b D E, for forward and backward
+        gradients in fp32     4 (R - 1) b D        4 (R - 1) b D
+        states                at most 40 B         at most 40 B
 
-    Raises, on every rank: what `fastclip.clip_loss` does; ValueError where the ranks' widths,
-        dtypes, options or, unless `uneven`, sizes differ: it names ranks and sizes. In a group that
-        moves GPU tensors alone (NCCL without gloo beside it) only the first call of each kind
-        compares; elsewhere every call does, through CPU memory. RuntimeError where a rank has died:
-        within the group's timeout, which is gloo's and NCCL's to keep.
+    Uneven batches are gathered as if each had the size of the largest one.
+
+    Bytes that a rank holds beyond its inputs, at most:
+
+                              gathered             ring
+        texts and gradients   B D (E + 4), on      b D (4 E + 24)
+                              CPUs B D (E + 8)
+        own gradients         b D (2 E + 8)        b D (2 E + 8)
+        states                100 B                100 B
+
+    and the engine's work space and `memory_budget`. Uneven texts are held twice while they are
+    gathered.
+
+    Raises, on every rank:
+        TypeError, ValueError: as `fastclip.clip_loss`, and ValueError if the ranks' widths, dtypes,
+            options or (unless `uneven`) sizes differ, with ranks and sizes. Every call compares
+            them through CPU memory. A group that only moves GPU tensors (NCCL without gloo)
+            compares at the first call of each kind.
+        RuntimeError: a rank has died; raised within the group's timeout, by gloo or NCCL.
     """
     return distributed_loss(
         "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
@@ -89,7 +99,7 @@ def siglip_loss(
     memory_budget: int | None = None,
     live: tuple[int, int] | None = None,
 ) -> Tensor:
-    """This rank's share of `fastclip.siglip_loss` on all ranks' pairs. Equivalent to:
+    """Returns this rank's share of `fastclip.siglip_loss` of all ranks' pairs. Equivalent to:
 
         texts = all_gather(text_features)  # differentiable
         logits = logit_scale * image_features @ texts.T + logit_bias
@@ -97,9 +107,9 @@ def siglip_loss(
         labels[range(b), start + torch.arange(b)] = 1
         loss = -F.logsigmoid(labels * logits).sum() / b
 
-    (Zhai et al., arXiv 2303.15343.) Args, Raises: as `clip_loss`; so are bytes, but that where the
-    forward makes the gradients (all texts gathered, float32 or on GPUs) these wait for the backward
-    and are there twice, `4 B D` more, when it scales them.
+    (Zhai et al., arXiv 2303.15343.) Args, Raises: as `clip_loss`. Bytes sent are the same. Bytes
+    held are the same, and `4 B D` more if the forward makes the gradients (gathered texts, float32
+    or on GPUs): the backward scales them into a second tensor.
     """
     return distributed_loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
@@ -114,9 +124,9 @@ def distributed_loss(
     memory_budget: int | None = None, live: tuple[int, int] | None = None,
     world: tuple[str, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Every loss across processes calls this: checks, an agreement among ranks, the loss.
+    """The entry of every loss across ranks: checks, the agreement of the ranks, the loss.
 
-    world: of a module its name, and the rank and world size that it was told.
+    world: a module's name, and the rank and world size that were passed to it.
     """
     inputs = x, y, logit_scale, logit_bias
     call = LossCall(kind, mode, uneven, normalize, backend, memory_budget, live, world)

@@ -1,7 +1,7 @@
 """One rank's part of a batch that is spread over a process group, and its exchanges with others.
 
-Everything here is collectives on tensors of known sizes; `agreement.py` makes sure of these. Ranks
-are ranks within the group.
+All of it is collectives on tensors of known sizes, which `agreement.py` ensures. Ranks are ranks
+within the group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .collectives import gather_rows, scatter_sum_rows
 
 
 class Parcel(NamedTuple):
-    """A tensor for the rank at that distance, or from it."""
+    """A tensor that is sent to the rank at a distance, or arrives from it."""
 
     tensor: Tensor
     distance: int
@@ -25,16 +25,16 @@ class Parcel(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A rank has `sizes[rank]` rows of the batch, from `starts[rank]` on; none, if that is 0. Rows
-    are pairs; where rows and columns of logits come apart, they are those of y: columns."""
+    """Rank k has `sizes[k]` rows of the batch, from `starts[k]` on. Rows are pairs; if x and y
+    differ in length they are rows of y, the columns of the logits."""
 
-    group: dist.ProcessGroup | None  # None: one rank, that talks to nobody
+    group: dist.ProcessGroup | None  # None: a single rank, without exchanges
     rank: int
     sizes: tuple[int, ...]
     starts: tuple[int, ...]
-    # The rows of each rank that this step differentiates; the others are constants.
+    # The rows of each rank that this step differentiates; its other rows are constants.
     live: tuple[slice, ...]
-    # True where any rank wants gradients of its x, of its y: then all take part in making them.
+    # True if any rank needs gradients of its x, of its y: then all ranks take part in them.
     needs_x: bool
     needs_y: bool
     needs_key_bias: bool = False
@@ -55,7 +55,7 @@ class Shard(NamedTuple):
         return slice(self.starts[rank], self.starts[rank] + self.sizes[rank])
 
     def at(self, distance: int) -> int:
-        """The rank so many after this one; before it, if negative."""
+        """The rank at this distance: after this one, or before it if negative."""
         return (self.rank + distance) % self.world_size
 
     @property
@@ -64,7 +64,7 @@ class Shard(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """Pairs of all ranks."""
+        """The number of pairs of all ranks."""
         return self.starts[-1] + self.sizes[-1]
 
     @property
@@ -77,12 +77,12 @@ class Shard(NamedTuple):
 
     @property
     def of_live(self) -> Shard:
-        """A shard of the ranks' live rows alone."""
+        """A shard of only the live rows of all ranks."""
         sizes = tuple(rows.stop - rows.start for rows in self.live)
         return self._replace(sizes=sizes, starts=starts_of(sizes), live=_all_rows(sizes))
 
     def where_live(self, device: torch.device) -> Tensor:
-        """Where in the batch all ranks' live rows are, int64."""
+        """The places of all ranks' live rows in the batch, int64."""
         rows = self.live[0]
         if self.is_even and len({(r.start, r.stop) for r in self.live}) == 1:
             # The usual case: nothing is copied to the device.
@@ -95,23 +95,23 @@ class Shard(NamedTuple):
         return torch.cat(parts).to(device)
 
     def gather(self, x: Tensor) -> Tensor:
-        """All ranks' rows (B, ...), in the order of ranks."""
+        """Returns all ranks' rows (B, ...), in the order of ranks."""
         if self.world_size == 1:
             return x
         return gather_rows(x, self.sizes, self.group)
 
     def scatter_sum(self, x: Tensor) -> Tensor:
-        """This rank's rows of the sum of the ranks' x (B, ...)."""
+        """Returns this rank's rows of the sum over ranks of x (B, ...)."""
         if self.world_size == 1:
             return x
         return scatter_sum_rows(x, self.sizes, self.rank, self.group)
 
     def sum(self, x: Tensor) -> Tensor:
-        """In place."""
+        """Sums over ranks, in place."""
         return self._reduce(x, dist.ReduceOp.SUM)
 
     def max(self, x: Tensor) -> Tensor:
-        """In place."""
+        """Takes the maximum over ranks, in place."""
         return self._reduce(x, dist.ReduceOp.MAX)
 
     def _reduce(self, x: Tensor, op: dist.ReduceOp) -> Tensor:
@@ -120,7 +120,7 @@ class Shard(NamedTuple):
         return x
 
     def swap(self, parcels: list[Parcel]) -> list[dist.Work]:
-        """Starts to send and receive them; those between the same two ranks arrive in order."""
+        """Starts to send and receive; parcels between the same two ranks arrive in order."""
         operations = [
             dist.P2POp(
                 dist.irecv if p.arrives else dist.isend, p.tensor, group=self.group,
@@ -131,13 +131,13 @@ class Shard(NamedTuple):
         return dist.batch_isend_irecv(operations) if operations else []
 
     def gather_scalar(self, x: Tensor) -> Tensor:
-        """(R): one number of each rank."""
+        """Returns each rank's number, (R)."""
         if self.world_size == 1:
             return x.reshape(1)
         return gather_rows(x.reshape(1), (1,) * self.world_size, self.group)
 
     def by_pair(self, x: Tensor) -> Tensor:
-        """(B): of x (R) each rank's number, for all of its pairs."""
+        """Repeats each rank's number in x (R) for all of its pairs, (B)."""
         if self.is_even:
             return x.repeat_interleave(self.sizes[0], output_size=self.batch)
         counts = torch.tensor(self.sizes, device=x.device)
@@ -153,5 +153,5 @@ def _all_rows(sizes: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def shard_of_one(x: Tensor, y: Tensor, live: tuple[int, int]) -> Shard:
-    """The whole batch: one process, without a group."""
+    """The shard of a process without a group, which has the whole batch."""
     return Shard(None, 0, (x.shape[0],), (0,), (slice(*live),), x.requires_grad, y.requires_grad)
