@@ -1,5 +1,7 @@
-"""The CSV of losses across processes as Markdown: all of it for a terminal, the essential for the
-README. No figure here comes from anywhere but the rows given."""
+"""The CSV of losses across processes as Markdown: in full for a terminal, in short for the README.
+
+All figures come from the rows given.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def report(rows: list[Row]) -> str:
-    """Everything that the rows hold, a table for each loss and dtype."""
+    """All columns of the rows, in one table for each loss and dtype."""
     if not rows:
         return "Nothing was measured."
     parts = [f"# {rows[-1].machine}, across processes", _provenance(rows)]
@@ -33,7 +35,7 @@ def report(rows: list[Row]) -> str:
 
 
 def _provenance(rows: list[Row]) -> str:
-    """`table.provenance` without the threads, which differ from row to row."""
+    """`table.provenance` without the threads, which depend on the number of ranks."""
     row = rows[-1]
     return provenance(rows).replace(f"{row.threads} threads, ", "")
 
@@ -64,7 +66,7 @@ def _yardsticks(row: Row) -> tuple[float | None, ...]:
 
 
 def essentials(rows: list[Row], path: Path) -> str:
-    """The tables for the README: times and what they cost, memory against ranks, predictions."""
+    """The README's tables: times with bytes and memory, memory against ranks, predictions."""
     threads = {row.ranks: row.threads for row in rows}
     shares = ", ".join(f"{_ranks(count)}: {threads[count]}" for count in sorted(threads))
     parts = [
@@ -96,13 +98,13 @@ def _ranks(count: int) -> str:
 
 
 def _cases(rows: Iterable[Row]) -> list[tuple[str, str, int, int]]:
-    """Loss, dtype, b, D: float32 first, large b first."""
+    """The rows' cases (loss, dtype, b, D): float32 first, large b first."""
     found = {(row.loss, row.dtype, row.b, row.d) for row in rows}
     return sorted(found, key=lambda c: (list(LOSSES).index(c[0]), DTYPES.index(c[1]), -c[2], c[3]))
 
 
 def _pick(rows: list[Row], case: tuple[str, str, int, int], method: str) -> dict[int, Row]:
-    """By the number of ranks."""
+    """The rows of one case and method, by number of ranks."""
     return {
         row.ranks: row for row in rows
         if (row.loss, row.dtype, row.b, row.d) == case and row.method == method
@@ -142,7 +144,7 @@ def _time_and_ratio(row: Row) -> str:
 
 
 def _against_ranks(rows: list[Row]) -> str:
-    """Peaks of the cases that were measured for memory, on the most numbers of ranks."""
+    """Peak memory against the number of ranks, from the cases that were not timed."""
     parts = []
     for case in _cases(row for row in rows if row.ms is None and row.peak_mib is not None):
         loss, dtype, b, d = case
@@ -195,6 +197,6 @@ def _predictions(rows: list[Row]) -> str:
 
 
 def into_readme(readme: Path, paths: Iterable[Path]) -> None:
-    """Replaces what stands between the markers by the tables of `paths`."""
+    """Replaces the text between the markers by the tables of `paths`."""
     body = "\n\n".join(essentials(results.read(path, Row), path) for path in paths)
     readme.write_text(between(readme, BEGIN, END, body))

@@ -173,7 +173,7 @@ def judge_rerun(problem: Problem, engine: str) -> dict[str, object]:
 
 def judge_graph(problem: Problem, engine: str) -> dict[str, object]:
     leaves = problem.leaves()
-    replay = registry._captured(partial(problem.step, engine, leaves), problem.device)
+    replay = registry.captured(partial(problem.step, engine, leaves), problem.device)
     return _same(problem.step(engine, leaves), replay())
 
 

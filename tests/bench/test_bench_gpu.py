@@ -221,10 +221,10 @@ def test_a_replayed_step_returns_what_it_captured(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     steps = iter(range(100))
-    replay = registry._captured(lambda: next(steps), "cuda")
+    replay = registry.captured(lambda: next(steps), "cuda")
     assert (replay(), replay(), len(replays)) == (3, 3, 2), "three runs before the captured one"
     with pytest.raises(registry.Unavailable, match="need a CUDA device"):
-        registry._captured(lambda: None, "cpu")
+        registry.captured(lambda: None, "cpu")
 
 
 def test_the_cards_goals():

@@ -18,7 +18,7 @@ from bench.report import results
 
 def test_a_tiny_plan_runs_end_to_end(tmp_path, monkeypatch):
 
-    def broken(case: Case, device: str) -> registry.Loss:
+    def broken(case: Case, device: str) -> registry.LossFunction:
         def loss(*inputs: object) -> torch.Tensor:
             raise ValueError("broken\non purpose")
 
