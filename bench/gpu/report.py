@@ -1,6 +1,6 @@
-"""A run on one page: figures, goals, what failed, and last the verdict.
+"""The report of a run on one page: figures, goals, failures, and last the verdict.
 
-Whoever watches from afar may see the end of the output alone.
+The verdict comes last because remote output may be cut to its end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_FAILURES = 6  # of one step
 
 
 def report(session: Session) -> str:
-    """The page; also of a run that was cut."""
+    """The page, also for a run that was cut."""
     parts = ["\n=== report"]
     found = measured(session)
     shown = ("again",) if session.again else ("headline", "engines")
@@ -34,14 +34,15 @@ def report(session: Session) -> str:
 
 
 def measured(session: Session) -> list[results.Row]:
-    """The rows of this run; its file may have those of earlier ones."""
+    """The rows of this run; the file may also hold rows of earlier runs."""
     path = rows.path_of(session.out, session.device, session.again)
     found = results.read(path) if path.exists() else []
     return [row for row in found if row.when >= session.began]
 
 
 def table_of(found: list[results.Row], group: str) -> str:
-    """Methods by cases: time, times faster than open_clip or the dense loss, of the limit, MiB."""
+    """A table of methods by cases: time, speed-up over open_clip or the dense loss, percentage of
+    the GEMM limit, peak MiB."""
     keys, by_method = [], {}
     wanted = {(c.loss, c.m, c.dtype, c.scale, c.mode) for c in GROUPS[group]()}
     for row in found:
@@ -72,7 +73,7 @@ def _cell(row: results.Row | None) -> str:
 
 
 def goals_of(found: list[results.Row]) -> str:
-    """The goals that were measured, a line each; of the others their number is in the verdict."""
+    """A table of the goals that were measured; the verdict counts the others."""
     lines = []
     for one in judged(found):
         if one.verdict == "not measured":
@@ -109,7 +110,7 @@ def failures_of(outcomes: list[Outcome]) -> str:
 
 
 def verdict(session: Session) -> str:
-    """One line: how the steps ended, then how the goals stand."""
+    """One line: how the steps ended, then the number of goals reached and missed."""
     outcomes = session.outcomes
     failed = [o.step for o in outcomes if o.status == FAILED]
     cut = [o.step for o in outcomes if o.status == CUT]
