@@ -122,6 +122,6 @@ def _set_memory(row: Row, case: Case, method: str) -> None:
         row.note = f"memory: {error}"[:200]
         return
     if None in peaks:
-        row.note = "memory: cannot be told on this machine"
+        row.note = "memory: cannot be measured on this machine"
     else:
         row.peak_mib = max(peaks) / MIB

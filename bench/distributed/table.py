@@ -44,7 +44,7 @@ def _group(rows: list[Row]) -> str:
     header = ["ranks", "threads each", "b", "D", "method", "time", "+-", "rounds", "x open_clip"]
     header += ["predicted", "single", "gather", "scatter", "hop", "small"]
     header += ["MiB sent", "MiB peak", "dx", "dscale", "note"]
-    lines = [
+    table_rows = [
         [
             str(row.ranks), str(row.threads), str(row.b), str(row.d), row.method, duration(row.ms),
             spread(row), str(row.rounds or ""), times(row.over_open_clip),
@@ -53,8 +53,8 @@ def _group(rows: list[Row]) -> str:
         ]
         for row in sorted(rows, key=lambda row: (row.ms is None, row.b, row.ranks))
     ]  # fmt: skip
-    filled = [k for k in range(len(header)) if any(line[k] for line in lines)]
-    return markdown([header[k] for k in filled], [[line[k] for k in filled] for line in lines])
+    filled = [k for k in range(len(header)) if any(row[k] for row in table_rows)]
+    return markdown([header[k] for k in filled], [[row[k] for k in filled] for row in table_rows])
 
 
 def _yardsticks(row: Row) -> tuple[float | None, ...]:
@@ -121,20 +121,20 @@ def _times(rows: list[Row]) -> str:
     header = ["loss", "b", "method", *(f"{count} ranks" for count in ranks)]
     header += [f"MiB sent, {count}" for count in ranks] + [f"MiB held, {count}" for count in ranks]
     header += [f"dx, {ranks[-1]}"]
-    lines = []
+    table_rows = []
     for case in _cases(rows):
         loss, dtype, b, _ = case
         for method in methods.of(loss):
             if own := _pick(rows, case, method):
                 cells = [own.get(count, Row()) for count in ranks]
-                lines.append(
+                table_rows.append(
                     [
                         f"{loss_of(loss).label}, {dtype}", str(b), _name(loss, method),
                         *map(_time_and_ratio, cells), *(mebibytes(row.sent_mib) for row in cells),
                         *(mebibytes(row.peak_mib) for row in cells), error(cells[-1].err_dx),
                     ]
                 )  # fmt: skip
-    return markdown(header, lines)
+    return markdown(header, table_rows)
 
 
 def _time_and_ratio(row: Row) -> str:
@@ -150,19 +150,19 @@ def _against_ranks(rows: list[Row]) -> str:
         loss, dtype, b, d = case
         every = {method: _pick(rows, case, method) for method in methods.of(loss, timed=False)}
         ranks = sorted({count for own in every.values() for count in own})
-        lines = []
+        table_rows = []
         for method, own in every.items():
             if own:
                 cells = [own.get(count, Row()) for count in ranks]
                 peaks = [mebibytes(row.peak_mib) for row in cells]
-                lines.append([_name(loss, method), *peaks])
-                lines += _stated(case, method, ranks)
+                table_rows.append([_name(loss, method), *peaks])
+                table_rows += _stated(case, method, ranks)
         title = (
             "Peak MiB a rank beyond its inputs against the number of ranks, "
             f"{loss_of(loss).label}, {dtype}, b = {b}, D = {d} (a rank's texts and their gradient "
             f"are {mebibytes(2 * b * d * 4 / 2**20)} MiB in fp32):"
         )
-        parts += [title, markdown(["method", *map(_ranks, ranks)], lines)]
+        parts += [title, markdown(["method", *map(_ranks, ranks)], table_rows)]
     return "\n\n".join(parts)
 
 
@@ -181,7 +181,7 @@ def _predictions(rows: list[Row]) -> str:
     header = ["loss", "b", "method"]
     for count in ranks:
         header += [f"{count} ranks", "predicted", "of it"]
-    lines = []
+    table_rows = []
     for case in _cases(known):
         for method in (GATHERED, RING):
             own = _pick(known, case, method)
@@ -192,8 +192,10 @@ def _predictions(rows: list[Row]) -> str:
                 row = own.get(count, Row())
                 share = None if row.ms is None else row.predicted_ms / row.ms
                 cells += [duration(row.ms), duration(row.predicted_ms), percent(share)]
-            lines.append([f"{loss_of(case[0]).label}, {case[1]}", str(case[2]), method, *cells])
-    return markdown(header, lines)
+            table_rows.append(
+                [f"{loss_of(case[0]).label}, {case[1]}", str(case[2]), method, *cells]
+            )
+    return markdown(header, table_rows)
 
 
 def into_readme(readme: Path, paths: Iterable[Path]) -> None:

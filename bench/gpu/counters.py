@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = {"step": "ncu", "subject": kernel, "name": text, "value": value, "unit": unit}
             figures.append(options.out / "gpu-figures.csv", row)
             print(f"  {text:28} {value:14.4g} {unit}", flush=True)
-    print(f"{len(seen)} of {len(KERNELS)} kernels looked at; in {raw.name}")
+    print(f"{len(seen)} of {len(KERNELS)} kernels profiled; in {raw.name}")
     return 0 if len(seen) == len(KERNELS) else 1
 
 

@@ -48,7 +48,7 @@ def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [line for line in csv.DictReader(file) if None not in line.values()]
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 def reason(error: BaseException, most: int = 300) -> str:

@@ -56,10 +56,10 @@ def table_of(found: list[results.Row], group: str) -> str:
         return ""
     short = {"bfloat16": "bf16", "float32": "fp32"}
     header = [f"{loss} {m >> 10}k {short[dtype]} {scale:g}" for loss, m, dtype, scale, _ in keys]
-    lines = [
+    table_rows = [
         [method, *(_cell(cells.get(key)) for key in keys)] for method, cells in by_method.items()
     ]
-    return f"{group}\n{markdown([group, *header], lines)}"
+    return f"{group}\n{markdown([group, *header], table_rows)}"
 
 
 def _cell(row: results.Row | None) -> str:
@@ -74,24 +74,24 @@ def _cell(row: results.Row | None) -> str:
 
 def goals_of(found: list[results.Row]) -> str:
     """A table of the goals that were measured; the verdict counts the others."""
-    lines = []
+    table_rows = []
     for one in judged(found):
         if one.verdict == "not measured":
             continue
         goal = one.goal
         here = ", ".join("-" if figure is None else goal.form(figure) for figure in one.figures)
         aim = goal.form(goal.aims[0])
-        lines.append([goal.text, goal.form(goal.floor), aim, here, one.verdict])
-    if not lines:
+        table_rows.append([goal.text, goal.form(goal.floor), aim, here, one.verdict])
+    if not table_rows:
         return "goals: none was measured"
-    return markdown(["goal", "floor", "aim", "at scale 14.3, 100", "reached"], lines)
+    return markdown(["goal", "floor", "aim", "at scale 14.3, 100", "reached"], table_rows)
 
 
 def steps_of(outcomes: list[Outcome]) -> str:
-    lines = [
+    table_rows = [
         [o.step, o.status, f"{o.seconds:.0f} s" if o.seconds else "", o.note[:90]] for o in outcomes
     ]
-    return markdown(["step", "status", "took", "note"], lines)
+    return markdown(["step", "status", "took", "note"], table_rows)
 
 
 def skipped(found: list[results.Row]) -> list[str]:
@@ -100,13 +100,13 @@ def skipped(found: list[results.Row]) -> list[str]:
 
 
 def failures_of(outcomes: list[Outcome]) -> str:
-    lines = []
+    messages = []
     for outcome in outcomes:
-        told = [line[:200] for line in outcome.failures[:MOST_FAILURES]]
+        told = [message[:200] for message in outcome.failures[:MOST_FAILURES]]
         more = len(outcome.failures) - len(told)
-        lines += [f"{outcome.step}: {line}" for line in told]
-        lines += [f"{outcome.step}: and {more} more, see the log"] if more > 0 else []
-    return "\n".join(lines)
+        messages += [f"{outcome.step}: {message}" for message in told]
+        messages += [f"{outcome.step}: and {more} more, see the log"] if more > 0 else []
+    return "\n".join(messages)
 
 
 def verdict(session: Session) -> str:

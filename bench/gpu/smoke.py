@@ -181,28 +181,28 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in pool.map(lambda job: run_job(job, options, path, ends), todo):
             pass
     rows = figures.read(path)
-    for line in summary(rows):
-        print(line, flush=True)
+    for message in summary(rows):
+        print(message, flush=True)
     return 1 if any(row["status"] == "FAILED" for row in rows) else 0
 
 
 def summary(rows: list[dict[str, str]], most: int = 12) -> list[str]:
     """The first `most` failures, then a line that counts all checks by engine."""
     failed = [row for row in rows if row["status"] == "FAILED"]
-    lines = [
+    messages = [
         "FAILED: " + " ".join(
             row[name] for name in ("engine", "loss", "dtype", "normalize", "n", "d", "scale",
                                    "check", "of", "note") if row[name]
         ) for row in failed[:most]
     ]  # fmt: skip
     if len(failed) > most:
-        lines.append(f"... and {len(failed) - most} more of {FILE}")
+        messages.append(f"... and {len(failed) - most} more of {FILE}")
     told = []
     for engine in dict.fromkeys(row["engine"] for row in rows):
         counts = Counter(row["status"] for row in rows if row["engine"] == engine)
         cut = f", {counts['cut']} processes cut" if counts["cut"] else ""
         told.append(f"{engine} {counts['passed']} passed, {counts['FAILED']} failed{cut}")
-    return [*lines, "; ".join(told) or "nothing was checked"]
+    return [*messages, "; ".join(told) or "nothing was checked"]
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def measure(case: Case, method: str, device: str = "cpu") -> tuple[int | None, s
         reason = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
         return None, f"memory: {reason[0]}"
     peak = json.loads(done.stdout.splitlines()[-1])
-    return peak, "" if peak is not None else "memory: cannot be told on this machine"
+    return peak, "" if peak is not None else "memory: cannot be measured on this machine"
 
 
 def main() -> None:

@@ -75,20 +75,20 @@ def table_of(
 ) -> str:
     """Time of a step and memory beyond the inputs, in one row for each b and R."""
     header = ["b a GPU", "GPUs", "pairs", *METHODS, *(f"GB, {name}" for name in METHODS)]
-    lines = []
+    table_rows = []
     for b in pairs:
         for count in ranks:
             one = Job(count, b, **job)
             seconds = [predict(one, net) for predict, _ in METHODS.values()]
             sizes = [held(one) for _, held in METHODS.values()]
-            lines.append(
+            table_rows.append(
                 [
                     str(b), str(count), _count(one.batch),
                     *(duration(1e3 * value) for value in seconds),
                     *(three(size / 1e9) + (" (no)" if size > ROOM else "") for size in sizes),
                 ]
             )  # fmt: skip
-    return markdown(header, lines)
+    return markdown(header, table_rows)
 
 
 def crossovers(net: Cluster, **job: int) -> str:

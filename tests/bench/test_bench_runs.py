@@ -1,4 +1,4 @@
-"""The benchmark from the plan to the CSV: nothing is lost, whoever fails or is missing."""
+"""The benchmark from the plan to the CSV: no row is lost if a method fails or is missing."""
 
 import os
 import subprocess

@@ -145,7 +145,7 @@ def make_wheels(bundle: Path) -> str:
         if run([*pip, "--only-binary=:all:", "--dest", str(folder), name]):
             absent.append(name)
     count = len(list(folder.glob("*.whl")))
-    return f"{count} wheels" + (f"; not to be had: {', '.join(absent)}" if absent else "")
+    return f"{count} wheels" + (f"; not available: {', '.join(absent)}" if absent else "")
 
 
 PARTS = {"extension": make_extension, "cache": make_cache, "wheels": make_wheels}
