@@ -1,4 +1,4 @@
-"""What the benchmark measures: each case is one loss on one shape, dtype, scale and direction.
+"""The cases of the benchmark: each is one loss on one shape, dtype, scale and mode.
 
 Features are made here from a fixed seed. This file never runs a loss.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from .losses import LOSSES, loss_of
 
 DTYPES = ("float32", "bfloat16", "autocast")
-SCALES = (14.3, 100.0)  # a fresh CLIP's 1/0.07, and where trained ones sit
+SCALES = (14.3, 100.0)  # an untrained CLIP's 1/0.07, and the scale of trained ones
 
 DENSE = ("open_clip", "dense", "compiled")
 STREAMED = ("fastclip", "fastclip budget=0", "fastclip torch")
@@ -27,13 +27,13 @@ METHODS = (*DENSE, "reference", "checkpoint", *STREAMED, *CONTRAST, *PEERS)
 
 C = TypeVar("C")
 
-# The float64 truth of a larger case takes minutes; of one on a GPU, seconds.
+# The largest batch compared with float64: on a CPU a larger one takes minutes. A GPU needs seconds.
 LARGEST_TRUTH = {"cpu": 16384, "cuda": 32768}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the plan; `methods` says who takes part."""
+    """One entry of the plan, and the methods that are measured on it."""
 
     loss: str  # of LOSSES
     m: int  # rows, pairs
@@ -46,17 +46,17 @@ class Case:
     # under no_grad.
     mode: str = "both"
     methods: tuple[str, ...] = METHODS
-    memory: bool = False  # whether the peak of memory is measured, too
+    memory: bool = False  # also measure peak memory
 
     @property
     def name(self) -> str:
-        """What `--only` is matched against."""
+        """The name that `--only` is matched against."""
         shape = f"{self.m}x{self.n}x{self.d}"
         return f"{self.loss} {shape} {self.dtype} {self.data} {self.scale:g} {self.mode}"
 
     @property
     def half(self) -> bool:
-        """Whether the products are of bfloat16 operands."""
+        """True if the matmuls take bfloat16 operands."""
         return self.dtype != "float32"
 
     @property
@@ -71,7 +71,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """What a loss is called with: x (M, D), y (N, D), one-element scale and bias, all leaves."""
+    """The arguments of a loss: x (M, D), y (N, D), one-element scale and bias, all leaves."""
 
     x: Tensor
     y: Tensor
@@ -88,7 +88,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     """Normalised features from a fixed seed, rounded to the case's dtype.
 
     They are made on the device: a gigabyte of random numbers costs a CPU more than the loss costs
-    a GPU. So each kind of device has inputs of its own.
+    a GPU. CPUs and GPUs therefore get different inputs.
     """
     generator = torch.Generator(device).manual_seed(case.m * 31 + case.n * 17 + case.d)
     x = torch.randn(case.m, case.d, generator=generator, device=device)
@@ -97,7 +97,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
         y[: case.m] = x + 0.05 * y[: case.m]
     dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
     x, y = (F.normalize(side, dim=1).to(dtype) for side in (x, y))
-    # logit_scale is a float32 parameter whatever the towers' dtype, and the bias is one, too.
+    # logit_scale and the bias are float32 parameters for any dtype of the towers.
     scale = torch.tensor(case.scale, device=device)
     inputs = Inputs(x, y, scale, loss_of(case.loss).bias_on(device))
     for leaf in inputs.leaves:
@@ -145,7 +145,7 @@ def standard() -> list[Case]:
 
 
 def full() -> list[Case]:
-    """`standard` and the sizes that only a streaming loss can take."""
+    """`standard`, and sizes at which only a streaming loss fits in memory."""
     cases = standard()
     streaming = (*STREAMED[:2], *PEERS)
     for n in (16384, 65536):
@@ -155,7 +155,7 @@ def full() -> list[Case]:
 
 
 def quick() -> list[Case]:
-    """A look in two minutes: the tool is right, the figures are rough."""
+    """A plan of two minutes, to check the benchmark itself: its figures are rough."""
     few = ("open_clip", "dense", *STREAMED, *PEERS)
     cases: list[Case] = []
     for n in (32, 512, 2048):
@@ -167,8 +167,8 @@ def quick() -> list[Case]:
 
 
 def select(cases: Iterable[Case], patterns: list[str], methods: list[str]) -> list[Case]:
-    """Cases whose name matches any pattern (`*` and `?` as in a shell, anywhere in the name), with
-    the methods named; no patterns or no methods: all of them."""
+    """The cases whose name matches any pattern (`*` and `?` as in a shell, anywhere in the name),
+    reduced to the methods named. An empty list of patterns or methods selects all."""
     chosen = []
     for case in matching(cases, patterns):
         taking_part = tuple(one for one in case.methods if not methods or one in methods)
@@ -178,7 +178,7 @@ def select(cases: Iterable[Case], patterns: list[str], methods: list[str]) -> li
 
 
 def matching(cases: Iterable[C], patterns: list[str]) -> list[C]:
-    """Those with a name that matches any pattern, of any kind of case."""
+    """The cases, of any class with a `name`, that match any pattern."""
     return [
         case for case in cases
         if not patterns or any(fnmatch.fnmatch(case.name, f"*{one}*") for one in patterns)

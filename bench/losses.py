@@ -1,7 +1,7 @@
-"""The losses of the benchmark, in one registry: whatever is asked about a loss is a field of it.
+"""The registry of losses: everything that the benchmark must know about a loss is a field of it.
 
-Functions of fastclip and classes of open_clip are named here and looked up when they are called:
-`bench.gpu` begins before fastclip is installed.
+Functions of fastclip and classes of open_clip are given by name and imported when they are called,
+because `bench.gpu` starts before fastclip is installed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 
 class Rival(NamedTuple):
-    """open_clip's class across processes: its name in tables, its options besides the ranks."""
+    """open_clip's loss class across processes, the baseline of `bench.distributed`."""
 
-    label: str
-    options: dict[str, Any]
+    label: str  # in tables
+    options: dict[str, Any]  # besides rank and world_size
 
 
 class Loss(NamedTuple):
+    """One loss of the benchmark."""
+
     label: str  # in tables
     function: str  # of fastclip.loss, fastclip.reference and fastclip.distributed
     module: str  # of open_clip.loss
@@ -37,14 +39,14 @@ class Loss(NamedTuple):
     dense: Callable[..., Tensor]
     checkpointed: Callable[..., Tensor]
     truth: Callable[..., truth.Truth]
-    # By method; the first is what others are compared with.
+    # By method; other methods are compared with the first.
     rivals: dict[str, Rival]
-    # Weights need no state: one sweep makes the loss and its gradients, and keeps no products.
+    # Weights need no state: one sweep computes the loss and its gradients, and keeps no products.
     in_one_go: bool
-    # Matrices of logits that open_clip and the checkpointed loss make: 2 if one for each direction.
+    # The logit matrices that open_clip and the checkpointed loss compute: 2 if one per direction.
     directions: int
-    bias: float | None = None  # that training begins with, where the loss has one
-    rectangular: bool = False  # whether rectangular.py has it
+    bias: float | None = None  # the initial bias of training, if the loss has one
+    rectangular: bool = False  # True if rectangular.py implements it
 
     def of_fastclip(self, module: str = "loss") -> Callable[..., Tensor]:
         """The function of fastclip.loss, fastclip.reference or fastclip.distributed."""
@@ -86,7 +88,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def loss_of(name: str) -> Loss:
-    """Raises ValueError for an unknown name."""
+    """The registry's entry. Raises ValueError for an unknown name."""
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {name!r}")
     return LOSSES[name]

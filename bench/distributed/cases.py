@@ -1,6 +1,6 @@
-"""What is measured across processes: each case is one loss on one number of ranks and shape.
+"""The cases across processes: each is one loss on one shape and number of ranks.
 
-Features are those of `bench/cases.py`; a rank takes its own rows. This file never runs a loss.
+Features are those of `bench/cases.py`; each rank takes its own rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ SCALE = 14.3
 
 @dataclass(frozen=True)
 class Case:
-    """Forward and backward of b pairs a rank. Where it is not `timed`, memory and bytes alone."""
+    """Forward and backward of b pairs per rank. If not `timed`, only memory and bytes sent are
+    measured."""
 
     loss: str  # of LOSSES
     ranks: int
@@ -25,13 +26,13 @@ class Case:
     d: int = 512
     dtype: str = "float32"  # of the features; or "bfloat16"
     timed: bool = True
-    memory: bool = True  # whether the peak is measured, too
+    memory: bool = True  # also measure peak memory
 
     @property
     def name(self) -> str:
-        """What `--only` is matched against."""
-        what = "" if self.timed else " memory"
-        return f"{self.loss} {self.ranks} ranks {self.b}x{self.d} {self.dtype}{what}"
+        """The name that `--only` is matched against."""
+        suffix = "" if self.timed else " memory"
+        return f"{self.loss} {self.ranks} ranks {self.b}x{self.d} {self.dtype}{suffix}"
 
     @property
     def itemsize(self) -> int:
@@ -39,18 +40,18 @@ class Case:
 
     @property
     def whole(self) -> cases.Case:
-        """All ranks' pairs, as one process has them."""
+        """All ranks' pairs, as the case of one process."""
         batch = self.ranks * self.b
         return cases.Case(self.loss, batch, batch, self.d, self.dtype, SCALE)
 
     @property
     def single(self) -> cases.Case:
-        """A rank's own pairs, as a batch of their own."""
+        """One rank's pairs, as the case of one process."""
         return cases.Case(self.loss, self.b, self.b, self.d, self.dtype, SCALE)
 
 
 def own_inputs(case: Case, rank: int, whole: Inputs | None = None) -> Inputs:
-    """The rank's rows of `whole`, as leaves."""
+    """The rank's rows of `whole` (default: the case's inputs), as leaves."""
     whole = whole or cases.make_inputs(case.whole)
     mine = slice(rank * case.b, (rank + 1) * case.b)
     x, y = (side.detach()[mine].clone().requires_grad_() for side in (whole.x, whole.y))
@@ -64,7 +65,7 @@ def _memory(b: int, *ranks: int) -> Iterator[Case]:
 
 
 def standard() -> list[Case]:
-    """Under eight minutes on two cores."""
+    """The plan of a plain run: under eight minutes on two cores."""
     made = []
     for ranks in (2, 4):
         for loss in LOSSES:
@@ -74,7 +75,7 @@ def standard() -> list[Case]:
 
 
 def quick() -> list[Case]:
-    """A look in a minute: the tool is right, the figures are rough."""
+    """A plan of one minute, to check the benchmark itself: its figures are rough."""
     made = [Case(loss, ranks, 512, memory=False) for ranks in (2, 4) for loss in LOSSES]
     made.append(Case("clip", 2, 512, dtype="bfloat16"))
     return [*made, *_memory(256, 1, 2, 4)]

@@ -1,7 +1,7 @@
-"""What the scale model says of a case that was measured: the same formulas, this machine's rates.
+"""The scale model's prediction for a measured case: its formulas with this machine's rates.
 
-Work goes at the rate of one process on a rank's own pairs while all ranks do the same, so that what
-ranks share of the machine, cores or memory, is in it; exchanges go at the rates of theirs.
+The rate of work is that of one process on a rank's own pairs while all ranks do the same, so that
+it includes the competition for cores and memory. The rates of exchanges are measured alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ def makes_gradients_at_once(case: Case, method: str) -> bool:
 
 
 def passes(case: Case, method: str) -> float:
-    """That are due across ranks: the second sweep takes what is kept of the first one's products.
-    Where weights need no state and all texts are there, gradients are made at once, if they can
-    wait in the features' dtype."""
+    """The passes that the loss needs across ranks.
+
+    The second sweep reuses the products that the first one kept. If weights need no state, all
+    texts are gathered and gradients may be held in the features' dtype, the forward computes them.
+    """
     if makes_gradients_at_once(case, method):
         return 3.0
     rows_by_all = case.b, case.ranks * case.b
@@ -31,15 +33,19 @@ def passes(case: Case, method: str) -> float:
 
 
 def small_exchanges(case: Case, method: str) -> int:
-    """On CPUs ranks compare what they bring at every step. Where weights need no state none is
-    exchanged, and gradients that the forward has made need no other ranks' upstream ones."""
+    """The number of small exchanges in a step.
+
+    On CPUs ranks compare their arguments at every step. If weights need no state, none is
+    exchanged; gradients that the forward computed do not need other ranks' upstream gradients.
+    """
     if not loss_of(case.loss).in_one_go:
         return model.STATE_EXCHANGES + 1
     return 1 if makes_gradients_at_once(case, method) else 2
 
 
 def predicted_ms(case: Case, method: str, times: dict[str, Timing]) -> float | None:
-    """None of open_clip's, whose logits' traffic has no rate here, and of a single rank."""
+    """The predicted time of a step. None for open_clip, because the memory traffic of its logits
+    has no measured rate, and for a single rank."""
     if method not in (GATHERED, RING) or case.ranks == 1:
         return None
     due = registry.METHODS["fastclip"].passes(case.single, "cpu")
@@ -59,7 +65,8 @@ def predicted_ms(case: Case, method: str, times: dict[str, Timing]) -> float | N
 
 
 def stated_mib(case: Case, method: str) -> float | None:
-    """What a rank holds where no products are kept. On CPUs a copy of gradients is added up."""
+    """The memory that a rank holds if no products are kept; None for other methods. On CPUs the
+    sum of gradients takes a copy of them."""
     job = model.Job(case.ranks, case.b, case.d, case.itemsize)
     if method == GATHERED_RECOMPUTED:
         return model.gathered_bytes(job, scratch=job.ranks * job.gradients) / 2**20

@@ -1,7 +1,7 @@
 """Every method across processes: open_clip's losses, which build their logits, and this library's.
 
-Gradients of all ranks' losses come back to a rank with each of them: open_clip's
-`local_loss=True, gather_with_grad=True`, and any `dist_impl` of its SigLIP.
+With each of them a rank receives gradients from all ranks' losses: as in open_clip with
+`local_loss=True, gather_with_grad=True`, or any `dist_impl` of its SigLIP.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from ..losses import Rival, loss_of
 from ..methods import open_clip
 from ..methods.registry import Unavailable
 
-Loss = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+LossFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 GATHERED, RING = "fastclip", "fastclip ring"
 GATHERED_RECOMPUTED, RING_RECOMPUTED = "fastclip budget=0", "fastclip ring budget=0"
 
 
 def of(loss: str, timed: bool = True) -> tuple[str, ...]:
-    """By name; the first is what the others are compared with. Kept products, (b, B) as far as
-    there is a budget, would hide what else is held: those without are measured for memory, too."""
+    """The names of a loss's methods; the others are compared with the first.
+
+    Kept products take up to b B numbers, as far as the budget goes, and hide the other memory held.
+    If not `timed`, variants that keep none are therefore included.
+    """
     ours = (GATHERED, RING) if timed else (GATHERED, GATHERED_RECOMPUTED, RING, RING_RECOMPUTED)
     return (*loss_of(loss).rivals, *ours)
 
 
-def make(loss: str, method: str, rank: int, ranks: int) -> Loss:
+def make(loss: str, method: str, rank: int, ranks: int) -> LossFunction:
     """The loss of this rank's pairs.
 
     Raises:
@@ -46,7 +49,7 @@ def make(loss: str, method: str, rank: int, ranks: int) -> Loss:
     return partial(loss_of(loss).of_fastclip("distributed"), **options)
 
 
-def _open_clip(module: str, rival: Rival, rank: int, ranks: int) -> Loss:
+def _open_clip(module: str, rival: Rival, rank: int, ranks: int) -> LossFunction:
     try:
         losses = open_clip.import_module("open_clip.loss")
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""What ranks need, imported once by the server that they are forked from: nothing is run here."""
+"""Imports the modules that ranks need, once, in the server that they are forked from."""
 
 import contextlib
 
 from ..losses import LOSSES
 from ..methods.registry import Unavailable
-from . import methods, rank  # noqa: F401 -- for those that are forked
+from . import methods, rank  # noqa: F401 -- for the forked processes
 
 for loss in LOSSES:
     for method in methods.of(loss):

@@ -1,7 +1,7 @@
-"""Ranks that run a function together: a gloo group of processes that were made for it.
+"""Runs a function on several ranks: a gloo group of processes that are started for it.
 
-They are forked from a server that has imported the libraries and run nothing, so that eight of them
-start within a second. `f(rank, ranks, *arguments)` must be importable.
+They are forked from a server that has imported the libraries and run nothing else, so that eight of
+them start within a second. The function, `f(rank, ranks, *arguments)`, must be importable.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ LONGEST = 300.0  # seconds
 
 
 class Failed(Exception):
-    """What a rank raised, or that it died, as text."""
+    """A rank raised an error, died or was not done in time; the text says which."""
 
 
 def run(
     function: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = LONGEST
 ) -> list[Any]:
-    """Each rank's result.
+    """The results of all ranks.
 
     Raises:
-        Failed: of the first rank without one; the others, which wait for it, are ended.
+        Failed: for the first rank that has no result; the others are then killed.
     """
     context = _context()
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")  # no port that somebody else may have
+        store = str(Path(folder) / "store")  # a file: a port might be in use
         processes, connections = [], []
         try:
             for rank in range(ranks):
@@ -80,7 +80,7 @@ def _results(connections: list[Connection], deadline: float) -> list[Any]:
 
 
 def threads_of(ranks: int) -> int:
-    """Of each rank; with more ranks than cores they share them."""
+    """The threads of each rank; at least one, even with more ranks than cores."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, cores // ranks)
@@ -90,7 +90,7 @@ def _serve(
     rank: int, ranks: int, store: str, connection: Connection, function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     os.environ["OMP_NUM_THREADS"] = str(threads_of(ranks))
     import torch
     import torch.distributed as dist
@@ -103,4 +103,4 @@ def _serve(
         last = traceback.format_exc().strip().splitlines()[-3:]
         result = Failed(f"{type(error).__name__}: {error} ({' '.join(map(str.strip, last))})")
     connection.send(result)
-    threading.Event().wait()  # to be ended when all others are done with its connections, too
+    threading.Event().wait()  # until killed: other ranks may still use connections to this one

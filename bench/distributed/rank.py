@@ -1,7 +1,7 @@
-"""What a rank does: times, bytes sent and errors of a case; the peak of memory of one method.
+"""The measurements on each rank: times, bytes sent and errors of a case; one method's peak memory.
 
-A time is the slowest rank's, from a barrier on. All ranks call these functions together, and what
-they decide on their way they decide alike.
+A time is that of the slowest rank after a barrier. All ranks call these functions together, and
+must take the same branches.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..methods.registry import Step, make_step
 from . import methods
 from .cases import Case, own_inputs
 
-# Timed in the same rounds as the methods, for the scale model's check: this rank's pairs as a batch
-# of one process, while the others do the same; the exchanges of a gathered loss, of a ring and of
-# states.
+# Timed in the same rounds as the methods, for the check of the scale model: this rank's pairs as a
+# batch of one process, while the others do the same; and the exchanges of the all-gather, of the
+# reduce-scatter, of the ring and of states.
 SINGLE = "single"
 GATHER, SCATTER, HOP, SMALL = "gather", "scatter", "hop", "small"
 
@@ -38,7 +38,8 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 
 @dataclass
 class Measured:
-    """Of one rank; times are the slowest rank's, and errors of all ranks, on the first alone."""
+    """One rank's measurements. Times are the slowest rank's. Errors are over all ranks, and only on
+    the first rank."""
 
     times: dict[str, Timing] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
@@ -46,8 +47,9 @@ class Measured:
 
 
 def measure(rank: int, ranks: int, case: Case, wanted: tuple[str, ...], seconds: float) -> Measured:
-    """All methods in turns, about so many seconds for the rounds."""
-    warnings.simplefilter("ignore", FutureWarning)  # of torch.distributed.nn, which open_clip calls
+    """Measures all methods in turns, in rounds of about `seconds` altogether."""
+    # From torch.distributed.nn, which open_clip calls.
+    warnings.simplefilter("ignore", FutureWarning)
     whole = make_inputs(case.whole)
     inputs = own_inputs(case, rank, whole)
     steps = {method: step_of(case, method, rank, ranks, inputs) for method in wanted}
@@ -113,7 +115,7 @@ def _slowest(run: Run, repeats: int) -> float:
 
 
 def _agreed_time() -> float:
-    """The first rank's."""
+    """The first rank's time, on every rank."""
     now = torch.tensor(time.perf_counter(), dtype=torch.float64)
     dist.broadcast(now, 0)
     return float(now)
@@ -122,11 +124,11 @@ def _agreed_time() -> float:
 def errors(
     case: Case, rank: int, ranks: int, whole: Inputs, results: dict[str, tuple[Tensor | None, ...]]
 ) -> dict[str, tuple[float, float]]:
-    """Against one process's float64 gradients on all pairs, after the mean over ranks."""
+    """Errors of dx and dscale, averaged over ranks, against float64 gradients on all pairs."""
     true = None
     if rank == 0:
         threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or threads)  # all others wait
+        torch.set_num_threads(os.cpu_count() or threads)  # the other ranks wait
         true = loss_of(case.loss).truth(whole.x, whole.y, whole.scale, whole.bias)
         torch.set_num_threads(threads)
     found = {}
@@ -156,7 +158,8 @@ def peak(rank: int, ranks: int, case: Case, method: str) -> int | None:
 
 
 def _give_back_at_once() -> None:
-    """What is freed, so that the mark is of what is held. glibc's own threshold for that grows with
-    the blocks that are freed: it kept a third more of open_clip's peak resident."""
+    """Makes malloc return freed memory at once, so that the high-water mark counts only memory in
+    use. glibc's own threshold grows with the blocks that are freed; it left a third more of
+    open_clip's peak resident."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)

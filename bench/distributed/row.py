@@ -1,4 +1,4 @@
-"""The columns of a CSV of `bench/results/distributed`; this file never measures anything."""
+"""The columns of the CSVs in `bench/results/distributed`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RESULTS = results.RESULTS / "distributed"
 
 
 def committed() -> list[Path]:
-    """The CSVs there."""
+    """The committed CSVs."""
     return sorted(RESULTS.glob("*.csv"))
 
 
@@ -19,25 +19,26 @@ def committed() -> list[Path]:
 class Row(results.Where):
     """One method on one case. A number that was not measured is None, an empty cell in the file.
 
-    Where it ran: as in `results.Where`; `threads` are those of each rank.
+    Machine: as in `results.Where`; `threads` are those of each rank.
 
-    What: `loss`, `ranks`, `b` pairs a rank, `d`, `dtype` as in `cases.Case`; `method` as in
+    Case: `loss`, `ranks`, `b` pairs per rank, `d`, `dtype` as in `cases.Case`; `method` as in
     `methods.py`.
 
     Time: `ms`, the median over `rounds` interleaved rounds of the slowest rank's forward and
     backward, in milliseconds; `low_ms`, `high_ms`, its quartiles; `over_open_clip`, how many times
     faster than open_clip's in the same rounds.
 
-    Prediction of `scale.py`, from the medians in the same rounds: `single_ms`, this library's loss
-    of a rank's pairs alone while all ranks do the same; `gather_ms`, of texts, `scatter_ms`, of all
-    texts' gradients, `hop_ms`, of a rank's texts to its neighbour, `small_ms`, an all-reduce of a
-    number for each pair. `predicted_ms`: what follows from them for `ms`.
+    Prediction by `scale/model.py`, from medians in the same rounds: `single_ms`, this library's
+    loss of one rank's pairs while all ranks do the same; `gather_ms`, an all-gather of texts;
+    `scatter_ms`, a reduce-scatter of all texts' gradients; `hop_ms`, sending a rank's texts to its
+    neighbour; `small_ms`, an all-reduce of one number per pair. `predicted_ms` is the prediction of
+    `ms` from them.
 
-    A rank's: `sent_mib` to others, as `traffic.py` counts; `peak_mib` beyond its inputs, the most
-    of all ranks.
+    Per rank, the largest of all ranks: `sent_mib`, sent to others as `traffic.py` counts;
+    `peak_mib`, peak memory beyond the inputs.
 
-    Error against float64 on the whole batch, relative, as 2-norms: `err_dx`, `err_dscale`, after
-    the mean over ranks. `note`: what went wrong, if anything.
+    Relative errors (2-norms) against float64 on the whole batch, after the mean over ranks:
+    `err_dx`, `err_dscale`. `note`: an error message, if any.
     """
 
     loss: str = ""
@@ -65,5 +66,5 @@ class Row(results.Where):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a later measurement replaces."""
+        """The columns that identify a row: a later measurement with the same key replaces it."""
         return (self.loss, self.ranks, self.b, self.d, self.dtype, self.method)

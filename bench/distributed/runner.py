@@ -1,7 +1,7 @@
 """Measures a plan across processes and writes each finished case into the CSV.
 
-Times come from one group of processes for each case, peaks of memory from one for each method. What
-fails keeps rows that say why. This file never prints a table.
+Times come from one group of processes per case, peak memory from one group per method. Failures
+leave rows with the reason.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .cases import Case
 from .row import Row
 
 MIB = 2**20
-# Seconds for the rounds of a case; `quick` of a look.
+# Seconds for the rounds of one case, in a standard and in a quick plan.
 SECONDS, QUICK_SECONDS = 8.0, 1.5
 
 
 @dataclass
 class Options:
-    """How a plan is run: `seconds` for the rounds of one case."""
+    """How a plan is run; the rounds of one case take `seconds`."""
 
     path: Path
     seconds: float = SECONDS
@@ -33,8 +33,8 @@ class Options:
 
 
 def run(plan: list[Case], options: Options, wanted: list[str] | None = None) -> list[Row]:
-    """Measures every case of `plan`, with the methods wanted or all; returns the new rows, which
-    are in the CSV as well."""
+    """Measures every case of `plan` with the methods wanted, or all; returns the new rows, which
+    are also in the CSV."""
     where = results.machine_row(kind=Row)
     old = results.read(options.path, Row) if options.path.exists() else []
     rows: list[Row] = []
@@ -122,6 +122,6 @@ def _set_memory(row: Row, case: Case, method: str) -> None:
         row.note = f"memory: {error}"[:200]
         return
     if None in peaks:
-        row.note = "memory: cannot be told on this machine"
+        row.note = "memory: cannot be measured on this machine"
     else:
         row.peak_mib = max(peaks) / MIB

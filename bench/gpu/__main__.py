@@ -20,13 +20,13 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench.gpu",
         description="Checks and times the engines on a CUDA device, within eight minutes.",
     )
-    made.add_argument("--check", action="store_true", help="only tell whether there is a GPU")
-    made.add_argument("--again", action="store_true", help="the second run, four minutes")
-    made.add_argument("--only", nargs="+", metavar="STEP", help="these steps, in this order")
-    made.add_argument("--bundle", type=Path, metavar="FOLDER", help="what make gpu-bundle made")
+    made.add_argument("--check", action="store_true", help="only check that there is a GPU")
+    made.add_argument("--again", action="store_true", help="make the second run (four minutes)")
+    made.add_argument("--only", nargs="+", metavar="STEP", help="run these steps, in this order")
+    made.add_argument("--bundle", type=Path, metavar="FOLDER", help="a bundle of make gpu-bundle")
     made.add_argument("--winners", type=Path, metavar="FILE", help="a first run's gpu-tiles.csv")
-    made.add_argument("--seconds", type=float, help="for all of it (480; again: 240)")
-    made.add_argument("--out", type=Path, help="default: $OUT, else bench/results")
+    made.add_argument("--seconds", type=float, help="limit of the run (480; with --again 240)")
+    made.add_argument("--out", type=Path, help="folder of the results ($OUT, else bench/results)")
     made.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     return made
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(todo: list[steps.Step], session: steps.Session) -> int:
-    """Runs the steps, then prints the report, also where Ctrl-C or a scheduler ends the run."""
+    """Runs the steps, then prints the report, even if Ctrl-C or a scheduler ends the run."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         steps.run_all(todo, session)

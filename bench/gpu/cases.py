@@ -1,4 +1,4 @@
-"""What `make gpu` measures, in groups; within each the most important first, should it be cut."""
+"""The cases of `make gpu`, in groups. The most important come first, because a run may be cut."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SPLIT = "fastclip triton split"
 
 
 def headline() -> list[Case]:
-    """Large batches in bf16. Rivals come behind our own: they are slower, and may fail.
+    """Large batches in bf16. Rivals follow our own methods: they are slower, and may fail.
 
     Times of peers and of the compiled loss do not depend on the scale.
     """
     cases = []
     first, *others = LOSSES
-    # The larger batch is the one that the others have a goal for.
+    # The other losses have a goal for the larger batch, which therefore comes first.
     order = [(first, n) for n in LARGE] + [(loss, n) for loss in others for n in LARGE[::-1]]
     for scale in SCALES:
         for loss, n in order:
@@ -35,8 +35,8 @@ def headline() -> list[Case]:
 
 
 def engines() -> list[Case]:
-    """The CUDA engine's own tensor-core kernels, beside the headline's rows; and fp32: IEEE's,
-    where that engine comes first, and Triton's products of bf16 parts."""
+    """The CUDA engine's own tensor-core kernels, for comparison with the headline; and fp32: IEEE
+    products, for which that engine is the default, and Triton's products of bf16 parts."""
     cases = [
         Case(loss, 32768, 32768, 768, "bfloat16", scale, methods=("fastclip cuda fused",))
         for scale in SCALES
@@ -59,7 +59,7 @@ def contrast() -> list[Case]:
 
 
 def small() -> list[Case]:
-    """Batches that wait for launches, not for arithmetic: eager, and captured in a CUDA graph."""
+    """Batches limited by launches, not by arithmetic: eager, and captured in a CUDA graph."""
     methods = ("open_clip", "dense", "fastclip", "fastclip triton", "fastclip cuda")
     return [
         Case(loss, n, n, 512, "bfloat16", SCALES[0], mode=mode, methods=methods)
@@ -70,7 +70,7 @@ def small() -> list[Case]:
 
 
 def rest() -> list[Case]:
-    """Sizes whose errors a float64 truth can tell, less those of `small`; then a million pairs."""
+    """Sizes small enough for a float64 truth, without those of `small`; then a million pairs."""
     cases = []
     everything = ("fastclip", "fastclip triton", "fastclip cuda", "dense", "open_clip")
     for n in (8192, 2048):
@@ -87,7 +87,7 @@ def rest() -> list[Case]:
 
 
 def again() -> list[Case]:
-    """The headline with the tiles that won in the first run, and without."""
+    """The headline with the tiles that won in the first run, and with the table's."""
     methods = ("fastclip triton", WINNERS, "open_clip")
     return [replace(case, methods=methods, memory=False) for case in headline()]
 

@@ -1,10 +1,10 @@
-"""What Nsight Compute counts in a sweep, in a kernel that weighs, and in a product of theirs.
+"""Nsight Compute's counters for a sweep kernel, a weighing kernel and a library's matmul.
 
     python -m bench.gpu.counters           runs ncu on each of them, one after the other
-    python -m bench.gpu.counters --step    the program that it looks at
+    python -m bench.gpu.counters --step    the program that ncu profiles
 
-Clocks are left as they are (`--clock-control none`): the card may be shared. Of ncu's hundreds of
-metrics a line each is printed for those in METRICS; all of them are in gpu-ncu.csv.
+The clocks are left alone (`--clock-control none`), because the card may be shared. The metrics in
+METRICS are printed; all of ncu's hundreds of metrics are in gpu-ncu.csv.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..report import results
 from . import figures, process, steps, tiles
 
 N = 16384
-# A kernel is looked at once: the first whose name matches.
+# For each pattern, only the first launch of a matching kernel is profiled.
 KERNELS = {
     "sweep": "^sweep_kernel$", "weigh": "^weigh_kernel$", "product": "gemm|nvjet|cutlass|xmma",
 }  # fmt: skip
@@ -36,7 +36,7 @@ METRICS = {
     "warps active, % of peak": r"^sm__warps_active\.avg\.pct_of_peak_sustained_active$",
     "stalled for": r"^smsp__average_warps?_issue_stalled_(?!.*not_issued).*_per_issue_active",
 }
-STALLS = 3  # the longest of them are printed
+STALLS = 3  # the number of stall reasons printed, the longest first
 
 
 def find() -> str | None:
@@ -52,8 +52,8 @@ def command(ncu: str, pattern: str, target: Path) -> list[str]:
 
 
 def parse(text: str) -> list[dict[str, tuple[str, str]]]:
-    """For each kernel its metrics, (value, unit), of ncu's `--csv --page raw`: a header, a line of
-    units, a line a kernel; anything else begins with ==."""
+    """The metrics of each kernel, {name: (value, unit)}, from ncu's output with `--csv --page raw`:
+    a header, a row of units, a row per kernel. Other output begins with ==."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     if len(lines) < 3:
         return []
@@ -64,7 +64,7 @@ def parse(text: str) -> list[dict[str, tuple[str, str]]]:
 
 
 def chosen(metrics: dict[str, tuple[str, str]]) -> list[tuple[str, float, str]]:
-    """The metrics of METRICS that there are: what they say, value, unit."""
+    """The available metrics of METRICS: label, value, unit."""
     found = []
     for text, pattern in METRICS.items():
         matching = []
@@ -88,7 +88,7 @@ def chosen(metrics: dict[str, tuple[str, str]]) -> list[tuple[str, float, str]]:
 
 
 def step() -> None:
-    """A warm step of the Triton engine, then one that ncu sees."""
+    """One warm-up step of the Triton engine, then one that ncu profiles."""
     tiles.step("clip", N, tiles.D, "cuda")
     torch.cuda.profiler.start()
     tiles.step("clip", N, tiles.D, "cuda")
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = {"step": "ncu", "subject": kernel, "name": text, "value": value, "unit": unit}
             figures.append(options.out / "gpu-figures.csv", row)
             print(f"  {text:28} {value:14.4g} {unit}", flush=True)
-    print(f"{len(seen)} of {len(KERNELS)} kernels looked at; in {raw.name}")
+    print(f"{len(seen)} of {len(KERNELS)} kernels profiled; in {raw.name}")
     return 0 if len(seen) == len(KERNELS) else 1
 
 

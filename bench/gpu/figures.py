@@ -1,7 +1,7 @@
-"""The files of a run that are no rows of the bench: plain CSVs, written line by line.
+"""Reads and writes the CSVs of a run that are not rows of the benchmark.
 
-A line is one write to a file opened for appending, so several processes may share a file, and
-whatever was written stays if the process is killed.
+Each row is one write to a file opened for appending. Several processes may therefore share a file,
+and rows survive if the process is killed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ FIGURES = ("step", "subject", "name", "value", "unit")
 
 
 def start(path: Path, columns: Iterable[str]) -> None:
-    """An empty file with its header; an earlier one is replaced."""
+    """Writes an empty file with its header, in place of an earlier one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(",".join(columns) + "\n")
 
 
 def append(path: Path, row: Mapping[str, object], columns: Iterable[str] = FIGURES) -> None:
-    """Adds one line; `row` may lack columns, but has no others."""
+    """Adds one row; it may lack columns, but an unknown one is an error."""
     columns = list(columns)
     if unknown := set(row) - set(columns):
         raise ValueError(f"{path.name}: expected columns of {columns}, got {sorted(unknown)}")
@@ -40,26 +40,26 @@ def append(path: Path, row: Mapping[str, object], columns: Iterable[str] = FIGUR
 
 def _text(value: object) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split())  # an error's message is one line here
+    return " ".join(text.split())  # puts error messages on one line
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The lines of a file; none where there is no file. A line that a cut left half is dropped."""
+    """The rows of a file, if it exists. A row that a cut left incomplete is dropped."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [line for line in csv.DictReader(file) if None not in line.values()]
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 def reason(error: BaseException, most: int = 300) -> str:
-    """An error in one line: what began it, for a compiler's own message is a page of source."""
+    """The first cause of an error, in one line: a compiler's own message is a page of source."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:most]
 
 
 def replace(path: Path, rows: Iterable[Mapping[str, object]], columns: Iterable[str]) -> None:
-    """Writes all of a file in one step: a cut leaves the old one or the new one."""
+    """Replaces a file atomically: a cut leaves either the old or the new one."""
     columns = list(columns)
     partial = path.with_suffix(".partial")
     start(partial, columns)

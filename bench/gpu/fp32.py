@@ -1,4 +1,4 @@
-"""Ways of multiplying fp32 features besides IEEE products: as bf16 parts, and in tf32."""
+"""Ways to multiply fp32 features besides IEEE products: as bf16 parts, and in tf32."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from . import cases
 
 @contextlib.contextmanager
 def split() -> Iterator[None]:
-    """FASTCLIP_FP32=split. The library asks its environment once, so what it remembers is forgotten
-    before and after."""
+    """Sets FASTCLIP_FP32=split. The library caches the variable; the cache is cleared before and
+    after."""
     from fastclip.engine import preference
 
     before = os.environ.get("FASTCLIP_FP32")
@@ -34,7 +34,7 @@ def split() -> Iterator[None]:
 
 @contextlib.contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Sets "tf32" or "ieee", for plain PyTorch's fp32 products, too."""
+    """Sets "tf32" or "ieee" for fp32 products, those of plain PyTorch included."""
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, name
     try:
@@ -44,7 +44,7 @@ def precision(name: str) -> Iterator[None]:
 
 
 def add_method() -> None:
-    """A method of the bench beside the same engine's IEEE products."""
+    """Registers the method SPLIT: the Triton engine with fp32 features as bf16 parts."""
     own = registry.METHODS["fastclip triton"]
     text = f"{own.text}, fp32 as bf16 parts"
     registry.METHODS[cases.SPLIT] = replace(own, name=cases.SPLIT, text=text, within=split)

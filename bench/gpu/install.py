@@ -1,9 +1,9 @@
-"""fastclip in the machine's own Python: built here, or taken from a bundle of `make gpu-bundle`.
+"""Installs fastclip into the running Python: built here, or from a bundle of `make gpu-bundle`.
 
-The running python3 may belong to the system; pip then wants to be told that this is meant. The CUDA
-engine is compiled for the machine's own card, a sixth of the time that all take. Where it fails,
-nvcc's message is printed and everything else goes on without that engine. Peers come from a
-bundle's wheels into a folder of their own, on PYTHONPATH, not into the system's packages.
+The Python may belong to the system; pip then needs PIP_BREAK_SYSTEM_PACKAGES. The CUDA engine is
+compiled only for the machine's card, in a sixth of the time for all cards. If that fails, nvcc's
+message is printed and the run continues without that engine. A bundle's peers are installed in a
+folder of their own, on PYTHONPATH, not among the system's packages.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ EDITABLE = [*INSTALL, "--editable", "."]
 PEERS = process.ROOT / "build" / "gpu-peers"
 ENGINES = """
 import sys, fastclip
-for name, state in fastclip.backends().items():
-    print(f"engine {name}: {state}")
+for name, availability in fastclip.backends().items():
+    print(f"engine {name}: {availability}")
 print(fastclip.build_info())
 sys.exit(fastclip.backends()["cpu"] != "available")
 """
 
 
 def install(session: Session, seconds: float) -> Outcome:
-    """The step: how it ended, and in the session what later commands need to know."""
+    """The step. Sets the environment of later commands in the session."""
     began = session.clock()
     ends = began + seconds
     session.environment["PIP_BREAK_SYSTEM_PACKAGES"] = "1"
@@ -54,7 +54,7 @@ def _run(session: Session, ends: float, command: list[str], **more: str) -> proc
 
 
 def build(session: Session, ends: float) -> tuple[str, tuple[str, ...]]:
-    """Builds and installs; what was built, and what failed."""
+    """Builds and installs fastclip; returns a note on what was built, and the failures."""
     more = {"FASTCLIP_REQUIRE_EXTENSION": "0", "FASTCLIP_CUDA": "0"}
     if session.device == "cuda" and torch.version.cuda:
         card = "{}.{}".format(*torch.cuda.get_device_capability())
@@ -76,7 +76,8 @@ def build(session: Session, ends: float) -> tuple[str, tuple[str, ...]]:
 
 
 def take(session: Session, ends: float) -> bool:
-    """Uses what a bundle has; whether its extension runs here. Says what does not fit, and why."""
+    """Installs the parts of the bundle that fit and prints why others do not; True if its extension
+    runs here."""
     bundle = session.bundle
     try:
         told = json.loads((bundle / contents.DESCRIPTION).read_text())
@@ -94,10 +95,10 @@ def take(session: Session, ends: float) -> bool:
 
 
 def take_cache(session: Session, bundle: Path, told: dict[str, str]) -> None:
-    """Triton finds code only under the path that it was compiled for.
+    """Unpacks Triton's cache to the path that it was made for: Triton finds code only there.
 
-    That is in a folder that anyone may write to, and what lies there is run: a cache of somebody
-    else's is left alone.
+    Every user may write to the parent folder, and the code in the cache is executed: a folder of
+    another user is therefore not used.
     """
     folder = Path(told["triton_cache"])
     try:

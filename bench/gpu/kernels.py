@@ -20,18 +20,18 @@ METHODS = ("fastclip triton", "fastclip triton kept", "fastclip cuda", "fastclip
            "open_clip")  # fmt: skip
 SHAPES = tuple((loss, 32768) for loss in LOSSES)
 D = 768
-# Kernels that are named one by one, and how much of a name: cuBLAS's have hundreds of characters.
+# The number of kernels listed, and of characters of each name: cuBLAS's have hundreds.
 MOST, WIDTH = 12, 60
 
 
 def times(case: Case, method: str, device: str) -> list[tuple[str, int, float]]:
-    """Name, number of launches and milliseconds in all of a step's kernels, the longest first."""
+    """Name, launches and total milliseconds of each kernel of a step, the longest first."""
     step = registry.make_step(case, method, make_inputs(case, device))
     for _ in range(2):
         step()
     wait_for(device)
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    with warnings.catch_warnings():  # of the profiler's own making
+    with warnings.catch_warnings():  # the profiler warns about itself
         warnings.simplefilter("ignore")
         with profile(activities=[activity]) as profiled:
             step()

@@ -1,8 +1,8 @@
-"""The steps of `make gpu`, in their order: what must be known first comes first.
+"""The steps of `make gpu` in order, the most important first, with a time limit for each.
 
-Their limits are the most that each may take. With fastclip from a bundle, a minute is left for the
-tests on a card even where every step before them takes all of its time; tests that the first run
-did not get through are the second run's. A first run takes eight minutes, the second four.
+With fastclip from a bundle, a minute is left for the card tests even if every step before them uses
+all of its time. Tests that the first run did not finish are run by the second. The first run takes
+eight minutes, the second four.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ METHODS_OF = {
 
 
 def without(session: Session) -> list[str]:
-    """Methods whose engine crashed or hung in the smoke test: they would take others with them."""
+    """Methods whose engine crashed or hung in the smoke test: they would end the whole process."""
     lost = smoke.unusable(figures.read(session.out / smoke.FILE))
     return [method for engine in lost for method in METHODS_OF.get(engine, ())]
 
 
 def rows(group: str, *arguments: str) -> Callable[[Session], list[str]]:
     def command(session: Session) -> list[str]:
-        line = module("rows", group, *arguments)(session)
-        return [*line, "--without", *without(session)]
+        run = module("rows", group, *arguments)(session)
+        return [*run, "--without", *without(session)]
 
     return command
 
@@ -96,9 +96,10 @@ def first() -> list[Step]:
 
 
 def again() -> list[Step]:
-    """The winners of the first run's tiles, checked and timed; tests that had no time.
+    """The second run: checks and times the tiles that won in the first, and runs tests that did not
+    fit into it.
 
-    The losses' tests begin with the last file, for the first run was cut somewhere.
+    The losses' tests run in reverse order of files, because the first run was cut on its way.
     """
 
     def tiles_of(session: Session) -> str:
@@ -122,8 +123,8 @@ def again() -> list[Step]:
         return module("winners", tiles_of(session))(session)
 
     def check(session: Session) -> list[str]:
-        line = module("smoke", "--winners", tiles_of(session))(session)
-        return [*line, "--file", "gpu-again-smoke.csv", "--engines", "triton winners"]
+        run = module("smoke", "--winners", tiles_of(session))(session)
+        return [*run, "--file", "gpu-again-smoke.csv", "--engines", "triton winners"]
 
     def headline(session: Session) -> list[str]:
         return module("rows", "again", "--winners", tiles_of(session))(session)

@@ -1,7 +1,7 @@
-"""Runs a command within a time: at its end it is told to stop, and killed if it does not.
+"""Runs a command within a time limit: at the limit it gets SIGINT, and SIGKILL if it goes on.
 
-SIGINT, as Ctrl-C sends it, lets Python and pytest say where they were. What the command prints goes
-to `say`, line by line; its last line is kept, and the first of those that tell of a failure.
+On SIGINT, as from Ctrl-C, Python and pytest print where they were. Each line of the command's
+output is passed to `say`; the last one and the first few that report failures are returned.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ MOST_FAILURES = 10
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: `code` is negative for a signal's; `last` is its last line."""
+    """How a command ended. `code` is negative if a signal ended it; `last` is the last line of its
+    output that is not blank."""
 
     code: int
     in_time: bool
@@ -38,9 +39,9 @@ def run(
     environment: Mapping[str, str] | None = None,
     grace: float = GRACE,
 ) -> Ended:
-    """Runs `command` in the repository's root, with `environment` besides this process's own."""
-    # A group of its own, so that a command's children end with it; no session of its own, so that
-    # whoever ends this one's finds it.
+    """Runs `command` in the repository's root, with `environment` added to this process's own."""
+    # A process group of its own, so that the command's children end with it. Not a session of its
+    # own: ending this process's session must end the command, too.
     group = (
         {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
     )  # fmt: skip
@@ -55,7 +56,7 @@ def run(
         for line in process.stdout:
             line = line.rstrip("\n")
             last[0] = line if line.strip() else last[0]
-            # Also pytest's summary has these words in front.
+            # The lines of pytest's summary start with these words, too.
             if line.startswith(("FAILED", "ERROR")) and len(failures) < MOST_FAILURES:
                 failures.append(line)
             say(line)
@@ -68,11 +69,11 @@ def run(
     except subprocess.TimeoutExpired:
         in_time = False
         _stop(process, grace)
-    except BaseException:  # this process is itself told to stop
+    except BaseException:  # this process is interrupted
         _stop(process, grace)
         raise
     finally:
-        _kill_group(process)  # children that a command has left behind would hold the pipe
+        _kill_group(process)  # children that outlive the command would keep the pipe open
         reader.join(5)
     return Ended(process.returncode, in_time, last[0].strip(), tuple(failures))
 

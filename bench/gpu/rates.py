@@ -1,8 +1,8 @@
-"""What the card can do, measured first: `python -m bench.gpu.rates`.
+"""Measures the card's rates: `python -m bench.gpu.rates`.
 
-Copies, a large square product in each arithmetic, and the library products that the engines make of
-weights and features, whose shapes are less kind. Rates are of random numbers: zeros need less power
-and run faster.
+They are those of a copy, of a large square matmul in each arithmetic, and of the engines' library
+matmuls of weights and features, whose shapes are less favourable. Operands are random numbers:
+zeros need less power and run faster.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..measure.timing import CLOCKS, wait_for
 from ..report import results
 from . import figures, fp32
 
-# Of the copy, bytes; of the square product; of a chunk of weights; of all weights, kept; features.
+# Bytes of the copy; edges of the square matmul, of a chunk of weights, of all weights (kept); D.
 SIZES = {"cuda": (4 << 30, 8192, 11264, 32768, 768), "cpu": (1 << 20, 64, 96, 128, 32)}
-# A card that has been idle runs at other clocks than one at work.
+# An idle card's clocks differ from those under load.
 BURN_IN_SECONDS = {"cuda": 1.0, "cpu": 0.0}
 ROUNDS, SHORTEST = 5, 0.02
 
@@ -31,7 +31,7 @@ Run = Callable[[], object]
 
 
 def works(device: str) -> Iterator[tuple[str, float, str, Run]]:
-    """Name, amount of work, unit of its rate, and what does it; made one at a time."""
+    """Yields name, amount of work, unit of the rate, and the function to time, one at a time."""
     yield _copy(device)
     for name, dtype, tf32 in (
         ("bf16", torch.bfloat16, False), ("fp16", torch.float16, False),
@@ -61,12 +61,12 @@ def _square(device: str, name: str, dtype: torch.dtype, tf32: bool) -> tuple[str
 
 
 def _products_of_weights(device: str, rows: int) -> Iterator[tuple[str, float, str, Run]]:
-    """As the engines make them: of weights and of their transpose, new and added to."""
+    """The engines' matmuls: weights or their transpose times features, stored or accumulated."""
     d = SIZES[device][4]
     weights = torch.randn(rows, rows, device=device, dtype=torch.bfloat16)
     features = torch.randn(rows, d, device=device).to(torch.bfloat16)
     total = torch.zeros(rows, d, device=device)
-    into = {"out_dtype": torch.float32} if device == "cuda" else {}  # a CPU has no such product
+    into = {"out_dtype": torch.float32} if device == "cuda" else {}  # not available on CPUs
     for side, w in (("w y", weights), ("w^T x", weights.T)):
         name = f"{side} {rows}x{rows}x{d} bf16"
         flops = 2 * rows * rows * d / 1e12
@@ -77,7 +77,7 @@ def _products_of_weights(device: str, rows: int) -> Iterator[tuple[str, float, s
 
 
 def rate(work: float, run: Run, device: str) -> tuple[float, float]:
-    """Work a second, and the seconds of one run: the median of a few rounds."""
+    """Work per second, and seconds per run: the median of a few rounds."""
     clock = CLOCKS[device]
     run()
     wait_for(device)
@@ -94,7 +94,7 @@ def burn_in(device: str) -> None:
 
 
 def software(device: str) -> str:
-    """Versions, and the driver's state as it is found."""
+    """Versions of torch, Triton and Python, and nvidia-smi's report on the card."""
     try:
         import triton
 
@@ -107,10 +107,10 @@ def software(device: str) -> str:
     asked = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,memory.total"
     command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        card = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):
-        told = "nvidia-smi does not answer"
-    return f"{text}; {told.strip()}"
+        card = "nvidia-smi does not answer"
+    return f"{text}; {card.strip()}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = {"step": "rates", "subject": name}
         try:
             value, seconds = rate(work, run, device)
-        except RuntimeError as error:  # a product that this torch does not have
+        except RuntimeError as error:  # a matmul that this version of torch lacks
             failed += 1
             figures.append(path, {**row, "name": "error", "value": error})
             print(f"FAILED: {name}: {str(error).splitlines()[0]}", flush=True)

@@ -1,6 +1,6 @@
-"""A run on one page: figures, goals, what failed, and last the verdict.
+"""The report of a run on one page: figures, goals, failures, and last the verdict.
 
-Whoever watches from afar may see the end of the output alone.
+The verdict comes last because remote output may be cut to its end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_FAILURES = 6  # of one step
 
 
 def report(session: Session) -> str:
-    """The page; also of a run that was cut."""
+    """The page, also for a run that was cut."""
     parts = ["\n=== report"]
     found = measured(session)
     shown = ("again",) if session.again else ("headline", "engines")
@@ -34,14 +34,15 @@ def report(session: Session) -> str:
 
 
 def measured(session: Session) -> list[results.Row]:
-    """The rows of this run; its file may have those of earlier ones."""
+    """The rows of this run; the file may also hold rows of earlier runs."""
     path = rows.path_of(session.out, session.device, session.again)
     found = results.read(path) if path.exists() else []
     return [row for row in found if row.when >= session.began]
 
 
 def table_of(found: list[results.Row], group: str) -> str:
-    """Methods by cases: time, times faster than open_clip or the dense loss, of the limit, MiB."""
+    """A table of methods by cases: time, speed-up over open_clip or the dense loss, percentage of
+    the GEMM limit, peak MiB."""
     keys, by_method = [], {}
     wanted = {(c.loss, c.m, c.dtype, c.scale, c.mode) for c in GROUPS[group]()}
     for row in found:
@@ -55,10 +56,10 @@ def table_of(found: list[results.Row], group: str) -> str:
         return ""
     short = {"bfloat16": "bf16", "float32": "fp32"}
     header = [f"{loss} {m >> 10}k {short[dtype]} {scale:g}" for loss, m, dtype, scale, _ in keys]
-    lines = [
+    table_rows = [
         [method, *(_cell(cells.get(key)) for key in keys)] for method, cells in by_method.items()
     ]
-    return f"{group}\n{markdown([group, *header], lines)}"
+    return f"{group}\n{markdown([group, *header], table_rows)}"
 
 
 def _cell(row: results.Row | None) -> str:
@@ -72,25 +73,25 @@ def _cell(row: results.Row | None) -> str:
 
 
 def goals_of(found: list[results.Row]) -> str:
-    """The goals that were measured, a line each; of the others their number is in the verdict."""
-    lines = []
+    """A table of the goals that were measured; the verdict counts the others."""
+    table_rows = []
     for one in judged(found):
         if one.verdict == "not measured":
             continue
         goal = one.goal
         here = ", ".join("-" if figure is None else goal.form(figure) for figure in one.figures)
         aim = goal.form(goal.aims[0])
-        lines.append([goal.text, goal.form(goal.floor), aim, here, one.verdict])
-    if not lines:
+        table_rows.append([goal.text, goal.form(goal.floor), aim, here, one.verdict])
+    if not table_rows:
         return "goals: none was measured"
-    return markdown(["goal", "floor", "aim", "at scale 14.3, 100", "reached"], lines)
+    return markdown(["goal", "floor", "aim", "at scale 14.3, 100", "reached"], table_rows)
 
 
 def steps_of(outcomes: list[Outcome]) -> str:
-    lines = [
+    table_rows = [
         [o.step, o.status, f"{o.seconds:.0f} s" if o.seconds else "", o.note[:90]] for o in outcomes
     ]
-    return markdown(["step", "status", "took", "note"], lines)
+    return markdown(["step", "status", "took", "note"], table_rows)
 
 
 def skipped(found: list[results.Row]) -> list[str]:
@@ -99,17 +100,17 @@ def skipped(found: list[results.Row]) -> list[str]:
 
 
 def failures_of(outcomes: list[Outcome]) -> str:
-    lines = []
+    messages = []
     for outcome in outcomes:
-        told = [line[:200] for line in outcome.failures[:MOST_FAILURES]]
+        told = [message[:200] for message in outcome.failures[:MOST_FAILURES]]
         more = len(outcome.failures) - len(told)
-        lines += [f"{outcome.step}: {line}" for line in told]
-        lines += [f"{outcome.step}: and {more} more, see the log"] if more > 0 else []
-    return "\n".join(lines)
+        messages += [f"{outcome.step}: {message}" for message in told]
+        messages += [f"{outcome.step}: and {more} more, see the log"] if more > 0 else []
+    return "\n".join(messages)
 
 
 def verdict(session: Session) -> str:
-    """One line: how the steps ended, then how the goals stand."""
+    """One line: how the steps ended, then the number of goals reached and missed."""
     outcomes = session.outcomes
     failed = [o.step for o in outcomes if o.status == FAILED]
     cut = [o.step for o in outcomes if o.status == CUT]

@@ -1,7 +1,7 @@
-"""One group of cases by `bench.runner`: `python -m bench.gpu.rows GROUP`.
+"""Measures one group of cases by `bench.measure.runner`: `python -m bench.gpu.rows GROUP`.
 
-Started again, it goes on where it was: cases and methods that have a row of this run are done, and
-a method that has lost the device, or does not answer, is not tried again.
+If it is started again within a run, it continues: it skips cases and methods that already have a
+row, and methods that lost the device or hung.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..measure import runner
 from ..report import results
 from . import cases, fp32, steps, winners
 
-# A loss is compiled in its first call.
+# Seconds that the first calls of a method, which compile it, may take.
 PATIENCE = 40.0
-# For the rounds of one case; large ones take three rounds, however long.
+# Seconds for the rounds of one case; large cases take three rounds, however long.
 SECONDS = {
     "headline": 2.5, "engines": 1.5, "contrast": 1.5, "small": 0.3, "rest": 1.0, "again": 2.0,
 }  # fmt: skip
 
 
 def path_of(out: Path, device: str, again: bool = False) -> Path:
-    """The rows' file; those with other tiles than the table's are no rows of this library."""
+    """The CSV of the rows. A second run has its own, because its tiles are not the table's."""
     machine = results.machine_row(device).machine
     return out / ("gpu-again-rows.csv" if again else f"{machine}.csv")
 
@@ -38,13 +38,13 @@ def of_group(rows: list[results.Row], group: str) -> list[results.Row]:
 
 
 def case_key(case: Case) -> tuple[object, ...]:
-    """What the keys of its rows begin with."""
+    """The start of the key of each of the case's rows."""
     shape = (case.m, case.n, case.d)
     return (case.loss, *shape, case.dtype, case.data, case.scale, case.mode)
 
 
 def remaining(plan: list[Case], done: list[results.Row], without: list[str]) -> list[Case]:
-    """What of a plan is left to measure, given the rows of this run."""
+    """The cases and methods that are left to measure, given the rows of this run."""
     lost = {row.method for row in done if row.note.startswith(runner.LOST)} | set(without)
     known = {row.key for row in done if row.ms is not None or row.note}
     left = []
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def failures(rows: list[results.Row]) -> list[results.Row]:
-    """Rows of our own that should have a time and have none."""
+    """Rows of fastclip's methods that should have a time and have none."""
     own = (row for row in rows if row.method.startswith("fastclip") and row.mode != "skipped")
     return [row for row in own if row.ms is None]
 

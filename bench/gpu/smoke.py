@@ -1,7 +1,7 @@
-"""Every engine against float64 on the device, within a minute: `python -m bench.gpu.smoke`.
+"""Checks every engine against float64 on the device, in a minute: `python -m bench.gpu.smoke`.
 
-`smoke_checks.py` has the problems and the verdicts. Each engine, loss and dtype has a process, and
-several run at once, since they mostly compile.
+`smoke_checks.py` has the problems and the verdicts. Each engine, loss and dtype has a process of
+its own. Several run at once, because they spend most of their time compiling.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..losses import LOSSES
 from ..measure.timing import wait_for
@@ -35,13 +34,10 @@ from .smoke_checks import (
     judge_rerun,
 )
 
-if TYPE_CHECKING:
-    pass
-
 COLUMNS = ("engine", "loss", "dtype", "normalize", "n", "d", "scale", "check", "status",
            "worst", "of", "note")  # fmt: skip
 PROCESSES = 8
-LEAST_SECONDS = 3.0  # with less a process is not begun
+LEAST_SECONDS = 3.0  # no process is started with less time left
 FILE = "gpu-smoke.csv"
 
 
@@ -53,7 +49,7 @@ JUDGES = {
 
 @contextlib.contextmanager
 def engine_of(label: str, tiles: Path | None) -> Iterator[str]:
-    """The backend behind "triton", "cuda tf32", and so on, set up as its second word says."""
+    """The backend of a label such as "triton" or "cuda tf32", in the mode of its second word."""
     backend, _, kind = label.partition(" ")
     settings = {
         "fused": registry.fused_tiles,
@@ -66,7 +62,7 @@ def engine_of(label: str, tiles: Path | None) -> Iterator[str]:
 
 
 def work(label: str, loss: str, dtype: str, device: str, path: Path, tiles: Path | None) -> int:
-    """All checks of one process; its exit status."""
+    """Makes all checks of one process; returns its exit status."""
     with engine_of(label, tiles) as engine:
         for problem, check in checks(loss, dtype, device):
             row = {
@@ -80,13 +76,14 @@ def work(label: str, loss: str, dtype: str, device: str, path: Path, tiles: Path
             figures.append(path, row, COLUMNS)
             try:
                 wait_for(device)
-            except RuntimeError:  # whatever followed would fail as well
+            except RuntimeError:  # all later checks would fail as well
                 return steps.LOST
     return 0
 
 
 def engines(device: str) -> list[str]:
-    """Those that can run here, the experimental tiles of the CUDA engine among them."""
+    """The engines that can run here, with their modes; the CUDA engine's fused tiles are
+    experimental."""
     import fastclip
 
     names = ("triton", "cuda") if device == "cuda" else ("cpu", "torch")
@@ -96,13 +93,13 @@ def engines(device: str) -> list[str]:
         found.append("triton split")
     if "cuda" in found and registry.fused_is_built():
         found.append("cuda fused")
-    return [*found, *tf32]  # in tf32 nothing is timed
+    return [*found, *tf32]  # tf32 comes last, since no case is timed in it
 
 
 def jobs(labels: list[str]) -> list[tuple[str, str, str]]:
-    """What each process checks, bf16 first."""
-    # Tile candidates are timed in bf16 alone; the fused kernels know half precision alone, and fp32
-    # alone is split or rounded to tf32.
+    """The (engine, loss, dtype) of each process, bf16 first."""
+    # Tile candidates are timed only in bf16; the fused kernels take only half precision; only fp32
+    # is split or rounded to tf32.
     only = {
         "winners": ("bfloat16",),
         "split": ("float32",),
@@ -121,14 +118,15 @@ def jobs(labels: list[str]) -> list[tuple[str, str, str]]:
 def run_job(
     job: tuple[str, str, str], options: argparse.Namespace, path: Path, ends: float
 ) -> None:
-    """A process of its own; one that does not end by itself has a row that says so."""
+    """Makes the checks of one job in a process of its own. If it fails, or is killed at the end of
+    the time, a row says so."""
     label, loss, dtype = job
     command = [sys.executable, "-m", "bench.gpu.smoke", "--job", *job, "--device", options.device]
     command += ["--out", str(options.out), "--file", options.file]
     command += ["--winners", str(options.winners)] if options.winners else []
     row = {"engine": label, "loss": loss, "dtype": dtype, "check": "process", "status": "FAILED"}
     seconds = ends - time.monotonic()
-    if seconds < LEAST_SECONDS:  # it neither fails nor hangs
+    if seconds < LEAST_SECONDS:  # neither a crash nor a hang: the engine stays usable
         counts = {"check": "large"} if dtype == "bfloat16" else {"status": "cut"}
         figures.append(path, {**row, **counts, "note": "left out for time"}, COLUMNS)
         return
@@ -138,7 +136,7 @@ def run_job(
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-        # Compiling takes time; but whoever has not made a single check hangs.
+        # Compiling takes time, but a process without a single check counts as hung.
         checked = [r for r in figures.read(path) if job == (r["engine"], r["loss"], r["dtype"])]
         note = f"not done in {seconds:.0f} s"
         if dtype == "bfloat16" and not any(r["n"] == str(LARGE[0]) for r in checked):
@@ -153,7 +151,7 @@ def run_job(
 
 
 def unusable(rows: list[dict[str, str]]) -> list[str]:
-    """Engines whose process in bf16, or in split fp32, crashed or hung: they are not timed."""
+    """Engines that must not be timed: their process in bf16, or in split fp32, crashed or hung."""
     return sorted({
         row["engine"] for row in rows if (row["check"], row["status"]) == ("process", "FAILED")
         and (row["dtype"] == "bfloat16" or row["engine"] == "triton split")
@@ -173,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.job:
         return work(*options.job, options.device, path, options.winners)
     figures.start(path, COLUMNS)
-    # A process that is killed may take seconds to give its memory on the device back.
+    # A killed process may take seconds to release its device memory.
     ends = time.monotonic() + min(steps.seconds_left() - 6, 1e6)
     todo = jobs(engines(options.device) if options.engines is None else options.engines)
     if not todo:
@@ -183,28 +181,28 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in pool.map(lambda job: run_job(job, options, path, ends), todo):
             pass
     rows = figures.read(path)
-    for line in summary(rows):
-        print(line, flush=True)
+    for message in summary(rows):
+        print(message, flush=True)
     return 1 if any(row["status"] == "FAILED" for row in rows) else 0
 
 
 def summary(rows: list[dict[str, str]], most: int = 12) -> list[str]:
-    """The failures, as many as fit a page, then one line for all."""
+    """The first `most` failures, then a line that counts all checks by engine."""
     failed = [row for row in rows if row["status"] == "FAILED"]
-    lines = [
+    messages = [
         "FAILED: " + " ".join(
             row[name] for name in ("engine", "loss", "dtype", "normalize", "n", "d", "scale",
                                    "check", "of", "note") if row[name]
         ) for row in failed[:most]
     ]  # fmt: skip
     if len(failed) > most:
-        lines.append(f"... and {len(failed) - most} more of {FILE}")
+        messages.append(f"... and {len(failed) - most} more of {FILE}")
     told = []
     for engine in dict.fromkeys(row["engine"] for row in rows):
         counts = Counter(row["status"] for row in rows if row["engine"] == engine)
         cut = f", {counts['cut']} processes cut" if counts["cut"] else ""
         told.append(f"{engine} {counts['passed']} passed, {counts['FAILED']} failed{cut}")
-    return [*lines, "; ".join(told) or "nothing was checked"]
+    return [*messages, "; ".join(told) or "nothing was checked"]
 
 
 if __name__ == "__main__":

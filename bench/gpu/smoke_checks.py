@@ -1,7 +1,7 @@
-"""The problems of the smoke test, and the verdict on what an engine returns for them.
+"""The problems of the smoke test, and the verdicts on an engine's results.
 
-An engine may lose what plain PyTorch loses in fp32 on the same features, and one rounding of its
-results. The same call twice gives the same bits, and so does its replay in a CUDA graph.
+An engine's error may exceed that of plain PyTorch in fp32 on the same features by a rounding of its
+results. Two equal calls must return the same bits, also if one is the replay of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FP64, FP32 = torch.float64, torch.float32
-# The headline's kernels: plain tiles, descriptors, kept rows. A cut leaves them checked.
+# Runs the headline's kernels: plain tiles, descriptors, kept rows. It comes first, so that a cut
+# run has checked them.
 LARGE = (4099, 768)
-# Up to 2,896 pairs are a small block, with kernels of its own.
+# Blocks of up to 2,896 pairs have kernels of their own.
 SMALL = (513, 96)
 SHAPES = (LARGE, (1000, 520), SMALL, (3001, 520))
 MASKED = ((1000, 520), (3001, 520))
@@ -40,6 +41,8 @@ Step = registry.Step
 
 @dataclass(frozen=True)
 class Problem:
+    """A loss with its inputs, computed by an engine, by plain PyTorch or in float64."""
+
     loss: str
     dtype: torch.dtype
     normalize: bool
@@ -62,15 +65,15 @@ class Problem:
         return [leaf.clone().requires_grad_() for leaf in found]
 
     def step(self, engine: str, leaves: list[Tensor], budget: int = 0) -> tuple[Tensor, ...]:
-        """The loss and its gradients by an engine. They are N times as large as the mean's, so that
-        half precision can hold them."""
+        """The loss and its gradients by an engine. The upstream gradient is N, so that gradients
+        are large enough for half precision."""
         function = loss_of(self.loss).of_fastclip()
         value = function(*leaves, normalize=self.normalize, backend=engine, memory_budget=budget)
         return self._results(value, leaves)
 
     def plain(self, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        """The same by plain PyTorch in fp32, of rounded features where tf32 is allowed: whether a
-        library's product of small matrices rounds them goes by its shape."""
+        """The same by plain PyTorch in fp32. If tf32 is allowed, features are rounded here, because
+        it depends on the shape whether a library's matmul of small matrices rounds them."""
         wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
         x, y, scale, *bias = wide
         if self.normalize:
@@ -81,11 +84,11 @@ class Problem:
         return self._results(dense(x, y, scale, bias[0] if bias else None), wide)
 
     def _results(self, value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        upstream = torch.full_like(value, float(self.n))  # filled on the device: also in a graph
+        upstream = torch.full_like(value, float(self.n))  # filled on the device, for CUDA graphs
         return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
     def truth(self, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        """In float64; the gradients of raw features through their normalisation, by hand."""
+        """The same in float64. Gradients pass through the normalisation without autograd."""
         x, y, scale, *bias = (leaf.detach().double() for leaf in leaves)
         u, v = (F.normalize(t, dim=1) for t in (x, y)) if self.normalize else (x, y)
         exact: Truth = loss_of(self.loss).truth(u, v, scale, bias[0] if bias else None)
@@ -101,7 +104,7 @@ def in_tf32() -> bool:
 
 
 def _as_tf32(x: Tensor) -> Tensor:
-    """To nearest; the gradient is that of what is returned."""
+    """Rounds to the nearest tf32 number; the gradient passes through unchanged."""
     bits = (x.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
     return x + (bits.view(torch.float32) - x).detach()
 
@@ -111,14 +114,14 @@ def _through_normalisation(x: Tensor, unit: Tensor, gradient: Tensor) -> Tensor:
     return (gradient - along * unit) / x.norm(dim=1, keepdim=True)
 
 
-# Tensor cores cut sums off instead of rounding them (arXiv 2403.00232), at every 16 products: t is
-# too small by half a unit in its last place each time.
+# Tensor cores truncate sums instead of rounding them (arXiv 2403.00232), after every 16 products:
+# on average each truncation makes t too small by half a unit in its last place.
 CUT_OFF = 2.0**-25
 
 
 def logits_error(problem: Problem, x: Tensor, y: Tensor) -> float:
-    """The error that tensor cores make in the largest logit. A sweep and its repetition with a
-    reference for each line may differ by as much, and weights with them."""
+    """The error of tensor cores in the largest logit. A sweep, and its repetition with one shift
+    per line, may differ by this much, and so may their weights."""
     if problem.device != "cuda" or problem.dtype.itemsize > 2:
         return 0.0
     if problem.normalize:
@@ -128,18 +131,21 @@ def logits_error(problem: Problem, x: Tensor, y: Tensor) -> float:
 
 
 def allowed(name: str, plain: float, dtype: torch.dtype, logits: float = 0.0) -> float:
-    """The relative error that an engine may make, given that of plain PyTorch on the same features
-    in fp32, or in tf32 where that is allowed, and what tensor cores make of logits."""
+    """The relative error allowed for an engine.
+
+    plain: the error of plain PyTorch on the same features in fp32, or in tf32 if that is allowed.
+    logits: the error of tensor cores in the logits.
+    """
     if name in ("dx", "dy"):
         return 2 * plain + (0.6 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 2e-6)
     if dtype == torch.float32 and in_tf32():
-        # Sums of many roundings: the other way of rounding may have been lucky.
+        # Sums of many roundings: plain PyTorch's error may be small by luck.
         return 2 * plain + (2**-15 if name == "loss" else 2**-11)
     return 2 * plain + (2e-6 if name == "loss" else 2e-5) + logits
 
 
 def judge(problem: Problem, engine: str, budget: int = 0) -> dict[str, object]:
-    """A row: the result whose error is largest, as a multiple of what it may be."""
+    """The columns of a row for the result with the largest error relative to its limit."""
     leaves = problem.leaves()
     exact, plain = problem.truth(leaves), problem.plain(leaves)
     return _verdict(problem.step(engine, leaves, budget), exact, plain, problem, leaves)
@@ -153,9 +159,9 @@ def _verdict(
     for name, value, true, rough in zip(NAMES, got, exact, plain, strict=False):
         error = _error(value, true)
         limit = allowed(name, _error(rough, true), problem.dtype, logits)
-        part = error / limit if error == error else float("inf")
-        if part >= worst:
-            worst, culprit = part, f"{name} {error:.1e} of {limit:.1e}"
+        ratio = error / limit if error == error else float("inf")
+        if ratio >= worst:
+            worst, culprit = ratio, f"{name} {error:.1e} of {limit:.1e}"
     status = "passed" if worst <= 1 else "FAILED"
     return {"status": status, "worst": worst, "of": culprit}
 
@@ -173,18 +179,18 @@ def judge_rerun(problem: Problem, engine: str) -> dict[str, object]:
 
 def judge_graph(problem: Problem, engine: str) -> dict[str, object]:
     leaves = problem.leaves()
-    replay = registry._captured(partial(problem.step, engine, leaves), problem.device)
+    replay = registry.captured(partial(problem.step, engine, leaves), problem.device)
     return _same(problem.step(engine, leaves), replay())
 
 
 def judge_kept(problem: Problem, engine: str) -> dict[str, object]:
-    """With every product kept for the backward instead of being made anew."""
+    """`judge` with every product kept for the backward instead of recomputed."""
     return judge(problem, engine, budget_of_everything(problem))
 
 
 def judge_masked(problem: Problem, engine: str) -> dict[str, object]:
-    """Statistics of `contrast` with ids, positives by id and a bias of columns, against the dense
-    ones in float64. Without a margin: rounding may move a pair across it."""
+    """Judges the statistics of `contrast` with ids, positives by id and a bias per column, against
+    the dense ones in float64. There is no margin, because rounding may move a pair across it."""
     from fastclip import reference
 
     leaves = problem.leaves()
@@ -202,8 +208,8 @@ def masked_step(engine: str, problem: Problem, leaves: list[Tensor]) -> tuple[Te
 def _masked(
     function: Callable[..., LineStatistics], problem: Problem, leaves: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The sum of all finite statistics, and its gradients. Every third row and column share an
-    id; the last ones' positives are beyond the block."""
+    """The sum of all finite statistics, and its gradients. Each three neighbouring rows and columns
+    share an id; the positives of the last rows are outside the block."""
     x, y, *_ = leaves
     ids = torch.arange(len(x), device=x.device) // 3
     key_bias = torch.linspace(-1, 1, len(y), device=x.device, dtype=leaves[2].dtype)
@@ -227,7 +233,7 @@ def _same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> dict[str, objec
 
 
 def checks(loss: str, dtype: str, device: str) -> Iterator[tuple[Problem, str]]:
-    """The problems of one process, and what is asked of each, what is trained with first."""
+    """Yields the problems of one process and the check for each, in order of importance."""
     for shape, normalize in itertools.product(SHAPES, (False, True)):
         lowest, *others, highest = (
             Problem(loss, DTYPES[dtype], normalize, *shape, scale, device) for scale in SCALES

@@ -1,7 +1,8 @@
-"""Steps in their order, under one deadline.
+"""Runs steps in order under one deadline.
 
-A step is a command or a function. It is written down before it begins and after it has ended, so a
-run that is cut says where. A step that fails, or does not end in its time, does not stop the rest.
+A step is a command or a function. It is recorded in the file of steps before it begins and after it
+has ended, so that a cut run shows where it was. A step that fails, or exceeds its time, does not
+stop the rest.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pathlib import Path
 from . import figures, process
 
 COLUMNS = ("step", "status", "seconds", "note")
-# A child's exit status that says: the device is lost to this process, run me again.
+# The exit status of a process that has lost the device and should be run again.
 LOST = 75
 MOST_RUNS = 4
-# Kept back from the last step: for its end, should it have to be killed, and for the report.
+# Seconds held back from the last step: to kill it, if necessary, and for the report.
 RESERVE = process.GRACE + 5
 
 PASSED, FAILED, CUT, NOT_RUN, RUNNING = "passed", "FAILED", "cut", "not run", "running"
@@ -27,7 +28,7 @@ PASSED, FAILED, CUT, NOT_RUN, RUNNING = "passed", "FAILED", "cut", "not run", "r
 
 @dataclass
 class Session:
-    """One run of `make gpu`: where its files go, when it ends, what its commands are run with."""
+    """One run of `make gpu`: its folder of files, its deadline, the environment of its commands."""
 
     out: Path
     ends: float  # by `clock`
@@ -45,11 +46,11 @@ class Session:
         return self.ends - self.clock()
 
     def file(self, name: str) -> Path:
-        """A file of this run; a second run does not write into those of the first."""
+        """The path of a file of this run. A second run has files of its own."""
         return self.out / f"gpu-{'again-' if self.again else ''}{name}"
 
     def say(self, line: str) -> None:
-        """Prints a line, and puts it into the log."""
+        """Prints a line and appends it to the log."""
         print(line, flush=True)
         with self.file("log.txt").open("a") as log:
             log.write(f"{line}\n")
@@ -57,6 +58,8 @@ class Session:
 
 @dataclass(frozen=True)
 class Outcome:
+    """How a step ended."""
+
     step: str
     status: str
     seconds: float = 0.0
@@ -69,8 +72,8 @@ Action = Callable[[Session, float], Outcome]
 
 @dataclass(frozen=True)
 class Step:
-    """`run` gets the session and the seconds it may take; `unless` says why it cannot run here.
-    It is left out where less than `least` seconds remain."""
+    """One step. `run` gets the session and its seconds; `unless` returns the reason, if any, why it
+    cannot run here. The step is skipped if fewer than `least` seconds remain."""
 
     name: str
     seconds: float
@@ -83,8 +86,8 @@ def module(name: str, *arguments: str) -> Callable[[Session], list[str]]:
     """The command that runs a module of this package on the session's device and files."""
 
     def command(session: Session) -> list[str]:
-        line = [sys.executable, "-m", f"bench.gpu.{name}", *arguments]
-        return [*line, "--device", session.device, "--out", str(session.out)]
+        run = [sys.executable, "-m", f"bench.gpu.{name}", *arguments]
+        return [*run, "--device", session.device, "--out", str(session.out)]
 
     return command
 
@@ -92,8 +95,8 @@ def module(name: str, *arguments: str) -> Callable[[Session], list[str]]:
 def commanded(
     name: str, command: Callable[[Session], Sequence[str]], until_cut: bool = False, **more: str
 ) -> Action:
-    """A step that is a command. `until_cut`: it goes as far as its time, and no further is no
-    failure. A process that loses its device is run again, as long as there is time."""
+    """The action of a step that runs a command. With `until_cut`, reaching the time limit is not a
+    failure. A process that loses the device is run again while there is time."""
 
     def run(session: Session, seconds: float) -> Outcome:
         began = session.clock()
@@ -120,7 +123,7 @@ def commanded(
 
 
 def run_all(steps: Sequence[Step], session: Session) -> None:
-    """Runs the steps; their outcomes are in the session and in its file of steps."""
+    """Runs the steps; puts their outcomes into the session and its file of steps."""
     for step in steps:
         reason = step.unless(session)
         seconds = min(step.seconds, session.left - RESERVE)
@@ -134,10 +137,10 @@ def run_all(steps: Sequence[Step], session: Session) -> None:
         began = session.clock()
         try:
             outcome = step.run(session, seconds)
-        except Exception as error:  # of this package's own: no reason to lose the card's time
+        except Exception as error:  # a bug of this package must not end the run
             spent = session.clock() - began
             outcome = Outcome(step.name, FAILED, spent, figures.reason(error))
-        except BaseException:  # whoever ended the run wants to know where it was
+        except BaseException:  # the run is interrupted: record the step that it was in
             _note(session, Outcome(step.name, CUT, session.clock() - began, "interrupted"))
             raise
         _note(session, outcome)
@@ -159,10 +162,10 @@ def _write(session: Session, running: Outcome | None = None) -> None:
 
 
 def seconds_left() -> float:
-    """How long a step's own process may take; for whoever runs it by hand, as long as it likes."""
+    """The seconds that a step's process may take; without limit if it is run by hand."""
     return float(os.environ.get("FASTCLIP_BENCH_SECONDS", "inf"))
 
 
 def run_number() -> int:
-    """How many processes of this step have lost the device before."""
+    """The number of earlier processes of this step that lost the device."""
     return int(os.environ.get("FASTCLIP_BENCH_RUN", "0"))

@@ -1,7 +1,7 @@
-"""The tests on the device, in an order that shows first what must be seen first.
+"""The command lines of the tests on the device, the most important files first.
 
-`suite("card")`, and so on, are pytest's command lines. With pytest-xdist several processes compile
-kernels at once.
+`command("card")`, and so on, run pytest. With pytest-xdist several processes compile kernels at
+once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .process import ROOT
 
 
 def _files(*patterns: str) -> tuple[str, ...]:
-    """Files of tests by pattern, each where it is named first."""
+    """The test files that match the patterns, in order of the first pattern that matches."""
     found = [path for one in patterns for path in sorted(ROOT.glob(f"tests/**/test_{one}.py"))]
     return tuple(dict.fromkeys(str(path.relative_to(ROOT)) for path in found))
 
 
-# What only a card can show; then the losses' own tests, thousands of small kernels to compile.
+# Tests that need a card; then the losses' own tests, which compile thousands of small kernels.
 GROUPS = {
     "card": _files("gpu", "gpu_large", "gpu_engine_*", "split_products", "errors"),
     "losses": _files(
@@ -28,27 +28,28 @@ GROUPS = {
     ),
     "sanitizers": _files("gpu", "gpu_large", "gpu_engine_*"),
 }  # fmt: skip
-# Sanitizers may take half a minute for a test: they are a group of their own.
+# With sanitizers a test may take half a minute; these tests are therefore a group of their own.
 MARKS = {"card": "not minutes and not sanitizer", "losses": "not minutes and not sanitizer",
          "sanitizers": "sanitizer"}  # fmt: skip
 PACKAGES = ("pytest", "numpy")
 PROCESSES = 8
-# Safe path: `-m` would else put the root, and with it triton_kernels/, on sys.path.
+# Without PYTHONSAFEPATH, `-m` would put the root, and with it triton_kernels/, on sys.path.
 ENVIRONMENT = {"FASTCLIP_TEST_DEVICE": "cuda", "PYTHONSAFEPATH": "1"}
 
 
 def missing() -> str | None:
-    """The packages that tests need and that are not installed."""
+    """Names the packages that tests need and that are not installed; None if all are."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     return f"{', '.join(absent)} not installed" if absent else None
 
 
 def command(group: str, backwards: bool = False) -> list[str]:
-    """`backwards`: the last file first, after a run that was cut before it."""
-    line = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
-    # A file that cannot be imported costs itself alone; a test that hangs says where.
-    line += ["--continue-on-collection-errors", "-o", "faulthandler_timeout=60"]
-    line += ["-m", MARKS[group], *(["--maxfail=20"] if group == "losses" else [])]
+    """The command that runs a group of tests; `backwards` starts with the last file, after a run
+    that was cut before it."""
+    run = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
+    # A file that cannot be imported does not stop the others; a test that hangs prints its stack.
+    run += ["--continue-on-collection-errors", "-o", "faulthandler_timeout=60"]
+    run += ["-m", MARKS[group], *(["--maxfail=20"] if group == "losses" else [])]
     if group != "sanitizers" and importlib.util.find_spec("xdist"):
-        line += ["-n", str(min(PROCESSES, os.cpu_count() or 1))]
-    return [*line, *(GROUPS[group][::-1] if backwards else GROUPS[group])]
+        run += ["-n", str(min(PROCESSES, os.cpu_count() or 1))]
+    return [*run, *(GROUPS[group][::-1] if backwards else GROUPS[group])]

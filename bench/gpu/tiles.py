@@ -1,9 +1,9 @@
 """Times the Triton engine's tile candidates in turns: `python -m bench.gpu.tiles`.
 
-Steps of each loss at 32,768 x 768 in bf16. Where the engine asks its table for a kernel's tiles,
-all candidates run: first each once, to be compiled, then in rounds, so that clocks and neighbours
-favour none. Processes beforehand fill Triton's cache in parallel. A candidate that fails is a row
-with its message; one whose process ends with it is not tried again.
+Each loss runs at 32,768 x 768 in bf16. When the engine asks its table for a kernel's tiles, all
+candidates run: each once, to compile it, then in rounds, so that clocks and other load affect them
+alike. Before that, parallel processes fill Triton's cache. A candidate that fails gets a row with
+its message; a candidate that ended its process is not tried again.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from . import figures, process, steps
 
 FILE = "gpu-tiles.csv"
 N, D = 32768, 768
-# For compiling: as small as a block can be that is not one of those with kernels of their own.
+# The size used for compiling: small, but large enough not to select the kernels of small blocks.
 SMALL = 4096
 PROCESSES = 12
-ROUNDS, SECONDS = 7, 8.0  # of one kernel's candidates, at most
+ROUNDS, SECONDS = 7, 8.0  # the most for the candidates of one kernel
 COMPILING_SECONDS = 60.0
 DID_NOT_RETURN = "did not return"
 
-# What `configurations.choose` is told of a kernel, besides the device and how to run it.
+# The arguments of `configurations.choose` between the device and the function that runs the kernel.
 KEY = ("dtype", "tf32", "d", "unit", "kernel")
 Choose = Callable[..., Any]
 
 
 @contextlib.contextmanager
 def choosing(hook: Callable[[Choose, tuple[object, ...]], Any]) -> Iterator[None]:
-    """Every choice of tiles is the hook's, which is given the table's own choice and the arguments:
-    a device, those of KEY and, for kernels that can be timed, a function that runs them."""
+    """Replaces `configurations.choose` by the hook, which gets the original function and its
+    arguments: a device, those of KEY and, for kernels that can be timed, a function to run them."""
     from fastclip.triton_kernels import configurations
 
     own = configurations.choose
@@ -65,7 +65,7 @@ def run_of(arguments: tuple[object, ...]) -> Callable[[Any], object] | None:
 
 
 def step(loss: str, n: int, d: int, device: str, keeps: bool = False) -> None:
-    """One step, forward and backward, of the Triton engine, that `keeps` everything or nothing."""
+    """One step, forward and backward, of the Triton engine; it keeps all products or none."""
     case = Case(loss, n, n, d, "bfloat16", 14.3)
     inputs = make_inputs(case, device)
     budget = bytes_of_everything(case) if keeps else 0
@@ -77,7 +77,7 @@ def step(loss: str, n: int, d: int, device: str, keeps: bool = False) -> None:
 
 
 def all_steps(n: int, d: int, device: str) -> None:
-    """Steps that between them ask for the tiles of every kernel."""
+    """Runs steps that together use every kernel of the engine."""
     for loss in LOSSES:
         step(loss, n, d, device)
     for loss, known in LOSSES.items():
@@ -86,7 +86,7 @@ def all_steps(n: int, d: int, device: str) -> None:
 
 
 class Candidates:
-    """All rows of the file, and the hook that makes them."""
+    """The rows of the file of candidates, and the hook that times them."""
 
     def __init__(self, path: Path, device: str, n: int) -> None:
         self.path, self.device, self.n = path, device, n
@@ -109,7 +109,7 @@ class Candidates:
         return default
 
     def time(self, key: tuple[str, ...], run: Callable[[Any], object], found: list[Any]) -> None:
-        """Rows for the candidates of one kernel, the table's own choice first."""
+        """Times the candidates of one kernel, the table's own choice first, into rows."""
         self.fields = list(found[0]._fields)
         rows = {
             config: dict(zip(KEY, key, strict=True)) | {
@@ -171,11 +171,11 @@ class Candidates:
 
 
 class DeviceLost(Exception):
-    """A candidate has made the device useless to this process."""
+    """A candidate has made the device unusable for this process."""
 
 
 def compile_share(index: int, of: int, device: str) -> None:
-    """Runs every `of`-th candidate once, on a small block: its code is then in Triton's cache."""
+    """Compiles every `of`-th candidate into Triton's cache, by running it on a small block."""
 
     def choose(own: Choose, arguments: tuple[object, ...]) -> Any:
         from fastclip.triton_kernels import configurations
@@ -204,7 +204,7 @@ def compile_all(device: str, seconds: float) -> None:
     for child in children:
         try:
             child.wait(max(0.1, ends - time.monotonic()))
-        except subprocess.TimeoutExpired:  # what is not compiled yet is compiled below
+        except subprocess.TimeoutExpired:  # the rest is compiled when it is first timed
             child.kill()
             child.wait()
 

@@ -1,6 +1,6 @@
-"""The tile candidates that won: what the Triton engine's table should say, and a trial of it.
+"""The tile candidates that won, and their use instead of the Triton engine's table.
 
-Nothing is changed on disk: `applied` puts the winners in the table's place for a while.
+The table is not changed on disk: `applied` uses the winners for a while.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..methods import registry
 from ..report import results
 from . import cases, figures, tiles
 
-# A winner by less is noise.
+# Smaller gains are noise.
 LEAST_GAIN = 0.01
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The best candidate of a kernel, and the table's own; `own_ms` is None where that failed."""
+    """The best candidate of a kernel, and the table's own; `own_ms` is None if that failed."""
 
     key: tuple[str, ...]
     config: tuple[object, ...]
@@ -49,7 +49,7 @@ class Winner:
 
 
 def winners(path: Path) -> list[Winner]:
-    """One for each kernel that has a candidate with a time."""
+    """The winner of each kernel that has a candidate with a time."""
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in figures.read(path):
         groups.setdefault(tuple(row[name] for name in tiles.KEY), []).append(row)
@@ -70,13 +70,13 @@ Better = dict[tuple[str, ...], tuple[object, ...]]
 
 
 def better_of(path: Path) -> Better:
-    """The configurations that the table should have, by the key of a kernel."""
+    """The configurations that are better than the table's, by the key of a kernel."""
     return {winner.key: winner.config for winner in winners(path) if winner.better}
 
 
 @contextlib.contextmanager
 def applied(better: Better) -> Iterator[None]:
-    """The Triton engine takes the winners' tiles where they were timed, the table's elsewhere."""
+    """Makes the Triton engine use the winners' tiles for their kernels, the table's for others."""
     from fastclip.triton_kernels import configurations
 
     def choose(own: tiles.Choose, arguments: tuple[object, ...]) -> Any:
@@ -88,7 +88,7 @@ def applied(better: Better) -> Iterator[None]:
 
 
 def add_method(path: Path) -> None:
-    """A method of the bench with the winners' tiles, to be timed in turns with the table's."""
+    """Registers the method WINNERS, which is timed in turns with the table's tiles."""
     own = registry.METHODS["fastclip triton"]
     text = f"{own.text} with the tiles of {path.name}"
     registry.METHODS[cases.WINNERS] = replace(
@@ -97,7 +97,7 @@ def add_method(path: Path) -> None:
 
 
 def find(path: Path | None, out: Path) -> Path | None:
-    """The first run's file: the one that was named, or one in $OUT or in bench/results."""
+    """The first run's file: `path` if given, else the one in `out` or in bench/results, if any."""
     places = [path] if path else [out / tiles.FILE, results.RESULTS / tiles.FILE]
     return next((place for place in places if place.exists()), None)
 

@@ -1,9 +1,9 @@
-"""The peak of memory of one method on one case; on a CPU in a process of its own.
+"""Peak memory of one method on one case; on a CPU in a process of its own.
 
 On a CPU it is the process's high-water mark of resident memory less the level before the run, so
-that what the C++ engine, oneDNN or a compiler's code allocates counts like torch's own tensors.
-The mark is reset by writing 5 to /proc/self/clear_refs. On a GPU it is the peak of torch's
-allocator, which knows this process alone and needs no other. This file never takes a time.
+that allocations of the C++ engine, oneDNN or compiled code count like torch's own tensors. Writing
+5 to /proc/self/clear_refs resets the mark. On a GPU it is the peak of torch's allocator, which
+counts only this process, so that no other process is needed. Nothing is timed here.
 
     python -m bench.measure.memory '{"loss": "clip", "m": 512, ...}' METHOD DEVICE
 """
@@ -32,16 +32,16 @@ LONGEST = 1800  # seconds a process may take
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """By how much resident memory rises above its level while `run` runs.
+    """The bytes by which resident memory rises above its level while `run` runs.
 
-    None where that cannot be told: no /proc, or a high-water mark that cannot be reset and that
-    something before `run` had left higher than `run` goes.
+    None if that is unknown: without /proc, or if the high-water mark cannot be reset and was
+    already higher than `run` takes it.
     """
     gc.collect()
-    # Free memory that the allocator holds would take in the run's tensors unseen.
+    # Otherwise the run's tensors could reuse free memory that the allocator holds, uncounted.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    # Where this is not permitted the mark stays; `before` tells whether it then hides the run.
+    # If this is not permitted the mark stays; `before` shows if it then hides the run.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     try:
@@ -64,7 +64,7 @@ def _status(key: str) -> int:
 def peak_of_step(case: Case, method: str, device: str) -> int | None:
     """Bytes beyond the inputs, gradients included; in this process, which should be a fresh one."""
     inputs = make_inputs(case, device)
-    if method == "compiled":  # its compiler would be measured, and its code fits one shape
+    if method == "compiled":  # only the same shape compiles the code that is measured
         warm = make_step(case, method, inputs)
     else:
         small = min(WARM_UP_PAIRS, case.m)
@@ -84,7 +84,7 @@ def peak_of_step(case: Case, method: str, device: str) -> int | None:
 
 
 def measure(case: Case, method: str, device: str = "cpu") -> tuple[int | None, str]:
-    """`peak_of_step`, for a CPU in a fresh process: the bytes, or None and the reason."""
+    """`peak_of_step`, on a CPU in a fresh process: (bytes, "") or (None, the reason)."""
     if device == "cuda":
         try:
             return peak_of_step(case, method, device), ""
@@ -98,7 +98,7 @@ def measure(case: Case, method: str, device: str = "cpu") -> tuple[int | None, s
         method,
         device,
     ]
-    # `-m` finds this package through the working directory, which a safe path would leave out.
+    # `-m` finds this package through the working directory, which PYTHONSAFEPATH would exclude.
     environment = {**os.environ, "PYTHONSAFEPATH": ""}
     try:
         done = subprocess.run(
@@ -110,7 +110,7 @@ def measure(case: Case, method: str, device: str = "cpu") -> tuple[int | None, s
         reason = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
         return None, f"memory: {reason[0]}"
     peak = json.loads(done.stdout.splitlines()[-1])
-    return peak, "" if peak is not None else "memory: cannot be told on this machine"
+    return peak, "" if peak is not None else "memory: cannot be measured on this machine"
 
 
 def main() -> None:

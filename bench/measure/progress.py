@@ -1,6 +1,6 @@
-"""How far a run has come: tqdm's bar on a terminal, else a line for each case.
+"""The progress of a run: tqdm's bar on a terminal, else one message per case.
 
-A bar in a log is some kilobytes of what nobody reads.
+In a log, a bar would only add kilobytes of control characters.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ except ImportError:
     tqdm = None
 
 
-class Lines:
-    """The part of tqdm's bar that is used here, on stderr."""
+class Messages:
+    """The methods of tqdm's bar that are used here, as messages on stderr."""
 
     def __init__(self, total: int) -> None:
         self.done, self.total = 0, total
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> Messages:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -29,7 +29,7 @@ class Lines:
         self.write(f"{self.done}/{self.total} rows, now {text}")
 
     def set_postfix_str(self, text: str) -> None:
-        """What is being done within a case is not worth a line."""
+        """Ignored: steps within a case get no message."""
 
     def update(self, count: int) -> None:
         self.done += count
@@ -39,8 +39,8 @@ class Lines:
         print(text, file=sys.stderr, flush=True)
 
 
-def bar(total: int) -> Lines:
-    """A bar of `total` rows, to be used in a `with`."""
+def bar(total: int) -> Messages:
+    """A progress bar over `total` rows, for use in a `with`."""
     if tqdm is None or not sys.stderr.isatty():
-        return Lines(total)
+        return Messages(total)
     return tqdm(total=total, unit="row", dynamic_ncols=True, smoothing=0)

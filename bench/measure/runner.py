@@ -1,8 +1,8 @@
 """Measures a plan case by case and writes each finished case into the CSV.
 
-Times of all methods of a case come from interleaved runs in this process, errors from one run of
-each, peaks of memory on a CPU from a process each. A method that fails keeps a row that says why.
-This file never prints a table, and knows no device but by name.
+All methods of a case are timed in interleaved runs in this process. Errors come from one run of
+each method, and peak memory on a CPU from one process for each. A method that fails gets a row with
+the reason.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from .truth import Truth, relative_error
 
 MIB = 2**20
 SECOND_WARM_UP_BELOW = 1.0  # seconds
-# How the note of a method begins that no later process should try.
+# The prefix of a row's note if no later process should try the method again.
 LOST = "device lost: "
 
 
 class DeviceLost(Exception):
-    """A kernel's failure has made the device useless to this process; no row is lost."""
+    """A kernel's failure has made the device unusable for this process. The rows are saved."""
 
 
 @dataclass
 class Options:
-    """How a plan is run: `seconds` for the rounds of one case; none begins after `at_most`.
+    """How a plan is run: each case is timed for `seconds`; none begins after `at_most` seconds.
 
-    A method whose first calls take longer than `patience` loses the device: its row says so, and
-    then `give_up` ends the process, since nothing else stops a kernel that hangs.
+    If a method's first calls take longer than `patience`, its row says that the device is lost, and
+    `give_up` ends the process, because nothing else stops a kernel that hangs.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Options:
 
 @dataclass
 class Run:
-    """What one run of a plan shares between its cases."""
+    """The data that the cases of one run share."""
 
     options: Options
     where: Row
@@ -69,7 +69,7 @@ class Run:
 
 
 def run(plan: list[Case], options: Options) -> list[Row]:
-    """Measures every case of `plan`; returns the new rows, which are in the CSV as well."""
+    """Measures every case of `plan`; returns the new rows, which are also in the CSV."""
     torch.manual_seed(0)
     shared = Run(options, results.machine_row(options.device))
     old = results.read(options.path) if options.path.exists() else []
@@ -100,11 +100,11 @@ def run(plan: list[Case], options: Options) -> list[Row]:
 def measure_case(
     case: Case, shared: Run, tell: Callable[[str, str], None], keep: Callable[[list[Row]], None]
 ) -> list[Row]:
-    """The rows of one case, one for each method that there is for it here. `keep` is given them as
-    soon as they say something new.
+    """The rows of one case, one for each method that can run here. `keep` gets all rows so far
+    whenever they change.
 
     Raises:
-        DeviceLost: after `keep` has the rows, the culprit's last.
+        DeviceLost: after `keep` got the rows; the last is that of the method that failed.
     """
     options = shared.options
     inputs = make_inputs(case, options.device)
@@ -125,7 +125,7 @@ def measure_case(
         except (Unavailable, ImportError) as error:
             shared.skipped[method] = str(error)
             continue
-        except Exception as error:  # a rival's step that no graph can capture
+        except Exception as error:  # a step that no CUDA graph can capture
             rows[method] = _failed(case, method, shared, error)
             _go_on_if_alive(options.device, rows, keep, method)
             continue
@@ -137,7 +137,7 @@ def measure_case(
                 tell(method, "error of")
                 _set_errors(row, value, _truth(case, inputs, shared))
             steps[method] = step
-        except Exception as error:  # a rival's failure is a result, not the end of the run
+        except Exception as error:  # a method's failure is a result and does not end the run
             rows[method] = _failed(case, method, shared, error)
             _go_on_if_alive(options.device, rows, keep, method)
         value = None
@@ -145,7 +145,7 @@ def measure_case(
         tell(f"{len(steps)} methods", "timing")
         try:
             _set_times(case, steps, rows, shared)
-        except Exception as error:  # in a round: nobody can tell whose turn it was
+        except Exception as error:  # in a round: it is unknown which method failed
             for method in steps:
                 rows[method] = _failed(case, method, shared, error)
             _go_on_if_alive(options.device, rows, keep)
@@ -162,7 +162,7 @@ def measure_case(
 
 @contextlib.contextmanager
 def _watched(seconds: float, hung: Callable[[], None]) -> Iterator[None]:
-    """Calls `hung`, in a thread of its own, if what is within takes longer."""
+    """Calls `hung`, in a thread of its own, if the body takes longer than `seconds`."""
     if math.isinf(seconds):
         yield
         return
@@ -183,8 +183,11 @@ def _failed(case: Case, method: str, shared: Run, error: Exception) -> Row:
 def _go_on_if_alive(
     device: str, rows: dict[str, Row], keep: Callable[[list[Row]], None], culprit: str = ""
 ) -> None:
-    """Whatever is asked of a CUDA device after a kernel's failure fails as well, and rivals would
-    have rows that accuse them. What ran out of memory leaves it to them."""
+    """Returns if the device still works, with its cache emptied for the methods to come.
+
+    After a kernel's failure every CUDA call fails, and later methods would be blamed for it: then
+    the row of `culprit` is marked as lost, `keep` gets the rows, and DeviceLost is raised.
+    """
     gc.collect()
     try:
         wait_for(device)
@@ -225,7 +228,7 @@ def _warm_up(step: Step, device: str) -> tuple[torch.Tensor | None, ...]:
 
 
 def _truth(case: Case, inputs: Inputs, shared: Run) -> Truth:
-    """Of the features as the products receive them: under autocast, rounded to bfloat16."""
+    """The truth for the features as the matmuls receive them: under autocast, in bfloat16."""
     rounded = torch.bfloat16 if case.half else torch.float32
     key = (case.loss, case.m, case.n, case.d, case.data, case.scale, rounded)
     if key not in shared.truths:
@@ -240,7 +243,7 @@ def _set_errors(row: Row, value: tuple[torch.Tensor | None, ...], true: Truth) -
         ("err_loss", "err_dx", "err_dy", "err_dscale"),
         value,
         (true.loss, true.dx, true.dy, true.dscale),
-        strict=False,  # the forward alone has no gradients, some losses have also one of the bias
+        strict=False,  # a forward alone has no gradients; some losses also have one for the bias
     )
     for name, got, expected in pairs:
         if got is not None:
@@ -274,7 +277,7 @@ def _set_time(row: Row, timing: Timing, times: dict[str, Timing]) -> None:
 
 
 def _set_memory(case: Case, method: str, row: Row, shared: Run) -> None:
-    """Once for all scales: nothing that is allocated depends on them."""
+    """Measures memory once for all scales, since no allocation depends on the scale."""
     key = (case.loss, case.m, case.n, case.d, case.dtype, case.mode, method)
     if key not in shared.peaks:
         shared.peaks[key] = memory.measure(case, method, shared.options.device)
@@ -292,7 +295,7 @@ def _set_memory(case: Case, method: str, row: Row, shared: Run) -> None:
 
 
 def _skipped_rows(shared: Run, rows: list[Row]) -> list[Row]:
-    """One for each method that ran on no case at all."""
+    """One row, with the reason, for each method that could run on no case."""
     ran = {row.method for row in rows}
     return [
         replace(shared.where, when=_now(), mode="skipped", method=method, note=reason)

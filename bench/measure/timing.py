@@ -1,8 +1,8 @@
-"""Medians of interleaved runs, and the rate of the plain product in the same run.
+"""Medians of interleaved runs, and the rate of a plain matmul in the same run.
 
-All methods of a case take turns in one process, so that a slow minute of the machine falls on all
-of them alike, and the rate they are compared with is taken between their turns. What tells the time
-is a `Clock`: the host's, or a CUDA device's own. This file never decides what is measured.
+All methods of a case take turns in one process, so that a slow minute of the machine affects them
+alike. The matmul rate that they are compared with is sampled between their turns. Time is measured
+by a `Clock`: the host's, or a CUDA device's own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
-Clock = Callable[[Run, int], float]  # seconds of one of so many runs, one after the other
+Clock = Callable[[Run, int], float]  # (run, repeats) to the mean seconds of one run
 
-# A run shorter than this is repeated within one measurement: the clock and the first touch of
-# caches that another method has just filled would show.
+# A run shorter than this is repeated within one measurement. Otherwise the overhead of the clock,
+# and cache misses after another method's run, would show.
 SHORTEST_MEASUREMENT = 2e-3
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 101
 LONGEST_ROUND = 60.0  # seconds; beyond it one round is enough
@@ -36,7 +36,7 @@ class Timing:
 
 
 def host_clock(run: Run, repeats: int) -> float:
-    """For runs that are over when they return."""
+    """The host's time, for runs that are finished when they return."""
     began = time.perf_counter()
     for _ in range(repeats):
         run()
@@ -44,7 +44,7 @@ def host_clock(run: Run, repeats: int) -> float:
 
 
 def cuda_clock(run: Run, repeats: int) -> float:
-    """The device's time, from the first kernel's turn to the end of the last."""
+    """The device's time, from the start of the first kernel to the end of the last."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
@@ -58,7 +58,7 @@ CLOCKS: dict[str, Clock] = {"cpu": host_clock, "cuda": cuda_clock}
 
 
 def wait_for(device: str) -> None:
-    """Returns when the device is done: a kernel's failure is then told here and nowhere else."""
+    """Returns when the device is done. The failure of a kernel is raised here."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -74,12 +74,12 @@ def interleaved(
 
     Args:
         runs: what to time, by name; each has run before, so that nothing is compiled here.
-        seconds: for all rounds together; at least three rounds are made, but for one if they are
-            very long.
-        between: called once before each round, outside the clock.
-        clock: of the device that the runs are on.
-        now: seconds that have passed; processes that take their rounds together must agree on it,
-            or one would go on alone. Default: the host's.
+        seconds: for all rounds together; at least three rounds are made, or one if they are very
+            long.
+        between: called once before each round, not timed.
+        clock: the clock of the device of the runs.
+        now: the time in seconds. Processes that make their rounds together must agree on it, or
+            one would go on alone. Default: the host's clock.
     """
     now = now or time.perf_counter
     repeats = {name: _repeats(run, clock) for name, run in runs.items()}
@@ -90,7 +90,7 @@ def interleaved(
         between()
         for name in order:
             times[name].append(clock(runs[name], repeats[name]))
-        order = order[1:] + order[:1]  # so that nobody always follows the same neighbour
+        order = order[1:] + order[:1]  # each method starts some of the rounds
         rounds, spent = len(times[order[0]]), now() - began
         if rounds >= (FEWEST_ROUNDS if spent / rounds < LONGEST_ROUND else 1) and (
             rounds >= MOST_ROUNDS or spent + spent / rounds > seconds
@@ -110,10 +110,10 @@ def _summary(times: list[float]) -> Timing:
 
 
 class GemmLimit:
-    """The rate of the bare product, sampled between the rounds of a case.
+    """The rate of a bare matmul, sampled between the rounds of a case.
 
-    Where the compiled engine has a product of its own it is that, on tiles that stay in cache; else
-    torch.mm on large matrices, which `source` says.
+    If the compiled engine has its own matmul ("brgemm"), the limit is its rate on tiles that stay
+    in cache; otherwise that of torch.mm on large matrices. `source` names it.
     """
 
     # (m, n, k) of the tiles tried; the fastest of them is the limit.
@@ -127,12 +127,12 @@ class GemmLimit:
         self.source = "brgemm" if self._tile else "torch.mm"
         if self._tile is None:
             size = (2048, 2048) if device == "cpu" else (8192, 8192)
-            # Not constants: a card that is short of power multiplies those faster.
+            # Random numbers: a GPU at its power limit multiplies constants faster.
             self._a = torch.randn(size, device=device).to(self.dtype)
             self._rate_of_mm()  # warms up
 
     def sample(self) -> None:
-        """Takes the rate once, in about a tenth of a second."""
+        """Measures the rate once, in about a tenth of a second."""
         rate = self._rate_of_tile(self._tile, 0.1) if self._tile else self._rate_of_mm()
         self.samples.append(rate)
 
@@ -146,7 +146,7 @@ class GemmLimit:
         try:
             return max(self.TILES, key=lambda tile: self._rate_of_tile(tile, 0.1))
         except (ImportError, AttributeError, RuntimeError):
-            return None  # no compiled engine, or no such product on this machine
+            return None  # no compiled engine, or no such matmul on this machine
 
     def _rate_of_tile(self, tile: tuple[int, int, int], seconds: float) -> float:
         from fastclip import _C

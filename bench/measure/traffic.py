@@ -1,10 +1,10 @@
-"""How many bytes a rank sends to others: a context manager that counts them by kind of exchange.
+"""Counts the bytes that a rank sends to other ranks, by kind of exchange.
 
-It sees c10d's operators, where every function of torch.distributed ends exactly once, whichever
-name it was called by: all_gather's list form and open_clip's `torch.distributed.nn`, in the forward
-and in the backward, included. Of collectives it counts what bandwidth-optimal algorithms send, a
-ring's (R ranks): `(R - 1) / R` of the whole in an all-gather, a reduce-scatter and an all-to-all,
-twice that in an all-reduce; a root sends to each other rank. gloo need not do the same.
+It intercepts c10d's operators, which every function of torch.distributed calls exactly once, in the
+forward and in the backward: all_gather with a list of tensors and `torch.distributed.nn`, which
+open_clip calls, included. A collective counts as a bandwidth-optimal ring algorithm over R ranks
+sends it: `(R - 1) / R` of the whole in an all-gather, a reduce-scatter and an all-to-all, twice
+that in an all-reduce; a root sends to every other rank. gloo's own algorithms may differ.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def _nothing(own: int, ranks: int, is_root: bool) -> float:
     return 0
 
 
-# Of each operator: its kind, the argument that holds what this rank brings, and what it sends of
-# that. In a scatter only the root brings something.
+# For each operator: its kind, the position of the argument with this rank's own data, and the bytes
+# sent for it. In a scatter only the root has data.
 _OPERATORS: dict[str, tuple[str, int, Callable[[int, int, bool], float]]] = {
     "allgather_": ("all_gather", 1, _to_each_other),
     "_allgather_base_": ("all_gather", 1, _to_each_other),
@@ -73,8 +73,8 @@ _OPERATORS: dict[str, tuple[str, int, Callable[[int, int, bool], float]]] = {
 
 
 class Traffic(TorchDispatchMode):
-    """`with Traffic() as traffic: ...`, then `traffic.sent`: bytes by kind, of this thread and of
-    the backwards that it starts. An exchange of a kind that it does not know is a KeyError."""
+    """`with Traffic() as traffic: ...` counts the bytes that this thread, and backwards started by
+    it, send: `traffic.sent`, by kind. An unknown operator raises KeyError."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Loss and gradients in float64, in blocks of rows, with the positives apart from the negatives.
+"""Loss and gradients in float64, in blocks of rows, with positives separate from negatives.
 
-Log-sum-exp minus the positive, and softmax minus one, lose everything once the pairs are well
-separated, in float64 below a loss of 1e-16. Here a row's loss is `softplus(negatives' log-sum-exp -
-positive)` and its positive's weight `-sigmoid` of the same, so nothing cancels. It rests on torch's
-matmul, exponential and logarithm alone: no autograd, and nothing of fastclip.
+For well separated pairs, log-sum-exp minus the positive, and softmax minus one, cancel completely:
+in float64 below a loss of 1e-16. Here a row's loss is `softplus(negatives' log-sum-exp - positive)`
+and the weight of its positive is `-sigmoid` of the same, so nothing cancels. Only torch's matmul,
+exponential and logarithm are used: no autograd, and no code of fastclip.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK_ROWS = 512
 
 @dataclass
 class Truth:
-    """The mean loss over the M pairs and its gradients, all float64; `dbias` where there is one."""
+    """The mean loss over the M pairs and its gradients, in float64; `dbias` if there is a bias."""
 
     loss: Tensor
     dx: Tensor  # (M, D)
@@ -29,7 +29,7 @@ class Truth:
 
 
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Lazily (first row, rows of x, their products with y): O(BLOCK_ROWS * N) at a time."""
+    """Yields (first row, rows of x, their products with y), O(BLOCK_ROWS * N) at a time."""
     return (
         (first, x[first : first + BLOCK_ROWS], x[first : first + BLOCK_ROWS] @ y.T)
         for first in range(0, len(x), BLOCK_ROWS)
@@ -37,8 +37,8 @@ def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Truth:
-    """CLIP's loss of x (M, D), y (N, D), N >= M, as given. The positive of row i is column i;
-    columns from M on have no loss of their own. The bias cancels."""
+    """CLIP's loss of x (M, D) and y (N, D), N >= M, not normalised here. The positive of row i is
+    column i; columns from M on have no loss of their own. The bias cancels."""
     x, y, scale = (t.detach().double() for t in (x, y, scale))
     m = len(x)
     t = (x * y[:m]).sum(dim=1)
@@ -74,7 +74,7 @@ def clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Truth:
 
 
 def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Truth:
-    """The same for SigLIP."""
+    """SigLIP's loss, with the same arguments."""
     x, y, scale, bias = (t.detach().double() for t in (x, y, scale, bias))
     m = len(x)
     total = dscale = dbias = torch.zeros_like(scale)
@@ -93,7 +93,7 @@ def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Truth:
 
 
 def relative_error(value: Tensor, true: Tensor) -> float:
-    """`|value - true| / |true|` (2-norms); the absolute error where the truth is zero."""
+    """`|value - true| / |true|` (2-norms); the absolute error if `true` is zero."""
     true = true.to(value.device)
     error, size = (value.detach().double() - true).norm(), true.norm()
     return float(error if size == 0 else error / size)

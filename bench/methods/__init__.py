@@ -1,1 +1,1 @@
-"""Every method that the benchmark compares."""
+"""The methods that the benchmark compares."""

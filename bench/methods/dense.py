@@ -1,6 +1,6 @@
-"""The losses in plain PyTorch, as they are written where no library is at hand.
+"""The losses in plain PyTorch, as one writes them without a library.
 
-x (M, D), y (N, D), N >= M: the positive of row i is column i.
+Inputs are x (M, D) and y (N, D), N >= M; the positive of row i is column i.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CHECKPOINT_ROWS = 1024
 
 
 def dense_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """One logit matrix and its transpose."""
+    """CLIP's loss from one logit matrix and its transpose."""
     logits = scale * x @ y.T
     labels = torch.arange(len(x), device=x.device)
     own_columns = logits[:, : len(x)]
@@ -22,14 +22,14 @@ def dense_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
 
 
 def dense_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The same for SigLIP."""
+    """SigLIP's loss from one logit matrix."""
     logits = scale * x @ y.T + bias
     labels = 2 * torch.eye(len(x), dtype=logits.dtype, device=x.device) - 1
     return -F.logsigmoid(labels * logits).sum() / len(x)
 
 
 def checkpointed_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax over chunks of rows, then over chunks of columns, each recomputed in the backward."""
+    """CLIP's loss over chunks of rows, then of columns, each recomputed in the backward."""
     labels = torch.arange(len(x), device=x.device)
 
     def chunk(a: Tensor, b: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def checkpointed_clip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) 
 
 
 def checkpointed_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The same for SigLIP, which is one sum over all pairs."""
+    """SigLIP's loss, one sum over all pairs, over chunks of rows that the backward recomputes."""
 
     def chunk(a: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
         logits = (scale * a @ y.T + bias).float()

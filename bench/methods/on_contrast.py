@@ -1,7 +1,7 @@
-"""The losses written on `fastclip.contrast`, which takes what their own functions do not.
+"""The losses written on `fastclip.contrast`, with ids or a margin in some of the methods.
 
-Ids all differ and the margin exceeds any difference of similarities: they leave nothing out, the
-loss stays the same, and they cost what they cost.
+All ids differ, and the margin exceeds any difference of similarities. No pair is left out and the
+loss stays the same, so that the time shows the cost of the options alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OPTIONS: dict[str, Callable[[Case, str], dict[str, Any]]] = dict(
 
 
 def make(case: Case, method: str, device: str, engine: str | None) -> Callable[..., Tensor]:
-    """The loss of x, y, scale and bias by a method of CONTRAST."""
+    """The loss function of (x, y, scale, bias) for a method of CONTRAST."""
     from fastclip import contrast
 
     loss, options = loss_of(case.loss), _OPTIONS[method](case, device)

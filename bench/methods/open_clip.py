@@ -1,9 +1,9 @@
-"""open_clip's losses where they import: also beside a torchvision whose compiled operators do not.
+"""Imports open_clip's losses, even if torchvision's compiled operators do not load.
 
-A torchvision built for CUDA beside a CPU build of torch fails on import: it describes operators
-(`torchvision::nms`, ...) that nobody declared. open_clip calls none of them, so a declaration
-without an implementation will do; calling one is still an error. This file never touches an
-installation that imports as it is, and installs nothing.
+A torchvision built for CUDA fails to import beside a CPU build of torch: it registers meta
+implementations of operators (`torchvision::nms`, ...) that are not declared. open_clip calls none
+of them, so declarations without an implementation suffice; calling one is still an error. An
+installation that imports without this stays untouched, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 
 
 def import_module(name: str, needs: tuple[str, ...] = ("open_clip", "torchvision")) -> ModuleType:
-    """`open_clip` or a module of it.
+    """Imports `open_clip` or a module of it.
 
     Raises:
-        ModuleNotFoundError: "<package> is not installed", for the first of `needs` that is not.
+        ModuleNotFoundError: "<package> is not installed", for the first missing one of `needs`.
     """
     for package in needs:
         if importlib.util.find_spec(package) is None:
@@ -38,8 +38,8 @@ def import_module(name: str, needs: tuple[str, ...] = ("open_clip", "torchvision
 
 
 def _declare_operators() -> None:
-    """Declares every operator that torchvision gives a meta implementation to, and forgets its
-    half-finished import so that the next one starts afresh."""
+    """Declares the operators that torchvision gives meta implementations, and removes its partial
+    import from `sys.modules` so that the next import starts afresh."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     package = Path(importlib.util.find_spec("torchvision").origin).parent
@@ -48,6 +48,6 @@ def _declare_operators() -> None:
         _library().define(f"{name}(Tensor input) -> Tensor")
 
 
-@functools.cache  # a library that is collected takes its declarations along
+@functools.cache  # the declarations last only as long as the library object
 def _library() -> torch.library.Library:
     return torch.library.Library("torchvision", "FRAGMENT")

@@ -1,12 +1,12 @@
-"""Published losses of other projects. All of them need a CUDA device and their package installed.
+"""Published losses of other projects. Each needs a CUDA device and its package.
 
     inf_cl 1.2.1         arXiv 2410.17243: a one-way softmax, called once for each direction
     liger_kernel 0.8.5   its fused linear layer and cross-entropy, called once for each direction
     memeff 0.3.1         a two-way softmax; its temperature is a number and gets no gradient
     siglip_kernel 0.1.2  SigLIP
 
-This file never installs anything and never changes what these packages compute by default, except
-that memeff is asked for the gradient of its loss (`stable=False`) instead of a multiple of it.
+Nothing is installed here. The packages run with their defaults, except that memeff is asked for the
+gradient of its loss (`stable=False`) instead of a multiple of it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from torch import Tensor
 
 from ..cases import Case
 
-Loss = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+LossFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 class Missing(Exception):
-    """Why a peer cannot run."""
+    """Raised, with the reason, if a peer cannot run."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`forward` and `both`: matmul passes as its kernels make them."""
+    """A peer; `forward` and `both` are the matmul passes of its kernels, without and with a
+    backward."""
 
     text: str
-    make: Callable[[Case, str], Loss]
+    make: Callable[[Case, str], LossFunction]
     forward: float
     both: float
 
@@ -54,13 +55,13 @@ def _module(name: str, case: Case, device: str, loss: str) -> ModuleType:
         raise Missing("takes square blocks only")
     try:
         return importlib.import_module(name)
-    except Exception as error:  # some of them probe the GPU on import, each in its own way
+    except Exception as error:  # some probe the GPU on import, and fail with errors of any type
         raise Missing(f"does not import: {error}") from error
 
 
-def _inf_cl(case: Case, device: str) -> Loss:
+def _inf_cl(case: Case, device: str) -> LossFunction:
     flash = _module("inf_cl.flash", case, device, "clip")
-    # Its kernels cut D in heads, which must divide it and be a power of two.
+    # Its kernels cut D into heads; their width must divide D and be a power of two.
     head = next((width for width in (256, 128, 64, 32, 16) if case.d % width == 0), None)
     if head is None:
         raise Missing(f"has no head width for D = {case.d}")
@@ -72,7 +73,7 @@ def _inf_cl(case: Case, device: str) -> Loss:
     return loss
 
 
-def _liger(case: Case, device: str) -> Loss:
+def _liger(case: Case, device: str) -> LossFunction:
     functional = _module("liger_kernel.transformers.functional", case, device, "clip")
     labels = torch.arange(case.m, device=device)
     one_way = functional.liger_fused_linear_cross_entropy
@@ -85,7 +86,7 @@ def _liger(case: Case, device: str) -> Loss:
     return loss
 
 
-def _memeff(case: Case, device: str) -> Loss:
+def _memeff(case: Case, device: str) -> LossFunction:
     package = _module("memeff", case, device, "clip")
     module = package.MemoryEfficientCLIPLoss(
         temperature=1 / case.scale, normalized_inputs=True, stable=False
@@ -93,7 +94,7 @@ def _memeff(case: Case, device: str) -> Loss:
     return lambda x, y, scale, bias: module(x, y)
 
 
-def _siglip_kernel(case: Case, device: str) -> Loss:
+def _siglip_kernel(case: Case, device: str) -> LossFunction:
     package = _module("siglip_kernel", case, device, "siglip")
     return lambda x, y, scale, bias: package.fused_siglip_loss(x, y, scale.log(), bias)
 

@@ -1,9 +1,8 @@
-"""CLIP's loss on a block with more columns than rows, straight on the low-level operators.
+"""CLIP's loss on a block with more columns than rows, on the low-level operators.
 
-Such blocks are what one process of a distributed run holds: its own rows against everybody's
-columns. The loss here is the mean over the M rows of half the row's and half its own column's
-cross-entropy, the one of `baselines.dense_clip`. This file never builds an M x N matrix, and takes
-no gradient by autograd: the operators have none.
+One rank of a distributed run holds such a block: its own rows against all ranks' columns. The loss
+is that of `dense.dense_clip`: the mean over the M rows of half the row's and half its own column's
+cross-entropy. No M x N matrix is built, and autograd is not used: the operators have no gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def clip(engine: str, inputs: Inputs, budget: int) -> tuple[Tensor, ...]:
     block = Block(Side(x), Side(y), scale, kind="softmax")
     found = operators.sweep(engine, block, keep=KEPT_BY[engine].keep(block, budget))
 
-    # Rows and the first M columns have a positive; the others have no loss, so no coefficient.
+    # Only rows and the first M columns have a positive; the other columns' coefficients are zero.
     own = found.state[:, : 2 * m].contiguous()
     losses, coefficients, weights = operators.finish(
         engine, own, found.positive, scale, None, block.kind

@@ -1,6 +1,6 @@
-"""Every method of the benchmark: how it is made for a case, and the matmul passes it is due.
+"""Every method of the benchmark: how it is made for a case, and the matmul passes it needs.
 
-A method that cannot run here says why by raising `Unavailable`; it is never left out silently.
+A method that cannot run here raises `Unavailable` with the reason; none is left out silently.
 fastclip's own engines are methods like any other.
 """
 
@@ -19,30 +19,31 @@ from ..cases import CONTRAST, STREAMED, Case, Inputs
 from ..losses import LOSSES, loss_of
 from . import on_contrast, open_clip, peers, rectangular
 
-Loss = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+LossFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 Step = Callable[
     [], tuple["Tensor | None", ...]
 ]  # loss, dx, dy, dscale, dbias: as many as asked for
 
 
 class Unavailable(Exception):
-    """Why a method cannot run."""
+    """Raised, with the reason, if a method cannot run."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """`make` and `passes` take a case and a device; passes are the matmuls of 2 M N D FLOP that the
-    method cannot do without. `within`, if any, is entered for each run and left after it."""
+    """One method. `make` and `passes` take a case and a device; `passes` counts the matmuls of
+    2 M N D FLOP that the method needs. Each run is made inside the context `within`, if any."""
 
     name: str
     text: str
-    make: Callable[[Case, str], Loss]
+    make: Callable[[Case, str], LossFunction]
     passes: Callable[[Case, str], float]
     within: Callable[[], contextlib.AbstractContextManager[None]] | None = None
 
 
 def make_step(case: Case, method: str, inputs: Inputs) -> Step:
-    """One call of the method: the loss, then the gradients in the order of `inputs.leaves`.
+    """Returns a step: a function that computes the loss, then the gradients in the order of
+    `inputs.leaves`.
 
     Raises:
         Unavailable, ImportError: with the reason why the method cannot run here or on this case.
@@ -68,7 +69,7 @@ def make_step(case: Case, method: str, inputs: Inputs) -> Step:
     step = forward if case.mode == "forward" else both
     if within := METHODS[method].within:
         step = partial(_run_within, within, step)
-    return _captured(step, device) if case.mode == "graph" else step
+    return captured(step, device) if case.mode == "graph" else step
 
 
 def _run_within(
@@ -78,14 +79,14 @@ def _run_within(
         return step()
 
 
-def _captured(step: Step, device: str) -> Step:
-    """The step as one replay of a CUDA graph; what it returns is overwritten by the next."""
+def captured(step: Step, device: str) -> Step:
+    """The step as one replay of a CUDA graph; each replay overwrites the results of the last."""
     if device != "cuda":
         raise Unavailable("CUDA graphs need a CUDA device: --device cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, and lets libraries take their work space
+        for _ in range(3):  # compiles, and lets libraries allocate their work space
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -102,17 +103,17 @@ def _captured(step: Step, device: str) -> Step:
 # ---- plain PyTorch -----------------------------------------------------------------------------
 
 
-def _dense(case: Case, device: str) -> Loss:
+def _dense(case: Case, device: str) -> LossFunction:
     return loss_of(case.loss).dense
 
 
-def _checkpointed(case: Case, device: str) -> Loss:
+def _checkpointed(case: Case, device: str) -> LossFunction:
     return loss_of(case.loss).checkpointed
 
 
-def _compiled(case: Case, device: str) -> Loss:
-    # Each shape gets its own code, the best that the compiler can do; and its limit on
-    # recompilations, meant for accidents, must not send later cases back to eager.
+def _compiled(case: Case, device: str) -> LossFunction:
+    # Static shapes give the compiler's best code for each case. Without the reset its limit on
+    # recompilations would make later cases fall back to eager.
     torch._dynamo.reset()
     return torch.compile(loss_of(case.loss).dense, dynamic=False, fullgraph=True)
 
@@ -120,7 +121,7 @@ def _compiled(case: Case, device: str) -> Loss:
 # ---- open_clip ---------------------------------------------------------------------------------
 
 
-def _open_clip(case: Case, device: str) -> Loss:
+def _open_clip(case: Case, device: str) -> LossFunction:
     return getattr(open_clip.import_module("open_clip.loss"), loss_of(case.loss).module)()
 
 
@@ -128,19 +129,19 @@ def _open_clip(case: Case, device: str) -> Loss:
 
 
 def _engine(device: str, wanted: str | None) -> str | None:
-    """The backend to ask for: the wanted one, else C++ on CPUs and fastclip's choice elsewhere."""
+    """The backend to request: the wanted one, else C++ on CPUs and fastclip's choice elsewhere."""
     import fastclip
 
     engine = wanted or ("cpu" if device == "cpu" else None)
-    state = "available" if engine is None else fastclip.backends().get(engine, "unknown")
-    if state != "available":
-        raise Unavailable(f"backend {engine!r}: {state}")
+    availability = "available" if engine is None else fastclip.backends().get(engine, "unknown")
+    if availability != "available":
+        raise Unavailable(f"backend {engine!r}: {availability}")
     return engine
 
 
 def _fastclip(
     case: Case, device: str, wanted: str | None, budget: int | None, needs_fused: bool = False
-) -> Loss:
+) -> LossFunction:
     loss, engine = loss_of(case.loss), _engine(device, wanted)
     if needs_fused and not fused_is_built():
         raise Unavailable("fastclip was built without the fused kernels (CUTLASS's headers)")
@@ -151,7 +152,7 @@ def _fastclip(
     return partial(loss.of_fastclip(), backend=engine, memory_budget=budget)
 
 
-def _on_contrast(case: Case, device: str, method: str) -> Loss:
+def _on_contrast(case: Case, device: str, method: str) -> LossFunction:
     return on_contrast.make(case, method, device, _engine(device, None))
 
 
@@ -164,12 +165,12 @@ def fused_is_built() -> bool:
 
 
 def bytes_of_everything(case: Case) -> int:
-    """A memory budget that no engine can exceed: an fp32 number for each pair."""
+    """A memory budget that no engine can exceed: one fp32 number per pair."""
     long, short = max(case.m, case.n), min(case.m, case.n)
     return 4 * (long + 16) * short
 
 
-def _reference(case: Case, device: str) -> Loss:
+def _reference(case: Case, device: str) -> LossFunction:
     return loss_of(case.loss).of_fastclip("reference")
 
 
@@ -183,7 +184,7 @@ def _rectangular_step(case: Case, method: str, inputs: Inputs) -> Step:
 
 
 def _budget(method: str, device: str) -> int:
-    """The bytes that fastclip may keep: its default, or none."""
+    """The bytes of products that fastclip may keep: its default, or 0."""
     from fastclip.engine.checks import budget_of
 
     return 0 if method == "fastclip budget=0" else budget_of(None, torch.device(device))
@@ -195,13 +196,13 @@ def _keeps_everything(case: Case, method: str) -> bool:
 
 
 def _in_one_go(case: Case, method: str) -> bool:
-    """A loss on `contrast` sweeps twice, whatever its kind."""
+    """True if one sweep suffices. A loss on `contrast` takes two, whatever its kind."""
     return loss_of(case.loss).in_one_go and method not in CONTRAST
 
 
 def kept_products(m: int, n: int, method: str, device: str) -> int:
-    """Bytes of the whole rows of products that a budget holds between two sweeps; the PyTorch
-    engine keeps none, nor does a GPU's by default."""
+    """Bytes of the rows of products that the budget keeps between two sweeps; only whole rows are
+    kept. The PyTorch engine keeps none, and GPU engines keep none by default."""
     from fastclip.engine.kept import rows_to_keep
 
     if method == "fastclip torch" or device != "cpu":
@@ -210,20 +211,20 @@ def kept_products(m: int, n: int, method: str, device: str) -> int:
 
 
 def passes_of_two_sweeps(m: int, n: int, kept: int) -> float:
-    """The second one takes the products that were kept."""
+    """The passes of two sweeps; the second reuses the `kept` bytes of products."""
     return 4.0 - min(1.0, kept / (4 * m * n))
 
 
 def kept_bytes(case: Case, method: str, device: str) -> int:
-    """How much of its memory budget a method fills: zero for all but fastclip.
+    """How many bytes of its memory budget a method uses: 0 for all but fastclip.
 
-    A loss that is made in one go keeps float32 gradients where the features' own are of another
-    dtype, any other one products.
+    A loss computed in one go keeps float32 gradients if the features have another dtype; any other
+    loss keeps products.
     """
     if not method.startswith("fastclip") or case.mode == "forward":
         return 0
     if _keeps_everything(case, method):
-        # The Triton engine's weights of half features are in half precision.
+        # For half-precision features the Triton engine keeps weights in half precision.
         return case.m * case.n * (2 if case.half and "triton" in method else 4)
     if _in_one_go(case, method):
         waiting = (case.m + case.n) * case.d * 4
@@ -238,8 +239,8 @@ def _passes_of_fastclip(case: Case, device: str, method: str) -> float:
         return 3.0
     kept = kept_bytes(case, method, device)
     if _in_one_go(case, method):
-        # The forward makes the gradients as well, where they have room to wait for the backward:
-        # on GPUs always.
+        # The forward computes the gradients, too, if they may be held until the backward; on GPUs
+        # they always may.
         return 3.0 if kept or case.dtype != "bfloat16" or device != "cpu" else 4.0
     return passes_of_two_sweeps(case.m, case.n, kept)
 
@@ -257,7 +258,7 @@ def _passes(forward: float, both: float) -> Callable[[Case, str], float]:
 def _peer(name: str) -> Method:
     peer = peers.PEERS[name]
 
-    def make(case: Case, device: str) -> Loss:
+    def make(case: Case, device: str) -> LossFunction:
         try:
             return peer.make(case, device)
         except peers.Missing as missing:
@@ -267,7 +268,7 @@ def _peer(name: str) -> Method:
 
 
 def _passes_a_direction(both: float) -> Callable[[Case, str], float]:
-    """Passes of losses that make their logits anew for each direction, if they have two."""
+    """The passes of losses that compute their logits again for each direction."""
 
     def count(case: Case, device: str) -> float:
         return loss_of(case.loss).directions * (1.0 if case.mode == "forward" else both)
@@ -275,13 +276,13 @@ def _passes_a_direction(both: float) -> Callable[[Case, str], float]:
     return count
 
 
-# In the place of a memory budget: as much as the case can use.
+# Used instead of a memory budget: as much as the case can use.
 EVERYTHING = -1
 
 
 @contextlib.contextmanager
 def fused_tiles() -> Iterator[None]:
-    """The CUDA engine asks its environment at every call."""
+    """Selects the CUDA engine's own kernels, by a variable that it reads at every call."""
     before = os.environ.get("FASTCLIP_CUDA_TILES", "library")
     os.environ["FASTCLIP_CUDA_TILES"] = "fused"
     try:

@@ -1,1 +1,1 @@
-"""Step time and memory across many GPUs, by arithmetic."""
+"""A model of step time and memory across many GPUs; nothing is measured."""

@@ -1,18 +1,18 @@
-"""Step time and memory of a loss across many GPUs, by arithmetic: nothing here is measured.
+"""A model of a loss's step time and memory across many GPUs; nothing here is measured.
 
     python -m bench scale --tflops 400 --across 50 --pairs 4096
 
-A block is b rows by b columns of logits; a pass over it is one product of 2 b^2 D FLOP. Each of R
-ranks has R blocks. E is bytes per feature element; gradients travel in fp32.
+A block is b rows by b columns of logits; a pass over it is one matmul of 2 b^2 D FLOP. Each of R
+ranks has R blocks. E is bytes per feature element; gradients are sent in fp32.
 
-    gathered   R blocks' 4 passes; then texts, (R - 1) b D E, and gradients, 4 (R - 1) b D, one
-               after the other with them
-    ring       the same passes, two blocks a step; texts travel in the forward and again in the
-               backward, gradients behind them, while the next two blocks are worked on
-    open_clip  own rows and own columns, so twice the blocks, 3 passes each, built in memory; both
-               towers' features travel, and both gradients, in the features' dtype
+    gathered   4 passes over R blocks, the all-gather of texts, (R - 1) b D E bytes, and the
+               reduce-scatter of their gradients, 4 (R - 1) b D bytes, without overlap
+    ring       the same passes, two blocks per step. Texts are sent in the forward and again in the
+               backward, followed by gradients, overlapping the work on the next two blocks
+    open_clip  3 passes over 2 R blocks (own rows and own columns), with logits in memory; features
+               and gradients of both towers are sent, in the features' dtype
 
-`Cluster` is what is assumed of GPUs, `Loopback` what was measured of processes on one machine.
+`Cluster` holds assumptions about GPUs, `Loopback` measurements of processes on one machine.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-FORWARD, BACKWARD = 1, 3  # passes; with kept products or no state to wait for, one less in all
-# Of a pair, for its row or its column, in float64: states, coefficients, what is between them.
+# Passes; one less in all with kept products, or if weights need no state.
+FORWARD, BACKWARD = 1, 3
+# Bytes per pair in float64: states, coefficients and temporaries of its row and column.
 STATE_BYTES = 100
-# Sums and references of columns, positives, the bound and the upstream gradient, to all ranks.
+# Sent to all ranks: sums and shifts of columns, positives, the bound and the upstream gradient.
 STATE_BYTES_SENT, STATE_EXCHANGES = 40, 5
-# How often open_clip's loss reads or writes a logit: a product's write, log-softmax (2); then the
-# zeros of its gradient, log-softmax's backward (3), two products' reads.
+# Reads and writes of each logit in open_clip's loss: 1 by the matmul, 2 by log-softmax; in the
+# backward 1 to zero its gradient, 3 by log-softmax's backward, 2 by two matmuls.
 ACCESSES = 9
-# Of b x B logits at once in open_clip's loss: both directions' logits and log-softmax; later both
-# log-softmax and two gradients.
+# Matrices of b x B that open_clip's loss holds at once: logits and log-softmax of both directions;
+# later both log-softmax and two gradients.
 LOGITS_HELD = 4
-# Other ranks' blocks around a ring, at most at a time: of features, of gradients.
+# The most blocks of other ranks that a rank of a ring holds at once: of features, of gradients.
 RING_FEATURES, RING_GRADIENTS = 4, 6
 
 
@@ -45,7 +46,7 @@ class Job:
     d: int = 1024
     itemsize: int = 2
     passes: float = FORWARD + BACKWARD
-    small: int = STATE_EXCHANGES  # exchanges of a number or two for each pair
+    small: int = STATE_EXCHANGES  # exchanges of one or two numbers per pair
 
     @property
     def batch(self) -> int:
@@ -57,12 +58,12 @@ class Job:
 
     @property
     def block_flops(self) -> float:
-        """Of one pass over one block."""
+        """FLOPs of one pass over one block."""
         return 2.0 * self.b * self.b * self.d
 
     @property
     def features(self) -> int:
-        """Bytes of a rank's."""
+        """Bytes of one rank's features, of one tower."""
         return self.b * self.d * self.itemsize
 
     @property
@@ -72,20 +73,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of GPUs. Rates are per GPU and one way; none was measured."""
+    """Nodes of GPUs. Rates are per GPU and in one direction; none was measured."""
 
-    flops: float = 400e12  # of the loss's own products, epilogue included
-    gemm: float = 600e12  # of bare products
+    flops: float = 400e12  # FLOP/s of the loss's own matmuls, epilogue included
+    gemm: float = 600e12  # FLOP/s of bare matmuls
     memory: float = 3.35e12  # bytes/s
     within: float = 450e9  # bytes/s to a GPU of the same node
-    across: float = 50e9  # bytes/s of the GPU's own network card
+    across: float = 50e9  # bytes/s to another node, by the GPU's own network card
     node: int = 8  # GPUs
     latency: float = 10e-6  # seconds of one exchange
     overlaps = True
 
     def gather(self, sent: float, ranks: int) -> float:
-        """Of `sent` bytes a rank. A ring of GPUs enters and leaves a node through one card; as many
-        rings as cards, which libraries make, use all of them. Every node is waited for once."""
+        """Seconds of an all-gather in which each rank sends `sent` bytes.
+
+        A ring of GPUs enters and leaves a node through one network card; libraries make as many
+        rings as there are cards, and so use all of them. Each node adds one latency.
+        """
         if ranks == 1:
             return 0.0
         return sent / self._rate(ranks) + math.ceil(ranks / self.node) * self.latency
@@ -93,7 +97,7 @@ class Cluster:
     scatter = gather
 
     def combine(self, sent: float, ranks: int, times: int) -> float:
-        """Small numbers of all ranks, in so many calls: trees."""
+        """Seconds of `times` small all-reduces, along trees."""
         if ranks == 1:
             return 0.0
         return sent / self._rate(ranks) + times * math.ceil(math.log2(ranks)) * self.latency
@@ -102,14 +106,15 @@ class Cluster:
         return self.within if ranks <= self.node else min(self.within, self.node * self.across)
 
     def exchange(self, each: float, ways: int, ranks: int) -> float:
-        """One message with each neighbour; at a node's edge one of them is across."""
+        """Seconds of one message to each of `ways` neighbours. At a node's edge one of them is in
+        another node."""
         if ways == 0 or ranks == 1:
             return 0.0
         across = each / self.across if ranks > self.node else 0.0
         return max(ways * each / self.within, across) + self.latency
 
     def home(self, each: float, ways: int, ranks: int) -> float:
-        """Messages to ranks halfway round."""
+        """Seconds of `ways` messages to ranks half-way around the ring."""
         if ways == 0 or ranks == 1:
             return 0.0
         rate = self.within if ranks <= self.node else self.across
@@ -118,14 +123,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Loopback:
-    """Processes on one machine, as measured there: exchanges are copies, made by the cores that
-    compute, so nothing overlaps. Rates are bytes/s that a rank sends."""
+    """Processes on one machine, with measured rates in bytes/s sent by a rank. The cores that
+    compute also copy the messages, so nothing overlaps."""
 
     flops: float
     gathered: float
     scattered: float
     hopped: float
-    small: float  # seconds of an exchange of a number for each pair
+    small: float  # seconds of an exchange of one number per pair
     overlaps = False
 
     def gather(self, sent: float, ranks: int) -> float:
@@ -162,13 +167,13 @@ def gathered_seconds(job: Job, net: Network) -> float:
 
 
 def steps_of(ranks: int) -> list[int]:
-    """Blocks of each step around the ring: own ones, then two, one where both ways meet."""
+    """Blocks per step around the ring: first its own, then two, and one if both ways meet."""
     full, one = divmod(ranks - 1, 2)
     return [1] + [2] * full + [1] * one
 
 
 def ring_seconds(job: Job, net: Network) -> float:
-    """Step by step the longer of work and exchanges, or their sum where nothing overlaps."""
+    """Sums over the steps the longer of work and exchanges, or both if nothing overlaps."""
     together: Callable[[float, float], float] = max if net.overlaps else float.__add__
     steps = [*steps_of(job.ranks), 0]
     pass_seconds = job.block_flops / net.flops
@@ -176,7 +181,7 @@ def ring_seconds(job: Job, net: Network) -> float:
     total = states_seconds(job, net)
     for step, blocks in enumerate(steps[:-1]):
         texts = net.exchange(job.features, steps[step + 1], job.ranks)
-        # Gradients of the step before last have been summed and follow.
+        # Gradients of the step before last are summed by now, and are sent.
         waiting = steps[step - 1] if step > 1 else 0
         gradients = net.exchange(job.gradients, waiting, job.ranks)
         total += together(blocks * forward, texts)
@@ -185,7 +190,7 @@ def ring_seconds(job: Job, net: Network) -> float:
 
 
 def open_clip_seconds(job: Job, net: Cluster) -> float:
-    """Of its local loss with gradients from all ranks."""
+    """Seconds of open_clip's local loss with gradients from all ranks."""
     products = 2 * job.ranks * (FORWARD + 2) * job.block_flops / net.gemm
     logits = 2 * job.b * job.batch * job.itemsize * ACCESSES / net.memory
     sent = 2 * job.others * job.features
@@ -196,14 +201,14 @@ def open_clip_seconds(job: Job, net: Cluster) -> float:
 
 
 def _own(job: Job) -> int:
-    """A rank's gradients, in fp32 and in the features' dtype, and states of all pairs."""
+    """Bytes of a rank's gradients, in fp32 and in the features' dtype, and of all pairs' states."""
     return 2 * (job.features + job.gradients) + STATE_BYTES * job.batch
 
 
 def gathered_bytes(job: Job, scratch: int = 0) -> int:
     """All texts, and their gradients in fp32.
 
-    scratch: kept products, an engine's work space, what a library adds gradients up in.
+    scratch: kept products, an engine's work space, a library's buffers for sums of gradients.
     """
     return job.ranks * (job.features + job.gradients) + _own(job) + scratch
 
@@ -214,17 +219,17 @@ def ring_bytes(job: Job, scratch: int = 0) -> int:
 
 
 def open_clip_bytes(job: Job) -> int:
-    """Both towers' features of all ranks, twice while they are put together, or their gradients."""
+    """All ranks' features of both towers, twice while they are concatenated, or their gradients."""
     logits = LOGITS_HELD * job.b * job.batch * job.itemsize
     return logits + 4 * job.ranks * job.features
 
 
-# ---- where the ring comes to be better -----------------------------------------------------------
+# ---- the sizes from which the ring is better -----------------------------------------------------
 
 
 def hidden_from(net: Cluster, itemsize: int = 2) -> int:
-    """The least b whose work on a step's two blocks takes as long as the step's exchanges across
-    nodes: from there on the ring waits for nothing but its start and end. Independent of R and D.
+    """The least b at which the work on a step's two blocks takes as long as the step's exchanges
+    across nodes. From there on the ring waits only at its start and end. Independent of R and D.
     """
     rate = min(net.within / 2, net.across)
     forward = net.flops * itemsize / (2 * 2 * FORWARD * rate)
@@ -233,7 +238,7 @@ def hidden_from(net: Cluster, itemsize: int = 2) -> int:
 
 
 def faster_from(ranks: int, net: Cluster, most: int = 1 << 17, **job: int) -> int | None:
-    """The least b, a multiple of 64, from which on the ring is faster; None beyond `most`."""
+    """The least b, a multiple of 64, from which the ring is faster; None if it exceeds `most`."""
     unit = 64
 
     def faster(units: int) -> bool:
@@ -250,7 +255,7 @@ def faster_from(ranks: int, net: Cluster, most: int = 1 << 17, **job: int) -> in
 
 
 def most_pairs(room: float, held: Callable[[Job], int], b: int, **job: int) -> int:
-    """The largest batch of b pairs a rank whose memory fits, whatever the number of ranks."""
+    """The largest batch, at b pairs per rank, with which a rank's memory fits in `room` bytes."""
     fits, ranks = 0, 1
     while held(Job(ranks, b, **job)) <= room and ranks < 1 << 24:
         fits, ranks = ranks, 2 * ranks

@@ -1,6 +1,6 @@
 """The scale model as a page: `python -m bench scale`, its part of the README, and its picture.
 
-Figures come from `scale.py` alone; a rate that no card was measured for is called an assumption.
+All figures come from `model.py`. Rates that were not measured on a card are called assumptions.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .model import Cluster, Job
 
 BEGIN, END = "<!-- scale:begin -->", "<!-- scale:end -->"
 PICTURE = RESULTS / "scale.png"
-ROOM = 80e9  # bytes of a card, towers aside
-PAIRS = (1024, 4096)  # a rank's, of the page
+ROOM = 80e9  # bytes of a card's memory, without the towers
+PAIRS = (1024, 4096)  # the page's pairs per rank
 RANKS = (8, 64, 512, 4096)
 METHODS = {
     "open_clip": (model.open_clip_seconds, model.open_clip_bytes),
@@ -34,7 +34,7 @@ STYLES = {"open_clip": "#d1495b", "all-gather": "#00798c", "ring": "#edae49"}
 
 
 def rate_of_a_card(paths: Iterable[Path]) -> tuple[float, str] | None:
-    """FLOP/s of CLIP's products in bf16 on the largest batch in a card's CSV, and the card."""
+    """FLOP/s of CLIP's matmuls in bf16 on the largest batch in a card's CSV, and the card."""
     found: list[results.Row] = []
     for path in paths:
         if not results.holds(path, results.Row):
@@ -51,7 +51,7 @@ def rate_of_a_card(paths: Iterable[Path]) -> tuple[float, str] | None:
 
 
 def cluster_of(paths: Iterable[Path]) -> tuple[Cluster, str]:
-    """With the rate of a card that was measured, or the assumed one; and which it is."""
+    """A cluster with a card's measured rate, or the assumed one, and a text that says which."""
     if (measured := rate_of_a_card(paths)) is None:
         net = Cluster()
         return net, f"{net.flops / 1e12:.0f} TFLOP/s of a GPU's products (assumed, not measured)"
@@ -73,26 +73,26 @@ def assumptions(net: Cluster, source: str, d: int, itemsize: int) -> str:
 def table_of(
     net: Cluster, pairs: Iterable[int] = PAIRS, ranks: Iterable[int] = RANKS, **job: int
 ) -> str:
-    """Time of a step and memory beyond the inputs, a line for each b and R."""
+    """Time of a step and memory beyond the inputs, in one row for each b and R."""
     header = ["b a GPU", "GPUs", "pairs", *METHODS, *(f"GB, {name}" for name in METHODS)]
-    lines = []
+    table_rows = []
     for b in pairs:
         for count in ranks:
             one = Job(count, b, **job)
             seconds = [predict(one, net) for predict, _ in METHODS.values()]
             sizes = [held(one) for _, held in METHODS.values()]
-            lines.append(
+            table_rows.append(
                 [
                     str(b), str(count), _count(one.batch),
                     *(duration(1e3 * value) for value in seconds),
                     *(three(size / 1e9) + (" (no)" if size > ROOM else "") for size in sizes),
                 ]
             )  # fmt: skip
-    return markdown(header, lines)
+    return markdown(header, table_rows)
 
 
 def crossovers(net: Cluster, **job: int) -> str:
-    """In words: from which b on the ring is faster, and up to which batch each fits."""
+    """States from which b the ring is faster, and up to which batch each method fits."""
     many = RANKS[-1]
     itemsize = Job(1, 1, **job).itemsize
     b = PAIRS[-1]
@@ -118,7 +118,7 @@ def _count(pairs: int) -> str:
 
 
 def page(paths: Iterable[Path]) -> str:
-    """Between the README's markers."""
+    """The text between the README's markers."""
     net, source = cluster_of(paths)
     job = Job(1, 1)
     parts = [
@@ -135,12 +135,12 @@ def page(paths: Iterable[Path]) -> str:
 
 
 def into_page(page_file: Path, paths: Iterable[Path]) -> None:
-    """Replaces what stands between the markers."""
+    """Replaces the text between the markers."""
     page_file.write_text(between(page_file, BEGIN, END, page(paths)))
 
 
 def draw(paths: Iterable[Path], path: Path = PICTURE) -> Path:
-    """Time above memory, against the number of GPUs, for each b of the page."""
+    """Draws time above memory, against the number of GPUs, for each b of the page."""
     net, source = cluster_of(paths)
     import matplotlib
 
@@ -181,7 +181,7 @@ def draw(paths: Iterable[Path], path: Path = PICTURE) -> Path:
 
 
 def _mark_times(axis: Any, jobs: list[Job], net: Cluster) -> None:
-    """Where the faster of the two fused ways is another one than before."""
+    """Marks the numbers of GPUs at which the faster of all-gather and ring changes."""
     before = None
     for one in jobs:
         faster = model.ring_seconds(one, net) < model.gathered_seconds(one, net)
@@ -222,20 +222,21 @@ def _dress(axis: Any, ranks: list[int]) -> None:
 
 
 def main(arguments: list[str], paths: Iterable[Path]) -> int:
-    """Prints the page for other assumptions than the README's."""
+    """Prints the page for assumptions other than the README's."""
     net, source = cluster_of(paths)
     parser = argparse.ArgumentParser(prog="python -m bench scale", description=__doc__)
-    parser.add_argument("--tflops", type=float, help="of a GPU's products in this loss")
-    parser.add_argument("--gemm", type=float, default=net.gemm / 1e12, help="bare, TFLOP/s")
-    parser.add_argument("--memory", type=float, default=net.memory / 1e12, help="TB/s")
-    parser.add_argument("--within", type=float, default=net.within / 1e9, help="a node, GB/s")
-    parser.add_argument("--across", type=float, default=net.across / 1e9, help="nodes, GB/s a GPU")
-    parser.add_argument("--node", type=int, default=net.node, help="GPUs of a node")
-    parser.add_argument("--latency", type=float, default=net.latency * 1e6, help="us")
-    parser.add_argument("--pairs", type=int, nargs="+", default=PAIRS, help="a GPU's")
-    parser.add_argument("--gpus", type=int, nargs="+", default=RANKS)
-    parser.add_argument("-d", type=int, default=1024, help="width of the features")
-    parser.add_argument("--bytes", type=int, default=2, help="of a feature")
+    add = parser.add_argument
+    add("--tflops", type=float, help="rate of the loss's matmuls, TFLOP/s per GPU")
+    add("--gemm", type=float, default=net.gemm / 1e12, help="rate of bare matmuls, TFLOP/s")
+    add("--memory", type=float, default=net.memory / 1e12, help="memory bandwidth, TB/s")
+    add("--within", type=float, default=net.within / 1e9, help="GB/s per GPU within a node")
+    add("--across", type=float, default=net.across / 1e9, help="GB/s per GPU between nodes")
+    add("--node", type=int, default=net.node, help="GPUs per node")
+    add("--latency", type=float, default=net.latency * 1e6, help="latency of an exchange, us")
+    add("--pairs", type=int, nargs="+", default=PAIRS, help="pairs per GPU")
+    add("--gpus", type=int, nargs="+", default=RANKS, help="numbers of GPUs")
+    add("-d", type=int, default=1024, help="width of the features")
+    add("--bytes", type=int, default=2, help="bytes per feature element")
     given = parser.parse_args(arguments)
     if given.tflops:
         source = f"{given.tflops:g} TFLOP/s of a GPU's products (as given)"

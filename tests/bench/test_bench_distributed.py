@@ -1,5 +1,5 @@
-"""The benchmark across processes: bytes and errors are the true ones, rows survive, tables say no
-more than they do."""
+"""The benchmark across processes: bytes and errors are right, rows survive the CSV, and tables show
+only what rows hold."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def two() -> Iterator[Ranks]:
 
 
 def test_what_a_rank_sends_is_counted_once(two):
-    """Of 240 bytes with two ranks; whichever function is called, in a backward, too."""
+    """Two ranks exchange 240 bytes, by every function of torch.distributed and in a backward."""
     first, second = two.run(bench.counted)
     assert first.pop("broadcast") == {} and second.pop("broadcast") == {"broadcast": 240}
     # gloo has no reduce-scatter for torch.distributed.nn, which scatters each rank's instead.
@@ -65,7 +65,7 @@ def test_a_case_is_measured_and_right(two, loss):
 
 
 def test_a_gradient_that_one_rank_makes_wrong_shows(two):
-    """A tenth too small on the second of two ranks."""
+    """The gradient of the second of two ranks is a tenth too small."""
     (found, _) = two.run(bench.with_a_wrong_rank, Case("clip", 2, 24, 64))
     assert found["fastclip"][0] == pytest.approx(0.1 / 2**0.5, rel=0.3)
     assert found["fastclip"][1] < 2e-6
@@ -83,7 +83,10 @@ def test_the_command_line_measures_in_processes_of_its_own(tmp_path):
     (row,) = results.read(path, Row)
     assert (row.method, row.ranks, row.b, row.ms) == ("fastclip ring", 2, 256, None)
     # Texts twice, gradients once; a rank holds a few of the 0.5 MiB that either has.
-    assert 1.5 <= row.sent_mib < 1.6 and row.note in ("", "memory: cannot be told on this machine")
+    assert 1.5 <= row.sent_mib < 1.6 and row.note in (
+        "",
+        "memory: cannot be measured on this machine",
+    )
     assert row.peak_mib is None or 1 < row.peak_mib < 16
 
 
@@ -101,7 +104,7 @@ def test_the_command_line_lists(capsys):
 
 
 def rows(**changes: object) -> list[Row]:
-    """A CSV's worth of rows: figures made up."""
+    """Rows with invented figures."""
     base = Row(
         machine="test-machine", cpu="Test CPU", threads=1, capability="AVX512", torch="2.13.0",
         python="3.11.7", compiler="g++ 12", when="2026-01-02 03:04", loss="clip", ranks=2, b=2048,
@@ -167,7 +170,7 @@ def test_a_prediction_is_the_work_and_the_exchanges_one_after_the_other():
     seconds = {SINGLE: 0.06, GATHER: 0.03, SCATTER: 0.05, HOP: 0.01, SMALL: 0.002}
     times = {name: Timing(value, value, value, 3) for name, value in seconds.items()}
     assert check.predicted_ms(case, "open_clip", times) is None
-    # What a process alone keeps of its products fits across ranks, too: 3 passes in both.
+    # All products fit in the budget, in one process and across ranks: 3 passes in both.
     gathered = 4 * 60 + 30 + 50 + 6 * 2
     assert check.predicted_ms(case, "fastclip", times) == pytest.approx(gathered)
     # Three hops of half-precision texts, forward and backward, and of fp32 gradients.
@@ -179,7 +182,7 @@ def test_a_prediction_is_the_work_and_the_exchanges_one_after_the_other():
     assert check.predicted_ms(siglip, "fastclip", times) == pytest.approx(gathered)
     ring = 4 * 60 + 3 * (10 + 10 + 10) + 2 * 2
     assert check.predicted_ms(siglip, "fastclip ring", times) == pytest.approx(ring)
-    # Of 1 GiB of products the budget keeps a quarter.
+    # The budget keeps a quarter of 1 GiB of products.
     larger = replace(case, b=8192)
     assert check.passes(larger, "fastclip ring") == check.passes(larger, "fastclip") == 3.75
     assert check.passes(case, "fastclip") == 3

@@ -1,4 +1,4 @@
-"""The bench's part for CUDA devices, as far as it can be judged without one."""
+"""The benchmark's code for CUDA devices, as far as it can be tested without one."""
 
 import os
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from fastclip.engine import preference
 
 
 class FakeEvent:
-    """A device whose time is that of the runs that were queued before the event."""
+    """A CUDA event on a device whose time is advanced by the runs alone."""
 
     now = 0.0
 
@@ -141,7 +141,8 @@ def test_losses_on_contrast_are_timed_beside_the_librarys_own():
 
 
 def test_inputs_are_made_on_the_device(monkeypatch):
-    """With its own generator; those on a CPU are what committed results came from."""
+    """The device's own generator makes them; on a CPU they must not change, because committed
+    results depend on them."""
     asked = []
     generator = torch.Generator
 
@@ -156,7 +157,7 @@ def test_inputs_are_made_on_the_device(monkeypatch):
     assert torch.equal(inputs.x, torch.nn.functional.normalize(drawn, dim=1))
 
 
-def test_what_is_kept_counts_as_memory_and_saves_a_pass():
+def test_kept_products_count_as_memory_and_save_a_pass():
     clip = Case("clip", 64, 64, 16, "bfloat16", 14.3)
     passes = {
         name: registry.METHODS[name].passes(clip, "cuda")
@@ -211,7 +212,7 @@ def test_fp32_is_split_within_the_method_alone(monkeypatch):
 
 
 def test_a_replayed_step_returns_what_it_captured(monkeypatch):
-    """A graph that runs its capture again, in the place of CUDA's."""
+    """A fake of CUDA's graph runs the captured step again."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     replays = []
     for name, value in {
@@ -221,14 +222,14 @@ def test_a_replayed_step_returns_what_it_captured(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     steps = iter(range(100))
-    replay = registry._captured(lambda: next(steps), "cuda")
+    replay = registry.captured(lambda: next(steps), "cuda")
     assert (replay(), replay(), len(replays)) == (3, 3, 2), "three runs before the captured one"
     with pytest.raises(registry.Unavailable, match="need a CUDA device"):
-        registry._captured(lambda: None, "cpu")
+        registry.captured(lambda: None, "cpu")
 
 
 def test_the_cards_goals():
-    """Ratios on any card, milliseconds on the one that they are set for."""
+    """Goals in ratios hold on any card; goals in milliseconds only on the card they are set for."""
 
     def verdicts(rows: list[results.Row]) -> dict[str, str]:
         cells = [line.strip("|").split("|") for line in goals.table_of(rows).splitlines()[2:]]

@@ -1,4 +1,4 @@
-"""What is made before on a machine without a card, and how `make gpu` uses it or does without."""
+"""Bundles: made on a machine without a card, and used by `make gpu` as far as they fit."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """A tree to install from, in the place of this one."""
+    """A tree to install from, instead of this one."""
     (tmp_path / "root" / "fastclip").mkdir(parents=True)
     monkeypatch.setattr(process, "ROOT", tmp_path / "root")
     monkeypatch.setattr(install, "PEERS", tmp_path / "root" / "build" / "peers")
@@ -35,7 +35,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def bundle(tmp_path) -> Path:
-    """A bundle that fits here."""
+    """A bundle that fits this machine."""
     made = tmp_path / "bundle"
     (made / contents.WHEELS).mkdir(parents=True)
     (made / contents.WHEELS / "one-1.0-py3-none-any.whl").touch()
@@ -48,7 +48,7 @@ def bundle(tmp_path) -> Path:
 
 
 def describe(bundle: Path, **changes: str | None) -> None:
-    """None takes an entry away."""
+    """Changes entries of the bundle's description; None removes one."""
     file = bundle / contents.DESCRIPTION
     told = json.loads(file.read_text()) if file.exists() else {
         "torch": torch.__version__, "sources": contents.digest_of_sources(),
@@ -58,7 +58,7 @@ def describe(bundle: Path, **changes: str | None) -> None:
 
 
 class Commands:
-    """In the place of `process.run`: what was run, with what besides the environment."""
+    """Replaces `process.run`; records the commands and the variables added to the environment."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.ran: list[tuple[list[str], dict[str, str]]] = []
@@ -96,7 +96,7 @@ def said(made: steps.Session) -> str:
     return log.read_text() if log.exists() else ""
 
 
-def test_what_fits_is_used(tmp_path, root, bundle, commands, monkeypatch):
+def test_a_bundle_that_fits_is_used(tmp_path, root, bundle, commands, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/before")
     made = session(tmp_path, bundle)
     outcome = install.install(made, 60.0)
@@ -107,7 +107,7 @@ def test_what_fits_is_used(tmp_path, root, bundle, commands, monkeypatch):
     ]
     assert (tmp_path / "cache" / "ABC" / "kernel.cubin").read_bytes() == b"code"
     assert made.environment["TRITON_CACHE_DIR"] == str(tmp_path / "cache")
-    # Peers go beside the system's packages, and are found by the steps to come.
+    # Peers are installed apart from the system's packages, and later steps find them.
     wheels = next(command for command, _ in commands.ran if "--target" in command)
     assert wheels[wheels.index("--target") + 1] == str(install.PEERS) and "--no-index" in wheels
     assert made.environment["PYTHONPATH"] == f"{install.PEERS}{os.pathsep}/before"
@@ -140,7 +140,7 @@ def test_an_extension_that_does_not_fit_is_built_here(
     assert "FASTCLIP_SKIP_EXTENSION" not in commands.installed[-1]
 
 
-def test_an_extension_that_does_not_load_is_taken_away_again(tmp_path, root, bundle, commands):
+def test_an_extension_that_does_not_load_is_removed(tmp_path, root, bundle, commands):
     commands.fails = lambda command, more: command[1] == "-c" and command[2] != install.ENGINES
     made = session(tmp_path, bundle)
     install.install(made, 60.0)
@@ -148,7 +148,7 @@ def test_an_extension_that_does_not_load_is_taken_away_again(tmp_path, root, bun
     assert len(commands.installed) == 2
 
 
-def test_a_cache_that_cannot_be_unpacked_is_done_without(tmp_path, root, bundle, commands):
+def test_a_cache_that_cannot_be_unpacked_is_not_used(tmp_path, root, bundle, commands):
     (bundle / contents.CACHE).write_bytes(b"no archive")
     made = session(tmp_path, bundle)
     outcome = install.install(made, 60.0)
@@ -166,9 +166,7 @@ def test_a_cache_of_another_user_is_left_alone(tmp_path, root, bundle, commands,
     assert "TRITON_CACHE_DIR" not in made.environment and not list((tmp_path / "cache").iterdir())
 
 
-def test_a_failing_nvcc_is_told_and_the_rest_goes_on_without_it(
-    tmp_path, root, commands, monkeypatch
-):
+def test_a_failing_nvcc_is_reported_and_the_rest_is_built(tmp_path, root, commands, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
@@ -186,8 +184,8 @@ def test_a_failing_nvcc_is_told_and_the_rest_goes_on_without_it(
     assert install.install(made, 60.0).note == "not built"
 
 
-def test_a_bundle_joins_the_run(tmp_path, root, bundle, monkeypatch):
-    """What the installation finds holds for all later commands."""
+def test_a_bundle_is_used_by_the_whole_run(tmp_path, root, bundle, monkeypatch):
+    """The environment that the installation sets applies to all later commands."""
     rehearsal = Rehearsal(monkeypatch, real=False)
     made = rehearsal.session(tmp_path, bundle=bundle)
     seen = []
@@ -209,7 +207,7 @@ def test_a_bundle_joins_the_run(tmp_path, root, bundle, monkeypatch):
 # ---- making one --------------------------------------------------------------------------------
 
 
-def test_a_part_that_cannot_be_made_is_told_and_so_is_a_bundle_too_large(
+def test_a_part_that_cannot_be_made_and_a_bundle_too_large_are_reported(
     tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("triton")
@@ -251,7 +249,7 @@ def test_wheels_that_cannot_be_had_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(making, "run", run)
     told = making.make_wheels(tmp_path)
-    assert told == f"{len(making.WHEELS) - 1} wheels; not to be had: memeff==0.3.1"
+    assert told == f"{len(making.WHEELS) - 1} wheels; not available: memeff==0.3.1"
 
 
 def test_the_copied_tree_has_fastclip_as_an_installation_has_it(tmp_path, monkeypatch):
@@ -274,8 +272,8 @@ problem.step("triton", problem.leaves())
 
 @pytest.mark.minutes
 @needs_triton
-def test_launches_are_compiled_for_a_card_that_is_not_here(tmp_path):
-    """With all that a launch needs, and none of it twice."""
+def test_launches_are_compiled_for_a_simulated_card(tmp_path):
+    """Everything that a launch needs is compiled, and nothing twice."""
     environment = {
         **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path),
         "PYTHONSAFEPATH": "",
@@ -297,10 +295,10 @@ def test_launches_are_compiled_for_a_card_that_is_not_here(tmp_path):
     assert compiled() == first
     names = {Path(path).name for path in first}
     assert "complete_kernel.cubin" in names
-    # On a card a sigmoid loss's gradients are made in the forward, in one go.
+    # On a card the forward of a sigmoid loss computes the gradients, in one go.
     assert not any("maxima" in name for name in names)
     (utils,) = (Path(path) for path in first if Path(path).name.startswith("cuda_utils"))
-    # By name, as the dynamic loader will look for it.
+    # Linked by the name that the dynamic loader will look for.
     assert b"libcuda.so.1\0" in utils.read_bytes()
     told = [
         json.loads(path.read_text())

@@ -24,11 +24,11 @@ def test_a_command_says_what_it_prints_and_how_it_ended():
 
 
 def shell(code: str) -> list[str]:
-    """It is there at once, also on a busy machine."""
+    """A shell command: unlike Python, a shell starts at once, even on a busy machine."""
     return ["sh", "-c", code]
 
 
-def test_at_the_end_of_its_time_a_command_may_say_where_it_was():
+def test_at_the_end_of_its_time_a_command_may_print_where_it_was():
     lines: list[str] = []
     code = "trap 'echo here; exit 3' INT; echo begun; sleep 60 & wait"
     ended = process.run(shell(code), 1.0, lines.append)
@@ -36,7 +36,7 @@ def test_at_the_end_of_its_time_a_command_may_say_where_it_was():
 
 
 def is_gone(pid: int) -> bool:
-    """An orphan is when whoever inherits it has looked."""
+    """True if the process ends within five seconds: gone, or a zombie not yet reaped."""
     state = Path(f"/proc/{pid}/stat")
     for _ in range(50):
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -48,7 +48,7 @@ def is_gone(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize(("ends_with", "code"), [("trap '' INT; wait", -signal.SIGKILL), (":", 0)])
 def test_no_child_outlives_a_command(ends_with, code):
-    """Whether it had to be killed, or left its child behind, which holds the pipe."""
+    """The command is killed, or leaves a child behind that keeps the pipe open."""
     lines: list[str] = []
     began = time.monotonic()
     command = shell(f"sleep 60 & echo $!; {ends_with}")

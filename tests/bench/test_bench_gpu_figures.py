@@ -1,4 +1,4 @@
-"""Files of a run beside the CSV: figures, rates, kernels by time, counters of Nsight Compute."""
+"""The files of a run besides the rows: rates, kernels by time, counters of Nsight Compute."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_half_a_line_is_dropped_and_columns_are_checked(tmp_path):
     assert figures.read(tmp_path / "none.csv") == []
 
 
-def test_an_errors_reason_is_what_began_it():
+def test_an_errors_reason_is_its_first_cause():
     try:
         try:
             raise TypeError("cannot convert\nto tensor")
@@ -41,7 +41,7 @@ def test_rates_are_work_over_time(monkeypatch):
     assert names[-1] == "w^T x 128x128x32 bf16 to fp32"
 
 
-def test_a_products_failure_is_told_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
+def test_a_failing_matmul_is_reported_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     def fail() -> None:
         raise RuntimeError("no such product\nin this torch")
 
@@ -87,14 +87,14 @@ def test_counters_are_read_from_ncus_raw_page():
     assert counters.parse("==ERROR== no permission\n") == []
 
 
-def test_clocks_stay_as_they_are():
+def test_ncu_leaves_the_clocks_alone():
     line = counters.command("ncu", "sweep_kernel", Path("file"))
     assert line[line.index("--clock-control") + 1] == "none"
     assert line[line.index("--launch-count") + 1] == "1"
     assert line[-2:] == ["bench.gpu.counters", "--step"]
 
 
-def test_a_kernel_that_cannot_be_looked_at_is_told(tmp_path, monkeypatch, capsys):
+def test_a_kernel_that_cannot_be_profiled_is_reported(tmp_path, monkeypatch, capsys):
     def run(command, seconds, say, grace):
         pattern = command[command.index("--kernel-name") + 1]
         text = NCU if "sweep" in pattern else "==ERROR== ERR_NVGPUCTRPERM\n"

@@ -1,4 +1,4 @@
-"""Rows of a run on a GPU: written as they come, whatever hangs, fails or loses the device."""
+"""Rows of a run on a GPU are written at once, even if a method hangs, fails or loses the device."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_limit")
 @pytest.mark.parametrize("installed", [False, True])
-def test_a_line_for_each_case_where_there_is_no_terminal(installed, tmp_path, monkeypatch, capsys):
+def test_without_a_terminal_each_case_prints_a_message(installed, tmp_path, monkeypatch, capsys):
     if not installed:
         monkeypatch.setattr(progress, "tqdm", None)
     options = runner.Options(tmp_path / "test.csv", 0.05, memory=False)
@@ -40,8 +40,8 @@ def test_a_line_for_each_case_where_there_is_no_terminal(installed, tmp_path, mo
 
 
 @pytest.mark.usefixtures("no_limit")
-def test_a_lost_device_ends_the_run_and_its_rows_say_who_lost_it(tmp_path, monkeypatch):
-    """A kernel's failure is met where the device is waited for, in the culprit's turn."""
+def test_a_lost_device_ends_the_run_and_the_rows_name_the_method(tmp_path, monkeypatch):
+    """A kernel's failure is raised by the wait for the device, in the turn of its own method."""
     lost = []
 
     def make(case, device):
@@ -63,9 +63,9 @@ def test_a_lost_device_ends_the_run_and_its_rows_say_who_lost_it(tmp_path, monke
     with pytest.raises(runner.DeviceLost):
         runner.run([case], runner.Options(path, 0.05, memory=False))
     found = {row.method: row for row in results.read(path)}
-    assert list(found) == ["dense", "memeff"], "whoever comes later is not accused"
+    assert list(found) == ["dense", "memeff"], "later methods are not blamed"
     assert found["memeff"].note.startswith("device lost: RuntimeError: CUDA error")
-    # In a new process the culprit is left out, and what has no time yet is done.
+    # A new process leaves out the method that failed, and measures cases that have no time yet.
     left = rows.remaining([case], results.read(path), without=[])
     assert [one.methods for one in left] == [("dense", "fastclip torch")]
     other = replace(TINY, m=64, n=64, methods=("memeff", "dense"))

@@ -1,4 +1,5 @@
-"""The smoke test of `make gpu` passes right engines and no wrong one; lost processes are rows."""
+"""The smoke test of `make gpu` passes right engines and fails wrong ones; a process that crashes or
+hangs gets a row."""
 
 import argparse
 import importlib.util
@@ -23,7 +24,7 @@ needs_triton = pytest.mark.skipif(
 
 @contextmanager
 def broken(monkeypatch: pytest.MonkeyPatch, which: int, factor: float):
-    """One of an engine's results, off by a factor."""
+    """Multiplies one of an engine's results by a factor."""
     step = smoke_checks.Problem.step
 
     def wrong(self, *arguments):
@@ -46,7 +47,7 @@ def test_smoke_passes_a_right_engine_and_no_wrong_one(loss, dtype, monkeypatch):
         )
         found = smoke_checks.judge(problem, "torch")
         assert found["status"] == "passed", found
-        # Of a gradient in bf16 half a percent is rounding; of the others nothing is.
+        # Half a percent is within rounding for a gradient in bf16, but not for the other results.
         for which, factor in ((0, 1 + 1e-4), (1, 1.01 if half else 1 + 1e-4), (2, float("nan")),
                               (3, 1.001)):  # fmt: skip
             with broken(monkeypatch, which, factor):
@@ -56,7 +57,7 @@ def test_smoke_passes_a_right_engine_and_no_wrong_one(loss, dtype, monkeypatch):
 
 
 def rounded(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Features as a product in tf32 takes them, to nearest; the gradient is that of the result."""
+    """The leaves with features rounded to the nearest tf32 numbers."""
     features = (leaf.detach() for leaf in leaves[:2])
     bits = (((leaf.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for leaf in features)
     return [*(leaf.requires_grad_() for leaf in bits), *leaves[2:]]
@@ -64,7 +65,8 @@ def rounded(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_smoke_holds_an_engine_in_tf32_to_plain_pytorch_in_tf32(loss, monkeypatch):
-    """The engine rounds features, plain PyTorch what it makes of them: a lucky one is no bound."""
+    """The engine rounds raw features, plain PyTorch normalised ones. Plain PyTorch's error may be
+    small by luck, and so is not the only bound."""
     settings, step = torch.backends.cuda.matmul, smoke_checks.Problem.step
     assert settings.fp32_precision != "tf32"
     monkeypatch.setattr(
@@ -84,7 +86,7 @@ def test_smoke_holds_an_engine_in_tf32_to_plain_pytorch_in_tf32(loss, monkeypatc
         assert settings.fp32_precision != "tf32"
 
 
-def test_smokes_truth_is_that_of_autograd_in_float64():
+def test_the_smoke_tests_truth_equals_autograd_in_float64():
     for loss in LOSSES:
         problem = smoke_checks.Problem(loss, torch.float32, True, 33, 12, 14.3, "cpu")
         leaves = problem.leaves()
@@ -100,7 +102,7 @@ def test_smokes_truth_is_that_of_autograd_in_float64():
 
 @pytest.mark.parametrize("lost", [None, "ids", "key_bias", "offset"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_smoke_asks_for_statistics_with_pairs_left_out(loss, lost, monkeypatch):
+def test_smoke_checks_statistics_with_pairs_left_out(loss, lost, monkeypatch):
     problem = smoke_checks.Problem(loss, torch.float32, True, 40, 12, 14.3, "cpu")
     contrast = fastclip.contrast
 
@@ -119,7 +121,7 @@ def test_smoke_asks_for_statistics_with_pairs_left_out(loss, lost, monkeypatch):
     assert asked == [(n, normalize) for n, _ in smoke_checks.MASKED for normalize in (False, True)]
 
 
-def test_smoke_compares_bits_and_asks_of_every_engine_the_same(monkeypatch):
+def test_smoke_compares_bits_and_checks_every_engine_alike(monkeypatch):
     problem = smoke_checks.Problem("clip", torch.float32, False, 33, 12, 14.3, "cpu")
     assert smoke_checks.judge_rerun(problem, "torch") == {"status": "passed", "of": ""}
     bits = iter([1.0, 1 + 2.0**-23])
@@ -139,7 +141,7 @@ def test_smoke_compares_bits_and_asks_of_every_engine_the_same(monkeypatch):
     assert {(p.n, p.d, p.normalize) for p, check in on_card if check == "kept"} == {
         (n, d, normalize) for n, d in smoke_checks.SHAPES for normalize in (False, True)
     }
-    # A cut leaves what the headline runs: large blocks come first.
+    # Large blocks, which the headline runs, come first, so that a cut run has checked them.
     first = [(p.n, p.d, p.scale, check) for p, check in on_card[:6]]
     assert first == [
         (4099, 768, scale, check)
@@ -205,7 +207,7 @@ def test_a_smoke_process_that_crashes_or_hangs_is_a_row(code, seconds, note, tmp
 def test_a_smoke_process_that_is_still_compiling_is_cut_and_its_engine_is_used(
     n, dtype, status, tmp_path, monkeypatch
 ):
-    """In bf16 it is a failure before the large blocks are checked."""
+    """In bf16 a cut is a failure if the large blocks are not checked yet."""
     path = tmp_path / "s.csv"
     code = "import time; time.sleep(60)"
 
@@ -228,10 +230,8 @@ def test_a_smoke_process_that_is_still_compiling_is_cut_and_its_engine_is_used(
 
 
 @pytest.mark.parametrize(("dtype", "status"), [("bfloat16", "FAILED"), ("float16", "cut")])
-def test_a_smoke_process_that_there_is_no_time_for_is_not_begun(
-    dtype, status, tmp_path, monkeypatch
-):
-    """It does not hang, but a run without bf16's large blocks has not shown what it should."""
+def test_without_time_left_no_smoke_process_is_started(dtype, status, tmp_path, monkeypatch):
+    """That is no hang, but a run that has not checked bf16's large blocks fails."""
     monkeypatch.setattr(smoke.subprocess, "Popen", None)
     options = argparse.Namespace(device="cpu", out=tmp_path, file="s.csv", winners=None)
     path = tmp_path / "s.csv"

@@ -32,7 +32,7 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rehearsal]:
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> Rehearsal:
-    """The same steps, whose own code does not run."""
+    """A rehearsal of the same steps in which their code does not run."""
     return Rehearsal(monkeypatch, real=False)
 
 
@@ -46,7 +46,7 @@ def lines_of(path: Path) -> list[str]:
 
 @needs_triton
 def test_a_first_run_step_by_step(tmp_path, rehearsal):
-    """Whatever a step has found is on disk before the next one begins."""
+    """The results of each step are on disk before the next one begins."""
     session = rehearsal.session(tmp_path)
     files = {
         "rates": "gpu-figures.csv", "smoke": "gpu-smoke.csv", "tiles": "gpu-tiles.csv",
@@ -108,7 +108,7 @@ def test_a_second_run_tries_the_winners_and_leaves_the_first_runs_files(tmp_path
     command.run(plan.again(), session)
     now = statuses(tmp_path / "gpu-again-steps.csv")
     assert list(now) == AGAIN
-    # Here the Triton engine cannot run: its rows say so, and the rest goes on.
+    # The Triton engine cannot run here: its rows say so, and the run continues.
     assert now["card tests"] == "not run", "the first run's passed"
     assert now["winners"] == now["loss tests"] == now["sanitizers"] == "passed"
     log = "\n".join(lines_of(tmp_path / "gpu-again-log.txt"))
@@ -137,7 +137,7 @@ def test_without_a_first_run_there_are_no_winners(tmp_path, order, monkeypatch):
 
 
 @pytest.mark.parametrize("failing", ["pip", "smoke", "headline", "card"])
-def test_a_failing_step_is_told_and_does_not_stop_the_rest(failing, tmp_path, order):
+def test_a_failing_step_is_reported_and_does_not_stop_the_rest(failing, tmp_path, order):
     order.codes[failing] = 3
     session = order.session(tmp_path)
     assert command.run(plan.first(), session) == 1
@@ -166,7 +166,7 @@ def test_an_error_of_a_steps_own_does_not_stop_the_rest(tmp_path, order):
 
 @pytest.mark.parametrize("cut", ["rates", "headline", "losses"])
 def test_a_run_that_is_told_to_stop_still_reports(cut, tmp_path, order):
-    """Ctrl-C, or SIGTERM, at any step: `command.run` makes one of the other."""
+    """The run gets Ctrl-C or SIGTERM at any step; `__main__.run` turns SIGTERM into Ctrl-C."""
 
     def look(name: str) -> None:
         if name == cut:
@@ -186,7 +186,7 @@ def test_a_run_that_is_told_to_stop_still_reports(cut, tmp_path, order):
     assert log[-1].startswith(f"verdict: {passed} of {passed + 1} steps passed; cut: {step}")
 
 
-def test_what_the_time_does_not_suffice_for_is_left_out_and_named(tmp_path, order):
+def test_steps_that_do_not_fit_in_the_time_are_left_out_and_named(tmp_path, order):
     order.seconds = {"headline": 100, "tiles": 45}
     session = order.session(tmp_path, seconds=150.0)
     command.run(plan.first(), session)
@@ -198,7 +198,7 @@ def test_what_the_time_does_not_suffice_for_is_left_out_and_named(tmp_path, orde
     assert "not run: kernels, ncu," in lines_of(tmp_path / "gpu-log.txt")[-1]
 
 
-def test_tests_as_far_as_the_time_goes_are_no_failure_when_cut(tmp_path, order):
+def test_loss_tests_that_are_cut_are_not_a_failure(tmp_path, order):
     order.seconds = {"losses": 1000}
     session = order.session(tmp_path)
     assert command.run(plan.first(), session) == 0
@@ -245,7 +245,7 @@ def test_card_tests_that_the_first_run_did_not_finish_are_run_again(tmp_path, or
     assert statuses(tmp_path / "gpu-again-steps.csv")["card tests"] == "passed"
 
 
-def test_a_second_run_begins_where_the_first_did_not_come(tmp_path, order):
+def test_a_second_run_starts_with_the_last_files_of_tests(tmp_path, order):
     commands = []
     run = process.run
     order.patch.setattr(process, "run", lambda c, *more: commands.append(c) or run(c, *more))
@@ -259,7 +259,7 @@ def test_the_limits_leave_time_for_the_tests():
     first = {step.name: step.seconds for step in plan.first()}
     assert list(first) == FIRST and [step.name for step in plan.again()] == AGAIN
     before = sum(first[name] for name in FIRST[1 : FIRST.index("card tests")])
-    # From a bundle fastclip is there in twenty seconds.
+    # From a bundle fastclip is installed in twenty seconds.
     assert 20 + before + 60 <= plan.FIRST_SECONDS - steps.RESERVE
     assert (plan.FIRST_SECONDS, plan.AGAIN_SECONDS) == (480, 240)
 

@@ -1,4 +1,4 @@
-"""Tile candidates are timed in turns; winners take the place of the table's tiles."""
+"""Tile candidates are timed in turns; winners replace the table's tiles."""
 
 import importlib.util
 import sys
@@ -56,10 +56,10 @@ def test_tiles_written_so_far_survive_a_cut(tmp_path, configurations, monkeypatc
     assert [row["ms"] for row in rows] == ["2", "", "2"]
 
 
-def test_a_candidate_that_takes_its_process_along_is_not_tried_again(
+def test_a_candidate_that_ends_its_process_is_not_tried_again(
     tmp_path, configurations, monkeypatch
 ):
-    """It is written down before it runs."""
+    """Its row is written before it runs."""
 
     def step(loss, n, d, device, keeps=False):
         def run(config: Config) -> None:
@@ -77,7 +77,7 @@ def test_a_candidate_that_takes_its_process_along_is_not_tried_again(
     assert tiles.main(options) == 0
     rows = figures.read(tmp_path / tiles.FILE)
     assert rows[0]["ms"] and rows[2]["note"].startswith(tiles.DID_NOT_RETURN)
-    # A run of its own begins afresh.
+    # A new run begins afresh.
     monkeypatch.setenv("FASTCLIP_BENCH_RUN", "0")
     with pytest.raises(SystemExit, match="a crash"):
         tiles.main(options)
@@ -98,7 +98,7 @@ def test_shares_of_candidates_are_compiled_apart(configurations, monkeypatch):
     assert sorted(ran) == sorted((name, c) for name in names for c in found)
 
 
-def test_winners_take_the_tables_place_where_they_were_timed(tmp_path, configurations):
+def test_winners_replace_the_table_for_the_kernels_they_were_timed_on(tmp_path, configurations):
     path = tmp_path / tiles.FILE
     columns = [*tiles.KEY, "default", "ms", "note", "config"]
     for kernel, own, other in (

@@ -1,4 +1,4 @@
-"""A loss of the benchmark is an entry in its registry: no other one passes for it."""
+"""A loss of the benchmark is an entry in its registry; an unknown name is never another loss."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def test_an_unknown_loss_is_an_error_that_names_the_known_ones(asked):
         ASKED[asked]("siglit")
 
 
-def test_a_third_loss_joins_every_list_and_passes_for_no_other(monkeypatch):
+def test_a_third_loss_joins_every_list_and_is_never_taken_for_another(monkeypatch):
     def third(*arguments: object) -> torch.Tensor:
         return torch.zeros(())
 
@@ -72,7 +72,7 @@ def test_the_registry_agrees_with_the_library():
         assert next(iter(entry.rivals)) == "open_clip"
 
 
-def test_ids_and_a_margin_are_asked_for_though_they_leave_nothing_out(monkeypatch):
+def test_ids_and_a_margin_are_passed_although_they_leave_no_pair_out(monkeypatch):
     asked = []
 
     def record(*arguments: object, **options: object) -> None:

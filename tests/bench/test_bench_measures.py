@@ -1,4 +1,4 @@
-"""The benchmark's clocks and its memory meter show what was spent; no test asserts on how long."""
+"""The benchmark's clocks and memory measurements are right; no test asserts on real durations."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from bench.measure import memory, timing
 
 
 class FakeClock:
-    """A clock that only the runs move: by the next of the seconds each was given."""
+    """A clock that only the runs advance, each by the next of its given seconds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -28,7 +28,7 @@ class FakeClock:
 
 def test_methods_take_turns_and_the_median_is_of_their_rounds(monkeypatch):
     clock = FakeClock(monkeypatch)
-    # The first run of each only tells whether runs must be repeated.
+    # The first run of each only decides how often runs are repeated.
     runs = {
         "a": clock.run("a", [1.0, 1.0, 9.0, 2.0, 3.0, 4.0] * 9),
         "b": clock.run("b", [0.5] * 54),
@@ -80,7 +80,7 @@ def test_a_known_allocation_shows_in_the_peak_even_after_it_is_freed():
 def test_a_case_is_measured_in_a_process_of_its_own():
     case = Case("clip", 2048, 2048, 16, "float32", 14.3)
     peak, note = memory.measure(case, "dense")
-    if note == "memory: cannot be told on this machine":
+    if note == "memory: cannot be measured on this machine":
         pytest.skip(note)
     assert note == ""
     assert 2 * 16 <= peak / 2**20 < 20 * 16  # the logits and their gradient, 16 MiB each, at least

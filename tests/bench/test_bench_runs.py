@@ -1,4 +1,4 @@
-"""The benchmark from the plan to the CSV: nothing is lost, whoever fails or is missing."""
+"""The benchmark from the plan to the CSV: no row is lost if a method fails or is missing."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from bench.report import results
 
 def test_a_tiny_plan_runs_end_to_end(tmp_path, monkeypatch):
 
-    def broken(case: Case, device: str) -> registry.Loss:
+    def broken(case: Case, device: str) -> registry.LossFunction:
         def loss(*inputs: object) -> torch.Tensor:
             raise ValueError("broken\non purpose")
 

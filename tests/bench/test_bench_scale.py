@@ -1,4 +1,4 @@
-"""The scale model at its limits, and what its page calls measured and what assumed."""
+"""The scale model at its limits, and the rates that its page calls measured or assumed."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ BOTH = (model.gathered_seconds, model.ring_seconds)
 
 @pytest.mark.parametrize("predict", BOTH)
 def test_without_exchanges_a_step_is_its_work(predict):
-    """One GPU exchanges nothing; nor does an infinitely fast network show."""
+    """One GPU exchanges nothing, and an infinitely fast network takes no time."""
     alone = Job(1, 4096)
     four_passes = 4 * 2 * 4096 * 4096 * 1024 / 400e12
     assert predict(alone, Cluster()) == pytest.approx(four_passes)
@@ -32,8 +32,8 @@ def test_every_block_is_visited_once():
 
 
 def test_a_ring_of_four_whose_exchanges_take_longer_than_its_work():
-    """Own texts leave both ways, then one half-way round; gradients follow a step behind, and the
-    last go home when all is done. The end of the forward alone waits for work."""
+    """Texts are first sent in both directions, then half-way around; gradients follow a step later,
+    and the last are sent home at the end. Only the forward's last step waits for work."""
     net, job = Cluster(within=1e6, latency=0.0), Job(4, 1024)
     texts, gradients = job.features / 1e6, job.gradients / 1e6
     last_pass = job.block_flops / net.flops
@@ -55,7 +55,7 @@ def test_a_gathered_step_adds_what_its_bytes_take():
 
 
 def test_from_the_stated_batch_on_more_ranks_cost_a_ring_only_their_work():
-    """Below it they cost exchanges, too."""
+    """With a smaller batch they cost exchanges, too."""
     net = Cluster(latency=0.0)
     hidden = model.hidden_from(net)
 

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: its truth is one, and every method has the same loss."""
+"""The benchmark's float64 truth is right, and every method computes the same loss."""
 
 import itertools
 import math
@@ -140,7 +140,7 @@ def test_passes_follow_what_the_budget_keeps():
     assert passes("open_clip", 8192) == 6
     assert passes("open_clip", 8192, loss="siglip") == passes("dense", 8192) == 3
     assert passes("checkpoint", 8192) == 8
-    # Whoever writes a loss on lines sweeps twice.
+    # A loss written on `contrast` sweeps twice.
     for loss, method in itertools.product(LOSSES, CONTRAST):
         assert passes(method, 8192, loss=loss) == 3 and passes(method, 65536, loss=loss) > 3.9
         assert passes(method, 8192, loss=loss, mode="forward") == 1

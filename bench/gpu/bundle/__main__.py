@@ -1,8 +1,8 @@
 """Makes a bundle: `python -m bench.gpu.bundle FOLDER`, in an environment like the card's machine.
 
-Everything is made from a copy of the sources in build/gpu-bundle: neither this tree's extension nor
-its environment is touched. A wheel that cannot be had is named; a bundle without its extension or
-its cache is a failure.
+Everything is made from a copy of the sources in build/gpu-bundle; this tree's extension and its
+environment stay untouched. Wheels that cannot be downloaded are named; without its extension or its
+cache, making the bundle fails.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ TREE = WORK / "tree"
 COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastclip", "csrc",
           "triton_kernels", "bench", "tests")  # fmt: skip
 CUTLASS = "nvidia-cutlass==4.2.0.0"
-# Peers, open_clip, and of what it stands on the packages that few machines have.
+# Peers, open_clip, and those of its dependencies that few machines have.
 WHEELS = ("siglip_kernel==0.1.2", "memeff==0.3.1", "inf_cl==1.2.1", "liger_kernel==0.8.5",
           "open_clip_torch==3.3.0", "ftfy==6.3.1", "wcwidth==0.9.4")  # fmt: skip
-# Files of Triton's cache: code, its description, launchers. The rest are steps on the way.
+# Files of Triton's cache: code, its description, launchers. Other files are intermediate steps.
 CACHED = (".cubin", ".json", ".so")
 
 
 class Missing(Exception):
-    """Why a part of the bundle cannot be made."""
+    """Raised, with the reason, if a part of the bundle cannot be made."""
 
 
 def run(command: Iterable[str], folder: Path = ROOT, quiet: bool = False, **more: str) -> int:
-    """Runs a command; its exit status."""
+    """Runs a command; returns its exit status."""
     output = subprocess.DEVNULL if quiet else None
     environment = {**os.environ, **more}
     return subprocess.run(
@@ -50,7 +50,7 @@ def run(command: Iterable[str], folder: Path = ROOT, quiet: bool = False, **more
 
 
 def copy_tree() -> None:
-    """The sources as they are now; objects of an earlier build stay, and are compared by ninja."""
+    """Copies the current sources. Objects of an earlier build stay; ninja rebuilds changed ones."""
     for name in COPIED:
         source, target = ROOT / name, TREE / name
         if source.is_dir():
@@ -60,7 +60,7 @@ def copy_tree() -> None:
         else:
             TREE.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
-    # As in an installation; fastclip is imported from here and nowhere else.
+    # Laid out as in an installation; fastclip is imported only from here.
     shutil.copytree(ROOT / "triton_kernels", TREE / "fastclip" / "triton_kernels",
                     ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
     site = TREE / "site"
@@ -70,7 +70,7 @@ def copy_tree() -> None:
 
 
 def make_extension(bundle: Path) -> str:
-    """For the Python and the torch that run this, and Hopper cards."""
+    """Builds the extension for the running Python and torch, and for Hopper cards."""
     cutlass = WORK / "cutlass"
     if not cutlass.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
@@ -92,7 +92,7 @@ def make_extension(bundle: Path) -> str:
 
 
 def make_cache(bundle: Path) -> str:
-    """Triton's cache of what `make gpu` launches, on a pretended card."""
+    """Fills and packs Triton's cache for all launches of `make gpu`, on a simulated card."""
     cache = Path(contents.TRITON_CACHE)
     shutil.rmtree(cache, ignore_errors=True)
     settings = {
@@ -107,7 +107,7 @@ def make_cache(bundle: Path) -> str:
     with tarfile.open(bundle / contents.CACHE, "w:xz", preset=9) as archive:
         for path in found:
             archive.add(path, str(path.relative_to(cache)))
-    # As it will be used: unpacked, it must have all that is compiled.
+    # The unpacked cache, as it will be used, must contain everything that is compiled.
     shutil.rmtree(cache)
     with tarfile.open(bundle / contents.CACHE) as archive:
         archive.extractall(cache, filter="data")
@@ -121,7 +121,7 @@ def make_cache(bundle: Path) -> str:
 
 
 def warm(settings: dict[str, str], tests: bool) -> bool:
-    """Compiles into the cache, on all cores; whether all launches but the tests' compile."""
+    """Compiles into the cache, on all cores; True if all launches, except the tests', compile."""
     count = os.cpu_count() or 1
     module = [sys.executable, "-m", "bench.gpu.bundle.warm"]
     children = [
@@ -137,7 +137,7 @@ def warm(settings: dict[str, str], tests: bool) -> bool:
 
 
 def make_wheels(bundle: Path) -> str:
-    """The wheels of peers; which of them cannot be had."""
+    """Downloads the wheels of peers; returns their number and the names of missing ones."""
     folder, absent = bundle / contents.WHEELS, []
     folder.mkdir(exist_ok=True)
     for name in WHEELS:
@@ -145,7 +145,7 @@ def make_wheels(bundle: Path) -> str:
         if run([*pip, "--only-binary=:all:", "--dest", str(folder), name]):
             absent.append(name)
     count = len(list(folder.glob("*.whl")))
-    return f"{count} wheels" + (f"; not to be had: {', '.join(absent)}" if absent else "")
+    return f"{count} wheels" + (f"; not available: {', '.join(absent)}" if absent else "")
 
 
 PARTS = {"extension": make_extension, "cache": make_cache, "wheels": make_wheels}
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(bundle: Path, **changes: str) -> None:
-    """Writes what the bundle fits: versions, and the sources that its extension was made from."""
+    """Writes the bundle's description: versions, and the digest of its extension's sources."""
     import triton
 
     file = bundle / contents.DESCRIPTION

@@ -1,6 +1,6 @@
-"""The tests' launches, compiled and not run: `pytest -p bench.gpu.bundle.plugin`.
+"""Compiles the tests' launches without running them: `pytest -p bench.gpu.bundle.plugin`.
 
-What tests assert of results fails, and nobody looks: their kernels are in Triton's cache.
+The tests' assertions on results fail, which is ignored: only Triton's cache matters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_collection_finish(session: Any) -> None:
-    """Comparisons with the dense truth would take most of the time."""
+    """Skips comparisons with the dense truth, which would take most of the time."""
     from support import dense_truth, gpu_engine_case, masked_cases
 
     for module in (dense_truth, gpu_engine_case, masked_cases):

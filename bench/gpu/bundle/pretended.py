@@ -1,7 +1,7 @@
-"""A card that is not here: Triton's kernels are compiled for it, with their launchers, not run.
+"""A simulated card: Triton's kernels and their launchers are compiled for it, but not run.
 
-What computes on it computes garbage. Products of libraries are skipped: on a CPU they would take
-hours. Not under TRITON_INTERPRET.
+All results are garbage. Libraries' matmuls are skipped, because on a CPU they would take hours. It
+does not work under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ PROPERTIES = types.SimpleNamespace(
 
 
 class Anything:
-    """A module that is not loaded: whatever it has is called in vain."""
+    """Stands for a module that is not loaded: every attribute is a function that does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **options: None
 
 
 class Driver:
-    """Enough of a driver to compile with."""
+    """The parts of a Triton driver that compilation needs."""
 
     utils = Anything()
 
@@ -56,7 +56,7 @@ class Driver:
 
 
 def product(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
-    """In the place of a library's: of the right shape, and garbage."""
+    """Replaces a library's matmul: the right shape, with garbage values."""
     if options.get("out") is not None:
         return options["out"]
     dtype = options.get("out_dtype", a.dtype)
@@ -64,7 +64,7 @@ def product(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 def pretend() -> None:
-    """From now on the Triton engine takes CPU tensors and compiles for the card."""
+    """Makes the Triton engine take CPU tensors and compile for the card from now on."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET must be 0: interpreted kernels are not compiled")
     runtime.set_active(Driver())
@@ -73,7 +73,7 @@ def pretend() -> None:
     backends = importlib.import_module("fastclip.engine.backends")  # beside it there is a function
     backends._AVAILABILITY["triton", None] = backends.AVAILABLE
     backends._SERVED["triton"] = ("cuda", "cpu")
-    # The tensors' device decides what is launched: it is the card that counts.
+    # Otherwise the tensors' device, a CPU, would change which kernels are launched.
     function = importlib.import_module("fastclip.engine.fused_loss")
     function._unit_gradients_fit = lambda *arguments: True
     _skip_products()
@@ -84,7 +84,7 @@ def pretend() -> None:
 def _skip_products() -> None:
     torch.mm = torch.matmul = torch.Tensor.__matmul__ = torch.Tensor.mm = product
     torch.addmm = lambda total, a, b, **options: product(a, b, **options)
-    # On a CPU its operands are copied into fp32 first, half a gigabyte each.
+    # On a CPU `accumulate` first copies its operands to fp32, half a gigabyte each.
     gradients = importlib.import_module("fastclip.triton_kernels.weigh")
     if hasattr(gradients, "accumulate"):
         gradients.accumulate = lambda *arguments, **options: None
@@ -104,14 +104,14 @@ def _compile_only() -> None:
 
 
 def _build_launchers() -> None:
-    """Launchers and the driver's own module are C, compiled where they are missing: they go into
-    the cache, linked to a library of the driver's name, and are not loaded."""
+    """Compiles launchers and the driver's utilities, which are C modules, into the cache. They are
+    linked to an empty library with the driver's name, and are not loaded."""
     folder = Path(tempfile.mkdtemp(prefix="libcuda-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or "cc"
     library = [compiler, "-shared", "-x", "c", os.devnull, "-o", str(folder / "libcuda.so.1")]
     subprocess.run([*library, "-Wl,-soname,libcuda.so.1"], check=True)
-    # That library defines nothing; a linker that asks only for what is needed would forget it.
+    # The library defines nothing: with --as-needed the linker would drop it.
     wrapper = folder / "cc"
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(compiler)} -Wl,--no-as-needed "$@"\n')
     wrapper.chmod(0o755)

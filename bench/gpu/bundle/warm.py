@@ -1,7 +1,7 @@
-"""Compiles what `make gpu` launches, on a pretended card: `python -m bench.gpu.bundle.warm I OF`.
+"""Compiles what `make gpu` launches, on a simulated card: `python -m bench.gpu.bundle.warm I OF`.
 
-Every `OF`-th item of a list whose order is that of `make gpu`. Shapes are those of the headline and
-of the smoke test: some arguments are compiled for, and so must be the same.
+It takes every `OF`-th item of a list in the order of `make gpu`. Shapes must equal those of the
+headline and of the smoke test, because Triton specialises code for some arguments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import pretended
 
 
 def items() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Names and steps: timed cases, the smoke test's problems, tile candidates."""
+    """Yields names and steps: timed cases, the smoke test's problems, tile candidates."""
     seen = set()
     for case in [one for group in cases.GROUPS.values() for one in group()]:
         budgets = [0]

@@ -1,7 +1,7 @@
 """Makes `bench` importable, and holds what its tests share.
 
-It is no part of the package, so it is loaded from its folder: the repository's root on `sys.path`
-would offer triton_kernels/ as a top-level package.
+`bench` is not part of the package and is loaded from its folder, because the repository's root on
+`sys.path` would make triton_kernels/ a top-level package.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def relative(value: torch.Tensor, true: torch.Tensor) -> float:
 
 
 def rows_of_a_case(**changes: object) -> list[Row]:
-    """A CSV's worth of rows for one large case: figures made up, ratios consistent."""
+    """Rows of one large case, with invented figures and consistent ratios."""
     base = Row(
         machine="test-machine", cpu="Test CPU", threads=2, capability="AVX512", torch="2.13.0",
         python="3.11.7", compiler="g++ 12", when="2026-01-02 03:04", loss="clip", m=8192, n=8192,

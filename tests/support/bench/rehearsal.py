@@ -1,7 +1,7 @@
-"""`make gpu` without a card, without processes: its steps' own code, on tiny problems on the CPU.
+"""Rehearses `make gpu` without a card and without processes, on tiny problems on the CPU.
 
-What a step starts runs here, in this process, and takes the seconds of a table on a clock that only
-this moves. Before each of them `look` is called: what is on disk then is what a cut would leave.
+Commands of steps run in this process. Each takes the seconds of a table, on a clock that only
+`Rehearsal` advances. Before each command `look` is called, to see the files that a cut would leave.
 """
 
 import importlib
@@ -48,7 +48,7 @@ class Config(NamedTuple):
 
 
 class Configurations(types.ModuleType):
-    """The Triton engine's choice of tiles, of which one candidate does not fit."""
+    """Replaces the Triton engine's choice of tiles; one of the candidates does not fit."""
 
     Config = Config
 
@@ -62,7 +62,7 @@ class Configurations(types.ModuleType):
 
 
 def tile_step(loss: str, n: int, d: int, device: str, keeps: bool = False) -> None:
-    """Asks for the tiles of a kernel, as the engine does."""
+    """Asks for the tiles of one kernel, like the engine."""
     kernel = "both" if loss_of(loss).in_one_go else "sweep"
 
     def run(config: Config) -> None:
@@ -75,7 +75,7 @@ def tile_step(loss: str, n: int, d: int, device: str, keeps: bool = False) -> No
 
 
 class Limit:
-    """A rate that takes no second to measure."""
+    """A GEMM limit that takes no time to measure."""
 
     source = "nothing"
 
@@ -90,8 +90,8 @@ class Limit:
 
 
 class Rehearsal:
-    """Takes the place of `process.run`. `seconds` says how long each step takes, `codes` with which
-    status one fails. Not `real`, no step's code runs: the order of steps is what matters."""
+    """Replaces `process.run`. `seconds` holds the duration of each step, `codes` the exit status of
+    failing ones. Unless `real`, no step's code runs: such tests check only the order of steps."""
 
     def __init__(self, patch: pytest.MonkeyPatch, real: bool = True) -> None:
         self.now, self.real = 1000.0, real
@@ -147,7 +147,7 @@ class Rehearsal:
 
 
 def name_of(command: Sequence[str]) -> str:
-    """`rows headline` is the headline, `pytest` the group whose files it is given."""
+    """The step of a command: "headline" for `rows headline`; for pytest the group of its files."""
     if command[0] == "ncu":
         return "ncu"
     if command[1] == "-c":
