@@ -1,9 +1,9 @@
-"""A training step on a batch that the towers cannot hold at once, with the whole batch's gradients.
+"""`cached_step`: the gradients of a batch that the towers cannot hold at once.
 
-The towers run twice, the loss once (GradCache: Gao et al., arXiv 2101.06983): micro-batches are
-encoded without a graph; one loss over all features gives their gradients; each micro-batch is
-encoded again, with a graph, and its features' gradients go on into the towers. Activations of one
-micro-batch and features of the batch are all that memory holds.
+The towers run twice and the loss once (GradCache: Gao et al., arXiv 2101.06983). All micro-batches
+are encoded without a graph. One loss over all features gives the features' gradients. Each
+micro-batch is encoded again with a graph, and these gradients go on into the towers. Memory holds
+the activations of one micro-batch and the features of the batch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TOWERS = ("image_features", "text_features")
 
 
 class _Encoded(NamedTuple):
-    """What a model returns: both towers' features, and what every pair shares (scale, bias)."""
+    """A model's outputs: both towers' features, and what all pairs share (scale, bias)."""
 
     towers: tuple[Tensor, Tensor]
     shared: tuple[Any, ...]
-    names: tuple[str, ...] | None  # of all of these, where the model returns a dictionary
+    names: tuple[str, ...] | None  # the keys, if the model returns a dictionary
 
     @classmethod
     def of(cls, outputs: Any) -> _Encoded:
@@ -49,8 +49,8 @@ class _Encoded(NamedTuple):
         for value in self.shared:
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(
-                    "what the model returns besides features must be shared by all pairs, one "
-                    f"number such as logit_scale, got shape {tuple(value.shape)}"
+                    "the model's outputs besides features must be one number each, such as "
+                    f"logit_scale, got shape {tuple(value.shape)}"
                 )
 
     def call(self, loss: Callable[..., Any]) -> Tensor:
@@ -69,32 +69,34 @@ def cached_step(
     micro_batch: int,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """Gradients of `loss(**model(*inputs))` in the model's parameters, in micro-batches.
+    """Adds the gradients of `loss(**model(*inputs))` to the model's parameters, in micro-batches.
 
         outputs = model(*inputs)
         loss(**outputs).backward()  # or loss(*outputs)
 
     Args:
-        model: module or function of `micro_batch` rows of every input. It returns image features
-            and text features (m, D), then what all pairs share, such as `logit_scale`; as a tuple
-            or as a dictionary by open_clip's names. It is called twice for every micro-batch, with
-            the same state of the random number generators, so dropout is the same; running
-            statistics, as of batch normalisation, are updated twice and are a micro-batch's.
-            Wrapped in DDP or FSDP2 it exchanges gradients once, after the last micro-batch; FSDP2
-            gathers parameters for each, so that all ranks must have as many micro-batches.
-        loss: of what the model returns, for the whole batch; called once. For a batch spread over
-            processes one of `fastclip.distributed`'s losses, or `ClipLoss` with its world size.
-        inputs: (N, ...), N pairs.
-        micro_batch: pairs that are encoded at once; the last one may be smaller.
-        scaler: scales the loss before its backward, for fp16 autocast. `scaler.step` is the
-            caller's, as is `torch.autocast`, which the call may be within.
+        model: a module or function that takes `micro_batch` rows of every input. It returns image
+            features and text features (m, D), then values that all pairs share, such as
+            `logit_scale`; as a tuple, or as a dictionary with open_clip's keys. It is called twice
+            for every micro-batch with the same state of the random number generators, so dropout
+            is the same. Running statistics, such as batch normalisation's, are updated twice and
+            are those of micro-batches. A model in DDP or FSDP2 exchanges gradients once, after the
+            last micro-batch. FSDP2 gathers parameters for each micro-batch, so all ranks must have
+            the same number of them.
+        loss: a function of the model's outputs for the whole batch; it is called once. For a batch
+            that is spread over processes use a loss of `fastclip.distributed`, or `ClipLoss` with
+            its world size.
+        inputs: (N, ...) each, N pairs.
+        micro_batch: the number of pairs that are encoded at once; the last one may be smaller.
+        scaler: scales the loss before its backward, for fp16 autocast. The caller calls
+            `scaler.step`, and enters `torch.autocast` around this call.
 
     Returns:
-        The loss, detached. Parameters' gradients are added to, as `backward` does.
+        The loss, detached.
 
     Raises:
-        ValueError: a micro_batch below 1, inputs of different length, a model that returns
-            something else, or DDP with a static graph, which allows one backward a step.
+        ValueError: a micro_batch below 1, inputs of different length, a model with other outputs,
+            or DDP with a static graph, which allows one backward a step.
     """
     if getattr(model, "static_graph", False):
         raise ValueError(
@@ -136,7 +138,7 @@ def cached_step(
                 with torch.enable_grad():
                     again = _Encoded.of(model(*rows))
                 pairs = list(zip(again.towers, (g[index] for g in of_rows), strict=True))
-                # What all pairs share has one gradient; it goes with the last micro-batch.
+                # Shared values have one gradient, which goes with the last micro-batch.
                 if index == last:
                     pairs += [
                         (s, leaf.grad)
@@ -163,7 +165,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _without_exchange(model: Any) -> AbstractContextManager[Any]:
-    """DDP's and FSDP's way of keeping gradients to themselves for now."""
+    """A context in which DDP or FSDP does not exchange gradients."""
     if hasattr(model, "no_sync"):
         return model.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):
@@ -181,7 +183,7 @@ def _fsdp_without_exchange(model: Any) -> Iterator[None]:
 
 
 def _devices(model: Any, inputs: tuple[Tensor, ...]) -> list[torch.device]:
-    """Where a model may draw random numbers, besides the CPU: it may move its inputs itself."""
+    """The devices besides the CPU that may draw random numbers; a model may move its inputs."""
     found = {x.device for x in inputs}
     if isinstance(model, torch.nn.Module):
         found |= {t.device for t in (*model.parameters(), *model.buffers())}
@@ -191,7 +193,7 @@ def _devices(model: Any, inputs: tuple[Tensor, ...]) -> list[torch.device]:
 
 
 class _RandomState:
-    """Of the CPU's generator and of those of some devices."""
+    """The state of the random number generators of the CPU and of some devices."""
 
     def __init__(self, devices: list[torch.device]) -> None:
         self.cpu = torch.get_rng_state()
@@ -207,7 +209,7 @@ class _RandomState:
 
 @contextmanager
 def _restored(devices: list[torch.device]) -> Iterator[None]:
-    """The generators go on from where the first encoding left them."""
+    """Restores the generators at the end to where the first encoding left them."""
     after = _RandomState(devices)
     try:
         yield

@@ -1,8 +1,7 @@
-"""The things that ranks must have in common, checked where all of them see it.
+"""The agreement of ranks before a loss: sizes, dtypes and options are exchanged and compared.
 
-`agree` comes before every loss across processes: each rank tells what it brings, and what does not
-fit fails on all of them at once instead of leaving some to wait. After it everything is collectives
-on tensors of known sizes. Ranks here are ranks within the group.
+A mismatch raises on all ranks at once, instead of leaving some of them waiting. After the agreement
+everything is collectives on tensors of known sizes. Ranks are ranks within the group.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ..engine.dtypes import FLOATING
 from .collectives import gather_rows
 from .shard import Shard, starts_of
 
-_Told = dict[str, tuple[int, ...]]  # of each field what the ranks brought
+_Exchanged = dict[str, tuple[int, ...]]  # the ranks' values of each field
 
 
 def is_initialized() -> bool:
@@ -25,8 +24,8 @@ def is_initialized() -> bool:
 
 
 def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group that a loss runs in. None stands for all processes; None of them without an
-    initialised group: a process alone is a world of one."""
+    """The group that a loss runs in. None stands for all processes. Returns None without an
+    initialised group: such a process is a world of one."""
     if process_group is None and not is_initialized():
         return None
     group = dist.group.WORLD if process_group is None else process_group
@@ -36,7 +35,7 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
 
 
 def group_named(name: str) -> dist.ProcessGroup | None:
-    """The argument process_group whose name a graph holds; "": None."""
+    """The process group with the name that a graph holds; None for ""."""
     return dist.distributed_c10d._resolve_process_group(name) if name else None
 
 
@@ -48,8 +47,8 @@ def ranks_of(process_group: dist.ProcessGroup | None) -> int:
 def check_world(
     name: str, rank: int, world_size: int, process_group: dist.ProcessGroup | None
 ) -> None:
-    """Raises unless these are this process's rank and the size of its group: ValueError, or
-    RuntimeError where several processes have no group."""
+    """Raises ValueError unless these are this process's rank and the size of its group, and
+    RuntimeError if several processes have no group."""
     group = group_of(process_group)
     if group is None and world_size > 1:
         raise RuntimeError(
@@ -64,65 +63,71 @@ def check_world(
         )
 
 
-# The ranks' answers at the first call, by group and by what this rank brought: an exchange at every
-# call would wait for the device.
-_TOLD: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Told]] = WeakKeyDictionary()
-_REFUSED = -1  # instead of the first field, a size
+# The ranks' values at the first call, by group and by this rank's values: an exchange at every call
+# would wait for the device.
+_FIRST_CALLS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Exchanged]] = (
+    WeakKeyDictionary()
+)
+_REFUSED = -1  # in place of the first field, which is a size
 
 
 def agree(
     process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, needs_any: bool, uneven: bool,
     live: tuple[int, int] | None = None, **alike: int | torch.dtype,
 ) -> Shard:  # fmt: skip
-    """The shard of paired features x, y (b, D), after every rank saw that all of them fit.
+    """Compares the ranks' paired features x, y (b, D) and options; returns this rank's shard.
 
-    Ranks compare what they bring at every call, through CPU memory where the group has a backend
-    for that (gloo, or `init_process_group` without a backend, which takes one for each device). In
-    a group that moves GPU tensors alone, reading an answer waits for the device: there the first
-    call of each kind compares and later ones rely on it, unless `uneven` asks for sizes each time.
+    Ranks compare at every call, through CPU memory if the group has a backend for it (gloo, or
+    `init_process_group` without a backend, which takes one for each device). In a group that only
+    moves GPU tensors, reading the result waits for the device, so only the first call of each kind
+    compares, unless `uneven` needs the sizes each time.
 
-    live: of this rank's rows, start and stop of those that are differentiated; None: all.
-    alike: what the ranks must have in common besides.
+    live: start and stop of this rank's rows that are differentiated; None: all.
+    alike: further values that must be the same on all ranks.
 
     Raises, on every rank:
-        ValueError: widths, dtypes or options that differ, or sizes and live rows, unless `uneven`
-            allows that; a batch without pairs; a rank without anything to differentiate, for whose
-            backward the others would wait.
+        ValueError: widths, dtypes or options that differ; sizes or live rows that differ without
+            `uneven`; a batch without pairs; a rank without anything to differentiate while others
+            have, since their backward would wait for it.
     """
     start, stop = live or (0, x.shape[0])
     sizes = {"batch": x.shape[0], "start of live pairs": start, "end of live pairs": stop}
-    group, told = _told(
+    group, exchanged = _exchanged(
         process_group, ("images", x), ("texts", y), sizes, {}, needs_any, uneven, alike
     )
     live_rows = tuple(
         slice(*rows)
-        for rows in zip(told["start of live pairs"], told["end of live pairs"], strict=True)
+        for rows in zip(
+            exchanged["start of live pairs"], exchanged["end of live pairs"], strict=True
+        )
     )
-    return _shard(group, told, told["batch"], live_rows)
+    return _shard(group, exchanged, exchanged["batch"], live_rows)
 
 
 def agree_on_sides(
     process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, key_bias: Tensor | None,
     needs_any: bool, uneven: bool, **alike: int | torch.dtype,
 ) -> Shard:  # fmt: skip
-    """`agree` for rows x (m, D) and columns y (n, D), which need not be as many: the shard of
-    columns."""
+    """`agree` for rows x (m, D) and columns y (n, D), whose numbers may differ; returns the shard
+    of columns."""
     sizes = {"number of rows": x.shape[0], "number of columns": y.shape[0]}
     needs = {"needs_key_bias": int(key_bias is not None and key_bias.requires_grad)}
     alike["key_bias"] = int(key_bias is not None)
     if key_bias is not None:
         alike["dtype of key_bias"] = key_bias.dtype
-    group, told = _told(process_group, ("x", x), ("y", y), sizes, needs, needs_any, uneven, alike)
-    columns = told["number of columns"]
-    return _shard(group, told, columns, tuple(slice(0, n) for n in columns))
+    group, exchanged = _exchanged(
+        process_group, ("x", x), ("y", y), sizes, needs, needs_any, uneven, alike
+    )
+    columns = exchanged["number of columns"]
+    return _shard(group, exchanged, columns, tuple(slice(0, n) for n in columns))
 
 
-def _told(
+def _exchanged(
     process_group: dist.ProcessGroup | None, named_x: tuple[str, Tensor],
     named_y: tuple[str, Tensor], sizes: dict[str, int], needs: dict[str, int], needs_any: bool,
     uneven: bool, alike: dict[str, int | torch.dtype],
-) -> tuple[dist.ProcessGroup | None, _Told]:  # fmt: skip
-    """Sizes may differ where that is allowed; needs may, whatever a rank has frozen."""
+) -> tuple[dist.ProcessGroup | None, _Exchanged]:  # fmt: skip
+    """Exchanges and compares. Sizes may differ with `uneven`, needs always."""
     group = group_of(process_group)
     (name_x, x), (name_y, y) = named_x, named_y
     needs = {"needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad), **needs}
@@ -135,36 +140,39 @@ def _told(
         **{name: _code(value) for name, value in common.items()},
     }  # fmt: skip
     if group is None:
-        told = {name: (value,) for name, value in mine.items()}
-        _check(told, tuple(sizes), tuple(common))
-        return group, told
+        exchanged = {name: (value,) for name, value in mine.items()}
+        _check(exchanged, tuple(sizes), tuple(common))
+        return group, exchanged
     through = _exchanging_device(group, x.device)
     relies = through.type != "cpu" and not uneven
     key = x.device, *mine.items()
-    known = _TOLD.setdefault(group, {}) if relies else {}
+    known = _FIRST_CALLS.setdefault(group, {}) if relies else {}
     if key not in known:
         found = _exchange(group, tuple(mine.values()), through)
-        told = dict(zip(mine, found, strict=True))
-        _check(told, tuple(sizes), tuple(common))
-        known[key] = told
+        exchanged = dict(zip(mine, found, strict=True))
+        _check(exchanged, tuple(sizes), tuple(common))
+        known[key] = exchanged
     return group, known[key]
 
 
 def _shard(
-    group: dist.ProcessGroup | None, told: _Told, sizes: tuple[int, ...], live: tuple[slice, ...]
+    group: dist.ProcessGroup | None,
+    exchanged: _Exchanged,
+    sizes: tuple[int, ...],
+    live: tuple[slice, ...],
 ) -> Shard:
     rank = 0 if group is None else dist.get_rank(group)
-    needs = (any(told.get(name, ())) for name in NEEDS)
+    needs = (any(exchanged.get(name, ())) for name in NEEDS)
     return Shard(group, rank, sizes, starts_of(sizes), live, *needs)
 
 
-# The fields of a shard that say what any rank wants, in its order.
+# The fields of a shard that tell which gradients any rank needs, in its order.
 NEEDS = ("needs_x", "needs_y", "needs_key_bias")
 
 
 def refuse(process_group: dist.ProcessGroup | None) -> None:
-    """Instead of `agree`, on a rank that is about to raise: so that others do, too. No-op where
-    nothing is exchanged."""
+    """Called in place of `agree` by a rank that is about to raise, so that the others raise, too.
+    A no-op if nothing is exchanged."""
     if not is_initialized():
         return
     group = group_of(process_group)
@@ -172,9 +180,9 @@ def refuse(process_group: dist.ProcessGroup | None) -> None:
         _exchange(group, (_REFUSED,), torch.device("cpu"))
 
 
-# Numbers that a rank sends, however many it has to say: one that refuses has one.
+# The fixed length of a rank's message; shorter ones, such as a refusal, are padded.
 _MOST_FIELDS = 32
-# No rank needs any of these, but the whole batch does.
+# Sizes that may be 0 on some ranks, but not on all.
 _COUNTS = ("batch", "number of rows", "number of columns")
 
 
@@ -193,37 +201,37 @@ def _exchanging_device(group: dist.ProcessGroup, device: torch.device) -> torch.
 def _exchange(
     group: dist.ProcessGroup, mine: tuple[int, ...], device: torch.device
 ) -> list[tuple[int, ...]]:
-    """Each field as the ranks bring it."""
+    """Returns the ranks' values of each field."""
     world_size = dist.get_world_size(group)
     padded = mine + (0,) * (_MOST_FIELDS - len(mine))
-    told = torch.tensor(padded, dtype=torch.int64, device=device)
-    heard = gather_rows(told, (len(padded),) * world_size, group)
-    return list(zip(*heard.view(world_size, -1).tolist(), strict=True))[: len(mine)]
+    message = torch.tensor(padded, dtype=torch.int64, device=device)
+    received = gather_rows(message, (len(padded),) * world_size, group)
+    return list(zip(*received.view(world_size, -1).tolist(), strict=True))[: len(mine)]
 
 
-def _check(told: _Told, sizes: tuple[str, ...], common: tuple[str, ...]) -> None:
+def _check(exchanged: _Exchanged, sizes: tuple[str, ...], common: tuple[str, ...]) -> None:
     def each(field: str) -> str:
-        values = told[field]
+        values = exchanged[field]
         if field.startswith("dtype"):
             values = tuple(FLOATING[index] for index in values)
         return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
 
-    refused = [str(rank) for rank, size in enumerate(told[sizes[0]]) if size == _REFUSED]
+    refused = [str(rank) for rank, size in enumerate(exchanged[sizes[0]]) if size == _REFUSED]
     if refused:
         raise ValueError(
             f"all ranks must have arguments that the loss accepts, got others on rank "
             f"{', '.join(refused)}: the error raised there says which"
         )
     for field in common:
-        if len(set(told[field])) > 1:
+        if len(set(exchanged[field])) > 1:
             raise ValueError(f"all ranks must have one {field}, got {each(field)}")
     for field in sizes:
-        if field in _COUNTS and sum(told[field]) == 0:
+        if field in _COUNTS and sum(exchanged[field]) == 0:
             raise ValueError(f"the batch must not be empty, got {field} {each(field)}")
-        if not told["uneven"][0] and len(set(told[field])) > 1:
+        if not exchanged["uneven"][0] and len(set(exchanged[field])) > 1:
             name = "batches of one size" if field == "batch" else f"one {field}"
             raise ValueError(f"all ranks must have {name} unless uneven=True, got {each(field)}")
-    if len(set(told["requires_grad"])) > 1:
+    if len(set(exchanged["requires_grad"])) > 1:
         raise ValueError(
             "all ranks or none must have something to differentiate, since a backward waits for "
             f"all of them, got {each('requires_grad')}"

@@ -1,7 +1,7 @@
-"""A rank's block of rows, `S[own rows, all columns]`: two sweeps, visit by visit.
+"""A rank's block of rows, `S[own rows, all columns]`, and its two sweeps.
 
-`visits.py` brings the columns. Rows are complete here; columns are partial sums that ranks merge.
-States, positives and coefficients are O(B). Nothing here asks which loss the sweeps serve.
+`exchange.py` delivers the columns in visits. Rows are complete on their rank; columns are partial
+sums that the ranks merge. States, positives and coefficients are O(B).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .shard import Shard
 
 
 class BlockRow(NamedTuple):
-    """Own rows (m) and all columns (B).
+    """This rank's rows (m) by all columns (B).
 
-    block: its features y are those that this rank holds, everything else of columns is there for
-    all of them; the own positive of row i is this rank's column i + offset.
+    block: its y has the features that this rank holds, but factors, ids, thresholds and biases of
+    all columns. The own positive of row i is this rank's column i + offset.
     """
 
     engine: str
@@ -38,7 +38,7 @@ class BlockRow(NamedTuple):
 
     @classmethod
     def of(cls, engine: str, columns: Gathered | Ring, normalize: bool, own: Block) -> BlockRow:
-        """From a block of own rows and own columns: gathers what the columns have."""
+        """Gathers the columns of a block of own rows and own columns."""
         features, *vectors = own.y
 
         def gathered(vector: Tensor | None) -> Tensor | None:
@@ -62,7 +62,7 @@ class BlockRow(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """For a Function to save; `with_tensors` puts them back."""
+        """The tensors that a Function saves; `with_tensors` puts them back."""
         return self.block.flat()[:-_OPTIONS]
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> BlockRow:
@@ -73,7 +73,7 @@ class BlockRow(NamedTuple):
         return self.with_tensors((None,) * TENSORS)
 
     def part(self, rows: slice, features: Tensor, columns: slice | Tensor, offset: int) -> Block:
-        """Some own rows, and some columns with their features."""
+        """The block of some own rows and of some columns, with the columns' features."""
 
         def of(places: slice | Tensor, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
             return [None if vector is None else vector[places] for vector in vectors]
@@ -90,8 +90,8 @@ class BlockRow(NamedTuple):
         return self.part(rows, visit.features, visit.columns, offset)
 
     def bound(self) -> Tensor | None:
-        """The largest |t| of all ranks at most: with it they take one reference, and columns' sums
-        add up as they are. A NaN or infinity in it makes every rank take references of its own."""
+        """An upper bound of |t| on all ranks. It gives all ranks the same shift, so that columns'
+        sums just add up. If it is NaN or infinite, every rank takes shifts of its own."""
         if not self.kind.has_shift:
             return None
         x = self.block.x.features
@@ -102,12 +102,12 @@ class BlockRow(NamedTuple):
         return self.shard.max(torch.stack(longest)).prod().to(dtype)
 
 
-_OPTIONS = 3  # of a block, behind its tensors
+_OPTIONS = 3  # the fields of a block after its tensors
 TENSORS = 2 * len(Side._fields) + len(Block._fields) - 2 - _OPTIONS
 
 
 def with_positive(m: int, n: int, offset: int) -> int:
-    """How many rows of m have an own positive among n columns."""
+    """Returns how many of m rows have an own positive among n columns."""
     return max(0, min(m, n - offset) - max(0, -offset))
 
 
@@ -117,11 +117,11 @@ def _longest(x: Tensor) -> Tensor:
 
 
 class Swept(NamedTuple):
-    """The results of the first sweep of m rows, for them and B columns."""
+    """The results of the first sweep."""
 
-    state: Tensor  # (2 or 4, m + B): own rows, complete; of columns this rank's part
+    state: Tensor  # (2 or 4, m + B): own rows are complete, columns have this rank's part
     positive: Tensor  # (m)
-    kept: tuple[Tensor, ...]  # of each visit
+    kept: tuple[Tensor, ...]  # one for each visit
 
 
 Occupied = Callable[[Block], Tensor | None]
@@ -130,8 +130,8 @@ Occupied = Callable[[Block], Tensor | None]
 def sweep(
     row: BlockRow, rows: slice, budget: int, occupied: Occupied = lambda block: None
 ) -> Swept:
-    """States of these of the own rows and of all columns. Budget: bytes of products that may be
-    kept for the second sweep. occupied: the operator's argument for a visit's block."""
+    """Sweeps some own rows by all columns. budget: bytes of products that may be kept for the
+    second sweep. occupied: maps a visit's block to the operator's argument."""
     m, shard = row.rows, row.shard
     bound = row.bound()
     x = row.block.x.features
@@ -162,10 +162,10 @@ def sweep(
 
 
 def merge_columns(state: Tensor, kind: type[Kind], shard: Shard) -> Tensor:
-    """States of columns (2 or 4, B) of the ranks' blocks to those of all their pairs.
+    """Merges the ranks' states of columns (2 or 4, B).
 
-    As a rule all shifts are one number and this adds sums; where a rank had to take shifts of its
-    own, powers of two relate them.
+    Usually all shifts are the same number and only sums are added. If a rank had to take shifts of
+    its own, powers of two relate them.
     """
     shift, sums = state[::2], state[1::2]
     if kind.has_shift:
@@ -178,10 +178,10 @@ def merge_columns(state: Tensor, kind: type[Kind], shard: Shard) -> Tensor:
 
 
 class Weighing(NamedTuple):
-    """The second sweep: gradients, in fp32 at least, of the live rows and columns.
+    """The second sweep: gradients of the live rows and columns, in fp32 at least.
 
-    upstream: coefficients (m + B, or two rows of these) and positives' weights (m), which upstream
-    gradients are part of.
+    upstream: coefficients (m + B, or two rows of them) and positives' weights (m), with upstream
+    gradients included.
     """
 
     row: BlockRow
@@ -189,8 +189,8 @@ class Weighing(NamedTuple):
     upstream: Upstream
 
     def run(self, needs_x: bool, needs_y: bool, needs_key_bias: bool = False) -> Gradients:
-        """dx and dy of own rows (m, D) and columns (n, D); this rank's part of dbias and dscale,
-        and of dkey_bias of all columns (B)."""
+        """Returns dx (m, D) and dy (n, D) of this rank, and its part of dbias and dscale and of
+        dkey_bias (B)."""
         row, shard = self.row, self.row.shard
         x, live, at_once = row.block.x.features, shard.live[shard.rank], shard.all_live
         rows = slice(0, row.rows) if at_once else live
@@ -199,7 +199,7 @@ class Weighing(NamedTuple):
         dkey_bias = totals.new_zeros(shard.batch if needs_key_bias else 0)
         needs = needs_x, needs_y and at_once, needs_key_bias
         journey = row.columns.start(row.block.y.features, shard if at_once else shard.of_live)
-        # Every visit has to be made, whether or not it leaves something to take home.
+        # Every visit must happen, also without a gradient to send back.
         for visit, kept in zip(journey, self.swept.kept, strict=True):
             block = row.visited(rows, visit)
             found = self._weigh(block, rows, visit.columns, kept, *needs)
@@ -219,7 +219,7 @@ class Weighing(NamedTuple):
         return Gradients(dx, dy, totals, dkey_bias)
 
     def _live_columns(self, visit: Visit) -> Tensor:
-        """dy of the visit's live columns, from all own rows."""
+        """dy of the visit's live columns, over all own rows."""
         row, shard = self.row, self.row.shard
         pairs = shard.live[shard.rank]
         picked, own = row.columns.live(visit)
@@ -231,7 +231,7 @@ class Weighing(NamedTuple):
         y = visit.features[picked]
         total = torch.zeros(y.shape, dtype=accumulation_dtype(y), device=y.device)
         for rows in (slice(0, pairs.start), pairs, slice(pairs.stop, row.rows)):
-            # Rows beside the live ones have no positive among these columns.
+            # Rows that are not live have no positive among these columns.
             offset = own if rows is pairs and own is not None else NO_POSITIVES
             block = row.part(rows, y, columns, offset)
             total += self._weigh(block, rows, columns, self.swept.kept[0], False, True, False).y
@@ -266,8 +266,8 @@ class Weighing(NamedTuple):
 
 
 def to_features(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """In the features' dtype. A row shorter than epsilon was divided by 1e-12: in fp16 it has no
-    gradient instead of an infinite one, as in one process."""
+    """Casts a gradient to the features' dtype. Rows shorter than epsilon were divided by 1e-12; in
+    fp16 they get 0 instead of infinity, as in one process."""
     if dtype == torch.float16 and factor is not None:
         gradient = gradient.masked_fill(factor[:, None] >= 0.9999e12, 0)
     return cast(gradient, dtype)

@@ -1,10 +1,11 @@
-"""How the other tower's features come to a rank's rows, and how their gradients get home.
+"""The exchange of column features and of their gradients: gathered, or around a ring.
 
-`Gathered` holds all of them, O(B D), and reduce-scatters their gradients. `Ring` holds a few ranks'
-at a time, O(b D): as many visits as ranks, the next ones under way while two are worked on;
-gradients travel on behind, in fp32. Distances are between ranks, modulo their number.
+`Gathered` holds all features, O(B D), and reduce-scatters their gradients. `Ring` holds a few
+ranks' features at a time, O(b D): there are as many visits as ranks, the next two ranks' features
+travel while two are worked on, and gradients follow in fp32. Distances are between ranks, modulo
+their number.
 
-Both send features on a journey. One loop asks it for visits and hands their gradients back:
+Both send features on a journey. One loop takes visits from it and gives their gradients back:
 
     journey = columns.start(held)
     for visit in journey:
@@ -24,7 +25,7 @@ from .shard import Parcel, Shard
 
 
 class Visit(NamedTuple):
-    """Features, and the columns that they are."""
+    """The features of some columns."""
 
     features: Tensor
     columns: slice
@@ -32,9 +33,9 @@ class Visit(NamedTuple):
 
 
 class Gathered:
-    """All features at once.
+    """An exchange that holds all features at once.
 
-    apart: a rank's own features visit first and alone, then those before and behind them.
+    apart: a rank's own features visit first, then those before and after them, each as a block.
     """
 
     def __init__(self, shard: Shard, apart: bool = False) -> None:
@@ -46,24 +47,24 @@ class Gathered:
         return 3 if self.apart else 1
 
     def held(self, y: Tensor) -> Tensor:
-        """The part of all y that a rank with y (b, ...) keeps between forward and backward."""
+        """Returns the features that a rank with y (b, ...) keeps between forward and backward."""
         return self.shard.gather(y)
 
     def own(self, held: Tensor) -> Tensor:
         return held[self.shard.mine]
 
     def live(self, visit: Visit) -> tuple[slice | Tensor, int | None]:
-        """Which of the visiting columns are live, and where among these this rank's own begin;
-        None: none are its own."""
+        """Returns the visit's live columns, and where this rank's begin among them; None if none
+        are this rank's."""
         return self.shard.where_live(visit.features.device), self.shard.of_live.start
 
     def start(self, held: Tensor, home: Shard | None = None) -> _Stay:
-        """home: the shard of the gradients, where these are of live columns alone."""
+        """Starts a journey. home: the shard of the gradients, if only live columns have any."""
         return _Stay(self, held, home or self.shard)
 
 
 class _Stay:
-    """The journey of features that are here already."""
+    """The journey of gathered features."""
 
     def __init__(self, gathered: Gathered, held: Tensor, home: Shard) -> None:
         self.gathered, self.held, self.home = gathered, held, home
@@ -79,11 +80,11 @@ class _Stay:
             yield Visit(self.held[columns], columns, columns is own)
 
     def give_back(self, gradient: Tensor) -> None:
-        """The gradient of the visit's features."""
+        """Takes the gradient of the visit's features."""
         self.gradients.append(gradient)
 
     def finish(self) -> Tensor:
-        """The sum over ranks, this rank's own rows."""
+        """Returns the sum over ranks for this rank's own rows."""
         own, *others = self.gradients
         self.gradients = []
         if others:
@@ -94,11 +95,12 @@ class _Stay:
 
 
 class Ring:
-    """Features travel both ways at once: at step s those of the ranks s after and s before visit,
-    so that half as many steps as ranks are enough. Gradients follow them from rank to rank, and go
-    straight home from the last one.
+    """An exchange around a ring, both ways at once.
 
-    Beside a rank's own at most four ranks' features and five gradients are here at a time.
+    At step s the features of the ranks s after and s before this one visit, so that half as many
+    steps as ranks are enough. Gradients follow the features from rank to rank, and the last rank
+    sends them straight home. Beside its own, a rank holds at most four ranks' features and five
+    gradients.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -121,10 +123,10 @@ class Ring:
         return _Round(self, held, home or self.shard)
 
     def owners(self, step: int) -> list[int]:
-        """Whose features visit at a step, as distances from this rank."""
+        """The ranks whose features visit at a step, as distances from this one."""
         if step == 0:
             return [0]
-        # Halfway round both ways end at the same rank.
+        # Halfway round, both ways meet at the same rank.
         return [d for d in (step, -step) if -self.shard.world_size < 2 * d <= self.shard.world_size]
 
 
@@ -133,9 +135,9 @@ class _Round:
 
     def __init__(self, ring: Ring, held: Tensor, home: Shard) -> None:
         self.ring, self.held, self.home = ring, held, home
-        self.step = 0  # of the gradients
+        self.step = 0  # the step of the gradients
         self.own: list[Tensor] = []
-        self.leaving: list[_Message] = []  # of this step's
+        self.leaving: list[_Message] = []  # this step's gradients
         self.last: _Exchange | None = None
         self.arrivals: list[tuple[_Exchange, int]] = []
 
@@ -152,14 +154,14 @@ class _Round:
             here = arriving.wait()
 
     def give_back(self, gradient: Tensor) -> None:
-        """Sends them on with the last visit of a step, so that they travel during the next ones."""
+        """Sends a step's gradients on after its last visit; they travel during the next visits."""
         if self.step == 0:
             self.own.append(gradient)
             self.step = 1
             return
         owners, following = self.ring.owners(self.step), self.ring.owners(self.step + 1)
         k = len(self.leaving)
-        if self.last is not None:  # the sum of ranks that these features visited before
+        if self.last is not None:  # the sum over the ranks that these features visited before
             gradient.add_(self.last.wait()[k])
         owner = owners[k]
         if k < len(following):
@@ -184,8 +186,8 @@ def _way(owner: int) -> int:
 
 
 class _Message(NamedTuple):
-    """A tensor for the rank at distance `to`; from the one at `source` comes one of as many rows as
-    the one at `owner` has."""
+    """A tensor sent to the rank at distance `to`, and one expected from the rank at distance
+    `source`, with as many rows as the rank at distance `owner` has."""
 
     outgoing: Tensor
     to: int
@@ -194,11 +196,11 @@ class _Message(NamedTuple):
 
 
 class _Exchange:
-    """Messages under way; those between the same two ranks arrive in their order. Those without
-    rows, of ranks without columns, are not sent."""
+    """Messages under way. Those between the same two ranks arrive in order. Messages without rows,
+    of ranks without columns, are not sent."""
 
     def __init__(self, shard: Shard, messages: list[_Message]) -> None:
-        # All tensors stay alive until the exchange is over.
+        # Keeps all tensors alive until the exchange is over.
         self.messages, self.incoming = messages, []
         parcels = []
         for x, to, source, owner in messages:
@@ -212,7 +214,7 @@ class _Exchange:
         self.works = shard.swap(parcels)
 
     def wait(self) -> list[Tensor]:
-        """What came, in the order of the messages."""
+        """Returns the received tensors in the order of the messages."""
         for work in self.works:
             work.wait()
         self.works, self.messages = [], []

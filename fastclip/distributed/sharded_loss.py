@@ -1,10 +1,10 @@
-"""The loss of a batch spread over ranks, one-sided: each rank makes its block of rows only.
+"""The differentiable loss of a batch that is spread over ranks.
 
-A rank sweeps `S[own rows, all columns]` once, for both directions, half the work of a loss that
-makes own rows and own columns; `block_row.py` has the sweeps, this file makes them differentiable.
+A rank sweeps `S[own rows, all columns]` once for both directions: half the work of a loss that
+computes own rows and own columns. `block_row.py` has the sweeps.
 
-What the ranks' losses are multiplied with may differ from rank to rank: the weight of a pair uses
-what its row's rank and its column's rank use.
+Ranks may scale their losses differently: the weight of a pair uses the upstream gradients of its
+row's rank and of its column's rank.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Context(NamedTuple):
 
     @property
     def pairs(self) -> slice:
-        """This rank's live ones, whose losses its value has."""
+        """This rank's live pairs, whose losses its value sums."""
         return self.shard.live[self.shard.rank]
 
     @property
@@ -56,7 +56,7 @@ class Context(NamedTuple):
         return (Ring if self.mode.ring else Gathered)(self.shard)
 
     def own(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> Block:
-        """Own rows and own columns."""
+        """The block of own rows and own columns."""
         options = self.options
         sides = (side_of(t, options.dtype, options.normalize) for t in (x, y))
         return Block(*sides, scale, bias_of(bias, options.kind), kind=options.kind)
@@ -65,7 +65,7 @@ class Context(NamedTuple):
         return BlockRow.of(self.options.engine, self.columns, self.options.normalize, own)
 
     def finish(self, row: BlockRow, state: Tensor, positive: Tensor) -> tuple[Tensor, ...]:
-        """Losses, coefficients and positives' weights of lines."""
+        """The losses, coefficients and positives' weights of lines."""
         if state.shape[1] == 0:
             return (state.new_zeros(0),) * 3
         block = row.block
@@ -78,7 +78,7 @@ def sharded_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: LossOptions, shard: Shard,
     mode: GradientMode,
 ) -> Tensor:  # fmt: skip
-    """The mean of the ranks' values is the mean over all pairs. x, y (b, D) are this rank's."""
+    """This rank's value for its x, y (b, D). The mean over ranks is the mean over all pairs."""
     context = Context(options, shard, mode)
     if differentiates(x, y, scale, bias):
         return _ShardedLoss.apply(x, y, scale, bias, context)
@@ -86,7 +86,7 @@ def sharded_loss(
 
 
 def _value(context: Context, own: Tensor) -> Tensor:
-    """own: the sum of this rank's pairs' losses."""
+    """The value of a rank. own: the sum of the losses of its pairs."""
     shard = context.shard
     dtype = torch.float64 if context.options.dtype == torch.float64 else torch.float32
     if context.mode.whole_value:
@@ -95,31 +95,31 @@ def _value(context: Context, own: Tensor) -> Tensor:
 
 
 class _Lines(NamedTuple):
-    """The lines' part in the weights of a rank with b pairs."""
+    """The factors of weights on a rank with b pairs."""
 
     coefficients: Tensor  # (b + B)
-    of_rows: Tensor  # (b): the positives' weights, as their rows have them
-    of_columns: Tensor  # (b): as their columns have them
+    of_rows: Tensor  # (b): the positives' weights from their rows' losses
+    of_columns: Tensor  # (b): the positives' weights from their columns' losses
 
 
 def sweep(context: Context, row: BlockRow, budget: int) -> tuple[Tensor, Swept, _Lines]:
-    """The sum of the losses of this rank's pairs, and what the second sweep needs."""
+    """Returns the sum of the losses of this rank's pairs, and the input of the second sweep."""
     shard, pairs, m = context.shard, context.pairs, context.shard.rows
     if not context.kind.has_shift:
-        # A row's weights need nothing of other rows.
+        # The weights of a row do not depend on other rows.
         swept = sweep_row(row, pairs, budget)
         losses, coefficients, weights = context.finish(row, swept.state[:, :m], swept.positive)
-        # A sum over pairs: a rank's share are its rows, its columns belong to the others' rows.
+        # The loss is a sum over pairs: a rank adds its rows, the other ranks add its columns.
         coefficients = torch.cat((coefficients, coefficients.new_zeros(shard.batch)))
         return losses[pairs].sum(), swept, _Lines(coefficients, weights, weights * 0)
-    # A row's weights need other rows' states through columns.
+    # The weights of a row depend on other rows through the states of columns.
     swept = sweep_row(row, slice(0, m), budget)
     columns = swept.state[:, m:]
     columns.copy_(merge_columns(columns, context.kind, shard))
     positives = torch.cat((swept.positive, shard.gather(swept.positive)))
     losses, coefficients, weights = context.finish(row, swept.state, positives)
     own = (losses[:m][pairs].sum() + losses[m:][shard.mine][pairs].sum()) / 2
-    # A pair counts half its row's and half its column's loss.
+    # The loss of a pair is half its row's plus half its column's.
     lines = _Lines(coefficients / 2, weights[:m] / 2, weights[m:][shard.mine] / 2)
     return own, swept, lines
 
@@ -148,7 +148,7 @@ class _ShardedLoss(torch.autograd.Function):
 
 
 def value_alone(context: Context, row: BlockRow) -> Tensor:
-    """This rank's value, for no backward."""
+    """This rank's value, without a backward."""
     own, *_ = sweep(context, row, budget=0)
     return _value(context, own)
 
@@ -156,11 +156,11 @@ def value_alone(context: Context, row: BlockRow) -> Tensor:
 def forward(
     context: Context, row: BlockRow, x: Tensor, y: Tensor, needs_x: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """This rank's value, and what `backward` takes beside the row."""
+    """Returns this rank's value, and the tensors that `backward` takes beside the row."""
     if makes_gradients_at_once(context, x, y):
         value, *gradients = _sweep_and_weigh(context, row, needs_x)
         return value, gradients
-    # Kept products serve a second sweep over the very same blocks.
+    # Kept products only serve a second sweep over the same blocks.
     budget = context.options.memory_budget if context.shard.all_live else 0
     own, swept, lines = sweep(context, row, budget)
     return _value(context, own), [*lines, *swept[:2], *swept.kept]
@@ -170,16 +170,18 @@ def backward(
     context: Context, row: BlockRow, inputs: Inputs, found: Sequence[Tensor],
     needs: Sequence[bool], g: Tensor,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x, y, scale and bias, for g, the value's. A row whose gradients are made already
-    needs no tensors."""
+    """Returns the gradients of x, y, scale and bias for the upstream gradient g. The row needs no
+    tensors if the forward has made the gradients."""
     if makes_gradients_at_once(context, *inputs[:2]):
         return _scale(context, inputs, found, needs, g)
     return _weigh(context, row, inputs, found, needs, g)
 
 
 def makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
-    """The forward makes gradients for upstream 1, a sweep less, where weights need no state. They
-    wait in fp32, O(B D), and columns are not to visit a second time."""
+    """True if the forward makes the gradients, for an upstream gradient of 1, which saves a sweep.
+
+    Weights must need no state. The gradients wait in fp32, O(B D), so this is not for the ring.
+    """
     wide = accumulation_dtype(x)
     return (
         context.kind.is_linear
@@ -192,7 +194,7 @@ def makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
 def _sweep_and_weigh(
     context: Context, row: BlockRow, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's value; dx, dy of all columns, dbias and dscale, for upstream 1."""
+    """Returns this rank's value, dx, dy of all columns and (dbias, dscale), for upstream 1."""
     shard, x = context.shard, row.block.x.features
     (every,) = row.columns.start(row.block.y.features)
     if row.rows == 0:
@@ -234,19 +236,19 @@ def _scale(
 class _Upstream(NamedTuple):
     """The factors of a rank's gradients.
 
-    Weights keep order 1, whatever the upstream gradients: a common factor, `gain`, goes outside.
+    Weights stay of order 1 for any upstream gradients: their largest goes into `gain`.
     """
 
     gain: Tensor
     of_rows: Tensor | float  # (b)
     of_columns: Tensor | float  # (B)
-    afterwards: Tensor | float  # both towers' gradients
+    afterwards: Tensor | float  # multiplies both towers' gradients at the end
 
 
 def _upstream(context: Context, g: Tensor, dtype: torch.dtype) -> _Upstream:
     shard, mode = context.shard, context.mode
     if mode.whole_value:
-        # The gradient of the loss of all pairs, for what all ranks make of it, or this one alone.
+        # The gradient of the loss of all pairs, for the upstream of all ranks or of this one.
         gain = torch.full((), 1 / shard.batch, dtype=dtype, device=g.device)
         every = shard.sum(g.reshape(1).clone()).reshape(()) if mode.from_others else g
         return _Upstream(gain, 1.0, 1.0, every)
@@ -281,7 +283,7 @@ def _weigh(
     if mode.from_others or mode.whole_value:
         dx, dy, totals, _ = gradients(a, b, of_rows + of_columns, needs_x, shard.needs_y)
     else:
-        # Each tower as the anchor of its own rank's loss alone: rows for x, columns for y.
+        # Each tower gets only the gradient of its own rank's loss: rows for x, columns for y.
         dx, _, of_x, _ = gradients(a, b * 0, of_rows, needs_x, False)
         _, dy, of_y, _ = gradients(a * 0, b, of_columns, False, shard.needs_y)
         totals = of_x + of_y

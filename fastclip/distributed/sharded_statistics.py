@@ -1,9 +1,9 @@
-"""The statistics of lines of a batch spread over ranks: what `distributed.contrast` returns.
+"""The differentiable statistics of a batch that is spread over ranks, for `distributed.contrast`.
 
-A rank sweeps its block of rows, `block_row.py`. Its rows are complete then, columns' states are
-merged, O(B), and everything else is what one process does with own rows and own columns: their
-statistics, and coefficients from the gradients of these. Coefficients of columns are gathered,
-O(B), since every rank's block row has a part of each column.
+A rank sweeps its block of rows (`block_row.py`). Its rows are then complete, and columns' states
+are merged, O(B). The rest is the same as in one process, on own rows and own columns: their
+statistics, and coefficients from upstream gradients. Coefficients of columns are gathered, O(B),
+since each rank's block row has a part of every column.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .shard import Shard
 
 
 class Task(NamedTuple):
-    """The questions about the inputs of this rank."""
+    """The options of a call on this rank."""
 
     options: StatisticsOptions
     ids: tuple[Tensor, Tensor] | None
@@ -50,7 +50,7 @@ class Task(NamedTuple):
     offset: int
     kind: str
     same_id_positive: bool
-    shard: Shard  # of columns
+    shard: Shard  # the shard of columns
     ring: bool
 
 
@@ -64,7 +64,7 @@ def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
 
 
 def own_of(inputs: Inputs, task: Task) -> Block:
-    """Own rows and own columns, without ids."""
+    """The block of own rows and own columns, without ids."""
     return block_of(
         inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, task.options
     )
@@ -87,27 +87,27 @@ def row_of(own: Block, task: Task) -> BlockRow:
 def columns_of(m: int, n: int, task: Task) -> Gathered | Ring:
     if task.ring:
         return Ring(task.shard)
-    # One offset holds for all columns where every row or none has its positive on this rank.
+    # One offset serves all columns if every row or no row has its positive on this rank.
     some = with_positive(m, n, task.offset)
     return Gathered(task.shard, apart=task.shard.world_size > 1 and 0 < some < m)
 
 
 def _own(row: BlockRow) -> Block:
-    """Own rows and own columns, as far as statistics need them."""
+    """The part of own rows and own columns that statistics need."""
     block, mine = row.block, row.shard.mine
     key_bias = None if block.key_bias is None else block.key_bias[mine]
     return block._replace(y=Side(row.columns.own(block.y.features)), key_bias=key_bias)
 
 
 def _of_own(state: Tensor, row: BlockRow) -> Tensor:
-    """States of own rows and all columns to those of own rows and own columns."""
+    """Selects own rows and own columns from the states of own rows and all columns."""
     return torch.cat((state[:, : row.rows], state[:, row.rows :][:, row.shard.mine]), 1)
 
 
 def forward(
     inputs: Inputs, row: BlockRow, options: StatisticsOptions, budget: int
 ) -> tuple[tuple[Tensor, ...], Swept]:
-    """Statistics, and what `backward` takes beside them."""
+    """Returns statistics, and the result of the sweep for `backward`."""
 
     def occupied(block: Block) -> Tensor | None:
         codes = row.rows + row.shard.batch
@@ -122,7 +122,7 @@ def forward(
 
 
 class _ShardedStatistics(torch.autograd.Function):
-    """Missing gradients of statistics come as zeros, so that all ranks make the same exchanges."""
+    """Missing upstream gradients arrive as zeros, so that all ranks make the same exchanges."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -153,13 +153,13 @@ class _ShardedStatistics(torch.autograd.Function):
 
 
 def _upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -> Upstream:
-    """From coefficients of own rows and own columns to those of own rows and all columns."""
+    """Gathers columns: from the coefficients of own columns to those of all columns."""
     shard, m = row.shard, row.rows
     coefficients, positive_weight, largest = own
     if not options.columns:
         none = coefficients.new_zeros((*coefficients.shape[:-1], shard.batch))
         return own._replace(coefficients=torch.cat((coefficients[..., :m], none), -1))
-    # They are relative to each rank's largest one: columns of all ranks need one unit.
+    # Each rank's coefficients are relative to its largest; columns of all ranks need one unit.
     gain = shard.max(largest.reshape(1).clone()).reshape(())
     ratio = torch.where(gain > 0, largest / gain, 1)
     coefficients = coefficients * ratio
@@ -171,7 +171,7 @@ def backward(
     inputs: Inputs, row: BlockRow, options: StatisticsOptions, found: Sequence[Tensor],
     swept: Swept, upstream: Sequence[Tensor], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the inputs, for those of the statistics."""
+    """Returns the gradients of the inputs for upstream gradients of the statistics."""
     shard, needs = row.shard, Inputs(*wanted[: len(Inputs._fields)])
     found, given = (made_of(t, row.block.same_id_positive) for t in (found, upstream))
     own, of_bias = weights(_own(row), inputs.bias, found, _of_own(swept.state, row), given)

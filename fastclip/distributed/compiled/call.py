@@ -46,8 +46,8 @@ def _is_group(process_group: Any) -> bool:
 def takes_loss(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
 ) -> bool:
-    """False for what a schema does not know, or a graph: the graph is cut there. Wrong values of
-    the right types are taken; they are an error when the graph runs, on every rank."""
+    """False for arguments that a schema or a graph cannot hold; the graph then breaks. Wrong values
+    of the right types are accepted, and raise on every rank when the graph runs."""
     x, y, scale, bias = given
     live = () if call.live is None else call.live
     return (
@@ -91,12 +91,12 @@ def _digest() -> str:
 
 
 def _edition() -> str:
-    """This library's text in short: compilers keep graphs on disk."""
+    """A digest of this library's text: compilers keep graphs on disk, which must not outlive it."""
     return _digest()
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler here. A group of a
-# name never changes its size.
+# This is torch.compiler.assume_constant_result without its import of the compiler. The size of a
+# named group never changes.
 for _function in (_ranks_of, _edition):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -120,7 +120,7 @@ def _trace(
 
 
 def _tensor(name: str, value: Any, x: Tensor) -> Tensor | None:
-    """On x's device, if that can be; what cannot is refused when the graph runs."""
+    """A scalar on x's device; one that does not fit raises when the graph runs."""
     if value is None:
         return None
     try:
@@ -132,7 +132,7 @@ def _tensor(name: str, value: Any, x: Tensor) -> Tensor | None:
 def traced_loss(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
 ) -> Tensor:
-    """`distributed.distributed_loss`, in a graph."""
+    """`distributed_loss`, as an operator."""
     x, y, scale, bias = given
     scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
     dtype = product_dtype(x, y)
@@ -144,7 +144,7 @@ def traced_loss(
 def traced_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> LineStatistics:
-    """`distributed.contrast`, in a graph."""
+    """`distributed.contrast`, as an operator."""
     x, y, scale, bias, key_bias, ids, margin = given
     scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
     margin = _tensor("false_negative_margin", margin, x)

@@ -44,7 +44,7 @@ _OTHERS = "Tensor? x_ids, Tensor? y_ids, Tensor? margin"
 def _contrast_results(inputs: Inputs, task: Task, trace: Trace) -> list[Tensor]:
     own = sharded_statistics.own_of(inputs, task)
     row = sharded_statistics.row_of(own, task)
-    # With columns apart, shapes of kept products would depend on the rank's number.
+    # The shapes of kept products would depend on the rank's number if columns visit apart.
     apart = not task.ring and row.columns.apart
     budget = task.options.memory_budget if trace.saves and not apart else 0
     found, swept = sharded_statistics.forward(inputs, row, task.options, budget)

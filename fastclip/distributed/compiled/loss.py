@@ -84,7 +84,7 @@ def _loss_results(
     value, found = sharded_loss.forward(context, row, x, y, trace.needs[0])
     beside = [] if at_once else tensors_beside(row.block, own)
     if at_once and not context.shard.needs_y:
-        # The graph was made for ranks some of which may want it.
+        # The graph serves all ranks, and some of them may need it.
         dx, dy, totals = found
         found = [dx, dy.new_empty((context.shard.batch, *dy.shape[1:])), totals]
     return [value, exchanged_needs(context.shard), *beside, *found]
