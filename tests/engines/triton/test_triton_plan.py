@@ -33,9 +33,9 @@ def test_every_pair_is_in_one_chunk(m: int, n: int) -> None:
 
     for kept_rows in (0, 100, m + 5):
         for chunks in (
-            plan.sweep(n, config("sweep"), 1, 0, m),
-            plan.sweep(n, config(), 2, 0, m),
-            list(plan.weigh(m, n, config("weigh"), 2, kept_rows)),
+            plan.sweep_chunks(n, config("sweep"), 1, 0, m),
+            plan.sweep_chunks(n, config(), 2, 0, m),
+            list(plan.weigh_chunks(m, n, config("weigh"), 2, kept_rows)),
         ):
             assert sum(c.rows * c.columns for c in chunks) == m * n
             assert cover([(c.start, c.stop) for c in chunks], m)
@@ -60,7 +60,7 @@ def test_every_tile_is_plain_or_of_the_edges(kind: str, architecture: str) -> No
         for offset in sorted({-m, -m + 1, n - 1, n, *near}):
             skipped = chunk.skipped(offset)
             where = (m, n, offset, skipped, bm, bn)
-            plain = [plain_place(tile, *where) for tile in range(chunk.plain(skipped))]
+            plain = [plain_place(tile, *where) for tile in range(chunk.plain_tiles(skipped))]
             edges = [edge_place(tile, *where) for tile in range(chunk.tiles - len(plain))]
             every = product(range(chunk.tiles_m), range(chunk.tiles_n))
             assert sorted(plain + edges) == list(every)
@@ -155,7 +155,7 @@ def test_traffic_is_hidden_behind_the_products(n: int, d: int) -> None:
         plan.weigh_cost(n, n, d, config("both"), 2, fold=True),
     ):
         assert cost.bytes / BYTES < 0.5 * cost.flops / FLOPS
-    chunks = plan.sweep(n, config("sweep"), 1, 0, n)
+    chunks = plan.sweep_chunks(n, config("sweep"), 1, 0, n)
     partial = 8 * sum(c.partials for c in chunks)
     assert partial / BYTES < 0.05 * 2 * n * n * d / FLOPS
 
