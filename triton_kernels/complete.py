@@ -24,6 +24,7 @@ class Completion:
         self.dx, self.dy = dx, dy
 
     def finish_rows(self, product: Tensor, chunk: Chunk) -> None:
+        """Turns the products of a chunk's rows into gradients."""
         self._complete((product, self.dx[chunk.row_slice], chunk.start))
 
     def finish(self, last: LastChunk, product_y: Tensor, every_row: bool = False) -> Tensor:
@@ -53,6 +54,8 @@ class Completion:
         self, rows: tuple[Tensor, Tensor, int] | None, columns: tuple[Tensor, Tensor] | None = None,
         last: LastChunk | None = None, totals: Tensor | None = None,
     ) -> None:  # fmt: skip
+        """Launches the kernel for rows (product, gradient, first row), columns (product, gradient)
+        and totals, each only if it is given."""
         b, weighing = self.block, self.weighing
         product_x, out_x, first = rows or (None, None, 0)
         product_y, out_y = columns or (None, None)

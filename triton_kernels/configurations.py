@@ -25,12 +25,14 @@ AUTOTUNE = "FASTCLIP_TRITON_AUTOTUNE"
 
 
 class Config(NamedTuple):
+    """The tile of a kernel, BM x BN with steps of BK along D, and how the kernel is launched."""
+
     bm: int
     bn: int
     bk: int
     warps: int
     stages: int
-    group: int = 8
+    group: int = 8  # rows of tiles that are taken together, so that they share columns in L2
     # Slices of columns in which a tile goes through the epilogue: more slices take fewer registers.
     slices: int = 1
     # Uses tensor descriptors, and as many programs as fit on the card, each with many tiles.

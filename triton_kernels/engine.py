@@ -1,7 +1,7 @@
 """The Triton engine: the operators of `fastclip.engine.operators` for CUDA tensors.
 
-Nothing here waits for the device. The device itself decides all that depends on data: the shift,
-if it was enough, if one exponential serves. Every call can be captured in a CUDA graph.
+Nothing here waits for the device. The device itself computes the shift, finds out if it was enough,
+and decides which kernels work. Every call can therefore be captured in a CUDA graph.
 """
 
 from __future__ import annotations

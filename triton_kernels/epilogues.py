@@ -93,6 +93,8 @@ def sigmoid_finish(shift, sum, s):
 
 
 class Epilogue(NamedTuple):
+    """The functions of a kind."""
+
     fold: Any
     activation: Any
     finish: Any

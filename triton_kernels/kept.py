@@ -20,8 +20,8 @@ class Kept(NamedTuple):
 
     rows: int = 0
     moments: Tensor | None = None  # sums of w and of w * t for every line, (2, m + n)
-    shift: Tensor | None = None  # that w is relative to, (1)
-    weights: Tensor | None = None  # (rows, n and what its rows are padded by)
+    shift: Tensor | None = None  # the shift that w is relative to, (1)
+    weights: Tensor | None = None  # w, (rows, n and padding)
 
     @staticmethod
     def of(kept: Tensor, m: int, n: int, x: Tensor) -> Kept:

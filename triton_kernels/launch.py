@@ -30,6 +30,7 @@ EDGE_SLICES = 1 if INTERPRETED.value else 4
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Launches so many programs of a kernel; tests and tools replace it to count or to compile."""
     kernel[(programs,)](*arguments, **constants)
 
 

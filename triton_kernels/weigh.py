@@ -96,7 +96,7 @@ class Buffers(NamedTuple):
 
     weights: Tensor | None
     totals: Tensor
-    sums: Tensor | None  # of columns
+    sums: Tensor | None  # the columns' sums of weights
     partial: Tensor | None
 
 
@@ -118,7 +118,7 @@ class Weighing:
     ) -> None:  # fmt: skip
         self.block, self.state, self.positive = block, state, positive
         self.needs_x, self.needs_y, needs_columns = needs
-        # The sums of w over the rows.
+        # The columns' sums of weights.
         self.by_column = block.empty(block.n, dtype=torch.float64) if needs_columns else None
         self.kept, self.fold = kept, also_fold
         if coefficients is not None:
@@ -163,6 +163,7 @@ class Weighing:
             self._weigh_with_own_shifts(chunk, buffers, unless)
 
     def _weigh_with_one_shift(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
+        """Launches the kernels that work if all shifts are equal, or if there are none."""
         block, lines = self.block, self.lines
         weights, *sums, partial = buffers
         skipped = block.skipped(chunk)
@@ -187,6 +188,7 @@ class Weighing:
             )  # fmt: skip
 
     def _weigh_with_own_shifts(self, chunk: Chunk, buffers: Buffers, unless: Tensor | None) -> None:
+        """Launches the kernel with a shift for each line, which works unless the flag is set."""
         block, config = self.block, self._config_of_own_shifts
         chunk = self._cut_for_own_shifts(chunk)
         weights, totals, sums, _ = buffers
@@ -201,6 +203,7 @@ class Weighing:
         )  # fmt: skip
 
     def _weigh_from_kept(self, chunk: Chunk, weights: Tensor | None) -> None:
+        """Launches the kernel that reads kept weights, which works if they are valid."""
         if weights is None:
             return
         block, kept = self.block, self.kept.weights[chunk.row_slice, chunk.column_slice]
@@ -218,6 +221,7 @@ class Weighing:
         return 0 if weights is None else weights.stride(0) // self.parts
 
     def _cut_for_own_shifts(self, chunk: Chunk) -> Chunk:
+        """Returns the chunk, cut into tiles of the kernel with a shift for each line."""
         config = self._config_of_own_shifts
         return chunk._replace(bm=config.bm, bn=config.bn)
 
@@ -301,6 +305,7 @@ class Weighing:
         return LastChunk(chunk, product, (buffers.totals, made[0], totals), made[1:])
 
     def _add_rows(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
+        """Adds weights @ y to the products of the chunk's rows."""
         y, begins = self.y_operand[chunk.column_slice], chunk.column_start == 0
         if self.block.split:
             self._add_split(weights, y, out, begins, transposed=False)
@@ -308,6 +313,7 @@ class Weighing:
             accumulate(weights[: chunk.rows, : chunk.columns], y, out, begins)
 
     def _add_columns(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
+        """Adds weights.T @ x to the products of the chunk's columns."""
         x, begins = self.x_operand[chunk.row_slice], chunk.start == 0
         if self.block.split:
             self._add_split(weights, x, out, begins, transposed=True)

@@ -35,6 +35,7 @@ def longest_kernel(
 
 @triton.jit
 def _largest(SQUARES, count, LANES: tl.constexpr):
+    """Returns the largest norm."""
     lane = tl.arange(0, LANES)
     square = tl.zeros((LANES,), tl.float32)
     for start in range(0, count, LANES):

@@ -22,6 +22,7 @@ def _gradient(
     PRODUCT, PARTNER, i, j, start, D, stride_product, stride_partner, divisor, partner_weight, row,
     has_partner, BK: tl.constexpr,
 ):  # fmt: skip
+    """Returns g of ROWS rows for BK features from `start` on."""
     k = start + tl.arange(0, BK)
     mask = row[:, None] & (k < D)[None, :]
     at = i.to(tl.int64)[:, None] * stride_product + k[None, :]

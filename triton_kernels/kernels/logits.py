@@ -39,6 +39,7 @@ def normalised(t, LOGITS, i, j, M, N, PLAIN: tl.constexpr):
 
 @triton.jit
 def fma(a, b, c):
+    """Returns a * b + c, rounded once."""
     # The interpreter's tl.fma rounds twice. A product of two floats is exact in float64.
     if INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)

@@ -127,6 +127,7 @@ def _sweep_tile(
     SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
+    """Computes a tile, folds it and stores its partials."""
     row, column = pid_m * BM, pid_n * BN
     if DESCRIBED:
         t = described_product(X, Y, row, column, D, BM, BN, BK, PRECISION, UNIT)

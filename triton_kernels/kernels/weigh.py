@@ -163,6 +163,7 @@ def _weigh_tile(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
+    """Computes a tile, stores its weights and its sums."""
     row, column = pid_m * BM, pid_n * BN
     if DESCRIBED:
         t = described_product(X, Y, row, column, D, BM, BN, BK, PRECISION, UNIT)

@@ -212,7 +212,7 @@ def test_features_shorter_than_epsilon_are_not_projected(gpu_engine: str, out: s
         assert_gradients(dense, exact, results)
 
 
-def test_float64_is_the_plain_engines(gpu_engine: str) -> None:
+def test_the_plain_engine_takes_float64(gpu_engine: str) -> None:
     block = make_block(9, 7, 4, torch.float64)
     for one, other in zip(sweep(gpu_engine, block), sweep("torch", block), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

@@ -71,7 +71,7 @@ def test_beyond_one_shift(gpu_engine: str, options: str, scale: float) -> None:
 
 
 @needs_engine
-def test_tiles_of_lines_with_shifts_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_lines_with_own_shifts_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels with a shift for each line may have smaller tiles: more of them, and more sums."""
     from fastclip.triton_kernels.configurations import TABLE
 
@@ -83,7 +83,7 @@ def test_tiles_of_lines_with_shifts_differ(monkeypatch: pytest.MonkeyPatch) -> N
         check_masked("triton", masked("triton", ALL, columns=50, scale=scale), f"{scale=}")
 
 
-def test_positives_by_id_ask_for_shifts(gpu_engine: str) -> None:
+def test_a_low_positive_by_id_gets_its_own_shift(gpu_engine: str) -> None:
     """One positive by id is far below all other pairs."""
     block = masked(gpu_engine, "positives by id", scale=60.0, offset=1 << 40)
     block.ids_x[:], block.ids_y[:] = 0, 1
@@ -95,11 +95,11 @@ def test_positives_by_id_ask_for_shifts(gpu_engine: str) -> None:
 
 
 @pytest.mark.parametrize("options", ["one id", "positives by id", "key bias"])
-def test_lines_without_pairs_ask_for_nothing(gpu_engine: str, options: str) -> None:
+def test_lines_without_pairs_need_no_shift(gpu_engine: str, options: str) -> None:
     """`occupied` excepts them; without it they seem to have lost their pairs in one shift."""
     block = masked(gpu_engine, options)
     if options == "positives by id":
-        block.ids_x[2] = -7  # nobody else's
+        block.ids_x[2] = -7  # no column has this id
     assert not occupied(block).all()
     assert has_one_shift(sweep(gpu_engine, block)[0])
     blind = operator("sweep", gpu_engine)(*block.arguments, None, None, 0)[0]
@@ -175,7 +175,7 @@ def test_a_pair_at_the_threshold_counts(gpu_engine: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_passes_thresholds(gpu_engine: str, kind: str) -> None:
+def test_thresholds_do_not_hide_a_nan(gpu_engine: str, kind: str) -> None:
     block = masked(gpu_engine, "margin", kind=kind, ids=4, same_id_positive=False)
     block.x[3] = torch.nan
     row = sweep(gpu_engine, block)[0][1]
@@ -188,7 +188,7 @@ def test_a_nan_passes_thresholds(gpu_engine: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_ids_are_kept_out_of_what_is_kept(gpu_engine: str, kind: str) -> None:
+def test_masked_pairs_are_not_kept(gpu_engine: str, kind: str) -> None:
     """If weights depend on more than one number of a pair, nothing is kept or used. Column sums are
     always computed anew."""
     for options in ("ids", ALL):

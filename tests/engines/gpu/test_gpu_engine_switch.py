@@ -92,7 +92,7 @@ def column_below(offset: int, along: float, across: float) -> Block:
     return block
 
 
-def test_a_column_that_one_shift_would_blur_asks_for_its_own(gpu_engine: str) -> None:
+def test_a_column_that_one_shift_would_blur_gets_its_own(gpu_engine: str) -> None:
     """Its sum would be about 2^-140: not zero, but with few digits left in fp32."""
     state = check(gpu_engine, column_below(0, along=-0.30, across=0.15))
     assert not has_one_shift(state)

@@ -180,7 +180,7 @@ def test_the_switch_among_tiles(
     gpu_engine: str, spoil: Callable[[Block], None], scale: float, dtype: str, in_chunks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Every line comes out right, not only the one that asks for a shift of its own."""
+    """Every line is right, not only the line that needs a shift of its own."""
     rows, columns = tile_of(gpu_engine)
     m, n = several_tiles(gpu_engine)
     block = make_block(m, n, 24, DTYPES[dtype], scale=scale, offset=rows + 1)

@@ -14,7 +14,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, 
     """Returns a function that sets FASTCLIP_FP32 and torch's precision."""
     before = torch.backends.cuda.matmul.fp32_precision
 
-    def be(asked: str | None, precision: str = "ieee") -> None:
+    def configure(asked: str | None, precision: str = "ieee") -> None:
         if asked is None:
             monkeypatch.delenv("FASTCLIP_FP32", raising=False)
         else:
@@ -22,7 +22,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, 
         torch.backends.cuda.matmul.fp32_precision = precision
         preference.fp32.cache_clear()
 
-    yield be
+    yield configure
     torch.backends.cuda.matmul.fp32_precision = before
     preference.fp32.cache_clear()
 
