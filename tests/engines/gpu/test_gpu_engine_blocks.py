@@ -142,7 +142,7 @@ def test_chunks_of_several_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("shape", [(70, 40), (40, 70)], ids=["tall", "wide"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kept_products(gpu_engine: str, kind: str, shape: tuple[int, int]) -> None:
-    """The second sweep reads what was kept: some rows, or all of them."""
+    """The second sweep reads what was kept: some rows, all of them, or all and padding."""
     m, n = enlarged(*shape)
     block = make_block(m, n, 12, torch.bfloat16, kind=kind, offset=-3, factors=(True, True))
     for budget in (4 * EDGE * min(m, n), 1 << 40):

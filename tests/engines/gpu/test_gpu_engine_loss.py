@@ -79,7 +79,7 @@ def test_a_budget_keeps_products_or_gradients(gpu_engine: str, loss: str) -> Non
 
 
 def test_learnt_pairs_keep_their_gradient(gpu_engine: str) -> None:
-    """Well separated pairs, where `softmax - 1` cancels."""
+    """`softmax - 1` would cancel on well separated pairs."""
     check(gpu_engine, "clip", "separated", "float32", 14.3, n=64, d=64)
 
 

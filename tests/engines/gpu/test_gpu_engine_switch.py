@@ -118,7 +118,7 @@ def test_a_row_is_judged_without_its_positive(gpu_engine: str) -> None:
 
 
 @pytest.mark.parametrize("bound, enough", [(1.02, True), (1e4, False)])
-def test_any_bound_that_is_one(gpu_engine: str, bound: float, enough: bool) -> None:
+def test_any_upper_bound_gives_right_states(gpu_engine: str, bound: float, enough: bool) -> None:
     state = check(gpu_engine, random(100.0), bound=torch.tensor(bound, dtype=torch.float64))
     assert has_one_shift(state) == enough
 
@@ -149,7 +149,7 @@ def test_norms_that_overflow(gpu_engine: str, swap: bool) -> None:
 
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("shape", [(1, *enlarged(40)), (*enlarged(40), 1), (1, 1)], ids=str)
-def test_a_line_of_nothing_but_its_positive(
+def test_a_line_without_negatives(
     gpu_engine: str, shape: tuple[int, int], scale: float
 ) -> None:
     """Its sum is zero, its shift a number, and its loss and weights are zero."""
@@ -165,7 +165,7 @@ def test_a_line_of_nothing_but_its_positive(
 
 @pytest.mark.parametrize("scale", [0.0, 14.3, 100.0])
 def test_positives_tie_with_their_duplicates(gpu_engine: str, scale: float) -> None:
-    """All features alike: every row's loss is log(N)."""
+    """If all features are equal, every row's loss is log(N)."""
     n = SHAPE[1]
     x = make_block(n, n, 24).x[:1].repeat(n, 1)
     loss = clip_loss(x, x, scale, backend=gpu_engine, memory_budget=0)

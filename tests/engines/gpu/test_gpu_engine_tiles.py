@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 class Case(NamedTuple):
+    """A dtype, a number of features, and the towers that have factors."""
+
     dtype: str
     width: int
     factors: tuple[bool, bool] = (False, False)
@@ -106,7 +108,7 @@ def test_any_diagonal(gpu_engine: str, diagonal: str) -> None:
 
 
 class Cut(NamedTuple):
-    """A loss, a shape of chunks and an offset, in tiles, rows to keep, of all."""
+    """A kind, the shape of chunks and the offset in tiles, and the share of rows to keep."""
 
     kind: str
     rows: int

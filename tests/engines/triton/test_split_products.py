@@ -56,14 +56,14 @@ def modelled(monkeypatch: pytest.MonkeyPatch) -> Callable[[tensor_core.Core], No
         return lambda core: None
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def be(core: tensor_core.Core) -> None:
+    def install(core: tensor_core.Core) -> None:
         def create_dot(self, a, b, d, *_):
             total = tensor_core.multiply(a.data, b.data, d.data, core)
             return TensorHandle(total, d.dtype.scalar)
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
-    return be
+    return install
 
 
 @pytest.fixture
@@ -75,11 +75,11 @@ def all_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     from fastclip.triton_kernels.kernels import split_gradients, tile
 
-    def be() -> None:
+    def install() -> None:
         monkeypatch.setattr(tile, "add_product", add_product)
         monkeypatch.setattr(split_gradients, "add_product", add_product)
 
-    return be
+    return install
 
 
 def parts_of(x: torch.Tensor) -> torch.Tensor:
