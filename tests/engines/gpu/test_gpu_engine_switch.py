@@ -149,9 +149,7 @@ def test_norms_that_overflow(gpu_engine: str, swap: bool) -> None:
 
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("shape", [(1, *enlarged(40)), (*enlarged(40), 1), (1, 1)], ids=str)
-def test_a_line_without_negatives(
-    gpu_engine: str, shape: tuple[int, int], scale: float
-) -> None:
+def test_a_line_without_negatives(gpu_engine: str, shape: tuple[int, int], scale: float) -> None:
     """Its sum is zero, its shift a number, and its loss and weights are zero."""
     block = make_block(*shape, 8, scale=scale)
     state = check(gpu_engine, block)
