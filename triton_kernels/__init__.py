@@ -3,29 +3,36 @@
 Importing this package imports no Triton and touches no device: each operator imports the engine
 when it is first called.
 
-    epilogues.py       every kind once, as functions of a tile of logits
-    logits.py          from products to logits; which pairs count
-    tile.py            a tile of <x_i, y_j>: its place, product, slices, stores
-    flags.py           which of several launches is to work: the device decides
-    bound.py           the one reference of a softmax sweep, made on the device
-    fold.py            the first sweep: what rows and columns remember of a tile, what is kept of it
-    finalise.py        partial sums to float64 states, in a fixed order
-    weights.py         the second sweep: the weights of a tile, made or read
-    split.py           an fp32 product of bf16 ones that is as accurate; opt-in
-    parts.py             its operands
-    split_gradients.py   its weights' products with the features
-    complete.py        from products of weights and features to gradients
-    configurations.py  tile sizes, warps, stages, slices for each architecture; candidates
-    plan.py            launches, their buffers and their traffic, as plain arithmetic
-    card.py            one place to launch from, on the features' device
-    kept.py            what lies where in the tensor that a first sweep keeps
-    block.py           the host's side: a block's operands and layout
-    states.py            of the first sweep
-    gradients.py         of the second: two library products a chunk
-    engine.py          the operators
+On the host:
 
-The kernels have been executed in Triton's interpreter and compiled for five architectures. They
-have not been timed.
+    engine.py          the operators
+    logit_block.py     a block's operands and their layout
+    sweep.py           the first sweep: the shift, launches over chunks, their sums
+    weigh.py           the second sweep: chunks of weights, two library products for each
+    complete.py        the end of the second sweep: products become gradients
+    plan.py            chunks, buffers, memory and traffic, as plain arithmetic
+    configurations.py  tile sizes, warps, stages, slices for each architecture; candidates
+    launch.py          the one place to launch from, on the features' device
+    kept.py            the layout of the tensor that a first sweep keeps
+    epilogues.py       every kind, as functions that kernels apply to a tile of logits
+
+On the device, in `kernels/`:
+
+    tile.py            a tile of <x_i, y_j>: its place, product, slices, stores
+    logits.py          from products to logits; which pairs count
+    sweep.py           the first sweep: folds a tile into sums of rows and columns, keeps weights
+    weigh.py           the second sweep: computes or reads the weights of a tile
+    complete.py        from products of weights and features to gradients
+    bound.py           the shift that all lines of a softmax sweep share
+    finalise.py        from partial sums to float64 states, in a fixed order
+    flags.py           device flags that decide which of several launches works
+    tf32.py            features rounded to tf32
+    split_product.py   an fp32 product made of bf16 products, as accurate; opt-in
+    bf16_parts.py        its operands
+    split_gradients.py   its weights' products with the features
+
+Tests run the kernels in Triton's interpreter and compile them for five architectures.
+`configurations.py` says which tiles were timed on a card.
 """
 
 if __name__ != "fastclip.triton_kernels":
@@ -43,12 +50,12 @@ import torch
 from fastclip.engine import torch_engine
 from fastclip.engine.block import Block
 
-# The one that torch 2.10, the oldest supported, was built with.
+# Torch 2.10, the oldest supported, was built with this version.
 OLDEST_TRITON = (3, 6)
 
 
 def _operator(name: str, block: Block) -> Any:
-    """float64 features are the plain engine's."""
+    """Returns an operator of this engine, or the plain PyTorch engine's for float64 features."""
     if block.x.features.dtype == torch.float64:
         return getattr(torch_engine, name)
     from . import engine
@@ -61,7 +68,7 @@ def sweep(block: Block, *arguments: Any) -> Any:
 
 
 def finish(*arguments: Any) -> Any:
-    from . import engine  # its states are float64 always
+    from . import engine  # also for float64 features: states are float64 for every dtype
 
     return engine.finish(*arguments)
 

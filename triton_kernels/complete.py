@@ -1,4 +1,4 @@
-"""The host's side of what follows the second sweep: products of weights become gradients."""
+"""The host's side of the end of a step: products of weights and features become gradients."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from . import launch
 from .kernels import complete
 from .launch import COLUMNS, LANES, ROWS
 from .plan import Chunk, cdiv
-from .weigh import Last, Weighing
+from .weigh import LastChunk, Weighing
 
 
-class Tail:
-    """What follows the products: positives, factors, gain, scale."""
+class Completion:
+    """Adds the positives' terms to the products and applies factors, gain and scale."""
 
     def __init__(
-        self, sweep: Weighing, positive_weight: Tensor, gain: Tensor, project: bool, dx: Tensor,
+        self, weighing: Weighing, positive_weight: Tensor, gain: Tensor, project: bool, dx: Tensor,
         dy: Tensor,
     ) -> None:  # fmt: skip
-        self.sweep, self.block, self.gain, self.project = sweep, sweep.block, gain, project
+        self.weighing, self.block, self.gain, self.project = weighing, weighing.block, gain, project
         self.weight = positive_weight.to(torch.float64).contiguous()
         self.dx, self.dy = dx, dy
 
     def finish_rows(self, product: Tensor, chunk: Chunk) -> None:
+        """Turns the products of a chunk's rows into gradients."""
         self._complete((product, self.dx[chunk.row_slice], chunk.start))
 
-    def finish(self, last: Last, product_y: Tensor, every_row: bool = False) -> Tensor:
-        """The last chunk's rows, or all of them, the columns, and the totals, which it returns."""
+    def finish(self, last: LastChunk, product_y: Tensor, every_row: bool = False) -> Tensor:
+        """Finishes the last chunk's rows, or every row, and the columns; returns the totals."""
         rows = None
-        if self.sweep.needs_x:
+        if self.weighing.needs_x:
             chunk = last.chunk
             rows = (last.product_x, self.dx[chunk.row_slice], chunk.start)
             if every_row:
                 rows = (self.dx, self.dx, 0)
-        columns = (product_y, self.dy) if self.sweep.needs_y else None
+        columns = (product_y, self.dy) if self.weighing.needs_y else None
         totals = self.block.empty(2, dtype=torch.float64)
         self._complete(rows, columns, last, totals)
         return totals
 
     def finish_columns(self) -> Tensor:
-        """The gradient of a bias of each column, if it is wanted."""
-        b, found = self.block, self.sweep.by_column
+        """Returns the gradient of the key bias; empty unless it is wanted."""
+        b, found = self.block, self.weighing.by_column
         if found is None:
             return b.empty(0, dtype=torch.float64)
         first, last = max(0, -b.offset), min(b.m, b.n - b.offset)
@@ -51,13 +52,15 @@ class Tail:
 
     def _complete(
         self, rows: tuple[Tensor, Tensor, int] | None, columns: tuple[Tensor, Tensor] | None = None,
-        last: Last | None = None, totals: Tensor | None = None,
+        last: LastChunk | None = None, totals: Tensor | None = None,
     ) -> None:  # fmt: skip
-        b, sweep = self.block, self.sweep
+        """Launches the kernel for rows (product, gradient, first row), columns (product, gradient)
+        and totals, each only if it is given."""
+        b, weighing = self.block, self.weighing
         product_x, out_x, first = rows or (None, None, 0)
         product_y, out_y = columns or (None, None)
         sums, tiles = (last.totals, last.tiles) if last else ((None, None, None), (0, 0))
-        kept, lines = sweep.kept, sweep.lines
+        kept, lines = weighing.kept, weighing.lines
         outs, factors = (out_x, out_y), (b.factor_x, b.factor_y)
         projects = [self.project and factor is not None for factor in factors]
         zeroes = [
@@ -74,9 +77,9 @@ class Tail:
         strides += [0 if t is None else t.stride(0) for t in outs]
         launch.launch(
             complete.complete_kernel, programs, product_x, product_y, b.x, b.y, *factors,
-            self.weight, self.gain, b.scale, *outs, *sums, lines.valid, kept.moments, lines.exact,
-            sweep.positive, totals, b.m, b.n, b.d, count, first, b.offset, *tiles, kept.rows,
-            *strides, SPREAD=sweep.spread, PROJECT_X=projects[0], PROJECT_Y=projects[1],
-            CLAMPED_IS_ZERO_X=zeroes[0], CLAMPED_IS_ZERO_Y=zeroes[1], ENLARGED=sweep.enlarged,
-            ROWS=ROWS, BK=COLUMNS, LANES=LANES, num_warps=8,
+            self.weight, self.gain, b.scale, *outs, *sums, lines.kept_is_valid, kept.moments,
+            lines.in_float64, weighing.positive, totals, b.m, b.n, b.d, count, first, b.offset,
+            *tiles, kept.rows, *strides, SPREAD=weighing.spread, PROJECT_X=projects[0],
+            PROJECT_Y=projects[1], CLAMPED_IS_ZERO_X=zeroes[0], CLAMPED_IS_ZERO_Y=zeroes[1],
+            ENLARGED=weighing.enlarged, ROWS=ROWS, BK=COLUMNS, LANES=LANES, num_warps=8,
         )  # fmt: skip

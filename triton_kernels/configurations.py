@@ -1,10 +1,11 @@
 """Tile sizes, warps and stages: one table per architecture, keyed by kernel, arithmetic and width.
 
 Those of sm_90 for half precision won among the candidates that `make gpu` timed on an H100. All
-others are chosen by compiling: registers, shared memory, no spills (tests/engines/triton/
-triton_resources.csv).
-FASTCLIP_TRITON_AUTOTUNE=1 times the candidates on the first call for each kernel, dtype and D;
-never M or N, which change from batch to batch.
+others are chosen by what the compiler reports: registers, shared memory, no spills
+(tests/engines/triton/triton_resources.csv).
+
+With FASTCLIP_TRITON_AUTOTUNE=1 the first call for each kernel, dtype and D times the candidates. M
+and N, which change from batch to batch, never trigger it.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ AUTOTUNE = "FASTCLIP_TRITON_AUTOTUNE"
 
 
 class Config(NamedTuple):
+    """The tile of a kernel, BM x BN with steps of BK along D, and how the kernel is launched."""
+
     bm: int
     bn: int
     bk: int
     warps: int
     stages: int
-    group: int = 8
-    # How many parts of its columns a tile goes through the epilogue in: more take fewer registers.
+    group: int = 8  # rows of tiles that are taken together, so that they share columns in L2
+    # Slices of columns in which a tile goes through the epilogue: more slices take fewer registers.
     slices: int = 1
-    # Tensor descriptors, and as many programs as the card has room for, each with many tiles.
+    # Uses tensor descriptors, and as many programs as fit on the card, each with many tiles.
     descriptors: bool = False
 
 
-# Bytes of shared memory that one program may ask for.
+# Bytes of shared memory that one program may use.
 SHARED_MEMORY = {
     "sm_80": 163 << 10,
     "sm_86": 99 << 10,
@@ -56,15 +59,17 @@ def _table_of(
     half: dict[str, Config], tf32: dict[str, Config], split: dict[str, Config], ieee: Config,
     odd: Config,
 ) -> Table:  # fmt: skip
-    """For each kind of kernel: the first "sweep", one whose weights are "kept", the second one
-    ("weigh"), "both" in one go, any of these whose epilogue is "heavy", the products of split
-    weights ("gradient"), "tile" for whichever shifts each line has, "small" blocks. For each
-    arithmetic: "half" (bf16 and fp16 on tensor cores), "tf32", "split" (fp32 in parts of bf16), and
-    "ieee" (fp32 on the ordinary cores). For each width: rows that are "wide", "narrow" (no use for
-    a long step along D) and "odd" (they do not begin on 16 bytes: loads go through registers).
+    """Returns the configurations of an architecture, by kernel, arithmetic and width.
 
-    A kind that is not named has the configuration of "tile", a heavy one that of
-    "both" or "kept"."""
+    Kernels: the first "sweep", one whose weights are "kept", the second one ("weigh"), "both" in
+    one go, any of these with a "heavy" epilogue, the products of split weights ("gradient"), "tile"
+    if each line has a shift of its own, "small" blocks. Arithmetics: "half" (bf16 and fp16 on
+    tensor cores), "tf32", "split" (fp32 in parts of bf16), "ieee" (fp32 on the ordinary cores).
+    Widths: rows that are "wide", "narrow" (too short for a long step along D) or "odd" (they do not
+    begin on 16 bytes, and are loaded through registers).
+
+    A kernel that is not named has the configuration of "tile"; a heavy one that of "both" or
+    "kept"."""
     table = {}
     tables = {"half": half, "tf32": tf32, "split": split, "ieee": {"tile": ieee}}
     for arithmetic, configs in tables.items():
@@ -85,7 +90,7 @@ _IEEE = Config(64, 64, 16, 4, 3)
 _ODD = Config(64, 64, 32, 4, 2)
 _SMALL = Config(64, 64, 64, 4, 3)
 _TF32 = {"tile": Config(128, 64, 32, 8, 3), "small": Config(64, 64, 32, 4, 3)}
-# A step takes three parts of either tower and a second accumulator.
+# A step takes three parts of each tower's features and a second accumulator.
 _SPLIT = {"tile": Config(128, 64, 32, 8, 3), "small": Config(64, 64, 32, 4, 3)}
 _INTERPRETED = Config(32, 32, 32, 1, 1, group=2)
 _DESCRIBED = _INTERPRETED._replace(descriptors=True, slices=2)
@@ -112,8 +117,9 @@ TABLE: dict[str, Table] = {
         {"tile": Config(128, 64, 32, 8, 2), "small": Config(64, 64, 32, 4, 2)},
         _IEEE, _ODD,
     ),
-    # A tile twice as wide, or as high, halves what the other tower costs in L2. The first sweep's
-    # sums of columns take half the shuffles in a high one; a wide one has registers for weights.
+    # A tile twice as wide, or as high, halves the traffic of the other tower's features in L2. In a
+    # high tile the first sweep's column sums take half the shuffles; a wide one has registers for
+    # weights.
     "sm_90": _table_of(
         {
             "sweep": Config(256, 128, 64, 8, 3, descriptors=True),
@@ -131,8 +137,8 @@ TABLE: dict[str, Table] = {
             **_TF32,
         },
         {
-            # The next step's features are asked for when a step's products are done: of two
-            # stages none would be on its way meanwhile.
+            # Loads of the next step's features are issued after a step's products: with two stages
+            # none would be in flight during the products.
             "sweep": Config(128, 128, 32, 8, 4, descriptors=True),
             "kept": Config(128, 128, 32, 8, 4, slices=4, descriptors=True),
             "weigh": Config(128, 128, 32, 8, 4, slices=2, descriptors=True),
@@ -154,7 +160,7 @@ TABLE: dict[str, Table] = {
         },
         _TF32, _SPLIT, _IEEE, _ODD,
     ),
-    # ROCm, and whatever comes next.
+    # ROCm, and architectures that are not known yet.
     "default": _table_of(
         {
             "kept": Config(128, 64, 32, 8, 2, slices=2),
@@ -165,18 +171,18 @@ TABLE: dict[str, Table] = {
         {"tile": Config(64, 64, 32, 4, 2)}, {"tile": Config(64, 64, 32, 4, 1)},
         _IEEE._replace(stages=2), _ODD,
     ),
-    # Small, so that small blocks have edges, corners and several tiles.
+    # Tiles are small, so that small blocks have edges, corners and several tiles.
     "interpreter": _table_of(
         {"tile": _DESCRIBED}, {"tile": _DESCRIBED}, {"tile": _DESCRIBED}, _INTERPRETED, _INTERPRETED
     ),
 }  # fmt: skip
 
-# Milliseconds of each candidate, where they were timed.
+# Milliseconds of each candidate that was timed.
 TIMES: dict[tuple[object, ...], dict[Config, float]] = {}
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The table for a CUDA card's capability."""
+    """Returns the name of the table for a CUDA card's capability."""
     if capability == (8, 0):
         return "sm_80"
     if capability[0] == 8 or capability[0] == 12:
@@ -201,9 +207,9 @@ def choose(
     device: torch.device, dtype: torch.dtype, tf32: bool, d: int, unit: int, kernel: str,
     run: Callable[[Config], object] | None = None, split: bool = False,
 ) -> Config:  # fmt: skip
-    """The configuration of a kernel, one of KINDS and, after commas, which of them, for features
-    (_, d) whose rows begin at multiples of `unit` elements. `run` launches it once with a
-    candidate: it is what autotuning, where it is asked for, takes the time of."""
+    """Returns the configuration of a kernel for features (_, d) whose rows begin at multiples of
+    `unit` elements. kernel: one of KINDS and, after commas, words that tell its variants apart.
+    `run` launches the kernel once with a candidate: autotuning, if it is on, times that."""
     width = "odd" if unit == 1 else "narrow" if d <= NARROW else "wide"
     kind = kernel.partition(",")[0]
     default = _table(device)[kind, arithmetic_of(dtype, tf32, split), width]
@@ -217,9 +223,9 @@ def choose(
     return min(TIMES[key], key=TIMES[key].__getitem__)
 
 
-# Rows, columns, warps, slices. Triton 3.6 and 3.7 compile them for sm_90 without spilling but the
-# last, which spills 16 bytes. Two programs of four warps and three stages share a processor: one
-# multiplies while the other folds.
+# Rows, columns, warps, slices. Triton 3.6 and 3.7 compile all of them for sm_90 without spilling,
+# except the last, which spills 16 bytes. Two programs of four warps and three stages share a
+# processor: one multiplies while the other folds.
 SHAPES = {
     "sweep": ((256, 128, 8, 1), (128, 256, 8, 1), (128, 128, 8, 1), (128, 128, 4, 1)),
     "weigh": ((128, 256, 8, 2), (256, 128, 8, 2), (128, 128, 8, 1), (128, 128, 4, 2)),
@@ -229,7 +235,8 @@ SHAPES = {
 
 
 def candidates(default: Config, kind: str) -> list[Config]:
-    """What may be faster for a kind of kernel, the default first: of equal times the first wins."""
+    """Returns configurations that may be faster for a kernel, the default first: the first wins a
+    tie."""
     found = [default]
     if default.descriptors:
         for bm, bn, warps, slices in SHAPES.get(kind.partition(",")[0], ()):
@@ -249,7 +256,7 @@ def candidates(default: Config, kind: str) -> list[Config]:
 
 
 def _time(run: Callable[[Config], object], config: Config) -> float:
-    """Milliseconds; infinite for a candidate that the card has no room for."""
+    """Returns milliseconds; infinity for a candidate that does not fit on the card."""
     try:
         return float(do_bench(lambda: run(config), warmup=5, rep=20))
     except OutOfResources:

@@ -1,7 +1,7 @@
-"""The Triton engine: `ops.py`'s operators for CUDA tensors.
+"""The Triton engine: the operators of `fastclip.engine.operators` for CUDA tensors.
 
-Nothing here waits for the device: what depends on data (the shift, whether it was enough,
-whether one exponential serves) is decided there, so every call can be captured in a CUDA graph.
+Nothing here waits for the device. The device itself computes the shift, finds out if it was enough,
+and decides which kernels work. Every call can therefore be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastclip.engine.kept import Weights
 from fastclip.kinds import kind_of
 
 from . import launch, plan
-from .complete import Tail
+from .complete import Completion
 from .configurations import Config
 from .epilogues import epilogue_of
 from .kept import Kept
@@ -30,7 +30,7 @@ from .weigh import Weighing
 def sweep(
     block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.py`'s sweep. What it keeps is described in `kept.py`; a small block fills in nothing."""
+    """Runs the first sweep. `kept.py` describes what it keeps; a small block keeps nothing."""
     keeping = Weights.empty(block.x.features, block.y.features, keep)
     block = LogitBlock(block)
     state, positive = block.new_states()
@@ -38,7 +38,7 @@ def sweep(
     if block.is_small and block.kind.has_shift:
         config = block.config(block.kernel_of_lines)
         layers = plan.MAXIMA_LAYERS * block.folds
-        chunks = plan.sweep(block.n, config, layers, 0, block.m)
+        chunks = plan.sweep_chunks(block.n, config, layers, 0, block.m)
         partial = block.empty(layers * max(chunk.partials for chunk in chunks))
         sweep_maxima(block, config, chunks, partial, state, positive, kept, None)
     else:
@@ -51,7 +51,8 @@ def _sweep(
     block: LogitBlock, bound: Tensor | None, occupied: Tensor | None, state: Tensor,
     positive: Tensor, kept: Kept,
 ) -> None:  # fmt: skip
-    """With one shift for all lines, if they have any, and a way out if that is not enough."""
+    """Sweeps with one shift for all lines, or none; and again, with a shift for each line, if the
+    device finds one shift too coarse."""
     shift = flag = None
     if block.kind.has_shift:
         shift, flag = shift_of(block, bound, kept)
@@ -60,9 +61,9 @@ def _sweep(
 
     def prepare(config: Config, keeping: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:
         m, n = block.m, block.n
-        chunks = plan.sweep(n, keeping, plan.KEPT_LAYERS, 0, kept.rows, kept=True)
-        chunks += plan.sweep(n, config, layers, kept.rows, m)
-        again = [] if flag is None else plan.sweep(n, by_maxima, maxima_layers, 0, m)
+        chunks = plan.sweep_chunks(n, keeping, plan.KEPT_LAYERS, 0, kept.rows, kept=True)
+        chunks += plan.sweep_chunks(n, config, layers, kept.rows, m)
+        again = [] if flag is None else plan.sweep_chunks(n, by_maxima, maxima_layers, 0, m)
         sizes = [(plan.KEPT_LAYERS if c.kept else layers) * c.partials for c in chunks]
         sizes += [maxima_layers * chunk.partials for chunk in again]
         return chunks, again, block.empty(max(sizes))
@@ -97,7 +98,7 @@ def _sweep(
 def finish(
     state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.py`'s finish, in one launch: a small batch waits for launches, not for arithmetic."""
+    """Finishes lines in one launch: launches, not arithmetic, cost a small batch its time."""
     lines = state.shape[1]
     state = state if state.stride(1) == 1 else state.contiguous()
     results = tuple(torch.empty_like(state[0]) for _ in range(3))
@@ -113,26 +114,26 @@ def finish(
 def weigh(
     block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ops.py`'s weigh: a chunk of weights, two products with the features, the next chunk."""
+    """Runs the second sweep: a chunk of weights, two products with the features, the next chunk."""
     state, positive, kept = statistics
     block = LogitBlock(block)
-    # Sums of columns were not kept.
+    # Kept moments do not include the column sums of weights that a key bias needs.
     kept = Kept() if wanted.key_bias else block.kept(kept)
     needs = (wanted.x, wanted.y, wanted.key_bias)
     work = Weighing(block, state, positive.contiguous(), upstream.coefficients, needs, kept)
     dx = block.empty(block.m if wanted.x else 0, block.d, dtype=wanted.dtype_x)
     dy = block.empty(block.n if wanted.y else 0, block.d, dtype=wanted.dtype_y)
     product = dy if dy.dtype == torch.float32 else block.empty(*dy.shape)
-    tail = Tail(work, upstream.positive_weight, upstream.gain, wanted.project, dx, dy)
-    last = work.run(block.kernel_of_weights, dx, product, tail.finish_rows)
-    return dx, dy, tail.finish(last, product), tail.finish_columns()
+    completion = Completion(work, upstream.positive_weight, upstream.gain, wanted.project, dx, dy)
+    last = work.run(block.kernel_of_weights, dx, product, completion.finish_rows)
+    return dx, dy, completion.finish(last, product), completion.finish_columns()
 
 
 @on_its_device
 def sweep_and_weigh(
     block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ops.py`'s sweep_and_weigh: every tile is made once, folded and weighed."""
+    """Runs both sweeps in one go: every tile is computed once, folded and weighed."""
     block = LogitBlock(block)
     state, positive = block.new_states()
     needs = (needs_x, needs_y, False)
@@ -140,8 +141,8 @@ def sweep_and_weigh(
     dx = block.empty(block.m if needs_x else 0, block.d)
     dy = block.empty(block.n if needs_y else 0, block.d)
     last = work.run(block.kernel_of_weights, dx, dy)
-    # Only now the positives, whose weights the gradients wait for, are known.
+    # The positives are known only now, and the gradients need their weights.
     rows = state[:, : block.m]
     _, _, weights = finish(rows, positive, block.scale, block.bias, block.kind.name)
-    totals = Tail(work, weights, gain, project, dx, dy).finish(last, dy, every_row=True)
+    totals = Completion(work, weights, gain, project, dx, dy).finish(last, dy, every_row=True)
     return state, positive, dx, dy, totals

@@ -1,13 +1,13 @@
-"""Every kind once, as three functions that the kernels take as compile-time arguments.
+"""Every kind as three functions, which the kernels take as compile-time arguments.
 
-    fold(x)              what a pair adds to the sum that its row and its column remember
-    activation(x)        its weight dL/ds up to the factor (a_i + b_j) of its row and column
+    fold(x)                 the term that a pair adds to the sums of its row and its column
+    activation(x)           its weight dL/ds, up to the factor (a_i + b_j) of its row and column
     finish(shift, sum, s)   loss, coefficient and positive's weight of a line, in float64
 
-x is the logit in log2 units, less the shift of all lines or of each (`logits.py`); a kind
-without a shift has the shift 0. Masking, positives and sums are the kernels'. A new kind is
-three such functions and an `Epilogue`, besides what `fastclip.kinds` asks of it; no kernel changes.
-The same functions in C++: `csrc/epilogues.h`.
+x is the logit in log2 units, less the shift of all lines or of its own line (`logits.py`); a kind
+without a shift has the shift 0. The kernels do the masking, the positives and the sums. A new kind
+needs three such functions and an `Epilogue`, besides its entry in `fastclip.kinds`; no kernel
+changes. The same functions in C++ are in `csrc/epilogues.h`.
 """
 
 import os
@@ -26,8 +26,8 @@ TINY = tl.constexpr(2.0**-1022)  # float64's least normal number
 
 @triton.jit
 def quotient(a, b):
-    """a / b for b between 1 and 2: there the card's reciprocal, an instruction, is off by two units
-    in the last place at most. A division of any two floats takes a dozen."""
+    """Returns a / b for b between 1 and 2. There the card's reciprocal, a single instruction, is
+    off by at most two units in the last place; a general division takes a dozen instructions."""
     if INTERPRETED:
         return a / b
     else:
@@ -41,10 +41,10 @@ def softmax_fold(x):
 
 @triton.jit
 def softplus(z):
-    """log(1 + e^z) in float64; at -inf, a line without negatives, 0."""
+    """Returns log(1 + e^z) in float64: 0 at -inf, the value of a line without negatives."""
     u = tl.exp(-tl.abs(z))
     w = 1 + u
-    # What rounding 1 + u has lost, the quotient gives back.
+    # The quotient restores what 1 + u has lost to rounding.
     log1p = tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
     return tl.where(z <= 0, 0.0, z) + log1p
 
@@ -54,14 +54,15 @@ def softmax_finish(shift, sum, s):
     # log(1 + R / P), in the log domain: neither R nor P needs to be representable.
     z = (tl.log2(sum) + shift) * LN2 - s
     total = sum + tl.exp2(s * LOG2E - shift)
-    # Only matters to a line without negatives whose positive underflows.
+    # This matters only to a line without negatives whose positive underflows.
     total = tl.where(total < TINY, TINY, total)
     return softplus(z), 1 / total, -sum / total
 
 
 @triton.jit
 def log1p_unit(u):
-    """log(1 + u) for u in [0, 1]; relative error 5e-9 before rounding, also where u is small."""
+    """Returns log(1 + u) for u in [0, 1], with a relative error of 5e-9 before rounding, also for
+    small u."""
     q = u * -3.24402461e-3 + 1.985145949e-2
     q = q * u - 5.695952952e-2
     q = q * u + 1.060365441e-1
@@ -76,7 +77,7 @@ def log1p_unit(u):
 
 @triton.jit
 def sigmoid_fold(x):
-    # The maximum loses a NaN, the other term keeps it.
+    # The maximum drops a NaN, but the other term keeps it.
     return tl.maximum(x, 0.0) * LN2 + log1p_unit(tl.exp2(-tl.abs(x)))
 
 
@@ -92,10 +93,12 @@ def sigmoid_finish(shift, sum, s):
 
 
 class Epilogue(NamedTuple):
+    """The functions of a kind."""
+
     fold: Any
     activation: Any
     finish: Any
-    # Little enough for weights of the widest tile without spilling.
+    # True if it takes so few registers that the widest tile's weights do not spill.
     is_light: bool = False
 
 
@@ -106,7 +109,7 @@ EPILOGUES = {
 
 
 def epilogue_of(name: str) -> Epilogue:
-    """Raises ValueError for one that this engine does not have."""
+    """Returns a kind's epilogue; raises ValueError if this engine has none of that name."""
     if name not in EPILOGUES:
         raise ValueError(f"kind must be one of {', '.join(map(repr, EPILOGUES))}, got {name!r}")
     return EPILOGUES[name]

@@ -1,6 +1,6 @@
-"""What a first sweep has kept: weights up to their coefficients, and their moments.
+"""The layout of what a first sweep keeps: weights without their coefficients, and their moments.
 
-`fastclip.engine.kept` says how long the tensor is; this is what lies where in it.
+`fastclip.engine.kept` decides how long the tensor is.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .plan import cdiv
 
 
 class Kept(NamedTuple):
-    """The parts of `kept` for a block."""
+    """Views of the kept tensor of a block; all are absent if nothing was kept."""
 
     rows: int = 0
     moments: Tensor | None = None  # sums of w and of w * t for every line, (2, m + n)
-    shift: Tensor | None = None  # that w is relative to, (1)
-    weights: Tensor | None = None  # (rows, n and what its rows are padded by)
+    shift: Tensor | None = None  # the shift that w is relative to, (1)
+    weights: Tensor | None = None  # w, (rows, n and padding)
 
     @staticmethod
     def of(kept: Tensor, m: int, n: int, x: Tensor) -> Kept:

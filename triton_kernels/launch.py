@@ -1,6 +1,6 @@
-"""What every launch has in common: the card's stream, its settings, and one place to launch from.
+"""The one place to launch kernels from, and the settings that launches share.
 
-Launches go to the current stream of the features' device. float64 is the plain engine's.
+Launches go to the current stream of the features' device. The plain PyTorch engine takes float64.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from fastclip.engine.block import Block
 from .configurations import SHARED_MEMORY, Config
 from .epilogues import INTERPRETED
 
-# Lanes of single programs.
+# Numbers that one program of a kernel over lines or totals takes at a time.
 LANES = 1024
-# Rows and columns of a program that goes over features alone. The interpreter takes as long for
-# many as for few.
+# Rows and columns of a program that only goes over features. The interpreter needs as long for many
+# rows as for few.
 ROWS, COLUMNS = (64 if INTERPRETED.value else 8), 128
-# In how many parts a tile of the edges goes through the epilogue: masks take registers.
+# Slices in which a tile of the edges goes through the epilogue: masks take registers.
 EDGE_SLICES = 1 if INTERPRETED.value else 4
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Launches so many programs of a kernel; tests and tools replace it to count or to compile."""
     kernel[(programs,)](*arguments, **constants)
 
 
 def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Returns a descriptor that loads or stores blocks of rows x columns."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def stored(out: Tensor | None, config: Config) -> Any:
-    """A matrix that plain tiles are written to, as their kernel takes it."""
+    """Returns a matrix that plain tiles are written to, in the form that their kernel takes."""
     if out is None or not config.descriptors:
         return out
     return described(out, config.bm, config.bn // config.slices)
@@ -52,14 +54,16 @@ def _processors(device: torch.device) -> int:
 
 
 def room(device: torch.device, config: Config, itemsize: int) -> int:
-    """Programs that run at the same time: one of eight warps has registers for no other beside it,
-    two of four warps may not have the shared memory."""
+    """Returns how many programs run at the same time. A program of eight warps leaves no registers
+    for a second one on its processor; two of four warps may lack the shared memory."""
     step = (config.bm + config.bn) * config.bk * itemsize
     by_memory = SHARED_MEMORY["sm_90"] // (config.stages * step)
     return _processors(device) * max(1, min(8 // config.warps, by_memory))
 
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates an operator: it runs with its first argument's device as the current one."""
+
     @functools.wraps(operator)
     def run(first: Block | Tensor, *arguments: Any) -> Any:
         x = first.x.features if isinstance(first, Block) else first
@@ -70,10 +74,10 @@ def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes_split(x: Tensor) -> bool:
-    """Whether fp32 products are made of bf16 ones."""
+    """True if products of these features are made of bf16 products."""
     return preference.products_of(x.dtype) == "split"
 
 
 def takes_tf32(x: Tensor) -> bool:
-    """Whether the user lets fp32 matmuls round their operands to tf32."""
+    """True if the user allows fp32 matmuls to round these features to tf32."""
     return preference.tf32() and x.dtype == torch.float32 and not torch.version.hip

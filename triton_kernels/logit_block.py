@@ -1,4 +1,4 @@
-"""A rectangular block of logits on the host: operands, their layout, and parts of it."""
+"""The host's view of a rectangular block of logits: its operands, their layout, and its chunks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LogitBlock:
         self.is_plain, self.same_id_positive = block.is_plain, block.same_id_positive
         self.tf32, self.split = takes_tf32(x), takes_split(x)
         self.x, self.y = (self._rows(t) for t in (x, y))
-        # As products take them, `depth` features long.
+        # The operands of products, `depth` features long.
         self.depth = split_product.padded(self.d) if self.split else self.d
         self.operands = (self.x, self.y)
         if self.split:
@@ -49,25 +49,26 @@ class LogitBlock:
             for t in (block.x.ids, block.y.ids, block.x.threshold, block.y.threshold)
         )
         self.unit = self._unit()
-        # Beyond the block every offset is alike; within 32 bits there is one kernel for all.
+        # All offsets beyond the block mean the same. Clamped to 32 bits, they share one kernel.
         self.offset = max(-self.m, min(block.offset, self.n))
         self.is_small = plan.is_small(self.m, self.n)
 
     def _biases(self, bias: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Biases of the logits of each column, in log2 units: an integral part and the rest;
-        and the largest of them."""
+        """Returns the biases of the columns in log2 units, as an integral part and the rest, and
+        the largest bias."""
         bias = bias.to(torch.float64)
         if self.bias is not None:
             bias = bias + self.bias.reshape(()).to(torch.float64)
         bias = bias * LOG2E.value
         high = bias.round().to(torch.float32)
         low = torch.where(high.isinf(), 0.0, bias - high).to(torch.float32)
-        # Any finite number will do if all are -inf.
+        # If all are -inf, any finite number serves.
         return (high, low), bias.amax().clamp_min(-1e30)
 
     def _rows(self, x: Tensor) -> Tensor:
+        """Returns features whose rows kernels can load, rounded to tf32 if products are tf32."""
         side_by_side = x.stride(1) == 1 or x.shape[1] == 1
-        # Descriptors take no rows that overlap, such as one row expanded.
+        # Descriptors do not support overlapping rows, such as one row expanded.
         apart = x.stride(0) >= x.shape[1] or x.shape[0] == 1
         x = x if side_by_side and apart else x.contiguous()
         if not self.tf32:
@@ -80,6 +81,7 @@ class LogitBlock:
         return rounded
 
     def _parts(self, x: Tensor) -> Tensor:
+        """Returns features split into three bf16 parts."""
         out = torch.empty(len(x), 3 * self.depth, dtype=torch.bfloat16, device=x.device)
         launch.launch(
             bf16_parts.to_parts_kernel, cdiv(len(x), ROWS), x, out, *x.shape, x.stride(0),
@@ -88,7 +90,7 @@ class LogitBlock:
         return out
 
     def _unit(self) -> int:
-        """Elements in 16 bytes, if every row of both operands begins on 16 bytes, else 1."""
+        """Returns the elements in 16 bytes if all rows of both operands begin on them, else 1."""
         unit = 16 // self.operands[0].element_size()
         for t in self.operands:
             if t.data_ptr() % 16 or t.shape[1] % unit or t.stride(0) % unit:
@@ -96,8 +98,7 @@ class LogitBlock:
         return unit
 
     def features(self, chunk: Chunk, config: Config | None = None) -> tuple[Any, Any]:
-        """x and y of a chunk, which is a block of its own; as descriptors if a config is given and
-        asks for them."""
+        """Returns x and y of a chunk, as descriptors if a config is given and uses them."""
         x, y = self.operands
         x, y = x[chunk.row_slice], y[chunk.column_slice]
         if config is None or not config.descriptors:
@@ -105,56 +106,56 @@ class LogitBlock:
         return launch.described(x, config.bm, config.bk), launch.described(y, config.bn, config.bk)
 
     def logits(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        """LOGITS of `logits.py` for a chunk: all that makes logits of its products."""
+        """Returns a chunk's LOGITS: all that `kernels/logits.py` needs to make logits."""
 
-        def part(t: Tensor | None, lines: slice) -> Tensor | None:
+        def sliced(t: Tensor | None, lines: slice) -> Tensor | None:
             return None if t is None else t[lines]
 
         rows, columns = chunk.row_slice, chunk.column_slice
         return (
-            part(self.factor_x, rows), part(self.factor_y, columns), self.scale, self.bias,
-            *(part(t, columns) for t in self.key_bias),
-            *map(part, self.sides, (rows, columns, rows, columns)),
+            sliced(self.factor_x, rows), sliced(self.factor_y, columns), self.scale, self.bias,
+            *(sliced(t, columns) for t in self.key_bias),
+            *map(sliced, self.sides, (rows, columns, rows, columns)),
         )  # fmt: skip
 
     @property
     def same_id(self) -> int:
-        """SAME_ID of the kernels: 0, or the sign that logits of positives by id are folded with."""
+        """The kernels' SAME_ID: 0, or the sign with which positives by id are folded."""
         return (-1 if self.kind.negates_positives else 1) if self.same_id_positive else 0
 
     @property
     def folds(self) -> int:
-        """Sets of pairs that lines remember: negatives, and positives by id."""
+        """The number of sums of each line: over negatives and, if asked for, positives by id."""
         return 2 if self.same_id_positive else 1
 
     @property
     def functions(self) -> dict[str, Any]:
-        """Compile-time arguments of the kernels that fold and make weights."""
+        """Compile-time arguments of the kernels that fold and weigh."""
         epilogue = self.epilogue
         return {
             "FOLD": epilogue.fold, "ACTIVATION": epilogue.activation, "SAME_ID": self.same_id
         }  # fmt: skip
 
     def offset_of(self, chunk: Chunk) -> int:
-        """A chunk's offset, again within 32 bits."""
+        """Returns the offset of a chunk, clamped to 32 bits like the block's."""
         offset = self.offset + chunk.start - chunk.column_start
         return max(-chunk.rows, min(offset, chunk.columns))
 
     def skipped(self, chunk: Chunk) -> int:
-        """Tiles of each row of tiles that the edges' launch takes: all in a small block, which
-        waits for launches."""
+        """Returns how many whole tiles of each row of tiles the edges' launch takes: all in a small
+        block, whose time goes into launches."""
         if self.is_small:
             return chunk.columns // chunk.bn
         return chunk.skipped(self.offset_of(chunk))
 
     @property
     def width(self) -> int:
-        """Features of an operand, in units."""
+        """The features of an operand, counted in units."""
         return self.depth // self.unit
 
     @property
     def strides(self) -> tuple[int, int]:
-        """From row to row, in units."""
+        """The distances between rows of x and of y, counted in units."""
         x, y = self.operands
         return x.stride(0) // self.unit, y.stride(0) // self.unit
 
@@ -164,7 +165,7 @@ class LogitBlock:
         return "tf32" if self.tf32 else "split" if self.split else "ieee"
 
     def tiles(self, config: Config) -> dict[str, Any]:
-        """Compile-time arguments of every kernel that makes tiles."""
+        """Returns compile-time arguments of every kernel that computes tiles."""
         return {
             "BM": config.bm, "BN": config.bn, "BK": config.bk, "EVEN": self.depth % config.bk == 0,
             "PRECISION": self.precision, "UNIT": self.unit, "num_warps": config.warps,
@@ -172,29 +173,30 @@ class LogitBlock:
         }  # fmt: skip
 
     def edge_tiles(self, config: Config) -> dict[str, Any]:
-        """And of one for the edges, where masks take registers: of 128 x 128 numbers no thread
-        holds more than 64."""
+        """Returns those of a kernel for the edges. Masks take registers, so it has more warps: of
+        128 x 128 numbers no thread holds more than 64."""
         warps = max(config.warps, min(8, config.bm * config.bn // 2048))
         return {"SLICES": launch.EDGE_SLICES, **self.tiles(config), "num_warps": warps}
 
     def plain_tiles(self, config: Config) -> dict[str, Any]:
-        """And of one for plain tiles."""
+        """Returns those of a kernel for plain tiles."""
         return {
             "D": self.width, "GROUP": config.group, "SLICES": config.slices,
             "DESCRIBED": config.descriptors, **self.tiles(config),
         }  # fmt: skip
 
     def programs(self, tiles: int, config: Config) -> int:
-        """For so many plain tiles."""
+        """Returns the number of programs for so many plain tiles."""
         if not config.descriptors:
             return tiles
         return min(tiles, launch.room(self.x.device, config, self.operands[0].element_size()))
 
-    # Masks take registers that the widest tiles do not have.
+    # Names of configurations (`configurations.KINDS`). Masks take registers that the widest tiles
+    # do not have, so masked blocks have other configurations than plain ones.
 
     @property
     def kernel_of_lines(self) -> str:
-        """Configurations of the kernels that give each line a shift of its own."""
+        """The kernels that give each line a shift of its own."""
         return "tile" if self.is_plain and not self.is_small else "small"
 
     @property
@@ -219,7 +221,7 @@ class LogitBlock:
     def config(
         self, kernel: str, run: Callable[[Config], object] | None = None, how: str = ""
     ) -> Config:
-        """how: which of these kernels `run` launches."""
+        """Returns the configuration of a kernel. how: the variant of it that `run` launches."""
         x, words = self.x, [kernel, self.kind.name, how, "" if self.is_plain else "masked"]
         return configurations.choose(
             x.device, x.dtype, self.tf32, self.d, self.unit, ", ".join(filter(None, words)), run,
@@ -230,12 +232,13 @@ class LogitBlock:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
     def kept(self, kept: Tensor) -> Kept:
-        """The parts of what a first sweep has kept. A small one keeps nothing, and nothing is kept
-        where a pair's weight is not one number times the sum of two coefficients."""
+        """Returns views of what a first sweep has kept. Small blocks keep nothing, and neither do
+        blocks in which a weight is not one number times the sum of two coefficients."""
         keeps = self.sides[2] is None and self.largest_bias is None and not self.same_id_positive
         return Kept.of(kept, self.m, self.n, self.x) if keeps and not self.is_small else Kept()
 
     def new_states(self) -> tuple[Tensor, Tensor]:
+        """Returns room for the states, and for the positives: NaN for rows without one."""
         positive = self.empty(self.m, dtype=torch.float64)
         if self.offset < 0 or self.m + self.offset > self.n:  # rows without a positive
             positive.fill_(torch.nan)

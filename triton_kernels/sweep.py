@@ -1,4 +1,4 @@
-"""The host's side of the first sweep: the shift, the launches over chunks, and their sums."""
+"""The host's side of the first sweep: the shift, launches over chunks, and their sums."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .launch import COLUMNS, LANES, ROWS
 from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
 
-# Lines and partials of a program of `finalise.py`.
-LINES, PARTS = 32, 64
+# Lines that a program of `kernels/finalise.py` owns, and partials that it adds up at a time.
+LINES, PARTIALS = 32, 64
 
 
 def shift_of(block: LogitBlock, bound: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
-    """The one shift, and the flag that will say whether it was too coarse."""
+    """Returns the shift that all lines share, and the flag that says if it was too coarse."""
     shift, flag = block.empty(1), block.empty(1, dtype=torch.int32)
     counts, squares = [0, 0], None
     if bound is None:
-        # Those of features with factors are 1.
-        lines = [
+        # Features with factors have norm 1: their rows are left out.
+        rows = [
             0 if factor is not None else len(features)
             for features, factor in ((block.x, block.factor_x), (block.y, block.factor_y))
         ]
-        counts = [cdiv(count, ROWS) for count in lines]
+        counts = [cdiv(count, ROWS) for count in rows]
         if any(counts):
             squares = block.empty(sum(counts))
             launch.launch(
-                bound_kernels.longest_kernel, sum(counts), block.x, block.y, squares, *lines,
+                bound_kernels.longest_kernel, sum(counts), block.x, block.y, squares, *rows,
                 block.d, block.x.stride(0), block.y.stride(0), ROWS=ROWS, BK=COLUMNS,
             )  # fmt: skip
     launch.launch(
@@ -46,9 +46,9 @@ def run_sweep(
     block: LogitBlock, config: Config, chunk: Chunk, shift: Tensor | None, positive: Tensor,
     kept: Kept, partial: Tensor,
 ) -> None:  # fmt: skip
-    """Every tile of a chunk, plain ones and those of the edges."""
+    """Sweeps all tiles of a chunk, plain ones and those of the edges, with one shift or none."""
     skipped = block.skipped(chunk)
-    plain = chunk.plain(skipped)
+    plain = chunk.plain_tiles(skipped)
     keeping = kept.weights[chunk.row_slice] if chunk.kept else None
     stride_kept = keeping.stride(0) if chunk.kept else 0
     sizes = (chunk.rows, chunk.columns)
@@ -72,14 +72,14 @@ def _programs_of_lines(chunk: Chunk) -> int:
 
 
 def _lines(chunk: Chunk) -> tuple[int, ...]:
-    """A chunk as `finalise.py` takes it."""
+    """Returns the sizes of a chunk in the order that `kernels/finalise.py` takes."""
     return (
         chunk.rows, chunk.columns, chunk.tiles_m, chunk.tiles_n, chunk.start, chunk.column_start,
     )  # fmt: skip
 
 
 def _begins_and_ends(block: LogitBlock, chunk: Chunk) -> tuple[int, ...]:
-    """Whether its rows' states begin with this chunk, its columns' do, and all end with it."""
+    """Returns three flags: the chunk is the first of its rows; of its columns; the last of all."""
     return int(chunk.column_start == 0), int(chunk.start == 0), int(chunk.stop == block.m)
 
 
@@ -87,30 +87,33 @@ def add_sums(
     block: LogitBlock, chunk: Chunk, partial: Tensor, state: Tensor, occupied: Tensor | None,
     shift: Tensor | None, flag: Tensor | None,
 ) -> None:  # fmt: skip
+    """Adds a chunk's partial sums, which share one shift or have none, to the states."""
     for index in range(block.folds):
         launch.launch(
             finalise.sums_kernel, _programs_of_lines(chunk), partial[index * chunk.partials :],
             state[2 * index :], None if occupied is None else occupied[index], shift, flag,
             *_lines(chunk), block.m, block.n, block.offset, *_begins_and_ends(block, chunk),
-            LINES=LINES, PARTS=PARTS,
+            LINES=LINES, PARTIALS=PARTIALS,
         )  # fmt: skip
 
 
 def add_columns(
     chunk: Chunk, partial: Tensor, out: Tensor, flag: Tensor | None, tiles: int, otherwise: int
 ) -> None:
-    """Sums of a chunk's columns, of so many rows of tiles where the flag is set and where it is
-    not."""
+    """Adds up weights over the rows of a chunk: sums of `tiles` rows of tiles if the flag is set or
+    absent, else of `otherwise` rows of tiles."""
     launch.launch(
         finalise.columns_kernel, cdiv(chunk.columns, LINES), partial, out[chunk.column_slice], flag,
-        chunk.columns, tiles, otherwise, int(chunk.start == 0), LINES=LINES, PARTS=PARTS,
+        chunk.columns, tiles, otherwise, int(chunk.start == 0), LINES=LINES, PARTIALS=PARTIALS,
     )  # fmt: skip
 
 
 def add_moments(block: LogitBlock, chunk: Chunk, partial: Tensor, kept: Kept) -> None:
+    """Adds a chunk's sums of kept weights w and of w * t to the moments."""
     launch.launch(
         finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, kept.shift,
-        *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES, PARTS=PARTS,
+        *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES,
+        PARTIALS=PARTIALS,
     )  # fmt: skip
 
 
@@ -118,8 +121,8 @@ def sweep_maxima(
     block: LogitBlock, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
     positive: Tensor | None, kept: Kept, flag: Tensor | None,
 ) -> None:  # fmt: skip
-    """States with a shift for each line: made anew where the flag is set, or, without one, in
-    the only sweep, which makes the positives, too."""
+    """Makes states with a shift for each line. With a flag, it is a second sweep that works only if
+    the flag is set; without one it is the only sweep, and makes the positives, too."""
     for chunk in chunks:
         programs = chunk.tiles if flag is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         launch.launch(
@@ -134,5 +137,5 @@ def sweep_maxima(
                 finalise.maxima_sums_kernel, _programs_of_lines(chunk),
                 partial[plan.MAXIMA_LAYERS * index * chunk.partials :], state[2 * index :], flag,
                 kept.shift, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
-                LINES=LINES, PARTS=PARTS,
+                LINES=LINES, PARTIALS=PARTIALS,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The host's side of the second sweep: chunks of weights, two products of each, what follows."""
+"""The host's side of the second sweep: chunks of weights, and two products of each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
 from .sweep import add_columns, add_sums
 
-# Rows and columns of a program that turns kept weights into weights.
+# The tile of a program that multiplies kept weights by their coefficients.
 KEPT_TILE = {"BM": 16, "BN": 256}
 
 
 def accumulate(a: Tensor, b: Tensor, out: Tensor, begins: bool) -> None:
-    """out = a @ b, or out += a @ b: a library product that accumulates in fp32."""
+    """Computes out = a @ b if it begins, else out += a @ b: a library product with fp32 sums."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out) if begins else torch.addmm(out, a, b, out=out)
     elif a.is_cuda and not torch.version.hip:
@@ -44,22 +44,22 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     except RuntimeError as error:
         if "dtype" not in str(error):
             raise
-        # A torch whose addmm adds to half precision only.
+        # This torch has no addmm of half-precision operands that adds to fp32.
         out += torch.mm(a, b, out_dtype=out.dtype)
 
 
 class Lines:
-    """What the second sweep takes of each line, rows first: the shifts, the coefficients a and
-    b (None where they add up to 1), of positives by id c and d, and two flags that the device sets:
-    whether one shift serves, and whether what was kept does."""
+    """The lines as the second sweep takes them, rows first: their shifts, their coefficients a and
+    b (None if these add up to 1) and, for positives by id, c and d. The device sets two flags:
+    `one_shift` if all shifts are equal, `kept_is_valid` if the kept weights may be used."""
 
     def __init__(
         self, block: LogitBlock, state: Tensor, coefficients: Tensor | None, kept: Kept
     ) -> None:
         self.rows, self.lines = block.m, block.m + block.n
         self.shifts = state[::2].contiguous() if block.kind.has_shift else None
-        self.coefficients = self.exact = coefficients
-        self.one = self.valid = None
+        self.coefficients = self.in_float64 = coefficients
+        self.one_shift = self.kept_is_valid = None
         if coefficients is None or (block.is_small and kept.rows == 0):
             return
         numbers = coefficients.numel()
@@ -70,12 +70,13 @@ class Lines:
             kept.shift, flags, self.coefficients, numbers, LANES=LANES,
         )  # fmt: skip
         if self.shifts is not None:
-            self.one = flags[:1]
+            self.one_shift = flags[:1]
         if kept.rows:
-            self.valid = flags[1:]
+            self.kept_is_valid = flags[1:]
 
     def _of(self, values: Tensor | None, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        """The negatives' rows and columns, then the positives'."""
+        """Returns the values of a chunk's lines: for negatives the rows' and the columns', then for
+        positives by id."""
         if values is None:
             return (None,) * 4
         columns = slice(self.rows + chunk.column_start, self.rows + chunk.column_stop)
@@ -91,25 +92,25 @@ class Lines:
 
 
 class Buffers(NamedTuple):
-    """Room for what a chunk's tiles write."""
+    """Room for the results of a chunk's tiles."""
 
     weights: Tensor | None
     totals: Tensor
-    sums: Tensor | None  # of columns
+    sums: Tensor | None  # the columns' sums of weights
     partial: Tensor | None
 
 
-class Last(NamedTuple):
-    """What the last chunk leaves for the last launch."""
+class LastChunk(NamedTuple):
+    """The last chunk, its product with y, and its totals: the last launch completes them."""
 
     chunk: Chunk
     product_x: Tensor | None
-    totals: tuple[Tensor, Tensor | None, Tensor | None]  # its own, a flag, the earlier chunks'
-    tiles: tuple[int, int]  # that wrote its own, where the flag is set and where it is not
+    totals: tuple[Tensor, Tensor | None, Tensor | None]  # its own, a flag, earlier chunks'
+    tiles: tuple[int, int]  # how many wrote its own totals, if the flag is set, and if it is not
 
 
 class Weighing:
-    """The second sweep of a block, or both in one go (`also_fold`)."""
+    """The second sweep of a block, or both sweeps in one go (`also_fold`)."""
 
     def __init__(
         self, block: LogitBlock, state: Tensor, positive: Tensor, coefficients: Tensor | None,
@@ -117,7 +118,7 @@ class Weighing:
     ) -> None:  # fmt: skip
         self.block, self.state, self.positive = block, state, positive
         self.needs_x, self.needs_y, needs_columns = needs
-        # The sums of w over the rows.
+        # The columns' sums of weights.
         self.by_column = block.empty(block.n, dtype=torch.float64) if needs_columns else None
         self.kept, self.fold = kept, also_fold
         if coefficients is not None:
@@ -125,8 +126,9 @@ class Weighing:
         self.lines = Lines(block, state, coefficients, kept)
         dtype = block.x.dtype
         self.dtype = torch.bfloat16 if block.split else dtype
-        # Of weights, which are at most 2: the largest possible becomes 2^14.
+        # Weights are at most 2: in fp16 the largest possible one becomes 2^14.
         self.enlarged = 2.0**13 if dtype == torch.float16 else 1.0
+        # True if stored weights contain the features' factors (`kernels/weigh.py`).
         self.spread = dtype != torch.float16
         x_operand, y_operand = block.x, block.y
         if not self.spread:
@@ -136,11 +138,11 @@ class Weighing:
             x_operand, y_operand = block.operands
         self.x_operand, self.y_operand = x_operand, y_operand
         self.parts = 3 if block.split else 1
-        self._config_apart = block.config(block.kernel_of_lines)
+        self._config_of_own_shifts = block.config(block.kernel_of_lines)
 
     @staticmethod
     def _unit(x: Tensor, factor: Tensor | None) -> Tensor:
-        # Into half precision at once: no copy in fp32.
+        # Written in half precision at once, without a copy in fp32.
         return x if factor is None else torch.mul(x, factor[:, None], out=torch.empty_like(x))
 
     @property
@@ -148,24 +150,27 @@ class Weighing:
         return {"SPREAD": self.spread, "ENLARGED": self.enlarged}
 
     def weigh(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
-        """The weights of a chunk. Where lines may have shifts of their own, every way to make
-        them is launched, and the device's flags say which one works."""
-        by_state = self.block.kind.has_shift
+        """Makes the weights of a chunk. If lines may have shifts of their own, all kernels that can
+        make them are launched, and the device's flags decide which one works."""
+        has_shift = self.block.kind.has_shift
         if chunk.kept:
-            self._read(chunk, buffers.weights)
-        elif not (by_state and self.block.is_small):
-            self._one_shift(config, chunk, buffers)
-        if by_state:
-            self._apart(chunk, buffers, self.lines.valid if chunk.kept else self.lines.one)
+            self._weigh_from_kept(chunk, buffers.weights)
+        elif not (has_shift and self.block.is_small):
+            self._weigh_with_one_shift(config, chunk, buffers)
+        if has_shift:
+            lines = self.lines
+            unless = lines.kept_is_valid if chunk.kept else lines.one_shift
+            self._weigh_with_own_shifts(chunk, buffers, unless)
 
-    def _one_shift(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
+    def _weigh_with_one_shift(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
+        """Launches the kernels that work if all shifts are equal, or if there are none."""
         block, lines = self.block, self.lines
         weights, *sums, partial = buffers
         skipped = block.skipped(chunk)
-        plain = chunk.plain(skipped)
+        plain = chunk.plain_tiles(skipped)
         where = (*block.strides, self._stride(weights), block.offset_of(chunk), skipped)
         coefficients = lines.coefficients_of(chunk)
-        given = (block.logits(chunk), lines.shifts, lines.one, *coefficients)
+        given = (block.logits(chunk), lines.shifts, lines.one_shift, *coefficients)
         constants = {**block.functions, **self.constants}
         if plain:
             launch.launch(
@@ -182,8 +187,10 @@ class Weighing:
                 **block.edge_tiles(config),
             )  # fmt: skip
 
-    def _apart(self, chunk: Chunk, buffers: Buffers, unless: Tensor | None) -> None:
-        block, config, chunk = self.block, self._config_apart, self._cut_apart(chunk)
+    def _weigh_with_own_shifts(self, chunk: Chunk, buffers: Buffers, unless: Tensor | None) -> None:
+        """Launches the kernel with a shift for each line, which works unless the flag is set."""
+        block, config = self.block, self._config_of_own_shifts
+        chunk = self._cut_for_own_shifts(chunk)
         weights, totals, sums, _ = buffers
         programs = chunk.tiles if unless is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         launch.launch(
@@ -195,52 +202,54 @@ class Weighing:
             **self.constants, **block.tiles(config),
         )  # fmt: skip
 
-    def _read(self, chunk: Chunk, weights: Tensor | None) -> None:
+    def _weigh_from_kept(self, chunk: Chunk, weights: Tensor | None) -> None:
+        """Launches the kernel that reads kept weights, which works if they are valid."""
         if weights is None:
             return
         block, kept = self.block, self.kept.weights[chunk.row_slice, chunk.column_slice]
         factors = block.logits(chunk)[:2]
         programs = cdiv(chunk.rows, KEPT_TILE["BM"]) * cdiv(chunk.columns, KEPT_TILE["BN"])
         launch.launch(
-            weight_kernels.weigh_kept_kernel, programs, kept, factors, self.lines.valid,
+            weight_kernels.weigh_kept_kernel, programs, kept, factors, self.lines.kept_is_valid,
             *self.lines.coefficients_of(chunk)[:2], weights, chunk.rows, chunk.columns,
             kept.stride(0), self._stride(weights), PRECISION=block.precision, **self.constants,
             **KEPT_TILE,
         )  # fmt: skip
 
     def _stride(self, weights: Tensor | None) -> int:
-        """From a row of weights to the next, or from a part of it to the next."""
+        """Returns the distance between rows of weights, or between the parts of a split row."""
         return 0 if weights is None else weights.stride(0) // self.parts
 
-    def _cut_apart(self, chunk: Chunk) -> Chunk:
-        config = self._config_apart
+    def _cut_for_own_shifts(self, chunk: Chunk) -> Chunk:
+        """Returns the chunk, cut into tiles of the kernel with a shift for each line."""
+        config = self._config_of_own_shifts
         return chunk._replace(bm=config.bm, bn=config.bn)
 
     def _cuts(self, chunk: Chunk) -> tuple[Tensor | None, Chunk | None, Chunk | None]:
-        """A flag, and how a chunk is cut into the tiles that write sums: where it is set, and where
-        it is not."""
-        apart = self._cut_apart(chunk)
+        """Returns a flag, and how a chunk is cut into the tiles that write sums: if the flag is
+        set, and if it is not. None: no tile writes sums."""
+        apart = self._cut_for_own_shifts(chunk)
         if not self.block.kind.has_shift:
             return None, None if chunk.kept else chunk, None
-        if chunk.kept:  # its moments were kept, too
-            return self.lines.valid, None, apart
-        return (None, apart, None) if self.block.is_small else (self.lines.one, chunk, apart)
+        if chunk.kept:  # its sums come from the kept moments
+            return self.lines.kept_is_valid, None, apart
+        return (None, apart, None) if self.block.is_small else (self.lines.one_shift, chunk, apart)
 
     def totals_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
-        """The flag, and how many tiles write a chunk's totals."""
+        """Returns a flag, and how many tiles write a chunk's totals if it is set, and if not."""
         flag, *cuts = self._cuts(chunk)
         return flag, *(0 if cut is None else cut.tiles for cut in cuts)
 
     def _columns_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
-        """The flag, and how many rows of tiles write sums of a chunk's columns."""
+        """Returns a flag, and how many rows of tiles write column sums if it is set, and if not."""
         flag, *cuts = self._cuts(chunk)
         return flag, *(0 if cut is None else cut.tiles_m for cut in cuts)
 
     def prepare(self, config: Config) -> tuple[list[Chunk], Buffers]:
-        """Chunks, and room for what any of them writes."""
+        """Returns the chunks, and buffers that are large enough for each of them."""
         block = self.block
         itemsize = plan.SPLIT_BYTES if block.split else self.dtype.itemsize
-        chunks = list(plan.weigh(block.m, block.n, config, itemsize, self.kept.rows))
+        chunks = list(plan.weigh_chunks(block.m, block.n, config, itemsize, self.kept.rows))
         totals = block.empty(2 * max(max(self.totals_of(chunk)[1:]) for chunk in chunks))
         partial = block.empty(max(c.partials for c in chunks)) if self.fold else None
         weights = sums = None
@@ -255,9 +264,10 @@ class Weighing:
     def run(
         self, kernel: str, dx: Tensor, product_y: Tensor,
         finish_rows: Callable[[Tensor, Chunk], None] | None = None,
-    ) -> Last:  # fmt: skip
-        """All chunks. Products with y go to dx, or where that is narrower than fp32 to a room for
-        those of one chunk: `finish_rows` makes gradients of them, but for the last rows'."""
+    ) -> LastChunk:  # fmt: skip
+        """Runs all chunks. Products with y go to dx or, if dx is narrower than fp32, to a buffer
+        for one chunk, from which `finish_rows` makes gradients. The caller finishes the last
+        rows."""
         block = self.block
 
         def first(config: Config) -> None:
@@ -279,7 +289,7 @@ class Weighing:
             if self.by_column is not None:
                 add_columns(chunk, buffers.sums, self.by_column, *self._columns_of(chunk))
             made, is_last = self.totals_of(chunk), index + 1 == len(chunks)
-            if not is_last:  # the last chunk's are added in the last launch
+            if not is_last:  # the last launch adds the last chunk's totals
                 launch.launch(
                     finalise.totals_kernel, 2, buffers.totals, totals, *made, int(index == 0),
                     LANES=LANES,
@@ -292,9 +302,10 @@ class Weighing:
                 self._add_columns(weights, chunk, product_y[chunk.column_slice])
             if not is_last and product is not None and chunk.column_stop == block.n and finish_rows:
                 finish_rows(product, chunk)
-        return Last(chunk, product, (buffers.totals, made[0], totals), made[1:])
+        return LastChunk(chunk, product, (buffers.totals, made[0], totals), made[1:])
 
     def _add_rows(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
+        """Adds weights @ y to the products of the chunk's rows."""
         y, begins = self.y_operand[chunk.column_slice], chunk.column_start == 0
         if self.block.split:
             self._add_split(weights, y, out, begins, transposed=False)
@@ -302,6 +313,7 @@ class Weighing:
             accumulate(weights[: chunk.rows, : chunk.columns], y, out, begins)
 
     def _add_columns(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:
+        """Adds weights.T @ x to the products of the chunk's columns."""
         x, begins = self.x_operand[chunk.row_slice], chunk.start == 0
         if self.block.split:
             self._add_split(weights, x, out, begins, transposed=True)
@@ -311,7 +323,7 @@ class Weighing:
     def _add_split(
         self, weights: Tensor, features: Tensor, out: Tensor, begins: bool, transposed: bool
     ) -> None:
-        """out = or += weights, or their transpose, times features, all in parts."""
+        """Computes out = weights (or their transpose) @ features, or +=, with operands in parts."""
 
         def run(config: Config) -> None:
             programs = cdiv(len(out), config.bm) * cdiv(out.shape[1], config.bn)

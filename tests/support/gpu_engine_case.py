@@ -1,8 +1,8 @@
 """Blocks for the tests of a GPU engine: their sizes, and a check through both sweeps.
 
 A test that takes `gpu_engine` runs for the Triton engine and for the CUDA one. Without a card the
-first is interpreted, milliseconds for a tile, and the second emulated: blocks are small, tiles and
-chunks smaller. On a card the same tests take blocks of as many tiles.
+Triton engine is interpreted, which takes milliseconds a tile, and the CUDA engine is emulated:
+blocks are small, tiles and chunks smaller. On a card the same tests take blocks of as many tiles.
 """
 
 from collections.abc import Iterator
@@ -22,46 +22,47 @@ import fastclip
 
 GPU_ENGINES = ("triton", "cuda")
 
-# ---- how large is several tiles ------------------------------------------------------------------
-# The one place that knows: a card's tiles are up to 128 x 256 or 256 x 128 pairs, interpreted ones
-# 32 x 32, emulated ones 64 x 256.
+# ---- sizes of blocks in tiles --------------------------------------------------------------------
+# A card's tiles are up to 128 x 256 or 256 x 128 pairs, interpreted ones 32 x 32, emulated ones
+# 64 x 256. Only this section knows.
 
 ON_A_CARD = DEVICE.type == "cuda"
 EDGE = 256 if ON_A_CARD else 32
 
 
 def enlarged(*sizes: int) -> tuple[int, ...]:
-    """Sizes chosen for the interpreter's tiles, in the card's: as many edges and corners."""
+    """Scales sizes from the interpreter's tiles to the card's, with as many edges and corners."""
     return tuple(size * EDGE // 32 for size in sizes)
 
 
 def tile_of(engine: str) -> tuple[int, int]:
-    """Rows and columns that every tile of the engine divides."""
+    """Returns rows and columns that are multiples of every tile of the engine."""
     return (64, 256) if engine == "cuda" and not ON_A_CARD else (EDGE, EDGE)
 
 
 def several_tiles(engine: str) -> tuple[int, int]:
-    """M and N: three rows of tiles or more by two columns or more, the last ones cut off."""
+    """Returns M and N of at least three rows and two columns of tiles, the last ones cut off."""
     if ON_A_CARD:
         return 700, 900
     return (70, 60) if engine == "triton" else (150, 600)
 
 
 def many_tiles(engine: str) -> tuple[int, int]:
-    """M and N: on a card more than two tiles a processor, so that a persistent program takes a
-    second and a third, and more rows of tiles than share columns in L2."""
+    """Returns M and N. On a card they have more than two tiles for each processor, so that a
+    persistent program takes a second and a third one, and more rows of tiles than share columns in
+    L2."""
     return (2700, 3500) if ON_A_CARD else several_tiles(engine)
 
 
 def depth(wide: int) -> int:
-    """D: unchanged on a card, whose products go along D in steps of 64 at most. The interpreter
-    needs milliseconds for a step of 32: it gets few of them, with the same remainder."""
+    """Returns D: as given on a card, whose products go along D in steps of at most 64. The
+    interpreter takes milliseconds for a step of 32: it gets few steps, with the same remainder."""
     return wide if ON_A_CARD else 32 * (wide > 32) + wide % 64
 
 
 @contextmanager
 def tf32_products() -> Iterator[None]:
-    """fp32 products may round their operands to tf32 within, as a user's setting allows."""
+    """Within this context fp32 products may round their operands to tf32: a user's setting."""
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, "tf32"
     try:
@@ -74,7 +75,7 @@ def tf32_products() -> Iterator[None]:
 
 
 def prepare(engine: str, device: torch.device, patch: pytest.MonkeyPatch) -> None:
-    """Makes its operators, and the losses on it, take tensors on the device; skips if it cannot."""
+    """Makes the engine take tensors on the device; skips the test if it cannot."""
     if engine == "cuda" and device.type == "cpu":
         if reason := cuda_case.why_not():
             pytest.skip(f"the CUDA engine cannot be emulated: {reason}")
@@ -84,7 +85,7 @@ def prepare(engine: str, device: torch.device, patch: pytest.MonkeyPatch) -> Non
     if engine == "triton":
         from fastclip.triton_kernels import plan
 
-        # Blocks take the way of large ones; that of small ones has tests of its own.
+        # Blocks are treated as large ones; small blocks have tests of their own.
         patch.setattr(plan, "SMALL_PAIRS", 0)
 
 
@@ -97,7 +98,7 @@ def check(
     needs: tuple[bool, bool] = (True, True),
     what: str = "",
 ) -> Tensor:
-    """The state of a block, after both sweeps agreed with the truth."""
+    """Checks both sweeps of a block against the truth; returns its state."""
     dense = Dense(block)
     state, positive, kept = sweep(engine, block, keep, bound)
     assert_states(dense, state, positive, what)
@@ -117,6 +118,7 @@ def check_in_one_go(
     project: bool = True,
     what: str = "",
 ) -> None:
+    """Checks both sweeps of a block, done in one go, against the truth."""
     dense = Dense(block)
     gain = torch.tensor(0.3, dtype=torch.float64)
     state, positive, *results = operator("sweep_and_weigh", engine)(
@@ -135,7 +137,7 @@ def check_in_one_go(
 def small_chunks(
     engine: str, patch: pytest.MonkeyPatch, rows: int = EDGE, columns: int = EDGE
 ) -> Iterator[None]:
-    """Every block in several chunks, of rows and of columns."""
+    """Within this context every block has several chunks, of rows and of columns."""
     if engine == "cuda":
         with cuda_case.chunks(rows, columns):
             yield
@@ -152,7 +154,7 @@ def small_chunks(
 
 @contextmanager
 def library_products() -> Iterator[list[str]]:
-    """The products that torch makes within, filled in at the end."""
+    """Lists the products that torch makes within this context; the list is filled at its end."""
     products: list[str] = []
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         yield products

@@ -1,4 +1,4 @@
-"""Blocks of which not every pair counts, and the checks of an engine's operators on them."""
+"""Blocks in which not every pair counts, and a check of an engine's operators on them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from support.dense_block import Block, Weights
 from support.dense_truth import Dense, assert_gradients, assert_states
 from support.masked_block import make_masked_block
 
-# Each option alone, and all of them together.
+# The options of a block: each alone, some together, and all together.
 OPTIONS: dict[str, dict[str, Any]] = {
     "ids": {"ids": 5},
     "one id": {"ids": 1},
@@ -26,6 +26,7 @@ OFFSETS = {"on the diagonal": 0, "aside": -7, "none": 1 << 40}
 def masked_blocks(
     shape: tuple[int, int, int], dtype: torch.dtype, options: str, **others: Any
 ) -> Iterator[tuple[str, Block]]:
+    """Yields a name and a masked block for each place of the positives."""
     for name, offset in OFFSETS.items():
         block = make_masked_block(*shape, dtype, offset=offset, **OPTIONS[options], **others)
         yield f"positives {name}", block
@@ -34,8 +35,8 @@ def masked_blocks(
 def check_masked(
     engine: str, block: Block, what: str, keep: int = 0, project: bool = False, **options: Any
 ) -> None:
-    """States and gradients against the dense truth. A column taken out by its bias has no shift
-    that its logits could be told by: no numbers of its own are compared."""
+    """Checks states and gradients against the dense truth. A column whose bias is -inf has no shift
+    to compare: none of its own numbers are compared."""
     dense = Dense(block)
     state, positive, kept = sweep(engine, block, keep)
     assert_states(dense, state, positive, what)

@@ -1,4 +1,4 @@
-"""A card that is not here, with or without Triton and a CUDA engine, for `fastclip.backends`."""
+"""A pretended card, with or without Triton and a CUDA engine, for tests of `fastclip.backends`."""
 
 import importlib
 import sys
@@ -17,7 +17,7 @@ ALL_CARDS = ("sm_80", "sm_90", "sm_100", "compute_120")
 
 @contextmanager
 def nothing_known() -> Iterator[pytest.MonkeyPatch]:
-    """Nothing found out before, nothing asked for, and no interpreter."""
+    """Clears cached availability and settings; the interpreter is off."""
     caches = (backends._warn_of_fallback, backends._capability)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "_AVAILABILITY", {})
@@ -37,15 +37,16 @@ def pretend(
     starts: Callable[[], object] = object,
     compiled_for: Sequence[str] = (),
 ) -> None:
-    """A card; Triton of this version, if any, whose driver starts so; a CUDA engine, if it was
-    compiled for anything."""
+    """Pretends that there is a card; that Triton, if any, has this version, and that its driver
+    starts by calling `starts`; that the CUDA engine, if any, was compiled for these
+    architectures."""
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     target = types.SimpleNamespace(get_current_target=starts)
     runtime = types.SimpleNamespace(driver=types.SimpleNamespace(active=target))
     fake = types.SimpleNamespace(__version__=triton, runtime=runtime) if triton else None
     patch.setitem(sys.modules, "triton", fake)
-    # Which kinds its engine has is asked of a module that a pretended Triton cannot import.
+    # The module that lists the Triton engine's kinds cannot import a pretended Triton.
     epilogues = types.SimpleNamespace(EPILOGUES=COMPILED_KINDS)
     patch.setitem(sys.modules, "fastclip.triton_kernels.epilogues", epilogues)
     patch.setattr(backends, "_COMPILED_KINDS", COMPILED_KINDS)

@@ -1,4 +1,4 @@
-"""`add_product` without the step that rounds: all sums are left to tensor cores."""
+"""A wrong `add_product` that sums everything on tensor cores, without the step that rounds."""
 
 import triton
 import triton.language as tl

@@ -1,10 +1,10 @@
-"""Tensor cores as measurements describe them: exact products, sums that are cut off, not rounded.
+"""A model of tensor cores from measurements: products are exact, sums are truncated, not rounded.
 
-A step adds the products of a few neighbours along K to the accumulator all at once: every addend is
-aligned to the largest, loses what lies more than a few bits below float32's last place, and the sum
-is truncated to float32. So errors point towards zero and grow with the number of steps.
+A step adds the products of a few neighbours along K to the accumulator at once. Every addend is
+aligned to the largest one and loses its bits more than a few places below float32's last; the sum
+is truncated to float32. Errors therefore point towards zero and grow with the number of steps.
 
-After "FTTN", arXiv 2403.00232, and Ootomo and Yokota, arXiv 2203.03341.
+The model follows "FTTN", arXiv 2403.00232, and Ootomo and Yokota, arXiv 2203.03341.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 class Core(NamedTuple):
     step: int  # neighbours along K that are added at once
-    bits: int  # that an addend keeps below the leading bit of the largest
+    bits: int  # bits of an addend that are kept below the leading bit of the largest
 
 
 HOPPER = Core(16, 25)
@@ -23,7 +23,7 @@ AMPERE = Core(8, 24)
 
 
 def truncated(x: NDArray) -> NDArray:
-    """float64 to float32, towards zero."""
+    """Converts float64 to float32, rounding towards zero."""
     x = np.asarray(x, np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         near = x.astype(np.float32)
@@ -31,7 +31,7 @@ def truncated(x: NDArray) -> NDArray:
 
 
 def multiply(a: NDArray, b: NDArray, accumulator: NDArray | None = None, core: Core = HOPPER):
-    """accumulator + a @ b for numbers of half precision; float32."""
+    """Returns accumulator + a @ b in float32 for a and b of half precision."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     total = np.zeros((len(a), b.shape[1])) if accumulator is None else accumulator
     for k in range(0, a.shape[1], core.step):

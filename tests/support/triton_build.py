@@ -1,12 +1,12 @@
-"""Compiles every kernel that the Triton engine launches, for a card that is not here.
+"""Compiles every kernel that the Triton engine launches, without the card it is compiled for.
 
-    python triton_build.py sm_90     prints a JSON list, a row for each kernel
-    python triton_build.py sm_90 few     only of the two losses' usual steps
-    python triton_build.py table     writes those of every card to triton_resources.csv
-    python triton_build.py candidates    prints those of the tiles that sm_90's may be replaced by
+    python triton_build.py sm_90         prints a JSON list with a row for each kernel
+    python triton_build.py sm_90 few     prints the rows of the two losses' usual steps only
+    python triton_build.py table         writes the rows of every card to triton_resources.csv
+    python triton_build.py candidates    prints the rows of sm_90's candidate tiles
 
 The engine itself runs, on CPU tensors, but each launch is only compiled, with the arguments that
-the engine passed: so what is compiled is what a card would be given. Not under TRITON_INTERPRET.
+the engine passed: a card would be given the same kernels. TRITON_INTERPRET must not be set.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from fastclip.engine import preference
 from fastclip.engine.block import Block, Side, Statistics, Upstream, Wanted
 from fastclip.triton_kernels import configurations, engine, launch, plan
 
-# What a compiler is told, and the table and the limit that a card of that kind has.
+# The compiler's target for each card, and the name of its table and of its shared memory limit.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "sm_80"),
     "sm_89": (GPUTarget("cuda", 89, 32), "sm_86"),
@@ -43,7 +43,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "default"),
 }
 TABLE = Path(__file__).parents[1] / "engines/triton/triton_resources.csv"
-# Of a row, those in the table: what the card is asked for.
+# The fields of a row that the table holds.
 COLUMNS = ["architecture", "kernel", "case", "tile", "warps", "registers", "shared"]
 COLUMNS += ["instructions", "barriers", "stores", "spilled"]
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +\S")
@@ -54,7 +54,7 @@ DTYPES["tf32"] = DTYPES["split"] = torch.float32
 
 
 class Driver:
-    """Enough of a driver to compile with."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -70,6 +70,8 @@ class Driver:
 
 
 class Case(NamedTuple):
+    """A step that the engine is taken through; every kernel that it launches is compiled."""
+
     loss: str
     arithmetic: str
     d: int
@@ -103,12 +105,12 @@ def cases() -> Iterator[Case]:
     yield Case("sigmoid", "bf16", 1001, True, one_go=True)
 
 
-# What `make test` has the time for: the kernels of the two losses' usual steps.
+# The cases that `make test` has time for: the usual steps of the two losses.
 FEW = (Case("softmax", "bf16", 768, True), Case("sigmoid", "bf16", 768, True, one_go=True))
 
 
 def run(case: Case) -> None:
-    """One step of the engine; what it computes is garbage."""
+    """Takes the engine through one step. Its results are garbage."""
     loss, arithmetic, d, normalize, one_go, small, kept, masked = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
     preference.fp32 = lambda: "split" if arithmetic == "split" else "ieee"
@@ -134,7 +136,7 @@ def run(case: Case) -> None:
 
 
 def stores(sass: str) -> str:
-    """How many stores to global memory of each width, in bits; TMA's are of whole tiles."""
+    """Counts stores to global memory by their width in bits. TMA stores whole tiles."""
     widths = Counter(
         next((part for part in parts.split(".") if part in WIDTHS), "32")
         for parts in re.findall(r"\bSTG\.(\S+)", sass)
@@ -144,7 +146,7 @@ def stores(sass: str) -> str:
 
 
 def resources(kernel: Any, pairs: int) -> dict[str, Any]:
-    """Of a compiled kernel, by the tools that come with Triton; pairs: of each thread."""
+    """Returns what a compiled kernel takes, read by Triton's own tools. pairs: of each thread."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         numbers = {
@@ -167,7 +169,7 @@ def resources(kernel: Any, pairs: int) -> dict[str, Any]:
             command = [CUOBJDUMP, what, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        # Disassembly takes most of a second run, and only tiles are looked into.
+        # Disassembly takes most of the time of a cached run, and only kernels of tiles need it.
         usage, sass = dump("-res-usage"), dump("-sass") if pairs else ""
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     local = int(re.search(r"LOCAL:(\d+)", usage)[1])
@@ -186,6 +188,7 @@ def resources(kernel: Any, pairs: int) -> dict[str, Any]:
 
 
 def build(architecture: str, tried: Iterable[Case]) -> list[dict[str, Any]]:
+    """Returns a row for each kernel of the cases, compiled for an architecture."""
     target, table = TARGETS[architecture]
     driver.set_active(Driver(target))
     configurations._table = lambda device: configurations.TABLE[table]
@@ -198,7 +201,7 @@ def build(architecture: str, tried: Iterable[Case]) -> list[dict[str, Any]]:
             return
         seen.add(compiled.hash)
         key = (kernel.__name__, str(case))
-        while key in rows:  # the same kernel again, for other parts of the block
+        while key in rows:  # the same kernel again, compiled for another chunk
             key = (key[0], f"{key[1]} again")
         warps = compiled.metadata.num_warps
         pairs = constants.get("BM", 0) * constants.get("BN", 0) // (32 * warps)
@@ -217,11 +220,12 @@ def build(architecture: str, tried: Iterable[Case]) -> list[dict[str, Any]]:
 
 
 class Compiled(Exception):
-    """The kernel that was asked for: what follows it need not run."""
+    """Raised after the wanted kernel is compiled: the rest of the step need not run."""
 
 
 def build_candidates() -> list[dict[str, Any]]:
-    """Plain tiles of every candidate for sm_90; orders of programs have one code."""
+    """Returns rows of the plain tiles of every candidate for sm_90. Candidates that differ only in
+    the order of programs share their code, and one row."""
     driver.set_active(Driver(TARGETS["sm_90"][0]))
     launch._processors = lambda device: 132
     plain, normal = Case("softmax", "bf16", 768), Case("softmax", "bf16", 768, True)
@@ -267,14 +271,15 @@ def write_table(rows: list[dict[str, Any]]) -> None:
 
 
 def recorded() -> tuple[str, list[dict[str, str]]]:
-    """The Triton that the table was made with, and its rows."""
-    first, *lines = TABLE.read_text().splitlines()
-    return first.removeprefix("# Triton "), list(csv.DictReader(lines))
+    """Returns the version of Triton that made the table, and its rows."""
+    first, *text_lines = TABLE.read_text().splitlines()
+    return first.removeprefix("# Triton "), list(csv.DictReader(text_lines))
 
 
 @functools.cache
 def built(*what: str) -> list[dict[str, Any]]:
-    """In a process of its own: Triton remembers the first target that a kernel was compiled for."""
+    """Runs this file in a process of its own: Triton remembers the first target that it compiled a
+    kernel for. Returns the rows."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-I", __file__, *what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -283,7 +288,7 @@ def built(*what: str) -> list[dict[str, Any]]:
 
 
 def built_together(architectures: Sequence[str]) -> list[dict[str, Any]]:
-    """Two at a time; Triton keeps what it has compiled, and a second run takes seconds."""
+    """Builds two architectures at a time. Triton caches its results: a second run takes seconds."""
     with ThreadPoolExecutor(2) as pool:
         return [row for found in pool.map(built, architectures) for row in found]
 

@@ -1,4 +1,4 @@
-"""What the tests of the Triton engine alone ask for."""
+"""Marks and checks that only tests of the Triton engine need."""
 
 import importlib.util
 from itertools import pairwise
@@ -17,7 +17,7 @@ needs_engine = pytest.mark.skipif(
 
 
 def cover(intervals: list[tuple[int, int]], end: int) -> bool:
-    """Whether they follow one another from 0 to the end."""
+    """True if the intervals follow one another, without gaps, from 0 to the end."""
     intervals = sorted(set(intervals))
     joined = all(one[1] == other[0] for one, other in pairwise(intervals))
     return intervals[0][0] == 0 and intervals[-1][1] == end and joined

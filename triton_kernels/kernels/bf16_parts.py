@@ -1,7 +1,7 @@
-"""fp32 numbers as three of bfloat16 that add up to them: operands of the products in `split.py`.
+"""Splits fp32 numbers into three bfloat16 parts that add up to them, for `split_product.py`.
 
-The three parts of a row lie side by side, each padded with zeros, so that no step along it needs a
-mask and a matrix of parts is a matrix of rows like any other.
+The three parts of a row lie side by side, each padded with zeros: no step along a row needs a mask,
+and a matrix of parts is stored like any other matrix.
 """
 
 import triton
@@ -9,14 +9,14 @@ import triton.language as tl
 
 from .tile import stored_as
 
-# bfloat16's largest. What lies above it would round to infinity.
+# bfloat16's largest number. Numbers above it would round to infinity.
 LARGEST = tl.constexpr(3.3895313892515355e38)
 
 
 @triton.jit
 def parts_of(x):
-    """high, middle, low: exact but for what lies below bfloat16's least subnormal, 2^-133. Of an
-    infinity the last is NaN, as every product with it then is."""
+    """Returns high, middle and low. Their sum is exact down to bfloat16's least subnormal, 2^-133.
+    An infinity has a NaN as its low part, so every product with it is NaN."""
     high = stored_as(tl.minimum(tl.maximum(x, -LARGEST), LARGEST), tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = stored_as(rest, tl.bfloat16)
@@ -28,7 +28,7 @@ def parts_of(x):
 def to_parts_kernel(
     X, OUT, M, D, stride_x, WIDTH: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """Rows of X (M, D) to rows of OUT (M, 3 WIDTH)."""
+    """Splits the rows of X (M, D) into the rows of OUT (M, 3 WIDTH)."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = (i < M)[:, None]
     for start in range(0, WIDTH, BK):

@@ -1,18 +1,19 @@
-"""From products of weights and features to gradients: the positive's term, the factor's rest, the
-normalisation's Jacobian, gain and scale; and the totals' positives.
+"""Turns products of weights and features into gradients: adds the positive's term, divides by
+the row's factor, applies the normalisation's Jacobian, gain and scale; completes the totals.
 
     g_i = product_i / (ENLARGED * factor_i) + p_i * partner^_i
     dx_i = gain * scale * factor_i * (g_i - x^_i <x^_i, g_i>)
 
-x^ being x times its factor; without projection gain * scale * g_i. O((M + N) D), a row at a time.
+x^ is x times its factor, partner^ the features of the row's positive times theirs. Without the
+projection, dx_i = gain * scale * g_i. The work is O((M + N) D), ROWS rows at a time.
 
-More run-time parameters than fifteen: two towers' rows and both their gradients.
+The kernel has more than fifteen run-time parameters: the rows and the gradients of both towers.
 """
 
 import triton
 import triton.language as tl
 
-from .finalise import added_totals, tiles_made
+from .finalise import sum_of_totals, tiles_written
 from .tile import stored_as
 
 
@@ -21,6 +22,7 @@ def _gradient(
     PRODUCT, PARTNER, i, j, start, D, stride_product, stride_partner, divisor, partner_weight, row,
     has_partner, BK: tl.constexpr,
 ):  # fmt: skip
+    """Returns g of ROWS rows for BK features from `start` on."""
     k = start + tl.arange(0, BK)
     mask = row[:, None] & (k < D)[None, :]
     at = i.to(tl.int64)[:, None] * stride_product + k[None, :]
@@ -37,9 +39,9 @@ def _complete(
     PROJECT: tl.constexpr, CLAMPED_IS_ZERO: tl.constexpr, ENLARGED: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + M of one tower; the partner of row i is row i + offset of the other's
-    N. WEIGHT belongs to the rows, or to the partners (BY_PARTNER). PRODUCT may be OUT: every
-    element is read by the program that overwrites it, before it does."""
+    """Completes rows first .. first + M of one tower. The partner of row i, its positive, is row
+    i + offset of the other tower's N rows. WEIGHT is indexed by rows, or by partners (BY_PARTNER).
+    PRODUCT may be OUT: each program reads an element before it overwrites it."""
     i = program * ROWS + tl.arange(0, ROWS)
     row = i < M
     j = first + i + offset
@@ -57,7 +59,7 @@ def _complete(
     if SPREAD:
         divisor = divisor / factor
     multiplier = tl.zeros((ROWS,), tl.float32) + gain
-    # A norm below 1e-12 was clamped: the features were divided by a constant.
+    # A norm below 1e-12 was clamped: these features were divided by a constant.
     clamped = factor >= 0.9999e12
     along = tl.zeros((ROWS,), tl.float32)
     x = X + (first + i).to(tl.int64)[:, None] * stride_x + tl.arange(0, BK)[None, :]
@@ -83,7 +85,7 @@ def _complete(
             g -= unit * along[:, None]
         g *= multiplier[:, None]
         if CLAMPED_IS_ZERO:
-            # 1e12 times anything overflows fp16: a zero row has no gradient, not an infinite one.
+            # 1e12 times anything overflows fp16: a zero row gets the gradient 0, not infinity.
             g = tl.where(clamped[:, None], 0.0, g)
         out = OUT + i.to(tl.int64)[:, None] * stride_out + (start + tl.arange(0, BK))[None, :]
         tl.store(out, stored_as(g, OUT.dtype.element_ty), mask=mask)
@@ -94,8 +96,9 @@ def _complete_totals(
     PARTIAL, FLAG, TOTALS, VALID, MOMENTS, COEFFICIENTS, WEIGHT, POSITIVE, GAIN, OUT, M, N, offset,
     tiles, tiles_otherwise, kept_rows, LANES: tl.constexpr,
 ):  # fmt: skip
-    """gain times the sums of w and of w * t, those of the positives included. PARTIAL has the last
-    chunk's, TOTALS the earlier ones', MOMENTS those of the kept rows, if they are VALID."""
+    """Stores gain times the sums of w and of w * t, positives included. PARTIAL holds the last
+    chunk's sums, TOTALS those of earlier chunks, MOMENTS those of the kept rows, which count only
+    if VALID is set."""
     lane = tl.arange(0, LANES)
     w, wt = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
     for start in range(0, M, LANES):
@@ -108,9 +111,9 @@ def _complete_totals(
     if TOTALS is not None:
         sum_w += tl.load(TOTALS)
         sum_wt += tl.load(TOTALS + 1)
-    tiles = tiles_made(FLAG, tiles, tiles_otherwise)
-    sum_w += added_totals(PARTIAL, tiles, LANES)
-    sum_wt += added_totals(PARTIAL + tiles, tiles, LANES)
+    tiles = tiles_written(FLAG, tiles, tiles_otherwise)
+    sum_w += sum_of_totals(PARTIAL, tiles, LANES)
+    sum_wt += sum_of_totals(PARTIAL + tiles, tiles, LANES)
     if MOMENTS is not None:
         valid = tl.load(VALID) != 0
         w, wt = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
@@ -139,13 +142,13 @@ def complete_kernel(
     PROJECT_Y: tl.constexpr, CLAMPED_IS_ZERO_X: tl.constexpr, CLAMPED_IS_ZERO_Y: tl.constexpr,
     ENLARGED: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The totals, `rows` rows of x from `first` on, all of y, whichever have an OUT: one launch,
-    since a small batch waits for launches."""
+    """Completes the totals, `rows` rows of x from `first` on, and all of y, each only if it has an
+    OUT. One launch does it all: launches dominate the time of a small batch."""
     programs_x = 0
     if OUT_X is not None:
         programs_x = tl.cdiv(rows, ROWS)
     program = tl.program_id(0)
-    # First, because one program goes through all lines.
+    # The totals come first: a single program goes through all lines for them.
     if OUT_TOTALS is not None:
         program -= 1
     gain = (tl.load(GAIN).to(tl.float64) * tl.load(SCALE).to(tl.float64)).to(tl.float32)

@@ -1,7 +1,7 @@
-"""Partial sums to states: float64, in a fixed order, whoever finishes first.
+"""Adds partial sums up into states: in float64, in a fixed order, whichever program ends first.
 
-A program owns LINES lines, first all rows, then all columns of a chunk. What a line has in other
-chunks adds up in its state: the stream runs one chunk after another.
+Each program owns LINES lines of a chunk: all rows come first, then all columns. The sums of a line
+in several chunks add up in its state, since the stream runs one chunk after another.
 """
 
 import triton
@@ -9,25 +9,28 @@ import triton.language as tl
 
 from .flags import is_set
 
-# The least sum of a line that one shift can serve: what such a line lost lies below fp32's
-# resolution of it.
+# The least sum that one shift gets right: the terms that such a line has lost lie below fp32's
+# resolution of its sum.
 LEAST = tl.constexpr(2.0**-78)
 LARGEST = tl.constexpr(2.0**127)
-# A sum relative to its own largest term lies within these, or its logits have outgrown the dtype.
+# A sum relative to its largest term lies between this and LARGEST, unless the logits have outgrown
+# their dtype.
 LEAST_RELATIVE = tl.constexpr(2.0**-100)
 
 
 @triton.jit
 def power_of_two(k):
-    """2^k for an integral float64 k <= 0; 0 below float64's normal range, as for NaN."""
+    """Returns 2^k for an integral float64 k <= 0, and 0 below float64's normal range or for NaN."""
     k = tl.where(k >= -1022, k, -1023.0)
     return ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def owned(M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl.constexpr):
-    """Returns, for this program: whether its lines are rows, the lines, where their first partials
-    and their states lie, their number, and how many partials each has."""
+def lines_of_program(
+    M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl.constexpr
+):
+    """Returns for this program: True if its lines are rows; its lines; the place of their first
+    partials and of their states; the chunk's number of such lines; the partials of each line."""
     programs_of_rows = tl.cdiv(M, LINES)
     is_row = tl.program_id(0) < programs_of_rows
     first = tl.program_id(0) - tl.where(is_row, 0, programs_of_rows)
@@ -40,21 +43,20 @@ def owned(M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES: tl
 
 @triton.jit
 def _has_others(is_row, out, rows_total, columns_total, offset):
-    """True for a line that its block leaves a negative: the other side has more lines than its own
-    positive."""
+    """True for a line that has a negative: the other side has a line besides its own positive."""
     i = tl.where(is_row, out, out - rows_total - offset)
     own = (i >= 0) & (i < rows_total) & (i + offset >= 0) & (i + offset < columns_total)
     return tl.where(is_row, columns_total, rows_total) > own.to(tl.int32)
 
 
 @triton.jit
-def _added(PARTIAL, line, length, parts, LINES: tl.constexpr, PARTS: tl.constexpr):
-    """The sum of each line's partials."""
-    part = tl.arange(0, PARTS)
+def _sum_of_partials(PARTIAL, line, length, count, LINES: tl.constexpr, PARTIALS: tl.constexpr):
+    """Returns the sum of each line's `count` partials, PARTIALS at a time."""
+    index = tl.arange(0, PARTIALS)
     total = tl.zeros((LINES,), tl.float64)
-    for p in range(0, parts, PARTS):
-        at = (p + part).to(tl.int64)[:, None] * length + line[None, :]
-        mask = (p + part < parts)[:, None] & (line < length)[None, :]
+    for p in range(0, count, PARTIALS):
+        at = (p + index).to(tl.int64)[:, None] * length + line[None, :]
+        mask = (p + index < count)[:, None] & (line < length)[None, :]
         total += tl.sum(tl.load(PARTIAL + at, mask=mask, other=0.0).to(tl.float64), 0)
     return total
 
@@ -67,19 +69,19 @@ SIZES += ["columns_total", "offset", "fresh_rows", "fresh_columns", "is_last"]
 def sums_kernel(
     PARTIAL, STATE, OCCUPIED, SHIFT, FLAG, M, N, tiles_m, tiles_n, row_start, column_start,
     rows_total, columns_total, offset, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """Partials that share a shift. Where there is one, chunks are whole rows, and the flag is
-    raised if it was too coarse for a line that has pairs, since a sum so small may have lost terms
-    that count, or no number. OCCUPIED says which have pairs; without it those whose block leaves
-    them a negative."""
-    is_row, line, base, out, length, parts = owned(
+    """Adds up partials that share one shift, or have none. With a SHIFT, chunks are whole rows, and
+    FLAG is set if the shift is not finite, or if a line with pairs has a sum outside LEAST ..
+    LARGEST: so small a sum may have lost terms that matter. OCCUPIED marks the lines with pairs;
+    without it they are the lines that have a negative."""
+    is_row, line, base, out, length, count = lines_of_program(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
     mask = line < length
     lines = rows_total + columns_total
     fresh = tl.where(is_row, fresh_rows, fresh_columns)
-    total = _added(PARTIAL + base, line, length, parts, LINES, PARTS)
+    total = _sum_of_partials(PARTIAL + base, line, length, count, LINES, PARTIALS)
     total += tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
     tl.store(STATE + lines + out, total, mask=mask)
     shift = tl.zeros((LINES,), tl.float64)
@@ -99,19 +101,21 @@ def sums_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     PARTIAL, MOMENTS, KEPT_SHIFT, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
-    columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTS: tl.constexpr,
+    columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the kept w and of w * t of each line, (2, rows_total + columns_total): the second and
-    the third layer of partials. Exponentials may be as large as 2^100: where w * t overflows,
-    nothing that was kept is of use."""
-    is_row, line, base, out, length, parts = owned(
+    """Adds up each line's sums of the kept w and of w * t, (2, rows_total + columns_total): the
+    second and the third layer of partials. Exponentials may reach 2^100: if w * t overflows, a NaN
+    in KEPT_SHIFT invalidates everything that was kept."""
+    is_row, line, base, out, length, count = lines_of_program(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
     layer = tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
     mask = line < length
     old = mask & (tl.where(is_row, fresh_rows, fresh_columns) == 0)
     for moment in tl.static_range(2):
-        total = _added(PARTIAL + (1 + moment) * layer + base, line, length, parts, LINES, PARTS)
+        total = _sum_of_partials(
+            PARTIAL + (1 + moment) * layer + base, line, length, count, LINES, PARTIALS
+        )
         if tl.max((mask & ((tl.abs(total) < float("inf")) == 0)).to(tl.int32), 0) > 0:
             tl.store(KEPT_SHIFT, float("nan"))
         at = MOMENTS + moment * (rows_total + columns_total) + out
@@ -120,7 +124,7 @@ def moments_kernel(
 
 @triton.jit
 def _merge(shift, total, other_shift, other):
-    """States relative to shifts; -inf is the shift of one without terms."""
+    """Merges two states, each a sum relative to its shift; a state without terms has shift -inf."""
     top = tl.maximum(shift, other_shift)
     mine = tl.where(shift == float("-inf"), 1.0, power_of_two(shift - top))
     theirs = tl.where(other_shift == float("-inf"), 1.0, power_of_two(other_shift - top))
@@ -131,29 +135,29 @@ def _merge(shift, total, other_shift, other):
 def maxima_sums_kernel(
     PARTIAL, STATE, FLAG, KEPT_SHIFT, M, N, tiles_m, tiles_n, row_start, column_start,
     rows_total, columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """Partials that have shifts of their own, behind them. With a FLAG, writes only if it is
-    set; what was kept relative to the one shift is then of no use."""
+    """Adds up partials that have shifts of their own, stored behind all partials. With a FLAG,
+    writes only if it is set, and then invalidates what was kept relative to the one shift."""
     if is_set(FLAG, True) == 0:
         return
     if KEPT_SHIFT is not None:
         tl.store(KEPT_SHIFT, float("nan"))
-    is_row, line, base, out, length, parts = owned(
+    is_row, line, base, out, length, count = lines_of_program(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
     SHIFTS = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
-    part = tl.arange(0, PARTS)
+    index = tl.arange(0, PARTIALS)
     mask = line < length
     lines = rows_total + columns_total
     fresh = tl.where(is_row, fresh_rows, fresh_columns)
-    # Stored states of lines without terms have a sum and a shift of 0.
+    # The stored state of a line without terms has sum 0 and shift 0.
     total = tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
     shift = tl.load(STATE + out, mask=mask & (fresh == 0), other=0.0)
     shift = tl.where(total == 0, float("-inf"), shift)
-    for p in range(0, parts, PARTS):
-        at = base + (p + part).to(tl.int64)[:, None] * length + line[None, :]
-        within = (p + part < parts)[:, None] & mask[None, :]
+    for p in range(0, count, PARTIALS):
+        at = base + (p + index).to(tl.int64)[:, None] * length + line[None, :]
+        within = (p + index < count)[:, None] & mask[None, :]
         sums = tl.load(PARTIAL + at, mask=within, other=0.0).to(tl.float64)
         shifts = tl.load(SHIFTS + at, mask=within, other=float("-inf")).to(tl.float64)
         top = tl.max(shifts, 0)
@@ -169,7 +173,8 @@ def maxima_sums_kernel(
 
 
 @triton.jit
-def added_totals(PARTIAL, tiles, LANES: tl.constexpr):
+def sum_of_totals(PARTIAL, tiles, LANES: tl.constexpr):
+    """Returns the sum over tiles, in float64."""
     lane = tl.arange(0, LANES)
     total = tl.zeros((LANES,), tl.float64)
     for start in range(0, tiles, LANES):
@@ -179,16 +184,16 @@ def added_totals(PARTIAL, tiles, LANES: tl.constexpr):
 
 
 @triton.jit
-def tiles_made(FLAG, tiles, tiles_otherwise):
-    """How many tiles wrote totals: `tiles` where FLAG is absent or set."""
+def tiles_written(FLAG, tiles, tiles_otherwise):
+    """Returns how many tiles wrote totals: `tiles` if FLAG is absent or set."""
     return tl.where(is_set(FLAG, True), tiles, tiles_otherwise)
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_otherwise", "is_first"])
 def totals_kernel(PARTIAL, TOTALS, FLAG, tiles, tiles_otherwise, is_first, LANES: tl.constexpr):
     """Adds the sums of w and of w * t, (2, tiles), to the totals of earlier chunks."""
-    tiles = tiles_made(FLAG, tiles, tiles_otherwise)
-    sum = added_totals(PARTIAL + tl.program_id(0).to(tl.int64) * tiles, tiles, LANES)
+    tiles = tiles_written(FLAG, tiles, tiles_otherwise)
+    sum = sum_of_totals(PARTIAL + tl.program_id(0).to(tl.int64) * tiles, tiles, LANES)
     if is_first == 0:
         sum += tl.load(TOTALS + tl.program_id(0))
     tl.store(TOTALS + tl.program_id(0), sum)
@@ -197,21 +202,23 @@ def totals_kernel(PARTIAL, TOTALS, FLAG, tiles, tiles_otherwise, is_first, LANES
 @triton.jit(do_not_specialize=["N", "tiles", "tiles_otherwise", "is_first"])
 def columns_kernel(
     PARTIAL, OUT, FLAG, N, tiles, tiles_otherwise, is_first, LINES: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """Adds the sums of w of each column, (tiles, N), to those of earlier chunks."""
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     mask = line < N
-    total = _added(PARTIAL, line, N, tiles_made(FLAG, tiles, tiles_otherwise), LINES, PARTS)
+    total = _sum_of_partials(
+        PARTIAL, line, N, tiles_written(FLAG, tiles, tiles_otherwise), LINES, PARTIALS
+    )
     total += tl.load(OUT + line, mask=mask & (is_first == 0), other=0.0)
     tl.store(OUT + line, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["lines"])
 def lines_kernel(SHIFTS, COEFFICIENTS, KEPT_SHIFT, FLAGS, OUT, lines, LANES: tl.constexpr):
-    """Lines as the second sweep takes them: coefficients in fp32; and one program's answer to
-    whether one exponential serves (all shifts are equal, those of positives by id among
-    them), and whether kept weights do (that is the one they are relative to)."""
+    """Prepares lines for the second sweep. Stores their coefficients in fp32. The last program sets
+    two flags: FLAGS[0] if all shifts are equal, positives by id included, so that one exponential
+    serves; FLAGS[1] if the kept weights are valid, that is, relative to that shift."""
     programs = tl.cdiv(lines, LANES)
     lane = tl.arange(0, LANES)
     if tl.program_id(0) < programs:
@@ -239,7 +246,8 @@ def finish_kernel(
     STATE, POSITIVE, SCALE, BIAS, LOSSES, COEFFICIENTS, WEIGHTS, lines, period, stride,
     FINISH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Lines to losses, coefficients and positives' weights; `period` lines share positives."""
+    """Turns states of lines into losses, coefficients and the positives' weights. Line i has the
+    positive i % period: rows and columns may share positives."""
     line = tl.program_id(0) * LANES + tl.arange(0, LANES)
     mask = line < lines
     shift = tl.load(STATE + line, mask=mask, other=0.0)

@@ -1,4 +1,4 @@
-"""Flags that the device sets for itself: which of several launches is to work."""
+"""Flags that the device sets, so that only one of several launches does the work."""
 
 import triton
 import triton.language as tl
@@ -6,6 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def is_set(FLAG, if_absent: tl.constexpr):
+    """True if the flag is set; `if_absent` if there is no flag."""
     if FLAG is None:
         return if_absent
     else:

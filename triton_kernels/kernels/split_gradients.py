@@ -1,7 +1,8 @@
-"""The products of weights and features, both in parts: what a library makes in other arithmetics.
+"""Multiplies weights and features that are both split into bf16 parts.
 
-A library's bf16 product adds up thousands of steps on tensor cores before it rounds once, and loses
-ten times what an fp32 product does (`split.py`).
+In other arithmetics a library makes these products. Its bf16 product sums thousands of steps on
+tensor cores before it rounds once, and loses ten times what an fp32 product does
+(`split_product.py`).
 """
 
 import triton
@@ -17,10 +18,10 @@ def split_gradient_kernel(
     TRANSPOSED: tl.constexpr, BEGINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """OUT (M, D) = W @ X, or += unless it BEGINS; W is (M, K), or (K, M) if TRANSPOSED. Parts of a
-    row of W are stride_w apart, those of X (K, D) WIDTH. W is 0 from K up to a multiple of 8, where
-    rows end: eight neighbours are loaded or none. Past the last row nothing is loaded, whatever may
-    lie there."""
+    """OUT (M, D) = W @ X if it BEGINS, else OUT += W @ X. W is (M, K), or (K, M) if TRANSPOSED. The
+    parts of a row of W lie stride_w apart, those of X (K, D) lie WIDTH apart. Rows of W are padded
+    with zeros to a multiple of 8, so that eight neighbours are loaded or none. Nothing is loaded
+    past the last row: that memory may hold anything."""
     tiles_n = tl.cdiv(D, BN)
     pid_m, pid_n = position(tl.program_id(0), tl.cdiv(M, BM), tiles_n, GROUP)
     i, j = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)

@@ -1,18 +1,17 @@
-"""The first sweep: a tile is made, folded into one number for each of its rows and columns, and
-forgotten.
+"""The first sweep: folds each tile of logits into one number for each of its rows and columns.
 
-`sweep_kernel` has one shift for all pairs, so one exponential serves row and column.
-`maxima_kernel` gives every row and column of a tile the shift that its largest logit asks for.
-A large block takes the first, and launches the second after it, always: it returns at once unless
-the flag says that one shift was too coarse, and the host never learns which of them did the
-work. A small block, which waits for launches, takes the second alone.
+`sweep_kernel` uses one shift for all pairs, so one exponential serves row and column.
+`maxima_kernel` gives every row and column of a tile a shift of its own, from its largest logit.
+A large block always launches both. The second returns at once unless the device's flag says that
+one shift was too coarse, so the host never waits to learn which of them did the work. A small
+block, whose time goes into launches, launches the second only.
 
-Both write partials, a number for each (line, tile) pair: rows first, (tiles_n, M), then columns,
+Both write partials, one number for each line of each tile: rows first, (tiles_n, M), then columns,
 (tiles_m, N). `finalise.py` adds them up in a fixed order. Positives by id have layers of partials
-of their own, made like those of the negatives. SAME_ID says whether they have: 0, or the sign that
-their logits are folded with.
+of their own, computed like those of the negatives. SAME_ID is 0 if there are none, else the sign
+that their logits are folded with.
 
-More run-time parameters than fifteen: they are a block of logits, and every launch takes one.
+The kernels have more than fifteen run-time parameters: every launch takes a whole block of logits.
 """
 
 import triton
@@ -23,10 +22,10 @@ from .logits import (
     IDS_X,
     THRESHOLD_X,
     affine,
+    count_for_columns,
+    count_for_rows,
     negatives,
     normalised,
-    of_columns,
-    of_rows,
     positives,
     relative,
 )
@@ -44,6 +43,7 @@ from .tile import (
 
 @triton.jit
 def store_rows(PARTIAL, rows, pid_n, row, M, BM: tl.constexpr, PLAIN: tl.constexpr):
+    """Stores the partials of a tile's rows."""
     at = PARTIAL + pid_n.to(tl.int64) * M + row + tl.arange(0, BM)
     if PLAIN:
         tl.store(at, rows)
@@ -53,12 +53,13 @@ def store_rows(PARTIAL, rows, pid_n, row, M, BM: tl.constexpr, PLAIN: tl.constex
 
 @triton.jit
 def columns_of(pid_m, M, N, BN: tl.constexpr):
-    """Returns where the partials of columns in a row of tiles begin: behind those of the rows."""
+    """Returns where the column partials of a row of tiles begin: behind all row partials."""
     return tl.cdiv(N, BN).to(tl.int64) * M + pid_m.to(tl.int64) * N
 
 
 @triton.jit
 def store_columns(COLUMNS, columns, j, N, PLAIN: tl.constexpr):
+    """Stores one number for each of the columns j."""
     if PLAIN:
         tl.store(COLUMNS + j, columns)
     else:
@@ -67,15 +68,15 @@ def store_columns(COLUMNS, columns, j, N, PLAIN: tl.constexpr):
 
 @triton.jit
 def partials(M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Numbers in one layer of partials."""
+    """Returns how many numbers one layer of partials has."""
     return tl.cdiv(N, BN).to(tl.int64) * M + tl.cdiv(M, BM).to(tl.int64) * N
 
 
 @triton.jit
 def _sweep_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
-    """Stores what columns remember, and the weights that are kept; returns what rows remember of
-    negatives; of positives by id, or a sum of rows of the kept w; and one of w * t."""
-    # By number: unpacking would make tensors of the constants.
+    """Stores the columns' sums and the weights that are kept. Returns three sums for each row: over
+    negatives; over positives by id, or of the kept w; of the kept w * t."""
+    # Indexed by number: unpacking would turn the constants into tensors.
     row, M, N, offset, layer, LOGITS, POSITIVE = (
         arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5],
         arguments[6],
@@ -95,9 +96,9 @@ def _sweep_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     if not PLAIN:
         store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
     if not PLAIN or LOGITS[IDS_X] is not None or LOGITS[THRESHOLD_X] is not None:
-        live = negatives(LOGITS, i, j, M, N, offset, PLAIN)
-        by_column = tl.where(of_columns(live, t, LOGITS, j, N, PLAIN), by_row, 0.0)
-        by_row = tl.where(of_rows(live, t, LOGITS, i, M, PLAIN), by_row, 0.0)
+        is_negative = negatives(LOGITS, i, j, M, N, offset, PLAIN)
+        by_column = tl.where(count_for_columns(is_negative, t, LOGITS, j, N, PLAIN), by_row, 0.0)
+        by_row = tl.where(count_for_rows(is_negative, t, LOGITS, i, M, PLAIN), by_row, 0.0)
     store_columns(COLUMNS, tl.sum(by_column, 0), j, N, PLAIN)
     rows = tl.sum(by_row, 1)
     rows_w, rows_wt = rows, rows
@@ -109,7 +110,7 @@ def _sweep_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     if KEPT is not None:
         w = ACTIVATION(x)
         if not PLAIN or LOGITS[IDS_X] is not None:
-            w, t = tl.where(live, w, 0.0), tl.where(live, t, 0.0)
+            w, t = tl.where(is_negative, w, 0.0), tl.where(is_negative, t, 0.0)
         store_tile(KEPT, w, row, column, 0, M, N, stride_kept, PLAIN, DESCRIBED, BM, BN)
         store_columns(COLUMNS + layer, tl.sum(w, 0), j, N, PLAIN)
         rows_w = tl.sum(w, 1)
@@ -126,6 +127,7 @@ def _sweep_tile(
     SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
+    """Computes a tile, folds it and stores its partials."""
     row, column = pid_m * BM, pid_n * BN
     if DESCRIBED:
         t = described_product(X, Y, row, column, D, BM, BN, BK, PRECISION, UNIT)
@@ -135,7 +137,7 @@ def _sweep_tile(
             UNIT,
         )  # fmt: skip
     columns, layer = columns_of(pid_m, M, N, BN), partials(M, N, BM, BN)
-    # A variable would make tensors of the constants among them.
+    # The tuple is written in place: a variable would turn the constants in it into tensors.
     rows, rows_w, rows_wt = in_slices(
         _sweep_slice, t, column,
         (
@@ -158,8 +160,8 @@ def sweep_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """The plain tiles. DESCRIBED: X, Y and KEPT are tensor descriptors, and as many programs as the
-    card has room for go through the tiles, each reading the next one's features already."""
+    """Sweeps the plain tiles. DESCRIBED: X, Y and KEPT are tensor descriptors, and the launch has
+    as many programs as fit on the card. Each loops over tiles and prefetches the next features."""
     m = 0.0
     if SHIFT is not None:
         m = tl.load(SHIFT)
@@ -189,7 +191,7 @@ def sweep_edges_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of the edges, a program each."""
+    """Sweeps the tiles of the edges, one program each."""
     m = 0.0
     if SHIFT is not None:
         m = tl.load(SHIFT)
@@ -204,12 +206,13 @@ def sweep_edges_kernel(
 
 @triton.jit
 def _shift_of_lines(x, DIM: tl.constexpr):
-    """The least integer above the largest logit of each line; -inf for one without pairs."""
+    """Returns each line's largest logit, rounded up to an integer; -inf if it has no pairs."""
     return tl.ceil(tl.max(x, DIM))
 
 
 @triton.jit
 def _usable(shift):
+    """Returns a finite shift for every line: 0 for those without pairs."""
     return tl.where(shift == float("-inf"), 0.0, shift)
 
 
@@ -218,13 +221,13 @@ def _store_maxima(
     PARTIAL, by_row, by_column, t, k, LOGITS, pid_m, pid_n, M, N, FOLD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Two layers of partials of a tile: sums over the pairs that count, and their shifts."""
+    """Stores two layers of partials of a tile: sums over the pairs that count, and their shifts."""
     row = pid_m * BM
     j = pid_n * BN + tl.arange(0, BN)
     x = relative(t, k, 0.0, LOGITS, j, N, False)
     shift = _shift_of_lines(tl.where(by_row, x, float("-inf")), 1)
     other = _shift_of_lines(tl.where(by_column, x, float("-inf")), 0)
-    # Chosen after the exponential: what does not count may exceed the shift by any power.
+    # Masked after the exponential: pairs that do not count may exceed the shift by any power.
     x = relative(t, k, _usable(shift)[:, None], LOGITS, j, N, False)
     rows = tl.sum(tl.where(by_row, FOLD(x), 0.0), 1)
     x = relative(t, k, _usable(other)[None, :], LOGITS, j, N, False)
@@ -243,10 +246,10 @@ def maxima_kernel(
     SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums, and behind them, in the same layout, the shifts that they are relative to;
-    positives where POSITIVE is given.
+    """Stores partial sums and, behind them in the same layout, the shifts that they are relative
+    to; also the positives if POSITIVE is given.
 
-    With a FLAG there are fewer programs than tiles, since as a rule all they do is return.
+    With a FLAG there are fewer programs than tiles: as a rule they return at once.
     """
     if is_set(FLAG, True) == 0:
         return
@@ -262,9 +265,9 @@ def maxima_kernel(
         if POSITIVE is not None:
             store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
         k = affine(LOGITS)
-        live = negatives(LOGITS, i, j, M, N, offset, False)
-        by_row = of_rows(live, t, LOGITS, i, M, False)
-        by_column = of_columns(live, t, LOGITS, j, N, False)
+        is_negative = negatives(LOGITS, i, j, M, N, offset, False)
+        by_row = count_for_rows(is_negative, t, LOGITS, i, M, False)
+        by_column = count_for_columns(is_negative, t, LOGITS, j, N, False)
         _store_maxima(PARTIAL, by_row, by_column, t, k, LOGITS, pid_m, pid_n, M, N, FOLD, BM, BN)
         if SAME_ID != 0:
             same = positives(LOGITS, i, j, M, N, offset, False)

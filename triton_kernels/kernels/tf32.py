@@ -1,4 +1,4 @@
-"""Copies of features that are rounded to tf32, the operands of a tf32 product."""
+"""Copies features, rounded to tf32, as operands of tf32 products."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from .tile import rounded
 
 @triton.jit(do_not_specialize=["M"])
 def to_tf32_kernel(X, OUT, M, D, stride_x, ROWS: tl.constexpr, BK: tl.constexpr):
-    """The operands of a tf32 product. What is rounded once need not be rounded in every tile."""
+    """Rounds X (M, D) into OUT once, so that no tile has to round its features."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BK)
     for start in range(0, D, BK):

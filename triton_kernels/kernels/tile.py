@@ -1,16 +1,15 @@
-"""A tile of t_ij = <x_i, y_j>, its place, its slices and its stores.
+"""A tile of t_ij = <x_i, y_j>: its place, its product, its slices and its stores.
 
-The tiles of a chunk are of two kinds, and each kind has a launch of its own:
+A chunk has two types of tiles, and each type has its own launch:
 
-    plain    whole tiles without own positives: no masks of their own, so that every store is 16
-             bytes wide
-    edges    the others: on the right and lower edge, and around the diagonal, `skipped` whole tiles
-             of each row of tiles
+    plain    whole tiles without own positives: they need no masks, so every store is 16 bytes wide
+    edges    all others: those on the right and lower edge, and `skipped` whole tiles around the
+             diagonal in each row of tiles
 
-One kernel with a branch for both keeps both outcomes alive and spills. Rows and columns past an
-edge are computed from row or column 0 instead of being masked, so that loads stay wide; the masks
-of `logits.py` take them out of every sum afterwards. The only mask in the product is for the last
-step along D, and none where the step divides D.
+One kernel with a branch for both would keep both results in registers, and spill. Rows and columns
+past an edge are computed from row or column 0 instead of being masked, so that loads stay wide; the
+masks of `logits.py` take them out of every sum afterwards. The product's only mask is that of the
+last step along D; it has none if the step divides D.
 """
 
 import triton
@@ -22,16 +21,17 @@ from .split_product import add_product
 
 @triton.jit
 def rounded(x, BITS: tl.constexpr):
-    """Without the last BITS of the mantissa, 13 for tf32 and 16 for bf16: to nearest even, where
-    tensor cores would truncate."""
+    """Returns x without the last BITS of its mantissa, 13 for tf32 and 16 for bf16, rounded to
+    nearest even. Tensor cores would truncate."""
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + ((1 << (BITS - 1)) - 1) + ((bits >> BITS) & 1)) & -(1 << BITS)
-    # Infinities and NaN stay.
+    # Infinities and NaN stay as they are.
     return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def stored_as(x, dtype: tl.constexpr):
+    """Returns x rounded to a dtype."""
     # A card rounds; the interpreter's conversion to bf16 truncates.
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         x = rounded(x, 16)
@@ -40,8 +40,8 @@ def stored_as(x, dtype: tl.constexpr):
 
 @triton.jit
 def position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles at a time, column after column, so that
-    programs that run together share features in L2."""
+    """Returns row and column of a tile. Tiles are numbered in groups of GROUP rows of tiles, column
+    after column, so that programs that run together share features in L2."""
     group = tile // (GROUP * tiles_n)
     within = tile - group * (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -51,8 +51,8 @@ def position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _first_skipped(row_of_tiles, full_n, skipped, offset, BM: tl.constexpr, BN: tl.constexpr):
-    """The first of the `skipped` whole tiles around the diagonal. Where the diagonal leaves the
-    chunk these are tiles at its end: any will do, since a tile of the edges may be any tile."""
+    """Returns the first of the `skipped` whole tiles around the diagonal. If the diagonal has left
+    the chunk these are tiles at its end: any tile may be taken as one of the edges."""
     return tl.minimum(tl.maximum(row_of_tiles * BM + offset, 0) // BN, full_n - skipped)
 
 
@@ -60,7 +60,7 @@ def _first_skipped(row_of_tiles, full_n, skipped, offset, BM: tl.constexpr, BN: 
 def plain_position(
     tile, M, N, offset, skipped, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Row and column of a plain tile."""
+    """Returns row and column of a plain tile."""
     full_n = N // BN
     pid_m, column = position(tile, M // BM, full_n - skipped, GROUP)
     first = _first_skipped(pid_m, full_n, skipped, offset, BM, BN)
@@ -69,8 +69,8 @@ def plain_position(
 
 @triton.jit
 def edge_position(tile, M, N, offset, skipped, BM: tl.constexpr, BN: tl.constexpr):
-    """Row and column of a tile of the edges: first the skipped ones of each row of tiles, then the
-    right edge, then the lower one."""
+    """Returns row and column of a tile of the edges. The skipped tiles of each row of tiles come
+    first, then the right edge, then the lower one."""
     full_m, full_n = M // BM, N // BN
     pid_m, pid_n = full_m, tile - full_m * skipped
     if tile < full_m * skipped:
@@ -90,10 +90,11 @@ def product(
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """<x_i, y_j> for the BM rows from `row` and the BN columns from `column` on, in fp32.
+    """Returns <x_i, y_j> in fp32 for the BM rows from `row` and the BN columns from `column` on.
 
     D and the strides count UNIT elements: the compiler then knows that rows begin on 16 bytes.
-    PRECISION "split": of operands in three parts, D apart (`parts.py`), and D is a multiple of BK.
+    With PRECISION "split" the operands have three parts, D apart (`bf16_parts.py`), and D is a
+    multiple of BK.
     """
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
     if not PLAIN:
@@ -129,11 +130,11 @@ def described_product(
     X, Y, row, column, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Returns the same from tensor descriptors: addresses take no registers, and past D they read
-    zeros.
+    """Returns the same product from tensor descriptors: they need no registers for addresses, and
+    read zeros past D.
 
-    D should be a constant: of a loop of unknown length, within the loop over tiles, the compiler
-    leaves a second copy of the epilogue behind, for a product of no steps.
+    D should be a constant. For an inner loop of unknown length the compiler emits a second copy of
+    the epilogue, for a product without steps.
     """
     t = tl.zeros((BM, BN), tl.float32)
     for start in range(0, D * UNIT, BK):
@@ -153,7 +154,8 @@ def described_product(
 
 @triton.jit
 def store_positives(POSITIVE, t, row, column, M, N, offset, BM: tl.constexpr, BN: tl.constexpr):
-    """Positives' t, if the diagonal passes through the tile: scalars decide, no reduction."""
+    """Stores the positives' t if the diagonal passes through the tile. Scalars decide that: it
+    takes no reduction."""
     ahead = row + offset - column
     if (ahead < BN) & (ahead > -BM):
         i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
@@ -168,10 +170,10 @@ def store_tile(
     OUT, value, row, column, moved, M, N, stride, PLAIN: tl.constexpr, DESCRIBED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile, `moved` columns further right than it lies. Rows of OUT are a multiple of 16
-    numbers apart, and past N they may be written up to a multiple of 8: then the compiler knows
-    that eight neighbours are stored or none, and 16 bytes leave at once. A mask of `j < N` makes it
-    store number by number."""
+    """Stores a tile, `moved` columns to the right of its own place. Rows of OUT are a multiple of
+    16 numbers apart, and may be written past N up to a multiple of 8. The compiler then knows that
+    eight neighbours are stored or none, and stores 16 bytes at once. With a mask of `j < N` it
+    would store number by number."""
     if DESCRIBED:
         OUT.store([row, column + moved], stored_as(value, OUT.dtype))
     else:
@@ -186,6 +188,7 @@ def store_tile(
 
 @triton.jit
 def _halves(t, BM: tl.constexpr, BN: tl.constexpr):
+    """Returns the left and the right half of t."""
     return t.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
 
 
@@ -194,8 +197,9 @@ def in_slices(
     FUNCTION: tl.constexpr, t, column, arguments, BM: tl.constexpr, BN: tl.constexpr,
     SLICES: tl.constexpr,
 ):  # fmt: skip
-    """FUNCTION(slice of t, its first column, arguments) one slice of columns after the other, which
-    takes fewer registers than all at once; returns the sums of the three that it returns."""
+    """Calls FUNCTION(slice of t, its first column, arguments) for one slice of columns after the
+    other, which takes fewer registers than the whole tile. FUNCTION returns three values; returns
+    the sum of each over the slices."""
     tl.static_assert(SLICES == 1 or SLICES == 2 or SLICES == 4)
     WIDTH: tl.constexpr = BN // SLICES
     if SLICES == 1:

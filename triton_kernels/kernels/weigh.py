@@ -1,22 +1,23 @@
-"""The second sweep: w_ij = activation(s_ij) * (a_i + b_j) of a tile's negatives, c_i + d_j of its
-positives by id; written for two library products and summed for the gradients of scale and bias.
+"""The second sweep: computes weights w_ij = activation(s_ij) * (a_i + b_j) of a tile's negatives,
+and those of its positives by id, with c_i + d_j. Stores them for two library products, and sums
+them for the gradients of scale and bias.
 
-Own positives stay out: theirs is the largest term, and it is added in fp32 (`complete.py`).
+Own positives are left out: theirs is the largest term, and `complete.py` adds it in fp32.
 
-What is written is `w_ij * ENLARGED * factor_x_i * factor_y_j`: then the products take the features
-as they are, nothing normalised is stored, and what is left is to divide row i of `w @ y` by
-factor_x_i, column j of `w.T @ x` by factor_y_j. fp16 has no range for factors (SPREAD off: the
-products take normalised copies) and needs ENLARGED instead: weights are at most 2, it would lose
-those below 6e-8 and blur those below 6e-5.
+The stored weight is `w_ij * ENLARGED * factor_x_i * factor_y_j`. With these factors in it (SPREAD)
+the products take the features as they are, and nothing normalised is stored; `complete.py` then
+divides row i of `w @ y` by factor_x_i and row j of `w.T @ x` by factor_y_j. The range of fp16 is
+too small for factors: there the products take normalised copies. fp16 needs ENLARGED instead:
+weights are at most 2, and it would lose those below 6e-8 and blur those below 6e-5.
 
-`weigh_kernel` takes the plain tiles, `weigh_edges_kernel` the others, both for one shift;
-`weigh_apart_kernel` takes any tile and a shift for each line. Which of them work is decided on
-the device: a flag says whether all shifts are equal.
+`weigh_kernel` takes the plain tiles and `weigh_edges_kernel` all others, both with one shift;
+`weigh_apart_kernel` takes any tile, with a shift for each line. The device decides which of them
+work: a flag says whether all shifts are equal.
 
-Coefficients and shifts are those of rows and columns for negatives, then (_SAME) for positives
-by id, each None where there are none. SAME_ID: as in the first sweep.
+Coefficients and shifts come for the rows and the columns of negatives, then (_SAME) for those of
+positives by id; each is None if there are none. SAME_ID is that of the first sweep.
 
-More run-time parameters than fifteen: they are a block of logits and its lines' states.
+The kernels have more than fifteen run-time parameters: a block of logits and its lines' states.
 """
 
 import triton
@@ -28,14 +29,14 @@ from .logits import (
     IDS_X,
     THRESHOLD_X,
     affine,
+    count_for_columns,
+    count_for_rows,
+    load_lines,
     negatives,
     normalised,
-    of_columns,
-    of_lines,
-    of_rows,
-    others,
     positives,
     relative,
+    without_own_positives,
 )
 from .sweep import columns_of, store_columns, store_rows
 from .tile import (
@@ -53,12 +54,12 @@ from .tile import (
 
 @triton.jit
 def _rows(VALUES, i, M, PLAIN: tl.constexpr):
-    return of_lines(VALUES, i, M, PLAIN).to(tl.float32)[:, None]
+    return load_lines(VALUES, i, M, PLAIN).to(tl.float32)[:, None]
 
 
 @triton.jit
 def _columns(VALUES, j, N, PLAIN: tl.constexpr):
-    return of_lines(VALUES, j, N, PLAIN).to(tl.float32)[None, :]
+    return load_lines(VALUES, j, N, PLAIN).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -67,8 +68,8 @@ def store_weights(
     SPREAD: tl.constexpr, ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of weights as the products take it; for those in parts, which lie side by side,
-    stride_w is from one to the next."""
+    """Stores a tile of weights in the form that the products take. Split weights have three parts
+    side by side: stride_w is then the distance from one part to the next."""
     w *= ENLARGED
     if SPREAD:
         i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
@@ -87,9 +88,9 @@ def store_weights(
 
 @triton.jit
 def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
-    """Stores weights, their sums of columns, and what columns remember where both sweeps are one;
-    returns what rows remember and the sums of w and of w * t."""
-    # By number: unpacking would make tensors of the constants.
+    """Stores weights, their sums over rows, and, if both sweeps are one, the columns' first-sweep
+    sums. Returns the rows' first-sweep sums, and the sums of w and of w * t."""
+    # Indexed by number: unpacking would turn the constants into tensors.
     row, M, N, offset, k, m = (
         arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]
     )  # fmt: skip
@@ -110,22 +111,22 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     x = relative(t, k, m, LOGITS, j, N, PLAIN)
     w = ACTIVATION(x)
     if LOGITS[THRESHOLD_X] is not None:
-        live = negatives(LOGITS, i, j, M, N, offset, PLAIN)
+        is_negative = negatives(LOGITS, i, j, M, N, offset, PLAIN)
         a, b = _rows(COEFFICIENTS[0], i, M, PLAIN), _columns(COEFFICIENTS[1], j, N, PLAIN)
-        by_column = tl.where(of_columns(live, t, LOGITS, j, N, PLAIN), w * b, 0.0)
-        w = tl.where(of_rows(live, t, LOGITS, i, M, PLAIN), w * a, 0.0) + by_column
+        by_column = tl.where(count_for_columns(is_negative, t, LOGITS, j, N, PLAIN), w * b, 0.0)
+        w = tl.where(count_for_rows(is_negative, t, LOGITS, i, M, PLAIN), w * a, 0.0) + by_column
     else:
         if COEFFICIENTS[0] is not None:
             w *= _rows(COEFFICIENTS[0], i, M, PLAIN) + _columns(COEFFICIENTS[1], j, N, PLAIN)
         if not PLAIN or LOGITS[IDS_X] is not None:
-            live = negatives(LOGITS, i, j, M, N, offset, PLAIN)
-            w = tl.where(live, w, 0.0)
+            is_negative = negatives(LOGITS, i, j, M, N, offset, PLAIN)
+            w = tl.where(is_negative, w, 0.0)
     if SAME_ID != 0:
         same = positives(LOGITS, i, j, M, N, offset, PLAIN)
         a, b = _rows(COEFFICIENTS[2], i, M, PLAIN), _columns(COEFFICIENTS[3], j, N, PLAIN)
         w += tl.where(same, SAME_ID * ACTIVATION(x * SAME_ID) * (a + b), 0.0)
-    # Dead pairs' t is finite, or the features are not, and then the loss is not either.
-    # Not row by row first: the sum of a sliced layout makes the compiler for sm_100 abort.
+    # Pairs of weight 0 have a finite t, unless features, and so the loss, are not finite.
+    # A sum by rows first, in a sliced layout, would make the compiler for sm_100 abort.
     sum_w, sum_wt = tl.sum(w), tl.sum(w * t)
     if SUMS is not None:
         store_columns(SUMS + (row // BM).to(tl.int64) * N, tl.sum(w, 0), j, N, PLAIN)
@@ -134,13 +135,13 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
             W, w, LOGITS, row, column, M, N, stride_w, PLAIN, DESCRIBED, SPREAD, ENLARGED,
             PRECISION, BM, BN,
         )  # fmt: skip
-    # After the weights: the other way round their registers do not suffice.
+    # This comes after the weights: in the other order there are not enough registers.
     rows = 0.0
     if PARTIAL is not None:
         e = FOLD(x)
         if not PLAIN:
             store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
-            e = tl.where(live, e, 0.0)
+            e = tl.where(is_negative, e, 0.0)
         store_columns(PARTIAL + columns, tl.sum(e, 0), j, N, PLAIN)
         rows = tl.sum(e, 1)
     return rows, sum_w, sum_wt
@@ -162,6 +163,7 @@ def _weigh_tile(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
+    """Computes a tile, stores its weights and its sums."""
     row, column = pid_m * BM, pid_n * BN
     if DESCRIBED:
         t = described_product(X, Y, row, column, D, BM, BN, BK, PRECISION, UNIT)
@@ -171,7 +173,7 @@ def _weigh_tile(
             UNIT,
         )  # fmt: skip
     columns = columns_of(pid_m, M, N, BN)
-    # A variable would make tensors of the constants among them.
+    # The tuple is written in place: a variable would turn the constants in it into tensors.
     rows, sum_w, sum_wt = in_slices(
         _weigh_slice, t, column,
         (
@@ -185,8 +187,8 @@ def _weigh_tile(
     _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
 
 
-# Coefficients of columns begin at M + column: their alignment would follow the batch. They are
-# in no tuple: the compiler asks after the alignment of its members all the same.
+# Coefficients of columns begin at M + column, so their alignment depends on the batch, and kernels
+# must not be specialised on it. They stay out of tuples, whose members are always specialised.
 UNALIGNED = ["A", "B", "A_SAME", "B_SAME"]
 SHIFTS = [
     "SHIFT_X",
@@ -206,10 +208,10 @@ def weigh_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, SLICES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """The plain tiles. ONE: whether all shifts are equal, and so one exponential serves.
-    PARTIAL: both sweeps in one go. A and B are absent where they add up to 1. SUMS: sums of
-    columns are wanted. DESCRIBED: X, Y and W are tensor descriptors, and programs go through the
-    tiles, as in the first sweep."""
+    """Weighs the plain tiles. ONE is the flag that all shifts are equal, so that one exponential
+    serves. PARTIAL is given if both sweeps are done in one go, SUMS if the columns' sums of weights
+    are wanted. A and B are absent if they add up to 1. DESCRIBED: X, Y and W are tensor
+    descriptors, and programs loop over tiles, as in the first sweep."""
     if is_set(ONE, True) == 0:
         return
     m = 0.0
@@ -244,7 +246,7 @@ def weigh_edges_kernel(
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of the edges, a program each."""
+    """Weighs the tiles of the edges, one program each."""
     if is_set(ONE, True) == 0:
         return
     m = 0.0
@@ -263,7 +265,7 @@ def weigh_edges_kernel(
 def _apart(
     t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Weights of pairs in their rows and in their columns, which have shifts of their own."""
+    """Returns the terms of rows and of columns in the weights, each with the shift of its line."""
     x = relative(t, k, _rows(SHIFT_X, i, M, False), LOGITS, j, N, False)
     by_row = ACTIVATION(x) * _rows(A, i, M, False)
     x = relative(t, k, _columns(SHIFT_Y, j, N, False), LOGITS, j, N, False)
@@ -281,8 +283,8 @@ def weigh_apart_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Every tile, with a shift for each line: two exponentials a pair. Returns at once if
-    UNLESS is set."""
+    """Weighs any tile with a shift for each line, which takes two exponentials a pair. Returns at
+    once if UNLESS is set."""
     if is_set(UNLESS, False) != 0:
         return
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -296,13 +298,13 @@ def weigh_apart_kernel(
         )
         t = normalised(t, LOGITS, i, j, M, N, False)
         by_row, by_column = _apart(t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION)
-        live = negatives(LOGITS, i, j, M, N, offset, False)
+        is_negative = negatives(LOGITS, i, j, M, N, offset, False)
         if LOGITS[THRESHOLD_X] is None:
-            w = tl.where(live, by_row + by_column, 0.0)
+            w = tl.where(is_negative, by_row + by_column, 0.0)
         else:
-            # Pairs that do not count for a line may exceed its shift by any power.
-            w = tl.where(of_rows(live, t, LOGITS, i, M, False), by_row, 0.0)
-            w += tl.where(of_columns(live, t, LOGITS, j, N, False), by_column, 0.0)
+            # Masked apart: pairs that do not count for a line may exceed its shift by any power.
+            w = tl.where(count_for_rows(is_negative, t, LOGITS, i, M, False), by_row, 0.0)
+            w += tl.where(count_for_columns(is_negative, t, LOGITS, j, N, False), by_column, 0.0)
         if SAME_ID != 0:
             by_row, by_column = _apart(
                 t, k, LOGITS, SHIFT_X_SAME, SHIFT_Y_SAME, A_SAME, B_SAME, i, j, M, N,
@@ -310,7 +312,7 @@ def weigh_apart_kernel(
             )  # fmt: skip
             same = positives(LOGITS, i, j, M, N, offset, False)
             w += tl.where(same, by_row + by_column, 0.0)
-        here = others(i, j, M, N, offset, False)
+        here = without_own_positives(i, j, M, N, offset, False)
         sum_w, sum_wt = tl.sum(w), tl.sum(w * tl.where(here, t, 0.0))
         _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
         if SUMS is not None:
@@ -327,8 +329,8 @@ def weigh_kept_kernel(
     KEPT, FACTORS, VALID, A, B, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
     ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Weights of what the first sweep has kept: read, times (a_i + b_j), written. Their sums come
-    from the moments that were kept with them. Returns at once unless VALID."""
+    """Multiplies the weights that the first sweep has kept by (a_i + b_j) and stores them. Their
+    sums come from the moments that were kept with them. Returns at once unless VALID is set."""
     if is_set(VALID, True) == 0:
         return
     tiles_n = tl.cdiv(N, BN)

@@ -1,6 +1,6 @@
-"""Only a card can show these: nothing waits, graphs, memory, large batches and offsets.
+"""Properties that only a card can show: no waiting, CUDA graphs, memory, no error of the sanitizer.
 
-Run by `make gpu`; skipped elsewhere.
+`make gpu` runs these tests; elsewhere they are skipped.
 """
 
 import os
@@ -20,15 +20,15 @@ pytestmark = pytest.mark.skipif(
 
 
 FORMS = ("small", "large")
-# About half the rows of LARGE_SIZES: kept weights, and others that are made anew.
+# A budget for about half the rows of LARGE_SIZES: the weights of the others are computed anew.
 SOME_KEPT = 9 * MIB
-# More than two tiles a processor, so that persistent programs go round; the last tiles are cut off.
+# More than two tiles a processor, so that persistent programs loop; the last tiles are cut off.
 LARGE_SIZES = 3000, 520
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The Triton engine has kernels of its own for small blocks; "large" asks for the others."""
+    """The Triton engine has special kernels for small blocks; "large" selects the others."""
     if request.param == "large" and "triton" in FUSED:
         from fastclip.triton_kernels import plan
 
@@ -59,7 +59,7 @@ def test_nothing_waits_for_the_device(
 @pytest.mark.parametrize("budget", [0, SOME_KEPT])
 @pytest.mark.parametrize("loss", STEPS)
 def test_a_step_can_be_captured_in_a_graph(loss: str, budget: int, fused: str, form: str) -> None:
-    """Also one that is replayed on inputs which need the sweep with running maxima."""
+    """A graph is also right if it is replayed on inputs that need the sweep with running maxima."""
     sizes = LARGE_SIZES if form == "large" else (700, 96)
     leaves = inputs(*sizes)
     side = torch.cuda.Stream()
@@ -71,7 +71,7 @@ def test_a_step_can_be_captured_in_a_graph(loss: str, budget: int, fused: str, f
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(loss, leaves, fused, memory_budget=budget)
-    # Back again: a flag that one replay has set must not outlast it.
+    # The last scale is the first again: a flag that one replay has set must not outlast it.
     for seed, scale in ((1, 14.3), (2, 500.0), (3, 14.3)):
         with torch.no_grad():
             for leaf, value in zip(leaves, inputs(*sizes, seed=seed), strict=True):
@@ -86,7 +86,7 @@ def test_a_step_can_be_captured_in_a_graph(loss: str, budget: int, fused: str, f
 
 
 def chunk_bytes(engine: str) -> int:
-    """The most that an engine holds of one chunk, however large the block."""
+    """Returns the most memory that an engine uses for one chunk, however large the block is."""
     if engine == "cuda":
         return (243 + 122 + 8) * MIB  # products, weights, partial sums (csrc/cuda/chunks.h)
     from fastclip.triton_kernels import plan
@@ -107,7 +107,7 @@ def test_memory_is_bounded(loss: str, n: int, d: int, fused: str) -> None:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     gradients = sum(r.numel() * r.element_size() for r in results)
-    # Gradients in fp32 before they are rounded, and a few numbers a line.
+    # Gradients in fp32 before they are rounded, and a few numbers for each line.
     wide = 2 * 4 * n * d + 200 * n
     assert peak <= gradients + wide + chunk_bytes(fused) + 32 * MIB
     assert peak < 4 * n * n, "an N x N matrix in fp32 would fit"
@@ -124,7 +124,7 @@ if form == "large" and engine == "triton":
 torch.manual_seed(0)
 for loss in (clip_loss, siglip_loss):
     for scale in (14.3, 500.0):
-        # None of the rows are kept, and of 700 a part.
+        # Budgets for no rows, and for some of 700 rows.
         for budget in (0, 600_000):
             x, y = torch.randn(2, n, d, device="cuda", dtype=torch.bfloat16).unbind()
             x, y = x.requires_grad_(), y.requires_grad_()
@@ -144,9 +144,9 @@ def test_the_sanitizer_finds_nothing(tool: str, size: str, fused: str) -> None:
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on PATH")
     case = [sys.executable, "-c", SANITIZED, fused, size]
-    # Compiles what the sanitizer then needs only to load.
+    # This run compiles the kernels, so that the sanitizer's run only loads them.
     subprocess.run(case, check=True, timeout=2 * SANITIZER_SECONDS)
-    # Each tensor in an allocation of its own, whose end a checker can see.
+    # Each tensor gets an allocation of its own, so that the sanitizer sees its end.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *case]
     process = subprocess.Popen(
@@ -156,7 +156,7 @@ def test_the_sanitizer_finds_nothing(tool: str, size: str, fused: str) -> None:
     try:
         output, _ = process.communicate(timeout=SANITIZER_SECONDS)
     except subprocess.TimeoutExpired:
-        # The checked program, too, which would keep the card busy.
+        # Kills the checked program, too, which would keep the card busy.
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         pytest.skip(f"it took more than {SANITIZER_SECONDS} s")

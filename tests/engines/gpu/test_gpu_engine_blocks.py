@@ -1,7 +1,7 @@
-"""The GPU engines' operators are right on any block, in every dtype: interpreted or emulated.
+"""The GPU engines' operators, interpreted or emulated, are right on any block in every dtype.
 
-Shapes with edges, corners and exact tiles; positives on, beside and outside the diagonal; factors
-on either tower; parts of a block kept, or cut into chunks. The truth is a dense float64 one.
+Blocks have edges, corners and whole tiles; positives on, beside and outside the diagonal; factors
+on either tower; some rows kept; several chunks. The truth is a dense float64 computation.
 """
 
 import pytest
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 def shapes(rows: int, columns: int) -> dict[str, tuple[int, int, int]]:
-    """M, N and D by how tiles of rows x columns divide the block."""
+    """Returns M, N and D, named after the way that tiles of rows x columns divide the block."""
     return {
         "whole tiles": (rows, 2 * columns, 64),
         "one more": (rows + 1, 2 * columns + 1, 7),
@@ -49,8 +49,12 @@ FACTORS = ((False, False), (True, False), (False, True), (True, True))
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_block(gpu_engine: str, kind: str, dtype: str, shape: str) -> None:
+    """Each shape and dtype meets every offset and every pair of factors, with one kind or both."""
     m, n, d = shapes(*tile_of(gpu_engine))[shape]
-    for offset, factors in zip((0, -5, n - 1 - m // 4), FACTORS[1:], strict=True):
+    turn = [*KINDS].index(kind) + [*HALVES].index(dtype) + [*shapes(0, 0)].index(shape)
+    cases = [*zip((0, -5, n - 1 - m // 4), FACTORS[1:], strict=True)]
+    del cases[turn % 3]
+    for offset, factors in cases:
         block = make_block(m, n, d, HALVES[dtype], kind=kind, offset=offset, factors=factors)
         check(gpu_engine, block, what=f"{offset=}, {factors=}")
 
@@ -93,7 +97,7 @@ def test_only_what_is_needed(gpu_engine: str, needs: tuple[bool, bool]) -> None:
     block, sigmoid = (make_block(m, n, 8, kind=kind, factors=(True, False)) for kind in KINDS)
     check(gpu_engine, block, needs=needs)
     check_in_one_go(gpu_engine, sigmoid, needs)
-    # The CUDA engine's logits are torch's product, too.
+    # The CUDA engine's logits are a product by torch, too.
     expected = sum(needs) + (gpu_engine == "cuda")
     state, positive, _ = sweep(gpu_engine, block)
     weights, one = make_weights(state, m), torch.ones(())
@@ -110,7 +114,7 @@ def test_only_what_is_needed(gpu_engine: str, needs: tuple[bool, bool]) -> None:
 def test_chunks_change_nothing(
     gpu_engine: str, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tile at a time, on either side of the switch."""
+    """Chunks are single tiles, on either side of the numerical switch."""
     has_switch = kind == "softmax" and dtype == "bfloat16"
     for scale in (14.3, 1e4) if has_switch else (14.3,):
         block = make_block(
@@ -125,7 +129,7 @@ def test_chunks_change_nothing(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_of_several_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA engine's: the last chunks are narrower, and their rows begin anywhere."""
+    """In the CUDA engine the last chunks are narrower, and their rows begin anywhere."""
     prepare("cuda", DEVICE, monkeypatch)
     block = make_block(300, 701, 8, kind=kind, offset=150, factors=(True, False))
     with small_chunks("cuda", monkeypatch, 130, 300):
@@ -138,7 +142,7 @@ def test_chunks_of_several_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("shape", [(70, 40), (40, 70)], ids=["tall", "wide"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kept_products(gpu_engine: str, kind: str, shape: tuple[int, int]) -> None:
-    """Some rows, all rows, more than all; they are what the second sweep reads."""
+    """The second sweep reads what was kept: some rows, all of them, or all and padding."""
     m, n = enlarged(*shape)
     block = make_block(m, n, 12, torch.bfloat16, kind=kind, offset=-3, factors=(True, True))
     for budget in (4 * EDGE * min(m, n), 1 << 40):
@@ -148,14 +152,15 @@ def test_kept_products(gpu_engine: str, kind: str, shape: tuple[int, int]) -> No
         assert 0 < kept.nbytes <= budget and KEPT_BY[gpu_engine].made(block.x, block.y, kept)
         weights = make_weights(state, m)
         before = weigh(gpu_engine, block, state, positive, weights, kept)
-        # Of kept weights the bytes before the rows say whether they are to be read.
+        # The bytes before kept weights say if they may be read: those stay.
         kept[kept_plans.Weights.header(m, n) if kept.dtype == torch.uint8 else 0 :] = 0
         after = weigh(gpu_engine, block, state, positive, weights, kept)
         assert not torch.allclose(before[0], after[0])
 
 
 def test_any_strides(gpu_engine: str) -> None:
-    """Rows of a wider tensor, transposed, every second number, one row expanded, a shifted base."""
+    """Features may be rows of a wider tensor, transposed, every second number, one expanded row, or
+    begin anywhere in memory."""
     m, n = enlarged(40, 33)
     d = 16
     block = make_block(m, n, d, torch.bfloat16)
@@ -183,21 +188,21 @@ def test_gradients_in_any_dtype(gpu_engine: str, dtype_x: str, dtype_y: str) -> 
     exact = dense.gradients(dense.activations(state, weights.coefficients), weights, True)
     results = weigh(gpu_engine, block, state, positive, weights, project=True, dtypes=dtypes)
     assert (results[0].dtype, results[1].dtype) == dtypes
-    # float64 asked for, float32 computed.
+    # A float64 gradient is computed in float32.
     results = (results[0], results[1].float(), results[2])
     assert_gradients(dense, exact, results)
 
 
 @pytest.mark.parametrize("out", HALVES)
 def test_features_shorter_than_epsilon_are_not_projected(gpu_engine: str, out: str) -> None:
-    """Their norm was clamped. In fp16 their gradient of 1e12 is 0 instead of infinite."""
+    """Their norm was clamped. In fp16 their gradient, of order 1e12, is 0 instead of infinite."""
     block = make_block(*enlarged(40, 33), 24, kind="sigmoid", factors=(True, True))
     block.x[0] = 0
     block.x[7] *= 1e-13 / block.x[7].norm()
     block.factor_x[[0, 7]] = 1e12
     dense = Dense(block)
     state, positive, _ = sweep(gpu_engine, block)
-    weights = make_weights(state, dense.m, gain=1e-12)  # else 1e12 drowns the other rows
+    weights = make_weights(state, dense.m, gain=1e-12)  # otherwise these two rows hide all others
     exact = dense.gradients(dense.activations(state, weights.coefficients), weights, True)
     dtypes = (DTYPES[out], DTYPES[out])
     results = weigh(gpu_engine, block, state, positive, weights, project=True, dtypes=dtypes)
@@ -207,7 +212,7 @@ def test_features_shorter_than_epsilon_are_not_projected(gpu_engine: str, out: s
         assert_gradients(dense, exact, results)
 
 
-def test_float64_is_the_plain_engines(gpu_engine: str) -> None:
+def test_the_plain_engine_takes_float64(gpu_engine: str) -> None:
     block = make_block(9, 7, 4, torch.float64)
     for one, other in zip(sweep(gpu_engine, block), sweep("torch", block), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
@@ -226,7 +231,7 @@ def test_run_to_run_bit_for_bit(gpu_engine: str) -> None:
 
 
 def test_tf32_rounds_its_operands_to_nearest(gpu_engine: str) -> None:
-    """Once the user allows it, products are those of rounded features; nothing else changes."""
+    """If the user allows tf32, products are those of rounded features; nothing else changes."""
     m, n = enlarged(40, 33)
     block = make_block(m, n, 24, scale=1.0)
     bits = [t.view(torch.int32) for t in block[:2]]
@@ -234,14 +239,14 @@ def test_tf32_rounds_its_operands_to_nearest(gpu_engine: str) -> None:
     with tf32_products():
         coarse = sweep(gpu_engine, block)[1]
     exact = sweep(gpu_engine, block._replace(x=x, y=y))[1]
-    # Tensor cores add up in an order of their own; tf32 rounds a hundred times as coarsely.
+    # Tensor cores sum in another order; rounding to tf32 is a hundred times as coarse.
     tolerance = 2e-6 if coarse.is_cuda else 0.0
     torch.testing.assert_close(coarse, exact, rtol=0, atol=tolerance, equal_nan=True)
     assert not torch.equal(coarse[:n], sweep(gpu_engine, block)[1][:n])
 
 
 def test_tf32_rounds_its_weights_to_nearest(gpu_engine: str) -> None:
-    """Against one column of ones dx is the weights, as the product took them."""
+    """With a single column of ones, dx equals the weights that the product took."""
     x = torch.linspace(-3, 3, EDGE + 8)[:, None]
     block = Block(x, torch.ones(1, 1), None, None, torch.ones(()), None, 1 << 40, "sigmoid")
     half = torch.full((len(x) + 1,), 0.5, dtype=torch.float64)
@@ -261,9 +266,9 @@ def test_tf32_rounds_its_weights_to_nearest(gpu_engine: str) -> None:
 def test_a_budget_for_no_whole_row_keeps_nothing(
     keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`keep` counts rows along the longer side: of a wide block they may come to none."""
+    """`keep` counts rows along the longer side: in a wide block it may stand for no whole row."""
     prepare("triton", DEVICE, monkeypatch)
-    m, n = enlarged(40, 800)
+    m, n = enlarged(10, 170)
     block = make_block(m, n, 12, torch.bfloat16)
     assert sweep("triton", block, keep)[2].numel() == 0
     check("triton", block, keep)
@@ -271,7 +276,7 @@ def test_a_budget_for_no_whole_row_keeps_nothing(
 
 @needs_engine
 def test_kept_sums_that_overflow_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exponentials may reach 2^100, and of long features t as much as it likes."""
+    """Exponentials may reach 2^100, and t of long features any size."""
     prepare("triton", DEVICE, monkeypatch)
     m, n = enlarged(40, 70)
     x = torch.ones(m, 8)

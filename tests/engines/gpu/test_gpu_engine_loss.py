@@ -1,7 +1,7 @@
 """The losses on the GPU engines are at least as accurate as plain PyTorch.
 
-Value and every gradient against the oracle, over scales, features and dtypes, normalised by the
-loss or before it, for the mean and for per-pair losses with upstream gradients of their own.
+The tests compare the value and every gradient with the oracle, over scales, features and dtypes,
+normalised by the loss or before it, for the mean and for per-pair losses with upstream gradients.
 """
 
 import zlib
@@ -15,7 +15,7 @@ from support.judge import PRECISIONS, QUANTITIES, allowance, assert_accurate, ev
 
 from fastclip.loss import clip_loss, siglip_loss
 
-# The switch tries what overflows; that it is redone then is what counts.
+# One shift may overflow before the switch redoes the sweep: only the final result counts.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 SCALES = (0.0, 1e-3, 1.0, 14.3, 100.0, 112.3, 1e4)
@@ -50,7 +50,7 @@ def check(
 def test_is_at_least_as_accurate_as_plain_torch(
     gpu_engine: str, loss: str, precision: str, scale: float
 ) -> None:
-    """Another kind of features, reduction and normalisation for each case, all in turn."""
+    """Each case takes other features, another reduction and normalisation, in turn."""
     turn = zlib.crc32(f"{loss} {precision} {scale}".encode())
     for step in range(2):
         check(
@@ -73,13 +73,13 @@ def test_shapes(gpu_engine: str, loss: str, n: int, d: int) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_budget_keeps_products_or_gradients(gpu_engine: str, loss: str) -> None:
-    """SigLIP's wait for the backward, CLIP's products are read back: results stay right."""
+    """SigLIP keeps gradients until the backward, CLIP reads products back: both are right."""
     for budget in (33 * 16 * 4, 1 << 20):
         check(gpu_engine, loss, "random", "bfloat16", 14.3, memory_budget=budget)
 
 
 def test_learnt_pairs_keep_their_gradient(gpu_engine: str) -> None:
-    """Well separated pairs, where `softmax - 1` cancels."""
+    """`softmax - 1` would cancel on well separated pairs."""
     check(gpu_engine, "clip", "separated", "float32", 14.3, n=64, d=64)
 
 

@@ -1,7 +1,7 @@
-"""Pairs that do not count, positives by id and biases of columns in the GPU engines.
+"""The GPU engines handle pairs that do not count, positives by id and biases of columns.
 
-As `test_masked_blocks.py`, which a card runs for these engines, too; here on a few small blocks, of
-plain tiles and of the edges, in chunks, on both sides of the numerical switch.
+A card runs `test_masked_blocks.py` for these engines, too. These tests take a few small blocks,
+with plain tiles and tiles of the edges, in chunks, on both sides of the numerical switch.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked_cases, "assert_gradients", check)
 
 
-def masked(engine: str, options: str, turn: int = 0, **others: object) -> Block:
-    """Another dtype, offset and normalisation at each turn. Some tiles are plain; of so few
-    features many products are above a threshold."""
-    size = several_tiles(engine) if engine == "cuda" else enlarged(40, 100)
+def masked(engine: str, options: str, turn: int = 0, columns: int = 100, **others: object) -> Block:
+    """Returns a block of another dtype, offset and normalisation at each turn. Some of its tiles
+    are plain; with so few features many products exceed a threshold."""
+    size = several_tiles(engine) if engine == "cuda" else enlarged(40, columns)
     dtype, offset = DTYPES[HALVES[turn % 3]], [*OFFSETS.values()][turn % 3]
     others = {"factors": (turn % 2 == 1, turn % 4 > 1), "offset": offset, **others}
     return make_masked_block(*size, 8, dtype, **{**OPTIONS[options], **others})
@@ -47,7 +47,7 @@ def masked(engine: str, options: str, turn: int = 0, **others: object) -> Block:
 
 @pytest.mark.parametrize("kind, options", [*zip(itertools.cycle(KINDS), OPTIONS), ("softmax", ALL)])
 def test_every_option(gpu_engine: str, kind: str, options: str) -> None:
-    """With the one kind or the other: a card has time for both."""
+    """Each option is tested with one kind: `test_masked_blocks.py` tests all of them on a card."""
     turn = [*itertools.product(KINDS, OPTIONS)].index((kind, options))
     check_masked(gpu_engine, masked(gpu_engine, options, turn, kind=kind), "", project=turn % 2 > 0)
 
@@ -63,16 +63,16 @@ def test_chunks(gpu_engine: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     "options, scale", [("ids", 1e3), ("margin", -1e3), ("key bias", 1e3), (ALL, 1e3)], ids=str
 )
 def test_beyond_one_shift(gpu_engine: str, options: str, scale: float) -> None:
-    """Pairs that a threshold takes from a line, and positives by id, may lie any power above the
-    shifts of the negatives."""
+    """Pairs that a threshold takes out of a line, and positives by id, may exceed the shifts of the
+    negatives by any power."""
     block = masked(gpu_engine, options, scale=scale)
     check_masked(gpu_engine, block, "")
     assert not has_one_shift(sweep(gpu_engine, block)[0])
 
 
 @needs_engine
-def test_tiles_of_lines_with_shifts_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are more of them, and more sums."""
+def test_tiles_of_lines_with_own_shifts_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels with a shift for each line may have smaller tiles: more of them, and more sums."""
     from fastclip.triton_kernels.configurations import TABLE
 
     prepare("triton", DEVICE, monkeypatch)
@@ -80,11 +80,11 @@ def test_tiles_of_lines_with_shifts_differ(monkeypatch: pytest.MonkeyPatch) -> N
     smaller = TABLE["interpreter"][key]._replace(bm=16, bn=16, bk=16)
     monkeypatch.setitem(TABLE["interpreter"], key, smaller)
     for scale in (14.3, 1e3):
-        check_masked("triton", masked("triton", ALL, scale=scale), f"{scale=}")
+        check_masked("triton", masked("triton", ALL, columns=50, scale=scale), f"{scale=}")
 
 
-def test_positives_by_id_ask_for_shifts(gpu_engine: str) -> None:
-    """One positive is far below all other pairs."""
+def test_a_low_positive_by_id_gets_its_own_shift(gpu_engine: str) -> None:
+    """One positive by id is far below all other pairs."""
     block = masked(gpu_engine, "positives by id", scale=60.0, offset=1 << 40)
     block.ids_x[:], block.ids_y[:] = 0, 1
     block.ids_y[5], block.x[3], block.y[5] = 2, -block.y[5], block.y[5]
@@ -95,22 +95,22 @@ def test_positives_by_id_ask_for_shifts(gpu_engine: str) -> None:
 
 
 @pytest.mark.parametrize("options", ["one id", "positives by id", "key bias"])
-def test_lines_without_pairs_ask_for_nothing(gpu_engine: str, options: str) -> None:
-    """Those that `occupied` excepts; without it they are thought to have lost their pairs."""
+def test_lines_without_pairs_need_no_shift(gpu_engine: str, options: str) -> None:
+    """`occupied` excepts them; without it they seem to have lost their pairs in one shift."""
     block = masked(gpu_engine, options)
     if options == "positives by id":
-        block.ids_x[2] = -7  # nobody else's
+        block.ids_x[2] = -7  # no column has this id
     assert not occupied(block).all()
     assert has_one_shift(sweep(gpu_engine, block)[0])
     blind = operator("sweep", gpu_engine)(*block.arguments, None, None, 0)[0]
-    if options != "one id":  # which leaves nothing to tell shifts from
+    if options != "one id":  # then no line has a pair, and shifts cannot differ
         assert not has_one_shift(blind)
     assert torch.equal(blind[1::2] == 0, sweep(gpu_engine, block)[0][1::2] == 0)
 
 
 @pytest.mark.parametrize("products", ["ieee", "tf32"])
 def test_duplicates_of_the_positive_stay_at_margin_0(gpu_engine: str, products: str) -> None:
-    """Also where an engine's product rounds features and the own positive's does not."""
+    """They also stay if the engine's product rounds features and that of own positives does not."""
     y = F.normalize(torch.randn(24, 48), dim=1).repeat_interleave(2, 0)
     x = F.normalize(y + 0.1 * torch.randn(48, 48), dim=1)
     with tf32_products() if products == "tf32" else contextlib.nullcontext():
@@ -119,7 +119,7 @@ def test_duplicates_of_the_positive_stay_at_margin_0(gpu_engine: str, products: 
 
 
 def test_norms_that_overflow_where_no_line_has_pairs(gpu_engine: str) -> None:
-    """No sum is too small, but the shift that all lines would share is no number."""
+    """No sum is too small, but the shift that all lines would share is not a number."""
     block = masked(gpu_engine, "one id")
     block = block._replace(x=block.x * 1e25, y=block.y * 1e25)
     state = sweep(gpu_engine, block)[0]
@@ -128,7 +128,7 @@ def test_norms_that_overflow_where_no_line_has_pairs(gpu_engine: str) -> None:
 
 
 def test_a_bias_far_from_the_others(gpu_engine: str) -> None:
-    """One column outweighs, and another vanishes beside all others."""
+    """One column may outweigh all others, or vanish beside them."""
     for turn, far in enumerate((300.0, -300.0, 1e4)):
         block = masked(gpu_engine, "key bias", turn)
         block.key_bias[3] = far
@@ -142,7 +142,7 @@ def test_biases_that_leave_no_column(gpu_engine: str) -> None:
 
 
 def test_a_common_bias_moves_the_statistic_by_as_much(gpu_engine: str) -> None:
-    """Its integral part goes into the shift, and costs no digits."""
+    """The integral part of the bias goes into the shift, and costs no digits."""
     block = masked(gpu_engine, "key bias", scale=100.0)
     zeros = torch.zeros_like(block.key_bias)
 
@@ -159,7 +159,7 @@ def test_a_common_bias_moves_the_statistic_by_as_much(gpu_engine: str) -> None:
 
 def test_a_pair_at_the_threshold_counts(gpu_engine: str) -> None:
     block = masked(gpu_engine, "ids")
-    # Powers of two have products without rounding.
+    # Products of powers of two are exact.
     block = block._replace(
         x=torch.exp2(block.x.mul(4).round()),
         y=torch.exp2(block.y.mul(4).round()),
@@ -175,12 +175,12 @@ def test_a_pair_at_the_threshold_counts(gpu_engine: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_nan_passes_thresholds(gpu_engine: str, kind: str) -> None:
+def test_thresholds_do_not_hide_a_nan(gpu_engine: str, kind: str) -> None:
     block = masked(gpu_engine, "margin", kind=kind, ids=4, same_id_positive=False)
     block.x[3] = torch.nan
     row = sweep(gpu_engine, block)[0][1]
     assert row[3].isnan()
-    if kind == "sigmoid":  # with a shift all lines of a block share the bound that it spoils
+    if kind == "sigmoid":  # softmax lines share a bound, which the NaN spoils
         m = len(block.x)
         hidden = block.ids_y == block.ids_x[3]
         hidden[3] = True
@@ -188,9 +188,9 @@ def test_a_nan_passes_thresholds(gpu_engine: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_ids_are_kept_out_of_what_is_kept(gpu_engine: str, kind: str) -> None:
-    """Nothing is kept, or used, of a block whose weights depend on more; sums of columns are made
-    anew."""
+def test_masked_pairs_are_not_kept(gpu_engine: str, kind: str) -> None:
+    """If weights depend on more than one number of a pair, nothing is kept or used. Column sums are
+    always computed anew."""
     for options in ("ids", ALL):
         check_masked(gpu_engine, masked(gpu_engine, options, 1, kind=kind), options, keep=96)
     block = masked(gpu_engine, "ids", 1, kind=kind)
@@ -208,9 +208,11 @@ def test_equal_ids_are_kept_out_of_what_is_kept(gpu_engine: str, kind: str) -> N
 @needs_engine
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_blocks(kind: str) -> None:
-    """The Triton engine's way of blocks that wait for launches."""
-    for turn, options in enumerate((ALL, "ids, margin, key bias")):
-        for scale in (14.3, 1e3):
+    """The Triton engine has special kernels for small blocks, whose time goes into launches."""
+    scales = {ALL: [14.3, 1e3], "ids, margin, key bias": [1e3, 14.3]}
+    for turn, (options, of_options) in enumerate(scales.items()):
+        # Only softmax takes another path at another scale.
+        for scale in of_options if kind == "softmax" else of_options[:1]:
             block = make_masked_block(
                 40, 37, 24, kind=kind, scale=scale, offset=-3, factors=(True, False),
                 **OPTIONS[options],

@@ -1,6 +1,6 @@
-"""The GPU engines' operators under the compiler, autograd and autocast, and what they refuse.
+"""The GPU engines' operators under the compiler, autograd and autocast, and their errors.
 
-As `test_operators.py`, which a card runs for these engines, too; here on a few small cases.
+A card runs `test_operators.py` for these engines, too. These tests take a few small cases.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ on_the_device = pytest.mark.usefixtures("on_the_device")
 def test_they_are_operators_to_the_compiler(
     gpu_engine: str, loss: Callable[..., Tensor], device: torch.device
 ) -> None:
-    """One graph, no break, and the same gradients."""
+    """A compiled step is one graph without breaks, and has the same gradients."""
 
     def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         return loss(x, y, scale, -1.0, backend=gpu_engine, memory_budget=0)
 
-    with device:  # left before the compiler comes, which would trace it
+    with device:  # the compiler must not run in this context: it would trace it
         block = make_block(*enlarged(33, 33), 8)
     results = []
     for f in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
@@ -89,7 +89,7 @@ def test_autocast_does_not_reach_into_them(gpu_engine: str, dtype: torch.dtype) 
 @on_the_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_scalars_have_any_dtype_and_either_shape(gpu_engine: str, dtype: torch.dtype) -> None:
-    """Each of them is exact in all."""
+    """The values are exact in every dtype."""
     block = make_block(20, 24, 8, kind="sigmoid", scale=4.5, bias=-3.0)
     expected = sweep(gpu_engine, block)
     for shape in ((), (1,), (1, 1)):

@@ -1,7 +1,6 @@
-"""Small blocks in the Triton engine: running maxima at once, every tile with masks, few launches.
+"""Small blocks in the Triton engine: running maxima at once, masks in every tile, few launches.
 
-The other tests of the GPU engines ask for large blocks whatever their size: `plan.SMALL_PAIRS` is 0
-there.
+The other tests of the GPU engines set `plan.SMALL_PAIRS` to 0: every block counts as large there.
 """
 
 from collections import Counter
@@ -21,7 +20,7 @@ from fastclip.loss import clip_loss, siglip_loss
 pytestmark = [
     needs_engine,
     pytest.mark.usefixtures("on_the_device"),
-    # What overflows is redone; that it then is right is what counts.
+    # Sums that overflow are computed again: only the final result counts.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 HALVES = ("bfloat16", "float16")
@@ -29,7 +28,7 @@ HALVES = ("bfloat16", "float16")
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often each kernel was launched."""
+    """Counts the launches of each kernel."""
     from fastclip.triton_kernels import launch
 
     real, found = launch.launch, Counter()
@@ -44,7 +43,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 @pytest.mark.parametrize("shape", [(70, 37, 24), (37, 70, 24), (40, 1, 7), (1, 40, 7)], ids=str)
 def test_lines_have_shifts_of_their_own(shape: tuple[int, int, int], launches: Counter) -> None:
-    """Another dtype, and other factors, at each offset."""
+    """Each offset has another dtype and other factors."""
     m, n, d = shape
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     for turn, (name, offset) in enumerate(offsets(m, n).items()):
@@ -60,8 +59,8 @@ def test_any_scale(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])
-def test_losses_without_a_state(dtype: str, launches: Counter) -> None:
-    """Every tile is one of the edges: one launch makes them all."""
+def test_a_kind_without_a_shift(dtype: str, launches: Counter) -> None:
+    """Every tile counts as one of the edges: one launch takes them all."""
     block = make_block(40, 70, 24, DTYPES[dtype], kind="sigmoid", offset=5, factors=(True, False))
     check("triton", block)
     check_in_one_go("triton", block)
@@ -70,15 +69,15 @@ def test_losses_without_a_state(dtype: str, launches: Counter) -> None:
 
 
 def test_nothing_is_kept(launches: Counter) -> None:
-    """What the budget allows is not used: reading it would take another launch."""
-    for loss in ("softmax", "sigmoid"):
-        block = make_block(40, 50, 24, torch.bfloat16, kind=loss)
+    """A small block does not use its budget: reading kept weights would take another launch."""
+    for kind in ("softmax", "sigmoid"):
+        block = make_block(40, 50, 24, torch.bfloat16, kind=kind)
         check("triton", block, KEPT_BY["triton"].keep(Arguments.of(block.arguments)[0], 1 << 30))
     assert not launches["weigh_kept_kernel"] and not launches["moments_kernel"]
 
 
 def test_launches_of_a_step(launches: Counter) -> None:
-    """What a small batch waits for. Two library products come in between."""
+    """Launches dominate the time of a small batch. Two library products come in addition."""
     x, y = torch.randn(2, 48, 24).to(torch.bfloat16).unbind()
     scale = torch.tensor(14.3)
     leaves = [t.requires_grad_() for t in (x, y, scale)]
@@ -97,7 +96,7 @@ def test_launches_of_a_step(launches: Counter) -> None:
     }
 
 
-def test_where_small_ends(monkeypatch: pytest.MonkeyPatch, launches: Counter) -> None:
+def test_the_limit_of_small_blocks(monkeypatch: pytest.MonkeyPatch, launches: Counter) -> None:
     from fastclip.triton_kernels import plan
 
     block = make_block(33, 40, 24)

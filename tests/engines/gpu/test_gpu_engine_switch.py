@@ -1,7 +1,7 @@
-"""Both sides of the GPU engines' numerical switch, and what must pass through either of them.
+"""Both sides of the GPU engines' numerical switch, and values that must show on either side.
 
-One shift serves all lines or, where that proves too coarse, every line gets its own: decided
-on the device, so it shows in the state alone. The truth is a dense float64 computation.
+One shift serves all lines or, if it proves too coarse, every line gets its own. The device decides,
+so that only the state shows the decision. The truth is a dense float64 computation.
 """
 
 import math
@@ -25,13 +25,13 @@ def random(scale: float) -> Block:
 
 
 def long(scale: float) -> Block:
-    """Features nobody normalised."""
+    """Features are not normalised."""
     block = random(scale)
     return block._replace(x=block.x * 30, y=block.y * 20)
 
 
 def one_long(scale: float) -> Block:
-    """The bound speaks for one pair; all other logits are far below it."""
+    """The bound fits one pair; all other logits are far below it."""
     block = random(scale)
     block.x[3] *= 25
     block.y[5] *= 25
@@ -82,7 +82,8 @@ def test_shifts(gpu_engine: str, case: tuple) -> None:
 
 
 def column_below(offset: int, along: float, across: float) -> Block:
-    """One column, 12, is far below the others: `along` what all rows share, `across` elsewhere."""
+    """Returns a block with one low column, 12: `along` is its component in the direction that all
+    rows share, `across` its length in the others."""
     block = make_block(60, 66, 24, scale=100.0, offset=offset)
     block.x[:, 0] = 1
     block.y[:, 0] = 0
@@ -91,7 +92,7 @@ def column_below(offset: int, along: float, across: float) -> Block:
     return block
 
 
-def test_a_column_that_one_shift_would_blur_asks_for_its_own(gpu_engine: str) -> None:
+def test_a_column_that_one_shift_would_blur_gets_its_own(gpu_engine: str) -> None:
     """Its sum would be about 2^-140: not zero, but with few digits left in fp32."""
     state = check(gpu_engine, column_below(0, along=-0.30, across=0.15))
     assert not has_one_shift(state)
@@ -99,14 +100,14 @@ def test_a_column_that_one_shift_would_blur_asks_for_its_own(gpu_engine: str) ->
 
 @pytest.mark.parametrize("offset", [5, -5])
 def test_a_column_is_judged_without_positives(gpu_engine: str, offset: int) -> None:
-    """No row's positive, taken for its own, makes up for the lost negatives."""
+    """The positive of another row, mistaken for its own, must not hide the lost negatives."""
     state = check(gpu_engine, column_below(offset, along=-1.0, across=0.0))
     assert not has_one_shift(state)
 
 
 def test_a_row_is_judged_without_its_positive(gpu_engine: str) -> None:
-    """Its negatives are lost in the one shift, and its positive, far above, must not make up
-    for them: losses may be of the negatives alone."""
+    """One shift loses its negatives, and its positive, far above them, must not hide that: losses
+    may use the negatives alone."""
     block = random(100.0)
     x = torch.cat((torch.ones(1), torch.zeros(23)))
     block.y[:] = -x + 0.1 * block.y
@@ -117,14 +118,14 @@ def test_a_row_is_judged_without_its_positive(gpu_engine: str) -> None:
 
 
 @pytest.mark.parametrize("bound, enough", [(1.02, True), (1e4, False)])
-def test_any_bound_that_is_one(gpu_engine: str, bound: float, enough: bool) -> None:
+def test_any_upper_bound_gives_right_states(gpu_engine: str, bound: float, enough: bool) -> None:
     state = check(gpu_engine, random(100.0), bound=torch.tensor(bound, dtype=torch.float64))
     assert has_one_shift(state) == enough
 
 
 @pytest.mark.parametrize("scale", [1.0, 43.0, 60.0, 76.0])
 def test_the_shift_leaves_room_above_and_below(gpu_engine: str, scale: float) -> None:
-    """A negative with the largest possible logit and one with the smallest."""
+    """The block has a negative with the largest possible logit and one with the smallest."""
     block = make_block(*enlarged(33, 33), 12, scale=scale)
     block.y[4] = block.x[9] = torch.eye(12)[0]
     block.y[6] = block.x[11] = torch.eye(12)[1]
@@ -148,9 +149,7 @@ def test_norms_that_overflow(gpu_engine: str, swap: bool) -> None:
 
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("shape", [(1, *enlarged(40)), (*enlarged(40), 1), (1, 1)], ids=str)
-def test_a_line_of_nothing_but_its_positive(
-    gpu_engine: str, shape: tuple[int, int], scale: float
-) -> None:
+def test_a_line_without_negatives(gpu_engine: str, shape: tuple[int, int], scale: float) -> None:
     """Its sum is zero, its shift a number, and its loss and weights are zero."""
     block = make_block(*shape, 8, scale=scale)
     state = check(gpu_engine, block)
@@ -164,14 +163,14 @@ def test_a_line_of_nothing_but_its_positive(
 
 @pytest.mark.parametrize("scale", [0.0, 14.3, 100.0])
 def test_positives_tie_with_their_duplicates(gpu_engine: str, scale: float) -> None:
-    """All features alike: every row's loss is log(N)."""
+    """If all features are equal, every row's loss is log(N)."""
     n = SHAPE[1]
     x = make_block(n, n, 24).x[:1].repeat(n, 1)
     loss = clip_loss(x, x, scale, backend=gpu_engine, memory_budget=0)
     assert abs(float(loss) - math.log(n)) < 1e-5
 
 
-# ---- values nobody wants, which must show --------------------------------------------------------
+# ---- NaN, infinities and absurd scales must show -------------------------------------------------
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
@@ -188,7 +187,8 @@ def gradients(
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_spoilt_features_show(gpu_engine: str, loss: str, value: float) -> None:
-    """In loss and gradients, in the last lane of the last tile as well, and in half precision."""
+    """They show in loss and gradients, also from the last lane of the last tile, and in half
+    precision."""
     for dtype in (torch.float32, torch.float16):
         x, y = torch.randn(2, SHAPE[1], 6).unbind()
         x[-1, 5] = value
@@ -214,14 +214,14 @@ def test_absurd_scales_give_the_loss_or_no_number(gpu_engine: str, loss: str) ->
 def test_no_loss_of_an_absurd_scale_is_invented(
     gpu_engine: str, scale: float, all_finite: bool
 ) -> None:
-    """Each pair's loss is right or no number. A mean would be NaN and hide the invented ones."""
+    """Each pair's loss is right or not finite. A mean would be NaN, and hide wrong losses."""
     x, y = torch.randn(2, SHAPE[1], 6).unbind()
     options = {"normalize": True, "reduction": "none"}
     ours = clip_loss(x, y, scale, backend=gpu_engine, memory_budget=0, **options).double()
     exact = clip_loss(x.double(), y.double(), scale, backend="reference", **options)
     sound = ours.isfinite()
     assert bool(sound.all()) == all_finite
-    # Rounded logits move a loss by so much.
+    # Rounded logits move a loss by this much.
     assert ((ours - exact).abs() <= 1e-6 * scale)[sound].all()
 
 

@@ -1,7 +1,7 @@
 """The GPU engines are right on blocks of several tiles, on a card as well as interpreted.
 
-Both losses in every dtype, with factors and at depths that steps do not divide; diagonals through
-edges and corners of tiles; several chunks; the numerical switch, asked for by one line.
+Both kinds in every dtype, with factors and depths that steps do not divide; diagonals through edges
+and corners of tiles; several chunks; a numerical switch that a single line requires.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 class Case(NamedTuple):
+    """A dtype, a number of features, and the towers that have factors."""
+
     dtype: str
     width: int
     factors: tuple[bool, bool] = (False, False)
@@ -44,7 +46,7 @@ class Case(NamedTuple):
         )  # fmt: skip
 
 
-# Rows that begin on 16 bytes and end within a step; that end with one; that begin anywhere.
+# Rows begin on 16 bytes and end within a step; end with a step; or begin anywhere.
 CASES = [
     Case("bfloat16", 1000, (True, True)),
     Case("bfloat16", 1001, (False, True), tall=True),
@@ -61,7 +63,7 @@ def test_many_tiles(gpu_engine: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES[:4:3], ids=str)
-def test_many_tiles_of_a_loss_without_state(gpu_engine: str, case: Case) -> None:
+def test_many_tiles_of_a_kind_without_a_shift(gpu_engine: str, case: Case) -> None:
     check(gpu_engine, case.block(many_tiles(gpu_engine), "sigmoid", -5))
 
 
@@ -80,7 +82,7 @@ def test_many_tiles_in_tf32(gpu_engine: str) -> None:
 
 
 def diagonals(rows: int, columns: int, m: int, n: int) -> dict[str, int]:
-    """Offsets by how the diagonal meets tiles of rows x columns."""
+    """Returns offsets, named after the way that the diagonal meets tiles of rows x columns."""
     return {
         "through corners": 0,
         "a corner above": 1,  # the last row of a tile has its positive in the next tile's first
@@ -97,7 +99,7 @@ def diagonals(rows: int, columns: int, m: int, n: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("diagonal", diagonals(0, 0, 0, 0))
 def test_any_diagonal(gpu_engine: str, diagonal: str) -> None:
-    """Each row that has a positive gets it, and no other pair is taken for one."""
+    """Each row that has a positive gets it, and no other pair is mistaken for one."""
     rows, columns = tile_of(gpu_engine)
     m, n = rows + rows // 2, 2 * columns + columns // 4
     offset = diagonals(rows, columns, m, n)[diagonal]
@@ -106,7 +108,7 @@ def test_any_diagonal(gpu_engine: str, diagonal: str) -> None:
 
 
 class Cut(NamedTuple):
-    """A loss, a shape of chunks and an offset, in tiles, rows to keep, of all."""
+    """A kind, the shape of chunks and the offset in tiles, and the share of rows to keep."""
 
     kind: str
     rows: int
@@ -147,7 +149,7 @@ def as_it_is(block: Block) -> None:
 
 
 def one_long(block: Block) -> None:
-    """The bound speaks for one pair; all other logits are far below it."""
+    """The bound fits one pair; all other logits are far below it."""
     block.x[-2] *= 25
     block.y[len(block.y) // 2] *= 25
 
@@ -180,7 +182,7 @@ def test_the_switch_among_tiles(
     gpu_engine: str, spoil: Callable[[Block], None], scale: float, dtype: str, in_chunks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Every line comes out right, not only the one that asks for a shift of its own."""
+    """Every line is right, not only the line that needs a shift of its own."""
     rows, columns = tile_of(gpu_engine)
     m, n = several_tiles(gpu_engine)
     block = make_block(m, n, 24, DTYPES[dtype], scale=scale, offset=rows + 1)

@@ -1,4 +1,4 @@
-"""On a card: large batches, many chunks, strided rows and offsets beyond 32 bits are right."""
+"""On a card, large batches, many chunks, strided rows and offsets beyond 32 bits are right."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Large(NamedTuple):
-    """A batch; normalize also asks for features of two lengths."""
+    """A large batch. With normalize, the features also have two lengths."""
 
     loss: str
     dtype: str
@@ -46,7 +46,7 @@ class Large(NamedTuple):
 LARGE = [
     Large("clip", "bfloat16", 128, 14.3),
     Large("clip", "bfloat16", 1000, 100.0, normalize=True),
-    Large("clip", "bfloat16", 768, 500.0),  # one reference is not enough
+    Large("clip", "bfloat16", 768, 500.0),  # one shift is not enough
     Large("clip", "float16", 520, 100.0),
     Large("clip", "float16", 1001, 14.3, normalize=True),
     Large("clip", "float32", 96, 100.0, normalize=True),
@@ -63,19 +63,19 @@ FP16_AT_500 = Large("clip", "float16", 520, 500.0)
 
 
 def assert_is_right(case: Large, n: int, engine: str, **options: object) -> None:
-    """A batch, by what the arithmetic of its features loses."""
-    # No more than one half-precision weight's rounding: the errors of many do not add up.
+    """Checks a batch with the tolerance that the arithmetic of its dtype needs."""
+    # The tolerance is one half-precision weight's rounding: the errors of many do not add up.
     dtype = DTYPES[case.dtype]
     weights = roundoff(dtype) / 2 if dtype.itemsize == 2 else 0.0
     if engine == "triton" and dtype == torch.float16 and options.get("memory_budget"):
-        weights += roundoff(torch.bfloat16) / 2  # that kept weights have
+        weights += roundoff(torch.bfloat16) / 2  # kept weights are bf16
     assert_near(case.loss, case.leaves(n), weights, engine, normalize=case.normalize, **options)
 
 
 def logits_error(leaves: list[Tensor]) -> float:
-    """The error of tensor cores in the largest logit of random unit features, six deviations from
-    0: they cut off half a unit in the last place of t for each 16 products (arXiv 2403.00232). The
-    CUDA engine's second way of the first sweep multiplies without them."""
+    """Returns the error of tensor cores in the largest logit of random unit features, which is six
+    deviations from 0: they cut off half a unit in the last place of t for each 16 products (arXiv
+    2403.00232). The CUDA engine's sweep with running maxima multiplies without tensor cores."""
     x, _, scale, _ = leaves
     if x.dtype.itemsize > 2:
         return 0.0
@@ -87,13 +87,14 @@ def assert_near(
     loss: str, leaves: list[Tensor], weights: float, engine: str, normalize: bool = False,
     **options: object,
 ) -> None:  # fmt: skip
-    """Loss and gradients against float64. weights: what their rounding may do to dx and dy."""
+    """Checks loss and gradients against float64. weights: the error of dx and dy that the rounding
+    of weights may cause."""
     value, *results = step(loss, leaves, engine, normalize=normalize, **options)
     exact, *gradients = truth(loss, *leaves, normalize=normalize)
     assert (value - exact).abs() <= 4e-6 * exact
     logits = logits_error(leaves)
     for name, result, right in zip(("dx", "dy", "dscale"), results, gradients, strict=False):
-        # No gradient of this dtype comes closer. fp16 has fewer digits below 6e-5.
+        # The error of the exact gradient in this dtype. fp16 has fewer digits below 6e-5.
         stored = (right.to(result.dtype) - right).norm() / right.norm()
         error = (result.double() - right).norm() / right.norm()
         assert error <= stored + (logits if name == "dscale" else weights) + 2e-5, (
@@ -108,7 +109,7 @@ def assert_near(
 @on_each
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_batches_are_right(case: Large, fused: str) -> None:
-    """On several chunks of weights, of the engine's own size."""
+    """The batches have several chunks of weights, of the engine's own size."""
     assert_is_right(case, 12345, fused)
 
 
@@ -119,18 +120,18 @@ def test_large_batches_are_right(case: Large, fused: str) -> None:
 def test_many_chunks_are_right(
     case: Large, budget: int, fused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a part of the products is kept, and where it is of no use."""
+    """The results are also right if some rows are kept, and if what was kept is of no use."""
     with small_chunks(fused, monkeypatch, 1024, 2048):
         assert_is_right(case, 7001, fused, memory_budget=budget)
 
 
 def one_row(t: Tensor) -> Tensor:
-    """The first row, expanded: stride 0."""
+    """Returns the first row, expanded: its stride is 0."""
     return t[:1].expand(t.shape)
 
 
 def of_wider_rows(t: Tensor) -> Tensor:
-    """The same rows in a wider tensor, between numbers that would spoil every result."""
+    """Returns the same rows within a wider tensor, between NaNs that would spoil every result."""
     wide = t.new_full((len(t), t.shape[1] + 128), torch.nan)
     wide[:, 64:-64] = t
     return wide[:, 64:-64]
@@ -144,7 +145,7 @@ def test_plain_tiles_of_strided_rows(
     loss: str, laid: Callable[[Tensor], Tensor], budget: int, fused: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Either tower: kernels for whole tiles find rows by the strides of a descriptor."""
+    """Kernels for whole tiles find the rows of either tower by the strides of a descriptor."""
     if fused == "triton":
         from fastclip.triton_kernels import plan
 
@@ -153,13 +154,13 @@ def test_plain_tiles_of_strided_rows(
         leaves = Large(loss, "bfloat16", 520, 14.3).leaves(1500)
         leaves[tower] = laid(leaves[tower].detach()).requires_grad_()
         assert leaves[tower].stride() == ((0, 1) if laid is one_row else (648, 1))
-        # Weights of equal rows round alike, so their errors add up, and their sums less 1 cancel.
+        # Weights of equal rows round alike: their errors add up, and their sums less 1 cancel.
         assert_near(loss, leaves, 4 * roundoff(torch.bfloat16), fused, memory_budget=budget)
 
 
 @on_each
 def test_offsets_beyond_32_bits(fused: str) -> None:
-    """Features of more than 2^31 numbers: the last rows come out as they do alone."""
+    """If features have more than 2^31 numbers, the last rows have the same results as alone."""
     m, n, d, last = 4_200_000, 64, 512, 1000
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 24 << 30:
@@ -174,7 +175,7 @@ def test_offsets_beyond_32_bits(fused: str) -> None:
     rows = state[1, m - last : m].log2() + state[0, m - last : m]
     torch.testing.assert_close(rows, alone[1, :last].log2() + alone[0, :last], rtol=0, atol=1e-4)
 
-    # Weights of order 1 / N in every row.
+    # The coefficients give weights of order 1 / N in every row.
     a = state[1].reciprocal()
     p = torch.zeros(m, dtype=torch.float64, device=DEVICE)
     wanted = Wanted(True, False, False, False, x.dtype, y.dtype)
@@ -188,7 +189,7 @@ def test_offsets_beyond_32_bits(fused: str) -> None:
             Upstream(a[lines], p[rows], gain), wanted,
         ).x  # fmt: skip
 
-    whole, part = gradient(slice(None))[-last:].double(), gradient(slice(m - last, m)).double()
-    # The library may take another kernel for another size: the last digit in bf16 may differ.
-    assert part.norm() > 1
-    assert (whole - part).norm() <= 2**-8 * part.norm()
+    whole, alone = gradient(slice(None))[-last:].double(), gradient(slice(m - last, m)).double()
+    # The library may choose another kernel for another size: the last digit in bf16 may differ.
+    assert alone.norm() > 1
+    assert (whole - alone).norm() <= 2**-8 * alone.norm()

@@ -1,4 +1,4 @@
-"""FASTCLIP_FP32 decides how float32 features are multiplied, and which engine does it."""
+"""FASTCLIP_FP32 decides how float32 features are multiplied, and which engine multiplies them."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,10 +11,10 @@ from fastclip.engine import preference
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, str], None]]:
-    """Sets FASTCLIP_FP32 and torch's precision."""
+    """Returns a function that sets FASTCLIP_FP32 and torch's precision."""
     before = torch.backends.cuda.matmul.fp32_precision
 
-    def be(asked: str | None, precision: str = "ieee") -> None:
+    def configure(asked: str | None, precision: str = "ieee") -> None:
         if asked is None:
             monkeypatch.delenv("FASTCLIP_FP32", raising=False)
         else:
@@ -22,15 +22,16 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, 
         torch.backends.cuda.matmul.fp32_precision = precision
         preference.fp32.cache_clear()
 
-    yield be
+    yield configure
     torch.backends.cuda.matmul.fp32_precision = before
     preference.fp32.cache_clear()
 
 
-def test_it_is_asked_for(
+def test_split_products_are_opt_in(
     settings: Callable[[str | None, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then Triton, which alone has it, comes first for fp32; tf32 comes before either."""
+    """With "split", Triton, the only engine that has it, comes first for fp32. tf32 overrides
+    it."""
     for asked, first in ((None, "cuda"), ("", "cuda"), ("ieee", "cuda"), ("split", "triton")):
         settings(asked)
         products = preference.products_of(torch.float32)
@@ -45,7 +46,7 @@ def test_it_is_asked_for(
     assert preference.products_of(torch.float32) == "fp32"
 
 
-def test_another_word_is_refused(settings: Callable[[str | None, str], None]) -> None:
+def test_an_unknown_setting_is_an_error(settings: Callable[[str | None, str], None]) -> None:
     settings("bf16")
     with pytest.raises(
         ValueError, match=r"^FASTCLIP_FP32 must be one of 'split', 'ieee', got 'bf16'$"
@@ -53,7 +54,7 @@ def test_another_word_is_refused(settings: Callable[[str | None, str], None]) ->
         preference.products_of(torch.float32)
 
 
-def test_it_takes_fp32_features_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_fp32_features_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preference, "fp32", lambda: "split")
     with nothing_known() as patch:
         pretend(patch, (9, 0), "3.7.1")

@@ -1,9 +1,9 @@
-"""fp32 products made of bf16 ones: exact parts, sums that tensor cores do not spoil.
+"""fp32 products made of bf16 products: parts are exact, and tensor cores do not spoil the sums.
 
-Tensor cores truncate (`tensor_core.py`). `modelled` puts them in the place of the interpreter's
-sums, so that the kernels themselves are judged on what a card does to them, by plain torch's errors
-in fp32, as every engine is; and the same kernels fail where tensor cores add up everything. A card
-needs no model: there the tests are of its own.
+Tensor cores truncate (`tensor_core.py`). The fixture `modelled` replaces the interpreter's sums by
+theirs, so that the tests judge the kernels under a card's arithmetic; like every engine, they must
+not exceed plain torch's errors in fp32. Kernels that sum everything on tensor cores fail the same
+tests. A card needs no model: it runs the tests with its own tensor cores.
 """
 
 import functools
@@ -42,7 +42,7 @@ SPECIAL = (
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 features are multiplied in parts, and no block is too small for all of the kernels."""
+    """Splits fp32 features into parts, and lets no block be small: all kernels are launched."""
     from fastclip.triton_kernels import plan
 
     monkeypatch.setattr(preference, "fp32", lambda: "split")
@@ -51,39 +51,39 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def modelled(monkeypatch: pytest.MonkeyPatch) -> Callable[[tensor_core.Core], None]:
-    """Makes the interpreter add up as given tensor cores do."""
+    """Makes the interpreter sum like given tensor cores."""
     if not backends.interpreted():
         return lambda core: None
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def be(core: tensor_core.Core) -> None:
+    def install(core: tensor_core.Core) -> None:
         def create_dot(self, a, b, d, *_):
             total = tensor_core.multiply(a.data, b.data, d.data, core)
             return TensorHandle(total, d.dtype.scalar)
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
-    return be
+    return install
 
 
 @pytest.fixture
 def all_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Leaves the sum over all steps to them."""
+    """Makes tensor cores sum all steps."""
     if not backends.interpreted():
         pytest.skip("kernels that are compiled cannot be changed")
     from support.summed_on_tensor_cores import add_product
 
     from fastclip.triton_kernels.kernels import split_gradients, tile
 
-    def be() -> None:
+    def install() -> None:
         monkeypatch.setattr(tile, "add_product", add_product)
         monkeypatch.setattr(split_gradients, "add_product", add_product)
 
-    return be
+    return install
 
 
 def parts_of(x: torch.Tensor) -> torch.Tensor:
-    """By the kernel, (3, M, D); what it pads them with must be zero."""
+    """Returns the parts that the kernel makes, (3, M, D); checks that it pads them with zeros."""
     from fastclip.triton_kernels import launch
     from fastclip.triton_kernels.kernels import bf16_parts, split_product
 
@@ -107,14 +107,14 @@ def test_parts_add_up(device: torch.device) -> None:
     assert not mistake[normal].any()
     # The interpreter has no subnormals of bf16.
     assert mistake.max() <= (2.0**-125 if backends.interpreted() else 2.0**-134)
-    # Each is the rounded rest of the ones before.
+    # Each part is the rounded rest of the parts before it.
     assert (parts[1].abs() <= 2.0**-7 * parts[0].abs())[normal].all()
     assert (parts[2].abs() <= 2.0**-7 * parts[1].abs())[normal].all()
 
 
 @needs_engine
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_parts_of_what_is_not_finite_show_it(value: float, device: torch.device) -> None:
+def test_infinities_and_nan_show_in_parts(value: float, device: torch.device) -> None:
     x = torch.ones(3, 8, device=device)
     x[1, 5] = value
     parts = parts_of(x)
@@ -124,10 +124,10 @@ def test_parts_of_what_is_not_finite_show_it(value: float, device: torch.device)
 @pytest.mark.parametrize("core", CORES.values(), ids=CORES)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_model_truncates(core: tensor_core.Core, sign: float) -> None:
-    """What fits is exact; what does not is cut off towards zero, at every step."""
+    """Sums that fit are exact; others are truncated towards zero, at every step."""
     a, b = np.full((1, 64), sign), np.full((64, 1), 2.0**-8)
     assert tensor_core.multiply(a, b, None, core) == sign / 4
-    b[0] = 2.0**8  # its last place is 2^-15, or 2^-17 before it is rounded
+    b[0] = 2.0**8  # its last place is 2^-15; before rounding, 2^-17
     assert tensor_core.multiply(a, b, None, core) == sign * (2.0**8 + 63 * 2.0**-8)
     b[1:] = 2.0**-18
     assert tensor_core.multiply(a, b, None, core) == sign * 2.0**8
@@ -140,7 +140,7 @@ def test_the_model_has_infinities() -> None:
 
 
 def gradient_product(w: torch.Tensor, x: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """w @ x by the kernel, from weights as the second sweep leaves them."""
+    """Returns w @ x by the kernel, from weights in the layout of the second sweep."""
     from fastclip.triton_kernels import launch
     from fastclip.triton_kernels.kernels import split_gradients, split_product
 
@@ -162,7 +162,7 @@ def gradient_product(w: torch.Tensor, x: torch.Tensor, transposed: bool) -> torc
 
 @pytest.fixture
 def long_sums(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights of one sign, features of one sign: truncation, which never changes its direction,
+    """Returns weights and features of one sign: truncation, which never changes its direction,
     shows most."""
     rng = np.random.default_rng(1)
     w = torch.from_numpy(rng.exponential(size=(5, 520)).astype(np.float32))
@@ -171,6 +171,7 @@ def long_sums(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mistake_of(product: torch.Tensor, w: torch.Tensor, x: torch.Tensor) -> float:
+    """Returns the error of a product of w and x."""
     return error(product, (w.double() @ x.double()).cpu().numpy())
 
 
@@ -189,7 +190,7 @@ def test_long_sums_are_as_accurate_as_fp32(
 
 
 @needs_engine
-def test_long_sums_are_not_if_tensor_cores_add_up(
+def test_long_sums_on_tensor_cores_are_less_accurate(
     modelled: Callable[[tensor_core.Core], None], all_on_tensor_cores: Callable[[], None],
     long_sums: tuple[torch.Tensor, torch.Tensor],
 ) -> None:  # fmt: skip
@@ -208,7 +209,7 @@ CASES = [
 def mistakes_of(
     loss: str, kind: str, scale: float, n: int, d: int, device: torch.device
 ) -> dict[str, str]:
-    """Of value and gradients, those that plain torch in fp32 does not excuse."""
+    """Returns the errors in value and gradients that exceed those of plain torch in fp32."""
     case, found = (*batch(kind, n, d), scale, -3.0, PRECISIONS["float32"]), {}
     exact = truth(loss, *case)
     theirs = evaluate(plain(loss), *case, device)
@@ -236,7 +237,7 @@ def test_losses_are_as_accurate_as_in_fp32(
 
 @needs_engine
 @pytest.mark.usefixtures("split")
-def test_losses_are_not_if_tensor_cores_add_up(
+def test_losses_on_tensor_cores_are_less_accurate(
     modelled: Callable[[tensor_core.Core], None], all_on_tensor_cores: Callable[[], None],
     device: torch.device,
 ) -> None:  # fmt: skip
@@ -279,7 +280,7 @@ def test_small_blocks_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_engine
 @pytest.mark.usefixtures("split", "on_the_device")
 def test_rows_may_begin_anywhere() -> None:
-    """Parts are rows of their own."""
+    """Parts are copies, so the features' rows may begin anywhere."""
     block = make_block(33, 40, 9)
     wide = torch.zeros(33, 22)
     wide[:, 1:19:2] = block.x
@@ -289,7 +290,7 @@ def test_rows_may_begin_anywhere() -> None:
 @needs_engine
 @pytest.mark.parametrize("n", [2048, 65536])
 def test_its_cost(n: int) -> None:
-    """Six passes in the place of one, six bytes a number; memory within the engine's bounds."""
+    """The cost is six passes for one, and six bytes a number; memory is within the bounds."""
     from fastclip.triton_kernels import plan
     from fastclip.triton_kernels.configurations import TABLE
 
@@ -302,5 +303,5 @@ def test_its_cost(n: int) -> None:
     assert second.work_space <= plan.WEIGHT_BYTES + (4 + 4 + 12) * n * d
     kept = plan.sweep_cost(n, n, d, table["kept", "split", "wide"], 4, 1, n, products=6)
     assert kept.bytes - first.bytes >= 4 * n * n
-    # H100: an fp32 product of cuBLAS, at 50 TFLOP/s, against six of these at 500.
+    # H100: cuBLAS runs one fp32 product at 50 TFLOP/s, against six bf16 products at 500.
     assert second.bytes / 3.35e12 < 0.3 * second.flops / 500e12

@@ -1,8 +1,8 @@
-"""Every kernel of the Triton engine compiles for cards that are not here, and fits them.
+"""Every kernel of the Triton engine compiles for several cards, and fits them.
 
-Shared memory within the card's, nothing spilled, tensor cores where the arithmetic has them, loads
-of 16 bytes; registers and shared memory as recorded in `triton_resources.csv`, where the Triton
-installed is the one that made it (`python triton_build.py table` makes it anew).
+Shared memory is within the card's, nothing is spilled, arithmetics that have tensor cores use them,
+and loads have 16 bytes. Registers and shared memory are those of `triton_resources.csv`, if the
+installed Triton is the one that made it (`python triton_build.py table` makes it anew).
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from support.triton_case import needs_triton
 
-# `make test` has the time for one card and usual steps of both losses, `make test-cuda` for all.
+# `make test` compiles the usual steps of both losses for one card, `make test-cuda` all of them.
 EVERY = ("sm_90", "sm_80", "sm_100", "sm_89", "gfx942")
 BUILDS = [("sm_90", "few"), *(pytest.param((n,), marks=pytest.mark.minutes) for n in EVERY)]
 pytestmark = needs_triton
@@ -30,8 +30,8 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def builds(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, ...], Future]]:
-    """Every build that this run's tests ask for: queued at once, and two run at a time."""
-    # Not above: where Triton is missing there is nothing to import.
+    """Starts every build that this run's tests need: all are queued at once, two run at a time."""
+    # Imported here, since it needs Triton, which may be missing.
     from support.triton_build import built
 
     here = (item for item in request.session.items if item.module is request.module)
@@ -43,7 +43,7 @@ def builds(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, ...], Fut
 
 @pytest.fixture
 def rows(build: tuple[str, ...], builds: dict[tuple[str, ...], Future]) -> list[dict]:
-    """The rows of a build."""
+    """Returns the rows of a build."""
     return builds[build].result()
 
 
@@ -52,7 +52,7 @@ def name(row: dict) -> str:
 
 
 def has_product(row: dict) -> bool:
-    """Whether tensor cores have something to do: not for fp32."""
+    """True if the kernel has a product on tensor cores: IEEE fp32 has none."""
     return row["kernel"] in TILES and "ieee" not in row["case"]
 
 
@@ -73,8 +73,8 @@ def test_shared_memory_fits(rows: list[dict]) -> None:
 
 @on_each
 def test_nothing_is_spilled(rows: list[dict]) -> None:
-    """But for two registers of what was measured to be faster so on an H100, by 20 % and more: four
-    warps, two programs of which share a processor."""
+    """Kernels of four warps, two programs of which share a processor, may spill two registers: they
+    were measured to be faster on an H100, by 20 % and more."""
     for row in rows:
         plain = row["kernel"] in ("sweep_kernel", "weigh_kernel")
         most = 2 if plain and row["architecture"] == "sm_90" and row["warps"] == 4 else 0
@@ -92,7 +92,7 @@ def test_products_run_on_tensor_cores(rows: list[dict]) -> None:
 
 @on_each
 def test_loads_are_wide(rows: list[dict]) -> None:
-    """Wherever rows begin on 16 bytes, also where no step divides D."""
+    """Loads have 16 bytes if rows begin on 16 bytes, also if no step divides D."""
     found = [row for row in rows if has_product(row) and "D=1001" not in row["case"]]
     assert found
     for row in found:
@@ -101,7 +101,7 @@ def test_loads_are_wide(rows: list[dict]) -> None:
 
 @on_each
 def test_stores_are_wide(rows: list[dict], build: tuple[str, ...]) -> None:
-    """Weights, made, read or kept: 16 bytes at a time, or whole tiles, whatever M, N and D are."""
+    """Weights are stored 16 bytes at a time, or as whole tiles, for any M, N and D."""
     if build[0] == "gfx942":
         pytest.skip("stores are read in NVIDIA's disassembly")
     found = [r for r in rows if r["kernel"].startswith("weigh") or "kept" in r["case"].split()]
@@ -117,8 +117,8 @@ def test_stores_are_wide(rows: list[dict], build: tuple[str, ...]) -> None:
 
 @on_each
 def test_one_exponential_a_pair(rows: list[dict]) -> None:
-    """The first sweep's, for each thread: as many as its pairs. Where weights are kept ptxas makes
-    5 of 64 anew on sm_89, 2 of 128 on sm_90, instead of holding them in registers."""
+    """In the first sweep each thread computes one exponential for each of its pairs. If weights are
+    kept, ptxas computes 5 of 64 twice on sm_89, and 2 of 128 on sm_90, to save registers."""
     for row in rows:
         if row["kernel"] == "sweep_kernel" and row["architecture"] != "gfx942":
             bm, bn, _ = map(int, row["tile"].split("x"))
@@ -138,7 +138,7 @@ def test_resources_are_the_recorded_ones(rows: list[dict], build: tuple[str, ...
     key = ("architecture", "kernel", "case")
     found = {tuple(r[k] for k in key): {c: str(r[c]) for c in COLUMNS} for r in rows}
     known = {tuple(row[k] for k in key): row for row in expected}
-    if "few" in build:  # of kernels that cases share, the table names the first
+    if "few" in build:  # the table has one row for a kernel that cases share: the first case's
         found = {k: row for k, row in found.items() if k in known}
         assert {kernel for _, kernel, _ in found} >= TILES
     else:
@@ -150,7 +150,7 @@ def test_resources_are_the_recorded_ones(rows: list[dict], build: tuple[str, ...
 @pytest.mark.minutes
 @pytest.mark.parametrize("build", [("candidates",)], ids=" ".join)
 def test_tile_candidates_fit_a_card_too(rows: list[dict]) -> None:
-    """Those that are timed beside the table's: none spills more than four registers."""
+    """The tiles that are timed against the table's spill at most four registers."""
     from fastclip.triton_kernels.configurations import SHAPES, SHARED_MEMORY
 
     assert {row["kind"] for row in rows} == {*SHAPES}

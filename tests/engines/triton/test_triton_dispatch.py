@@ -1,4 +1,7 @@
-"""When the Triton engine is taken, when it is not and why, and that nothing asks for it early."""
+"""The Triton engine is chosen on cards that can run it; otherwise the reason is reported.
+
+Nothing imports it before it is needed.
+"""
 
 import subprocess
 import sys
@@ -68,7 +71,7 @@ def test_float64_takes_the_plain_engine_silently(
         assert choose(asked, CUDA, torch.float64) == "torch"
 
 
-def test_without_a_card_it_says_so(fresh: pytest.MonkeyPatch) -> None:
+def test_a_missing_card_is_reported(fresh: pytest.MonkeyPatch) -> None:
     fresh.setattr(torch.cuda, "is_available", lambda: False)
     assert backends.backends()["triton"] == "no CUDA device is available"
     with pytest.raises(ValueError, match="no CUDA device is available"):
@@ -106,8 +109,8 @@ def test_importing_fastclip_imports_neither_triton_nor_its_kernels() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_driver_that_does_not_start_is_told(fresh: pytest.MonkeyPatch) -> None:
-    """Triton compiles it with the system's C compiler, on first use."""
+def test_a_driver_that_does_not_start_is_reported(fresh: pytest.MonkeyPatch) -> None:
+    """Triton compiles its driver with the system's C compiler, on first use."""
 
     def starts() -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")

@@ -1,7 +1,7 @@
-"""Passes, traffic and memory of the Triton engine, from the arithmetic that it launches by.
+"""Passes, traffic and memory of the Triton engine, counted with the plan that it launches by.
 
-Every pair is in exactly one chunk; 4 passes for softmax, 3 for the sigmoid and where products are
-kept; work space within its bounds at N = 1M; traffic a small part of what the FLOPs take.
+Every pair is in exactly one chunk. Softmax takes 4 passes; the sigmoid, and kept weights, take 3.
+Work space is within its bounds at N = 1M. Traffic takes a small fraction of the FLOPs' time.
 """
 
 from itertools import product
@@ -13,7 +13,7 @@ from support.triton_case import cover, needs_triton
 pytestmark = needs_triton
 
 NS = (1, 31, 256, 2048, 8192, 32768, 65536, 1 << 20)
-# What one H200 is given on paper: bf16 FLOPs at the rate aimed at, bytes of its memory.
+# One H200 on paper: the bf16 FLOPs per second that are aimed at, and the bytes of its memory.
 FLOPS, BYTES = 660e12, 4.8e12
 
 
@@ -33,9 +33,9 @@ def test_every_pair_is_in_one_chunk(m: int, n: int) -> None:
 
     for kept_rows in (0, 100, m + 5):
         for chunks in (
-            plan.sweep(n, config("sweep"), 1, 0, m),
-            plan.sweep(n, config(), 2, 0, m),
-            list(plan.weigh(m, n, config("weigh"), 2, kept_rows)),
+            plan.sweep_chunks(n, config("sweep"), 1, 0, m),
+            plan.sweep_chunks(n, config(), 2, 0, m),
+            list(plan.weigh_chunks(m, n, config("weigh"), 2, kept_rows)),
         ):
             assert sum(c.rows * c.columns for c in chunks) == m * n
             assert cover([(c.start, c.stop) for c in chunks], m)
@@ -48,8 +48,8 @@ def test_every_pair_is_in_one_chunk(m: int, n: int) -> None:
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "interpreter"])
 @pytest.mark.parametrize("kind", ["sweep", "weigh", "both"])
 def test_every_tile_is_plain_or_of_the_edges(kind: str, architecture: str) -> None:
-    """Once, whatever the offset; and a plain tile is whole and has no positive: by the kernels' own
-    arithmetic."""
+    """By the kernels' own arithmetic every tile is taken once, for any offset, and a plain tile is
+    whole and has no positive."""
     from fastclip.triton_kernels.plan import Chunk
 
     bm, bn, *_ = config(kind, architecture)
@@ -60,16 +60,16 @@ def test_every_tile_is_plain_or_of_the_edges(kind: str, architecture: str) -> No
         for offset in sorted({-m, -m + 1, n - 1, n, *near}):
             skipped = chunk.skipped(offset)
             where = (m, n, offset, skipped, bm, bn)
-            plain = [plain_place(tile, *where) for tile in range(chunk.plain(skipped))]
+            plain = [plain_place(tile, *where) for tile in range(chunk.plain_tiles(skipped))]
             edges = [edge_place(tile, *where) for tile in range(chunk.tiles - len(plain))]
             every = product(range(chunk.tiles_m), range(chunk.tiles_n))
             assert sorted(plain + edges) == list(every)
             for i, j in plain:
                 assert (i + 1) * bm <= m and (j + 1) * bn <= n
-                first = i * bm + offset - j * bn  # of the diagonal, within the tile
+                first = i * bm + offset - j * bn  # where the diagonal enters the tile
                 assert first >= bn or first + bm <= 0
             if skipped < n // bn:
-                assert skipped <= bm // bn + 2, "few tiles are made with masks"
+                assert skipped <= bm // bn + 2, "few tiles need masks"
 
 
 def place(tile: int, tiles_m: int, tiles_n: int, group: int = 2) -> tuple[int, int]:
@@ -112,14 +112,14 @@ def test_memory_is_bounded(n: int) -> None:
         stride = plan.cdiv(columns, 16) * 16
         assert itemsize * rows * stride <= max(plan.WEIGHT_BYTES, 128 * stride * itemsize)
         weigh = plan.weigh_cost(n, n, 512, config(), itemsize)
-        # Weights, one chunk of dx and all of dy in fp32: nothing else grows with N.
+        # Weights, one chunk of dx and all of dy in fp32; only dy grows with N.
         assert weigh.work_space <= plan.WEIGHT_BYTES + 4 * 512 * (rows + n)
         both = plan.weigh_cost(n, n, 512, config("both"), itemsize, fold=True)
         assert both.work_space <= weigh.work_space + plan.PARTIAL_BYTES
 
 
 def test_memory_of_a_large_step() -> None:
-    """65,536 x 768 in bf16: less than 1 GB besides features and gradients."""
+    """A step of 65,536 x 768 in bf16 takes less than 1 GB beside features and gradients."""
     from fastclip.triton_kernels import plan
 
     n, d = 65536, 768
@@ -146,7 +146,7 @@ def test_passes(n: int) -> None:
 
 @pytest.mark.parametrize("n, d", [(32768, 768), (65536, 768), (1 << 20, 512)])
 def test_traffic_is_hidden_behind_the_products(n: int, d: int) -> None:
-    """On paper: bytes take less than half the time of the FLOPs, partial sums a few percent."""
+    """On paper bytes take less than half the time of the FLOPs, and partial sums a few percent."""
     from fastclip.triton_kernels import plan
 
     for cost in (
@@ -155,13 +155,14 @@ def test_traffic_is_hidden_behind_the_products(n: int, d: int) -> None:
         plan.weigh_cost(n, n, d, config("both"), 2, fold=True),
     ):
         assert cost.bytes / BYTES < 0.5 * cost.flops / FLOPS
-    chunks = plan.sweep(n, config("sweep"), 1, 0, n)
+    chunks = plan.sweep_chunks(n, config("sweep"), 1, 0, n)
     partial = 8 * sum(c.partials for c in chunks)
     assert partial / BYTES < 0.05 * 2 * n * n * d / FLOPS
 
 
 def test_a_dense_loss_moves_far_more() -> None:
-    """Its logits alone, in fp32, written and read twice, against all that the first sweep moves."""
+    """Writing and reading its fp32 logits twice moves more than four times as much as a whole first
+    sweep."""
     from fastclip.triton_kernels import plan
 
     n, d = 32768, 768
@@ -180,8 +181,8 @@ def test_cards_and_their_tables() -> None:
     assert len({frozenset(table) for table in TABLE.values()}) == 1, "one set of keys for all"
 
 
-def test_autotuning_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the variable alone, and once for each kernel, dtype and D."""
+def test_autotuning_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the variable turns it on, and it runs once for each kernel, dtype and D."""
     import torch
 
     from fastclip.triton_kernels import configurations
@@ -211,7 +212,7 @@ def test_autotuning_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_candidates_of_a_card() -> None:
-    """High and wide tiles, two programs on a processor, other depths, orders and loads."""
+    """Candidates are high and wide tiles, two programs a processor, other stages, orders, loads."""
     from fastclip.triton_kernels.configurations import candidates
 
     for kind in ("sweep", "weigh"):
