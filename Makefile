@@ -36,7 +36,7 @@ export FASTCLIP_REQUIRE_EXTENSION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/extension
-	$(BIN)/python -m fastclip.demo.train $(ARGS)
+	$(BIN)/python -m fastclip.train $(ARGS)
 
 test: .venv/extension
 	$(BIN)/$(PYTEST) $(ARGS)

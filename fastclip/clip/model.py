@@ -1,9 +1,8 @@
 """A thin reference CLIP: a ViT for pictures, a Transformer for captions, one space for both.
 
-Small enough to read in one sitting and to train on a CPU. `forward` returns the dict that open_clip
-models return, so `loss(**model(images, tokens), output_dict=True)` works with every loss of
-`fastclip.loss`. This file never computes a loss, never reads data, never touches text: captions
-arrive as token ids (`fastclip.clip.tokenizer`).
+It is small enough to read at once and to train on a CPU. `forward` returns the same dict as
+open_clip's models, so `loss(**model(images, tokens), output_dict=True)` works with every loss of
+`fastclip.loss`. Captions arrive as token ids (`fastclip.clip.tokenizer`).
 
 Letters: `B` batch, `T` sequence length, `W` a tower's width, `D` the shared space.
 
@@ -63,7 +62,7 @@ class CLIPConfig:
                 )
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
@@ -85,12 +84,13 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Positions, a stack of blocks, a last norm: what both towers share."""
+    """The part that both towers share: positions, a stack of blocks, a last norm."""
 
     def __init__(self, width: int, layers: int, heads: int, length: int, *, causal: bool) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.empty(length, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=causal) for _ in range(layers)))
+        blocks = (TransformerBlock(width, heads, causal=causal) for _ in range(layers))
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
@@ -98,15 +98,15 @@ class Tower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers into one D-dimensional space, and the learnt temperature between them.
+    """Two towers into one D-dimensional space, with a learnt temperature.
 
-    `logit_scale` holds the logarithm of the scale, starts at ln(1/0.07) as in the paper, and is to
-    be kept below ln 100 by calling `clamp_logit_scale()` after each optimiser step.
+    `logit_scale` is the logarithm of the scale and starts at ln(1/0.07) as in the paper. Call
+    `clamp_logit_scale()` after each optimiser step to keep it at or below ln 100.
 
-    Pictures are pooled by one linear map of all patches in their places, captions by their last
-    token. A class token begins as an average that has lost the places, and finding them again takes
-    most of a short training: on emoji, after 25,000 pairs, 4 % of other vendors' drawings were
-    recognised with a class token, 9 % with this.
+    Pictures are pooled by one linear map of all patches in order, captions by their last token. A
+    class token starts as an average without positions, and learning these takes most of a short
+    training: on emoji, after 25,000 pairs, 4 % of other vendors' drawings were recognised with a
+    class token, 9 % with the linear map.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -142,10 +142,10 @@ class CLIP(nn.Module):
                     linear.weight.mul_((2 * len(tower.blocks)) ** -0.5)
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """(B, 3, image_size, image_size) float pictures, roughly in [-1, 1], -> (B, D).
+        """Encodes pictures (B, 3, image_size, image_size), roughly in [-1, 1], to (B, D).
 
         Args:
-            normalize: divide each row by its norm, as `forward` does; else the raw projection.
+            normalize: divide each row by its norm, as in `forward`; False: the raw projection.
 
         Raises:
             ValueError: another shape.
@@ -158,10 +158,10 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
-        """(B, T <= context_length) token ids -> (B, D): the state at each row's end-of-text token.
+        """Encodes token ids (B, T <= context_length) to (B, D), from each row's end-of-text token.
 
         The end-of-text token has the highest id, as in CLIP. Attention is causal and padding
-        follows that token, so that padding, however long, changes nothing.
+        follows that token, so padding changes nothing.
 
         Raises:
             ValueError: another shape, or rows longer than `context_length`.
@@ -177,7 +177,7 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Normalised features (B, D) and the exponentiated scale, under open_clip's names."""
+        """Returns normalised features (B, D) and the exponentiated scale, by open_clip's names."""
         return {
             "image_features": self.encode_image(images),
             "text_features": self.encode_text(tokens),
@@ -186,11 +186,11 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep exp(logit_scale) at or below 100; to be called after the optimiser's step."""
+        """Clamps exp(logit_scale) to at most 100. Call it after the optimiser's step."""
         self.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
     def save(self, path: str | os.PathLike[str], **notes: str) -> None:
-        """Writes weights, configuration and `notes` to a safetensors file, whole or not at all."""
+        """Writes weights, configuration and `notes` to a safetensors file, atomically."""
         metadata = {**notes, "format": "pt", METADATA_KEY: json.dumps(asdict(self.config))}
         path = os.fspath(path)
         weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
@@ -199,7 +199,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "CLIP":
-        """Reads what `save` wrote.
+        """Reads a model from a file of `save`.
 
         Raises:
             FileNotFoundError: no such file.

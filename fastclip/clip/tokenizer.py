@@ -1,4 +1,4 @@
-"""Byte-level BPE: captions to the token ids that the text tower reads, and back.
+"""Byte-level BPE: encodes captions to token ids for the text tower, and decodes them.
 
 A thin cover over the `tokenizers` package that adds CLIP's framing, `<start> ... <end>`, and
 padding. Any text can be encoded, since every byte is a token; case is dropped, as in CLIP. Nothing
@@ -15,16 +15,16 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-# In the order of their ids, after all others: the text tower finds each caption's end as the
-# highest id of its row.
+# In the order of their ids, after all other tokens: the text tower finds a caption's end by the
+# highest id in its row.
 SPECIAL = ("<pad>", "<start>", "<end>")
 
 
 class Tokenizer:
-    """Token ids of captions. `Tokenizer.train` learns one, `Tokenizer(path)` reads it back."""
+    """Encodes captions. `Tokenizer.train` learns a tokenizer, `Tokenizer(path)` reads one."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        """Reads the JSON file that `save` wrote. Raises OSError where there is none."""
+        """Reads a JSON file of `save`. Raises OSError without one."""
         with open(path, encoding="utf-8") as file:
             self._set(tokenizers.Tokenizer.from_str(file.read()))
 
@@ -47,7 +47,7 @@ class Tokenizer:
             )
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-        # With a space before the first word, a word is the same token wherever it stands.
+        # A space before the first word makes a word the same token at any place.
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
         bpe.train_from_iterator(
@@ -68,7 +68,7 @@ class Tokenizer:
         self._bpe.save(fspath(path))
 
     def encode(self, captions: Sequence[str], context_length: int) -> Tensor:
-        """Captions as rows `<start> ... <end> <pad>...` of ids, as long as the longest one needs.
+        """Returns captions as rows `<start> ... <end> <pad>...` of ids, as long as the longest.
 
         Args:
             context_length: what is longer is cut, and still ends in `<end>`.
@@ -86,5 +86,5 @@ class Tokenizer:
         return torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows]).long()
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """The captions that rows of ids stand for, in lower case, without the framing."""
+        """Returns the captions of rows of ids, in lower case, without special tokens."""
         return [text.removeprefix(" ") for text in self._bpe.decode_batch(tokens.tolist())]

@@ -1,7 +1,7 @@
-"""Zero-shot classification: a class is what the text tower makes of sentences that name it.
+"""Zero-shot classification: a class is represented by the text features of prompts that name it.
 
-Several names and templates per class are averaged in the features' space (prompt ensembling), a
-picture belongs to the class with the highest cosine. No parameter is learnt here.
+The features of several names and templates per class are averaged (prompt ensembling), and a
+picture belongs to the class with the highest cosine. Nothing is learnt.
 
 Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020,
 section 3.1.
@@ -28,8 +28,8 @@ def class_features(
     """One unit vector per class: the mean of its prompts' normalised features, normalised.
 
     Args:
-        encode: captions to token ids on the model's device.
-        classes: each class with the names that stand for it in the templates' `{}`.
+        encode: a function from captions to token ids on the model's device.
+        classes: each class with its names, which replace `{}` in the templates.
 
     Raises:
         ValueError: a class without names, or no templates.
@@ -45,5 +45,5 @@ def class_features(
 
 @torch.no_grad()
 def classify(model: CLIP, images: Tensor, classes: Tensor) -> Tensor:
-    """The index of each picture's nearest class: images (B, 3, H, W), classes (C, D) -> (B,)."""
+    """Returns the index of each picture's nearest class: images (B, 3, H, W), classes (C, D)."""
     return (model.encode_image(images) @ classes.T).argmax(dim=1)

@@ -1,7 +1,7 @@
-"""The state of a training after a step, in a file that it goes on from bit for bit.
+"""The state of a training after a step, in a file from which it resumes bit for bit.
 
-The parts of a training have `state_dict` and `load_state_dict`, as in torch. The file is a
-`torch.save` of theirs that `torch.load(weights_only=True)` reads: no code is in it.
+The parts of a training have `state_dict` and `load_state_dict`, as in torch. The file is written by
+`torch.save` and read by `torch.load(weights_only=True)`, so it holds no code.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 
 
 class Part(Protocol):
-    """What a training consists of: a model, an optimizer, a stream of batches, an account."""
+    """A part of a training: the model, the optimizer, the stream of batches, the run."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -24,11 +24,11 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where, when and with what a training's state is kept.
+    """A training's checkpoint file and its conditions.
 
-    settings: what decides the curve; only a training with the same ones can go on.
-    place: what decides its rounding, such as the number of ranks; it may change.
-    every: steps; 0: never.
+    settings: what determines the curve; only a training with the same settings can resume.
+    place: what determines its rounding, such as the number of ranks; it may change.
+    every: steps between writes; 0: never.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Checkpoint:
     every: int = 0
 
     def save(self, parts: Mapping[str, Part]) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         state = {"settings": dict(self.settings), "place": dict(self.place)}
         part_of_it = self.path.with_name(self.path.name + ".part")
         torch.save(
@@ -46,7 +46,7 @@ class Checkpoint:
         os.replace(part_of_it, self.path)
 
     def load(self) -> dict[str, Any]:
-        """What `save` wrote, for `restore`.
+        """Reads the file, for `restore`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -54,7 +54,7 @@ class Checkpoint:
         """
         if not self.path.is_file():
             raise FileNotFoundError(
-                f"{self.path} must be there to resume from, got no such file; a training that ends "
+                f"{self.path} must exist to resume from, got no such file; a training that ends "
                 "removes its own"
             )
         try:
@@ -73,7 +73,7 @@ class Checkpoint:
         return state
 
     def moved(self, state: Mapping[str, Any]) -> str:
-        """How the place differs from that of `state`, in words; empty if it does not."""
+        """The differences of place from `state`, in words; empty if there are none."""
         return ", ".join(
             f"{state['place'].get(name)} {name} before, {value} now"
             for name, value in self.place.items()

@@ -1,4 +1,4 @@
-"""Ctrl-C at a step's end: what is kept then is the state after a whole step, on every rank."""
+"""Ctrl-C takes effect at the end of a step, so that the saved state is that of a whole step."""
 
 import signal
 import threading
@@ -9,9 +9,10 @@ from types import FrameType
 
 @contextmanager
 def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether Ctrl-C was pressed within; ends in KeyboardInterrupt if
-    so. A second Ctrl-C interrupts at once, unless `patient`: torchrun may send one twice, and kills
-    after 30 s what does not end.
+    """A context whose function tells if Ctrl-C was pressed; its end raises KeyboardInterrupt then.
+
+    A second Ctrl-C interrupts at once, unless `patient`: torchrun may send two, and kills after
+    30 s a process that does not end.
     """
     asked = False
 
@@ -22,7 +23,7 @@ def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
         asked = True
 
     before = signal.getsignal(signal.SIGINT)
-    # A shell's background jobs ignore it, and so it stays; other threads cannot set a handler.
+    # A shell's background jobs ignore SIGINT, which is left so. Other threads cannot set handlers.
     if before is not signal.default_int_handler or (
         threading.current_thread() is not threading.main_thread()
     ):

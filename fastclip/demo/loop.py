@@ -1,7 +1,4 @@
-"""The training itself: optimizer, schedule, steps, and the account of them.
-
-This file never reads data, never prints but a progress bar, and knows nothing of emoji.
-"""
+"""The training loop: optimizer, schedule, steps, and the record of a run."""
 
 import math
 import time
@@ -21,15 +18,18 @@ from .checkpoint import Checkpoint, restore
 from .emoji.batches import Batches
 from .workers import ALONE, Workers, dense_across, fused_across
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"fused": fused.clip_loss, "dense": dense.clip_loss}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "fused": fused.clip_loss,
+    "dense": dense.clip_loss,
+}
 ACROSS = {"fused": fused_across, "dense": dense_across}
 
 
 @dataclass
 class Run:
-    """One training run as it goes: the loss and the scale of every step so far, seconds spent.
+    """The record of a training run: loss and scale of every step so far, and seconds.
 
-    `saved` says whether its model was written.
+    saved: True if its model was written.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Run:
 
 
 def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
-    """AdamW, with a decay that suits few pictures; gains, biases and the scale are not decayed."""
+    """AdamW with a decay for few pictures; gains, biases and the scale are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
@@ -54,14 +54,14 @@ def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: up in a straight line, then down along half a cosine."""
+    """The learning rate's factor: a linear warm-up, then half a cosine."""
     warm_up = max(1, min(50, steps // 10))
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def loss_of(name: str, workers: Workers, batch_size: int) -> Callable[..., Tensor]:
-    """The loss, of batches that these workers share."""
-    return LOSSES[name] if workers.size == 1 else ACROSS[name](workers.sizes(batch_size))
+    """The loss function for batches that these workers share."""
+    return IMPLEMENTATIONS[name] if workers.size == 1 else ACROSS[name](workers.sizes(batch_size))
 
 
 def train(
@@ -80,12 +80,12 @@ def train(
     state: dict[str, Any] | None = None,
     asked: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains for `stop` of the schedule's `steps` (all by default), keeping account in `run`. The
-    towers hold `micro_batch` pairs at once, or all that this worker has.
+    """Trains for `stop` of the schedule's `steps` (default: all) and records them in `run`. The
+    towers hold `micro_batch` pairs at once, or all of this worker's.
 
-    checkpoint: written as often as it says, after the last step, and when the training is `asked`
-        to end, which it does at the end of a step, in KeyboardInterrupt.
-    state: of a checkpoint, to go on from.
+    checkpoint: written at its interval, after the last step, and when the training is `asked` to
+        end. That raises KeyboardInterrupt at the end of a step.
+    state: the state of a checkpoint to resume from.
     """
     optimizer = optimizer_for(model, lr)
     parts = {"model": model, "optimizer": optimizer, "batches": stream, "run": run}

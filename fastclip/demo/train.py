@@ -1,11 +1,11 @@
-"""Trains a small CLIP on emoji with the fused loss, and reports what it learnt: the demo.
+"""The demo: trains a small CLIP on emoji with the fused loss, and reports what it learnt.
 
-    python -m fastclip.demo.train
-    torchrun --nproc-per-node 2 -m fastclip.demo.train    # the same curve
+    python -m fastclip.train
+    torchrun --nproc-per-node 2 -m fastclip.train    # the same curve
 
-Real pictures, real names, no network. Then the same training again with the dense loss from the
-same seed, whose curve must lie on the fused one's, and an evaluation on drawings and on concepts
-that were kept from training (`fastclip/demo/emoji/split.py` says which).
+The pictures and names are real, and no network is used. The model is evaluated on held-out
+drawings and concepts (`fastclip/demo/emoji/split.py`). Then a quarter of the training runs again
+with the dense loss from the same seed, whose curve must lie on the fused one's.
 """
 
 import argparse
@@ -25,20 +25,21 @@ from ..clip.model import CLIP, CLIPConfig
 from ..clip.tokenizer import Tokenizer
 from . import emoji as emoji_data
 from .checkpoint import Checkpoint
+from .command_line import checked_device, parser, writable_folder
 from .emoji.batches import Batches
 from .emoji.evaluate import Score, as_json, evaluate, held_out
 from .emoji.split import Split, split
 from .interrupt import interruptible
-from .loop import LOSSES, Run, loss_of, train
-from .options import checked_device, parser, writable_folder
+from .loop import IMPLEMENTATIONS, Run, loss_of, train
 from .workers import ALONE, Workers
 
-DECISIVE = ("steps", "batch_size", "micro_batch", "lr", "loss", "seed")  # settings, of the curve
+# The settings that determine the curve.
+DECISIVE = ("steps", "batch_size", "micro_batch", "lr", "loss", "seed")
 
 
 @dataclass(frozen=True)
 class Task:
-    """The data, its split, and the words: all that a run needs beside its settings."""
+    """The data, its split and its tokenizer: everything that a run needs beside its settings."""
 
     emoji: emoji_data.Emoji
     split: Split
@@ -58,7 +59,7 @@ class Task:
         return self.tokenizer.encode(captions, self.config.context_length).to(self.device)
 
     def start(self, seed: int, batch_size: int) -> tuple[CLIP, Batches]:
-        """A fresh model and its batches: both follow from the seed alone."""
+        """A new model and its batches, both determined by the seed."""
         rows = self.workers.rows(batch_size)
         stream = Batches(self.emoji, self.split, self.encode, batch_size, seed, self.device, rows)
         torch.manual_seed(seed)
@@ -66,12 +67,12 @@ class Task:
 
 
 def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
-    """The figures as a table for the terminal."""
+    """The scores as a table for the terminal."""
     titles = {
-        "other vendor": f"{len(task.split.one_vendor)} trained concepts, in the drawing of the "
-        "vendor that was kept from training",
-        "held out": f"{len(task.split.held_out)} concepts held out of training, names and drawings",
-        "zero-shot": "the same held-out drawings into categories, from words alone",
+        "other vendor": f"{len(task.split.one_vendor)} trained concepts, drawn by the vendor that "
+        "training left out",
+        "held out": f"{len(task.split.held_out)} held-out concepts, names and drawings",
+        "zero-shot": "the same held-out drawings into categories, zero-shot",
     }
     lines = []
     for test, figures in scores.items():
@@ -84,9 +85,9 @@ def learn(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path,
     checkpoint: Checkpoint, state: dict[str, Any] | None,
 ) -> tuple[CLIP, dict[str, dict[str, Score]]]:  # fmt: skip
-    """What all workers do together: train and compare; the first one saves, evaluates, reports.
+    """Trains and compares, on all workers; the first worker saves, evaluates and reports.
 
-    `runs`, by loss, tell how far they got, even when this is interrupted.
+    `runs`, by loss, record the steps, also if this is interrupted.
     """
     workers = task.workers
     say = print if workers.first else lambda *_, **__: None
@@ -113,8 +114,8 @@ def learn(
                 asked=asked, **schedule,
             )  # fmt: skip
         finally:
-            # Interrupted or not: what was learnt so far is worth keeping. Before the first step
-            # that is nothing, and an earlier run's model may be there.
+            # Saves the model also if interrupted, but not before the first step, since an earlier
+            # run's model may be there.
             if run.losses and workers.first:
                 model.save(
                     weights,
@@ -144,8 +145,8 @@ def show(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path, model: CLIP,
     scores: dict[str, dict[str, Score]], started: float,
 ) -> None:  # fmt: skip
-    """Draws, and writes down what came out."""
-    from .emoji.figure import draw  # matplotlib takes a second to import, and fonts to find
+    """Draws the picture and writes the results."""
+    from .emoji.figure import draw  # importing matplotlib takes a second
 
     runs = {name: run for name, run in runs.items() if run.losses}
     held = held_out(model, task.emoji, task.split, task.encode)
@@ -166,12 +167,12 @@ def show(
 
 def main(argv: Sequence[str] | None = None) -> None:
     workers = Workers.launched()
-    options = parser(LOSSES)
+    options = parser(IMPLEMENTATIONS)
     options.quiet = workers.local_rank > 0
     args = options.parse_args(argv)
     weights = args.out / "clip.safetensors"
-    # The one that is asked for comes first, the one that it is compared with second.
-    runs = {name: Run() for name in sorted(LOSSES, key=lambda name: name != args.loss)}
+    # The chosen implementation comes first, then the one that it is compared with.
+    runs = {name: Run() for name in sorted(IMPLEMENTATIONS, key=lambda name: name != args.loss)}
     checkpoint = Checkpoint(
         args.out / "training.pt", {name: getattr(args, name) for name in DECISIVE},
         {"ranks": workers.size, "threads": torch.get_num_threads(), "device": args.device},
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
 
     def prepared() -> dict[str, Any] | None:
-        """The state to go on from, if any; after a look whether the folder can be written to."""
+        """The state to resume from, if any, after a test that the folder can be written."""
         writable_folder(args.out)
         try:
             return checkpoint.load() if args.resume or workers.restarts else None
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         try:
             device = workers.device(args.device)
-            # All ranks fail alike, but for devices of their own.
+            # All ranks fail alike, unless they have devices of their own.
             options.quiet &= device == args.device
             task = Task.load(checked_device(device), workers)
             options.quiet = workers.local_rank > 0
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.checkpoint_every or state is not None:
                 checkpoint.remove()
     except KeyboardInterrupt:
-        if workers.under_torchrun:  # which may send another one
+        if workers.under_torchrun:  # torchrun may send another SIGINT
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if workers.first:
             run = runs[args.loss]

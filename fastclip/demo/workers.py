@@ -1,8 +1,8 @@
-"""The processes that train together under torchrun, as one of them sees them.
+"""The processes that train together under torchrun.
 
-All ranks draw the same batches; each makes pictures and tokens of its own slice alone, and DDP
-brings the gradients together. Their curve is that of one process, up to rounding. Without torchrun
-a worker is alone: no process group, no DDP.
+All ranks draw the same batches, each prepares only its own slice of pictures and tokens, and DDP
+averages the gradients. The curve is that of one process up to rounding. Without torchrun there is
+no process group and no DDP.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Workers:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # within its machine, which has so many:
-    local_size: int = 1
-    restarts: int = 0  # how often torchrun has started them anew
+    local_rank: int = 0  # the rank within its machine
+    local_size: int = 1  # the ranks of its machine
+    restarts: int = 0  # by torchrun
     under_torchrun: bool = False
 
     @classmethod
     def launched(cls) -> Workers:
-        """As torchrun says."""
+        """The workers as torchrun started them; one alone without torchrun."""
         if not (dist.is_available() and dist.is_torchelastic_launched()):
             return cls()
         names = (
@@ -51,11 +51,11 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this one shows, evaluates and writes."""
+        """True for the worker that prints, evaluates and writes."""
         return self.rank == 0
 
     def sizes(self, batch_size: int) -> list[int]:
-        """Each rank's pairs; they differ by one where the ranks do not divide the batch.
+        """The number of pairs of each rank; they differ by at most one.
 
         Raises:
             ValueError: more ranks than pairs.
@@ -69,15 +69,15 @@ class Workers:
         ]
 
     def rows(self, batch_size: int) -> slice:
-        """This rank's pairs."""
+        """The slice of this rank's pairs."""
         ends = list(itertools.accumulate(self.sizes(batch_size), initial=0))
         return slice(ends[self.rank], ends[self.rank + 1])
 
     def device(self, text: str) -> str:
-        """This rank's device: of GPUs each rank takes its own.
+        """This rank's device: with "cuda" each rank has a GPU of its own.
 
         Raises:
-            ValueError: what ranks cannot share.
+            ValueError: a device that ranks cannot share, or too few GPUs.
         """
         if self.size == 1 or text == "cpu":
             return text
@@ -102,8 +102,9 @@ class Workers:
             backend = "cpu:gloo,cuda:nccl"
         options = {}
         if self.restarts and self.local_size == self.size:
-            # torchrun's store outlives a restart, and in it the addresses of the dead, to which
-            # gloo connects (pytorch/pytorch#135712). Counts of several machines may differ.
+            # torchrun's store survives a restart with the addresses of dead processes, and gloo
+            # would connect to these (pytorch/pytorch#135712). With several machines their counts of
+            # restarts may differ.
             store, rank, size = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"restart {self.restarts}", store)
             options = {"store": store, "rank": rank, "world_size": size}
@@ -114,28 +115,28 @@ class Workers:
             dist.destroy_process_group()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make()` gives on rank 0, or the ValueError or OSError that it raises there."""
+        """Returns rank 0's `make()` on all ranks, or raises its ValueError or OSError there."""
         if self.size == 1:
             return make()
-        told: list[T | Exception | None] = [None]
+        result: list[T | Exception | None] = [None]
         if self.first:
             try:
-                told = [make()]
+                result = [make()]
             except (ValueError, OSError) as error:
-                told = [error]
-        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
-        if isinstance(told[0], Exception):
-            raise told[0]
-        return told[0]
+                result = [error]
+        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]
 
     def wrap(self, model: CLIP) -> Callable[..., dict[str, Tensor]]:
         """The model in DDP, unless this worker is alone."""
         if self.size == 1:
             return model
         wrapped = DistributedDataParallel(model)
-        # DDP orders its buckets by the first step's gradients, and three ranks or more add in an
-        # order that depends on a gradient's place there. One pair that trains nothing comes before
-        # the first step, so that a step is the same, bit for bit, whether training began with it.
+        # DDP orders its buckets by the gradients of its first backward, and from three ranks on the
+        # order of a sum depends on the bucket. A backward of one pair, without a step, comes first,
+        # so that a step has the same bits in a run and in a resumed run.
         side, length = model.config.image_size, model.config.context_length
         device = model.logit_scale.device
         tokens = torch.zeros(1, length, dtype=torch.long, device=device)
@@ -144,7 +145,7 @@ class Workers:
         return wrapped
 
     def account(self, value: Tensor, asked: bool) -> tuple[float, bool]:
-        """The whole batch's loss, and whether any rank was asked to stop: all stop at one step."""
+        """The whole batch's loss, and True if any rank was asked to stop; all stop together."""
         if self.size == 1:
             return value.item(), asked
         both = torch.stack([value.detach(), value.new_tensor(float(asked))])
@@ -157,15 +158,15 @@ ALONE = Workers()
 
 
 def fused_across(sizes: list[int]) -> Callable[..., Tensor]:
-    """The fused loss of a batch that ranks have so many pairs of."""
+    """The fused loss of a batch with these numbers of pairs on the ranks."""
     return partial(distributed.clip_loss, uneven=len(set(sizes)) > 1)
 
 
 def dense_across(sizes: list[int]) -> Callable[..., Tensor]:
-    """The dense loss: every rank gathers the batch and makes the whole matrix."""
+    """The dense loss: every rank gathers the batch and computes the whole matrix."""
     most = max(sizes)
 
-    def padded(x: Tensor) -> Tensor:  # to one size, which the gathering asks for
+    def padded(x: Tensor) -> Tensor:  # gathering needs one size
         return F.pad(x, (0, 0, 0, most - len(x)))
 
     def whole(x: Tensor) -> Tensor:

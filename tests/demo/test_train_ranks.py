@@ -17,8 +17,8 @@ from support import demo_task
 from support.ranks.processes import Ranks
 
 from fastclip.demo.checkpoint import Checkpoint
-from fastclip.demo.loop import LOSSES
-from fastclip.demo.options import parser
+from fastclip.demo.command_line import parser
+from fastclip.demo.loop import IMPLEMENTATIONS
 from fastclip.demo.train import DECISIVE, Task, main
 from fastclip.demo.workers import Workers
 
@@ -112,7 +112,7 @@ def test_a_wrong_option_is_one_line_of_the_first_rank(
 
 def checkpoint_of(command: list[str], out: Path, every: int = 0) -> tuple[Checkpoint, dict]:
     """As the demo with these options makes it; and the options that decide the curve."""
-    args = vars(parser(LOSSES).parse_args(command))
+    args = vars(parser(IMPLEMENTATIONS).parse_args(command))
     settings = {name: args[name] for name in DECISIVE}
     place = {"ranks": 2, "threads": 1, "device": "cpu"}
     del args["batch_size"]
@@ -122,7 +122,7 @@ def checkpoint_of(command: list[str], out: Path, every: int = 0) -> tuple[Checkp
 
 def launched(command: list[str], out: Path, *elastic: str, **streams: Any) -> subprocess.Popen:
     return subprocess.Popen(
-        [*TORCHRUN, *elastic, "-m", "fastclip.demo.train", *command, "--out", str(out)],
+        [*TORCHRUN, *elastic, "-m", "fastclip.train", *command, "--out", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         preexec_fn=demo_task.heed_interrupts, **streams,
     )  # fmt: skip
@@ -192,6 +192,11 @@ def test_resumed_to_the_end_with_one_voice(two: Ranks, tmp_path: Path) -> None:
     assert results["losses"]["dense"] == pytest.approx(unbroken[:1], rel=1e-4)
     alone = demo_task.trained(demo_task.whole(), 9, **options).losses
     assert unbroken == pytest.approx(alone, rel=1e-4)
-    for line in ("2 ranks of 1 thread\n", "goes on after step 3 of 6\n", "held out of", " in all;"):
+    for line in (
+        "2 ranks of 1 thread\n",
+        "goes on after step 3 of 6\n",
+        "held-out concepts",
+        " in all;",
+    ):
         assert out.count(line) == 1, out
     assert error.count("| 3/6 ") == 1 and "Traceback" not in error and "[rank" not in error

@@ -158,7 +158,7 @@ def test_errors() -> None:
         cached_step(model, clip_loss, images, texts[1:], micro_batch=4)
     with pytest.raises(ValueError, match=r"must return .*image_features.*, got Tensor"):
         cached_step(model.image, clip_loss, images, micro_batch=4)
-    with pytest.raises(ValueError, match=r"one number each, such as logit_scale, got shape \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"one number each, such as logit_scale, got shape \(4"):
         cached_step(
             lambda x, y: (*model(x, y), model.image(x)), clip_loss, images, texts, micro_batch=4
         )

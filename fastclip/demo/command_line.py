@@ -1,4 +1,4 @@
-"""What the demo may be told, and the one line that it answers to what it cannot do."""
+"""The demo's command line, and its one-line error messages."""
 
 import argparse
 from collections.abc import Collection
@@ -9,7 +9,7 @@ import torch
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A wrong option gets one line, not the whole usage; where `quiet`, none."""
+    """Answers a wrong option with one line instead of the usage; `quiet` prints nothing."""
 
     quiet = False
 
@@ -42,20 +42,20 @@ def rate_of_learning(text: str) -> float:
     return value
 
 
-# What argparse calls these where the text is no number at all.
+# argparse names these types in its message if the text is no number.
 positive.__name__ = steps_or_never.__name__ = "whole number"
 rate_of_learning.__name__ = "number"
 
 
 def parser(losses: Collection[str]) -> argparse.ArgumentParser:
     p = OneLineParser(
-        prog="python -m fastclip.demo.train",
+        prog="python -m fastclip.train",
         description="Train a small CLIP on 1,906 emoji drawn by two vendors, on the CPU, in "
-        "minutes; report retrieval and zero-shot accuracy on what was kept from training.",
+        "minutes; report retrieval and zero-shot accuracy on held-out emoji.",
         epilog="Writes clip.safetensors, results.json and demo.png into the output folder. Ctrl-C "
-        "keeps the model as it is then, and training.pt, from which --resume goes on. A run of "
-        "seconds: --steps 4 --batch-size 32. By several processes, one a GPU with --device cuda: "
-        "torchrun --nproc-per-node 2 -m fastclip.demo.train",
+        "saves the model and training.pt, from which --resume continues. A run of seconds: "
+        "--steps 4 --batch-size 32. With several processes, one a GPU with --device cuda: "
+        "torchrun --nproc-per-node 2 -m fastclip.train",
     )
     p.add_argument(
         "--steps", type=positive, default=900, help="optimiser steps (default %(default)s)"
@@ -64,12 +64,12 @@ def parser(losses: Collection[str]) -> argparse.ArgumentParser:
         "--batch-size",
         type=positive,
         default=256,
-        help="pairs per step, of all processes together (default %(default)s)",
+        help="pairs per step, in all processes together (default %(default)s)",
     )
     p.add_argument(
         "--micro-batch",
         type=positive,
-        help="pairs that a process's towers hold at once; they then run twice (default: the batch)",
+        help="pairs that a process encodes at once; the towers then run twice (default: the batch)",
     )
     p.add_argument(
         "--lr",
@@ -88,13 +88,13 @@ def parser(losses: Collection[str]) -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=0,
-        help="of weights, batches and augmentation (default %(default)s)",
+        help="seed of weights, batches and augmentation (default %(default)s)",
     )
     p.add_argument(
         "--device",
         default="cpu",
-        help="where to train: cpu, cuda, cuda:1, ...; torchrun's processes: cpu or cuda, of which "
-        "each takes its own (default %(default)s)",
+        help="where to train: cpu, cuda, cuda:1, ...; under torchrun: cpu, or cuda for a GPU each "
+        "(default %(default)s)",
     )
     p.add_argument(
         "--out",
@@ -107,21 +107,21 @@ def parser(losses: Collection[str]) -> argparse.ArgumentParser:
         type=steps_or_never,
         default=100,
         metavar="STEPS",
-        help="steps after which the training's state is written to training.pt in the output "
-        "folder; 0: never, at Ctrl-C neither. A run that ends removes it (default %(default)s)",
+        help="steps between writes of training.pt into the output folder; 0: never, not at Ctrl-C "
+        "either. A run that ends removes it (default %(default)s)",
     )
     p.add_argument(
         "--resume",
         action="store_true",
-        help="go on from training.pt, with the same settings: the curve is that of an unbroken "
-        "run, bit for bit, with another number of processes up to rounding. torchrun's own "
-        "restarts do so by themselves. The comparison begins anew",
+        help="continue an interrupted run from training.pt, with the same settings. The curve is "
+        "that of an unbroken run bit for bit, or up to rounding with another number of processes. "
+        "torchrun's own restarts resume by themselves. The comparison starts again",
     )
     return p
 
 
 def checked_device(text: str) -> torch.device:
-    """The device, once something was put on it. Raises ValueError where that fails."""
+    """Returns the device after a test allocation; raises ValueError if that fails."""
     try:
         device = torch.device(text)
         torch.zeros(1, device=device)
@@ -131,7 +131,7 @@ def checked_device(text: str) -> torch.device:
 
 
 def writable_folder(path: Path) -> Path:
-    """The folder, made, once a file could be written there. Raises OSError where that fails."""
+    """Creates the folder and tests that it can be written; raises OSError if not."""
     path.mkdir(parents=True, exist_ok=True)
     probe = path / ".writable"
     probe.touch()
