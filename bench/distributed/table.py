@@ -62,22 +62,19 @@ def _yardsticks(row: Row) -> tuple[float | None, ...]:
     return row.single_ms, *exchanges
 
 
-# ---- README ------------------------------------------------------------------------------------
-
-
 def essentials(rows: list[Row], path: Path) -> str:
-    """The README's tables: times with bytes and memory, memory against ranks, predictions."""
+    """The tables for the page: times with bytes and memory, memory against ranks, predictions."""
     threads = {row.ranks: row.threads for row in rows}
     shares = ", ".join(f"{_ranks(count)}: {threads[count]}" for count in sorted(threads))
     parts = [
-        f"**{rows[-1].machine}**: {_provenance(rows)} All ranks on this machine, with gloo; "
-        f"threads of each, {shares}."
+        f"**{rows[-1].machine}**: {_provenance(rows)} All ranks run on this machine, with gloo; "
+        f"threads of each rank with {shares}."
     ]
     timed = [row for row in rows if row.ms is not None]
     if timed:
         parts += [
             "Forward and backward, b pairs a rank, D = 512, scale 14.3: the slowest rank's time "
-            "(in brackets: times faster than open_clip), MiB that a rank sends, the most that a "
+            "(in brackets: speed-up over open_clip), MiB that a rank sends, the most MiB that a "
             "rank holds beyond its inputs, error of the image gradient after the mean over ranks:",
             _times(timed),
         ]
@@ -85,8 +82,8 @@ def essentials(rows: list[Row], path: Path) -> str:
         parts += [memory]
     if predictions := _predictions(timed):
         parts += [
-            "What the scale model says of the same steps, from one process's rate (all ranks "
-            "computing at once) and the exchanges' own times, in the same rounds:",
+            "The same steps by the scale model, from one process's rate while all ranks compute, "
+            "and from the times of the exchanges alone, in the same rounds:",
             predictions,
         ]
     parts.append(f"All rows, with quartiles: `bench/results/distributed/{path.name}`.")

@@ -58,7 +58,7 @@ def _error(rows: list[Row]) -> float | None:
 
 
 def _error_over_dense(**wanted: object) -> Figure:
-    """Our gradient errors over the dense loss's own, the largest of dx, dy and dscale.
+    """Our gradient errors over the dense loss's, the largest of dx, dy and dscale.
 
     Each is a root mean square over the cases: dscale is one number, whose error may be next to
     nothing by luck on either side.

@@ -1,4 +1,4 @@
-"""Markdown tables, and the figures in them as text; a figure that is not known is an empty cell.
+"""Markdown tables, and figures as text; an unknown figure is an empty cell.
 
 This file knows nothing of what the figures mean.
 """

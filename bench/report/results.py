@@ -1,8 +1,6 @@
-"""The CSV of one machine: its columns, how rows are read, replaced and written, the machine's name.
+"""The CSV of one machine: its columns, its name, and reading, replacing and writing rows.
 
-Of every kind of row: `Row` is that of one process, `distributed/row.py` has the other.
-
-This file never measures anything.
+`Row` has the columns of one process; `distributed/row.py` has those of several.
 """
 
 from __future__ import annotations
@@ -98,7 +96,7 @@ class Row(Where):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a later measurement replaces."""
+        """The key of a row: a later measurement replaces rows with the same key."""
         shape = (self.m, self.n, self.d)
         return (self.loss, *shape, self.dtype, self.data, self.scale, self.mode, self.method)
 
@@ -111,13 +109,13 @@ def columns(kind: type[R]) -> list[str]:
 
 
 def holds(path: Path, kind: type[R]) -> bool:
-    """Whether the file has the columns of that kind of row."""
+    """True if the file has the columns of that kind of row."""
     with path.open(newline="") as file:
         return next(csv.reader(file), None) == columns(kind)
 
 
 def read(path: Path, kind: type[R] = Row) -> list[R]:
-    """The rows of a file of `write`.
+    """Reads the rows of a file.
 
     Raises:
         ValueError: if its columns are not those of `kind`.
@@ -143,7 +141,7 @@ def _parse(kind: object, text: str) -> object:
 
 
 def write(path: Path, rows: Iterable[R], kind: type[R] = Row) -> None:
-    """Replaces the file in one step: a run that is interrupted leaves a whole one."""
+    """Replaces the file atomically, so that an interrupted run leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
@@ -158,14 +156,14 @@ def _format(value: object) -> object:
 
 
 def merge(old: Iterable[R], new: Iterable[R]) -> list[R]:
-    """`old` with the rows that `new` measures again in their old places, the others at the end."""
+    """Replaces rows of `old` that `new` has again, in place, and appends the others."""
     merged = {row.key: row for row in old}
     merged.update({row.key: row for row in new})
     return list(merged.values())
 
 
 def machine_row(device: str = "cpu", kind: type[R] = Row) -> R:
-    """A row that knows only where it ran."""
+    """A row with only the machine's columns."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = device == "cuda"
     model = torch.cuda.get_device_name() if on_gpu else _cpu_model()
@@ -198,7 +196,7 @@ def _cpu_model() -> str:
 
 
 def _instructions() -> str:
-    """The widest instructions for products: what a file's speed rests on most."""
+    """The machine's widest instructions for products, which determine its speed most."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,6 +1,6 @@
-"""The CSV of a machine as Markdown: everything for a terminal, the essential for the README.
+"""The CSV of a machine as Markdown: all rows for a terminal, the main tables for a page.
 
-No figure here comes from anywhere but the rows given.
+Every figure comes from the rows.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ DTYPE_NAMES = {
     "bfloat16": "bfloat16 features",
     "autocast": "bfloat16 autocast",
 }
-README_SIZE = (8192, 512)  # N, D of the first table
-GPU_SIZES = ((32768, 768), (65536, 768))  # and of those that only GPUs have
-README_METHODS = (
+PAGE_SIZE = (8192, 512)  # N, D of the first table
+GPU_SIZES = ((32768, 768), (65536, 768))  # N, D of the tables of GPUs
+PAGE_METHODS = (
     "open_clip", "compiled", "checkpoint", *PEERS, "fastclip", "fastclip triton", "fastclip cuda",
 )  # fmt: skip
 
 
 def committed() -> list[Path]:
-    """The CSVs of rows in bench/results: `make gpu` puts others beside them."""
+    """The CSVs of rows in bench/results, without the other files of `make gpu`."""
     found = sorted(results.RESULTS.glob("*.csv"))
     return [path for path in found if not path.name.startswith("gpu-")]
 
 
 def spread(row: Row) -> str:
-    """Half the distance of the quartiles, in percent of the median."""
+    """Half the distance between the quartiles, in percent of the median."""
     return "" if row.ms is None else f"{50 * (row.high_ms - row.low_ms) / row.ms:.0f} %"
 
 
 def provenance(rows: list[Row]) -> str:
-    """Where and when the rows were measured, in one sentence."""
+    """The machine, software and days of the rows, in one sentence."""
     row = rows[-1]
     days = sorted({one.when[:10] for one in rows if one.when})
     day = days[0] if len(days) < 2 else f"{days[0]} to {days[-1]}"
@@ -53,7 +53,7 @@ def provenance(rows: list[Row]) -> str:
 
 
 def report(rows: list[Row]) -> str:
-    """Everything that the rows hold, one table for each loss, shape, dtype and direction."""
+    """All rows, in one table for each loss, shape, dtype and direction."""
     if not rows:
         return "Nothing was measured."
     parts = [f"# {rows[-1].machine}", provenance(rows)]
@@ -113,9 +113,6 @@ def _skipped(rows: list[Row]) -> list[str]:
     return [f"Not measured here: {'; '.join(reasons)}."] if reasons else []
 
 
-# ---- README ------------------------------------------------------------------------------------
-
-
 def into_page(page: Path, paths: Iterable[Path]) -> None:
     """Replaces what stands between the markers by the tables of `paths`."""
     body = "\n\n".join(essentials(results.read(path), path) for path in paths)
@@ -136,34 +133,34 @@ def between(page: Path, begin: str, end: str, body: str) -> str:
 
 
 def essentials(rows: list[Row], path: Path) -> str:
-    """The tables for the README: one large batch, all sizes, errors, goals."""
+    """The tables for the page: one large batch, all sizes, errors, goals."""
     parts = [f"**{rows[-1].machine}**: {provenance(rows)}"]
-    told = (
-        "at scale 14.3 and at 100; memory beyond the inputs, gradients included; the limit is the "
-        "bare matrix product in the same run, times the passes that the method is due:"
+    columns = (
+        ', at scale 14.3 and at 100. MiB are beyond the inputs, gradients included. "Of limit" is '
+        "the time of the required matrix products, at this run's rate, over the measured time:"
     )
-    for n, d in (README_SIZE, *GPU_SIZES):
+    for n, d in (PAGE_SIZE, *GPU_SIZES):
         if large := _large_batch(rows, n, d):
-            parts += [f"Forward and backward, N = {n}, D = {d}, {told or 'likewise:'}", large]
-            told = ""
+            parts += [f"Forward and backward, N = {n}, D = {d}{columns}", large]
+            columns = ":"
     if own := _on_contrast(rows):
         parts += [
             "The same losses written on `contrast`, also with ids and with a margin for false "
-            "negatives, which leave nothing out here; forward and backward, in the same rounds (in "
-            "brackets: the time over fastclip's):",
+            "negatives that leave no pair out; forward and backward, in the same rounds (in "
+            "brackets: times fastclip's time):",
             own,
         ]
     for loss in LOSSES:
         if sizes := _sizes(rows, loss):
             parts += [
                 f"{loss_of(loss).label} against the batch size, float32, D = 512, scale 14.3, "
-                "forward and backward (in brackets: times faster than open_clip):",
+                "forward and backward (in brackets: speed-up over open_clip):",
                 sizes,
             ]
     if errors := _errors(rows):
         parts += ["Relative error of the image gradient and of dscale against float64:", errors]
     if met := goals.table_of(rows):
-        parts += ["What this library sets itself, and where it stands here:", met]
+        parts += ["Goals, and what this machine reaches:", met]
     picture = path.with_suffix(".png")
     if picture.exists():
         parts.append(f"![Time and memory against N](../bench/results/{picture.name})")
@@ -185,7 +182,7 @@ def _large_batch(rows: list[Row], n: int, d: int) -> str:
     lines = []
     for loss in LOSSES:
         for dtype in DTYPES:
-            for method in README_METHODS:
+            for method in PAGE_METHODS:
                 case = dict(loss=loss, m=n, n=n, d=d, dtype=dtype, data="random", mode="both")
                 low = _one(rows, **case, scale=14.3, method=method)
                 high = _one(rows, **case, scale=100.0, method=method)
@@ -204,7 +201,7 @@ def _large_batch(rows: list[Row], n: int, d: int) -> str:
 
 
 def _on_contrast(rows: list[Row]) -> str:
-    n, d = README_SIZE
+    n, d = PAGE_SIZE
     methods = ("fastclip", *CONTRAST)
     lines = []
     for loss, dtype, scale in itertools.product(LOSSES, DTYPES, SCALES):

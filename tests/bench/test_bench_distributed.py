@@ -148,7 +148,7 @@ def test_the_report_and_the_readme_show_times_bytes_memory_and_predictions(tmp_p
     assert command.main(arguments) == 0
     once = readme.read_text()
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old figures" not in once
-    assert "threads of each, 1 rank: 1" in once and "Test CPU, AVX512" in once
+    assert "threads of each rank with 1 rank: 1" in once and "Test CPU, AVX512" in once
     lines = {
         tuple(cell.strip() for cell in line.strip("|").split("|"))
         for line in once.splitlines()
