@@ -1,4 +1,4 @@
-// Kernels that are wrong, each in one thing, which something must stop or report: test_cuda_emulation.py knows what.
+// Wrong kernels with one mistake each. test_cuda_emulation.py lists what must detect each mistake.
 #include <cmath>
 
 #include "selftest.h"
@@ -11,7 +11,7 @@ __global__ void race_kernel(float* out) {
   out[threadIdx.x] = shared[(threadIdx.x + 40) % kThreads];
 }
 
-// The second reading is over before the next writing begins only where somebody waits.
+// Lacks a barrier between the reads of one iteration and the write of the next.
 __global__ void late_race_kernel(float* out) {
   __shared__ float shared;
   for (int q = 0; q < 3; q++) {
