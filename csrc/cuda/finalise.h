@@ -20,7 +20,7 @@ struct PartLines {
   double *shift = nullptr, *sum = nullptr;  // of all lines of the block; shift may be null
 };
 
-// Tells which lines of the block have pairs; for the others a sum of zero is right.
+// True for lines of the block that have pairs; for the others a sum of zero is right.
 struct Occupied {
   const bool* lines = nullptr;         // or null: every line with a pair besides its own positive
   int64_t others = 0, own_offset = 0;  // the own positive of line l is line l + own_offset of the other side

@@ -100,7 +100,7 @@ cuda::Stream current_stream([[maybe_unused]] const Tensor& x) {
   void* stream = nullptr;
 #ifndef FASTCLIP_EMULATED
   TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.device().index(), &stream) == 0,
-              "fastclip: torch does not tell its current stream of ", x.device());
+              "fastclip: torch did not return its current stream on ", x.device());
 #endif
   return static_cast<cuda::Stream>(stream);
 }

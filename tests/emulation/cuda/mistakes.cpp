@@ -81,7 +81,7 @@ template <class... Parameters, class... Arguments>
 void run(void (*kernel)(float*, Parameters...), Arguments... arguments) {
   const auto out = device_memory<float>(kThreads);
   launch(2, kThreads, kernel, out.get(), arguments...);
-  for (int k = 0; k < kThreads; k++) expect(!std::isnan(out[k]), "something was read that nobody wrote");
+  for (int k = 0; k < kThreads; k++) expect(!std::isnan(out[k]), "an element was read before it was written");
 }
 
 }  // namespace

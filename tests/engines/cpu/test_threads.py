@@ -74,8 +74,8 @@ def test_the_number_of_threads_is_torchs(threads: int) -> None:
     assert fastclip.build_info()["threads"] == threads
     gain = torch.ones((), dtype=torch.float64)
     for shape in ((4000, 600), (600, 4000)):
-        for loss in ("softmax", "sigmoid"):
-            block = make_block(*shape, 8, torch.float64, kind=loss)
+        for kind in ("softmax", "sigmoid"):
+            block = make_block(*shape, 8, torch.float64, kind=kind)
             state, positive, _ = sweep("cpu", block)
             weights = make_weights(state, shape[0])
             assert_used(threads, partial(sweep, "cpu", block))
@@ -113,12 +113,12 @@ def test_small_work_takes_one_thread() -> None:
 @compiled_only
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_the_same_bits_for_any_number_of_threads(loss: str, dtype: str, scale: float) -> None:
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_the_same_bits_for_any_number_of_threads(kind: str, dtype: str, scale: float) -> None:
     """Sums have a fixed order. Three threads are more than the cores of many machines."""
     for m, n in ((333, 200), (200, 333)):
         block = make_block(
-            m, n, 30, DTYPES[dtype], kind=loss, scale=scale, offset=7, factors=(True, True)
+            m, n, 30, DTYPES[dtype], kind=kind, scale=scale, offset=7, factors=(True, True)
         )
         itemsize = 8 if dtype == "float64" else 4
         keep = rows_to_keep(m, n, itemsize, 100 * n * itemsize)
@@ -131,7 +131,7 @@ def test_the_same_bits_for_any_number_of_threads(loss: str, dtype: str, scale: f
                 weights = make_weights(state, m)
                 gradients = weigh("cpu", block, state, positive, weights, kept, project=True)
                 result = [state, positive.nan_to_num(7.0), *gradients]
-                if loss == "sigmoid":
+                if kind == "sigmoid":
                     in_one_go = operator("sweep_and_weigh", "cpu")(
                         *block.arguments, gain, True, True, True
                     )

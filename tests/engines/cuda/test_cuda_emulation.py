@@ -33,7 +33,7 @@ NOTICED = {
     ],
     "foreign lane": [("fibers", "none", "reads a lane that its mask does not name")],
     "two shuffles": [("fibers", "none", "in different calls")],
-    "unwritten": [("fibers", "none", "that nobody wrote")],
+    "unwritten": [("fibers", "none", "before it was written")],
 }
 
 

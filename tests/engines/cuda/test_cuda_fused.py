@@ -66,13 +66,13 @@ def test_products_are_not_serialised(unit: tuple[str, Path, str]) -> None:
     assert "wgmma" not in unit[2] and "serializ" not in unit[2]
 
 
-def test_there_is_a_kernel_for_each_loss_and_dtype(kernels: list[build.Kernel]) -> None:
+def test_there_is_a_kernel_for_each_kind_and_dtype(kernels: list[build.Kernel]) -> None:
     found = {
-        (loss, dtype)
+        (kind, dtype)
         for kernel in kernels
-        for loss in ("Softmax", "Sigmoid")
+        for kind in ("Softmax", "Sigmoid")
         for dtype in ("bfloat16_t", "half_t")
-        if loss in kernel.name and dtype in kernel.name
+        if kind in kernel.name and dtype in kernel.name
     }
     assert len(kernels) == 4 and len(found) == 4
 
@@ -125,15 +125,15 @@ def check_map(found: dict, address: int, sizes: list[int], stride: int, box: lis
 
 
 @pytest.mark.parametrize("rows, columns, width", SHAPES)
-@pytest.mark.parametrize("loss, dtype", CASES)
-@pytest.mark.parametrize("kind", ["sweep", "weigh"])
+@pytest.mark.parametrize("kind, dtype", CASES)
+@pytest.mark.parametrize("kernel", ["sweep", "weigh"])
 def test_launch(
-    launcher: Path, kind: str, rows: int, columns: int, width: int, loss: str, dtype: str
+    launcher: Path, kernel: str, rows: int, columns: int, width: int, kind: str, dtype: str
 ) -> None:
     stride_x, stride_y, stride_out = width + 8, width, padded(columns, 16)
     strides = stride_x, stride_y, stride_out
-    told = answer(launcher, kind, rows, columns, width, *strides, loss, dtype)
-    tile = (128, 256) if kind == "sweep" else (128, 128)
+    told = answer(launcher, kernel, rows, columns, width, *strides, kind, dtype)
+    tile = (128, 256) if kernel == "sweep" else (128, 128)
     down, across = -(-rows // tile[0]), -(-columns // tile[1])
     assert told["error"] == "" and told["launches"] == 1
     assert told["block"] == [384, 1, 1] and told["cluster"] == 1 and told["stream"] == 0x70
@@ -144,13 +144,13 @@ def test_launch(
 
     check_map(told["maps"][0], 0x10000, [width, rows], stride_x, [64, tile[0]])
     check_map(told["maps"][1], 0x20000, [width, columns], stride_y, [64, tile[1]])
-    if kind == "weigh":
+    if kernel == "weigh":
         check_map(told["maps"][2], 0x110000, [columns, rows], stride_out, [32, 64])
         assert told["maps"][2]["type"] == {"fp16": 6, "bf16": 9}[dtype]
         assert told["total_parts"] == down * across * 4
     else:
         assert told["row_parts"] == across and told["column_parts"] == down
-    assert told["maps_in_parameters"] == list(range(2 if kind == "sweep" else 3))
+    assert told["maps_in_parameters"] == list(range(2 if kernel == "sweep" else 3))
     assert len(told["maps"]) == len(told["maps_in_parameters"])
 
 
@@ -160,7 +160,7 @@ def test_a_failed_launch_is_reported(launcher: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, width, strides, oddity",
+    "kernel, width, strides, oddity",
     [
         ("sweep", 516, (520, 520, 16), ""),
         ("sweep", 512, (516, 512, 16), ""),
@@ -171,10 +171,10 @@ def test_a_failed_launch_is_reported(launcher: Path) -> None:
     ],
 )
 def test_views_that_tensor_maps_cannot_describe_are_an_error(
-    launcher: Path, kind: str, width: int, strides: tuple[int, ...], oddity: str
+    launcher: Path, kernel: str, width: int, strides: tuple[int, ...], oddity: str
 ) -> None:
     """CUTLASS would launch them: it checks neither strides nor addresses."""
-    told = answer(launcher, kind, 9, 9, width, *strides, "softmax", "bf16", oddity)
+    told = answer(launcher, kernel, 9, 9, width, *strides, "softmax", "bf16", oddity)
     assert told["error"] and told["launches"] == 0 and told["maps"] == []
 
 
@@ -202,14 +202,14 @@ def limit(scale: float) -> float:
 
 @pytest.mark.parametrize("rows, columns, offset", BLOCKS)
 @pytest.mark.parametrize("factors", [0, 1])
-@pytest.mark.parametrize("loss, dtype, scale", [("softmax", "bf16", 20), ("softmax", "fp16", 100),
+@pytest.mark.parametrize("kind, dtype, scale", [("softmax", "bf16", 20), ("softmax", "fp16", 100),
                                                 ("sigmoid", "bf16", 10)])  # fmt: skip
 def test_sweep(
     emulator: Path, rows: int, columns: int, offset: int, factors: int,
-    loss: str, dtype: str, scale: int,
+    kind: str, dtype: str, scale: int,
 ) -> None:  # fmt: skip
     """Partial sums and positives against double. Nothing else is written."""
-    told = emulated(emulator, "sweep", rows, columns, offset, loss, dtype, factors, 0, "one", scale)
+    told = emulated(emulator, "sweep", rows, columns, offset, kind, dtype, factors, 0, "one", scale)
     # The limit also holds for sigmoid: softplus of a logit far below zero is an exponential.
     assert told["rows"] <= limit(scale) and told["columns"] <= limit(scale)
     assert told["positives"] <= 2.0**-23
@@ -218,7 +218,7 @@ def test_sweep(
 @pytest.mark.parametrize("rows, columns, offset", BLOCKS)
 @pytest.mark.parametrize("factors", [0, 1])
 @pytest.mark.parametrize(
-    "loss, dtype, coefficients, shifts, scale",
+    "kind, dtype, coefficients, shifts, scale",
     [
         ("softmax", "bf16", 1, "one", 20),
         ("softmax", "bf16", 1, "two", 20),
@@ -229,11 +229,11 @@ def test_sweep(
 )
 def test_weigh(
     emulator: Path, rows: int, columns: int, offset: int, factors: int,
-    loss: str, dtype: str, coefficients: int, shifts: str, scale: int,
+    kind: str, dtype: str, coefficients: int, shifts: str, scale: int,
 ) -> None:  # fmt: skip
     """Weights, up to their rounding, and every warp's sums, against double."""
     block = "weigh", rows, columns, offset
-    told = emulated(emulator, *block, loss, dtype, factors, coefficients, shifts, scale)
+    told = emulated(emulator, *block, kind, dtype, factors, coefficients, shifts, scale)
     ulp = {"bf16": 2.0**-8, "fp16": 2.0**-11}[dtype]
     assert told["weights"] <= ulp * 1.01
     assert told["totals"] <= limit(scale)
