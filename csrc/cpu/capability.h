@@ -66,7 +66,8 @@ inline bool machine_has_half_products() {
   return has;
 }
 
-// The size of a core's own cache. Virtual machines may not report it; 1 MiB is then assumed.
+// The size of a core's own cache. Virtual machines may not report it; they get 1 MiB, which every core of the last ten
+// years has at least.
 inline int64_t core_cache_bytes() {
   static const int64_t bytes = [] {
     int64_t told = 0;
