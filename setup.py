@@ -1,11 +1,11 @@
 """Builds `fastclip._C`, the compiled engines, against the installed torch.
 
 The extension is optional. Without torch or a working C++ compiler the package installs without it,
-and the plain PyTorch engine serves. Every instruction set of the architecture is compiled, whatever
-this machine has: the choice is made at run time.
+and the plain PyTorch engine serves. Every instruction set of the architecture is compiled, even if
+this machine lacks it, since the engine chooses one at run time.
 
 The CUDA engine is built if torch is built for CUDA and nvcc has the same major version; otherwise
-one line says why not. nvcc comes from CUDA_HOME, else from PATH, else from torch's own search.
+a printed line says why. nvcc comes from CUDA_HOME, else from PATH, else from torch's own search.
 TORCH_CUDA_ARCH_LIST names the cards to compile for.
 """
 
@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 from setuptools import find_packages, setup
 
-# FASTCLIP_REQUIRE_EXTENSION=1 makes a missing extension an error, so that nobody tests the fallback
-# by mistake; FASTCLIP_CUDA=1 a missing CUDA engine. FASTCLIP_SKIP_EXTENSION=1 leaves the extension
-# out, for a pure Python wheel in a second; FASTCLIP_CUDA=0 the CUDA engine.
+# FASTCLIP_REQUIRE_EXTENSION=1 makes a missing extension an error, lest the fallback be tested by
+# mistake; FASTCLIP_SKIP_EXTENSION=1 leaves it out, for a pure Python wheel in a second.
+# FASTCLIP_CUDA=1 makes a missing CUDA engine an error; FASTCLIP_CUDA=0 leaves it out.
 REQUIRED = ("FASTCLIP_REQUIRE_EXTENSION", "FASTCLIP_CUDA")
 REQUIRING = [f"{name}=1" for name in REQUIRED if os.environ.get(name) == "1"]
 SKIPPED = os.environ.get("FASTCLIP_SKIP_EXTENSION", "0") == "1"
@@ -42,9 +42,9 @@ CFLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall"
 CFLAGS += ["-ffp-contract=fast"]
 LDFLAGS = ["-fopenmp", *(["-Wl,-s"] if sys.platform == "linux" else [])]
 
-# cpu/engine.cpp is compiled once for each of these, and linked in this order, from the least to the
-# greatest: the linker keeps the first copy of an inline function, so that no code outside of the
-# AVX-512 engine can come to run AVX-512 instructions.
+# cpu/engine.cpp is compiled once for each instruction set, and linked in this order, from the
+# smallest set to the largest. The linker keeps the first copy of an inline function, so no code
+# outside the AVX-512 engine can contain AVX-512 instructions.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512 += ["-mprefer-vector-width=512"]
@@ -61,18 +61,18 @@ class CudaSource(NamedTuple):
 
 
 ENGINE = CudaSource("csrc/cuda/engine.cu")
-# CUTLASS's tensor-core kernels for one card take a minute and 3.3 GB each to compile. NDEBUG: see
-# csrc/cuda/sm90/gemm.h. An exactly rounded division would be a function call.
+# CUTLASS's tensor-core kernels take a minute and 3.3 GB each to compile. csrc/cuda/sm90/gemm.h
+# explains NDEBUG. Without --prec-div=false a division would be a function call.
 FUSED_FLAGS = ("-DNDEBUG", "--prec-div=false", "--expt-relaxed-constexpr")
 FUSED = [
     CudaSource(f"csrc/cuda/sm90/{name}.cu", FUSED_FLAGS, ("sm_90a",)) for name in ("sweep", "weigh")
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--threads", "0"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-# The default cards, if nvcc knows them. sm_80 also runs on 8.7, sm_100 on 10.3, the last PTX later.
+# The default cards, if nvcc knows them. sm_80 also runs on 8.7, sm_100 on 10.3, the PTX on later.
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-# The runtime is linked statically, as in cuBLAS and NCCL: with a newer nvcc the library would miss
-# symbols in torch's own and fail to load. Copies of the runtime share the driver's contexts.
+# The runtime is linked statically, as in cuBLAS and NCCL: a library built by a newer nvcc may need
+# symbols that torch's own runtime lacks. Copies of the runtime share the driver's contexts.
 CUDA_LIBRARIES = ["cudart_static", "rt", "pthread", "dl"]
 
 
@@ -84,7 +84,7 @@ def compiler_version() -> str:
 
 
 def install_without(reason: object) -> dict[str, Any]:
-    """Prints why there is no extension, or exits if one is required; returns no arguments."""
+    """Prints why there is no extension, or exits if one is required. Returns no arguments."""
     failure = f"the compiled engines were not built: {reason}"
     if REQUIRING:
         sys.exit(f"fastclip: {REQUIRING[0]}, but {failure}")
@@ -117,7 +117,7 @@ class Toolkit(NamedTuple):
 
 
 def cuda_architectures(asked: str, known: Collection[str]) -> list[str]:
-    """Returns the targets of TORCH_CUDA_ARCH_LIST, or the default ones. known: nvcc's targets."""
+    """Returns the targets of TORCH_CUDA_ARCH_LIST, or defaults. known: the targets of nvcc."""
     if not asked.strip():
         served = [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
         if not served:
@@ -130,7 +130,7 @@ def cuda_architectures(asked: str, known: Collection[str]) -> list[str]:
             rule = "TORCH_CUDA_ARCH_LIST must be numbers such as '8.0;9.0a;12.0+PTX'"
             raise NoCuda(f"{rule}, got {name!r}")
         major, minor, suffix, with_ptx = parts.groups()
-        if int(major) < 8:  # for other packages in the same environment; the engine needs 8.0
+        if int(major) < 8:  # the list may serve other packages, too; the engine needs 8.0
             continue
         if f"sm_{major}{minor}" not in known:
             raise NoCuda(f"TORCH_CUDA_ARCH_LIST has {name}, which this nvcc does not compile for")
@@ -142,7 +142,7 @@ def cuda_architectures(asked: str, known: Collection[str]) -> list[str]:
 
 
 def find_nvcc() -> str:
-    """Returns nvcc from CUDA_HOME, else from PATH, else from where torch finds a toolkit."""
+    """Returns the path of nvcc: under CUDA_HOME, else on PATH, else in the toolkit torch finds."""
     home = os.environ.get("CUDA_HOME")
     if home:
         nvcc, searched = None, f"under CUDA_HOME={home}"
@@ -158,7 +158,7 @@ def find_nvcc() -> str:
 
 
 def find_toolkit(torch_version: str, torch_cuda: str | None) -> Toolkit:
-    """Returns the nvcc that fits torch; raises NoCuda."""
+    """Returns the nvcc that fits torch, or raises NoCuda."""
     asked = os.environ.get("FASTCLIP_CUDA", "")
     if asked not in ("", "0", "1"):
         sys.exit(f"fastclip: FASTCLIP_CUDA must be 0 or 1, got {asked!r}")
@@ -190,7 +190,7 @@ def find_toolkit(torch_version: str, torch_cuda: str | None) -> Toolkit:
 
 
 def cutlass_headers() -> Path | None:
-    """Returns the headers of a checkout, $CUTLASS_PATH, or of the package nvidia-cutlass."""
+    """Returns the headers of the checkout $CUTLASS_PATH, else of the package nvidia-cutlass."""
     sources = [Path(os.environ["CUTLASS_PATH"])] if os.environ.get("CUTLASS_PATH") else []
     if spec := importlib.util.find_spec("cutlass_library"):  # importing it would run a generator
         sources += [Path(place) / "source" for place in spec.submodule_search_locations or ()]
@@ -199,7 +199,7 @@ def cutlass_headers() -> Path | None:
 
 
 def cuda_sources(architectures: Collection[str]) -> list[CudaSource]:
-    """The engine; and the fused kernels, given CUTLASS and a request for their card."""
+    """Returns the engine's source and, if CUTLASS and sm_90 are there, the fused kernels'."""
     cutlass = cutlass_headers()
     if cutlass is None or not {"sm_90", "sm_90a"} & set(architectures):
         return [ENGINE]
@@ -209,7 +209,7 @@ def cuda_sources(architectures: Collection[str]) -> list[CudaSource]:
 
 
 def compile_cuda(toolkit: Toolkit, source: CudaSource, folder: Path) -> str:
-    """Returns an object, an earlier one if neither the command nor sources have changed since."""
+    """Returns the object file, compiled anew only if the command or a source has changed."""
     target = folder / f"{Path(source.path).stem}.o"
     command = [toolkit.nvcc, *NVCC_FLAGS, *source.flags, "-c", source.path, "-o", str(target)]
     for code in source.architectures or toolkit.architectures:
@@ -236,7 +236,7 @@ def add_cuda(extension: Any, toolkit: Toolkit, objects: list[str]) -> None:
     extension.define_macros.append(("FASTCLIP_CUDA_ARCHITECTURES", architectures))
     extension.sources.append("csrc/cuda/ops.cpp")
     extension.extra_objects += objects
-    # Only the function for the current stream comes from torch_cuda.
+    # torch_cuda is needed for one function only, which returns the current stream.
     extension.libraries += ["torch_cuda", *CUDA_LIBRARIES]
     extension.library_dirs += toolkit.library_dirs
 
@@ -250,7 +250,7 @@ def leave_out_cuda(extension: Any, reason: NoCuda) -> None:
 
 
 def extension_arguments() -> dict[str, Any]:
-    """Returns the arguments of `setup` that build the extension; none if it cannot be built."""
+    """Returns the arguments of `setup` that build the extension, or none if it cannot be built."""
     if SKIPPED:
         return {}
     try:
@@ -264,13 +264,13 @@ def extension_arguments() -> dict[str, Any]:
         return install_without(f"no working C++ compiler (CXX names one): {error}")
 
     class BuildEngines(BuildExtension):
-        """Adds the engine's objects. A failing compiler is no failure."""
+        """Builds the engines. If a compiler fails, the package installs without them."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            # In a fixed folder ninja recompiles only what has changed; an editable installation
-            # would use a new temporary one each time. ninja knows headers and flags, so it always
-            # runs. Each torch has a folder, so that two of them do not recompile each other's.
+            # In a fixed folder ninja recompiles only changed files; editable installations would
+            # use a new temporary one each time. Each torch has its own folder. ninja always runs:
+            # it tracks headers and flags, which setuptools does not.
             tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
             self.build_temp = str(Path("build") / f"objects-{tag}")
             self.force = True
@@ -300,7 +300,7 @@ def extension_arguments() -> dict[str, Any]:
                 )
 
             toolkit, sources = None, []
-            try:  # comes first: it can stop the build before minutes of compiling
+            try:  # first, since it can stop the build before minutes of compiling
                 toolkit = find_toolkit(torch.__version__, torch.version.cuda)
                 sources = cuda_sources(toolkit.architectures)
             except NoCuda as reason:
@@ -335,7 +335,7 @@ def extension_arguments() -> dict[str, Any]:
 
 if __name__ == "__main__":
     setup(
-        # Not in pyproject.toml, where no spelling suits every version of setuptools.
+        # Not in pyproject.toml, since no spelling there suits every version of setuptools.
         license="Apache-2.0",
         # The folder triton_kernels/ is installed as fastclip.triton_kernels only: the bare name
         # belongs to a package of the Triton project, which other libraries look for.
@@ -344,7 +344,7 @@ if __name__ == "__main__":
             *(f"fastclip.{name}" for name in find_packages(include=["triton_kernels*"])),
         ],
         package_dir={"fastclip": "fastclip", "fastclip.triton_kernels": "triton_kernels"},
-        # Without the demo's pictures: they are 6 MB, and the demo finds them in a checkout.
+        # The demo's pictures are left out: they are 6 MB, and the demo finds them in a checkout.
         package_data={"fastclip": ["py.typed", "_C.pyi"]},
         **extension_arguments(),
     )

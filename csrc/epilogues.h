@@ -1,11 +1,12 @@
-// Every kind of statistic once, for the CPU and the CUDA engine.
+// The kinds of statistic, written once for the CPU and the CUDA engine.
 //
 // A kind is two functions. The engine makes the tiles of <x_i, y_j>, keeps the own positives out, and calls
-//   fold(t, k, m)        what a pair adds to the sum that its row and its column remember
-//   activation(t, k, m)  its weight dL/ds up to the factor (a_i + b_j) of its row and column
+//   fold(t, k, m)        what a pair adds to the sums of its row and of its column
+//   activation(t, k, m)  the pair's weight dL/ds, up to the factor (a_i + b_j) of its row and column
 // with t = <x_i, y_j>, the logit in log2 units l = t * k.scale + k.bias, and m the shift of the row or the column.
-// A kind with a fused loss (fastclip.clip_loss, siglip_loss) brings a third one, which finishes a line:
-//   finish(shift, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its own positive, of logit s
+// A kind with a fused loss (fastclip.clip_loss, siglip_loss) has a third one, which finishes a line:
+//   finish(shift, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its own positive, whose logit is
+//   s
 // A pair's loss is half its row's plus half its column's. A new kind is such a struct and an entry in `Kinds`.
 //
 // Nothing in this file includes torch, allocates, or branches on data: on the CPU each function is one sequence of
@@ -24,14 +25,13 @@
 #define FASTCLIP_INLINE inline __attribute__((always_inline))
 #endif
 
-// FASTCLIP_CUDA_MATH: floats are single and have the card's own exponential, one instruction.
+// FASTCLIP_CUDA_MATH: V is a single float, and exp2f is the GPU's own exponential, one instruction.
 #ifndef FASTCLIP_CUDA_MATH
 #define FASTCLIP_CUDA_MATH 0
 #endif
 
-// The CPU engine is compiled once per instruction set. Each copy lives in a namespace of its own: were the names
-// shared, the linker would keep one copy of each inline function, perhaps one with instructions that the machine does
-// not have.
+// The CPU engine is compiled once per instruction set, each time in a namespace of its own. If the copies shared names,
+// the linker would keep one copy of each inline function, perhaps one with instructions that the machine lacks.
 #ifndef FASTCLIP_CAPABILITY
 #define FASTCLIP_CAPABILITY PORTABLE
 #endif
@@ -42,11 +42,12 @@ namespace FASTCLIP_CAPABILITY {
 constexpr double kLog2E = 1.4426950408889634;  // exp(x) = exp2(x * kLog2E)
 constexpr double kLn2 = 0.6931471805599453;
 
-// The logit in log2 units as a map of t. fp32 splits scale and bias in two parts: rounding the scale alone would cost
-// 2^-24 relative, which at a logit of 144 (scale 100) is an error of 6e-6 in the exponential.
+// The affine map from t to the logit in log2 units. In fp32, scale and bias are each split into a high and a low part:
+// a rounded scale alone has a relative error of 2^-24, which at a logit of 144 (scale 100) is an error of 6e-6 in the
+// exponential.
 //
-// Biased: lines have biases of their own, numbers or vectors of them (Bias). The integral part of one, `whole`, is
-// taken off the shift by kinds that have one, so that it costs them no digit, or else added to `bias`.
+// Biased: lines have biases of their own, held as numbers or vectors of type Bias. Kinds with a shift subtract the
+// integral part of a line's bias, `whole`, from the shift, which loses no digit; other kinds add it to `bias`.
 template <class T, class Bias = T, bool Biased = false>
 struct Affine {
   using Scalar = T;
@@ -64,7 +65,7 @@ struct Affine {
   FASTCLIP_INLINE Affine negated() const { return Affine(-scale, -scale_low, -bias, -bias_low); }
 };
 
-// A line's bias, in log2 units: an integer, and what is left. -inf takes the line out.
+// A line's bias in log2 units: its nearest integer and the remainder. A bias of -inf excludes the line.
 template <class T>
 struct LineBias {
   T whole, part;
@@ -87,7 +88,7 @@ struct Integers<float> {
   using type = int32_t;
 };
 
-// Doubles use the C library, element by element.
+// Calls a function of the C library for each element, as doubles need.
 template <class V, class Function>
 FASTCLIP_INLINE V for_each(V v, Function function) {
   if constexpr (sizeof(V) == sizeof(double)) {
@@ -107,9 +108,9 @@ struct Log1p {
 // Adding this to |l| < 2^22 rounds it to an integer r and leaves r + 127, the exponent of 2^r, in the lowest bits.
 constexpr float kRounder = 12582912.f + 127.f;
 
-// 2^(r + f) for z = r + kRounder and |f| <= 1/2 (a little more is harmless): relative error 3e-9 before rounding
-// (minimax). Below 2^-126 the result is zero: a denormal costs a hundred cycles on some CPUs and is lost on GPUs
-// anyway.
+// 2^(r + f) for z = r + kRounder and |f| <= 1/2 (a little more is harmless). The minimax polynomial has a relative
+// error of 3e-9 before rounding. Results below 2^-126 are flushed to zero: denormals cost a hundred cycles on some
+// CPUs, and GPUs flush them anyway.
 template <class V>
 FASTCLIP_INLINE V exp2_split(V z, V f) {
   V q = f * 1.5594678e-4f + 1.34066439e-3f;
@@ -126,7 +127,7 @@ FASTCLIP_INLINE V exp2_split(V z, V f) {
   return z < kRounder - 126.f ? V{} : q * power;
 }
 
-// t * scale - m with one rounding. Compilers make it one fused multiply-add; machines without that go through double.
+// t * scale - m with one rounding. It compiles to one fused multiply-add; machines without one compute in double.
 template <class V>
 FASTCLIP_INLINE V product_minus(V t, float scale, V m) {
 #if defined(__FMA__) || defined(__aarch64__) || defined(__CUDACC__)
@@ -158,12 +159,12 @@ FASTCLIP_INLINE V exp2_relative(V t, const K& k, V m) {
     const V l = product_minus(t, k.scale, m) + low;
     const V z = (l > 128.f ? V{} + 128.f : l) + kRounder;
     const V r = z - kRounder, whole = m + r;
-    const V lost = r - (whole - m);  // of the sum, where |m| has outgrown the integers of a float
+    const V lost = r - (whole - m);  // the rounding error of m + r, not 0 if |m| exceeds 2^24
     return exp2_split(z, (product_minus(t, k.scale, whole) - lost) + low);
   }
 }
 
-// log(1 + u) for u in [0, 1]; relative error 5e-9 before rounding, also where u is small.
+// log(1 + u) for u in [0, 1]; relative error 5e-9 before rounding, for small u too.
 template <class T, class V>
 FASTCLIP_INLINE V log1p_unit(V u) {
   if constexpr (sizeof(T) == sizeof(double)) {
@@ -182,7 +183,7 @@ FASTCLIP_INLINE V log1p_unit(V u) {
   }
 }
 
-// Logit l in log2 units and u = 2^-|l|.
+// The logit l in log2 units, and u = 2^-|l|.
 template <class V, class K>
 FASTCLIP_INLINE void magnitude(V t, const K& k, V& l, V& u) {
   l = (t * k.scale + k.bias) + (t * k.scale_low + k.bias_low);
@@ -204,13 +205,13 @@ struct Line {
 
 FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(z > 0 ? -z : z)); }
 
-// A line remembers the sum of the exponentials of its pairs, relative to m; finished it is CLIP's two-way softmax
-// (arXiv 2103.00020). A bias common to all logits moves the logarithm of the sum by as much, and nobody needs it here.
+// A line's sum is that of its pairs' exponentials, relative to m; its finish is CLIP's two-way softmax
+// (arXiv 2103.00020). A bias common to all logits is left out: it adds as much to the logarithm of every sum.
 struct Softmax {
   static constexpr const char* kName = "softmax";
   static constexpr bool kHasShift = true;           // sums are relative to shifts, and weights depend on sums
-  static constexpr bool kIsLinear = false;          // finished coefficients are 1: loss and gradients in one go
-  static constexpr bool kNegatesPositives = false;  // positives by id are folded with their logits' sign changed
+  static constexpr bool kIsLinear = false;          // finished coefficients are 1: one sweep makes loss and gradients
+  static constexpr bool kNegatesPositives = false;  // positives by id are folded with negated logits
   template <class V, class K>
   static FASTCLIP_INLINE V fold(V t, const K& k, V m) {
     return exp2_relative(t, k, m);
@@ -219,7 +220,8 @@ struct Softmax {
   static FASTCLIP_INLINE V activation(V t, const K& k, V m) {
     return exp2_relative(t, k, m);
   }
-  // log(1 + R / P) in the log domain, where neither needs to be representable; the sums themselves for the weights.
+  // The loss is log(1 + R / P), computed in the log domain, since R or P may not be representable. The weights use the
+  // sums themselves.
   static FASTCLIP_INLINE Line finish(double shift, double sum, double s) {
     const double sum_and_positive = sum + exp2(s * kLog2E - shift);
     const double total =
@@ -228,7 +230,7 @@ struct Softmax {
   }
 };
 
-// A line remembers the sum of softplus(s) of its pairs; finished it is SigLIP's pairwise sigmoid (arXiv 2303.15343).
+// A line's sum is that of softplus(s) over its pairs; its finish is SigLIP's pairwise sigmoid (arXiv 2303.15343).
 struct Sigmoid {
   static constexpr const char* kName = "sigmoid";
   static constexpr bool kHasShift = false;
@@ -253,10 +255,10 @@ struct Sigmoid {
   }
 };
 
-// The one list of kinds: names and dispatch come from it.
+// The list of kinds, from which names and dispatch are derived.
 template <class... Entries>
 struct KindList {
-  // Calls f, a function of the host, with the kind at a place.
+  // Calls f, a host function, with the kind at an index.
   template <class Function>
   static inline __attribute__((always_inline)) void call(Kind kind, Function f) {
     int place = 0;
@@ -276,7 +278,7 @@ inline __attribute__((always_inline)) void for_kind(Kind kind, Function f) {
   Kinds::call(kind, f);
 }
 
-// A trait of a kind, such as kHasShift, that is known at run time only.
+// A trait, such as kHasShift, of a kind that is known at run time only.
 template <class Function>
 inline bool trait_of(Kind kind, Function f) {
   bool value = false;

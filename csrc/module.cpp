@@ -1,4 +1,5 @@
-// The Python module: what was built, what runs here, and how fast its product is. Loading it registers the operators.
+// The Python module: build information, threads, work space, and the rate of the engine's matrix product. Loading it
+// registers the operators.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -17,8 +18,8 @@ namespace {
 
 using at::Tensor;
 
-// Rate of the engine's own product on operands that stay in cache, all threads together, in GFLOP/s: the limit that
-// `bench` measures against.
+// The rate of the engine's matrix product on operands that stay in cache, summed over all threads, in GFLOP/s. `bench`
+// reports times relative to this limit.
 double gemm_rate(const std::string& dtype, int64_t m, int64_t n, int64_t k, double seconds) {
   TORCH_CHECK_VALUE(dtype == "float32" || dtype == "bfloat16", "dtype must be 'float32' or 'bfloat16', got '", dtype,
                     "'");
@@ -60,7 +61,7 @@ double gemm_rate(const std::string& dtype, int64_t m, int64_t n, int64_t k, doub
   return total;
 }
 
-// Found in the library file by fastclip/engine/backends.py when it does not load.
+// If the library does not load, fastclip/engine/backends.py finds this text in its file.
 [[gnu::used]] const char kBuiltAgainst[] = "fastclip built against torch " FASTCLIP_TORCH_VERSION;
 
 pybind11::dict build_info() {

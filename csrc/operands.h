@@ -1,4 +1,4 @@
-// Tensors as both engines take them: names of dtypes and kinds, a layout that products can read, what fits together.
+// Checks and conversions of tensors for both engines: dtypes, kinds, layouts that products can read, matching shapes.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -40,13 +40,13 @@ inline Kind kind_of(std::string_view name) {
   TORCH_CHECK_VALUE(false, "kind must be one of ", known, ", got '", name, "'");
 }
 
-// Unit stride along D and rows that do not overlap, as the products need.
+// The tensor itself, or a contiguous copy: products need unit stride along D and rows that do not overlap.
 inline at::Tensor strided(const at::Tensor& x) {
-  if (x.dim() != 2) return x;  // refused in a moment
+  if (x.dim() != 2) return x;  // check_block rejects it
   return (x.size(1) <= 1 || x.stride(1) == 1) && (x.size(0) <= 1 || x.stride(0) >= x.size(1)) ? x : x.contiguous();
 }
 
-// Sets what of a side is there from the start. The tensors must outlive it.
+// Sets a side's features and factor. The tensors must outlive the side.
 inline void set_features(Side& side, const at::Tensor& features, const at::Tensor& factor) {
   side.features = features.const_data_ptr();
   side.rows = features.size(0);
@@ -63,7 +63,8 @@ inline void check_scalars(const BlockArguments& block) {
   if (block.bias) check_one_element("bias", *block.bias);
 }
 
-// A vector with an element for each line of a side, or both sides without.
+// Checks two optional vectors that have an element for each line of their side. With a type, both or neither must be
+// given.
 inline void check_lines(const char* rule, const OptionalTensor& x, const OptionalTensor& y, int64_t m, int64_t n,
                         std::optional<at::ScalarType> type) {
   const auto fits = [&](const OptionalTensor& t, int64_t lines) {
@@ -94,7 +95,7 @@ inline void check_block(const BlockArguments& block) {
   check_scalars(block);
 }
 
-// Lines that have negatives, and with positives by id those that have any of these.
+// Checks the flags of lines that have negatives and, with positives by id, of lines that have any of these.
 inline void check_occupied(const BlockArguments& block, const OptionalTensor& occupied, int64_t lines) {
   TORCH_CHECK(!occupied || (occupied->sizes() == at::IntArrayRef({block.same_id_positive ? 2 : 1, lines}) &&
                             occupied->scalar_type() == at::kBool),

@@ -1,5 +1,4 @@
-// The operators' arguments in bundles (fastclip/engine/block.py has the same), and the flat functions that torch
-// registers.
+// The operators' arguments, bundled as in fastclip/engine/block.py, and the flat functions that torch registers.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -28,7 +27,7 @@ struct BlockArguments {
   bool is_plain() const { return !x.ids && !x.threshold && !key_bias; }
 };
 
-// Further arguments of `weigh`: the statistics that a sweep found, coefficients from their upstream gradients, and
+// The other arguments of `weigh`: the statistics from a sweep, coefficients made from their upstream gradients, and
 // which results are wanted.
 struct WeighArguments {
   const at::Tensor &state, &positive, &kept;
@@ -37,7 +36,7 @@ struct WeighArguments {
   at::ScalarType dtype_x, dtype_y;
 };
 
-// `Flat<&f>::call` has the schema's arguments for a function f(block, ...).
+// `Flat<&f>::call` takes the schema's flat arguments and calls f(block, ...).
 template <auto function>
 struct Flat;
 template <class Result, class... Rest, Result (*function)(const BlockArguments&, Rest...)>
@@ -59,7 +58,7 @@ struct Flat<function> {
   }
 };
 
-// For a function f(block, weigh arguments).
+// The same for a function f(block, weigh arguments).
 template <auto function>
 struct FlatWeigh {
   using Result = decltype(function(std::declval<const BlockArguments&>(), std::declval<const WeighArguments&>()));

@@ -11,7 +11,7 @@ namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
 namespace {
 
-// It stays from call to call, since fresh pages would cost more than a small loss.
+// A bump allocator. Its memory is reused from call to call, since fresh pages would cost more than a small loss.
 class Arena {
  public:
   ~Arena() { std::free(base_); }

@@ -1,4 +1,4 @@
-// Tensors to the plain arguments of engine.h, checked, and the run of the engine that this machine can run.
+// Checks tensors, converts them to the plain arguments of engine.h, and runs the engine for this machine's CPU.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -28,8 +28,8 @@ inline double number(const char* name, const at::Tensor& value) {
   return value.item<double>();
 }
 
-// A problem with the tensors that its pointers point into. The longer tower supplies the rows: they are what threads
-// share. `swapped` says that x and y changed places.
+// A problem and the tensors that its pointers point into. The longer tower supplies the rows, since threads share out
+// rows. `swapped`: x and y have changed places.
 struct Call {
   Problem problem;
   at::Tensor x, y;
@@ -66,7 +66,7 @@ struct Call {
 
   bool has_shift() const { return PORTABLE::has_shift(problem.kind); }
 
-  // The tensor in this dtype, contiguous, for as long as the call lasts.
+  // The tensor in this dtype, contiguous; it lives as long as the call.
   const at::Tensor& held(const at::Tensor& t, at::ScalarType type) {
     return held_.emplace_back(t.to(type).contiguous());
   }

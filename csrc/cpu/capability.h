@@ -1,4 +1,4 @@
-// What this machine's CPU can do: the instruction set of the engine, and its matrix product.
+// The capabilities of this machine's CPU: the engine's instruction set and its matrix product.
 #pragma once
 
 #include <ATen/Context.h>
@@ -23,7 +23,7 @@ struct Capability {
   double (*largest_norm)(const Side&, const Problem&);
 };
 
-// Follows torch's own dispatch, so that ATEN_CPU_CAPABILITY governs both.
+// The engine for this machine. It follows torch's own dispatch, so that ATEN_CPU_CAPABILITY governs both.
 inline const Capability& capability() {
   static const Capability chosen = [] {
     [[maybe_unused]] const std::string name = at::get_cpu_capability();
@@ -49,7 +49,7 @@ inline bool machine_has_brgemm() {
 #endif
 }
 
-// Whether bf16 operands can be multiplied as they are: asked of torch by trying, which is the one answer that counts.
+// True if torch can multiply bf16 operands as they are. A trial product decides, since torch has no query for it.
 inline bool machine_has_half_products() {
   static const bool has = [] {
     alignas(64) at::BFloat16 a[32 * 32], b[32 * 32];
@@ -66,7 +66,8 @@ inline bool machine_has_half_products() {
   return has;
 }
 
-// A core's own cache. Virtual machines that do not tell get what every core of the last ten years has at least.
+// The size of a core's own cache. Virtual machines may not report it; they get 1 MiB, which every core of the last ten
+// years has at least.
 inline int64_t core_cache_bytes() {
   static const int64_t bytes = [] {
     int64_t told = 0;

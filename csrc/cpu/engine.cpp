@@ -1,14 +1,14 @@
 // The streaming engine on CPU threads: sweep, weigh, or both in one go, for any M, N, D and offset.
 //
 // The rows are cut into strips, the columns into tiles. A thread takes a strip, keeps its features (transposed), its
-// statistics and its gradient in its core's L2 cache, and marches over the tiles:
+// statistics and its gradient in its core's L2 cache, and visits the tiles in order:
 //     t = y_tile x_strip^T            one product
 //     fold, or w = weights of t       fold.h
 //     v_tile += w x_strip             second product
 //     u_strip += w^T y_tile           third product
-// A tile's column statistics and v are updated by one strip after the other: strip k waits at each tile until strip
-// k - 1 has left it. The order of every sum is therefore the same for any number of threads, nothing is added
-// atomically, and besides the outputs only a few MiB per thread exist.
+// Strips update a tile's column statistics and v one after another: at each tile, strip k waits until strip k - 1 has
+// left it. The order of every sum is therefore the same for any number of threads, nothing is added atomically, and
+// besides the outputs the engine needs only a few MiB per thread.
 #include "../engine.h"
 
 #include <ATen/Parallel.h>
@@ -41,7 +41,7 @@ class Engine {
   using Strip = RowStrip<In, Op, T>;
   static constexpr bool kNarrow = sizeof(Op) < sizeof(T);  // bf16 products
   static constexpr bool kDirect = std::is_same_v<In, Op>;  // features are operands as they are
-  static constexpr int64_t kChain = 128;                   // terms summed in one go
+  static constexpr int64_t kChain = 128;                   // terms in one chain of fp32 additions
   static constexpr int64_t kSpins = 1 << 15;               // about half a millisecond
 
  public:
@@ -88,8 +88,8 @@ class Engine {
     if (joined && p_.brgemm) at::native::cpublas::brgemm_release(kNarrow);
   }
 
-  // Until strip k - 1 has left tile j: rarely more than a tile's time, a fifth of a millisecond. Yielding sooner would
-  // hand the core to any idle-priority process for milliseconds.
+  // Waits until strip k - 1 has left tile j: rarely more than a tile's time, a fifth of a millisecond. Yielding sooner
+  // would give the core to any idle-priority process for milliseconds.
   void wait(int64_t j, int64_t k) const {
     for (int64_t spins = 0; passed_[j].load(std::memory_order_acquire) < k; spins++) {
       if (failed_) throw std::runtime_error("another thread of the engine failed");
@@ -100,7 +100,7 @@ class Engine {
     }
   }
 
-  // Rows of y that a tile multiplies with.
+  // The rows of y in a tile, as an operand of products.
   struct Operand {
     const Op* rows;
     int64_t stride;
@@ -139,7 +139,7 @@ class Engine {
     const Side& y = p_.y;
     Tile<T> tile;
     tile.t = b.kept ? static_cast<T*>(p_.kept) + b.begin * y.rows + begin * b.lanes : b.products;
-    // Weights of positives by id are made of the products after those of the negatives.
+    // Weights of positives by id are made from the products after those of the negatives, so w must not overwrite t.
     tile.w = b.kept || p_.same_id_positive ? b.weights : b.products;
     tile.lanes = b.lanes, tile.rows = b.rows, tile.cols = cols;
     tile.first_lane = begin - p_.offset - b.begin;
@@ -181,9 +181,9 @@ class Engine {
     }
   }
 
-  // t = y_tile x_strip^T, in pieces of D: a sum of 512 terms in one fp32 chain loses twice as much as four of 128, and
-  // at scale 100 an error in t is a hundred times as large in the exponential. bf16 rounds more than that, and wants
-  // long chains.
+  // t = y_tile x_strip^T, in pieces of D: one fp32 chain of 512 terms has twice the rounding error of four chains of
+  // 128, and at scale 100 an error in t becomes a hundred times as large in the exponential. bf16 rounds more than that
+  // and is faster in one piece.
   void multiply(const Strip& b, const Tile<T>& tile, const Operand& y) const {
     if (b.kept && p_.kept_ready) return;
     const bool ragged = !p_.brgemm && tile.cols % kWhole != 0;
@@ -196,8 +196,8 @@ class Engine {
     if (t != tile.t) memcpy(const_cast<T*>(tile.t), t, sizeof(T) * tile.cols * b.lanes);
   }
 
-  // BLAS may add up the last rows of a ragged product in an order of their own (MKL on AMD does, with three rows), and
-  // a positive would no longer tie with its duplicates: the product gets whole fours, rows of zeros among them.
+  // BLAS may sum the last rows of a ragged product in another order (MKL on AMD does, with three rows), and a positive
+  // would no longer tie with its duplicates. Operands are therefore padded with rows of zeros to a multiple of four.
   static constexpr int64_t kWhole = 4;
   Operand padded(const Strip& b, const Operand& y, int64_t cols, int64_t whole) const {
     for (int64_t c = 0; c < whole; c++)
@@ -208,7 +208,7 @@ class Engine {
     return {b.tile_rows, depth<Op>(p_)};
   }
 
-  // v_tile += w x_strip; complete once the last strip has been added.
+  // v_tile += w x_strip. The last strip completes the gradient.
   void add_to_columns(const Strip& b, const Tile<T>& tile, int64_t begin) const {
     const Op* w = nullptr;
     if constexpr (std::is_same_v<Op, T>) w = tile.w;
@@ -282,7 +282,7 @@ class Engine {
   const RowStrips<In, Op, T> strips_;
   const int64_t count_, tiles_;
   const unsigned options_;
-  std::unique_ptr<std::atomic<int64_t>[]> passed_;  // strips that have left each tile
+  std::unique_ptr<std::atomic<int64_t>[]> passed_;  // number of strips that have left each tile
   std::unique_ptr<Sum[]> totals_;
   std::atomic<int64_t> next_{0};
   std::atomic<int> workers_{0};

@@ -1,4 +1,4 @@
-// The CPU engine folds a set of pairs of one tile into the state, or makes weights of them.
+// The CPU engine's loops over a tile: they fold a set of pairs into the state, or turn the pairs into weights.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,8 @@ FASTCLIP_INLINE V<T> where(const typename Counted<T>::Mask& mask, const V<T>& va
   return mask ? value : V<T>{};
 }
 
-// States with one shift; with Weigh also the weights of a loss that is linear, all a_i + b_j being one.
+// Adds a tile's pairs to the state, with one shift for all lines. With Weigh it also writes the weights of a linear
+// kind, for which every a_i + b_j is 1.
 template <class Kind, template <class> class Pairs, bool Weigh, class T>
 void fold_tile(const Tile<T>& tile) {
   const int64_t lanes = tile.lanes;
@@ -52,14 +53,14 @@ void fold_tile(const Tile<T>& tile) {
   for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
 }
 
-// A line without pairs takes any shift.
+// The shift to compute with: a line without pairs, whose shift is -inf, may take any number.
 template <class T>
 FASTCLIP_INLINE T usable(double shift) {
   return shift == -std::numeric_limits<double>::infinity() ? T(0) : T(shift);
 }
 
-// States with running maxima: each row, and each column of this tile, relative to the largest of its own pairs,
-// rounded up to an integer so that exp2_relative stays exact. Right at any scale.
+// Adds a tile's pairs to the state with running maxima: each row, and each column of this tile, has the largest of its
+// own logits as its shift, rounded up to an integer so that exp2_relative stays exact. Right at any scale.
 template <class Kind, template <class> class Pairs, class T>
 void fold_tile_running(const Tile<T>& tile) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
@@ -116,8 +117,8 @@ void fold_tile_running(const Tile<T>& tile) {
   for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
 }
 
-// Weights dL/ds, zero at other pairs; those of positives by id are added to the negatives'. OneShift: one
-// exponential serves row and column.
+// Writes the weights dL/ds of a set of pairs, and zero for other pairs. Weights of positives by id are added to those
+// of the negatives. OneShift: row and column share one exponential.
 template <class Kind, template <class> class Pairs, bool OneShift, class T>
 void weigh_tile(const Tile<T>& tile) {
   using P = Pairs<T>;
@@ -140,7 +141,8 @@ void weigh_tile(const Tile<T>& tile) {
       if constexpr (!OneShift) {
         V<T> ma;
         load(lines.row_shifts + i, ma);
-        // Pairs that do not count may exceed a line's shift by any power.
+        // Excluded pairs may overflow: their logits may exceed a line's shift by any amount. They are masked
+        // afterwards.
         w = where<T>(counted.by_row, Kind::activation(t, k, pairs.shift(ma, i)) * a) +
             where<T>(counted.by_column, Kind::activation(t, k, pairs.shift(mb, i)) * b);
       } else if constexpr (P::kApart) {

@@ -1,7 +1,7 @@
 // The CPU engine's matrix product on row-major operands that fit a core's cache: C (m, n) = A (m, k) B (k, n), or +=.
 //
-// float and bf16 go to oneDNN's batch-reduce GEMM through torch where the machine has it; double, and everything on
-// other machines, to at::mm. bf16's B has rows 2r and 2r + 1 interleaved ("VNNI").
+// float and bf16 use oneDNN's batch-reduce GEMM through torch if the machine supports it. Double always uses at::mm, as
+// every dtype does on other machines. The B operand of a bf16 product has rows 2r and 2r + 1 interleaved ("VNNI").
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,7 +11,7 @@
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
 
-// Inside a parallel region at::mm stays on its thread.
+// Inside a parallel region at::mm runs on the calling thread alone.
 template <class T>
 inline void mm(bool add, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
                int64_t ldc) {

@@ -1,7 +1,7 @@
 // The torch front of the CPU engine: fastclip's operators on CPU tensors.
 //
-// Schemas, fakes and the choice of an engine live in Python (fastclip/engine/operators.py says what each argument
-// means); this file allocates, asks the engine for what is wanted, and decides what needs all of a sweep's results.
+// Schemas, fakes and the choice of an engine are in Python; fastclip/engine/operators.py documents the arguments. This
+// file allocates results, runs the engine, and decides from a sweep's results whether one shift was enough.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -22,7 +22,7 @@ using at::Tensor;
 
 using PORTABLE::kLog2E;
 
-// Room for `keep` rows of products.
+// Allocates memory for `keep` rows of products.
 Tensor allocate_kept(const Call& call, int64_t keep) {
   const int64_t rows = std::min(keep, (call.problem.x.rows + 15) / 16 * 16);
   const auto options = call.x.options().dtype(statistic_of(call.x));
@@ -38,8 +38,8 @@ double highest_bias(const Side& side) {
   return highest == -std::numeric_limits<double>::infinity() ? 0 : highest;
 }
 
-// The one shift of all logits: it puts the largest possible one at 2^t, high enough for the smallest row to stay
-// within fp32, low enough for a sum over 2^27 columns not to overflow.
+// Sets the shift of all lines. The exponential of the largest possible logit becomes 2^t: large enough for the sum of
+// the smallest row to stay within fp32, small enough for a sum over 2^27 columns not to overflow.
 void set_shift(Call& call, const OptionalTensor& bound) {
   Problem& p = call.problem;
   const bool wide = p.dtype == Dtype::kDouble;
@@ -50,8 +50,8 @@ void set_shift(Call& call, const OptionalTensor& bound) {
     const auto norm = capability().largest_norm;
     largest = (p.x.factor ? 1.0 : norm(p.x, p)) * (p.y.factor ? 1.0 : norm(p.y, p));
   }
-  // The margin covers the rounding of norms and products; the shift is one that T can hold, since the engine and
-  // the finish must speak of the same.
+  // The margin covers the rounding of norms and products. The shift is rounded to one that T represents, since the
+  // engine and the finish must use the same number.
   const double top = std::abs(p.scale) * largest * kLog2E * (1 + 1e-5);
   const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
   const double t = std::min(std::max(0.0, 2 * top - depth), headroom);
@@ -60,7 +60,7 @@ void set_shift(Call& call, const OptionalTensor& bound) {
     p.shift = std::nextafterf(float(p.shift), std::numeric_limits<float>::infinity());
 }
 
-// The lines of which a sum is expected, one set of pairs of one side.
+// The lines of one side that have pairs of one set, and therefore a sum above 0.
 class Occupied {
  public:
   Occupied(const OptionalTensor& flags, int64_t set, int64_t lines, int64_t first, int64_t others, int64_t offset)
@@ -78,7 +78,7 @@ class Occupied {
   const int64_t others_, offset_;
 };
 
-// True if one shift was enough for a set of pairs: a smaller sum may have lost terms that count.
+// True if one shift was enough for a set of pairs. A sum below the bound may have lost terms that count.
 bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occupied& occupied) {
   const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
   for (int64_t i = 0; i < side.rows; i++)
@@ -88,7 +88,7 @@ bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occ
 
 bool states_hold(Call& call, const OptionalTensor& occupied, int64_t offset) {
   const Problem& p = call.problem;
-  // A shift that is no number serves not even a line without pairs, whose sum is right.
+  // With a shift that is not finite even a line without pairs is wrong.
   if (!std::isfinite(p.shift)) return false;
   const Side &x = call.first(), &y = call.second();
   const int64_t lines = call.m + call.n;
@@ -121,13 +121,13 @@ Swept allocate_states(Call& call) {
   return out;
 }
 
-// After running maxima.
+// Ends a sweep with running maxima: lines without pairs get the shift 0, unusable sums become NaN.
 void settle(double* shift, double* sum, int64_t lines) {
   for (int64_t q = 0; q < lines; q++) {
     if (std::isinf(shift[q]) && shift[q] < 0) {
       shift[q] = 0;  // no pairs
     } else if (!(sum[q] >= 0x1p-100 && sum[q] <= 0x1p127)) {
-      sum[q] = NAN;  // relative to its own largest term: logits beyond 1e9 have outgrown the dtype
+      sum[q] = NAN;  // relative to its largest term; logits beyond 1e9 exceed the dtype's precision
     }
   }
 }
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
                 *const q = weights.mutable_data_ptr<double>();
   at::parallel_for(0, lines, 2048, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      PORTABLE::Line line{NAN, NAN, NAN};  // as far as the compiler knows, for_kind may call nothing
+      PORTABLE::Line line{NAN, NAN, NAN};  // initialised, since the compiler cannot know that for_kind calls it
       PORTABLE::for_kind(found, [&](auto entry) {
         line = entry.finish(shift[i], shift[lines + i], k * t[i % period] + (entry.kHasShift ? 0. : k0));
       });
@@ -220,7 +220,7 @@ Tensor totals_of(const Call& call) {
   return totals;
 }
 
-// Sums of the weights of each line that has a bias of its own: those of own positives are added to the tile's.
+// Adds the weights of the own positives to each column's sum of weights, which the tiles made without them.
 void add_own_positives(const Call& call, int64_t offset, const double* weight, double* sums) {
   for (int64_t i = 0; i < call.m; i++)
     if (i + offset >= 0 && i + offset < call.n) sums[i + offset] += weight[i];
@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
   p.weigh = true;
   Tensor key_bias = at::empty({given.needs_key_bias ? call.n : 0}, call.x.options().dtype(at::kDouble));
   if (given.needs_key_bias) {
-    // Sums of weights are those of a biased block.
+    // Only the kernels of biased blocks sum weights.
     TORCH_CHECK(block.key_bias, "a gradient of key_bias needs key_bias, got None");
     call.second().key_bias_sum = key_bias.mutable_data_ptr<double>();
   }
@@ -296,7 +296,7 @@ TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
   m.impl("sweep_and_weigh.cpu", &Flat<&sweep_and_weigh>::call);
 }
 
-// The operators have no derivative of their own, and silence would be a wrong gradient: a backward through one fails.
+// The operators have no derivative of their own. A backward through one raises, instead of giving a wrong gradient.
 TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
   for (const char* const name : {"sweep.cpu", "finish.cpu", "weigh.cpu", "sweep_and_weigh.cpu"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());

@@ -15,7 +15,8 @@ namespace FASTCLIP_CAPABILITY {
 constexpr int64_t kLane = 16;
 FASTCLIP_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Element conversion. bf16 by integers, so that the loops around it become vector code; NaN stays NaN.
+// Converts an element. bf16 is rounded with integer arithmetic, which lets compilers vectorise the loops around it; NaN
+// stays NaN.
 template <class To, class From>
 FASTCLIP_INLINE To cast_to(From v) {
   if constexpr (std::is_same_v<To, at::BFloat16> && std::is_same_v<From, float>) {
@@ -33,7 +34,7 @@ FASTCLIP_INLINE To cast_to(From v) {
 // Sixteen rows of sixteen 4-byte words, transposed in registers: four rounds of pairwise shuffles.
 typedef uint32_t Words __attribute__((vector_size(64)));
 
-// (By reference: returning such a vector has no stable ABI below AVX-512, and the compiler says so.)
+// Results are written to references: returning such a vector has no stable ABI below AVX-512, and compilers warn of it.
 FASTCLIP_INLINE void even_quarters(const Words& a, const Words& b, Words& out) {
   out = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
 }
@@ -43,17 +44,17 @@ FASTCLIP_INLINE void odd_quarters(const Words& a, const Words& b, Words& out) {
 
 FASTCLIP_INLINE void transpose_words(Words (&r)[16]) {
   Words s[16];
-  for (int i = 0; i < 16; i += 2) {  // words of two rows side by side
+  for (int i = 0; i < 16; i += 2) {  // interleave the words of two rows
     s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
     s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
   }
-  for (int i = 0; i < 16; i += 4)  // of four rows: r[i + q] holds words 4 l + q of rows i .. i + 3 in quarter l
+  for (int i = 0; i < 16; i += 4)  // then of four: quarter l of r[i + q] holds word 4 l + q of rows i .. i + 3
     for (int j = 0; j < 2; j++) {
       const Words a = s[i + j], b = s[i + j + 2];
       r[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
       r[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     }
-  for (int q = 0; q < 4; q++) {  // quarters of all sixteen rows
+  for (int q = 0; q < 4; q++) {  // gather the quarters of all sixteen rows
     Words low_even, low_odd, high_even, high_odd;
     even_quarters(r[q], r[4 + q], low_even), odd_quarters(r[q], r[4 + q], low_odd);
     even_quarters(r[8 + q], r[12 + q], high_even), odd_quarters(r[8 + q], r[12 + q], high_odd);
@@ -63,11 +64,11 @@ FASTCLIP_INLINE void transpose_words(Words (&r)[16]) {
   for (int i = 0; i < 16; i++) r[i] = s[i];
 }
 
-// Elements of Op in one row of the packed B operand of a product: bf16 interleaves rows in pairs.
+// The rows that a product's packed B operand interleaves: two in bf16.
 template <class Op>
 constexpr int64_t kPair = std::is_same_v<Op, at::BFloat16> ? 2 : 1;
 
-// Sixteen words of Op from `row` at element d, zero from `width` on.
+// Loads sixteen words of Op from `row`, starting at element d; elements from `width` on are zero.
 template <class In, class Op>
 FASTCLIP_INLINE void load_words(const In* row, int64_t d, int64_t width, Words& words) {
   constexpr int64_t kCount = 64 / sizeof(Op);
@@ -80,7 +81,7 @@ FASTCLIP_INLINE void load_words(const In* row, int64_t d, int64_t width, Words& 
   }
 }
 
-// out (width, lanes), rows of bf16 interleaved in pairs = the transpose of `rows` rows of x; zero beyond them.
+// out (width, lanes) = the transpose of `rows` rows of x, zero beyond them; bf16 rows of out are interleaved in pairs.
 template <class In, class Op>
 void pack_transposed(const In* x, int64_t stride, int64_t rows, int64_t width, int64_t lanes, Op* out) {
   if constexpr (sizeof(Op) == 8) {
@@ -96,7 +97,7 @@ void pack_transposed(const In* x, int64_t stride, int64_t rows, int64_t width, i
           if (i0 + i < rows) {
             const In* const row = x + (i0 + i) * stride;
             load_words<In, Op>(row, d0 * kPair<Op>, width, r[i]);
-            // Sixteen rows side by side are more streams than the hardware follows.
+            // Sixteen rows at once are more streams than hardware prefetchers follow.
             __builtin_prefetch(row + kLane * stride + d0 * kPair<Op>);
           } else {
             r[i] = Words{};
@@ -107,7 +108,7 @@ void pack_transposed(const In* x, int64_t stride, int64_t rows, int64_t width, i
   }
 }
 
-// out (rows, width) = x, widened.
+// out (rows, out_stride) = x, converted to Op; zero from width to out_stride.
 template <class In, class Op>
 void pack_rows(const In* x, int64_t stride, int64_t rows, int64_t width, Op* out, int64_t out_stride) {
   for (int64_t i = 0; i < rows; i++) {
@@ -116,7 +117,7 @@ void pack_rows(const In* x, int64_t stride, int64_t rows, int64_t width, Op* out
   }
 }
 
-// out (rows / 2, width, 2): rows interleaved in pairs, zero beyond `rows` up to `padded`.
+// out (padded / 2, width, 2) = the rows of x, interleaved in pairs; zero from `rows` to `padded`.
 inline void pack_pairs(const at::BFloat16* x, int64_t stride, int64_t rows, int64_t padded, int64_t width,
                        at::BFloat16* out) {
   for (int64_t i = 0; i < padded; i += 2) {

@@ -1,6 +1,7 @@
-// The sets of pairs that the CPU engine folds and weighs: which pairs belong, and how their logits come from t.
+// The sets of pairs that the CPU engine folds and weighs: which pairs belong to a set, and the map from t to their
+// logits.
 //
-// A set is built for each column of a tile and asked once for each register of rows.
+// A set object is made for each column of a tile and called once for each register of rows.
 #pragma once
 
 #include "tile.h"
@@ -8,7 +9,7 @@
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
 
-// Masks, all bits or none: the pairs that count for their rows, and for their column.
+// Masks of all bits or none: the pairs that count for their rows, and those that count for their column.
 template <class T>
 struct Counted {
   using Mask = typename Integers<V<T>>::type;
@@ -19,7 +20,7 @@ struct Counted {
 template <class T>
 struct Plain {
   static constexpr bool kPositives = false;
-  static constexpr bool kApart = false;   // what counts for rows and for columns may differ
+  static constexpr bool kApart = false;   // the masks of rows and of columns may differ
   static constexpr bool kBiased = false;  // lines may have biases, whose gradients are sums of weights
   const Affine<T>& k;
 
@@ -38,15 +39,16 @@ struct Plain {
   }
 };
 
-// Options that a block may have. Each function is compiled for ids alone, for thresholds alone, and for
-// everything, whichever of it there is.
+// Options of a block. Functions are compiled for ids alone, for thresholds alone, and for all options together, any of
+// which may then be absent.
 enum Option : unsigned { kIds = 1, kThresholds = 2, kBiases = 4, kEverything = 7 };
 
-// Those that ids and thresholds leave, or with Positives those of equal ids; logits have the biases of their lines.
-// Pointers are copied from the tile: else every store to a tile would have the compiler read them again.
+// The pairs that remain after ids and thresholds or, with Positives, the pairs of equal ids. Logits include the biases
+// of their lines. Pointers are copied from the tile, because after each store to a tile the compiler would otherwise
+// reload them.
 template <class T, unsigned Options, bool Positives>
 class Selected {
-  static constexpr bool kMayLack = Options == kEverything;  // then what is absent is a null pointer
+  static constexpr bool kMayLack = Options == kEverything;  // then the pointers of absent options are null
 
  public:
   static constexpr bool kPositives = Positives;
@@ -65,7 +67,7 @@ class Selected {
         bias_(tile.col_bias ? tile.col_bias[c] : 0.) {}
   static const TileLines<T>& lines(const Tile<T>& tile) { return Positives ? tile.positives : tile.negatives; }
 
-  // With a shift the integral part of a bias is taken off the shift.
+  // Kinds with a shift subtract the integral part of a bias from the shift instead.
   template <class Kind>
   FASTCLIP_INLINE auto map(int64_t i) const {
     constexpr bool kNegated = Positives && Kind::kNegatesPositives;
@@ -107,7 +109,7 @@ class Selected {
     }
     return sum;
   }
-  // t: with the factor of its row.
+  // t includes the factor of its row, but not that of the column.
   FASTCLIP_INLINE Counted<T> counted(const V<T>& t, const V<T>& counts, int64_t i) const {
     typename Counted<T>::Mask mask = counts != T(0);
     if constexpr (Options & kIds) {
@@ -122,7 +124,7 @@ class Selected {
     V<T> threshold;
     load(thresholds_ + i, threshold);
     const V<T> whole = t * factor_;
-    // A NaN counts, and spoils its lines as it should.
+    // A NaN counts, so that it makes its lines NaN.
     return {mask & ~(whole > threshold), mask & ~(whole > threshold_)};
   }
 

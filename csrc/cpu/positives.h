@@ -1,4 +1,4 @@
-// The own positives' part in gradients and totals, added outside of the products.
+// The own positives' terms of gradients and totals, which are added outside the products.
 #pragma once
 
 #include "row_strip.h"
@@ -7,7 +7,8 @@ namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
 namespace {
 
-// dL/ds of pair (i, j = i + offset), whichever side it is indexed by; in one go it comes from the product just made.
+// The weight dL/ds of the own positive (i, j = i + offset). When both sweeps run in one go, it is computed from the
+// product just made.
 template <class T>
 T positive_weight(const Problem& p, int64_t i, int64_t j) {
   const int64_t q = p.positive_of_y ? j : i;

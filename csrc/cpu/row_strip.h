@@ -1,4 +1,4 @@
-// A strip of rows: what a thread holds of its rows while it marches over the tiles of columns.
+// A strip of rows: a thread's operands, statistics and sums while it visits the tiles of columns.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +17,11 @@ namespace {
 
 constexpr int64_t kMostCols = 256;
 
-// Rows of a strip and columns of a tile. There must be enough strips for all threads and few enough that each is worth
-// its transposition and its additions to v; and a strip's data must fit its core's L2 cache: at D = 512 and 2 MiB, 256
-// rows take 5 % less time than 128. bf16 products are so fast that the additions count more. Nothing here depends on
-// the number of threads, on the product or on the instruction set, so neither do the order of sums and the layout of
-// kept products.
+// The rows of a strip and, below, the columns of a tile. Strips must be many enough to occupy all threads, and large
+// enough to repay their transposition and their additions to v. A strip's data must also fit its core's L2 cache: at
+// D = 512 and 2 MiB, 256 rows take 5 % less time than 128. bf16 products are so fast that the additions cost relatively
+// more, hence larger strips. Nothing here depends on the number of threads, on the product or on the instruction set,
+// and so the order of sums and the layout of kept products do not either.
 int64_t strip_rows(const Problem& p, int64_t row_bytes) {
   const int64_t fit = p.cache_bytes / 4 / row_bytes / 64 * 64;
   const int64_t most = p.dtype == Dtype::kBFloat16 ? 512 : std::clamp<int64_t>(fit, 128, 256);
@@ -53,10 +53,10 @@ struct RowStrip {
   const In* features;
   bool kept;       // its products are kept, or will be
   Op* transposed;  // operand of the first product
-  Op* operand;     // of the second, unless the features serve
+  Op* operand;     // operand of the second, unless the features themselves are
   T *factors, *counts, *scratch;
   LaneLines<T> negatives, positives;
-  Integer<T>* ids;  // null if the block has none, as all that follow to bias_part
+  Integer<T>* ids;  // null if the block has none, like the pointers up to bias_part
   T *thresholds, *bias_whole, *bias_part;
   T *products, *weights;  // of one tile
   Op *weights_v, *weights_u;
@@ -71,7 +71,7 @@ class RowStrips {
 
   int64_t count() const { return (p_.x.rows + rows_ - 1) / rows_; }
 
-  // Packs the features of strip k, spreads the statistics of its rows, and clears its sums.
+  // Returns strip k: its features packed, its statistics copied to lanes, its sums cleared.
   RowStrip<In, Op, T> open(int64_t k) const {
     const Side& x = p_.x;
     RowStrip<In, Op, T> b;

@@ -1,4 +1,4 @@
-// What the CPU engine does with whole rows of features and gradients: their largest norm, and the end of a gradient.
+// Operations of the CPU engine on whole rows: the largest norm of features, and the last step of a gradient.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,19 +14,20 @@ void store_row(const T* g, T scale, int64_t width, Out* out) {
   for (int64_t d = 0; d < width; d++) out[d] = cast_to<Out>(g[d] * scale);
 }
 
-// One row of a gradient, complete: gain, the normalisation's Jacobian, the output's dtype.
+// Writes one row of a gradient from its complete sum g: applies gain and scale, the normalisation's Jacobian, and the
+// output's dtype. Overwrites g.
 template <class In, class T>
 void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
   const int64_t width = p.width;
   const bool project = p.project && side.factor;
   T scale = T(p.gain * p.scale);
   const T factor = side.factor ? static_cast<const T*>(side.factor)[row] : T(1);
-  // A norm below 1e-12 was clamped: the features were divided by a constant, and nothing is projected out.
+  // A norm below 1e-12 was clamped: the features were divided by a constant, and there is no projection.
   const bool clamped = factor >= T(0.9999e12);
   const In* const x = static_cast<const In*>(side.features) + row * side.stride;
   char* const base = static_cast<char*>(side.gradient);
   if (project) scale *= factor;
-  // 1e12 times anything overflows fp16: there a zero row has no gradient rather than an infinite one.
+  // 1e12 times anything overflows fp16, so a zero row has a zero gradient there instead of an infinite one.
   if (project && clamped && (std::is_same_v<In, at::Half> || side.gradient_dtype == Dtype::kHalf)) scale = 0;
   if (project && !clamped) {
     double along = 0;

@@ -1,9 +1,9 @@
-// What the CPU engine does with one tile of products: fold it into the state, or turn it into weights.
+// One tile of products in the CPU engine, which is folded into the state or turned into weights (fold.h).
 //
 // A tile holds t for `cols` columns by `lanes` rows, the rows side by side in memory: one vector register holds one
-// column of 16 (or 8, or 4) rows, a row's sum is a vector, and only column sums are reduced across a register.
-// A mask leaves out the own positives and the lanes beyond the last row, so that every loop runs over whole registers.
-// Which other pairs count, a set of pairs says (pairs.h): every function here is about one.
+// column of 16 (or 8, or 4) rows, row sums are vectors, and only column sums are reduced across a register. A mask
+// excludes the own positives and the lanes beyond the last row, so that every loop runs over whole registers. A set of
+// pairs (pairs.h) decides which other pairs count.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
 
-// A sum over all pairs in double that does not lose what its length would (Neumaier): a billion equal terms bias a
-// plain one.
+// A compensated sum in double (Neumaier). A plain sum over all pairs would be biased: rounding errors of a billion
+// equal terms add up.
 struct Sum {
   double value = 0, lost = 0;
   FASTCLIP_INLINE void add(double v) {
@@ -31,7 +31,7 @@ struct Sum {
 template <class T>
 using Integer = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t>;
 
-// Statistics of the lines of a tile over a set of pairs, and coefficients for their weights.
+// Statistics of a tile's lines over one set of pairs, and the coefficients of these pairs' weights.
 template <class T>
 struct TileLines {
   double *row_shift, *row_sum;  // fold
@@ -45,22 +45,22 @@ struct Tile {
   const T* t;           // (cols, lanes) products, without the factors
   int64_t lanes;        // row stride of t and w, a multiple of 16
   int64_t rows, cols;   // valid part
-  int64_t first_lane;   // column c has its own positive at lane c + first_lane, where that is a valid lane
+  int64_t first_lane;   // the own positive of column c is at lane c + first_lane, if that is valid
   const T* row_factor;  // (lanes)
   const T* col_factor;  // (cols), or null for ones
   double scale_log2, bias_log2;
-  T* counts;   // (lanes): 1 for rows, 0 beyond; a column's own positive is 0 while it is worked on
+  T* counts;   // (lanes): 1 for rows, 0 beyond, and 0 at the own positive of the current column
   T* scratch;  // (2 lanes)
 
-  T shift;           // fold, one for all
+  T shift;           // fold: the shift of all lines
   double* positive;  // fold: t of the own positives, at lane i or at column c
   bool positive_of_col;
   TileLines<T> negatives{}, positives{};  // positives by id
 
   T* w;         // (cols, lanes); may be t itself
-  Sum* totals;  // sums of w and of w * t, own positives apart
+  Sum* totals;  // sums of w and of w * t, without own positives
 
-  // Null in a plain tile, and where there are none.
+  // Null if the block has none.
   const Integer<T>* row_ids = nullptr;  // (lanes)
   const int32_t* col_ids = nullptr;
   const T *row_threshold = nullptr, *col_threshold = nullptr;
@@ -69,7 +69,7 @@ struct Tile {
   double *row_weights = nullptr, *col_weights = nullptr;  // weigh: sums of w, added to
 };
 
-// One column at a time: its products, its scale, and its own positive masked out.
+// One column of a tile: its products and its scale. Its own positive is masked for as long as the object lives.
 template <class T>
 class Column {
  public:
@@ -89,7 +89,7 @@ class Column {
   FASTCLIP_INLINE ~Column() {
     if (lane_ >= 0) counts_[lane_] = 1;
   }
-  // t of the own positive, where it is in the tile.
+  // Stores t of the own positive, if it lies in the tile.
   FASTCLIP_INLINE void note_positive(const Tile<T>& tile, int64_t c) const {
     if (lane_ >= 0)
       tile.positive[tile.positive_of_col ? c : lane_] = double(t[lane_]) * tile.row_factor[lane_] * factor;
@@ -100,7 +100,7 @@ class Column {
   T* const counts_;
 };
 
-// A register of this instruction set.
+// The bytes of a vector register of this instruction set.
 #if defined(__AVX512F__)
 constexpr int kRegister = 64;
 #elif defined(__AVX__)
@@ -126,7 +126,7 @@ FASTCLIP_INLINE void store(T* p, const V<T>& v) {
   memcpy(p, &v, sizeof v);
 }
 
-// Sum of a register, in double and in a fixed order.
+// The sum of a register's lanes, in a fixed order.
 template <class T>
 FASTCLIP_INLINE double total_of(const V<T>& v) {
   T lanes[kWidth<T>];

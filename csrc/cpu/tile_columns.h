@@ -1,4 +1,4 @@
-// What a tile's columns get of one strip of rows, and its addition to what they have of the strips before.
+// The statistics of a tile's columns over one strip of rows, and their merge into those of the earlier strips.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@ namespace FASTCLIP_CAPABILITY {
 namespace {
 
 struct TileColumns {
-  double shift[2][kMostCols], sum[2][kMostCols];  // of negatives, of positives by id
+  double shift[2][kMostCols], sum[2][kMostCols];  // [0]: negatives; [1]: positives by id
   double weights[kMostCols];
 };
 

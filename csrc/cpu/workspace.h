@@ -1,9 +1,8 @@
-// Large buffers on the CPU: in huge pages, and kept from step to step.
+// A caching allocator for large CPU buffers, in huge pages.
 //
-// The kernel clears every fresh page before it hands it out. For the gradient of a 256 x 32,768 block that is an eighth
-// of the whole loss, for the kept products of a square one a twentieth, and with pages of 4 KiB twice as much. So the
-// products and gradients of one step wait here, once freed, for the next step, as they would in a GPU's caching
-// allocator.
+// The operating system clears every fresh page. For the gradient of a 256 x 32,768 block this takes an eighth of the
+// loss's time, for the kept products of a square block a twentieth, and twice as much with pages of 4 KiB. Freed
+// products and gradients of one step are therefore cached for the next step, as in a GPU's caching allocator.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -28,7 +27,7 @@ struct Buffer {
 
 class Workspace {
  public:
-  // An uninitialised tensor. Small ones come from torch's allocator, which has them at hand.
+  // An uninitialised tensor. Small ones come from torch's allocator, which is quick for them.
   static at::Tensor take(at::IntArrayRef sizes, const at::TensorOptions& options) {
     const size_t bytes = size_t(c10::multiply_integers(sizes)) * options.dtype().itemsize();
     if (bytes < kSmallest) return at::empty(sizes, options);
@@ -44,7 +43,7 @@ class Workspace {
     return out;
   }
 
-  // Frees what waits.
+  // Frees all idle buffers.
   static void release() {
     const std::lock_guard<std::mutex> lock(mutex_);
     clear();
@@ -61,7 +60,7 @@ class Workspace {
       for (Buffer& b : idle_)
         if (b.size >= bytes && b.size / 2 <= bytes && (!best || b.size < best->size)) best = &b;
       if (best) return std::exchange(*best, {});
-      // The sizes have changed: what waits for the old ones would only add to the peak.
+      // Sizes have changed: idle buffers of the old sizes would only add to the peak.
       clear();
     }
     return fresh(bytes);
@@ -85,14 +84,14 @@ class Workspace {
       const std::lock_guard<std::mutex> lock(mutex_);
       size_t idle = 0;
       for (const Buffer& b : idle_) idle += b.size;
-      // The smallest goes where all places are taken.
+      // If all places are taken, the smallest buffer is freed.
       Buffer& least = *std::min_element(idle_.begin(), idle_.end(), smaller);
       if (smaller(least, buffer) && idle - least.size + buffer.size <= kMostIdle) std::swap(least, buffer);
     }
     std::free(buffer.data);
   }
 
-  // torch's profiler shows what is in use, as it does for torch's own allocator.
+  // Reports the bytes in use to torch's profiler, as torch's own allocator does.
   static void report(const Buffer& buffer, int64_t change) {
     in_use_ += change;
     c10::reportMemoryUsageToProfiler(buffer.data, change, size_t(in_use_.load()), 0, at::kCPU);
@@ -103,8 +102,8 @@ class Workspace {
     for (Buffer& b : idle_) std::free(std::exchange(b, {}).data);
   }
 
-  // One step's: products, two gradients, and the wide accumulator of a half gradient. Nothing here is destroyed at
-  // exit, since tensors may outlive the statics of a library.
+  // Four places for the buffers of one step: products, two gradients, and the wide accumulator of a half gradient. They
+  // are not freed at exit, since tensors may outlive a library's static objects.
   static inline std::mutex mutex_;
   static inline std::array<Buffer, 4> idle_;
   static inline std::atomic<int64_t> in_use_{0};

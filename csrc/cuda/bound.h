@@ -1,8 +1,8 @@
-// The one shift of a softmax sweep, in log2 units, made on the device.
+// The shift m of a softmax sweep, in log2 units, computed on the device.
 //
-// exp2(logit - m) serves the row and the column of a pair alike if m is one number for all of them. m puts the largest
-// logit that is possible at 2^above: high enough for the smallest row to stay within fp32, low enough for a sum over
-// 2^27 columns not to overflow.
+// If m is the same for all lines, one exponential exp2(logit - m) serves both the row and the column of a pair. The
+// exponential of the largest possible logit becomes 2^above: large enough for the sum of the smallest row to stay
+// within fp32, small enough for a sum over 2^27 columns not to overflow.
 #pragma once
 
 #include "device.h"
@@ -16,15 +16,15 @@ struct Features {
   const float* factor = nullptr;
 };
 
-// Blocks that share the rows of one tower.
+// The most thread blocks that share the rows of one tower.
 constexpr int64_t kMostNormBlocks = 512;
 inline int64_t norm_blocks(const Features& f) {
   const int64_t blocks = cdiv(f.rows, kWarps);
   return f.factor ? 0 : blocks < kMostNormBlocks ? blocks : kMostNormBlocks;
 }
 
-// The largest squared norm of each block's rows, blocks of x first. Infinite where it overflows: then no one shift
-// is enough, and the states say so.
+// The largest squared norm of each thread block's rows, those of x first. It is infinite if it overflows: then one
+// shift is not enough, and the flag is set.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     longest_kernel(Features x, Features y, int64_t blocks_x, int64_t width, float* squares) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The largest of `count` numbers and `least`, on all threads of the block.
+// The largest of `count` numbers and `least`, returned to every thread of the thread block.
 __device__ inline float largest_of(const float* numbers, int64_t count, float least) {
   __shared__ float shared[kWarps];
   float largest = least;
@@ -57,18 +57,18 @@ __device__ inline float largest_of(const float* numbers, int64_t count, float le
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = largest;
   __syncthreads();
   for (int q = 0; q < kWarps; q++) largest = fmaxf(largest, shared[q]);
-  __syncthreads();  // the next call writes there
+  __syncthreads();  // the next call overwrites `shared`
   return largest;
 }
 
-// 1 where there are no squares: factors made the norms 1.
+// The largest norm; 1 if there are no squares, since factors then make every norm 1.
 __device__ inline float largest_norm(const float* squares, int64_t count) {
   const float largest = largest_of(squares, count, 0.f);
   return count > 0 ? sqrtf(largest) : 1.f;
 }
 
-// From |t| <= bound where that is given, else from norms; and from the largest biases of columns, in log2 units, where
-// these have any. Sets the flag that asks for running maxima, or clears it. One block.
+// Computes the shift from a bound of |t| if one is given, else from norms, and from the largest biases of columns, in
+// log2 units, if there are any. Sets or clears the flag that asks for running maxima. Launched with one thread block.
 static __global__ void __launch_bounds__(kThreads)
     shift_kernel(Scalar bound, const float* squares, int64_t count_x, int64_t count_y, const float* biases,
                  int64_t count_biases, Scalar scale, float* shift, int32_t* flag) {
@@ -78,13 +78,13 @@ static __global__ void __launch_bounds__(kThreads)
   const double largest = value_of(bound, longest_x * longest_y);
   // The margin covers the rounding of norms and products.
   const double top = fabs(value_of(scale, 1)) * largest * (kLog2E * (1 + 1e-5));
-  // The column of the largest bias keeps every row's sum above -top, relative to that bias.
+  // Every row has a pair in the column of the largest bias, whose logit is at least -top plus that bias.
   const double above = fmin(fmax(2 * top - 120, 0.), 100.);
-  // Integral, so that powers of two relate it to any other shift. Beyond 2^24 it rounds: there no one shift is
-  // enough.
+  // Integral, so that it differs from any other shift by a power of two. Beyond 2^24 it is rounded, but there one shift
+  // is not enough anyway.
   const float m = float(ceil(top - above) + (bias > -INFINITY ? double(bias) : 0.));
   *shift = m;
-  // One that is no number serves nobody, not even a line without pairs.
+  // A shift that is not finite is wrong even for a line without pairs.
   *flag = fabsf(m) < INFINITY ? 0 : 1;
 }
 

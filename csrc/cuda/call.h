@@ -1,4 +1,4 @@
-// Tensors to the plain arguments of cuda/engine.h, checked, and the tensors that results are written to.
+// Checks tensors, converts them to the plain arguments of cuda/engine.h, and allocates the results.
 #pragma once
 
 #include <atomic>
@@ -13,14 +13,14 @@
 namespace fastclip {
 namespace {
 
-// Sees to it that no pointer of another device reaches a kernel.
+// Raises unless all tensors are on one device: a kernel must not get a pointer of another.
 void check_device(const Tensor& first, std::initializer_list<const Tensor*> others) {
   for (const Tensor* const other : others)
     TORCH_CHECK(!other->defined() || other->device() == first.device(), "operands must be on one device, ",
                 first.device(), ", got ", other->device());
 }
 
-// A number that stays on the device, and the tensor that it lies in.
+// A number that stays on the device, and the tensor that holds it.
 struct Number {
   Tensor held;
   cuda::Scalar scalar;
@@ -51,7 +51,7 @@ bool tf32_is_allowed() {
          at::Float32Precision::TF32;
 }
 
-// A block with the tensors that its pointers point into.
+// A block and the tensors that its pointers point into.
 struct Call {
   Tensor x, y, key_bias;
   Number scale, bias;
@@ -76,7 +76,7 @@ struct Call {
     block.dtype = dtype_of(x.scalar_type());
     block.scale = scale.scalar;
     if (!PORTABLE::has_shift(block.kind)) block.bias = bias.scalar;
-    block.offset = std::clamp(b.offset, -m, n);  // beyond the block every offset is alike
+    block.offset = std::clamp(b.offset, -m, n);  // all offsets beyond the block are equivalent
     block.tf32 = block.dtype == Dtype::kFloat && tf32_is_allowed();
     block.fused = tiles_are_fused();
     block.stream = current_stream(x);
@@ -102,7 +102,7 @@ struct Call {
   std::vector<Tensor> held_;
 };
 
-// What a sweep returns besides gradients.
+// The results of a sweep, without kept products.
 struct Swept {
   Tensor state, positive;
 };
@@ -110,7 +110,7 @@ struct Swept {
 Swept allocate_states(Call& call) {
   const int64_t lines = call.m + call.n;
   Swept out{call.empty({2 * call.sets(), lines}, at::kDouble), call.empty({call.m}, at::kDouble)};
-  if (call.block.offset < 0 || call.m + call.block.offset > call.n) out.positive.fill_(NAN);  // rows without one
+  if (call.block.offset < 0 || call.m + call.block.offset > call.n) out.positive.fill_(NAN);  // for rows without one
   double* const state = out.state.mutable_data_ptr<double>();
   for (const auto set : {&Side::negatives, &Side::positives}) {
     if (set == &Side::positives && call.sets() == 1) break;

@@ -1,6 +1,6 @@
-// What one launch of the CUDA engine works on: a part of a block, the partial sums of its lines, and what weighs its
-// pairs. Plain pointers to device memory; shared by the kernels that read products from memory and by those that make
-// them on tensor cores.
+// The arguments of one launch of the CUDA engine: a chunk of a block, the partial sums of its lines, and the operands
+// of its pairs' weights. They are plain pointers to device memory, shared by the kernels that read products from memory
+// and by those that make products on tensor cores.
 #pragma once
 
 #include "engine.h"
@@ -8,8 +8,8 @@
 namespace fastclip {
 namespace cuda {
 
-// Some rows and columns of a block, as a block of its own. The positive of row i is column i + offset; offset lies
-// within [-rows, columns].
+// Some rows and columns of a block, treated as a block. The positive of row i is column i + offset; offset lies within
+// [-rows, columns].
 struct ChunkView {
   const void *x = nullptr, *y = nullptr;  // (rows, width), (columns, width), unit stride along the width
   int64_t rows = 0, columns = 0, width = 0;
@@ -22,31 +22,31 @@ struct ChunkView {
   Stream stream = nullptr;
 };
 
-// Number q of line l lies at data[l * line + q * part]; whoever adds them up does so from q = 0 on.
+// Partial sums of lines. Number q of line l lies at data[l * line + q * part]; they are added in the order of q.
 struct Partials {
   float* data = nullptr;
-  int64_t parts = 0;  // numbers of each line
+  int64_t parts = 0;  // how many numbers each line has
   int64_t line = 1, part = 0;
 };
 
 // The first sweep: sums of fold(t, k, m) over the negatives of each row and column, and t of the positives.
 struct Folding {
-  const float* shift = nullptr;  // m, one for all lines; null for a kind without
-  double* positive = nullptr;    // (rows) of the view; only rows with a positive in it are written
+  const float* shift = nullptr;  // m of all lines; null for a kind without a shift
+  double* positive = nullptr;    // (rows) of the view; only rows with a positive in the view are written
   Partials rows, columns;
 };
 
 // The second sweep: w_ij = activation(t, k, m) * (a_i + b_j) of the negatives, 0 for positives.
 struct PairWeights {
-  const float *shift_x = nullptr, *shift_y = nullptr;  // of rows, of columns; null for a kind without
-  const int32_t* differ = nullptr;         // not 0: the shifts are not all equal, and a pair takes two exponentials:
-                                           // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j
-  const float *a = nullptr, *b = nullptr;  // null where a_i + b_j = 1
-  void* out = nullptr;                     // (rows, columns) of the part's dtype, or null where nobody wants gradients
+  const float *shift_x = nullptr, *shift_y = nullptr;  // of rows, of columns; null for a kind without a shift
+  const int32_t* differ = nullptr;                     // not 0: shifts differ, and each pair needs two exponentials:
+                                                       // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j
+  const float *a = nullptr, *b = nullptr;              // null if every a_i + b_j is 1
+  void* out = nullptr;  // (rows, columns) of the view's dtype, or null if no gradient is wanted
   int64_t stride_out = 0;
-  bool spread = true;       // what is written is w * enlarged * factor_x_i * factor_y_j, else w * enlarged
+  bool spread = true;       // out = w * enlarged * factor_x_i * factor_y_j, else w * enlarged
   float enlarged = 1;       // a power of two
-  bool to_tf32 = false;     // fp32 weights are rounded to tf32, to nearest
+  bool to_tf32 = false;     // fp32 weights are rounded to nearest tf32
   float* totals = nullptr;  // (2, parts): sums of w, then sums of w * t
   int64_t total_parts = 0;
 };

@@ -1,9 +1,9 @@
-// The chunks that a block is cut into. One chunk's products exist at a time, in fp32; besides states and gradients,
-// O((M + N) D), memory holds them and a chunk of weights.
+// The chunks that a block is cut into. The products of one chunk exist at a time, in fp32. Besides these and one chunk
+// of weights, memory holds states and gradients, O((M + N) D).
 //
-// A chunk of C x W pairs costs its gradients' products one more reading and writing of C rows of dx and W rows of dy,
-// 8 (C + W) D bytes against 4 C W D FLOPs. 5,632 x 11,264 are 44 x 88 tiles of 128: at D = 768 and with tiles of
-// 128 x 256 the product for dx is one full wave on 132 processors, that for dy two.
+// Each chunk of C x W pairs makes the gradients' products read and write C rows of dx and W rows of dy once more:
+// 8 (C + W) D bytes for 4 C W D FLOPs. 5,632 x 11,264 are 44 x 88 tiles of 128: at D = 768 and with tiles of 128 x 256,
+// the product for dx is one full wave on 132 multiprocessors, and that for dy is two.
 #pragma once
 
 #include <algorithm>
@@ -14,12 +14,12 @@
 namespace fastclip {
 namespace cuda {
 
-// Rows of products and of weights lie this many elements apart, or a multiple: each begins on 32 bytes.
+// Row strides of products and of weights are multiples of this many elements, so that each row begins on 32 bytes.
 constexpr int64_t kStrideUnit = 16;
 
 struct Chunk {
   int64_t row, rows, column, columns;
-  bool kept;  // its products are in the kept ones' memory
+  bool kept;  // its products lie in the memory of the kept ones
 };
 
 inline std::vector<Chunk> chunks_of(int64_t m, int64_t n, int64_t kept_rows) {

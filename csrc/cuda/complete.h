@@ -1,10 +1,12 @@
-// From products of weights and features to gradients: the positive's term, the factor's rest, the normalisation's
-// Jacobian, gain and scale; and the positives' part in totals and in sums of columns.
+// Turns products of weights and features into gradients: adds the positive's term, applies the factor, the
+// normalisation's Jacobian, gain and scale. Also adds the positives' terms to totals and to the columns' sums of
+// weights.
 //
 //   g_i = product_i * shrink / factor_i + p_i * partner^_i
 //   dx_i = gain * scale * factor_i * (g_i - x^_i <x^_i, g_i>)
 //
-// x^ being x times its factor; without projection gain * scale * g_i. O((M + N) D), a warp a row.
+// x^ is x times its factor. Without projection, dx_i = gain * scale * g_i. Each warp completes a row; the cost is
+// O((M + N) D).
 #pragma once
 
 #include "bound.h"
@@ -14,20 +16,20 @@ namespace cuda {
 
 // Rows first .. first + rows of one tower. The partner of row i is row i + offset of the other tower.
 struct Completion {
-  const float* product = nullptr;  // (rows, width); may be the gradient: whoever overwrites an element has read it
+  const float* product = nullptr;  // (rows, width); may be the gradient: a thread reads an element before it writes it
   Features mine, partner;          // the whole towers
   int64_t rows = 0, first = 0, width = 0, offset = 0;
-  const double* weight = nullptr;  // of the positives, by the rows of x
-  bool by_partner = false;         // mine is y: the weight is the partner's
+  const double* weight = nullptr;  // of the positives, indexed by rows of x
+  bool by_partner = false;         // mine is y, and the weight is at the partner's index
   Scalar gain, scale;
-  float shrink = 1;    // undoes what enlarged the weights
+  float shrink = 1;    // the inverse of PairWeights::enlarged
   bool spread = true;  // the weights that made the product carried both factors
   bool project = false, clamped_is_zero = false;
   void* gradient = nullptr;  // (rows, width)
   Dtype gradient_dtype = Dtype::kFloat;
 };
 
-// kAtOnce neighbours of a row: 4 where rows are aligned, else 1.
+// Loads kAtOnce neighbours of a row: 4 if rows are aligned, else 1.
 template <int kAtOnce, class T>
 __device__ __forceinline__ void load_some(const T* from, float (&to)[kAtOnce]) {
   if constexpr (kAtOnce == 4)
@@ -90,7 +92,7 @@ __device__ __forceinline__ void complete_row(const Completion& c, int64_t row, i
     for (int q = 0; q < kAtOnce; q++) {
       if (c.project) g[q] -= unit[q] * factor * along;
       g[q] *= multiplier;
-      // 1e12 times anything overflows fp16: a zero row has no gradient, not an infinite one.
+      // 1e12 times anything overflows fp16, so a zero row gets a zero gradient instead of an infinite one.
       if (c.clamped_is_zero && clamped) g[q] = 0;
     }
     switch (c.gradient_dtype) {
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) complete_kernel(Completion c) {
   if (row < c.rows) complete_row<T, kAtOnce>(c, row, threadIdx.x % kWarp);
 }
 
-// gain times the sums of w and of w * t, those of the positives included. One block.
+// gain times the sums of w and of w * t, including those of the positives. Launched with one thread block.
 static __global__ void __launch_bounds__(kThreads)
     complete_totals_kernel(const double* totals, const double* weight, const double* positive, Scalar gain,
                            int64_t rows, int64_t columns, int64_t offset, double* out) {
@@ -136,7 +138,7 @@ static __global__ void __launch_bounds__(kThreads)
   out[threadIdx.x] = value_of(gain, 1) * sum;
 }
 
-// gain times the sums of w over the rows, those of the own positives included. In place.
+// gain times each column's sum of w, including those of the own positives. In place.
 static __global__ void __launch_bounds__(kThreads)
     complete_key_bias_kernel(double* sums, const double* weight, Scalar gain, int64_t rows, int64_t columns,
                              int64_t offset) {

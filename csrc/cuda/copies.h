@@ -1,5 +1,5 @@
-// Copies of features where a product cannot take them as they are: rounded to tf32, since tensor cores would truncate;
-// or normalised in fp16, which has no range for the factors to be carried by the weights.
+// Copies of features that a product cannot take as they are: rounded to tf32, since tensor cores would truncate, or
+// normalised fp16, since fp16 weights lack the range to carry the factors.
 #pragma once
 
 #include "bound.h"

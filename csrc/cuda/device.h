@@ -1,5 +1,5 @@
-// Everything that the CUDA engine's kernels have in common: the kinds of statistic, numbers of any dtype, sums of a
-// warp, and one place to launch from.
+// The basis of the CUDA engine's kernels: kinds of statistic, conversions of numbers, reductions over a warp, and the
+// launch of kernels.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,7 +22,7 @@ using CUDA::Affine;
 using CUDA::kLog2E;
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 8;  // of a block, in every kernel
+constexpr int kWarps = 8;  // of a thread block, in every kernel
 constexpr int kThreads = kWarps * kWarp;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ double narrow<double>(float v) {
   return v;
 }
 
-// Four neighbours in one access; the address must be a multiple of their size.
+// Four neighbours in one access; the address must be a multiple of 4 * sizeof(T), at most 16.
 template <class T>
 struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
   T value[4];
@@ -93,10 +93,10 @@ __device__ __forceinline__ Affine<float> affine(const Scalar& scale, const Scala
   return {value_of(scale, 1) * kLog2E, Statistic::kHasShift ? 0. : value_of(bias, 0) * kLog2E};
 }
 
-// To nearest even, where tensor cores would truncate.
+// Rounds to nearest even; tensor cores would truncate.
 __device__ __forceinline__ float rounded_to_tf32(float v) {
   const unsigned bits = __float_as_uint(v);
-  // Infinities and NaN stay.
+  // Infinities and NaN are returned unchanged.
   return fabsf(v) < INFINITY ? __uint_as_float((bits + 0xfffu + ((bits >> 13) & 1u)) & ~0x1fffu) : v;
 }
 
@@ -138,7 +138,7 @@ void for_features(Dtype dtype, Function f) {
   }
 }
 
-// Where a launch failed: the kernel, and the lines and width of what it was to work on.
+// A launch, as its error message describes it: the kernel, and the size of the block of logits.
 struct Place {
   const char* kernel;
   int64_t rows, columns, width;
@@ -147,7 +147,7 @@ struct Place {
 
 inline void check(cudaError_t error, const Place& place) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // else it would show up again, in whatever comes next
+  cudaGetLastError();  // clears the error, which the next call would report again
   throw std::runtime_error(std::string(place.kernel) + " failed on " + std::to_string(place.rows) + " x " +
                            std::to_string(place.columns) + " logits of width " + std::to_string(place.width) + ": " +
                            cudaGetErrorString(error));

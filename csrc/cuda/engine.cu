@@ -1,8 +1,8 @@
-// The engine on CUDA: products of chunks by a library, everything else of them by our kernels.
+// The CUDA engine: a library makes the matrix products of chunks, and the engine's kernels do the rest.
 //
-// A product is written by the library and read by one kernel, which folds it (epilogue.h), or turns it into
-// weights, which two more products of the library take. Partial sums become states in finalise.h; maxima.h
-// makes them anew where one shift was not enough; complete.h turns products of weights into gradients.
+// One kernel reads the products of a chunk and folds them (epilogue.h), or turns them into weights, which are operands
+// of two more products. finalise.h adds up partial sums to states, maxima.h makes the states anew if one shift was not
+// enough, and complete.h turns products of weights into gradients.
 #include "first_sweep.h"
 #include "second_sweep.h"
 
@@ -47,13 +47,13 @@ void sweep_and_weigh(const Block& block, double* positive, const Weighing& weigh
     throw std::invalid_argument(
         "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
   Work w(block, library);
-  w.b.fused = false;  // no fused kernel folds and weighs; each of the two would make the products once more
+  w.b.fused = false;  // no fused kernel both folds and weighs, and two kernels would make the products twice
   Sweeping sweeping;
   sweeping.positive = positive;
   FirstSweep first(w, chunks_of(w.m(), w.n(), 0), sweeping);
   SecondSweep second(w, weighing, true);
   second.run(&first);
-  // Only now the positives, whose weights the gradients wait for, are known.
+  // The gradients need the weights of the positives, which are known only now.
   double* const lines = allocate<double>(library, 3 * w.m());
   finish({block.kind, w.m(), w.m(), block.x.negatives.shift, block.x.negatives.sum, positive, block.scale, block.bias,
           lines, lines + w.m(), lines + 2 * w.m(), block.stream});

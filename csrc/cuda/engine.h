@@ -1,10 +1,10 @@
-// The CUDA engine's plain arguments, and what it takes from a library: memory and matrix products. No torch here, and
-// no CUDA header either, so the front compiles beside any torch.
+// The CUDA engine's plain arguments, and the interface of the library that gives it memory and matrix products. Neither
+// torch's headers nor CUDA's are included, so the front compiles beside any torch.
 //
-// Letters as in engine.h. Every pointer is to device memory. Nothing here waits for the device: what depends on data
-// (the shift, whether it was enough, whether one exponential serves) is decided there, so every call can be
-// captured in a CUDA graph. Launches go to the given stream of the current device, and one that fails throws
-// std::runtime_error with the kernel's name and the block's shape.
+// Letters as in engine.h. Every pointer is to device memory. Nothing here waits for the device: decisions that depend
+// on data (the shift, whether it was enough, whether one exponential serves row and column) are made on the device, so
+// every call can be captured in a CUDA graph. Launches go to the given stream of the current device. A launch that
+// fails throws std::runtime_error with the kernel's name and the block's shape.
 #pragma once
 
 #include <cstdint>
@@ -35,9 +35,9 @@ struct Matrix {
 class Library {
  public:
   virtual ~Library() = default;
-  // Work space, not initialised, aligned to 256 bytes. It lives until the operator's last launch has run.
+  // Returns uninitialised work space, aligned to 256 bytes. It lives until the operator's last launch has run.
   virtual void* allocate(int64_t bytes) = 0;
-  // out = a b or, to add, out += a b. a and b are of one dtype, out is fp32, as is the accumulation.
+  // Computes out = a b or, with add, out += a b. a and b have one dtype; out and the accumulation are fp32.
   virtual void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) = 0;
 };
 
@@ -46,7 +46,7 @@ class Library {
 //   sweep             writes shift and sum
 //   weigh             reads shifts and coefficients, both float64
 //   sweep_and_weigh   writes shift and sum
-// The latter two write gradient and weigh also key_bias_sum of y, where these are not null.
+// weigh and sweep_and_weigh write `gradient` unless it is null; weigh also writes key_bias_sum of y unless it is null.
 struct Block {
   Side x, y;
   int64_t width = 0;            // D
@@ -55,28 +55,29 @@ struct Block {
   bool same_id_positive = false;
   Scalar scale, bias;  // bias.at may be null
   int64_t offset = 0;
-  bool tf32 = false;   // products round fp32 operands to tf32, and so does the engine, to nearest
-  bool fused = false;  // tiles from the engine's own tensor-core kernels, where they can, else from the library
+  bool tf32 = false;   // products truncate fp32 operands to tf32; the engine rounds them to nearest first
+  bool fused = false;  // use the engine's own tensor-core kernels for the chunks that they serve
   Stream stream = nullptr;
 
-  // Every pair but the own positives is a negative of both of its lines, no column has a bias, and nobody asks for
-  // one's gradient.
+  // True if every pair except own positives is a negative of both its lines, no column has a bias, and no gradient of a
+  // bias is wanted.
   bool is_plain() const { return !x.ids && !x.threshold && !y.key_bias && !y.key_bias_sum; }
 };
 
 // The first sweep's arguments besides the block.
 struct Sweeping {
   Scalar bound;  // an upper bound of |t_ij|; bound.at may be null
-  // (M + N), rows first, behind them again as many for positives by id: whether a line has any pairs to add up, so that
-  // a sum near zero tells of lost ones. Null: every line that is longer than its own positive.
+  // (M + N), rows first, then as many for positives by id: true for lines that have pairs, whose sum near zero means
+  // that terms were lost. Null: every line that has pairs besides its own positive.
   const bool* occupied = nullptr;
-  double* positive = nullptr;  // (M) out: t, only of rows whose own positive lies in the block
-  float* kept = nullptr;       // (kept_rows, N) out: products of the leading rows, without the factors
+  double* positive = nullptr;  // (M) out: t, for rows whose own positive lies in the block
+  float* kept = nullptr;       // (kept_rows, N) out: products of the first rows, without the factors
   int64_t kept_rows = 0;
 };
 void sweep(const Block& block, const Sweeping& sweeping, Library& library);
 
-// Lines, rows or columns, to losses, coefficients and weights of their positives. `period` lines share positives.
+// The arguments of finish, which turns the states of lines (rows or columns) into losses, coefficients and weights of
+// positives. Line l has positive l % period.
 struct Finishing {
   Kind kind{};
   int64_t count = 0, period = 0;
@@ -87,7 +88,7 @@ struct Finishing {
 };
 void finish(const Finishing& lines);
 
-// What the second sweep needs besides the block.
+// The second sweep's arguments besides the block.
 struct Weighing {
   const double* positive = nullptr;         // (M)
   const double* positive_weight = nullptr;  // (M)
@@ -99,17 +100,17 @@ struct Weighing {
 };
 void weigh(const Block& block, const Weighing& weighing, Library& library);
 
-// Both in one go, for a linear kind and a plain block. positive (M) out, as in sweep; of the weighing only gain,
-// project and totals are read. Gradients are fp32.
+// Both sweeps in one go, for a linear kind and a plain block. positive (M) is written, as in sweep; only gain, project
+// and totals of `weighing` are used. Gradients are fp32.
 void sweep_and_weigh(const Block& block, double* positive, const Weighing& weighing, Library& library);
 
-// Rows and columns of a chunk of products. Tests make it small.
+// The largest shape of a chunk of products. Tests make it small.
 struct ChunkShape {
   int64_t rows, columns;
 };
 ChunkShape& chunk_shape();
 
-// Whether the fused kernels were compiled.
+// True if the fused kernels were compiled.
 bool has_fused();
 
 }  // namespace cuda

@@ -1,8 +1,8 @@
-// The epilogue of a product in memory: a tile of t_ij is read once, folded into one number for each of its rows and
-// columns, or weighed, or both. Positives by id fold into numbers of their own on the way.
+// The epilogue of products in memory: reads a tile of t_ij once, and folds it into one number for each of its rows and
+// columns, or weighs it, or both. Positives by id fold into sums of their own.
 //
-// A warp takes rows one after another, 256 columns of each: a lane holds two times four neighbours. Sums of a row end
-// in shuffles; sums of columns stay in registers until the warps' are added, in order.
+// A warp processes one row after another, 256 columns of each: a lane holds twice four neighbours. Row sums are reduced
+// by shuffles. Column sums stay in registers until the end, when those of all warps are added in order.
 #pragma once
 
 #include <type_traits>
@@ -23,7 +23,7 @@ struct Products {
   bool aligned = false;  // every row begins on 16 bytes
 };
 
-// Sums of the tile's columns over the block's warps, in order, to where the thread's column has its number.
+// Adds the column sums of the thread block's warps, in order, and stores the partial sum of the thread's column.
 __device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], float (&shared)[kWarps][kTileColumns],
                                               const Partials& to, int64_t tile_m, int64_t j, int64_t columns) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], fl
   if (j < columns) to.data[j * to.line + tile_m * to.part] = sum;
 }
 
-// Out: the dtype of the weights, or void where only their sums are wanted or there are none.
+// Out: the dtype of the written weights, or void if none are written.
 template <class Statistic, class Options, bool kFold, bool kWeigh, class Out>
 __global__ void __launch_bounds__(kThreads)
     epilogue_kernel(ChunkView view, Products products, Folding folding, PairWeights weights, Options options) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tiles_n = cdiv(view.columns, kTileColumns);
   const int64_t tile_m = blockIdx.x / tiles_n, tile_n = blockIdx.x % tiles_n;
   const int64_t first_row = tile_m * kTileRows + warp * kRowsOfWarp, first_column = tile_n * kTileColumns;
-  // Within a tile 32 bits do: columns are counted from its first one.
+  // Columns are counted from the tile's first, so that 32 bits are enough.
   const int columns = int(view.columns - first_column < kTileColumns ? view.columns - first_column : kTileColumns);
   const auto column_of = [lane](int four, int q) { return (four * kWarp + lane) * 4 + q; };
 
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   LineWeight column[kFours][4] = {};
   typename Options::Line column_line[kFours][4] = {};
   typename Options::Bias bias[kFours][4] = {};
-  // With positives by id: the columns' sums of them, and what weighs them.
+  // With All: the columns' sums of positives by id, their sums of weights, and the operands of positives' weights.
   float positive_sum[kFours][4] = {}, weight_sum[kFours][4] = {};
   LineWeight column_positive[kFours][4] = {};
 #pragma unroll
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       if constexpr (kWrites) {
         Out* const out = static_cast<Out*>(weights.out) + i * weights.stride_out + first_column + c0;
-        // Rows of weights begin on 32 bytes; what they are made from may be kept products, which need not.
+        // Rows of weights always begin on 32 bytes, unlike rows of kept products.
         if (whole)
           store_four(out, written);
         else

@@ -1,4 +1,4 @@
-// Partial sums to float64 states, in a fixed order, whoever finishes first; states to losses.
+// Kernels that add up partial sums to float64 states, in a fixed order, and turn states into losses.
 #pragma once
 
 #include "device.h"
@@ -6,23 +6,24 @@
 namespace fastclip {
 namespace cuda {
 
-// The least sum of a line that one shift can serve: what such a line lost lies below fp32's resolution of it. Of
-// one above 2^125 the coefficient, 1 / sum, comes close to where floats are flushed to zero.
+// The range of a line's sum for which one shift is enough. At kLeast, the terms that were flushed to zero lie below
+// fp32's resolution of the sum. Above kLargest the coefficient, 1 / sum, comes close to floats that are flushed to
+// zero.
 constexpr double kLeast = 0x1p-78, kLargest = 0x1p125;
 
-// Rows or columns of a view, and where their states lie. A line's sums in several parts add up in its state: the
-// stream runs one part after another.
+// The rows or columns of a chunk, and the memory of their states. A line's sums over several chunks add up in its
+// state, since the stream runs one chunk after another.
 struct PartLines {
   Partials partials;
-  int64_t count = 0, first = 0;             // of the part's lines; the first one's place in the block
-  bool begins = true, ends = true;          // whether this is a line's first view, its last
-  double *shift = nullptr, *sum = nullptr;  // of the block's lines; shift may be null
+  int64_t count = 0, first = 0;             // lines of the chunk; index of the first in the block
+  bool begins = true, ends = true;          // true in a line's first chunk, in its last
+  double *shift = nullptr, *sum = nullptr;  // of all lines of the block; shift may be null
 };
 
-// Which lines of the block have any pairs to add up; of others a sum of zero is right.
+// True for lines of the block that have pairs; for the others a sum of zero is right.
 struct Occupied {
-  const bool* lines = nullptr;         // or null: all whose own positive is not their only pair
-  int64_t others = 0, own_offset = 0;  // the own positive of line l is number l + own_offset of the other ones
+  const bool* lines = nullptr;         // or null: every line with a pair besides its own positive
+  int64_t others = 0, own_offset = 0;  // the own positive of line l is line l + own_offset of the other side
   __device__ __forceinline__ bool operator()(int64_t l) const {
     if (lines) return lines[l];
     const int64_t own = l + own_offset >= 0 && l + own_offset < others ? 1 : 0;
@@ -30,7 +31,7 @@ struct Occupied {
   }
 };
 
-// The line's sum in this part and the earlier ones, which it leaves in its state.
+// Returns a line's sum over this chunk and the earlier ones, and stores it in the state.
 __device__ __forceinline__ double add_up(const PartLines& lines, int64_t l) {
   const float* const partial = lines.partials.data + l * lines.partials.line;
   double sum = 0;
@@ -40,8 +41,8 @@ __device__ __forceinline__ double add_up(const PartLines& lines, int64_t l) {
   return sum;
 }
 
-// The flag is raised if there is one shift and it was too coarse for a line: one whose sum is so small may have
-// lost terms that count.
+// Adds up the lines' sums and sets their shifts. With a shift, sets the flag if the sum of an occupied line is out of
+// range: a sum so small may have lost terms that count.
 static __global__ void __launch_bounds__(kThreads)
     sums_kernel(PartLines rows, PartLines columns, Occupied rows_occupied, Occupied columns_occupied,
                 const float* shift, int32_t* flag) {
@@ -57,17 +58,17 @@ static __global__ void __launch_bounds__(kThreads)
   if (is_occupied && !(sum >= kLeast && sum <= kLargest)) *flag = 1;
 }
 
-// Sums of weights, of columns alone.
+// Adds up the columns' sums of weights.
 static __global__ void __launch_bounds__(kThreads) weight_sums_kernel(PartLines columns) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index < columns.count) add_up(columns, index);
 }
 
-// The second sweep's operands of a line: fp32, and whether shifts differ from the first of all.
+// The states of lines, and the fp32 operands that the second sweep makes of them.
 struct StateLines {
   const double *shift = nullptr, *coefficient = nullptr;
   int64_t count = 0;
-  float *shift_out = nullptr, *coefficient_out = nullptr;  // no shifts in a kind without
+  float *shift_out = nullptr, *coefficient_out = nullptr;  // shift_out is null for a kind without a shift
 };
 
 static __global__ void __launch_bounds__(kThreads)
@@ -79,10 +80,10 @@ static __global__ void __launch_bounds__(kThreads)
   lines.coefficient_out[l] = float(lines.coefficient[l]);
   if (lines.shift_out == nullptr) return;
   lines.shift_out[l] = float(lines.shift[l]);
-  if (lines.shift[l] != *first_shift) *differ = 1;  // whoever writes writes the same
+  if (lines.shift[l] != *first_shift) *differ = 1;  // a benign race: all threads write 1
 }
 
-// Adds the sums of w and of w * t, (2, parts), to the totals of earlier parts. Two blocks.
+// Adds the sums of w and of w * t, (2, parts), to the totals of earlier chunks. Launched with two thread blocks.
 static __global__ void __launch_bounds__(kThreads)
     totals_kernel(const float* partials, int64_t parts, bool begins, double* totals) {
   double sum = 0;

@@ -1,5 +1,5 @@
-// The host's side of the first sweep: the shift, the sums of each chunk, and what follows if one shift was not
-// enough.
+// The host side of the first sweep: the shift, the sums of each chunk, and the sweep with running maxima, which acts if
+// one shift was not enough.
 #pragma once
 
 #include "finalise.h"
@@ -9,7 +9,7 @@
 namespace fastclip {
 namespace cuda {
 
-// The states of a block, chunk after chunk, and the memory that their partial sums take.
+// Makes the states of a block, chunk after chunk, and owns the memory of their partial sums.
 class FirstSweep {
  public:
   FirstSweep(Work& work, const std::vector<Chunk>& chunks, const Sweeping& sweeping) : w(work), sweeping_(sweeping) {
@@ -69,7 +69,7 @@ class FirstSweep {
     if (positive_partials_) add_sums(c, positive_partials_, w.b.x.positives, w.b.y.positives, 1);
   }
 
-  // Where the flag is set the states are made anew, with a shift for each line.
+  // Launches the kernel that, if the flag is set, makes the states anew with a shift for each line.
   void sweep_maxima() {
     const Features x = Work::features_of(w.b.x), y = Work::features_of(w.b.y);
     for_features(w.b.dtype, [&](auto* type) {

@@ -1,10 +1,11 @@
-// The sweep with running maxima: right at any scale. Launched after the sweep with one shift, always, and returns
-// at once unless the flag says that this was too coarse; the host never learns which of them did the work.
+// The sweep with running maxima, which is right at any scale. It is always launched after the sweep with one shift, and
+// returns at once unless the flag says that one shift was not enough. The host never learns which of the two made the
+// states.
 //
-// A block owns 64 lines and meets all their pairs, so that it needs no partial sums, and makes the products itself, on
-// the ordinary cores: what a library makes cannot depend on a flag. Rows and columns each make their own: twice the
-// products of a sweep that shares them, on a path that training takes only if features were not normalised or the
-// scale is beyond about 110.
+// A thread block owns 64 lines and visits all their pairs, so that it needs no partial sums. It makes the products
+// itself, on ordinary cores, since a library's product cannot depend on a flag on the device. Rows and columns make
+// their own: twice the products of a sweep that shares them. Training takes this path only if features are not
+// normalised or the scale exceeds about 110.
 #pragma once
 
 #include <type_traits>
@@ -15,22 +16,24 @@
 namespace fastclip {
 namespace cuda {
 
-constexpr int kLines = 64, kDepth = 16, kSide = 4;  // of a block; of a step along the width; a thread's pairs, squared
-constexpr int kAcross = kLines / kSide;             // threads that share a line
+constexpr int kLines = 64, kDepth = 16,
+              kSide = 4;                 // lines of a thread block; elements of D per step; a thread has kSide^2 pairs
+constexpr int kAcross = kLines / kSide;  // threads that share a line
 static_assert(kAcross * kAcross == kThreads, "a thread holds kSide x kSide pairs");
-// A sum relative to its own largest term lies within these, or its logits have outgrown the dtype.
+// A sum relative to its own largest term is at least this, unless its logits exceed the dtype's precision.
 constexpr double kLeastRelative = 0x1p-100;
 
-// The states of one side's lines: of their negatives, and of their positives by id, or null.
+// The states of one side's lines; those of positives by id are null if there are none.
 struct States {
   Lines negatives, positives;
 };
 
-// Blocks on a processor at least: registers for three of them, unless options would spill some.
+// The least number of thread blocks on a multiprocessor: three for plain blocks; two with options, since the kernels
+// would otherwise spill registers.
 template <class Options>
 constexpr int kMaximaBlocks = std::is_same_v<Options, Plain> ? 3 : 2;
 
-// A step of features as fp32, line by line; zeros past the edges.
+// Copies kDepth elements of each line to shared memory as fp32, with zeros past the edges.
 template <class T>
 __device__ __forceinline__ void stage(const Features& f, int64_t first, int64_t depth, int64_t width,
                                       float (&to)[kDepth][kLines + 1]) {
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
           if (mine.factor) t[p][q] *= mine.factor[line];
           if (others.factor) t[p][q] *= others.factor[other];
           const bool is_own = other == line + own_offset;
-          if (is_own && is_row) positive[line] = t[p][q];  // it must tie with its duplicates among these products
+          if (is_own && is_row) positive[line] = t[p][q];  // from these products, so that it ties with its duplicates
           of_column[q] = options.template bias<Statistic>(is_row ? other : line, k);
           counts = options.counts(line_of(is_row, line), line_of(!is_row, other), t[p][q], !is_own);
         }
@@ -112,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
         const float top = ceilf(warp_max(tops[set], kAcross));
         float& m = running[set][p];
         if (top > m) {
-          // Both are integral or infinite: a power of two, or 0 for the first of them.
+          // Both are integral or infinite, so the factor is a power of two; the first sum is 0.
           sum[set][p] = m == -INFINITY ? 0. : sum[set][p] * exp2(double(m) - double(top));
           m = top;
         }

@@ -1,8 +1,8 @@
-// The torch front of the CUDA engine: fastclip's operators on CUDA tensors. fastclip/engine/operators.py says what each
-// argument means.
+// The torch front of the CUDA engine: fastclip's operators on CUDA tensors. fastclip/engine/operators.py documents the
+// arguments.
 //
-// Nothing here reads a number on the device or waits for one. FASTCLIP_EMULATED: the engine was compiled for the CPU
-// and runs on CPU tensors, for tests.
+// Nothing here reads from the device or waits for it. With FASTCLIP_EMULATED the engine is compiled for the CPU and
+// runs on CPU tensors, for tests.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/from_blob.h>
@@ -18,7 +18,7 @@
 namespace fastclip {
 namespace {
 
-// float64 features are the plain engine's.
+// True for float64 features, which the plain PyTorch engine serves.
 bool is_plain_engines(const BlockArguments& b) { return b.x.features.scalar_type() == at::kDouble; }
 
 template <class Result, class... Flattened, class... Rest>
@@ -160,7 +160,7 @@ TORCH_LIBRARY_IMPL(fastclip, FASTCLIP_DISPATCH_KEY, m) {
   m.impl("sweep_and_weigh.cuda", &Flat<&sweep_and_weigh>::call);
 }
 
-// The operators have no derivative of their own, and silence would be a wrong gradient: a backward through one fails.
+// The operators have no derivative of their own. A backward through one raises, instead of giving a wrong gradient.
 TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
   for (const char* const name : {"sweep.cuda", "finish.cuda", "weigh.cuda", "sweep_and_weigh.cuda"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
@@ -168,7 +168,8 @@ TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
 
 }  // namespace fastclip
 
-// For tests: small blocks, too, in several chunks. Puts the shape that there was in the place of the new one.
+// For tests, which cut small blocks into several chunks: sets the shape of chunks, and returns the earlier one in
+// place.
 extern "C" [[gnu::visibility("default")]] void fastclip_cuda_swap_chunk_shape(int64_t* rows, int64_t* columns) {
   std::swap(*rows, fastclip::cuda::chunk_shape().rows);
   std::swap(*columns, fastclip::cuda::chunk_shape().columns);

@@ -1,7 +1,8 @@
-// Which pairs count for their lines, and as what: ids, thresholds, positives by id; and biases of columns.
+// The options that decide which pairs count for their lines, and as what (ids, thresholds, positives by id), and biases
+// of columns.
 //
-// A kernel that meets pairs is compiled for three kinds of blocks. A plain one pays for nothing; ids that take pairs
-// out cost a comparison; whoever has anything else has everything, of which what is absent has values that do nothing.
+// Kernels that visit pairs are compiled for three types of options. Plain has none and costs nothing. Ids excludes
+// pairs at the cost of a comparison. All has every option; absent ones get neutral values.
 #pragma once
 
 #include "device.h"
@@ -12,13 +13,14 @@ namespace cuda {
 using CUDA::LineBias;
 using BiasedAffine = Affine<float, float, true>;
 
-// A pair may be a negative of the line at hand, of its other line, or a positive by id of both.
+// The roles of a pair: a negative of the line that is processed, a negative of its other line, a positive by id of
+// both.
 struct Counts {
   bool mine, other, positive;
 };
 
-// A kind of block says what there is to know of a line besides its factor, and how a pair counts that lies in the block
-// and is nobody's own positive (is_pair).
+// Each type of options loads the data of a line besides its factor (Line, Bias), and gives the roles of a pair.
+// is_pair: the pair lies in the block and is no own positive.
 struct Plain {
   static constexpr bool kHasAll = false;
   struct Line {};
@@ -52,7 +54,7 @@ struct All {
   const LineBias<float>* biases = nullptr;                     // of the columns, or null
   bool same_id_positive = false;
 
-  // Sums of positives by id, where there are any, and what weighs these (see Folding and PairWeights).
+  // With positives by id: their sums, and the operands of their weights (as in Folding and PairWeights).
   Partials rows, columns;
   const float *shift_x = nullptr, *shift_y = nullptr, *c = nullptr, *d = nullptr;
   Partials weights;  // the columns' sums of weights, or null
@@ -63,14 +65,14 @@ struct All {
   };
   using Bias = LineBias<float>;
 
-  // Without ids those of rows and of columns differ.
+  // Without ids, rows get 0 and columns 1, which differ.
   __device__ __forceinline__ Line row(int64_t i) const {
     return {ids_x ? ids_x[i] : 0, threshold_x ? threshold_x[i] : INFINITY};
   }
   __device__ __forceinline__ Line column(int64_t j) const {
     return {ids_y ? ids_y[j] : 1, threshold_y ? threshold_y[j] : INFINITY};
   }
-  // A column's part in its logits, the bias of all of them included.
+  // The bias of a column, which includes the bias of all logits.
   template <class Statistic>
   __device__ __forceinline__ Bias bias(int64_t j, const Affine<float>& k) const {
     if (biases) return biases[j];
@@ -80,13 +82,13 @@ struct All {
   }
   __device__ __forceinline__ Counts counts(Line mine, Line other, float t, bool is_pair) const {
     const bool is_same = mine.id == other.id, is_negative = is_pair && !is_same;
-    // A NaN counts: it must spoil the lines.
+    // A NaN counts, so that it makes its lines NaN.
     return {is_negative && !(t > mine.threshold), is_negative && !(t > other.threshold),
             is_pair && is_same && same_id_positive};
   }
 };
 
-// k and m of one pair, as fold and activation take them.
+// The arguments k and m of fold and activation for one pair.
 template <class Statistic>
 __device__ __forceinline__ const Affine<float>& affine_of(const Affine<float>& k, Plain::Bias, bool) {
   return k;
@@ -106,18 +108,18 @@ __device__ __forceinline__ float shift_of(float m, const LineBias<float>& bias) 
   return Statistic::kHasShift ? m - bias.whole : m;
 }
 
-// A line's part in the weights of its pairs.
+// A line's coefficient and shift, from which the weights of its pairs are made.
 struct LineWeight {
   float coefficient, shift;
 };
 
-// By value: a choice between addresses would put both into local memory.
+// Chooses by value: a choice between addresses would put both into local memory.
 __device__ __forceinline__ LineWeight choose(bool first, LineWeight a, LineWeight b) {
   return {first ? a.coefficient : b.coefficient, first ? a.shift : b.shift};
 }
 
-// The weight of a pair by the lines' parts in negatives or in positives, whichever it is one of; it may count for one
-// of its lines alone.
+// The weight of a pair that may count for one of its lines only. `mine` and `other` are the lines' coefficients and
+// shifts for negatives or for positives by id, whichever the pair is.
 template <class Statistic, class K>
 __device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<float>& bias, const Counts& counts,
                                            const LineWeight& mine, const LineWeight& other, bool two_shifts) {
@@ -127,7 +129,7 @@ __device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<f
   const bool is_mine = counts.mine || counts.positive, is_other = counts.other || counts.positive;
   const float first = activation(mine);
   float w;
-  // Left out after the product: a pair that does not count may exceed its line's shift by any power.
+  // Excluded only after the product, since the exponential of an excluded pair may overflow.
   if (two_shifts)
     w = (is_mine ? first * mine.coefficient : 0.f) + (is_other ? activation(other) * other.coefficient : 0.f);
   else
@@ -136,8 +138,8 @@ __device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<f
   return Statistic::kNegatesPositives && counts.positive ? -w : w;
 }
 
-// Makes of key_bias, and of the bias of all columns in kinds that see one, what kernels take; and the largest finite
-// one of each block of threads.
+// Converts key_bias, plus the common bias in kinds that use one, to the columns' biases, and finds the largest finite
+// one of each thread block.
 template <class Statistic>
 __global__ void __launch_bounds__(kThreads)
     biases_kernel(const double* key_bias, int64_t columns, Scalar bias, LineBias<float>* biases, float* largest) {

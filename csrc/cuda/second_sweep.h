@@ -1,5 +1,5 @@
-// The host's side of the second sweep: chunks of weights, two products of each, what follows. Also of both sweeps in
-// one go, for a linear kind.
+// The host side of the second sweep: chunks of weights, two products of each, and the kernels that complete gradients
+// and sums. Linear kinds can run both sweeps in one go.
 #pragma once
 
 #include "complete.h"
@@ -10,10 +10,10 @@ namespace cuda {
 
 class SecondSweep {
  public:
-  // also_fold: both sweeps in one go, whose weights have no state.
+  // also_fold: both sweeps run in one go; the weights need no state.
   SecondSweep(Work& work, const Weighing& weighing, bool also_fold) : w(work), weighing_(weighing), fold_(also_fold) {
     const bool half = w.b.dtype == Dtype::kHalf;
-    // Weights are at most 2: the largest possible becomes 2^14, else fp16 would lose those below 6e-8.
+    // Weights are at most 2. In fp16 the largest possible becomes 2^14; without that, those below 6e-8 would be lost.
     weights_.enlarged = half ? 8192.f : 1.f;
     weights_.spread = !half;
     weights_.to_tf32 = w.b.tf32;
@@ -29,7 +29,7 @@ class SecondSweep {
   bool wants_y() const { return w.b.y.gradient != nullptr; }
   bool wants_key_bias() const { return w.b.y.key_bias_sum != nullptr; }
 
-  // first: the sweep that goes along, or null.
+  // first: the first sweep if both run in one go, else null.
   void run(FirstSweep* first) {
     const std::vector<Chunk> chunks = chunks_of(w.m(), w.n(), fold_ ? 0 : weighing_.kept_rows);
     allocate_buffers(chunks);
@@ -45,7 +45,7 @@ class SecondSweep {
     }
   }
 
-  // What has to wait for the positives' weights in a sweep that makes them.
+  // The last steps. When both sweeps run in one go, they have to wait for the positives' weights.
   void complete_rows(const float* product, int64_t first, int64_t rows) const {
     complete(w.b.x, w.b.y, product, first, rows, w.b.offset, false);
   }
@@ -63,7 +63,7 @@ class SecondSweep {
   }
 
  private:
-  // x and y are both sides' negatives, or both sides' positives by id.
+  // x and y are the lines of both sides, for negatives or for positives by id.
   void set_operands(const Lines& x, const Lines& y, PairWeights& to) {
     const bool has_shifts = CUDA::has_shift(w.b.kind);
     const int64_t lines = w.m() + w.n();
@@ -109,7 +109,7 @@ class SecondSweep {
           is_float(w.b.y) ? static_cast<float*>(w.b.y.gradient) : allocate<float>(w.library(), w.n() * w.b.width);
   }
 
-  // A fused kernel weighs half features, if it has somewhere to write to, and does not fold on the way.
+  // True if a fused kernel weighs the chunk. It has no form that writes no weights, and none that folds, too.
   bool is_fused(const Chunk& c) const { return w.folds_fused(c) && !fold_ && (wants_x() || wants_y()); }
 
   int64_t total_parts(const Chunk& c) const {
@@ -117,7 +117,7 @@ class SecondSweep {
     return is_fused(c) ? fused_total_parts(view) : epilogue_blocks(view);
   }
 
-  // fp32 weights overwrite the products that they are made from, but not those that are kept.
+  // True if weights overwrite the products they are made from: fp32 weights do, unless the products are kept.
   bool in_place(const Chunk& c) const { return w.b.dtype == Dtype::kFloat && !c.kept; }
 
   PairWeights weights_of(const Chunk& c) const {
@@ -219,7 +219,7 @@ class SecondSweep {
   Weighing weighing_;
   bool fold_;
   Side x_operand_, y_operand_;
-  PairWeights weights_, positives_;  // of positives_ only what weighs pairs is set
+  PairWeights weights_, positives_;  // positives_ has shifts, coefficients and `differ` only
   int32_t* differ_ = nullptr;
   float* key_bias_ = nullptr;
   float *products_ = nullptr, *product_x_ = nullptr, *product_y_ = nullptr;

@@ -1,7 +1,7 @@
-// What the CUDA engine takes from torch: memory, matrix products, the current stream.
+// The CUDA engine's library on torch: memory, matrix products, the current stream.
 //
-// No CUDA header is included, torch's own among them, so this compiles beside any torch: memory and products come from
-// ATen, the stream from a C function of libtorch_cuda.
+// Neither CUDA's headers nor torch's CUDA headers are included, so this compiles beside any torch: memory and products
+// come from ATen, the stream from a C function of libtorch_cuda.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,8 +13,8 @@
 
 #include "engine.h"
 
-// From torch's stable C interface; a result other than 0 is an error. It is declared here because its header is for
-// builds that have CUDA's.
+// From torch's stable C interface; a result other than 0 is an error. It is declared here because its header needs
+// CUDA's headers.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace fastclip {
@@ -35,8 +35,8 @@ at::ScalarType type_of(Dtype dtype) {
   }
 }
 
-// Work space goes back to torch's allocator when the operator returns, which is before the device is done with it: the
-// allocator hands it on in the order of the stream.
+// Work space goes back to torch's allocator when the operator returns, which may be before the device has finished with
+// it. This is safe because the allocator reuses memory in stream order.
 class Torch final : public cuda::Library {
  public:
   explicit Torch(const Tensor& like) : options_(like.options()) {}
@@ -52,7 +52,7 @@ class Torch final : public cuda::Library {
     Tensor result = view(out);
     if (a.dtype == Dtype::kFloat)
       add ? at::addmm_out(result, result, left, right) : at::mm_out(result, left, right);
-    else if (options_.device().is_cpu())  // which multiplies half operands into half results alone
+    else if (options_.device().is_cpu())  // the CPU multiplies half operands into half results only
       add ? at::addmm_out(result, result, left.to(at::kFloat), right.to(at::kFloat))
           : at::mm_out(result, left.to(at::kFloat), right.to(at::kFloat));
     else if (add)
@@ -66,7 +66,7 @@ class Torch final : public cuda::Library {
 
   Tensor view(const cuda::Matrix& m) const {
     const std::array<int64_t, 2> sizes{m.rows, m.columns}, strides{m.row_stride, m.column_stride};
-    // With a target device torch does not ask the driver whose the pointer is.
+    // With a target device torch does not ask the driver for the pointer's device.
     return at::for_blob(m.data, sizes)
         .strides(at::IntArrayRef(strides))
         .target_device(options_.device())
@@ -83,8 +83,8 @@ class Torch final : public cuda::Library {
       } catch (const c10::OutOfMemoryError&) {
         throw;
       } catch (const c10::Error& error) {
-        // A torch whose addmm adds to half precision only says so before it launches anything. Whatever else went wrong
-        // must show.
+        // If torch's addmm accepts half-precision outputs only, it raises an error about dtypes before it launches
+        // anything. Every other error is passed on.
         if (std::string_view(error.what_without_backtrace()).find("dtype") == std::string_view::npos) throw;
         in_place = false;
       }
@@ -100,13 +100,12 @@ cuda::Stream current_stream([[maybe_unused]] const Tensor& x) {
   void* stream = nullptr;
 #ifndef FASTCLIP_EMULATED
   TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.device().index(), &stream) == 0,
-              "fastclip: torch does not tell its current stream of ", x.device());
+              "fastclip: torch did not return its current stream on ", x.device());
 #endif
   return static_cast<cuda::Stream>(stream);
 }
 
-// The features' device is current, and whatever the caller has switched on, such as autocast, does not reach the
-// engine's own products.
+// Makes the features' device current, and keeps autograd and the caller's autocast from the engine's own products.
 class Scope {
  public:
   explicit Scope(const Tensor& x) : device_(x.device()), autocast_(c10::autocast_dispatch_keyset) {}

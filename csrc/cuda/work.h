@@ -1,4 +1,4 @@
-// A block on the host: its operands, its parts, and products of them.
+// The host side of a block: its operands, its chunks, and their products.
 #pragma once
 
 #include "chunks.h"
@@ -6,7 +6,7 @@
 #include "epilogue.h"
 #include "sm90/api.h"
 
-// 1 where the units with the fused kernels, which need CUTLASS, are compiled and linked.
+// 1 if the fused kernels, which need CUTLASS, are compiled and linked.
 #ifndef FASTCLIP_FUSED
 #define FASTCLIP_FUSED 0
 #endif
@@ -14,7 +14,7 @@
 namespace fastclip {
 namespace cuda {
 
-// A block with the features as its products take them.
+// A block whose features are in the form that its products take.
 class Work {
  public:
   Work(const Block& block, Library& library) : b(block), library_(library) {
@@ -22,7 +22,7 @@ class Work {
       if (b.tf32 && b.dtype == Dtype::kFloat) replace(*side, copy_of(*side, nullptr, true));
     b.tf32 = b.tf32 && b.dtype == Dtype::kFloat;
     b.offset = std::max(-m(), std::min(b.offset, n()));
-    // The fused kernels know plain blocks alone.
+    // The fused kernels serve plain blocks only.
     b.fused = b.fused && has_fused() && b.is_plain() && is_sm_90();
     if (b.y.key_bias) make_biases();
   }
@@ -54,8 +54,8 @@ class Work {
 
   Chunk whole() const { return {0, m(), 0, n(), false}; }
 
-  // Calls f with what there is besides features and factors in a chunk, as one of the kinds of blocks that kernels are
-  // compiled for. Sums and weights of positives by id lie where the sweeps say.
+  // Calls f with the chunk's options (pairs.h), as one of the types that kernels are compiled for. The sweeps set the
+  // memory for sums and weights of positives by id.
   template <class Function>
   void with_options(const Chunk& c, Function f) const {
     const auto ids = [&](const Side& side, int64_t first) { return side.ids ? side.ids + first : nullptr; };
@@ -76,20 +76,21 @@ class Work {
     f(options);
   }
 
-  // The largest finite biases of some columns each, in log2 units.
+  // The largest finite bias of each group of kThreads columns, in log2 units.
   const float* largest_biases() const { return largest_biases_; }
   int64_t count_largest_biases() const { return b.y.key_bias ? cdiv(n(), kThreads) : 0; }
 
-  // Whether a fused kernel makes and folds the products of a chunk, which then are nowhere in memory.
+  // True if a fused kernel makes and folds the products of a chunk, which are then never in memory.
   bool folds_fused(const Chunk& c) const { return b.fused && !c.kept && fused_serves(view_of(c)); }
 
-  // Rows first .. first + rows of a tower as a product's operand.
+  // Rows first .. first + rows - 1 of a tower, as an operand of products.
   Matrix operand(const Side& side, int64_t first, int64_t rows) const {
     void* const data = const_cast<void*>(advance(side.features, first * side.stride, b.dtype));
     return {data, rows, b.width, side.stride, 1, b.dtype};
   }
 
-  // x y^T of a chunk, where it is kept or in the buffer; made unless it is ready.
+  // The products x y^T of a chunk, in the memory of kept ones or in the buffer. Kept products that are ready are not
+  // made again.
   Products products(const Chunk& c, float* kept, float* buffer, bool ready) {
     Products products{buffer, stride_of(c.columns), true};
     if (c.kept) products = {kept + c.row * n() + c.column, n(), n() % 4 == 0 && is_multiple(kept + c.column, 16)};
@@ -103,7 +104,7 @@ class Work {
     return products;
   }
 
-  // Numbers that the largest of the products that are not kept takes.
+  // The number of elements of the largest chunk's products, among those that go to the buffer.
   int64_t products_size(const std::vector<Chunk>& chunks) const {
     int64_t size = 0;
     for (const Chunk& c : chunks)
@@ -111,7 +112,7 @@ class Work {
     return size;
   }
 
-  // Contiguous, of the features' dtype.
+  // Returns a contiguous copy of the features, times the factor if there is one, of their dtype.
   const void* copy_of(const Side& side, const void* factor, bool to_tf32) {
     void* const copy = library_.allocate(side.rows * b.width * size_of(b.dtype));
     Features from = features_of(side);

@@ -1,8 +1,8 @@
 """The CUDA engine on the CPU: its kernels and its torch front, compiled by the C++ compiler.
 
-`emulated()` builds a library from csrc/cuda/engine.cu, with the headers of tests/emulation/cuda in
-place of CUDA's, and csrc/cuda/ops.cpp, and loads it: `torch.ops.fastclip.sweep.cuda` and the others
-then take CPU tensors. It is made once for each state of the sources, in build/cuda_emulation.
+`emulated()` compiles csrc/cuda/engine.cu, with the headers of tests/emulation/cuda in place of
+CUDA's, and csrc/cuda/ops.cpp, and loads the library: `torch.ops.fastclip.sweep.cuda` and the others
+then take CPU tensors. The library is kept in build/cuda_emulation until a source changes.
 """
 
 import ctypes
@@ -43,16 +43,16 @@ def compiler() -> list[str] | None:
 
 
 def why_not() -> str | None:
-    """Why the emulated engine cannot be built here."""
+    """Returns the reason why the emulated engine cannot be built here, or None."""
     if compiler() is None:
         return "no C++ compiler"
     if not fastclip.build_info():
-        return "nothing is compiled here"
+        return "the compiled module is missing"
     return None
 
 
 def compile_unit(name: str) -> list[str]:
-    """The command, but for what it is to make of the source."""
+    """Returns the command that compiles a unit, without the options for its output."""
     torchs = [TORCH / "include", TORCH / "include/torch/csrc/api/include"]
     includes = [*torchs, sysconfig.get_path("include")] if name.endswith(".cpp") else []
     system = [flag for folder in includes for flag in ("-isystem", str(folder))]
@@ -80,7 +80,7 @@ def build() -> Path:
     library = FOLDER / f"{digest.hexdigest()[:16]}.so"
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in other processes wait for what this one makes
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for the library
         if not library.exists():
             link(library)
     return library
@@ -99,14 +99,14 @@ def link(library: Path) -> None:
 
 @functools.cache
 def emulated() -> ctypes.CDLL:
-    """The library, loaded."""
+    """Builds, loads and returns the library."""
     library = build()
     torch.ops.load_library(library)
     return ctypes.CDLL(str(library))
 
 
 def on_cpu_tensors(patch: pytest.MonkeyPatch) -> None:
-    """The losses, too, take `backend="cuda"` for them."""
+    """Makes the losses accept CPU tensors with `backend="cuda"`."""
     emulated()
     backends = importlib.import_module("fastclip.engine.backends")  # beside a function of that name
     patch.setitem(backends._AVAILABILITY, ("cuda", None), backends.AVAILABLE)
@@ -114,7 +114,7 @@ def on_cpu_tensors(patch: pytest.MonkeyPatch) -> None:
 
 
 def library() -> ctypes.CDLL:
-    """The engine that runs in this process: emulated, or the installed one on a card."""
+    """Returns the engine of this process: the emulated one, or on a GPU the installed one."""
     if torch.get_default_device().type == "cuda":
         return ctypes.CDLL(importlib.import_module("fastclip._C").__file__)
     return emulated()
@@ -122,7 +122,7 @@ def library() -> ctypes.CDLL:
 
 @contextmanager
 def chunks(rows: int, columns: int) -> Iterator[None]:
-    """Every block in chunks of this many rows and columns."""
+    """Context in which the engine cuts blocks into chunks of this many rows and columns."""
     shape = ctypes.c_int64(rows), ctypes.c_int64(columns)
     swap = library().fastclip_cuda_swap_chunk_shape
     swap(*map(ctypes.byref, shape))

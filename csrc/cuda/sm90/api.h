@@ -1,7 +1,8 @@
-// The fused tensor-core path of the CUDA engine, for sm_90a: a product and its epilogue in one kernel, no logits in
-// memory. What the engine calls; neither torch nor CUTLASS here.
+// The interface of the CUDA engine's fused tensor-core kernels for sm_90a, which make a product and its epilogue
+// without logits in memory. Neither torch nor CUTLASS is included here.
 //
-// Experimental: compiled, inspected and emulated on a CPU, never yet run on a card. So never the default.
+// Experimental: the kernels have been compiled, inspected and emulated on a CPU, but not yet run on a GPU. They are
+// therefore not the default.
 #pragma once
 
 #include "../chunk_view.h"
@@ -9,8 +10,8 @@
 namespace fastclip {
 namespace cuda {
 
-// Cooperative: two warp groups share a tile. Ping-pong: each has its own, and one's epilogue runs beside the other's
-// product. `cluster` tiles, one below the other, load their columns together.
+// Cooperative: two warp groups share a tile. Ping-pong: each warp group has its own tile, and the epilogue of one
+// overlaps the product of the other. `cluster` tiles, one below the other, load their columns together.
 enum class Schedule { kCooperative, kPingPong };
 struct FusedTile {
   int rows, columns;
@@ -24,17 +25,17 @@ constexpr FusedTile kWeighTile = {128, 128, Schedule::kPingPong, 1};
 
 inline int64_t tiles_of(int64_t lines, int lines_of_tile) { return (lines + lines_of_tile - 1) / lines_of_tile; }
 
-// Numbers of a row and of a column that fused_sweep writes, one for each tile: Folding::rows.parts and columns.parts.
+// Folding::rows.parts and columns.parts of fused_sweep, which writes a number for each tile of a row or column.
 inline int64_t fused_row_parts(const ChunkView& view) { return tiles_of(view.columns, kSweepTile.columns); }
 inline int64_t fused_column_parts(const ChunkView& view) { return tiles_of(view.rows, kSweepTile.rows); }
 
-// PairWeights::total_parts of fused_weigh: one for each warp of each tile.
+// PairWeights::total_parts of fused_weigh, one for each warp of each tile.
 inline int64_t fused_total_parts(const ChunkView& view) {
   return tiles_of(view.rows, kWeighTile.rows) * tiles_of(view.columns, kWeighTile.columns) * kWeighTile.warps();
 }
 
-// Whether the kernels take this view, on a card of compute capability 9.0. Tensor maps ask for rows that begin on 16
-// bytes, and tiles are counted in 32 bits.
+// True if the kernels serve this view on a GPU of compute capability 9.0. Tensor maps need rows that begin on 16 bytes,
+// and tiles are counted in 32 bits.
 inline bool fused_serves(const ChunkView& view) {
   const auto on_16_bytes = [](const void* features, int64_t stride) {
     return reinterpret_cast<uintptr_t>(features) % 16 == 0 && stride % 8 == 0 && stride > 0 &&
@@ -48,14 +49,14 @@ inline bool fused_serves(const ChunkView& view) {
          on_16_bytes(view.y, view.stride_y);
 }
 
-// Whether fused_weigh can write these weights: rows begin on 16 bytes. It has no form that writes none.
+// True if fused_weigh can write these weights: their rows must begin on 16 bytes. It has no form that writes none.
 inline bool fused_writes(const PairWeights& weights) {
   return weights.out != nullptr && reinterpret_cast<uintptr_t>(weights.out) % 16 == 0 && weights.stride_out % 8 == 0 &&
          weights.stride_out > 0 && weights.stride_out < int64_t(1) << 39;
 }
 
-// Neither needs work space. Both write every partial sum of every line; fused_weigh writes nothing past a row's last
-// column.
+// Neither kernel needs work space. fused_sweep writes every partial sum of every line; fused_weigh writes every total,
+// and no weights past a row's last column.
 void fused_sweep(const ChunkView& view, const Folding& folding);
 void fused_weigh(const ChunkView& view, const PairWeights& weights);
 

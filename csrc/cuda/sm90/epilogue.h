@@ -1,13 +1,13 @@
-// What the two fused epilogues share: where a thread's pairs lie in a tile, the numbers of their rows and columns,
-// which pairs are no negatives, and the form in which CUTLASS takes an epilogue.
+// The common part of the two fused epilogues: the places of a thread's pairs in a tile, the vectors of their rows and
+// columns, the mask of negatives, and the visitor that CUTLASS calls.
 //
-// A visitor of CUTLASS's own kind (cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp) in place of a tree of
-// its nodes: those sum with masks at every pair, and their column sums at 128 columns live in local memory.
+// The visitor has the interface of cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp. It replaces a tree of
+// CUTLASS's own nodes, which mask every pair in their sums, and keep the sums of 128 columns in local memory.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
 
-#include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>  // needs the other to be there
+#include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>  // needs numeric_conversion.h before it
 
 #include "../device.h"
 #include "api.h"
@@ -16,20 +16,21 @@ namespace fastclip {
 namespace cuda {
 namespace fused {
 
-// A tile, and the pieces of it that CUTLASS takes at a time. A warp owns 16 rows of a band; a band is what all the
-// warps own together, and a piece is as high as one.
+// A tile, and the pieces in which CUTLASS passes it to an epilogue. A band is 16 rows for each warp; a piece is as high
+// as a band.
 template <const FusedTile& kTile_>
 struct Layout {
   static constexpr FusedTile kTile = kTile_;
   static constexpr int kRows = kTile.rows, kColumns = kTile.columns, kWarps = kTile.warps(), kThreads = kWarps * kWarp;
   static constexpr int kBandRows = 16 * kWarps, kBands = kRows / kBandRows, kRowsOfThread = 2 * kBands;
   static constexpr int kPieceColumns = 32, kPieces = kColumns / kPieceColumns;
-  static constexpr int kSlots = kPieceColumns / 4;  // columns of a piece that a thread meets
+  static constexpr int kSlots = kPieceColumns / 4;  // a thread's columns of a piece
   static constexpr int kFragment = 2 * kSlots;      // its pairs in a piece
 };
 
-// wgmma's accumulator: pair q of a fragment lies in the thread's first or second row, 8 apart, and in its column of
-// slot(q); neighbouring slots are neighbouring columns, and the next two are 8 further. Checked against CuTe below.
+// The layout of wgmma's accumulator: pair q of a fragment lies in the thread's first or second row, which are 8 apart,
+// and in the column of slot(q). Slots 2k and 2k + 1 are neighbouring columns; each next two are 8 columns further.
+// Checked against CuTe below.
 constexpr int second_row(int q) { return q / 2 % 2; }
 constexpr int slot(int q) { return q / 4 * 2 + q % 2; }
 constexpr int column_of_slot(int s) { return s / 2 * 8 + s % 2; }
@@ -47,14 +48,14 @@ constexpr bool lies_as_expected() {
   return true;
 }
 
-// A number of each of the part's lines; null where all are `absent`.
+// A number for each line of the view. Null data means that all are `absent`.
 struct Vector {
   const float* data;
   float absent;
 };
 
-// A thread's share of a tile, and kVectors numbers of each of its rows and columns, their factor first. Rows' stay in
-// registers; columns' wait in shared memory, whence a piece's are taken.
+// A thread's share of a tile, with kVectors numbers of each of its rows and columns; the factor is the first. Those of
+// rows stay in registers. Those of columns stay in shared memory, and each piece's are loaded from there.
 template <class Layout, int kVectors>
 struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
   struct Storage {
@@ -67,7 +68,7 @@ struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
     static_assert(lies_as_expected<Layout, decltype(arguments.tCcD.layout())>(), "not wgmma's accumulator");
     tile_m = cute::get<0>(arguments.tile_coord_mnkl);
     tile_n = cute::get<1>(arguments.tile_coord_mnkl);
-    // Arguments count from the thread's first pair to the part's last.
+    // Residues are counted from the thread's first pair to the last of the view.
     rows_left = cute::get<0>(arguments.residue_tCcD);
     columns_left = cute::get<1>(arguments.residue_tCcD);
     first_row = int(view.rows) - rows_left;
@@ -98,7 +99,7 @@ struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
     }
   }
 
-  // Others wrote what this thread reads. The barriers behind every piece keep the next tile from writing too early.
+  // Threads read columns that others wrote. The barriers after every piece keep the next tile from writing too early.
   __device__ __forceinline__ bool begin_sync_needed() const { return true; }
 
   __device__ __forceinline__ void begin_loop(int band, int piece) {
@@ -117,19 +118,19 @@ struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
 
   static __device__ __forceinline__ int row_from_first(int r) { return r / 2 * Layout::kBandRows + r % 2 * 8; }
 
-  // t of pair q, in both sweeps by the same operations.
+  // t of pair q, by the same operations in both sweeps.
   template <class Accumulator>
   __device__ __forceinline__ float product(const Accumulator& accumulator, int q, int band) const {
     return accumulator[q] * (row[0][2 * band + second_row(q)] * column[0][slot(q)]);
   }
 
-  // Where pair q of a fragment lies, from the thread's first.
+  // The row and the column of pair q of a fragment, counted from the thread's first pair.
   static __device__ __forceinline__ int row_of(int q, int band) { return row_from_first(2 * band + second_row(q)); }
   static __device__ __forceinline__ int column_of(int q, int piece) {
     return piece * Layout::kPieceColumns + column_of_slot(slot(q));
   }
 
-  // Neither a positive nor past the edges.
+  // True unless the pair is a positive or lies past the edges.
   __device__ __forceinline__ bool is_negative(int q, int band, int piece) const {
     const int r = row_of(q, band), c = column_of(q, piece);
     return r < rows_left && c < columns_left && c - r != positive;
@@ -137,21 +138,21 @@ struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
 
   Storage& storage;
   int thread, tile_m, tile_n;
-  int first_row, first_column;  // of the thread, in the part
-  int rows_left, columns_left;  // of the view, from there
-  int positive;                 // column of the first row's positive, from the first column
-  bool is_inside;               // scheduling may round tiles up: not every one has pairs
+  int first_row, first_column;  // of the thread, in the view
+  int rows_left, columns_left;  // of the view, from the thread's first pair
+  int positive;                 // column of the first row's positive, counted from the first column
+  bool is_inside;               // false for tiles without pairs, which the scheduler's rounding may add
   bool is_plain;                // all pairs are negatives
   float row[kVectors][Layout::kRowsOfThread];
   float column[kVectors][Layout::kSlots];
 };
 
-// The node that CUTLASS calls. Work is a Share with
-//   Arguments, Element (of the features), Storage, Uniform (numbers that every pair needs, read once a thread)
+// The visitor that CUTLASS calls. Work is a Share with
+//   Arguments, Element (of the features), Storage, Uniform (numbers that every pair needs, which a thread reads once)
 //   Work(arguments, uniform, storage, where)
 template <class Work>
 struct Visitor {
-  using ElementAux = typename Work::Element;  // CUTLASS asks, where nothing is written
+  using ElementAux = typename Work::Element;  // CUTLASS needs it if nothing is written
   using SharedStorage = typename Work::Storage;
   using Arguments = typename Work::Arguments;
   using Params = Arguments;

@@ -1,7 +1,7 @@
 // The first sweep's epilogue: a tile's negatives fold into one number for each of its rows and columns.
 //
-// No atomics. A row of the tile belongs to four lanes. A column belongs to eight lanes of every warp: lanes exchange
-// halves of what they hold until each holds one whole column of a piece, warps meet in shared memory.
+// There are no atomics. A row of the tile belongs to four lanes. A column belongs to eight lanes of every warp: lanes
+// exchange halves of their sums until each holds one whole column of a piece; shared memory joins the warps' sums.
 #pragma once
 
 #include "epilogue.h"
@@ -10,7 +10,8 @@ namespace fastclip {
 namespace cuda {
 namespace fused {
 
-// Of 2 * kHalf sums, a lane passes half to the lane that differs from it in `bit` and adds what it gets to the rest.
+// A lane passes half of its 2 * kHalf sums to the lane that differs in `bit`, and adds the sums it receives to the
+// others.
 template <int kHalf, int kSums>
 __device__ __forceinline__ void exchange(float (&sum)[kSums], int lane, int bit) {
   const bool upper = lane & bit;
@@ -90,7 +91,7 @@ struct Fold : Share<Layout, 1> {
     return e;
   }
 
-  // Behind every piece; `barrier` waits for all threads of the tile.
+  // Called after every piece; `barrier` waits for all threads of the tile.
   template <class Buffer, class Barrier, class Results>
   __device__ __forceinline__ void reduce(Buffer&&, const Barrier& barrier, int band, int piece, bool is_last,
                                          const Results&) {
@@ -131,7 +132,7 @@ struct Fold : Share<Layout, 1> {
   }
 
  private:
-  // A row has one positive at the most: selected first, then stored, so that few branches are needed.
+  // A row has at most one positive. It is selected first and then stored, which needs few branches.
   template <class Accumulator>
   __device__ __forceinline__ void write_positives(const Accumulator& accumulator, int band, int piece) const {
     CUTLASS_PRAGMA_UNROLL

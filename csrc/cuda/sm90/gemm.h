@@ -1,5 +1,4 @@
-// The product around a fused epilogue: CUTLASS's kernel for sm_90a (TMA, wgmma, warps of their own for loads), and its
-// launch.
+// The product around a fused epilogue: CUTLASS's kernel for sm_90a (TMA, wgmma, warps that only load), and its launch.
 #pragma once
 
 #include <cutlass/device_kernel.h>
@@ -11,7 +10,7 @@
 
 #include "epilogue.h"
 
-// CUTLASS's device asserts are function calls, and around those ptxas serialises wgmma (C7510).
+// CUTLASS's device asserts are function calls, around which ptxas serialises wgmma (C7510).
 #ifndef NDEBUG
 #error "compile the fused kernels with -DNDEBUG"
 #endif
@@ -31,7 +30,8 @@ struct Schedules<Schedule::kPingPong> {
   using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
 };
 
-// Work, a visitor's, folds or weighs the tiles of Layout. Written: void, or the dtype of what it returns.
+// The kernel whose visitor's Work folds or weighs the tiles of Layout. Written: void, or the dtype of the written
+// values.
 template <class Work, class Layout, class Written>
 struct Product {
   using Element = typename Work::Element;
@@ -53,8 +53,8 @@ struct Product {
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
 };
 
-// Tiles that share features run together while these are in L2: in squares of this edge, where that adds few tiles to
-// the grid, which it rounds up.
+// The edge of the squares in which tiles run, so that those that share features run while these are in L2. The grid is
+// rounded up to whole squares, so the edge is the largest that adds few tiles.
 inline int square_edge(int64_t tiles_m, int64_t tiles_n) {
   for (int edge = 8; edge > 1; edge /= 2)
     if (tiles_of(tiles_m, edge) * edge * 16 <= tiles_m * 17 && tiles_of(tiles_n, edge) * edge * 16 <= tiles_n * 17)
@@ -62,11 +62,11 @@ inline int square_edge(int64_t tiles_m, int64_t tiles_n) {
   return 1;
 }
 
-// Calls f with the kind and the dtype of a part. CUTLASS would not notice one that its tensor maps cannot describe:
-// without asserts it tells stderr and launches all the same.
+// Calls f with the kind and the dtype of a view, or throws if tensor maps cannot describe it: without asserts CUTLASS
+// only writes to stderr and launches all the same.
 template <class Function>
 void for_kernel(const char* name, const ChunkView& view, Function f) {
-  if (!fused_serves(view)) throw std::invalid_argument(std::string(name) + " does not serve this part");
+  if (!fused_serves(view)) throw std::invalid_argument(std::string(name) + " does not serve this chunk");
   CUDA::for_kind(view.kind, [&](auto statistic) {
     if (view.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
     f(statistic, cutlass::bfloat16_t());

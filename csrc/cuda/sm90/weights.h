@@ -1,4 +1,4 @@
-// The second sweep's epilogue: the weights of a tile's negatives, for CUTLASS to write, and their sums.
+// The second sweep's epilogue: the weights of a tile's negatives, which CUTLASS writes, and their sums.
 #pragma once
 
 #include "epilogue.h"
@@ -39,7 +39,7 @@ struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
     const PairWeights& weights = arguments.weights;
     const Vector spread_x = {weights.spread ? view.factor_x : nullptr, 1.f};
     const Vector spread_y = {weights.spread ? view.factor_y : nullptr, 1.f};
-    // Without coefficients 1 + 0 takes their place.
+    // Absent coefficients are 1 for rows and 0 for columns.
     if constexpr (Statistic::kHasShift)
       this->fetch({{view.factor_x, 1.f}, {weights.a, 1.f}, spread_x, {weights.shift_x, 0.f}},
                   {{view.factor_y, 1.f}, {weights.b, 0.f}, spread_y, {weights.shift_y, 0.f}});
@@ -50,7 +50,7 @@ struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
     for (int r = 0; r < Layout::kRowsOfThread; r++) this->row[kSpread][r] *= weights.enlarged;
   }
 
-  // Nearly all pieces are of the first kind.
+  // Nearly all pieces are simple.
   template <class Accumulator>
   __device__ __forceinline__ auto visit(const Accumulator& accumulator, int, int band, int piece) {
     const bool is_simple = this->is_plain && !uniform.two_shifts;

@@ -1,5 +1,5 @@
-// Device memory of the driver, which is the host's: numbers of any dtype, and buffers exactly as large as was asked for
-// that begin as NaN, so that a sanitizer sees an overrun and a comparison what nobody wrote.
+// The driver's device memory, which is host memory: numbers of any dtype, and buffers of exactly the requested size,
+// filled with NaN, so that a sanitizer detects overruns and a comparison detects elements that were not written.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -48,7 +48,7 @@ inline void store(void* data, int64_t at, Dtype dtype, double value) {
   }
 }
 
-// NaN whatever it is read as.
+// A byte that makes a NaN of any dtype.
 inline constexpr int kUnwritten = 0xff;
 
 class Memory {

@@ -1,7 +1,7 @@
 """Builds the programs of this folder and runs them.
 
-Objects are kept in build/cuda_emulation/programs under what they were made of: the preprocessed
-source, the flags and the compiler. So a mutated header costs one object, an unchanged tree none.
+Objects are cached in build/cuda_emulation/programs, named after a hash of the preprocessed source,
+the flags and the compiler. A changed header recompiles one object, an unchanged tree none.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def driver(csrc: Path = CSRC) -> list[Path]:
 
 @functools.cache
 def compiler() -> tuple[list[str], str]:
-    """The command and its version."""
+    """Returns the compiler's command and its version."""
     command = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(command[0]) is None:
         pytest.skip(f"no {command[0]}")
@@ -64,7 +64,10 @@ def _run(command: list[str]) -> str:
 
 
 def _make(path: Path, command: list[str]) -> Path:
-    """Other processes make and remove files here, too; the last one's of a name stays."""
+    """Runs the command unless its output exists.
+
+    Other processes may write and remove files at the same time; the last file of a name stays.
+    """
     with contextlib.suppress(FileNotFoundError):
         os.utime(path)
         return path
@@ -89,7 +92,7 @@ def preprocessed(source: Path, flags: Sequence[str], csrc: Path) -> str:
 
 def _object(source: Path, flags: Sequence[str], csrc: Path) -> Path:
     command, version = compiler()
-    # Reports name files of csrc/, wherever a copy of it lies.
+    # Reports name files as csrc/..., wherever a copy of csrc lies.
     flags = [*flags, f"-ffile-prefix-map={csrc}=csrc", f"-ffile-prefix-map={HERE}=cuda_emulation"]
     text = preprocessed(source, flags, csrc)
     key = hashlib.sha256("\0".join([text, version, *flags[:-2]]).encode()).hexdigest()[:20]
@@ -103,7 +106,7 @@ def build(
     scheduler: str = "fibers",
     csrc: Path = CSRC,
 ) -> Path:
-    """The program; skips where the compiler lacks the sanitizer."""
+    """Returns the built program; skips the test if the compiler lacks the sanitizer."""
     if not _links(sanitizer):
         pytest.skip(f"{compiler()[0][0]} has no -fsanitize={sanitizer} here")
     flags = [*FLAGS, *SANITIZERS[sanitizer], *SCHEDULERS[scheduler]]
@@ -114,7 +117,7 @@ def build(
 
 
 def run(program: Path, *arguments: str, seconds: int = 600) -> subprocess.CompletedProcess[str]:
-    """Sanitizers end it at the first thing they report."""
+    """Runs a program, which sanitizers end at their first report."""
     options = {
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -129,7 +132,7 @@ def run(program: Path, *arguments: str, seconds: int = 600) -> subprocess.Comple
         )  # fmt: skip
 
     done = start()
-    # Kernels that place memory more randomly than the sanitizer can follow.
+    # Some Linux kernels randomise addresses more than the sanitizer supports.
     if "unexpected memory mapping" in done.stderr:
         if shutil.which("setarch") is None:
             pytest.skip("ThreadSanitizer cannot run with this much address-space randomisation")

@@ -1,4 +1,4 @@
-// One block of logits and what is asked of it; its features in device memory and as the truth sees them.
+// A test case: one block of logits, its options and wanted results; its features in device memory and in float64.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ struct Case {
   double scale = 14.3, bias = -3;
   Dtype scalar = Dtype::kDouble;
   bool has_bound = false, has_bias = true;
-  double longest = 1;  // of x_0: how many times as long as the others
+  double longest = 1;  // the length of x_0, relative to the others
   bool has_zero_row = false;
   int64_t gap = 0, lead = 0;  // elements between rows, and before the first one
   int64_t chunk_rows = 0, chunk_columns = 0;
@@ -31,10 +31,10 @@ struct Case {
   bool project = true, needs_x = true, needs_y = true;
   Dtype gradient_x = Dtype::kFloat, gradient_y = Dtype::kFloat;
   bool tf32 = false;
-  int32_t ids = 0;  // different ones; 0: none
+  int32_t ids = 0;  // the number of different ids; 0: no ids
   bool same_id_positive = false;
-  double margin = kNan;  // of thresholds above own positives; NaN: none
-  double key_bias = 0;   // their size; 0: none
+  double margin = kNan;  // of thresholds over own positives; NaN: no thresholds
+  double key_bias = 0;   // their standard deviation; 0: no biases
   double key_bias_mean = 0;
   bool has_vanishing = true;  // one column's bias is -inf
   bool tells_occupied = true;
@@ -70,7 +70,7 @@ struct One {
   }
 };
 
-// A tower in device memory, rows apart from one another and NaN between them, and as the truth sees it.
+// A tower in device memory, with NaN in the gaps between rows, and the same tower in float64.
 struct Features {
   Memory memory, factor;
   Tower tower;
@@ -101,7 +101,7 @@ inline Features place(const Numbers& numbers, int64_t rows, const Case& c, bool 
   return f;
 }
 
-// Unit features, of any length where a factor normalises them; positives stand out.
+// Makes features: of unit length, or of any length if a factor normalises them. Positives are similar to their rows.
 inline void invent(const Case& c, Numbers& x, Numbers& y) {
   std::mt19937_64 generator(uint64_t(c.m * 1000003 + c.n * 1009 + c.d));
   std::normal_distribution<double> normal;
@@ -128,7 +128,8 @@ inline void invent(const Case& c, Numbers& x, Numbers& y) {
     for (int64_t d = 0; d < c.d; d++) x[(c.m - 1) * c.d + d] = 0;
 }
 
-// Halfway between the two products of a line around a threshold, so that no rounding decides which pairs are above it.
+// Returns the middle between the two products of a line on either side of a threshold, so that rounding cannot change
+// which pairs are above it.
 inline double between(double threshold, const Numbers& line) {
   double below = -kInfinity, above = kInfinity;
   for (const double t : line) (t > threshold ? above : below) = t > threshold ? std::min(above, t) : std::max(below, t);
@@ -165,7 +166,7 @@ inline Masks invent_masks(const Case& c, const Numbers& t) {
   return masks;
 }
 
-// Numbers in device memory; null where there are none.
+// Numbers in device memory; data is null if there are none.
 template <class T, class From>
 struct Vector {
   Memory memory;

@@ -1,6 +1,7 @@
-// A flow of control with a stack of its own, and the change from one to another, which sanitizers are told of.
+// A context of execution with a stack of its own, and the switch between contexts, of which sanitizers are notified.
 //
-// On x86-64 a change takes 3 ns; ucontext, the fallback elsewhere, asks the kernel for a signal mask each time, 0.3 us.
+// On x86-64 a switch takes 3 ns. The fallback on other machines, ucontext, makes a system call for the signal mask each
+// time, which takes 0.3 us.
 #pragma once
 
 #include <pthread.h>
@@ -21,13 +22,14 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-// ThreadSanitizer looks at kernels, not at what runs them.
+// Excludes the emulation's own code from ThreadSanitizer, which checks kernels only.
 #define EMULATION_UNSEEN __attribute__((no_sanitize("thread")))
 
 namespace emulation {
 
 #if defined(__x86_64__)
-// What a function must preserve goes to the old stack and comes from the new one. SysV: from in rdi, to in rsi.
+// Pushes the callee-saved registers on the old stack and pops them from the new one. By the SysV convention `from` is
+// in rdi, `to` in rsi.
 __attribute__((naked, noinline)) EMULATION_UNSEEN inline void change_stacks(void** from, void* to) {
   asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"
       "movq %rsp, (%rdi)\n\t"
@@ -41,10 +43,10 @@ class Context {
  public:
   using Entry = void (*)();  // never returns
 
-  // The calling thread, on the stack that it has.
+  // Makes this the context of the calling thread, with the thread's stack.
   EMULATION_UNSEEN void adopt() {
 #if defined(__SANITIZE_ADDRESS__)
-    // Asked for once: to know it, the C library reads all of /proc/self/maps.
+    // Looked up once, since the C library reads all of /proc/self/maps for it.
     static thread_local const Stack stack = own_stack();
     stack_ = stack.data, bytes_ = stack.bytes;
 #endif
@@ -53,7 +55,8 @@ class Context {
 #endif
   }
 
-  // To begin at entry. A stack is made once; its lowest page is left unmapped, so that an overrun stops there.
+  // Makes the context start at `entry`. The stack is allocated once; its lowest page is inaccessible, so that an
+  // overrun stops there.
   EMULATION_UNSEEN void prepare(Entry entry) {
     if (!stack_) {
       const size_t page = size_t(sysconf(_SC_PAGESIZE));
@@ -66,7 +69,8 @@ class Context {
 #endif
     }
 #if defined(__x86_64__)
-    // Six registers, then the address that `ret` takes; on entry a function finds the stack 8 bytes off 16.
+    // Room for six registers, then the address for `ret`; at a function's entry the stack is 8 bytes off a multiple
+    // of 16.
     void** const top = reinterpret_cast<void**>(stack_ + kStackBytes);
     top[-2] = reinterpret_cast<void*>(entry);
     stack_pointer_ = top - 8;
@@ -78,14 +82,14 @@ class Context {
 #endif
   }
 
-  // What entry has to call first.
+  // `entry` must call this first.
   static EMULATION_UNSEEN void begin() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
   }
 
-  // From the caller, whose context this is, to another; returns when someone switches back.
+  // Switches from this context, the caller's, to another; returns after a switch back.
   EMULATION_UNSEEN void switch_to(Context& other) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&fake_stack_, other.stack_, other.bytes_);

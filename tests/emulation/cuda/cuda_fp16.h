@@ -18,7 +18,7 @@ inline __half __float2half_rn(float v) {
   if (bits > 0x7f800000u) return {0x7fff};                     // the card's NaN
   if (bits >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // from 65520 on
   if (bits < 0x38800000u) {                                    // below 2^-14: multiples of 2^-24,
-    const float rounded = std::bit_cast<float>(bits) + 0.5f;   // which is how far floats above 1/2 lie apart
+    const float rounded = std::bit_cast<float>(bits) + 0.5f;   // the spacing of floats just above 1/2
     return {uint16_t(sign | (std::bit_cast<uint32_t>(rounded) - 0x3f000000u))};
   }
   return {uint16_t(sign | ((bits + 0xfffu + (bits >> 13 & 1) - 0x38000000u) >> 13))};

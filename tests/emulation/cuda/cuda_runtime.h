@@ -1,5 +1,5 @@
-// CUDA on the CPU: as much of its language and runtime as the engine uses, so that any C++20 compiler turns the
-// engine's source into a program that runs its kernels, thread by thread, under any debugger or sanitizer.
+// CUDA on the CPU: the part of its language and runtime that the engine uses. Any C++20 compiler turns the engine's
+// source into a program that runs its kernels, thread by thread, under any debugger or sanitizer.
 //
 //   g++ -std=c++20 -O1 -g -I tests/emulation/cuda -I csrc -x c++ csrc/cuda/engine.cu -x c++ driver.cpp
 //
@@ -7,12 +7,12 @@
 //   -DEMULATION_THREADS  threads.h: a host thread for each thread of a block
 //   -DEMULATION_POISON   poison.h: shared memory is NaN before every block
 //
-// Blocks run one after another and a launch returns when the last of them has; streams are ignored. Device memory is
-// host memory. What a card refuses is refused (the shape of a launch) or stops the program (barriers, shuffles), and
-// sanitizers see the rest: -fsanitize=address overruns of global and of each shared array, undefined misaligned vector
-// accesses, thread races within a block. Not seen: limits on registers and shared memory, __launch_bounds__, dynamic
-// shared memory (there is none), races between blocks (but see EMULATION_REVERSED in fibers.h), memory ordering between
-// blocks, and what an asynchronous launch would read too late or overwrite too early.
+// Blocks run one after another, and a launch returns when the last has finished; streams are ignored. Device memory is
+// host memory. Impossible launches return CUDA's error; wrong barriers and shuffles stop the program. Sanitizers detect
+// more mistakes: -fsanitize=address overruns of global memory and of each shared array, -fsanitize=undefined misaligned
+// vector accesses, -fsanitize=thread races within a block. Not detected: limits on registers and shared memory,
+// __launch_bounds__, dynamic shared memory (not supported), races between blocks (but see EMULATION_REVERSED in
+// fibers.h), memory ordering between blocks, and memory that an asynchronous launch would read or write too late.
 #pragma once
 
 #include <cstdint>
@@ -77,7 +77,7 @@ inline cudaError_t verdict(const cudaLaunchConfig_t& config) {
 
 }  // namespace emulation
 
-// As CUDA's: arguments are converted to the kernel's parameters, of which every thread has its own copy.
+// Like CUDA's, it converts arguments to the kernel's parameters, and every thread has its own copy of these.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
@@ -123,7 +123,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 
-// A small card with the tensor cores of sm_90, or so it says.
+// The emulated device claims compute capability 9.0 and two multiprocessors.
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

@@ -1,4 +1,4 @@
-// What kernels call: barriers, shuffles, votes, and numbers as their bits.
+// The functions that kernels call: barriers, shuffles, votes, and conversions between numbers and their bits.
 #pragma once
 
 #include <cmath>

@@ -1,11 +1,11 @@
-// The CUDA engine, its kernels emulated on the CPU, against a dense float64 truth.
+// Tests the CUDA engine, its kernels emulated on the CPU, against a dense float64 truth.
 //
 //   driver          every case
 //   driver quick    a few, for builds under ThreadSanitizer
 //   driver TEXT     those whose names contain it
 //
-// Every case runs with blocks in order and once more from the last one, and both must agree to the bit. Exits with 1
-// and the names of what was off.
+// Every case runs with thread blocks in order and once more in reverse order, and both results must agree to the bit.
+// Exits with 1 and names the results that were wrong.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -47,7 +47,7 @@ struct Cases {
     all.push_back(c);
   }
 
-  // Edges of the tiles, 64 x 256 and 64 x 64, and of a warp's 8 rows; every option beside every other one, in time.
+  // Edges of the tiles, 64 x 256 and 64 x 64, and of a warp's 8 rows. Options take turns, in ever new combinations.
   void shapes(const Case& base) {
     struct Shape {
       int64_t m, n, d;
@@ -154,7 +154,7 @@ struct Cases {
     add(c, "no bias");
   }
 
-  // Each option alone and all together, in one tile and in several, within one shift's reach and beyond it.
+  // Each option alone and all together, in one tile and in several, at scales for which one shift is enough and not.
   void masks(const Case& base) {
     struct Option {
       const char* name;
@@ -221,7 +221,7 @@ std::vector<Case> cases() {
   return cases.all;
 }
 
-// ---- what is refused -----------------------------------------------------------------------------------------------
+// ---- errors --------------------------------------------------------------------------------------------------------
 
 std::string message_of(const std::function<void()>& f) {
   try {

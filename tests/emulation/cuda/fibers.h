@@ -1,17 +1,16 @@
-// The threads of a block as fibers of the launching thread: quick, the same order every time, and strict about who
-// meets whom. Each runs until it waits or returns; then the next one that can go on does.
+// The threads of a block as fibers of the launching thread: quick, deterministic, and strict about barriers and masks.
+// Each fiber runs until it waits or returns; then the next one that can continue runs.
 //
-// Aborts, with the places in the source, where
-//   threads wait for a barrier that others have left out, or at two different ones
+// Aborts, naming places in the source, if
+//   threads wait at a barrier that others do not reach, or at two different barriers
 //   the lanes that a mask names do not all meet in the same call with the same mask
-//   a shuffle or a vote names a lane that has returned or that the block does not have, or reads one it does not name
-// With `emulation::reversed`, or EMULATION_REVERSED=1 in the environment, blocks and threads begin from the last one:
-// what races, or depends on the order of blocks, gives another result.
+//   a shuffle or a vote names a lane that has returned or that the block lacks, or reads a lane that it does not name
+// With `emulation::reversed`, or EMULATION_REVERSED=1 in the environment, blocks and threads run in reverse order:
+// races, and dependence on the order of blocks, give another result.
 //
-// Under ThreadSanitizer every fiber is to it a thread of its own, whose accesses are ordered by __syncthreads,
-// __syncwarp and launches alone. Not by shuffles and votes: they order nothing on a card either. So a race is found
-// whatever the order of execution was. Blocks of a launch follow one another, to it as well: that two blocks write to
-// one address of global memory is not reported.
+// ThreadSanitizer treats every fiber as a thread. Only __syncthreads, __syncwarp and launches order their accesses;
+// shuffles and votes do not, as they order nothing on a GPU. Races are therefore found whatever the order of execution.
+// The blocks of a launch count as ordered: if two blocks write to one address of global memory, no race is reported.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +29,7 @@ inline dim3 blockDim, gridDim;
 
 namespace emulation {
 
-// A point up to which the memory of several fibers is ordered.
+// A synchronisation point: accesses before release() are ordered before those after acquire().
 class Order {
  public:
   EMULATION_UNSEEN void release() {
@@ -48,8 +47,8 @@ class Order {
   char place_ = 0;
 };
 
-// Of two, the one in use changes with each meeting: who has left the last one may already be at the next, whose
-// accesses must not seem ordered to those who are still leaving.
+// Two synchronisation points that alternate from meeting to meeting. A fiber that has left one meeting may already be
+// at the next, and its accesses must not seem ordered to fibers that are still leaving the first.
 struct Alternating {
   Order orders[2];
   unsigned meetings = 0;
@@ -75,7 +74,7 @@ class Fibers {
  public:
   using Body = void (*)(const void* closure);
 
-  // Launches of several host threads take turns: what is __shared__ exists once.
+  // Launches of several host threads take turns, since __shared__ memory exists once.
   EMULATION_UNSEEN void run(dim3 grid, dim3 block, Body body, const void* closure) {
     const std::lock_guard<std::mutex> turn(turn_);
     body_ = body, closure_ = closure;
@@ -94,7 +93,7 @@ class Fibers {
     }
   }
 
-  // Meets all threads of the block that have not returned; how many of them came with a true predicate.
+  // Waits for all threads of the block that have not returned; returns the number of true predicates.
   EMULATION_UNSEEN int meet_block(bool predicate, Site site) {
     Fiber& me = *current_;
     me.call = {Call::kSyncThreads, 0, 0, 0, site};
@@ -113,7 +112,8 @@ class Fibers {
     return counted_;
   }
 
-  // Meets the lanes of the mask; the value of the source lane, or the lanes whose value is not 0.
+  // Waits for the lanes of the mask; returns the value of the source lane or, for a vote, the lanes whose value is not
+  // 0.
   EMULATION_UNSEEN uint64_t meet_warp(Call kind, unsigned mask, uint64_t value, unsigned source, Site site) {
     Fiber& me = *current_;
     const unsigned k = unsigned(current_ - fibers_), lane = k % kWarpSize;
@@ -159,7 +159,7 @@ class Fibers {
     if (live_ && arrived_ == live_) open_barrier();
     const unsigned k = unsigned(current_ - fibers_), mine = k / kWarpSize;
     warps_[mine].gone |= 1u << k % kWarpSize;
-    // Lanes may wait for this one alone.
+    // Other lanes may have waited for this one only.
     for (unsigned l = 0; l < kWarpSize; l++)
       if (warps_[mine].waiting >> l & 1) complete_warp(mine, l);
     yield();
@@ -175,13 +175,13 @@ class Fibers {
     }
   }
 
-  // Whether all lanes of the call that a lane waits in have come; then they have their results and are ready.
+  // True if all lanes of a lane's call have arrived; they then have their results and become ready.
   EMULATION_UNSEEN bool complete_warp(unsigned which, unsigned lane) {
     Warp& warp = warps_[which];
     Fiber* const lanes = fibers_ + which * kWarpSize;
     const WarpCall& call = lanes[lane].call;
     const unsigned absent = call.mask & ~warp.waiting, present = call.mask & warp.waiting;
-    if (absent & warp.gone && call.kind != Call::kSyncWarp)  // which CUDA defines for the lanes that are left
+    if (absent & warp.gone && call.kind != Call::kSyncWarp)  // CUDA allows __syncwarp among the remaining lanes
       fail("a mask names a lane that has returned or that the block does not have", call);
     if (absent & ~warp.gone) return false;
     uint64_t ballot = 0;
@@ -190,7 +190,7 @@ class Fibers {
       const WarpCall& other = lanes[l].call;
       if (other.value) ballot |= uint64_t(1) << l;
       if (is_alike(other, call)) continue;
-      // It may come later, from a meeting of its own; but not if it waits for this lane.
+      // The other lane may arrive later, after another meeting, unless it waits for this lane.
       if (other.mask >> lane & 1) fail("lanes wait for one another in different calls", call);
       return false;
     }
@@ -206,7 +206,7 @@ class Fibers {
 
   EMULATION_UNSEEN void make_ready(Fiber& fiber) { ready_[last_++ % kMostThreads] = &fiber; }
 
-  // Lets the next fiber go on, or the host where there is none; returns when this one is next.
+  // Switches to the next ready fiber, or to the host if there is none; returns when this fiber runs again.
   EMULATION_UNSEEN void yield() {
     Context& mine = current_ ? current_->context : host_;
     Fiber* const next = next_ == last_ ? nullptr : ready_[next_++ % kMostThreads];
@@ -215,7 +215,7 @@ class Fibers {
     mine.switch_to(next ? next->context : host_);
   }
 
-  // Tells what the current thread was doing, and where the others wait: a line for each place and mask.
+  // Prints the current thread's call, and a message for each place and mask at which other threads wait.
   [[noreturn]] EMULATION_UNSEEN void fail(const char* what) { fail(what, current_ ? current_->call : WarpCall{}); }
   [[noreturn]] EMULATION_UNSEEN void fail(const char* what, const WarpCall& call) {
     std::fprintf(stderr, "CUDA emulation: %s\n  in block (%u, %u, %u)", what, blockIdx.x, blockIdx.y, blockIdx.z);

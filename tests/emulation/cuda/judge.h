@@ -1,4 +1,4 @@
-// Comparisons of one case with the truth. What is off is told at once, and counted.
+// Compares the results of one case with the truth; prints and counts failures.
 #pragma once
 
 #include <cstdio>
@@ -18,7 +18,7 @@ class Judge {
     std::fprintf(stderr, "FAILED  %s: %s\n", name_.c_str(), what.c_str());
   }
 
-  // Each number within `allowed` of the truth; both NaN, or both infinite, is agreement.
+  // Each number must be within `allowed` of the truth. NaN agrees with NaN, and an infinity with itself.
   void close(const std::string& what, const Numbers& found, const Numbers& truth, double allowed, double relative = 0) {
     for (size_t q = 0; q < truth.size(); q++) {
       if (found[q] == truth[q] || (std::isnan(found[q]) && std::isnan(truth[q]))) continue;
@@ -31,7 +31,7 @@ class Judge {
     }
   }
 
-  // All of them together, in the Euclidean norm.
+  // The difference must be within `allowed` of the truth in the Euclidean norm.
   void close_in_norm(const std::string& what, const Numbers& found, const Numbers& truth, double allowed) {
     Numbers difference(truth.size());
     for (size_t q = 0; q < truth.size(); q++) difference[q] = found[q] - truth[q];

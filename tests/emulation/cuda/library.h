@@ -1,4 +1,4 @@
-// What the driver gives to the engine: work space, and products by three loops.
+// The driver's library for the engine: work space, and matrix products by three loops.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,16 +23,16 @@ class Library : public fastclip::cuda::Library {
   explicit Library(bool tf32 = false) : tf32_(tf32) {}
 
   void* allocate(int64_t bytes) override {
-    if (bytes < 1) throw std::logic_error("the engine asks for no memory at all");
+    if (bytes < 1) throw std::logic_error("the engine requested 0 bytes");
     void* const data = memory_.emplace_back(bytes, 256).data();
 #if defined(__SANITIZE_THREAD__)
-    // Flags: whoever raises one writes the same as everybody else.
+    // Buffers of 4 bytes are flags; races on them are benign, since all threads write the same value.
     if (bytes == 4) AnnotateBenignRaceSized(__FILE__, __LINE__, data, 4, "a flag");
 #endif
     return data;
   }
 
-  // One rounding for each element, so that what is off is the engine's doing.
+  // Rounds each element once, so that larger errors are the engine's.
   void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) override {
     if (a.dtype != b.dtype || out.dtype != Dtype::kFloat) throw std::logic_error("a product of the wrong dtypes");
     if (a.columns != b.rows || a.rows != out.rows || b.columns != out.columns)
@@ -40,7 +40,8 @@ class Library : public fastclip::cuda::Library {
     for (const Matrix* matrix : {&a, &b, &out}) {
       const bool by_rows = matrix->column_stride == 1 && matrix->row_stride >= matrix->columns;
       const bool by_columns = matrix->row_stride == 1 && matrix->column_stride >= matrix->rows;
-      if (!by_rows && !by_columns) throw std::logic_error("a product of matrices that are stored neither way");
+      if (!by_rows && !by_columns)
+        throw std::logic_error("a matrix of a product is neither row-major nor column-major");
     }
     products++;
     const std::vector<double> left = dense(a), right = dense(b);

@@ -1,4 +1,4 @@
-// Where threads meet: which call of the source they wait in, and what a warp's lanes get from one another.
+// The calls at which threads wait for one another, and the values that a warp's lanes exchange.
 #pragma once
 
 #include <bit>
@@ -14,8 +14,8 @@ using Site = std::source_location;
 
 enum class Call : uint8_t { kSyncThreads, kSyncWarp, kShuffle, kVote };
 
-// One lane's call. Of a vote `value` is the predicate; of a shuffle it has the value's bits, and `source` is the lane
-// that is read.
+// One lane's call. In a vote, `value` is the predicate. In a shuffle, it has the value's bits, and `source` is the lane
+// to read.
 struct WarpCall {
   Call kind;
   unsigned mask;
@@ -24,13 +24,13 @@ struct WarpCall {
   Site site;
 };
 
-// A place in the source rather than an address: a function inlined twice is one place.
+// Compares places in the source, not addresses, so that a function that is inlined twice is one place.
 __attribute__((no_sanitize("thread"))) inline bool is_same(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() &&
          (a.file_name() == b.file_name() || __builtin_strcmp(a.file_name(), b.file_name()) == 0);
 }
 
-// The lane that a shuffle reads: its own where the segment of `width` lanes has no such lane.
+// The lane that a shuffle reads: the calling lane itself if the segment of `width` lanes has no such lane.
 enum class Shuffle { kIndex, kUp, kDown, kXor };
 constexpr unsigned source_lane(Shuffle shuffle, unsigned lane, int argument, int width) {
   const unsigned first = lane & ~unsigned(width - 1), last = first + unsigned(width) - 1;

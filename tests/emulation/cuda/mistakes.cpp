@@ -1,4 +1,4 @@
-// Kernels that are wrong, each in one thing, which something must stop or report: test_cuda_emulation.py knows what.
+// Wrong kernels with one mistake each. test_cuda_emulation.py lists what must detect each mistake.
 #include <cmath>
 
 #include "selftest.h"
@@ -11,7 +11,7 @@ __global__ void race_kernel(float* out) {
   out[threadIdx.x] = shared[(threadIdx.x + 40) % kThreads];
 }
 
-// The second reading is over before the next writing begins only where somebody waits.
+// Lacks a barrier between the reads of one iteration and the write of the next.
 __global__ void late_race_kernel(float* out) {
   __shared__ float shared;
   for (int q = 0; q < 3; q++) {
@@ -81,7 +81,7 @@ template <class... Parameters, class... Arguments>
 void run(void (*kernel)(float*, Parameters...), Arguments... arguments) {
   const auto out = device_memory<float>(kThreads);
   launch(2, kThreads, kernel, out.get(), arguments...);
-  for (int k = 0; k < kThreads; k++) expect(!std::isnan(out[k]), "something was read that nobody wrote");
+  for (int k = 0; k < kThreads; k++) expect(!std::isnan(out[k]), "an element was read before it was written");
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-// Fills shared memory with NaN before every block, so that reading what nobody wrote shows in the results.
+// Fills shared memory with NaN before every block, so that reads of unwritten elements show in the results.
 //
-// For executables, with -DEMULATION_POISON. __shared__ is then thread-local: that is what makes it one piece of memory
-// which can be found. (A section of its own cannot be: GCC ignores the attribute in templates.) It is all of the
-// executable's thread-local memory, so let it have no other. Not under AddressSanitizer, which puts red zones around
-// statics alone.
+// For executables, with -DEMULATION_POISON. __shared__ variables are then thread-local, which puts them into one
+// segment that can be found. (GCC ignores the attribute for a named section in templates.) The whole segment is
+// overwritten, so the executable must have no other thread-local variables. Not under AddressSanitizer, which puts red
+// zones around plain statics only.
 #pragma once
 
 #if defined(EMULATION_POISON) && !defined(EMULATION_THREADS) && !defined(__SANITIZE_ADDRESS__)

@@ -1,4 +1,4 @@
-// One case through every operator, each of its results compared with the truth.
+// Runs one case through every operator and compares the results with the truth.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -136,8 +136,8 @@ class Run {
     }
     if (c.is_softmax())
       for (size_t l = 0; l < found.size(); l++) found[l] = std::log2(sums[l]) + shifts[l];
-    // Up to here one shift is enough; whoever takes running maxima all the same is slow. A threshold may leave a
-    // line with few of its pairs or none.
+    // Up to this reach one shift is enough, and running maxima would be needlessly slow. Thresholds are exempt, since
+    // they may leave a line few pairs or none.
     const bool is_one = std::all_of(shifts.begin(), shifts.end(), [&](double m) { return m == shifts[0]; });
     const bool is_told = c.tells_occupied || c.is_plain();
     if (truth.reach <= (c.is_plain() ? 76 : 40) && std::isnan(c.margin) && is_told)
@@ -151,7 +151,7 @@ class Run {
                 terms * truth.largest_product);
   }
 
-  // Of the rows, and of the columns, too, where each of them shares its positive with the row of its number.
+  // Finishes the rows and, if column i shares its positive with row i, the columns, too.
   void finish() {
     const int64_t count = c.m == c.n && c.offset == 0 ? 2 * c.m : c.m;
     const Memory out(3 * count * 8);
@@ -183,7 +183,7 @@ class Run {
     const Memory coefficients(numbers * 8), weights(c.m * 8), totals(2 * 8), key_bias_sums(c.n * 8);
     std::mt19937_64 generator(7);
     std::normal_distribution<double> normal;
-    // Any numbers will do that bring each line's weights to order 1. Rows without a positive have a weight, too.
+    // Arbitrary coefficients that bring each line's weights to order 1. Rows without a positive have a weight, too.
     for (int64_t l = 0; l < numbers; l++)
       coefficients.as<double>()[l] = std::exp2(normal(generator) / 3) / (sums[l] > 1e-30 ? sums[l] : 1);
     for (int64_t i = 0; i < c.m; i++) weights.as<double>()[i] = -sigmoid(normal(generator));
@@ -235,7 +235,7 @@ class Run {
                          const Gradient& dx, const Gradient& dy, const Memory& totals, const Numbers& key_bias) {
     const auto is_half = [&](const Gradient& g) { return c.dtype == Dtype::kHalf || g.dtype == Dtype::kHalf; };
     const Gradients exact = truth.gradients(w, positive_weights, gain, c.project, is_half(dx), is_half(dy));
-    // Only the products that make dx and dy may take weights in less than fp32.
+    // Only the products that make dx and dy may use weights of less than fp32.
     const double narrow = c.tf32 ? roundoff(Dtype::kHalf) : c.dtype == Dtype::kFloat ? 0 : roundoff(c.dtype);
     const auto compare = [&](const std::string& name, const Gradient& found, bool wanted, const Numbers& truth,
                              double condition) {
@@ -254,7 +254,7 @@ class Run {
                           exact.condition_key_bias * arithmetic() + roundoff(Dtype::kFloat));
   }
 
-  // The error of one careful exponential.
+  // The error allowed in one exponential.
   double arithmetic() const { return 8 * roundoff(c.tf32 ? Dtype::kHalf : Dtype::kFloat) * (1 + truth.largest_logit); }
 
   const Numbers& note(const Numbers& numbers) {

@@ -1,4 +1,4 @@
-// One of two ways to run the threads of a block; see their files.
+// Chooses one of two ways to run the threads of a block; see their files.
 #pragma once
 
 #if defined(EMULATION_THREADS)

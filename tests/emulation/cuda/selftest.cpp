@@ -1,8 +1,8 @@
-// The emulation itself.
+// Tests the emulation itself.
 //
-//   selftest         right kernels get right results, impossible launches are refused
-//   selftest times   what barriers and launches cost
-//   selftest NAME    one of mistakes.cpp
+//   selftest         right kernels give right results, impossible launches fail
+//   selftest times   prints the time of barriers and launches
+//   selftest NAME    runs one of mistakes.cpp
 #include "selftest.h"
 
 #include <cuda_bf16.h>
@@ -40,7 +40,7 @@ void block_reduction() {
   expect(out[0] + out[1] + out[2] == expected, "the sum of all blocks");
 }
 
-// Launches take turns, on whichever thread of the host.
+// Launches of different host threads take turns.
 void two_host_threads() {
   std::thread other([] {
     for (int q = 0; q < 2; q++) block_reduction();
@@ -86,7 +86,7 @@ void votes() {
   for (int k = 0; k < kThreads; k++) expect(out[k] == 1, "votes of thread " + std::to_string(k));
 }
 
-// A warp writes what the next one reads; some threads, and whole warps, are gone by then.
+// Each warp reads numbers that another wrote, after some threads, and whole warps, have returned.
 __global__ void early_return_kernel(int* out, int leave_from) {
   __shared__ int shared[kThreads];
   if (int(threadIdx.x) >= leave_from) return;

@@ -1,4 +1,4 @@
-// What the self-test's right and wrong kernels share.
+// Helpers of the self-test's right and wrong kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +27,7 @@ inline void expect(bool holds, const std::string& what) {
   std::exit(1);
 }
 
-// Exactly so large, so that a sanitizer sees who leaves it.
+// Memory of exactly this size, so that a sanitizer detects overruns.
 template <class T>
 std::unique_ptr<T[]> device_memory(size_t count, T value = {}) {
   std::unique_ptr<T[]> memory(new T[count]);
@@ -35,5 +35,5 @@ std::unique_ptr<T[]> device_memory(size_t count, T value = {}) {
   return memory;
 }
 
-// By name: each launches a kernel with one mistake.
+// Functions by name, each of which launches a kernel with one mistake.
 std::map<std::string, std::function<void()>> mistakes();

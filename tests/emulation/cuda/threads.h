@@ -1,9 +1,9 @@
-// The threads of a block as threads of the host: real concurrency, whatever order the machine makes of it. Slow, and
-// less strict than fibers.h: a mask must name the whole warp, threads at different barriers are taken to be at the same
-// one, and a barrier that some leave out while others wait may hang.
+// The threads of a block as host threads, which really run concurrently, in any order. Slow, and less strict than
+// fibers.h: a mask must name the whole warp, different barriers are not told apart, and a barrier that some threads do
+// not reach may hang.
 //
-// Each barrier, that of a shuffle too, orders memory, so under ThreadSanitizer a missing __syncwarp can hide behind a
-// shuffle here. A missing __syncthreads is reported wherever no other barrier lies between the accesses.
+// Each barrier orders memory, as does each shuffle, so ThreadSanitizer may miss a missing __syncwarp next to a shuffle.
+// A missing __syncthreads is reported if no other barrier lies between the accesses.
 #pragma once
 
 #include <atomic>
@@ -25,7 +25,7 @@ inline dim3 blockDim, gridDim;
 
 namespace emulation {
 
-inline bool reversed = std::getenv("EMULATION_REVERSED") != nullptr;  // of the blocks
+inline bool reversed = std::getenv("EMULATION_REVERSED") != nullptr;  // the order of blocks
 
 class Threads {
  public:
@@ -36,7 +36,7 @@ class Threads {
     gridDim = grid, blockDim = block;
     count_ = block.x * block.y * block.z;
     const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-    // Twice a block: all have left the last one before it is replaced, and all see the new one.
+    // Used twice for each block: all threads have left the last block before it is replaced, and all see the new one.
     std::barrier<> all{std::ptrdiff_t(count_)};
     std::vector<std::jthread> threads;
     for (unsigned k = 0; k < count_; k++)
@@ -58,7 +58,7 @@ class Threads {
     const unsigned turn = barriers_++;
     votes_[turn % 3] += predicate;
     block_->arrive_and_wait();
-    votes_[(turn + 2) % 3] = 0;  // all have read the last turn's, and none has come to the one after the next
+    votes_[(turn + 2) % 3] = 0;  // all have read these votes, and none has reached the barrier that counts them again
     return votes_[turn % 3];
   }
 
@@ -70,7 +70,7 @@ class Threads {
     if (kind != Call::kSyncWarp && mask != lanes) fail("a mask names a lane that the block does not have", site);
     if (!(mask >> source & 1)) fail("a shuffle reads a lane that its mask does not name", site);
     const unsigned call = ++calls_;
-    Slot* const slots = slots_[call % 2] + first;  // the last call's may still be read
+    Slot* const slots = slots_[call % 2] + first;  // slots of the last call may still be read
     slots[k - first] = {value, call};
     warps_[warp]->arrive_and_wait();
     if (kind == Call::kSyncWarp) return 0;
@@ -86,7 +86,7 @@ class Threads {
  private:
   struct Slot {
     uint64_t value;
-    unsigned call;  // the one it was written in
+    unsigned call;  // the call that wrote it
   };
 
   void begin(uint64_t b) {

@@ -1,6 +1,5 @@
-// One rectangular block of logits, dense in float64, from the formulas of the operators' contract: what
-// tests/support/dense_block.py is to the tests in Python. Positives, own ones and those by id, are kept apart from
-// negatives.
+// The truth of one block of logits: the formulas of the operators' contract, dense in float64, as in
+// tests/support/dense_block.py. Own positives and positives by id are kept apart from negatives.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +25,7 @@ struct Tower {
   int64_t rows = 0;
 };
 
-// Which pairs count, and biases of columns. Empty: all, none.
+// The options of a block. Empty vectors mean that it has no such option.
 struct Masks {
   std::vector<int32_t> ids_x, ids_y;
   bool same_id_positive = false;
@@ -36,7 +35,8 @@ struct Masks {
 struct Gradients {
   Numbers x, y, key_bias;
   double totals[2];
-  double condition_x, condition_y, condition_totals, condition_key_bias;  // the sum of absolute values over the sum
+  double condition_x, condition_y, condition_totals,
+      condition_key_bias;  // sums of absolute values, divided by the sums
 };
 
 class Truth {
@@ -48,7 +48,7 @@ class Truth {
   const Masks masks;
   Numbers t;                              // (m, n)
   double largest_product, largest_logit;  // bounds: rounding errors in exponentials grow with them
-  double reach;                           // a bound of logits, of biases only how far they are apart
+  double reach;                           // a bound of logits, with the biases' range in place of their size
 
   Truth(const Tower& x, const Tower& y, int64_t width, bool is_softmax, double scale, double bias, int64_t offset,
         const Masks& masks)
@@ -98,7 +98,7 @@ class Truth {
     return scale * t[i * n + j] + bias + (masks.key_bias.empty() ? 0 : masks.key_bias[j]);
   }
 
-  // t of each row's own positive, NaN where it has none here.
+  // t of each row's own positive, NaN if the block has none.
   Numbers positives() const {
     Numbers numbers(size_t(m), kNan);
     for (int64_t i = 0; i < m; i++)
@@ -106,8 +106,8 @@ class Truth {
     return numbers;
   }
 
-  // Calls f(i, j, line, logit) for each pair, of negatives or of positives by id, and each line that remembers it: row
-  // i, column j behind the rows.
+  // Calls f(i, j, line, logit) for each pair of negatives, or of positives by id, and each line for which it counts.
+  // Line i is row i; line m + j is column j.
   template <class Function>
   void for_pairs(bool of_positives, Function f) const {
     for (int64_t i = 0; i < m; i++)
@@ -118,7 +118,7 @@ class Truth {
         }
   }
 
-  // States as one number a line, rows first: log2 of the sum of exponentials, or the sum of softplus.
+  // States as one number for each line, rows first: log2 of the sum of exponentials, or the sum of softplus.
   Numbers states(bool of_positives) const {
     Numbers lines(size_t(m + n), 0.), top(size_t(m + n), -kInfinity);
     for_pairs(of_positives, [&](int64_t, int64_t, int64_t l, double s) { top[l] = std::max(top[l], s); });
@@ -130,7 +130,7 @@ class Truth {
     return lines;
   }
 
-  // Lines that have any pairs of a logit above -inf, thresholds aside.
+  // Flags of lines that have pairs with a logit above -inf, regardless of thresholds.
   std::vector<char> occupied() const {
     std::vector<char> lines;
     for (const bool of_positives : {false, true}) {
@@ -145,8 +145,8 @@ class Truth {
     return lines;
   }
 
-  // Weights of the pairs, 0 at the own positives. shifts in log2 units, coefficients: rows first, those of
-  // positives by id behind the others.
+  // Weights of the pairs, 0 at the own positives. Shifts (in log2 units) and coefficients have rows first, and those of
+  // positives by id after those of negatives.
   Numbers weights(const Numbers& shifts, const Numbers& coefficients) const {
     Numbers w(size_t(m * n), 0.);
     for (const bool of_positives : {false, true}) {
@@ -160,7 +160,7 @@ class Truth {
     return w;
   }
 
-  // half: fp16 is among the dtypes, in which a zero row has no gradient instead of an infinite one.
+  // half_x, half_y: fp16 is among the dtypes, so a zero row has a zero gradient instead of an infinite one.
   Gradients gradients(Numbers w, const Numbers& positive_weight, double gain, bool project, bool half_x,
                       bool half_y) const {
     Gradients g;

@@ -15,17 +15,17 @@ ROOT = HERE.parents[2]
 FOLDER = ROOT / "build" / "cuda_fused"
 UNITS = ("cuda/sm90/sweep.cu", "cuda/sm90/weigh.cu")
 NVCC_FLAGS = ["-std=c++17", "-O3", "--ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-# Theirs alone. NDEBUG: see csrc/cuda/sm90/gemm.h. A division to IEEE's letter is a function call.
+# csrc/cuda/sm90/gemm.h explains NDEBUG. Without --prec-div=false a division is a function call.
 NVCC_FLAGS += ["-DNDEBUG", "--prec-div=false", "--expt-relaxed-constexpr"]
 NVCC_FLAGS += ["-gencode", "arch=compute_90a,code=sm_90a", "--resource-usage"]
 
 
 def cutlass_include() -> Path | None:
-    """CUTLASS's headers: $CUTLASS_PATH, a checkout, or what `nvidia-cutlass` installs."""
+    """Returns CUTLASS's headers, from the checkout $CUTLASS_PATH or the package nvidia-cutlass."""
     folders = []
     if checkout := os.environ.get("CUTLASS_PATH"):
         folders.append(Path(checkout) / "include")
-    # Found, not imported: only its data is wanted.
+    # The package is not imported, since only its data files are needed.
     if spec := importlib.util.find_spec("cutlass_library"):
         for place in spec.submodule_search_locations or []:
             folders.append(Path(place) / "source" / "include")
@@ -38,7 +38,7 @@ def nvcc() -> str | None:
 
 
 def cuobjdump() -> str | None:
-    """The toolkit's, or the one that Triton brings."""
+    """Returns the toolkit's cuobjdump, or Triton's."""
     beside = [str(Path(found).resolve().parent / "cuobjdump")] if (found := nvcc()) else []
     if spec := importlib.util.find_spec("triton"):
         for place in spec.submodule_search_locations or []:
@@ -63,7 +63,10 @@ def run(command: list[str]) -> str:
 
 
 def made(name: str, command: list[str], sources: list[Path]) -> tuple[Path, str]:
-    """What a command makes (it ends in -o), and what it said: anew where sources have changed."""
+    """Returns the output file of a command, which ends in -o, and its messages.
+
+    The command runs only if it or a source has changed.
+    """
     digest = hashlib.sha256(shlex.join(command).encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -76,7 +79,7 @@ def made(name: str, command: list[str], sources: list[Path]) -> tuple[Path, str]
 
 
 def unit(name: str) -> tuple[Path, str]:
-    """A unit's object, and what ptxas told of its kernels. A minute and 3.3 GB each."""
+    """Returns a unit's object and ptxas's report. To compile one takes a minute and 3.3 GB."""
     source = ROOT / "csrc" / name
     include = ["-I", str(cutlass_include())]
     command = [str(nvcc()), *NVCC_FLAGS, *include, "-c", str(source), "-o"]
@@ -100,19 +103,19 @@ def program(name: str, flags: list[str], extra: list[Path], also: list[Path]) ->
 
 
 def launcher() -> Path:
-    """The host's side of both units against a mock of the CUDA runtime."""
+    """Builds the host side of both units with a mock of the CUDA runtime."""
     objects = [unit(name)[0] for name in UNITS]
     return program("launch", ["-O1"], [], [HERE / "mock.cpp", *objects])
 
 
 def emulator() -> Path:
-    """Both epilogues on the CPU."""
+    """Builds the program that runs both epilogues on the CPU."""
     context = HERE.parent / "cuda/context.h"
     return program("emulate", ["-O1", "-DNDEBUG", "-Wno-unknown-pragmas"], [context], [])
 
 
 def emulated_kernels() -> Path:
-    """A library with both of them, for the emulated engine."""
+    """Builds a library of both kernels for the emulated engine."""
     context = HERE.parent / "cuda/context.h"
     flags = ["-O1", "-DNDEBUG", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-fvisibility=hidden"]
     return program("kernels", flags, [context], [])

@@ -1,11 +1,12 @@
-// A block's consumer threads on the CPU: tile after tile, the calls that CUTLASS's CollectiveEpilogue::store makes of a
-// visitor, in its order and with its barriers (epilogue/collective/sm90_epilogue_tma_warpspecialized.hpp). Products
-// come from a function and written values go to one; partitions are CuTe's own.
+// The consumer threads of a thread block on the CPU. For each tile they call a visitor as CUTLASS's
+// CollectiveEpilogue::store does, in its order and with its barriers
+// (epilogue/collective/sm90_epilogue_tma_warpspecialized.hpp). A function supplies products, another receives written
+// values; partitions are CuTe's own.
 #pragma once
 
 #include "intrinsics.h"
 
-// intrinsics.h first
+// after intrinsics.h
 #include <cute/atom/copy_traits_sm90.hpp>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
@@ -30,11 +31,11 @@ class Collective {
   using Storage = typename Visitor::SharedStorage;
 
  public:
-  // product(i, j): of the features, inside the part. written(i, j, value), also past its edges.
+  // product(i, j) returns a product of features, inside the view. written(i, j, value) is called past its edges, too.
   template <class Product, class Written>
-  static void run(const ChunkView& view, const typename Work::Arguments& arguments, int tiles_m, int tiles_n, unsigned seed,
-                  Product product, Written written) {
-    std::vector<char> memory(sizeof(Storage) + 128, char(0xff));  // NaN, as a card's is at best
+  static void run(const ChunkView& view, const typename Work::Arguments& arguments, int tiles_m, int tiles_n,
+                  unsigned seed, Product product, Written written) {
+    std::vector<char> memory(sizeof(Storage) + 128, char(0xff));  // NaN, since a GPU's shared memory is uninitialised
     void* aligned = memory.data();
     size_t space = memory.size();
     Storage& storage = *static_cast<Storage*>(std::align(128, sizeof(Storage), aligned, space));
@@ -47,7 +48,8 @@ class Collective {
 
  private:
   template <class Product, class Written>
-  static void store(Visitor& visitor, const ChunkView& view, int m, int n, int thread, Product product, Written written) {
+  static void store(Visitor& visitor, const ChunkView& view, int m, int n, int thread, Product product,
+                    Written written) {
     using namespace cute;
     const int M = int(view.rows), N = int(view.columns);
     Mma mma;
@@ -109,7 +111,7 @@ class Collective {
     callbacks.end();
   }
 
-  inline static int storage_of_pieces = 0;  // what stock reductions would borrow
+  inline static int storage_of_pieces = 0;  // the memory that CUTLASS's own reductions would use
 };
 
 }  // namespace emulated

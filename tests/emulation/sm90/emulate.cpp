@@ -1,4 +1,4 @@
-// The fused epilogues on the CPU, all threads of a tile, against double: a line of JSON for each case.
+// Runs the fused epilogues on the CPU, with all threads of a tile, and compares them with double. Prints JSON.
 //
 //   emulate sweep|weigh rows columns offset softmax|sigmoid bf16|fp16 factors coefficients shifts scale
 //     factors, coefficients: 0 or 1;  shifts: one or two
@@ -19,10 +19,10 @@ namespace kinds = fastclip::CUDA;
 
 constexpr float kUntouched = -12345.f;
 
-// What lies below is lost beside a line's other sums.
+// Errors are relative to at least this: smaller sums do not matter beside a line's others.
 constexpr double kLeast = 0x1p-100;
 
-// Largest errors of a case, relative to the truth or to the sum of magnitudes.
+// The largest errors of a case, relative to the truth or to the sum of magnitudes.
 struct Errors {
   double rows = 0, columns = 0, positives = 0, weights = 0, totals = 0;
   bool stays_inside = true, is_deterministic = true;
@@ -33,7 +33,7 @@ void note(double& worst, double got, double truth, double size) {
   worst = std::fmax(worst, std::isfinite(error) ? error : 1e300);
 }
 
-// A device's array with a margin that nobody may write to.
+// A device array between margins that must stay unwritten.
 template <class T>
 struct Guarded {
   static constexpr size_t kMargin = 64;
@@ -64,7 +64,7 @@ cuda::ChunkView view_of(const Pairs& p, const double* scale, const double* bias)
   return view;
 }
 
-// Behind the last tiles, too: scheduling rounds their number up.
+// One tile more than needed, since schedulers round the number of tiles up.
 int rounded_up(int64_t lines, int lines_of_tile) { return int(cuda::tiles_of(lines, lines_of_tile)) + 1; }
 
 template <class Statistic, class Element, const cuda::FusedTile& kTile>
@@ -73,7 +73,7 @@ Errors sweep(const Pairs& p) {
   using Work = fused::Fold<Statistic, Element, Layout>;
   const cuda::ChunkView view = view_of(p, &p.scale, &p.bias);
   const int64_t tiles_m = cuda::fused_column_parts(view), tiles_n = cuda::fused_row_parts(view);
-  const int64_t line = 3;  // any strides will do
+  const int64_t line = 3;  // an arbitrary stride
   struct Results {
     Guarded<float> rows, columns;
     Guarded<double> positive;

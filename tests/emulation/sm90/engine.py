@@ -2,7 +2,7 @@
 
     python engine.py     prints how often each fused kernel ran, and the second with two shifts
 
-A process of its own, since torch takes one implementation of an operator.
+It runs in its own process, since torch accepts one implementation of an operator.
 """
 
 import ctypes
@@ -20,8 +20,8 @@ KERNELS = build.emulated_kernels()
 
 
 def link_fused() -> None:
-    """Makes cuda_case's library anew, with the fused path and its kernels."""
-    # It tells apart what its own sources make, and of the kernels' library it keeps the path.
+    """Makes cuda_case build the engine with the fused path, and link the kernels."""
+    # cuda_case hashes only its own sources, so the folder is named after the kernels' library.
     cuda_case.FOLDER = build.FOLDER / f"engine-of-{KERNELS.name}"
     cuda_case.UNITS["cuda/engine.cu"].append("-DFASTCLIP_FUSED=1")
     run = cuda_case.run
@@ -53,14 +53,14 @@ def main() -> None:
         for kind, dtype in itertools.product(KINDS, halves):
             block = make_block(200, 300, 16, dtype, kind=kind, offset=60, factors=(True, False))
             check("cuda", block, what=f"{kind} {dtype} in chunks")
-    # Both sweeps in one go are no fused kernel's: partial sums are laid out as those of another.
+    # No fused kernel runs both sweeps in one go; partial sums have the other kernels' layout.
     for dtype in halves:
         check_in_one_go("cuda", make_block(140, 200, 16, dtype, kind="sigmoid", offset=30))
-    # So large a scale that every line has its own shift.
+    # At this scale every line has its own shift.
     for dtype in halves:
         block = make_block(150, 140, 16, dtype, scale=500.0)
         check("cuda", block, what=f"{dtype} two shifts")
-    # Whatever a block has beside features and factors, the library's tiles serve it.
+    # Blocks with options take the library's tiles.
     for options in OPTIONS:
         for _, block in masked_blocks((140, 200, 16), halves[0], options):
             check_masked("cuda", block, options)

@@ -1,4 +1,4 @@
-// The threads of a tile as fibers of one host thread, in any order: they change places only where they wait.
+// The threads of a tile as fibers of one host thread, in any order. They are switched only when they wait.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace emulated {
 
 class Fibers {
  public:
-  // Runs body(0) .. body(count - 1). seed 0: the first goes first; 1: the last; others: any order, anew each round.
+  // Runs body(0) .. body(count - 1). Seed 0: in order; 1: in reverse order; others: in a new random order each round.
   void run(unsigned count, unsigned seed, std::function<void(unsigned)> body) {
     count_ = count, body_ = std::move(body);
     threads_.assign(count, {});
@@ -42,7 +42,7 @@ class Fibers {
     }
   }
 
-  // Whether a thread comes to the same barriers as the others is up to them; here only their number is seen.
+  // Waits until all threads have called this. It does not check that they are at the same barrier.
   void meet_all() {
     const unsigned long meeting = meetings_;
     steps_++;
@@ -54,7 +54,7 @@ class Fibers {
     wait([&] { return meetings_ != meeting; });
   }
 
-  // The value of the lane whose number differs in the bits of `mask`.
+  // Returns the value of the lane whose number differs in the bits of `mask`.
   uint32_t exchange(uint32_t value, unsigned mask) {
     Thread& mine = threads_[current_];
     const unsigned partner = current_ ^ mask;
@@ -70,7 +70,7 @@ class Fibers {
   struct Thread {
     bool is_done = false;
     unsigned long shuffles = 0;
-    uint32_t values[2];  // of the last shuffles: nobody is further ahead than one
+    uint32_t values[2];  // of the last two shuffles: no lane is more than one ahead
   };
 
   bool warp_has_come(unsigned long shuffle) const {

@@ -1,4 +1,4 @@
-// What CUTLASS's headers and the fused epilogues want of CUDA's language, for a C++ compiler: the shuffle, and names.
+// The CUDA functions that CUTLASS's headers and the fused epilogues need, for a C++ compiler.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -23,7 +23,7 @@ inline float __shfl_xor_sync(unsigned, float v, int mask) {
   return __uint_as_float(emulated::fibers.exchange(__float_as_uint(v), unsigned(mask)));
 }
 
-// Only named, in templates that nobody instantiates.
+// Only declared, for templates that are not instantiated.
 int __dp4a(int, int, int);
 unsigned __dp4a(unsigned, unsigned, unsigned);
 unsigned __byte_perm(unsigned, unsigned, unsigned);

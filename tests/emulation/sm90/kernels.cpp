@@ -1,5 +1,5 @@
-// fused_sweep and fused_weigh for the emulated engine: products on the CPU, the epilogues' own code around them. A
-// library of its own, for the engine is emulated with other headers in place of CUDA's.
+// fused_sweep and fused_weigh for the emulated engine: products made on the CPU, and the epilogues' own code. They are
+// in a library of their own, because the engine is emulated with other headers in place of CUDA's.
 #include <stdexcept>
 
 #include "collective.h"
@@ -7,7 +7,7 @@
 #include "cuda/sm90/fold.h"
 #include "cuda/sm90/weights.h"
 
-// How often each has run, and how many of the second had two shifts.
+// The number of calls of each kernel, and of calls of the second with two shifts.
 extern "C" {
 __attribute__((visibility("default"))) int emulated_sweeps = 0, emulated_weighs = 0, emulated_differ = 0;
 }
@@ -26,7 +26,7 @@ float product(const ChunkView& view, int i, int j) {
 
 template <class Function>
 void for_kernel(const ChunkView& view, Function f) {
-  if (!fused_serves(view)) throw std::invalid_argument("the engine asked for a part that is not served");
+  if (!fused_serves(view)) throw std::invalid_argument("the fused kernels do not serve this chunk");
   CUDA::for_kind(view.kind, [&](auto statistic) {
     if (view.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
     f(statistic, cutlass::bfloat16_t());

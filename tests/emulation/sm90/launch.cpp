@@ -1,7 +1,7 @@
-// The fused path's host side against the mock runtime: a line of JSON with what it would have launched.
+// Runs the fused path's host side with the mock runtime, and prints the launch as JSON.
 //
 //   launch sweep|weigh rows columns width stride_x stride_y stride_out KIND bf16|fp16 [refused|x|out]
-//     refused: the launch fails;  x, out: begins two bytes later
+//     refused: the launch fails;  x, out: the tensor begins two bytes later
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
@@ -54,7 +54,7 @@ bool has_arguments(size_t at, const T& expected) {
 }
 
 void look_at_parameters() {
-  const size_t most = 1600;  // less than they are
+  const size_t most = 1600;  // less than the size of the parameters
   for (size_t at = 0; at < most; at += 8) {
     uint64_t words[2];
     std::memcpy(words, seen.parameters + at, sizeof words);

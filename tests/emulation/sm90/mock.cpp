@@ -1,5 +1,5 @@
-// The CUDA runtime as far as a launch needs it, without a driver. What is missing here (allocation, copies, waiting)
-// the fused path cannot have called: it would not link.
+// The part of the CUDA runtime that a launch needs, without a driver. The fused path cannot call other functions
+// (allocation, copies, waiting), since it would not link.
 #include "mock.h"
 
 #include <cstdio>
@@ -32,7 +32,7 @@ CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, voi
                 unsigned(swizzle),
                 unsigned(fill),
                 false};
-  // CUTLASS loads 16 bits of whatever kind, and stores them as what they are.
+  // CUTLASS declares loads as 16-bit integers and stores as their own dtype.
   const bool is_half = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ||
                        type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   map.is_legal = is_half && is_legal(map, steps, 2);
@@ -90,7 +90,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   return cudaSuccess;
 }
 
-// What nvcc's objects register themselves with.
+// The functions with which nvcc's objects register themselves.
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;
   return &handle;

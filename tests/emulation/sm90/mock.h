@@ -1,4 +1,4 @@
-// What the mock CUDA runtime saw of a launch.
+// The record that the mock CUDA runtime keeps of a launch.
 #pragma once
 
 #include <cuda.h>
@@ -24,10 +24,10 @@ struct Seen {
   size_t shared = 0;
   cudaStream_t stream = nullptr;
   const char* parameters = nullptr;  // valid during the launch only
-  cudaError_t fails = cudaSuccess;   // what the next launch returns
+  cudaError_t fails = cudaSuccess;   // the result of the next launch
   void (*on_launch)() = nullptr;
 };
 extern Seen seen;
 
-// A tensor map's contents, on the card opaque: here its number in `maps`.
+// A mock tensor map holds this mark and its index in `maps`; a real one is opaque.
 constexpr uint64_t kMapMark = 0xfa57c11bfa57c11b;

@@ -1,4 +1,4 @@
-// What a part's sweeps should give, in double, from the kinds' definitions.
+// The right results of a chunk's sweeps, in double, from the definitions of the kinds.
 #pragma once
 
 #include <cmath>

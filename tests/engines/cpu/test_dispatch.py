@@ -1,7 +1,7 @@
-"""Every instruction set and both matrix products are chosen as asked, and each of them is right.
+"""Every instruction set and both matrix products are used as requested, and give right results.
 
-ATEN_CPU_CAPABILITY is read once, so each combination is a process of its own; FASTCLIP_CPU at each
-call, so that one process may change it between the sweeps.
+ATEN_CPU_CAPABILITY is read once per process, so each combination runs in its own process.
+FASTCLIP_CPU is read at each call, so a process may change it between the sweeps.
 """
 
 import json
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 INFO = fastclip.build_info() or {}
 CAPABILITIES = ("default", "avx2", "avx512")
-# The machine may end before the last instruction set does; torch says where.
+# The largest instruction set of this machine, which may lack the later ones.
 MACHINE = torch.backends.cpu.get_cpu_capability()
 AVAILABLE = CAPABILITIES[: 1 + CAPABILITIES.index(MACHINE.lower())] if INFO else ()
 PRODUCTS = ("brgemm", "mm")
@@ -41,7 +41,7 @@ cpu = torch.device("cpu")
 failures, examined = [], 0
 for name, loss in {"clip": clip_loss, "siglip": siglip_loss}.items():
     for precision in ("float64", "float32", "bfloat16", "float16"):
-        # One reference and running maxima; several blocks and tiles; odd D; products in pieces.
+        # One shift and running maxima; several strips and tiles; odd D; products in pieces.
         for kind, scale, n, d in (
             ("random", 14.3, 131, 7), ("dominating", 100.0, 97, 35), ("separated", 14.3, 90, 131),
             ("lengths", 14.3, 97, 33), ("long_duplicates", 1e4, 131, 24),
@@ -89,7 +89,7 @@ def examinations() -> dict[tuple[str, str], subprocess.CompletedProcess[str]]:
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_each_combination_is_taken_and_right(
+def test_each_combination_is_used_and_right(
     capability: str,
     product: str,
     examinations: dict[tuple[str, str], subprocess.CompletedProcess[str]],
@@ -104,7 +104,7 @@ def test_each_combination_is_taken_and_right(
     info = report["info"]
     assert info["capability"] == capability.upper()
     assert info["product"] == product
-    # Operands in half precision are brgemm's alone.
+    # Only brgemm takes operands in half precision.
     assert info["half_products"] == (INFO["half_products"] and product == "brgemm")
     assert info["threads"] == 2
     assert report["examined"] == 2 * 4 * 5 * 2 * 5
@@ -120,7 +120,7 @@ print(clip_loss(torch.eye(3), torch.eye(3), 1.0).item())
 
 
 @pytest.mark.parametrize("script", [STATE_BUILD, STATE_LOSS], ids=["build_info", "loss"])
-def test_an_unknown_product_is_one_clear_error(script: str) -> None:
+def test_an_unknown_product_is_one_error(script: str) -> None:
     done = run(script, FASTCLIP_CPU="nonsense")
     last = done.stderr.strip().splitlines()
     assert done.returncode == 1
@@ -129,7 +129,7 @@ def test_an_unknown_product_is_one_clear_error(script: str) -> None:
     assert not done.stdout
 
 
-def test_an_empty_setting_is_none() -> None:
+def test_an_empty_setting_means_the_default() -> None:
     done = run(STATE_BUILD, FASTCLIP_CPU="")
     assert done.returncode == 0, done.stderr
     unset = {k: v for k, v in INFO.items() if k not in ("threads", "product", "half_products")}
@@ -146,7 +146,7 @@ print(clip_loss(torch.eye(3), torch.eye(3), 1.0).item())
 
 
 @pytest.mark.skipif(INFO.get("product") != "brgemm", reason="this machine has no brgemm")
-def test_brgemm_that_cannot_be_had_is_an_error_only_where_it_was_asked_for() -> None:
+def test_missing_brgemm_is_an_error_only_if_it_was_requested() -> None:
     forced = run(ONEDNN_OFF, FASTCLIP_CPU="brgemm")
     assert forced.returncode == 1
     assert "RuntimeError: FASTCLIP_CPU=brgemm, but this machine has no AVX-512" in forced.stderr
@@ -156,7 +156,7 @@ def test_brgemm_that_cannot_be_had_is_an_error_only_where_it_was_asked_for() -> 
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
-def test_onednn_switched_off_is_obeyed_at_once() -> None:
+def test_switching_onednn_off_takes_effect_at_once() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert fastclip.build_info()["product"] == "mm"
     assert fastclip.build_info()["product"] == INFO["product"]

@@ -1,4 +1,4 @@
-"""Threads: as many as torch says, the same bits whatever their number, and nobody is held up."""
+"""The number of threads is torch's, results do not depend on it, and no other thread is blocked."""
 
 import multiprocessing
 import queue
@@ -33,7 +33,7 @@ def restore_threads() -> Iterator[None]:
 
 
 def in_a_thread(function: Callable[[], object]) -> object:
-    """The function's result; its exception, if it raised one; a failure if it hangs."""
+    """Runs a function in a thread: returns its result, raises its exception, fails if it hangs."""
     results: queue.Queue = queue.Queue()
 
     def run() -> None:
@@ -50,7 +50,7 @@ def in_a_thread(function: Callable[[], object]) -> object:
 
 
 def step(loss: str, n: int = 700, d: int = 40, seed: int = 0, **options: object) -> list[Tensor]:
-    """The loss and its gradients."""
+    """Returns a loss and its gradients."""
     generator = torch.Generator().manual_seed(seed)
     x, y = (t.requires_grad_() for t in torch.randn(2, n, d, generator=generator).unbind())
     value = LOSSES[loss](x, y, 1.5, -1.0, backend="cpu", **options)
@@ -63,19 +63,19 @@ def assert_equal(results: list[Tensor], others: list[Tensor], what: str = "") ->
         assert torch.equal(one, other), what
 
 
-# ---- how many ------------------------------------------------------------------------------------
+# ---- the number of threads -----------------------------------------------------------------------
 
 
 @compiled_only
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_as_many_as_torch_says(threads: int) -> None:
-    """In each operator, also where the shorter tower comes first. build_info agrees."""
+def test_the_number_of_threads_is_torchs(threads: int) -> None:
+    """In each operator, even if the shorter tower comes first. build_info agrees."""
     torch.set_num_threads(threads)
     assert fastclip.build_info()["threads"] == threads
     gain = torch.ones((), dtype=torch.float64)
     for shape in ((4000, 600), (600, 4000)):
-        for loss in ("softmax", "sigmoid"):
-            block = make_block(*shape, 8, torch.float64, kind=loss)
+        for kind in ("softmax", "sigmoid"):
+            block = make_block(*shape, 8, torch.float64, kind=kind)
             state, positive, _ = sweep("cpu", block)
             weights = make_weights(state, shape[0])
             assert_used(threads, partial(sweep, "cpu", block))
@@ -85,7 +85,10 @@ def test_as_many_as_torch_says(threads: int) -> None:
 
 
 def assert_used(threads: int, call: Callable[[], object]) -> None:
-    """Never more, and as many once: on a busy machine a thread may wake when all work is taken."""
+    """Checks that calls use at most this many threads, and one call exactly as many.
+
+    On a busy machine a thread may wake only after the others have taken all the work.
+    """
     from fastclip import _C
 
     most, ends = 0, time.monotonic() + 60
@@ -96,7 +99,7 @@ def assert_used(threads: int, call: Callable[[], object]) -> None:
 
 
 @compiled_only
-def test_no_more_than_there_is_work_for() -> None:
+def test_small_work_takes_one_thread() -> None:
     from fastclip import _C
 
     torch.set_num_threads(2)
@@ -104,18 +107,18 @@ def test_no_more_than_there_is_work_for() -> None:
     assert _C.threads_used() == 1
 
 
-# ---- what they make ------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 @compiled_only
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_the_same_bits_for_any_number_of_threads(loss: str, dtype: str, scale: float) -> None:
-    """Sums have one order. Three threads are more than many a machine has cores."""
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_the_same_bits_for_any_number_of_threads(kind: str, dtype: str, scale: float) -> None:
+    """Sums have a fixed order. Three threads are more than the cores of many machines."""
     for m, n in ((333, 200), (200, 333)):
         block = make_block(
-            m, n, 30, DTYPES[dtype], kind=loss, scale=scale, offset=7, factors=(True, True)
+            m, n, 30, DTYPES[dtype], kind=kind, scale=scale, offset=7, factors=(True, True)
         )
         itemsize = 8 if dtype == "float64" else 4
         keep = rows_to_keep(m, n, itemsize, 100 * n * itemsize)
@@ -128,7 +131,7 @@ def test_the_same_bits_for_any_number_of_threads(loss: str, dtype: str, scale: f
                 weights = make_weights(state, m)
                 gradients = weigh("cpu", block, state, positive, weights, kept, project=True)
                 result = [state, positive.nan_to_num(7.0), *gradients]
-                if loss == "sigmoid":
+                if kind == "sigmoid":
                     in_one_go = operator("sweep_and_weigh", "cpu")(
                         *block.arguments, gain, True, True, True
                     )
@@ -138,13 +141,16 @@ def test_the_same_bits_for_any_number_of_threads(loss: str, dtype: str, scale: f
             assert_equal(results[0], other)
 
 
-# ---- who waits -----------------------------------------------------------------------------------
+# ---- other threads and processes -----------------------------------------------------------------
 
 
 @compiled_only
 def test_other_python_threads_run_meanwhile() -> None:
-    """The interpreter's lock is released. While it is held nothing else can count, since nobody
-    is made to hand it over before the switch interval has passed."""
+    """The operators release the interpreter's lock.
+
+    If an operator held it, the counter could not run: the switch interval, after which a thread
+    must give up the lock, is longer than the test.
+    """
     torch.set_num_threads(1)
     block = make_block(2500, 2500, 64, kind="sigmoid")
     state, positive, _ = sweep("cpu", block)
@@ -183,7 +189,7 @@ def test_other_python_threads_run_meanwhile() -> None:
 @compiled_only
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_python_threads_at_once(threads: int) -> None:
-    """Kept products, the buffer that waits for the next step and work space are not mixed up."""
+    """Threads share neither kept products, nor cached buffers, nor work space."""
     torch.set_num_threads(threads)
     cases = [("clip", 700, 1), ("siglip", 650, 2), ("clip", 600, 3), ("clip", 701, 4)]
     expected = [step(loss, n, seed=seed) for loss, n, seed in cases]
@@ -212,7 +218,7 @@ def test_two_python_threads_at_once(threads: int) -> None:
 @compiled_only
 @pytest.mark.parametrize("loss", LOSSES)
 def test_in_a_worker_thread(loss: str) -> None:
-    """Also the backward alone, which autograd may run on any thread."""
+    """Both the whole step, and the backward alone, which autograd may run on any thread."""
     assert_equal(step(loss), in_a_thread(lambda: step(loss)))
     x = torch.randn(300, 8, requires_grad=True)
     value = LOSSES[loss](x, x.detach().flip(0), 2.0, backend="cpu")
@@ -233,7 +239,7 @@ def _in_a_child(connection: object, loss: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_in_a_forked_child(loss: str) -> None:
-    """After the parent used its threads, of which the child has none."""
+    """The parent has used its threads before, which the child does not inherit."""
     torch.set_num_threads(2)
     expected = step(loss)
     context = multiprocessing.get_context("fork")

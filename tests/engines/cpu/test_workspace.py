@@ -1,8 +1,6 @@
-"""Large buffers wait for the next step, can be given back, and serve one owner at a time.
+"""Large buffers of the C++ engine are cached for the next step, can be freed, and have one owner.
 
-Kept products, and gradients of a MiB and more.
-
-The C++ engine's alone: on other engines nothing is kept.
+They hold kept products, and gradients of a MiB and more. Other engines cache no buffers.
 """
 
 import json
@@ -61,7 +59,7 @@ print(json.dumps(report))
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, int]:
-    """Bytes that a process holds between its steps; the buffer of 4,096 pairs is 64 MiB."""
+    """Returns a process's memory in bytes after its steps. The buffer of 4,096 pairs is 64 MiB."""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads Linux' /proc")
     done = subprocess.run(
@@ -79,13 +77,13 @@ def report() -> dict[str, int]:
 BUFFER = 4 * 4096 * 4096
 
 
-def test_the_buffer_waits_for_the_next_step(report: dict[str, int]) -> None:
+def test_the_buffer_is_cached_for_the_next_step(report: dict[str, int]) -> None:
     assert report["after"] - report["before"] > 0.9 * BUFFER
     assert report["again"] - report["after"] < 4 * MIB
     assert report["high again"] - report["high"] < 4 * MIB, "the second step took a second buffer"
 
 
-def test_the_buffer_can_be_given_back(report: dict[str, int]) -> None:
+def test_the_buffer_can_be_freed(report: dict[str, int]) -> None:
     assert report["again"] - report["released"] > 0.9 * BUFFER
     assert report["released"] - report["before"] < 8 * MIB
     assert report["afterwards"] - report["released"] > 0.9 * BUFFER
@@ -111,13 +109,13 @@ def assert_equal(results: list[Tensor], others: list[Tensor]) -> None:
         assert torch.equal(one, other)
 
 
-# From about 512 pairs on products wait in the buffer. It serves sizes down to half its own.
+# From about 512 pairs on, products lie in a cached buffer. It serves sizes down to half its own.
 SIZES = (900, 700, 640, 899, 520, 1000, 30, 901)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_is_left_in_the_buffer_does_not_show(loss: str) -> None:
-    """Smaller and larger batches after one another, and all of them after one of NaN."""
+def test_old_contents_of_the_buffer_do_not_affect_results(loss: str) -> None:
+    """Smaller and larger batches follow one another, and each follows a batch of NaN."""
     expected = {}
     for n in SIZES:
         fastclip.release_workspace()
@@ -131,12 +129,12 @@ def test_what_is_left_in_the_buffer_does_not_show(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_steps_that_wait_for_their_backward_have_a_buffer_each(loss: str) -> None:
-    """Forwards first, backwards later, in any order and more than once."""
+    """All forwards run first; backwards run later, in any order and more than once."""
     sizes = (700, 690, 710)
     expected = [step(loss, n, seed=n) for n in sizes]
     inputs = [features(n, seed=n) for n in sizes]
     values = [LOSSES[loss](*xy, 1.5, -1.0, reduction="none", backend="cpu") for xy in inputs]
-    fastclip.release_workspace()  # takes nothing that is in use
+    fastclip.release_workspace()  # does not free buffers in use
     for turn in range(2):
         for which in (1, 2, 0):
             x, y = inputs[which]
@@ -145,8 +143,8 @@ def test_steps_that_wait_for_their_backward_have_a_buffer_each(loss: str) -> Non
             x.grad = y.grad = None
 
 
-def test_the_buffer_outlives_nobody() -> None:
-    """A loss that is dropped without a backward gives its buffer back, too."""
+def test_a_buffer_is_reused_only_after_its_owner_is_gone() -> None:
+    """A loss that is dropped without a backward returns its buffer to the cache."""
     fastclip.release_workspace()
     x, y = (t.detach() for t in features(600))
     block = Block(Side(x), Side(y), torch.tensor(1.5, dtype=torch.float64))
@@ -165,14 +163,14 @@ def test_the_buffer_outlives_nobody() -> None:
 
 
 def gradients(seed: int) -> list[Tensor]:
-    """Of 1,000 pairs of 512 features: 2 MiB each."""
+    """Returns the gradients of 1,000 pairs of 512 features, 2 MiB each."""
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(1000, 512, generator=generator).requires_grad_() for _ in range(2))
     clip_loss(x, y, 1.5, normalize=True, backend="cpu").backward()
     return [x.grad, y.grad]
 
 
-def test_a_gradient_that_is_held_is_nobody_elses() -> None:
+def test_a_gradient_that_is_held_is_not_overwritten() -> None:
     held = gradients(0)
     copies = [g.clone() for g in held]
     others = gradients(1)
@@ -181,7 +179,7 @@ def test_a_gradient_that_is_held_is_nobody_elses() -> None:
     assert_equal(gradients(0), copies)
 
 
-def test_a_freed_gradient_serves_the_next_step() -> None:
+def test_the_memory_of_a_freed_gradient_serves_the_next_step() -> None:
     fastclip.release_workspace()
     places = {g.data_ptr() for g in gradients(0)}
     assert {g.data_ptr() for g in gradients(1)} == places

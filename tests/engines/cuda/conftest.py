@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def setup() -> SimpleNamespace:
-    """What setup.py defines; as a module it sets nothing up."""
+    """Returns the definitions of setup.py, which installs nothing when it runs as a module."""
     return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
 
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Another nvcc, of 12.8, in a folder of its own, found by CUDA_HOME; and no settings."""
+    """Returns the folder of a mock nvcc 12.8, set as CUDA_HOME; other settings are unset."""
     for name in ("FASTCLIP_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bin").mkdir()
@@ -30,7 +30,7 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "--version) echo 'Cuda compilation tools, release 12.8, V12.8.93' ;;\n"
         "--list-gpu-code) echo sm_75; echo sm_80; echo sm_90 ;;\n"
         f"""--dryrun*) echo '#$ LIBRARIES=  "-L{tmp_path}/stubs" "-L{tmp_path}/lib"' >&2 ;;\n"""
-        # Compiling: the source's first word says whether that works.
+        # The first word of the source decides whether its compilation succeeds.
         '*) if grep -q "^fine" "$LAST_SOURCE"; then echo object > "$OBJECT"; echo "a warning" >&2\n'
         '   else seq -f "note %g" 100; echo "error: broken" >&2; exit 1; fi ;;\n'
         "esac\n"

@@ -1,7 +1,7 @@
-"""How the CUDA engine is built: what decides whether it is, for which cards, what nvcc makes of it.
+"""The build of the CUDA engine: sources, flags, recompilation, and ptxas's report on the kernels.
 
-Where there is an nvcc the engine's kernels are compiled for three architectures, without a warning,
-a spill or a stack; objects wait in build/cuda_build until a source changes. No card is asked.
+With nvcc the kernels are compiled for three architectures, without warnings, spills or stack
+frames; reports are kept in build/cuda_build until a source changes. No test needs a GPU.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
 
 
 def compile_for(setup: SimpleNamespace, source: Any, architecture: str) -> str:
-    """What ptxas says, compiling with every warning an error."""
+    """Returns ptxas's report; every warning is an error."""
     gencode = f"arch=compute_{architecture[3:]},code={architecture}"
     command = [
         NVCC, *setup.NVCC_FLAGS, *source.flags, "-Werror", "all-warnings", "-Xcompiler",
@@ -72,7 +72,7 @@ def kernels(log: str) -> list[Kernel]:
 @needs_nvcc
 @pytest.mark.minutes
 def test_kernels_stay_in_registers(setup: SimpleNamespace) -> None:
-    """The fused ones are test_cuda_fused.py's."""
+    """test_cuda_fused.py tests the fused kernels."""
     cards = ("sm_80", "sm_90", "sm_100")
     with ThreadPoolExecutor(2) as pool:
         logs = pool.map(lambda card: compile_for(setup, setup.ENGINE, card), cards)
@@ -83,8 +83,8 @@ def test_kernels_stay_in_registers(setup: SimpleNamespace) -> None:
 
 
 @needs_nvcc
-def test_a_log_is_read_rightly() -> None:
-    """Of two kernels that spill."""
+def test_spills_are_parsed_from_the_log() -> None:
+    """The log is that of two kernels that spill."""
     log = (
         "ptxas info    : Compiling entry function '_Z1fv' for 'sm_90'\n"
         "ptxas info    : Function properties for _Z1fv\n"
@@ -97,7 +97,7 @@ def test_a_log_is_read_rightly() -> None:
 
 
 def test_the_front_compiles_without_cuda() -> None:
-    """Neither torch's CUDA headers nor CUDA's own are needed; as it is compiled for a card."""
+    """The flags are those of a real build; neither torch's CUDA headers nor CUDA's are needed."""
     if reason := cuda_case.why_not():
         pytest.skip(reason)
     command = [f for f in cuda_case.compile_unit("cuda/ops.cpp") if f != "-DFASTCLIP_EMULATED"]
@@ -106,12 +106,12 @@ def test_the_front_compiles_without_cuda() -> None:
     assert not re.search(r"#include <(cuda|ATen/cuda|c10/cuda)", text)
 
 
-def test_no_card_is_asked_for() -> None:
+def test_the_build_does_not_query_a_gpu() -> None:
     text = (ROOT / "setup.py").read_text()
     assert not re.search(r"is_available|device_count|get_device|nvidia-smi", text)
 
 
-def test_an_object_is_made_anew_when_something_changed(
+def test_an_object_is_recompiled_only_after_a_change(
     setup: SimpleNamespace, toolkit: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -142,15 +142,15 @@ def test_an_object_is_made_anew_when_something_changed(
     for _ in range(2):  # a failure is not remembered as a success
         with pytest.raises(setup.NoCuda, match=r"^nvcc 12\.8 fails at csrc/a\.cu$") as raised:
             is_made()
-    # An error must say itself what nvcc found: of a failed build pip may show no other line.
+    # The error must contain nvcc's output: pip may show no other line of a failed build.
     told = raised.value.explained
     assert told.startswith("nvcc 12.8 fails at csrc/a.cu\n  [61 lines before these]\n  note 62\n")
     assert told.endswith("\n  note 100\n  error: broken")
-    source.write_text("fine\n")  # nor as what was there before
+    source.write_text("fine\n")  # nor does the object from before the failure count
     assert is_made() and not is_made()
 
 
-def test_the_command_has_each_card_and_the_units_own_flags(
+def test_the_command_has_every_architecture_and_the_flags_of_the_unit(
     setup: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -171,14 +171,14 @@ def test_the_command_has_each_card_and_the_units_own_flags(
     assert second.count("-gencode") == 1 and "arch=compute_90a,code=sm_90a" in second
 
 
-def test_fused_kernels_join_where_cutlass_is_and_their_card_is_asked_for(
+def test_fused_kernels_are_built_given_cutlass_and_a_request_for_sm_90(
     setup: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("CUTLASS_PATH", raising=False)
     assert setup.cuda_sources(["sm_80", "sm_90"]) == [setup.ENGINE]
     monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
-    assert setup.cuda_sources(["sm_90"]) == [setup.ENGINE]  # nothing there
+    assert setup.cuda_sources(["sm_90"]) == [setup.ENGINE]  # the folder is empty
     (tmp_path / "include/cutlass").mkdir(parents=True)
     (tmp_path / "include/cutlass/cutlass.h").touch()
     assert setup.cuda_sources(["sm_80", "sm_100"]) == [setup.ENGINE]
@@ -192,7 +192,7 @@ def test_fused_kernels_join_where_cutlass_is_and_their_card_is_asked_for(
         assert source.flags[-2:] == ("-I", str(tmp_path / "include"))
         assert (ROOT / source.path).exists()
 
-    # The package's place in it is another.
+    # The package has its headers in another folder.
     monkeypatch.delenv("CUTLASS_PATH")
     place = tmp_path / "cutlass_library"
     shutil.copytree(tmp_path / "include", place / "source/include")

@@ -1,4 +1,4 @@
-"""When the CUDA engine is taken, when it is not and why; which of two fused engines comes first."""
+"""The choice of the CUDA engine: reasons against it, and its order relative to Triton's."""
 
 import importlib
 import math
@@ -29,36 +29,36 @@ def choose(asked: str | None, dtype: torch.dtype, logits: int = 1 << 30, d: int 
     return backends.choose(asked, CUDA, dtype, logits, d)
 
 
-# ---- whether it can run --------------------------------------------------------------------------
+# ---- availability --------------------------------------------------------------------------------
 
 
-def test_it_says_what_stands_in_its_way(fresh: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_its_absence_is_given(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh)
     assert backends.backends()["cuda"] == "fastclip was built without it: there is no nvcc on PATH"
     with pytest.raises(ValueError, match=r"'cuda' cannot run here .*no nvcc on PATH.*'triton'"):
         choose("cuda", HALF)
 
 
-def test_without_the_compiled_module_it_gives_its_reason(fresh: pytest.MonkeyPatch) -> None:
+def test_without_the_compiled_module_the_reason_is_the_modules(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh)
     fresh.setattr(backends, "_MODULE", None)
     fresh.setattr(backends, "_CPU_AVAILABILITY", "the compiled module was not built")
     assert backends.backends()["cuda"] == "the compiled module was not built"
 
 
-def test_without_a_card_it_says_so(fresh: pytest.MonkeyPatch) -> None:
+def test_without_a_card_the_reason_says_so(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh, compiled_for=ALL_CARDS)
     fresh.setattr(torch.cuda, "is_available", lambda: False)
     assert backends.backends()["cuda"] == "no CUDA device is available"
 
 
-def test_an_old_card_is_named(fresh: pytest.MonkeyPatch) -> None:
+def test_the_capability_of_an_old_card_is_named(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh, (7, 5), compiled_for=ALL_CARDS)
     expected = "it needs a CUDA device of capability 8.0 or more, got 7.5"
     assert backends.backends()["cuda"] == backends.backends()["triton"] == expected
 
 
-def test_a_card_that_it_was_not_compiled_for_is_named(fresh: pytest.MonkeyPatch) -> None:
+def test_a_card_that_the_engine_was_not_compiled_for_is_named(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh, (12, 0), compiled_for=("sm_80", "sm_90a"))
     reason = backends.backends()["cuda"]
     assert "compiled for sm_80, sm_90a" in reason and "TORCH_CUDA_ARCH_LIST=12.0" in reason
@@ -84,13 +84,13 @@ def test_code_for_one_card_runs_on_others(code: str, runs_on: list, not_on: list
     assert not any(backends._runs_on(code, capability) for capability in not_on)
 
 
-def test_cpu_tensors_are_refused(fresh: pytest.MonkeyPatch) -> None:
+def test_cpu_tensors_are_an_error(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh, compiled_for=ALL_CARDS)
     with pytest.raises(ValueError, match="'cuda' takes CUDA tensors, got tensors on cpu"):
         backends.choose("cuda", CPU, FLOAT, 1000, 512)
 
 
-# ---- which comes first ---------------------------------------------------------------------------
+# ---- preference ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_the_order_follows_the_arithmetic(
     fresh: pytest.MonkeyPatch, precision: types.ModuleType, dtype: torch.dtype, fp32: str,
     first: str, second: str,
 ) -> None:  # fmt: skip
-    """The second serves, silently, where the first cannot."""
+    """If the first engine cannot run, the second serves without a warning."""
     precision.fp32_precision = fp32
     pretend(fresh, compiled_for=ALL_CARDS)
     with warnings.catch_warnings():
@@ -124,8 +124,8 @@ def test_the_order_follows_the_arithmetic(
         assert choose(None, dtype) == second
 
 
-def test_small_blocks_of_half_precision_wait_for_launches(fresh: pytest.MonkeyPatch) -> None:
-    """C++ launches faster than Python. A graph for export has one engine for all sizes."""
+def test_small_blocks_of_half_precision_take_the_faster_launches(fresh: pytest.MonkeyPatch) -> None:
+    """C++ launches faster than Python. An exported graph has one engine for all sizes."""
     pretend(fresh, compiled_for=ALL_CARDS)
     sizes = (8192**2, 16383**2, 16384**2)
     assert [choose(None, HALF, size) for size in sizes] == ["cuda", "cuda", "triton"]
@@ -133,7 +133,7 @@ def test_small_blocks_of_half_precision_wait_for_launches(fresh: pytest.MonkeyPa
     assert [choose(None, HALF, size) for size in sizes] == ["triton"] * 3
 
 
-def test_an_older_setting_of_tf32_counts_as_well(
+def test_the_older_setting_of_tf32_is_obeyed(
     fresh: pytest.MonkeyPatch, precision: types.ModuleType
 ) -> None:
     pretend(fresh, compiled_for=ALL_CARDS)
@@ -148,14 +148,12 @@ def test_an_older_setting_of_tf32_counts_as_well(
 
 
 @pytest.mark.parametrize("triton", [None, "3.1.0"])
-def test_without_a_triton_that_serves_it_does(
-    fresh: pytest.MonkeyPatch, triton: str | None
-) -> None:
+def test_cuda_serves_without_a_usable_triton(fresh: pytest.MonkeyPatch, triton: str | None) -> None:
     pretend(fresh, triton=triton, compiled_for=ALL_CARDS)
     assert choose(None, HALF) == "cuda"
 
 
-def test_where_neither_can_run_one_warning_gives_both_reasons(fresh: pytest.MonkeyPatch) -> None:
+def test_if_neither_can_run_one_warning_gives_both_reasons(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh, triton="3.1.0")
     with pytest.warns(UserWarning, match="plain PyTorch engine on cuda tensors") as caught:
         assert choose(None, HALF) == choose(None, HALF) == "torch"
@@ -165,7 +163,7 @@ def test_where_neither_can_run_one_warning_gives_both_reasons(fresh: pytest.Monk
 
 
 @pytest.mark.parametrize("asked", [None, "cuda"])
-def test_float64_takes_the_plain_engine_silently(
+def test_float64_takes_the_plain_engine_without_a_warning(
     fresh: pytest.MonkeyPatch, asked: str | None
 ) -> None:
     pretend(fresh, compiled_for=ALL_CARDS)
@@ -174,8 +172,8 @@ def test_float64_takes_the_plain_engine_silently(
         assert choose(asked, torch.float64) == "torch"
 
 
-def test_a_kind_that_no_kernel_has_is_plain_pytorchs(fresh: pytest.MonkeyPatch) -> None:
-    """Silently, unless an engine is asked for by name."""
+def test_a_kind_without_kernels_takes_the_plain_engine(fresh: pytest.MonkeyPatch) -> None:
+    """Without a warning. Asking for an engine by name is an error."""
     pretend(fresh, compiled_for=ALL_CARDS)
     fresh.setitem(kinds.KINDS, "hinge", kinds.Sigmoid)
     with warnings.catch_warnings():
@@ -192,8 +190,8 @@ def test_the_table_always_has_an_answer() -> None:
     assert all(set(row.engines) <= set(backends._FINDERS) for row in preference.TABLE)
 
 
-def test_rows_go_by_card_arithmetic_and_sizes(fresh: pytest.MonkeyPatch) -> None:
-    """The first that fits; of a range the end is out."""
+def test_rows_match_by_card_arithmetic_and_sizes(fresh: pytest.MonkeyPatch) -> None:
+    """The first row that matches is taken. Ranges exclude their end."""
     pretend(fresh, (9, 0), compiled_for=ALL_CARDS)
     fallback = Row(("triton",))
 
@@ -211,11 +209,11 @@ def test_rows_go_by_card_arithmetic_and_sizes(fresh: pytest.MonkeyPatch) -> None
     assert not chosen(Row(("cuda",), logits=(0, math.inf), d=(0, 10)))
 
 
-# ---- what overrules it ---------------------------------------------------------------------------
+# ---- FASTCLIP_GPU --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asked", ["cuda", "triton", "torch"])
-def test_the_environment_overrules_the_table_and_an_argument_both(
+def test_the_environment_overrules_the_table_and_an_argument_overrules_both(
     fresh: pytest.MonkeyPatch, asked: str
 ) -> None:
     pretend(fresh, compiled_for=ALL_CARDS)
@@ -227,7 +225,7 @@ def test_the_environment_overrules_the_table_and_an_argument_both(
     assert backends.choose(None, CPU, FLOAT, 1000, 512) in ("cpu", "torch")
 
 
-def test_what_the_environment_cannot_mean_is_an_error(fresh: pytest.MonkeyPatch) -> None:
+def test_a_wrong_setting_in_the_environment_is_an_error(fresh: pytest.MonkeyPatch) -> None:
     pretend(fresh)
     fresh.setenv("FASTCLIP_GPU", "")
     assert choose(None, HALF) == "triton"
@@ -240,13 +238,13 @@ def test_what_the_environment_cannot_mean_is_an_error(fresh: pytest.MonkeyPatch)
         choose(None, HALF)
 
 
-# ---- the compiler --------------------------------------------------------------------------------
+# ---- torch.compile, imports, forks ---------------------------------------------------------------
 
 
-def test_the_compiler_sees_a_constant(fresh: pytest.MonkeyPatch) -> None:
-    """In one graph, compiled once for all batch sizes."""
+def test_torch_compile_sees_a_constant(fresh: pytest.MonkeyPatch) -> None:
+    """There is one graph, compiled once for all batch sizes."""
     importlib.import_module("torch._dynamo").reset()
-    # Found out before: the compiler itself would believe in a pretended card.
+    # Availability is set in advance, because the compiler itself would use a pretended card.
     fresh.setattr(backends, "_AVAILABILITY", {("cuda", 0): "available", ("triton", 0): "it is ill"})
     graphs = []
 
@@ -259,14 +257,14 @@ def test_the_compiler_sees_a_constant(fresh: pytest.MonkeyPatch) -> None:
         return x * len(backends.choose(None, CUDA, HALF, x.shape[0], x.shape[1]))
 
     with warnings.catch_warnings():
-        # The compiler's, of what it should not have to trace.
+        # torch.compile warns of functions that it should not have to trace.
         warnings.filterwarnings("error", module=r"torch\._dynamo")
         for n in (5, 7, 300):
             assert torch.equal(f(torch.ones(n, 3)), torch.full((n, 3), float(len("cuda"))))
     assert len(graphs) == 1
 
 
-def test_importing_and_asking_touches_no_card() -> None:
+def test_importing_and_asking_does_not_initialise_cuda() -> None:
     code = (
         "import torch, fastclip\n"
         "reason = fastclip.backends()['cuda']\n"
@@ -280,8 +278,8 @@ def test_importing_and_asking_touches_no_card() -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "reference"])
-def test_a_named_backend_asks_for_no_other(fresh: pytest.MonkeyPatch, name: str) -> None:
-    """In a process forked from one that uses CUDA, looking at the card is an error."""
+def test_a_named_backend_does_not_query_others(fresh: pytest.MonkeyPatch, name: str) -> None:
+    """In a process forked from one that uses CUDA, a query of the GPU is an error."""
 
     def refuse(engine: str, device: int | None) -> str:
         raise AssertionError(f"asked for {engine}")

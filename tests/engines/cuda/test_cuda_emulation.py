@@ -1,6 +1,6 @@
-"""The CUDA emulation runs right kernels rightly, and each kind of mistake is stopped or reported.
+"""The CUDA emulation gives right results for right kernels and detects each kind of mistake.
 
-Whoever trusts a test that ran the engine's kernels on a CPU relies on this.
+Every test that runs the engine's kernels on a CPU relies on this.
 """
 
 import pytest
@@ -15,11 +15,11 @@ BUILDS = [
 ]
 
 RACE = "ThreadSanitizer: data race"
-# For each mistake, who notices it, and how.
+# For each mistake, the builds that detect it, and their messages.
 NOTICED = {
     "race": [("fibers", "thread", RACE), ("threads", "thread", RACE)],
     "late race": [("fibers", "thread", RACE), ("threads", "thread", RACE)],
-    # A shuffle orders no memory; host threads cannot help ordering it.
+    # Shuffles order no memory on a GPU; between host threads they do, which hides this race.
     "warp race": [("fibers", "thread", RACE)],
     "global race": [("fibers", "thread", RACE), ("threads", "thread", RACE)],
     "overrun": [("fibers", "address", "heap-buffer-overflow")],
@@ -33,7 +33,7 @@ NOTICED = {
     ],
     "foreign lane": [("fibers", "none", "reads a lane that its mask does not name")],
     "two shuffles": [("fibers", "none", "in different calls")],
-    "unwritten": [("fibers", "none", "that nobody wrote")],
+    "unwritten": [("fibers", "none", "before it was written")],
 }
 
 
@@ -53,7 +53,7 @@ def test_mistakes(mistake: str, scheduler: str, sanitizer: str, report: str) -> 
 
 
 def test_places_are_named() -> None:
-    """Of a barrier that not all threads reach: where each of them waits."""
+    """The report of a barrier that not all threads reach names the place of every thread."""
     done = run(build(SELFTEST), "divergent barrier")
     for text in ("100 waiting", "at __syncthreads", "28 waiting", "at a vote", "mistakes.cpp:"):
         assert text in done.stderr, done.stderr

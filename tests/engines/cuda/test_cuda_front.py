@@ -1,6 +1,6 @@
-"""What the CUDA engine's torch front passes on: settings, chunks, kept rows; and what it allocates.
+"""The CUDA engine's torch front: its settings, chunks, kept rows, allocations and errors.
 
-On CPU tensors, by the emulated engine.
+The emulated engine runs on CPU tensors.
 """
 
 import math
@@ -41,7 +41,7 @@ def test_tiles_of_the_library_are_the_default(tiles: str, monkeypatch: pytest.Mo
     assert torch.equal(sweep("cuda", block)[0], expected[0])
 
 
-def test_tiles_of_another_name_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_kind_of_tiles_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCLIP_CUDA_TILES", "big")
     expected = r"FASTCLIP_CUDA_TILES must be 'library' or 'fused', got 'big'"
     with pytest.raises(ValueError, match=expected):
@@ -58,7 +58,7 @@ def test_fused_tiles_that_were_not_built_are_an_error(monkeypatch: pytest.Monkey
 
 
 def products(block: Block, keep: int, rows: int, columns: int) -> tuple[int, int]:
-    """Products that torch makes in either sweep, of chunks of this shape."""
+    """Returns the number of torch's matrix products in either sweep, with chunks of this shape."""
     told = occupied(block)
     with cuda_case.chunks(rows, columns):
         with library_products() as first:
@@ -71,8 +71,8 @@ def products(block: Block, keep: int, rows: int, columns: int) -> tuple[int, int
 
 @pytest.mark.parametrize("m, n", [(70, 67), (40, 100), (100, 40)])
 @pytest.mark.parametrize("keep", [0, 16, 48, 112])
-def test_what_is_kept_is_not_made_again(m: int, n: int, keep: int) -> None:
-    """Rows of N products, as many as `keep` rows along the longer side come to."""
+def test_kept_products_are_not_made_again(m: int, n: int, keep: int) -> None:
+    """The memory of `keep` rows of the shorter side's length holds `kept_rows` rows of length N."""
     block = make_block(m, n, 8)
     kept_rows = min(keep * min(m, n) // n, m)
     kept, others = (math.ceil(rows / 32) * math.ceil(n / 32) for rows in (kept_rows, m - kept_rows))
@@ -81,7 +81,7 @@ def test_what_is_kept_is_not_made_again(m: int, n: int, keep: int) -> None:
     assert second == others + 2 * (kept + others)
 
 
-def test_chunks_are_as_they_were_afterwards() -> None:
+def test_the_shape_of_chunks_is_restored() -> None:
     block = make_block(70, 67, 8)
     before = products(block, 0, 1 << 20, 1 << 20)
     with cuda_case.chunks(32, 32), library_products() as made:
@@ -93,8 +93,8 @@ def test_chunks_are_as_they_were_afterwards() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_no_work_space_is_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
-    """But one chunk's."""
+def test_work_space_is_far_smaller_than_the_logits(dtype: torch.dtype) -> None:
+    """It has the size of one chunk."""
     m, n, chunk = 500, 600, 64
     block = make_block(m, n, 8, dtype, kind="sigmoid", factors=(True, True))
     gain = torch.ones((), dtype=torch.float64)
@@ -110,8 +110,8 @@ def test_no_work_space_is_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
 # ---- operands ------------------------------------------------------------------------------------
 
 
-def test_operands_of_another_device_are_refused() -> None:
-    """Such as a scale that was left on the CPU: its address means nothing on a card."""
+def test_operands_of_another_device_are_an_error() -> None:
+    """For example a scale that was left on the CPU: a GPU cannot read its address."""
     block = make_block(9, 7, 4, kind="sigmoid")
     state, positive, kept = sweep("cuda", block)
     weights = make_weights(state, 9)
@@ -141,8 +141,8 @@ def test_operands_of_another_device_are_refused() -> None:
     call("finish", state[:, :9], meta.double(), block.scale, None, "softmax")
 
 
-def test_states_may_lie_anywhere() -> None:
-    """A slice of more lines, and numbers that are not neighbours."""
+def test_states_may_have_any_strides() -> None:
+    """A slice of a wider tensor, and elements with gaps between them."""
     block = make_block(9, 7, 4)
     state, positive, _ = sweep("cuda", block)
     weights = make_weights(state, 9)
@@ -163,8 +163,8 @@ def test_states_may_lie_anywhere() -> None:
         assert torch.equal(result, truth) or torch.equal(result.isnan(), truth.isnan())
 
 
-def test_operands_of_pairs_may_lie_anywhere() -> None:
-    """Numbers that are not neighbours, a bias of any dtype, lines that are told apart."""
+def test_options_may_have_any_strides() -> None:
+    """Elements with gaps between them, and a bias of any dtype."""
     block = make_masked_block(9, 7, 4, ids=4, margin=-0.2, key_bias=1.0, same_id_positive=True)
     block = block._replace(key_bias=block.key_bias.bfloat16())
     names = ("ids_x", "ids_y", "threshold_x", "threshold_y", "key_bias")
@@ -194,7 +194,7 @@ def test_positives_by_id_take_no_product_of_their_own(dtype: torch.dtype) -> Non
     assert products(block, 0, 1 << 20, 1 << 20) == (1, 3)
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 IDS = {"ids_x": torch.zeros(9, dtype=torch.int32), "ids_y": torch.zeros(7, dtype=torch.int32)}
 LIMITS = {"threshold_x": torch.zeros(9), "threshold_y": torch.zeros(7)}
@@ -222,14 +222,14 @@ MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_operands_of_pairs_that_do_not_fit_are_named(mistake: str) -> None:
+def test_options_that_do_not_fit_are_named_in_the_error(mistake: str) -> None:
     pattern, changes = MISTAKES[mistake]
     block = make_block(9, 7, 4)._replace(**changes)
     with pytest.raises(RuntimeError, match=pattern):
         operator("sweep", "cuda")(*block.arguments, None, None, 0)
 
 
-def test_lines_that_are_told_must_be_all() -> None:
+def test_occupied_must_have_every_line() -> None:
     block = make_block(9, 7, 4)._replace(**IDS, same_id_positive=True)
     rule = r"occupied must be \(1, M \+ N\), with positives by id \(2, M \+ N\), bool, got"
     for told in (torch.ones(1, 16, dtype=torch.bool), torch.ones(2, 16, dtype=torch.uint8)):
@@ -237,7 +237,7 @@ def test_lines_that_are_told_must_be_all() -> None:
             operator("sweep", "cuda")(*block.arguments, None, told, 0)
 
 
-def test_statistics_of_positives_by_id_must_be_there() -> None:
+def test_a_state_without_positives_by_id_is_an_error() -> None:
     block = make_block(9, 7, 4)
     state, positive, _ = sweep("cuda", block)
     weights = make_weights(state, 9)
@@ -246,7 +246,7 @@ def test_statistics_of_positives_by_id_must_be_there() -> None:
 
 
 @pytest.mark.parametrize("changes", [IDS, LIMITS, {"key_bias": torch.zeros(7)}], ids=list)
-def test_blocks_in_one_go_are_plain(changes: dict[str, Any]) -> None:
+def test_both_sweeps_in_one_go_need_a_plain_block(changes: dict[str, Any]) -> None:
     block = make_block(9, 7, 4, kind="sigmoid")._replace(**changes)
     rule = "swept and weighed in one go must have no ids, thresholds and key_bias"
     with pytest.raises(RuntimeError, match=rule):

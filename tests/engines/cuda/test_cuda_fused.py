@@ -1,8 +1,8 @@
-"""The fused tensor-core kernels of the CUDA engine, without a card: compiled for one and
-inspected; their launches against a mock runtime; their epilogues on the CPU, thread by thread.
+"""The fused tensor-core kernels of the CUDA engine, tested without a GPU.
 
-Two units of a minute and 3.3 GB each. Not covered here, since only a card can: the products
-(CUTLASS's), memory ordering between threads, and speed.
+The kernels are compiled and inspected, their launches run against a mock runtime, and their
+epilogues run on the CPU, thread by thread. Each of the two units takes a minute and 3.3 GB to
+compile. Only a GPU can test the products (CUTLASS's), memory ordering between threads, and speed.
 """
 
 import json
@@ -19,7 +19,7 @@ from support import cuda_case
 REASON = build.why_not()
 pytestmark = [pytest.mark.minutes, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
-SHARED_MEMORY = 227 << 10  # of sm_90, for one block
+SHARED_MEMORY = 227 << 10  # of sm_90, for one thread block
 MULTIPROCESSORS = 132  # the mock's
 
 
@@ -32,7 +32,7 @@ def answer(program: Path, *arguments: Any) -> dict[str, Any]:
 # ---- compiled ---------------------------------------------------------------------------------
 
 
-# Fixtures, for a build that fails is not to be tried again by every test.
+# These are fixtures, so that a build that fails is not repeated by every test.
 @pytest.fixture(scope="module")
 def launcher() -> Path:
     return build.launcher()
@@ -62,17 +62,17 @@ def test_nothing_is_spilled(unit: tuple[str, Path, str]) -> None:
 
 
 def test_products_are_not_serialised(unit: tuple[str, Path, str]) -> None:
-    """ptxas says so, as advice (C7510 and others), where wgmma must wait for each product."""
+    """ptxas advises (C7510 and others) if wgmma must wait for each product."""
     assert "wgmma" not in unit[2] and "serializ" not in unit[2]
 
 
-def test_there_is_a_kernel_for_each_loss_and_dtype(kernels: list[build.Kernel]) -> None:
+def test_there_is_a_kernel_for_each_kind_and_dtype(kernels: list[build.Kernel]) -> None:
     found = {
-        (loss, dtype)
+        (kind, dtype)
         for kernel in kernels
-        for loss in ("Softmax", "Sigmoid")
+        for kind in ("Softmax", "Sigmoid")
         for dtype in ("bfloat16_t", "half_t")
-        if loss in kernel.name and dtype in kernel.name
+        if kind in kernel.name and dtype in kernel.name
     }
     assert len(kernels) == 4 and len(found) == 4
 
@@ -86,15 +86,18 @@ def test_tensor_cores_and_tensor_maps(
 
 
 def test_no_atomics_local_memory_or_calls(kernels: list[build.Kernel]) -> None:
-    """Barriers' arrivals (SYNCS) are not meant: sums are in a fixed order."""
+    """Sums have a fixed order. Arrivals at barriers (SYNCS) are allowed."""
     for kernel in kernels:
         for prefix in ("RED", "ATOM", "STL", "LDL", "CALL"):
             assert kernel.count(prefix) == 0, (kernel.name, prefix)
 
 
 def test_one_exponential_a_pair(unit: tuple[str, Path, str], kernels: list[build.Kernel]) -> None:
-    """A thread has 128 pairs of a tile. Weights exist twice: for pieces with nothing but negatives
-    and one shift, and for all others, where a pair may have two shifts."""
+    """A thread has 128 pairs of a tile.
+
+    The code of weights exists twice: for pieces with negatives only and one shift, and for all
+    other pieces, in which a pair may have two shifts.
+    """
     for kernel in kernels:
         exponentials = kernel.count("MUFU.EX2")
         if "sweep" in unit[0]:
@@ -122,15 +125,15 @@ def check_map(found: dict, address: int, sizes: list[int], stride: int, box: lis
 
 
 @pytest.mark.parametrize("rows, columns, width", SHAPES)
-@pytest.mark.parametrize("loss, dtype", CASES)
-@pytest.mark.parametrize("kind", ["sweep", "weigh"])
+@pytest.mark.parametrize("kind, dtype", CASES)
+@pytest.mark.parametrize("kernel", ["sweep", "weigh"])
 def test_launch(
-    launcher: Path, kind: str, rows: int, columns: int, width: int, loss: str, dtype: str
+    launcher: Path, kernel: str, rows: int, columns: int, width: int, kind: str, dtype: str
 ) -> None:
     stride_x, stride_y, stride_out = width + 8, width, padded(columns, 16)
     strides = stride_x, stride_y, stride_out
-    told = answer(launcher, kind, rows, columns, width, *strides, loss, dtype)
-    tile = (128, 256) if kind == "sweep" else (128, 128)
+    told = answer(launcher, kernel, rows, columns, width, *strides, kind, dtype)
+    tile = (128, 256) if kernel == "sweep" else (128, 128)
     down, across = -(-rows // tile[0]), -(-columns // tile[1])
     assert told["error"] == "" and told["launches"] == 1
     assert told["block"] == [384, 1, 1] and told["cluster"] == 1 and told["stream"] == 0x70
@@ -141,23 +144,23 @@ def test_launch(
 
     check_map(told["maps"][0], 0x10000, [width, rows], stride_x, [64, tile[0]])
     check_map(told["maps"][1], 0x20000, [width, columns], stride_y, [64, tile[1]])
-    if kind == "weigh":
+    if kernel == "weigh":
         check_map(told["maps"][2], 0x110000, [columns, rows], stride_out, [32, 64])
         assert told["maps"][2]["type"] == {"fp16": 6, "bf16": 9}[dtype]
         assert told["total_parts"] == down * across * 4
     else:
         assert told["row_parts"] == across and told["column_parts"] == down
-    assert told["maps_in_parameters"] == list(range(2 if kind == "sweep" else 3))
+    assert told["maps_in_parameters"] == list(range(2 if kernel == "sweep" else 3))
     assert len(told["maps"]) == len(told["maps_in_parameters"])
 
 
-def test_launch_failure_is_told(launcher: Path) -> None:
+def test_a_failed_launch_is_reported(launcher: Path) -> None:
     told = answer(launcher, "sweep", 5, 7, 8, 8, 8, 16, "softmax", "bf16", "refused")
     assert told["error"] == "fused_sweep failed on 5 x 7 logits of width 8: the mock's error"
 
 
 @pytest.mark.parametrize(
-    "kind, width, strides, oddity",
+    "kernel, width, strides, oddity",
     [
         ("sweep", 516, (520, 520, 16), ""),
         ("sweep", 512, (516, 512, 16), ""),
@@ -167,11 +170,11 @@ def test_launch_failure_is_told(launcher: Path) -> None:
         ("weigh", 512, (512, 512, 16), "out"),
     ],
 )
-def test_what_tensor_maps_cannot_describe_is_refused(
-    launcher: Path, kind: str, width: int, strides: tuple[int, ...], oddity: str
+def test_views_that_tensor_maps_cannot_describe_are_an_error(
+    launcher: Path, kernel: str, width: int, strides: tuple[int, ...], oddity: str
 ) -> None:
-    """CUTLASS would launch it: its own check looks at no stride and no address."""
-    told = answer(launcher, kind, 9, 9, width, *strides, "softmax", "bf16", oddity)
+    """CUTLASS would launch them: it checks neither strides nor addresses."""
+    told = answer(launcher, kernel, 9, 9, width, *strides, "softmax", "bf16", oddity)
     assert told["error"] and told["launches"] == 0 and told["maps"] == []
 
 
@@ -180,7 +183,7 @@ def test_what_tensor_maps_cannot_describe_is_refused(
 BLOCKS = [
     (1, 1, 0), (1, 300, 299), (127, 129, 2), (129, 127, -2), (128, 256, 0), (300, 700, 650),
     (1000, 777, 0), (1000, 777, -500), (200, 300, -200), (200, 300, 300), (17, 33, 5),
-    # Tiles whose only positive is in a corner.
+    # tiles whose only positive is in a corner
     (300, 300, -127), (300, 300, 127), (300, 600, 255),
 ]  # fmt: skip
 
@@ -192,31 +195,30 @@ def emulated(emulator: Path, *case: Any) -> dict[str, Any]:
 
 
 def limit(scale: float) -> float:
-    """t is rounded twice, which an exponential makes worse by the size of the logit."""
+    """Returns the allowed relative error: t is rounded twice, and an exponential multiplies its
+    error by the size of the logit."""
     return 1e-6 + 2.0**-23 * scale * 1.5
 
 
 @pytest.mark.parametrize("rows, columns, offset", BLOCKS)
 @pytest.mark.parametrize("factors", [0, 1])
-@pytest.mark.parametrize("loss, dtype, scale", [("softmax", "bf16", 20), ("softmax", "fp16", 100),
+@pytest.mark.parametrize("kind, dtype, scale", [("softmax", "bf16", 20), ("softmax", "fp16", 100),
                                                 ("sigmoid", "bf16", 10)])  # fmt: skip
 def test_sweep(
     emulator: Path, rows: int, columns: int, offset: int, factors: int,
-    loss: str, dtype: str, scale: int,
+    kind: str, dtype: str, scale: int,
 ) -> None:  # fmt: skip
-    """Every partial sum of every line against double; positives; nothing else is written to."""
-    told = emulated(emulator, "sweep", rows, columns, offset, loss, dtype, factors, 0, "one", scale)
-    # t is rounded twice, which an exponential makes worse by the size of the logit; softplus of a
-    # logit far below zero is an exponential, too.
-    limit = 1e-6 + 2.0**-23 * scale * 1.5
-    assert told["rows"] <= limit and told["columns"] <= limit
+    """Partial sums and positives against double. Nothing else is written."""
+    told = emulated(emulator, "sweep", rows, columns, offset, kind, dtype, factors, 0, "one", scale)
+    # The limit also holds for sigmoid: softplus of a logit far below zero is an exponential.
+    assert told["rows"] <= limit(scale) and told["columns"] <= limit(scale)
     assert told["positives"] <= 2.0**-23
 
 
 @pytest.mark.parametrize("rows, columns, offset", BLOCKS)
 @pytest.mark.parametrize("factors", [0, 1])
 @pytest.mark.parametrize(
-    "loss, dtype, coefficients, shifts, scale",
+    "kind, dtype, coefficients, shifts, scale",
     [
         ("softmax", "bf16", 1, "one", 20),
         ("softmax", "bf16", 1, "two", 20),
@@ -227,18 +229,18 @@ def test_sweep(
 )
 def test_weigh(
     emulator: Path, rows: int, columns: int, offset: int, factors: int,
-    loss: str, dtype: str, coefficients: int, shifts: str, scale: int,
+    kind: str, dtype: str, coefficients: int, shifts: str, scale: int,
 ) -> None:  # fmt: skip
-    """Every weight but for its rounding, and every warp's sums, against double."""
+    """Weights, up to their rounding, and every warp's sums, against double."""
     block = "weigh", rows, columns, offset
-    told = emulated(emulator, *block, loss, dtype, factors, coefficients, shifts, scale)
+    told = emulated(emulator, *block, kind, dtype, factors, coefficients, shifts, scale)
     ulp = {"bf16": 2.0**-8, "fp16": 2.0**-11}[dtype]
     assert told["weights"] <= ulp * 1.01
     assert told["totals"] <= limit(scale)
 
 
 def test_engine() -> None:
-    """The whole engine, emulated, with these epilogues in it: what it passes, and takes back."""
+    """The whole emulated engine with these epilogues, which tests the arguments it passes."""
     if reason := cuda_case.why_not():
         pytest.skip(f"the CUDA engine cannot be emulated: {reason}")
     program = Path(build.__file__).with_name("engine.py")

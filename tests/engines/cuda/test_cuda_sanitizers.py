@@ -1,8 +1,8 @@
-"""The CUDA engine, its kernels run on the CPU thread by thread: right, and under sanitizers.
+"""The CUDA engine's kernels, emulated on the CPU: their results, also under sanitizers.
 
-`emulation/cuda/driver.cpp` compares every operator with a dense float64 truth, with blocks and
-threads in order and in reverse. Shared memory is NaN before every block, buffers are exactly as
-large as they were asked for.
+`emulation/cuda/driver.cpp` compares every operator with a dense float64 truth, with thread blocks
+and threads in order and in reverse. Shared memory is NaN before every thread block, and buffers are
+exactly as large as requested.
 """
 
 import re
@@ -29,7 +29,7 @@ def test_results() -> None:
 
 
 def test_no_overrun_and_nothing_undefined() -> None:
-    """Misaligned accesses to vectors among it, which a card would refuse."""
+    """Undefined behaviour includes misaligned vector accesses, which fail on a GPU."""
     assert_passes("address")
 
 
@@ -45,7 +45,10 @@ def barriers() -> Iterator[tuple[Path, re.Match[str]]]:
 
 
 def test_no_barrier_is_superfluous(tmp_path: Path) -> None:
-    """Without any single one ThreadSanitizer reports a race: they are needed, and it looks."""
+    """ThreadSanitizer reports a race if any one barrier is missing.
+
+    Every barrier is therefore needed, and the sanitizer detects missing ones.
+    """
 
     def what_is_reported(path: Path, barrier: re.Match[str]) -> tuple[str, str]:
         place = f"{path.name}:{barrier.string.count(chr(10), 0, barrier.start()) + 1}"
@@ -57,7 +60,7 @@ def test_no_barrier_is_superfluous(tmp_path: Path) -> None:
 
     found = list(barriers())
     assert found
-    build(driver(), "thread")  # what all of them share
+    build(driver(), "thread")  # the objects that all builds share
     with ThreadPoolExecutor(2) as pool:
         reports = dict(pool.map(lambda b: what_is_reported(*b), found))
     unnoticed = [

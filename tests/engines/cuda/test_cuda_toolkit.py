@@ -1,4 +1,4 @@
-"""Whether the CUDA engine is built, with which toolkit, and for which cards."""
+"""The search for nvcc, the cards to compile for, and the reasons to build no CUDA engine."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def test_a_list_of_cards(setup: SimpleNamespace, asked: str, expected: list[str]
     assert setup.cuda_architectures(asked, KNOWN) == expected
 
 
-def test_by_default_only_for_cards_that_nvcc_knows(setup: SimpleNamespace) -> None:
+def test_the_default_cards_are_those_that_nvcc_knows(setup: SimpleNamespace) -> None:
     known = {"sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90"}
     expected = ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
     assert setup.cuda_architectures("", known) == expected
@@ -42,14 +42,16 @@ def test_by_default_only_for_cards_that_nvcc_knows(setup: SimpleNamespace) -> No
         ("8.0;13.0", "has 13.0, which this nvcc does not compile for"),
     ],
 )
-def test_a_list_of_something_else_is_refused(
+def test_a_wrong_list_of_cards_is_an_error(
     setup: SimpleNamespace, asked: str, message: str
 ) -> None:
     with pytest.raises(setup.NoCuda, match=re.escape(message)):
         setup.cuda_architectures(asked, KNOWN)
 
 
-def test_torch_and_nvcc_of_one_major_version(setup: SimpleNamespace, toolkit: Path) -> None:
+def test_nvcc_may_have_another_minor_version_than_torch(
+    setup: SimpleNamespace, toolkit: Path
+) -> None:
     found = setup.find_toolkit("2.13.0+cu126", "12.6")
     assert found == (
         str(toolkit / "bin/nvcc"), "12.8", [f"{toolkit}/stubs", f"{toolkit}/lib"],
@@ -68,7 +70,7 @@ def test_nvcc_is_found_on_path(
 def test_nvcc_is_found_where_torch_finds_a_toolkit(
     setup: SimpleNamespace, toolkit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither on PATH nor named, as in many an image; one on PATH goes before."""
+    """Used if nvcc is neither on PATH nor under CUDA_HOME, as in many images. PATH comes first."""
     no_nvcc(toolkit, monkeypatch)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(toolkit))
     assert setup.find_toolkit("2.13.0+cu126", "12.6").nvcc == str(toolkit / "bin/nvcc")
@@ -123,7 +125,7 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_what_stands_in_the_way_is_one_line_or_an_error(
+def test_an_obstacle_is_printed_or_is_an_error_if_cuda_is_required(
     setup: SimpleNamespace, toolkit: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], obstacle: str,
 ) -> None:  # fmt: skip
@@ -147,7 +149,7 @@ def test_what_stands_in_the_way_is_one_line_or_an_error(
     assert message in str(stopped.value) and raised.value.explained in str(stopped.value)
 
 
-def test_a_setting_of_neither_kind_is_an_error(
+def test_an_unknown_setting_is_an_error(
     setup: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTCLIP_CUDA", "yes")
