@@ -1,7 +1,7 @@
 """Every engine is at least as accurate as plain PyTorch in the same dtype, on every hard input.
 
-Value and every gradient, for the mean and for per-pair losses with their own upstream gradients;
-and far more accurate than it where pairs are well separated.
+Compared are the value and every gradient, for the mean and for per-pair losses with their own
+upstream gradients. On well separated pairs every engine is far more accurate than plain PyTorch.
 """
 
 import functools
@@ -21,13 +21,13 @@ from fastclip.loss import clip_loss, siglip_loss
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 SCALES = (0.0, 1e-3, 1.0, 14.3, 100.0, 112.3, 1e4, -14.3)
 BIAS = -3.0
-N, D = 131, 24  # more than one tile in every direction, and no multiple of one
+N, D = 131, 24  # several tiles in every direction, and a multiple of no tile size
 
 
 @functools.cache
 def arguments(kind: str, reduction: str) -> dict:
     upstream = np.float64(1)
-    if reduction == "none":  # of any sign, some zero
+    if reduction == "none":  # gradients of either sign, some of them zero
         upstream = np.random.default_rng(7).normal(size=N).astype(np.float32).astype(np.float64)
         upstream[::9] = 0
     return {"normalize": kind == "zero_rows", "reduction": reduction, "upstream": upstream}
@@ -37,14 +37,14 @@ def arguments(kind: str, reduction: str) -> dict:
 def judges(
     loss: str, kind: str, precision: str, scale: float, reduction: str, device: torch.device
 ) -> tuple[Truth, dict[str, Tensor]]:
-    """The truth and plain torch's result, the same for every engine."""
+    """Returns the truth and plain torch's result, which every engine is compared with."""
     case = (*batch(kind, N, D), scale, BIAS, PRECISIONS[precision])
     options = arguments(kind, reduction)
     return truth(loss, *case, **options), evaluate(plain(loss), *case, device, **options)
 
 
 def zero(features: NDArray, name: str, kind: str) -> NDArray | None:
-    """The rows of a gradient that belong to zero features, if there are any."""
+    """Returns the rows of a gradient that belong to zero features, or None without such rows."""
     return ~features.any(1) if kind == "zero_rows" and name in ("dx", "dy") else None
 
 
@@ -69,7 +69,8 @@ def test_is_at_least_as_accurate_as_plain_torch(
         ours = evaluate(LOSSES[loss], x, y, scale, BIAS, p, device, backend=engine, **options)
         for name in QUANTITIES:
             result, zeros = ours[name], zero(y if name == "dy" else x, name, kind)
-            # Divided by the norm's epsilon, the gradients of zero rows would hide all others.
+            # The gradients of zero rows are divided by the norm's epsilon: in one norm with the
+            # others they would hide them.
             for rows in (...,) if zeros is None else (zeros, ~zeros):
                 if rows is zeros and result.dtype == torch.float16:
                     assert not result[rows].any(), f"{name}: a zero row's must be 0 in float16"
@@ -82,10 +83,10 @@ def test_is_at_least_as_accurate_as_plain_torch(
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "mixed", "autocast"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_half_precision_ends_with_the_features(
+def test_only_features_are_rounded_to_half_precision(
     loss: str, engine: str, precision: str, device: torch.device
 ) -> None:
-    # Logits, loss and sums have float32's accuracy; plain torch, which rounds logits, has not.
+    # Logits, loss and sums are accurate to float32. Plain torch rounds logits to half precision.
     p = PRECISIONS[precision]
     for kind in ("random", "cone", "separated", "lengths"):
         for scale in (1.0, 14.3, 100.0):
@@ -99,9 +100,11 @@ def test_half_precision_ends_with_the_features(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_learnt_pairs_keep_their_gradient(loss: str, engine: str, device: torch.device) -> None:
-    # Well separated pairs at scale 14.3: the cancelling form is off by 1e-4 in float32. For the
-    # sigmoid a bias of -7 plays the part of the softmax's denominator.
+def test_gradients_of_well_separated_pairs_are_accurate(
+    loss: str, engine: str, device: torch.device
+) -> None:
+    # At scale 14.3 the form that cancels (softmax - 1) is off by 1e-4 in float32. The sigmoid has
+    # no denominator: a bias of -7 separates its pairs.
     case = (*batch("separated", 512, 256), 14.3, -7.0, PRECISIONS["float32"])
     exact = truth(loss, *case)
     ours = evaluate(LOSSES[loss], *case, device, backend=engine)

@@ -1,4 +1,4 @@
-"""The gradient that is returned is the gradient of the loss that is returned, by gradcheck."""
+"""The returned gradients are those of the returned loss: torch.autograd.gradcheck."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_are_those_of_the_loss(
+def test_gradcheck(
     loss: str, backend: str, reduction: str, normalize: bool, kind: str, device: torch.device
 ) -> None:
     for n, scale_shape in ((1, ()), (2, (1,)), (6, ())):
@@ -30,10 +30,8 @@ def test_gradients_are_those_of_the_loss(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_are_those_of_the_loss_across_tiles(
-    loss: str, backend: str, device: torch.device
-) -> None:
-    # Fast mode compares one random projection of the Jacobian: large batches become affordable.
+def test_gradcheck_across_tiles(loss: str, backend: str, device: torch.device) -> None:
+    # Fast mode compares one random projection of the Jacobian, which large batches can afford.
     x, y = (torch.tensor(t, device=device, requires_grad=True) for t in batch("random", 161, 70))
     scale, bias = (torch.tensor(t, device=device).double().requires_grad_() for t in (3.0, -1.0))
     for options in ({}, {"normalize": True}, {"reduction": "none"}, {"memory_budget": 0}):

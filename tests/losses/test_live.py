@@ -1,4 +1,5 @@
-"""Live pairs: accumulated over slices that cover the batch, everything is the whole batch's."""
+"""The option `live`: summed over slices that cover the batch, values and gradients (scale
+included) equal the full batch's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,13 +29,13 @@ def leaves(kind: str = "random", precision: str = "float64", scale: float = 14.3
 
 
 def spliced(x: Tensor, start: int, stop: int) -> Tensor:
-    """As accumulation makes it: of these rows alone there is a graph."""
+    """Returns x, of which only rows start to stop have a graph, as in gradient accumulation."""
     dead = x.detach()
     return torch.cat((dead[:start], x[start:stop], dead[stop:]))
 
 
 def accumulated(loss: Callable[..., Tensor], inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    """Value and gradients, summed over SLICES."""
+    """Returns value and gradients, summed over SLICES."""
     total = torch.zeros((), dtype=torch.float64)
     x, y, *scalars = inputs
     for live in SLICES:
@@ -46,7 +47,7 @@ def accumulated(loss: Callable[..., Tensor], inputs: list[Tensor], **options: An
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_slices_add_up_to_the_whole(loss: str, precision: str, engine: str) -> None:
+def test_slices_add_up_to_the_full_batch(loss: str, precision: str, engine: str) -> None:
     wrong = []
     for kind, scale, normalize in (
         ("random", 14.3, False), ("lengths", 14.3, True), ("separated", 100.0, False),
@@ -66,7 +67,7 @@ def test_slices_add_up_to_the_whole(loss: str, precision: str, engine: str) -> N
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_sum_and_a_frozen_tower(loss: str) -> None:
+def test_reduction_sum_and_a_frozen_tower(loss: str) -> None:
     inputs = leaves()
     inputs[1].requires_grad_(False)
     found = accumulated(LOSSES[loss], inputs, reduction="sum")
@@ -86,9 +87,9 @@ def test_modules(module: type[torch.nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_only_live_rows_are_worked_on(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs of the products: one sweep for the states, which SigLIP has no need of, then twice the
-    live rows and twice the live columns."""
+def test_only_live_rows_and_columns_are_weighed(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts pairs in all products: one sweep for the states (CLIP only), then two products of the
+    live rows and two of the live columns."""
     pairs = []
 
     def counted(run: Callable[..., Any], products: int) -> Callable[..., Any]:
@@ -107,13 +108,13 @@ def test_only_live_rows_are_worked_on(loss: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("live", [(0, 0), (3, 2), (-1, 4), (0, N + 1), (0.5, 2), 3, (1, 2, 3)])
-def test_a_wrong_slice(live: object) -> None:
+def test_a_wrong_slice_is_refused(live: object) -> None:
     with pytest.raises(ValueError, match=r"live must be .*stop <= 23 pairs, got"):
         clip_loss(*leaves(), live=live)
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"backend": "reference"}])
-def test_what_live_does_not_go_with(options: dict[str, str]) -> None:
+def test_options_that_exclude_live_are_refused(options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="live pairs must be reduced"):
         clip_loss(*leaves(), live=(0, 4), **options)
 
@@ -125,8 +126,8 @@ def test_what_live_does_not_go_with(options: dict[str, str]) -> None:
         Own()(*leaves(), live=(0, 4))
 
 
-def test_compiled() -> None:
-    """The graph is cut at the loss."""
+def test_live_in_a_compiled_function() -> None:
+    """The loss with `live` breaks the graph."""
     x, y, *scalars = leaves()
     step = torch.compile(lambda *a: clip_loss(*a, live=(2, 9)) * 2, backend="aot_eager")
     step(x, y, *scalars).backward()

@@ -1,4 +1,4 @@
-"""The truth of large batches agrees with the dense losses that it stands for."""
+"""The streamed truth of large batches agrees with the dense losses."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ LOSSES = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_it_is_the_dense_loss(loss: str, normalize: bool) -> None:
-    """In chunks, the last of which is smaller."""
+def test_streamed_truth_equals_the_dense_loss(loss: str, normalize: bool) -> None:
+    """The last chunk of rows is smaller than the others."""
     leaves = [*torch.randn(2, 50, 7, dtype=torch.float64)]
     leaves += [torch.tensor(value, dtype=torch.float64) for value in (2.5, -1.0)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
