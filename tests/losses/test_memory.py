@@ -35,7 +35,7 @@ def features(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -
 
 
 def allocations(function: Callable[[], object]) -> tuple[int, int, int]:
-    """Returns bytes: the largest single allocation, the most held at a time, and what is held now."""
+    """Returns bytes: the largest single allocation, the most held at a time, and those held now."""
     if DEVICE.type != "cpu":
         pytest.skip("the profiler's memory events are read for the CPU only")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
