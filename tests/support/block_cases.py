@@ -57,4 +57,4 @@ def blocks(
 
 everywhere = pytest.mark.parametrize("shape", SHAPES)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-for_every_loss = pytest.mark.parametrize("kind", KINDS)
+for_every_kind = pytest.mark.parametrize("kind", KINDS)
