@@ -13,12 +13,10 @@ import torch
 from numpy.typing import NDArray
 from support.hard_inputs import KINDS, batch
 from support.judge import PRECISIONS, QUANTITIES, allowance, error, evaluate, plain, truth
+from support.losses import LOSSES
 from support.oracle import Truth
 from torch import Tensor
 
-from fastclip.loss import clip_loss, siglip_loss
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 SCALES = (0.0, 1e-3, 1.0, 14.3, 100.0, 112.3, 1e4, -14.3)
 BIAS = -3.0
 N, D = 131, 24  # several tiles in every direction, and a multiple of no tile size

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from support.losses import LOSSES
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastclip.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 MODULES = {"clip": ClipLoss, "siglip": SigLipLoss}
 SIZES = (5, 8, 13, 40, 131)
 D = 12

@@ -7,10 +7,7 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import PRECISIONS, QUANTITIES, Precision, evaluate
-
-from fastclip.loss import clip_loss, siglip_loss
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+from support.losses import LOSSES
 
 
 @pytest.fixture

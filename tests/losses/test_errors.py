@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
+from support.losses import LOSSES
 from torch import Tensor
 
 import fastclip
-from fastclip.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+from fastclip.loss import ClipLoss, SigLipLoss
 
 # Returns the wrong arguments that replace those of a correct call on features x (4, 8). It is a
 # function of x, because a failing device must fail single tests and not their collection.

@@ -3,10 +3,7 @@
 import pytest
 import torch
 from support.hard_inputs import batch
-
-from fastclip.loss import clip_loss, siglip_loss
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+from support.losses import LOSSES
 
 
 @pytest.mark.parametrize("kind", ["random", "duplicates", "lengths"])

@@ -8,12 +8,12 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import QUANTITIES
+from support.losses import LOSSES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.loss import clip_loss, siglip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 N, D = 37, 11
 INPUTS = QUANTITIES[1:]
 

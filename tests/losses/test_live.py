@@ -9,14 +9,14 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import PRECISIONS, allowance, error, truth
+from support.losses import LOSSES
 from torch import Tensor
 
-from fastclip import clip_loss, siglip_loss
+from fastclip import clip_loss
 from fastclip.engine import operators
 from fastclip.engine.block import Block
 from fastclip.loss import ClipLoss, SigLipLoss
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"clip": clip_loss, "siglip": siglip_loss}
 SLICES = ((0, 5), (5, 6), (6, 23))
 N, D = 23, 24
 

@@ -5,15 +5,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support.losses import LOSSES
 from torch import Tensor
 
-from fastclip.loss import clip_loss, siglip_loss
+from fastclip.loss import clip_loss
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 settings.register_profile(
     "fastclip", max_examples=40, deadline=None, derandomize=True, database=None

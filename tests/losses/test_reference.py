@@ -11,12 +11,11 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import PRECISIONS, QUANTITIES, allowance, error, evaluate, truth
+from support.losses import REFERENCES
 from support.oracle import DTYPES, TRUTHS, rounded
 
 import fastclip.loss
-from fastclip import reference
 
-REFERENCES = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
 REDUCTIONS = {"mean": 1.7, "sum": -0.3, "none": np.linspace(-1, 2, 9)}
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import PRECISIONS, QUANTITIES, allowance, error, evaluate, plain, truth
+from support.losses import LOSSES
 from support.oracle import Truth
 from torch import Tensor
 
-from fastclip.loss import clip_loss, siglip_loss
+from fastclip.loss import clip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 SIZES = (1, 2, 3, 127, 128, 129, 251, 257, 521)
 FEATURES = (1, 7, 64, 96, 512, 832, 1152)
 SHAPES = [(n, d) for n in SIZES for d in (7, 64)]

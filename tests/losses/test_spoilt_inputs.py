@@ -12,11 +12,8 @@ import torch
 SPOILT = """
 import json, math, sys
 import torch
-from fastclip import reference
-from fastclip.loss import clip_loss, siglip_loss
+from support.losses import LOSSES, REFERENCES
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-TRUTHS = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
 dtypes = [torch.float64, torch.float32, torch.bfloat16]
 engine, device = sys.argv[1:]
 results = []
@@ -41,7 +38,7 @@ for loss in LOSSES:
                     loss_value.backward()
                     wide = (x.detach().double(), y.detach().double(), s.detach(), -1.0)
                     with torch.no_grad():
-                        truth = TRUTHS[loss](*wide, normalize=normalize)
+                        truth = REFERENCES[loss](*wide, normalize=normalize)
                     finite = [bool(t.grad.isfinite().all()) for t in (x, y, s)]
                     results.append(dict(
                         case=f"{loss}, {dtype}, {n} pairs, {name}, {normalize=}",

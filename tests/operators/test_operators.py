@@ -12,15 +12,13 @@ import torch
 from support.block_operators import make_weights, operator, sweep
 from support.dense_block import DTYPES, KINDS, Block, make_block
 from support.judge import error, numbers
+from support.losses import LOSSES
 from support.masked_block import make_masked_block, occupied
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastclip.engine import operators
 from fastclip.engine.kept import rows_to_keep
-from fastclip.loss import clip_loss, siglip_loss
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 # The schemas in full, because changing one breaks exported programs.
 BLOCK = (

@@ -10,16 +10,13 @@ import torch
 from support.block_operators import make_weights, operator, sweep, weigh
 from support.dense_block import DTYPES, LOG2E, Block, accumulator, make_block
 from support.dense_truth import Dense, assert_gradients, assert_states, has_one_shift
+from support.losses import LOSSES, REFERENCES
 from torch import Tensor
 
 from fastclip import reference
 from fastclip.engine import torch_engine
 from fastclip.engine.kept import rows_to_keep
 from fastclip.loss import clip_loss, siglip_loss
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-REFERENCES = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
-
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
