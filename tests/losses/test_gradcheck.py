@@ -6,15 +6,15 @@ from support.hard_inputs import batch
 from support.losses import LOSSES
 
 
-@pytest.mark.parametrize("kind", ["random", "duplicates", "lengths"])
+@pytest.mark.parametrize("batch_name", ["random", "duplicates", "lengths"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck(
-    loss: str, backend: str, reduction: str, normalize: bool, kind: str, device: torch.device
+    loss: str, backend: str, reduction: str, normalize: bool, batch_name: str, device: torch.device
 ) -> None:
     for n, scale_shape in ((1, ()), (2, (1,)), (6, ())):
-        x, y = (torch.tensor(t, device=device, requires_grad=True) for t in batch(kind, n, 4))
+        x, y = (torch.tensor(t, device=device, requires_grad=True) for t in batch(batch_name, n, 4))
         scale = torch.full(scale_shape, 2.5, dtype=torch.float64, device=device)
         bias = torch.full(scale_shape, -1.5, dtype=torch.float64, device=device)
         inputs = (x, y, scale.requires_grad_(), bias.requires_grad_())

@@ -21,9 +21,11 @@ SLICES = ((0, 5), (5, 6), (6, 23))
 N, D = 23, 24
 
 
-def leaves(kind: str = "random", precision: str = "float64", scale: float = 14.3) -> list[Tensor]:
+def leaves(
+    batch_name: str = "random", precision: str = "float64", scale: float = 14.3
+) -> list[Tensor]:
     of = PRECISIONS[precision]
-    x, y = batch(kind, N, D)
+    x, y = batch(batch_name, N, D)
     values = ((x, of.x), (y, of.y), (scale, of.scalars), (-3.0, of.scalars))
     return [torch.tensor(v, dtype=dtype).requires_grad_() for v, dtype in values]
 
@@ -49,20 +51,20 @@ def accumulated(loss: Callable[..., Tensor], inputs: list[Tensor], **options: An
 @pytest.mark.parametrize("loss", LOSSES)
 def test_slices_add_up_to_the_full_batch(loss: str, precision: str, engine: str) -> None:
     wrong = []
-    for kind, scale, normalize in (
+    for batch_name, scale, normalize in (
         ("random", 14.3, False), ("lengths", 14.3, True), ("separated", 100.0, False),
         ("dominating", 1e3, False),
     ):  # fmt: skip
-        inputs = leaves(kind, precision, scale)
+        inputs = leaves(batch_name, precision, scale)
         found = accumulated(LOSSES[loss], inputs, normalize=normalize, backend=engine)
         of = PRECISIONS[precision]
-        exact = truth(loss, *batch(kind, N, D), scale, -3.0, of, normalize=normalize)
+        exact = truth(loss, *batch(batch_name, N, D), scale, -3.0, of, normalize=normalize)
         names = ("loss", "dx", "dy", "dscale", "dbias")
         for name, value, leaf in zip(names, found, [inputs[2], *inputs], strict=True):
             allowed = 4 * allowance(name, exact, of, leaf.dtype) + 1e-15
             mistake = error(np.asarray(value.double()), np.asarray(getattr(exact, name), float))
             if not mistake <= allowed:
-                wrong.append(f"{kind} {name}: {mistake:.1e}, allowed {allowed:.1e}")
+                wrong.append(f"{batch_name} {name}: {mistake:.1e}, allowed {allowed:.1e}")
     assert not wrong, "\n".join(wrong)
 
 

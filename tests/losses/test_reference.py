@@ -66,8 +66,8 @@ def test_oracle_at_scale_zero_and_on_a_single_pair() -> None:
 
 
 def test_oracle_stays_finite_and_exact_at_any_scale() -> None:
-    for scale, kind in itertools.product((-1e4, 1e4), ("random", "separated", "dominating")):
-        x, y = batch(kind, 23, 6)
+    for scale, batch_name in itertools.product((-1e4, 1e4), ("random", "separated", "dominating")):
+        x, y = batch(batch_name, 23, 6)
         for loss in TRUTHS:
             narrow = TRUTHS[loss](x, y, scale, -3.0)
             wide = TRUTHS[loss](x, y, scale, -3.0, precision=np.longdouble)
@@ -93,12 +93,12 @@ def test_reference_agrees_with_the_oracle_in_float64(
 ) -> None:
     upstream = np.resize(REDUCTIONS[reduction], 31 if reduction == "none" else ())
     options = {"normalize": normalize, "reduction": reduction, "upstream": upstream}
-    for kind in ("random", "peaked", "duplicates", "cone", "negative", "lengths"):
-        case = (*batch(kind, 31, 12), scale, -3.0, PRECISIONS["float64"])
+    for batch_name in ("random", "peaked", "duplicates", "cone", "negative", "lengths"):
+        case = (*batch(batch_name, 31, 12), scale, -3.0, PRECISIONS["float64"])
         exact = truth(loss, *case, **options)
         ours = evaluate(REFERENCES[loss], *case, device, **options)
         for name in QUANTITIES:
-            assert error(ours[name], getattr(exact, name)) < 1e-10, f"{name}, {kind}"
+            assert error(ours[name], getattr(exact, name)) < 1e-10, f"{name}, {batch_name}"
 
 
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "float64"])
@@ -107,8 +107,8 @@ def test_reference_computes_in_float32_whatever_the_inputs(
     loss: str, precision: str, device: torch.device
 ) -> None:
     p = PRECISIONS[precision]
-    for kind, scale in (("random", 14.3), ("random", 100.0), ("cone", 14.3)):
-        case = (*batch(kind, 61, 24), scale, -3.0, p)
+    for batch_name, scale in (("random", 14.3), ("random", 100.0), ("cone", 14.3)):
+        case = (*batch(batch_name, 61, 24), scale, -3.0, p)
         exact = truth(loss, *case)
         ours = evaluate(REFERENCES[loss], *case, device)
         for name in QUANTITIES:
@@ -118,7 +118,7 @@ def test_reference_computes_in_float32_whatever_the_inputs(
             # Unlike the engines, the reference cancels; but only its result is rounded to half.
             stored = p.autocast if p.autocast and name in ("dx", "dy") else result.dtype
             eps = 4 * allowance(name, exact, PRECISIONS["float32"], stored)
-            assert error(result, getattr(exact, name)) <= eps, f"{name}, {kind}, {scale}"
+            assert error(result, getattr(exact, name)) <= eps, f"{name}, {batch_name}, {scale}"
 
 
 @pytest.mark.parametrize("loss", REFERENCES)

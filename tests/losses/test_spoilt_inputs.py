@@ -42,7 +42,7 @@ for loss in LOSSES:
                     finite = [bool(t.grad.isfinite().all()) for t in (x, y, s)]
                     results.append(dict(
                         case=f"{loss}, {dtype}, {n} pairs, {name}, {normalize=}",
-                        kind=name, loss=loss_value.item(), truth=truth.item(), finite=finite,
+                        spoilt=name, loss=loss_value.item(), truth=truth.item(), finite=finite,
                     ))
 print(json.dumps(results))
 """
@@ -71,10 +71,10 @@ def test_spoilt_features_show_in_loss_and_gradients(
     engine: str, device: torch.device, spoilt: dict[str, list[dict]]
 ) -> None:
     """A NaN reaches the results, and after an infinity a GradScaler sees gradients not finite."""
-    cases = [c for c in outcomes(engine, device, spoilt) if c["kind"] in ("nan", "inf", "-inf")]
+    cases = [c for c in outcomes(engine, device, spoilt) if c["spoilt"] in ("nan", "inf", "-inf")]
     assert cases
     for case in cases:
-        if case["kind"] == "nan":
+        if case["spoilt"] == "nan":
             assert math.isnan(case["loss"]), case
         if not math.isfinite(case["truth"]):
             # A pair whose positive logit is infinite may have a loss of zero.
@@ -85,7 +85,7 @@ def test_absurd_scales_give_the_true_loss_or_nan(
     engine: str, device: torch.device, spoilt: dict[str, list[dict]]
 ) -> None:
     """A finite result is right even if logits are too large for their differences to be exact."""
-    cases = [c for c in outcomes(engine, device, spoilt) if "scale" in c["kind"]]
+    cases = [c for c in outcomes(engine, device, spoilt) if "scale" in c["spoilt"]]
     assert cases
     for case in cases:
         if math.isfinite(case["loss"]):

@@ -97,7 +97,7 @@ def zero_rows(rng: Generator, n: int, d: int) -> Batch:
     return x, y
 
 
-KINDS: dict[str, Callable[[Generator, int, int], Batch]] = {
+BATCHES: dict[str, Callable[[Generator, int, int], Batch]] = {
     f.__name__: f
     for f in (
         random,
@@ -115,7 +115,7 @@ KINDS: dict[str, Callable[[Generator, int, int], Batch]] = {
 }
 
 
-def batch(kind: str, n: int, d: int, seed: int = 0) -> Batch:
-    rng = np.random.default_rng([seed, zlib.crc32(kind.encode()), n, d])
-    x, y = KINDS[kind](rng, n, d)
+def batch(batch_name: str, n: int, d: int, seed: int = 0) -> Batch:
+    rng = np.random.default_rng([seed, zlib.crc32(batch_name.encode()), n, d])
+    x, y = BATCHES[batch_name](rng, n, d)
     return x.astype(np.float32).astype(np.float64), y.astype(np.float32).astype(np.float64)
