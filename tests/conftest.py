@@ -1,23 +1,25 @@
-"""What every test may ask for: the device, the engines that can run on it, the judge, a seed.
+"""Fixtures of all tests: the device, the engines that run on it, the judge, a seed.
 
-`device` is cpu unless FASTCLIP_TEST_DEVICE says otherwise. The engines for CUDA tensors, which are
-interpreted and emulated there, have tests of their own, smaller ones, that take `gpu_engine`. A
-test that takes `backend` runs once for each backend that is available there, one that takes
-`engine` for each but the dense reference. FASTCLIP_TEST_DEVICE=emulated puts the CUDA engine,
-emulated, in the place of the C++ one for CPU tensors: all tests of losses and operators are its.
+- `device` is cpu unless FASTCLIP_TEST_DEVICE names another device.
+- A test with `backend` runs once for each backend that is available on the device; a test with
+  `engine` runs for each of them except the dense reference.
+- `gpu_engine` is an engine for CUDA tensors. On CPUs these engines are interpreted or emulated, so
+  they have smaller tests of their own.
+- FASTCLIP_TEST_DEVICE=emulated replaces the C++ engine for CPU tensors by the emulated CUDA engine,
+  which then runs all tests of losses and operators.
 """
 
 import os
 
-# Threads that wait by spinning take the cores from those that work: where other processes keep a
-# machine busy, thousands of tiny parallel regions took ten times as long. Read when torch loads.
+# Threads that spin while they wait take cores from threads that work: on a busy machine thousands
+# of tiny parallel regions took ten times as long. The variable is read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Without a card Triton's kernels run in its interpreter. Read when Triton is first imported, which
-# torch.compile does, too, for its own ends.
+# Without a GPU, Triton's kernels run in its interpreter. The variable is read when Triton is first
+# imported, which torch.compile does, too.
 if os.environ.get("FASTCLIP_TEST_DEVICE", "cpu") in ("cpu", "emulated"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-try:  # before the standard distutils: inductor imports it late, and then it refuses
+try:  # fails after the standard distutils, and Inductor imports it that late
     import setuptools
 except ImportError:
     setuptools = None
@@ -37,8 +39,11 @@ from fastclip.engine import torch_engine
 
 
 def mend_interpreter() -> None:
-    """Before 3.7 Triton interprets a scalar as an array of shape (1,), of which NumPy 2.4 makes no
-    `int` any more: no kernel with a loop would run. `item` takes arrays of one element."""
+    """Lets Triton's interpreter run loops with NumPy 2.4.
+
+    Before 3.7 Triton represents a scalar as an array of shape (1,), which `int` no longer accepts.
+    `item` accepts arrays of one element.
+    """
     from triton.runtime import interpreter
 
     patch_language = interpreter._patch_lang_tensor
@@ -58,7 +63,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 TESTED = os.environ.get("FASTCLIP_TEST_DEVICE", "cpu")
 DEVICE = torch.device("cpu" if TESTED == "emulated" else TESTED)
-# Which backends compute on tensors of which kind of device.
+# The backends that compute on tensors of the tested device.
 ON_DEVICE = {
     "cpu": ("cpu", "torch", "reference"), "emulated": ("cuda", "torch", "reference")
 }.get(TESTED, ("cuda", "triton", "torch", "reference"))  # fmt: skip
@@ -66,7 +71,7 @@ if TESTED == "emulated":
     from support import cuda_case
 
     cuda_case.on_cpu_tensors(pytest.MonkeyPatch())
-    # Weights in fp16, as on a card.
+    # Products take fp16 weights in fp16, as on a GPU.
     dense_truth.assert_gradients = functools.partial(
         dense_truth.assert_gradients, half_products=True
     )
@@ -97,20 +102,20 @@ def device() -> torch.device:
 
 @pytest.fixture
 def on_the_device(device: torch.device) -> Iterator[None]:
-    """New tensors are made there."""
+    """Makes new tensors on the device by default."""
     with device:
         yield
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain PyTorch engine cuts small blocks, too, several times."""
+    """Makes the plain PyTorch engine cut small blocks, too, into several chunks."""
     monkeypatch.setattr(torch_engine, "CHUNK", 1 << 10)
 
 
 @pytest.fixture(params=["triton", "cuda"])
 def gpu_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Either fused engine for CUDA tensors; without a card they take CPU tensors."""
+    """Each fused engine for CUDA tensors; without a GPU these take CPU tensors."""
     from support.gpu_engine_case import prepare
 
     prepare(request.param, DEVICE, monkeypatch)
@@ -119,7 +124,7 @@ def gpu_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="session")
 def backends() -> list[str]:
-    """The backends that are available on the device, the dense reference last."""
+    """The backends that are available on the device; the dense reference comes last."""
     return BACKENDS
 
 
@@ -130,7 +135,7 @@ def assert_accurate() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def theirs() -> ModuleType:
-    """`open_clip.loss`; skips where open_clip is missing."""
+    """The module `open_clip.loss`; skips the test if open_clip is not installed."""
     from support.open_clip_import import import_open_clip
 
     return import_open_clip().loss

@@ -1,4 +1,4 @@
-"""`contrast`: its statistics and any function's gradients are right, whatever the options."""
+"""Statistics of `contrast`, and gradients of functions of them, are right with all options."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ for_every_kind = pytest.mark.parametrize("kind", KINDS)
 def check(
     problem: Problem, backend: str, device: torch.device, dtype: torch.dtype, **options: object
 ) -> None:
-    """Statistics, and gradients of a random function of all of them."""
+    """Checks the statistics, and the gradients of a random linear function of all of them."""
     evaluated, exact = Evaluated(problem, backend, device, dtype, **options), Exact(problem)
     found = evaluated.statistics
     check_statistics(problem, found, dtype, exact)
@@ -73,12 +73,12 @@ def test_any_scale(engine: str, device: torch.device, kind: str, scale: float) -
 
 
 def test_negatives_far_below_the_positive(backend: str, device: torch.device) -> None:
-    """Their log-sum-exp has all its digits, though beside the positive it is nothing."""
+    """Their log-sum-exp is accurate, although added to the positive it would vanish."""
     opposite = np.array([[0.6, 0.8], [-0.6, -0.8]])
     check(Problem(opposite, opposite, scale=150.0), backend, device, torch.float32)
 
 
-# ---- losses written on them ----------------------------------------------------------------------
+# ---- losses written on statistics ----------------------------------------------------------------
 
 
 def clip_of(c: fastclip.LineStatistics) -> Tensor:
@@ -90,7 +90,7 @@ def siglip_of(c: fastclip.LineStatistics) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_the_fused_losses_written_on_statistics(
+def test_losses_written_on_statistics_equal_the_fused_ones(
     engine: str, device: torch.device, loss: str
 ) -> None:
     write, fused, kind = {
@@ -110,7 +110,7 @@ def test_the_fused_losses_written_on_statistics(
 
 
 def test_more_negatives_from_another_block(engine: str, device: torch.device) -> None:
-    """A queue's log-sum-exp joins the batch's."""
+    """The log-sum-exps of a batch and of a queue add up to that of all negatives."""
     whole = make_problem(20, 55, 8)
     parts = whole.with_sides(whole.x, whole.y[:20]), whole.with_sides(whole.x, whole.y[20:])
     parts = parts[0], Problem(**{**vars(parts[1]), "offset": None})
@@ -120,7 +120,7 @@ def test_more_negatives_from_another_block(engine: str, device: torch.device) ->
 
 
 def test_one_side_against_itself(engine: str, device: torch.device) -> None:
-    """The same tensor may be both: its gradient has both parts."""
+    """If x is also y, its gradient is the sum of both sides' gradients."""
     x = torch.randn(20, 6, device=device, requires_grad=True)
     ids = torch.arange(20, device=device) // 2
     found = []
@@ -131,12 +131,12 @@ def test_one_side_against_itself(engine: str, device: torch.device) -> None:
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
-# ---- what is not asked for costs nothing ---------------------------------------------------------
+# ---- only requested results are computed ---------------------------------------------------------
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The sweeps that were made."""
+    """A list of the sweeps that run, by name."""
     made: list[str] = []
     sweep, weigh = operators.sweep, operators.weigh
     monkeypatch.setattr(
@@ -148,7 +148,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def test_without_gradients_there_is_one_sweep(
+def test_without_gradients_only_one_sweep_runs(
     engine: str, device: torch.device, calls: list[str]
 ) -> None:
     problem = make_problem(20, 30, 6)
@@ -158,14 +158,14 @@ def test_without_gradients_there_is_one_sweep(
     check_statistics(problem, found, torch.float32)
 
 
-def test_what_nobody_uses_is_not_differentiated(
+def test_positives_are_differentiated_without_a_second_sweep(
     engine: str, device: torch.device, calls: list[str]
 ) -> None:
     c = Evaluated(make_problem(20, 30, 6), engine, device)
     x = c.leaves["dx"]
     assert torch.autograd.grad(c.statistics.rows.sum(), x, retain_graph=True)[0].any()
     assert calls == ["sweep", "weigh"]
-    # The positives alone are products of pairs.
+    # The positives need only the products of N pairs.
     dx, dy, dscale, dbias = torch.autograd.grad(c.statistics.positives.sum(), c.leaves.values())
     assert calls == ["sweep", "weigh"]
     y, scale = c.leaves["dy"].detach(), float(c.leaves["dscale"].detach())
@@ -176,8 +176,8 @@ def test_what_nobody_uses_is_not_differentiated(
 
 
 @pytest.mark.parametrize("wanted", ["rows", "columns"])
-def test_one_direction(engine: str, device: torch.device, wanted: str) -> None:
-    """The other statistics are None, and lines without negatives there ask for no second sweep."""
+def test_rows_or_columns_alone(engine: str, device: torch.device, wanted: str) -> None:
+    """The other direction's statistics are None; the requested ones and gradients do not change."""
     for options in ("plain", "positives by id"):
         problem = make_problem(20, 30, 6, **OPTIONS[options])
         both = Evaluated(problem, engine, device)
@@ -226,12 +226,12 @@ def test_upstream_gradients_of_any_size(engine: str, device: torch.device) -> No
 
 
 def test_infinite_upstream_gradients_show(engine: str, device: torch.device) -> None:
-    """A GradScaler finds them in x's gradient."""
+    """The gradient of x is not finite, which a GradScaler looks for."""
     c = Evaluated(make_problem(20, 30, 6), engine, device)
     assert not np.isfinite(c.gradients(c.statistics.rows.sum() * float("inf"))["dx"]).all()
 
 
-def test_no_second_derivative(engine: str, device: torch.device) -> None:
+def test_a_second_derivative_is_refused(engine: str, device: torch.device) -> None:
     c = Evaluated(make_problem(20, 30, 6), engine, device)
     x = c.leaves["dx"]
     (dx,) = torch.autograd.grad(clip_like(c.statistics), x, create_graph=True)
@@ -258,7 +258,7 @@ def test_the_reference_has_derivatives_of_any_order(device: torch.device) -> Non
     assert torch.autograd.gradgradcheck(loss, (leaves["dx"], leaves["dy"]))
 
 
-def test_same_numbers_every_time(engine: str, device: torch.device) -> None:
+def test_repeated_runs_are_bitwise_equal(engine: str, device: torch.device) -> None:
     problem = make_problem(300, 200, 16, **OPTIONS["everything"])
     runs = []
     for _ in range(3):
@@ -271,7 +271,7 @@ def test_same_numbers_every_time(engine: str, device: torch.device) -> None:
             assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- wrong arguments -----------------------------------------------------------------------------
 
 X, Y = torch.ones(4, 3), torch.ones(5, 3)
 IDS = torch.arange(4), torch.arange(5)
@@ -317,7 +317,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_does_not_fit_is_refused(what: str) -> None:
+def test_wrong_arguments_are_refused(what: str) -> None:
     error, pattern, change = REFUSED[what]
     arguments = {"x": X, "y": Y, "logit_scale": 1.0} | change
     with pytest.raises(error, match=pattern):
@@ -325,10 +325,10 @@ def test_what_does_not_fit_is_refused(what: str) -> None:
 
 
 @pytest.mark.parametrize("value", [1e30, float("inf")])
-def test_a_pair_alone_has_no_negatives_whatever_it_is(
+def test_a_single_pair_has_no_negatives_even_if_norms_overflow(
     engine: str, device: torch.device, value: float
 ) -> None:
-    """Norms that overflow leave no shift for anybody, and here nobody needs one."""
+    """Norms that overflow leave no valid shift; without negatives none is needed."""
     x = torch.full((1, 3), value, device=device)
     c = contrast(x, x.clone(), 1.0, backend=engine)
     assert c.rows == c.columns == -torch.inf

@@ -1,7 +1,7 @@
-"""Random losses written on random statistics have the oracle's gradients; by hypothesis.
+"""Random losses on random statistics have the oracle's gradients, tested with hypothesis.
 
-The loss is written once, in PyTorch, and differentiated twice: through `contrast`, and by the
-oracle's statistics, whose own gradients come from its formulas.
+A loss is written once, in PyTorch, and differentiated twice: through `contrast`, and through the
+oracle's statistics, whose gradients the oracle computes from formulas.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-# Forms of losses of the field, in a line's statistic and its own positive's logit.
+# Common forms of losses, as functions of a line's statistic and its own positive's logit.
 TERMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "cross entropy": lambda s, p, _: F.softplus(s - p, threshold=60),
     "decoupled": lambda s, p, _: s - p,
@@ -64,7 +64,7 @@ problems = st.fixed_dictionaries(
 
 
 def write(statistics: dict[str, Tensor], offset: int | None, drawn: list[Term]) -> Tensor:
-    """The loss: terms that some statistic is missing for are left out."""
+    """Returns the sum of the terms whose statistics are all present."""
     positives, total = statistics["positives"], torch.zeros((), dtype=torch.float64)
     n = statistics["columns"].shape[0]
     i = torch.arange(len(positives))

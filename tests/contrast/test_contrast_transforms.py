@@ -1,4 +1,4 @@
-"""Compilers, exporters, transforms, counters and fake tensors take `contrast` and the losses."""
+"""`contrast` and the losses work with compile, export, transforms, FLOP counters, fake tensors."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def make_inputs(m: int, n: int, device: torch.device, seed: int = 0) -> list[Tensor]:
-    """x, y, scale, bias, key_bias, ids of rows and columns."""
+    """Returns x, y, scale, bias, key_bias, and the ids of rows and columns."""
     generator = torch.Generator().manual_seed(seed)
     sides = [torch.randn(k, D, generator=generator) for k in (m, n)]
     scalars = torch.tensor(1.5), torch.tensor(-1.0), torch.randn(n, generator=generator)
@@ -36,7 +36,7 @@ def make_inputs(m: int, n: int, device: torch.device, seed: int = 0) -> list[Ten
 
 
 def loss_of(options: str, **others: object) -> Callable[..., Tensor]:
-    """A loss of all statistics, with these options."""
+    """Returns a loss of all statistics that `contrast` computes with these options."""
     given = dict(OPTIONS[options])
     has_ids, has_bias = given.pop("ids", None), given.pop("key_bias", None)
     margin = given.pop("margin", None)
@@ -119,7 +119,7 @@ def test_func_grad_and_vmap(loss: str, engine: str, device: torch.device) -> Non
     torch.testing.assert_close(
         torch.vmap(function)(x, y), torch.stack([function(a, b) for a, b in zip(x, y, strict=True)])
     )
-    # One text batch for all images; gradients within vmap, and vmap within a gradient.
+    # All image batches share a text batch; gradients run within vmap, and vmap within a gradient.
     shared = torch.vmap(function, in_dims=(0, None))(x, y[0])
     torch.testing.assert_close(shared, torch.stack([function(a, y[0]) for a in x]))
     for one, other in zip(torch.vmap(torch.func.grad(function, (0, 1)))(x, y), each, strict=True):
@@ -130,9 +130,7 @@ def test_func_grad_and_vmap(loss: str, engine: str, device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_other_derivatives_say_that_they_are_none(
-    loss: str, engine: str, device: torch.device
-) -> None:
+def test_unsupported_derivatives_raise(loss: str, engine: str, device: torch.device) -> None:
     x, y = torch.randn(2, 10, D, device=device).unbind()
 
     def function(x: Tensor) -> Tensor:
@@ -144,7 +142,7 @@ def test_other_derivatives_say_that_they_are_none(
         dual = torch.autograd.forward_ad.make_dual(x, x)
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
             function(dual)
-        function(x)  # without a tangent it is none
+        function(x)  # without a tangent nothing is differentiated
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.func.grad(lambda x: torch.func.grad(function)(x).sum())(x)
 
@@ -171,8 +169,8 @@ def test_fake_and_meta_tensors(engine: str) -> None:
 
 @pytest.mark.parametrize("loss", ["clip", "siglip", "contrast"])
 def test_flops_are_counted_in_passes(loss: str, engine: str, device: torch.device) -> None:
-    """2 M N D each: softmax sweeps once and weighs with three products, two where all products
-    were kept; the sigmoid loss makes all in three."""
+    """A pass is 2 M N D. Softmax takes one for the sweep and three to weigh, or two if all products
+    were kept; the sigmoid loss takes three in all."""
     n = 64
     for budget in (0, 1 << 20):
         x, y = (torch.randn(n, D, device=device, requires_grad=True) for _ in range(2))

@@ -1,16 +1,16 @@
-"""torch.compile takes the losses whole, once for all batch sizes; torch.export takes them too."""
+"""The losses compile into one graph for all batch sizes, and torch.export exports them."""
 
 import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from support.losses import LOSSES
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastclip.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 MODULES = {"clip": ClipLoss, "siglip": SigLipLoss}
 SIZES = (5, 8, 13, 40, 131)
 D = 12
@@ -56,26 +56,26 @@ def test_one_graph_serves_every_batch_size(
         for ours, eager in zip(results(compiled, inputs), results(function, inputs), strict=True):
             torch.testing.assert_close(ours, eager)
         graphs.append(counter.frame_count)
-    # For the first size Dynamo may start anew once; where the budget holds nothing any more, one
-    # more graph may serve.
+    # Dynamo may compile the first size twice, and a batch too large for the budget to keep any
+    # row may have a graph of its own.
     assert graphs[-1] <= graphs[0] + ("memory_budget" in options)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_sizes_are_found_to_vary_without_being_told(
+def test_dynamic_sizes_are_detected_automatically(
     loss: str, engine: str, device: torch.device
 ) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(LOSSES[loss], backend=counter, fullgraph=True)
     for n in SIZES:
         compiled(*make_inputs(n, device), backend=engine).backward()
-        if n == SIZES[1]:  # the first size had its own graph, this one has that of all others
+        if n == SIZES[1]:  # the first size had its own graph; this graph serves all others
             graphs = counter.frame_count
     assert counter.frame_count == graphs
 
 
 class Step(nn.Module):
-    """Two towers and their loss, as a trainer compiles them."""
+    """Two towers and their loss, compiled together as in a training step."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -94,7 +94,9 @@ class Step(nn.Module):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("loss", MODULES)
-def test_a_training_step_compiles_whole(loss: str, autocast: bool, device: torch.device) -> None:
+def test_a_training_step_compiles_into_one_graph(
+    loss: str, autocast: bool, device: torch.device
+) -> None:
     step = Step(MODULES[loss]()).to(device)
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (4, 9, 24):
@@ -110,7 +112,7 @@ def test_a_training_step_compiles_whole(loss: str, autocast: bool, device: torch
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
-def test_inductor_compiles_it(device: torch.device) -> None:
+def test_inductor_compiles_both_losses(device: torch.device) -> None:
     def both(*inputs: Tensor) -> Tensor:
         return clip_loss(*inputs) + siglip_loss(*inputs)
 
@@ -123,7 +125,7 @@ def test_inductor_compiles_it(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("loss", MODULES)
-def test_a_module_that_holds_the_loss_can_be_exported(loss: str, device: torch.device) -> None:
+def test_a_module_with_a_loss_can_be_exported(loss: str, device: torch.device) -> None:
     step = Step(MODULES[loss]()).to(device).eval()
     sample = (torch.randn(8, 7, device=device), torch.randn(8, 5, device=device))
     batch = torch.export.Dim("batch", min=2, max=4096)

@@ -1,4 +1,4 @@
-"""The same inputs give the same bits, run after run, at any number of threads."""
+"""Results are bitwise reproducible; the number of threads changes only their rounding."""
 
 from collections.abc import Iterator
 
@@ -7,10 +7,7 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import PRECISIONS, QUANTITIES, Precision, evaluate
-
-from fastclip.loss import clip_loss, siglip_loss
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
+from support.losses import LOSSES
 
 
 @pytest.fixture
@@ -24,7 +21,7 @@ def restore_threads() -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.usefixtures("restore_threads")
-def test_runs_agree_bit_for_bit(
+def test_repeated_runs_are_bitwise_equal(
     loss: str, engine: str, precision: str, threads: int, device: torch.device
 ) -> None:
     torch.set_num_threads(threads)
@@ -51,7 +48,9 @@ def test_runs_agree_bit_for_bit(
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.usefixtures("restore_threads")
-def test_threads_change_nothing_but_rounding(loss: str, engine: str, device: torch.device) -> None:
+def test_the_number_of_threads_changes_only_rounding(
+    loss: str, engine: str, device: torch.device
+) -> None:
     case = (*batch("random", 521, 64), 14.3, -3.0, Precision(torch.float32, torch.float32), device)
     results = []
     for threads in (1, 2):

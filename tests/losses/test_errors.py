@@ -1,4 +1,4 @@
-"""Each mistake at the public door gets one error that says rule, expected and got."""
+"""Each wrong argument of a public loss raises an error that states the rule and what was given."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
+from support.losses import LOSSES
 from torch import Tensor
 
 import fastclip
-from fastclip.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
+from fastclip.loss import ClipLoss, SigLipLoss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-
-# The mistake: what a right call on features x (4, 8) is given instead. A function of x, since
-# tensors on a device that fails must fail tests, not the collection of all of them.
+# Returns the wrong arguments that replace those of a correct call on features x (4, 8). It is a
+# function of x, because a failing device must fail single tests and not their collection.
 Mistake = Callable[[Tensor], dict[str, Any]]
 BOTH = "image_features and text_features"
 
@@ -96,7 +95,9 @@ def x() -> Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_mistake_is_named(x: Tensor, loss: str, backend: str, name: str) -> None:
+def test_a_wrong_argument_is_named_in_the_error(
+    x: Tensor, loss: str, backend: str, name: str
+) -> None:
     error, pattern, mistake = CASES[name]
     arguments = {"image_features": x, "text_features": x, "logit_scale": 1.0}
     with pytest.raises(error, match=pattern):
@@ -104,7 +105,7 @@ def test_a_mistake_is_named(x: Tensor, loss: str, backend: str, name: str) -> No
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_unknown_backend_is_answered_with_the_available_ones(
+def test_an_unknown_backend_raises_the_list_of_available_ones(
     x: Tensor, loss: str, backends: list[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"backend.*'gpu'") as raised:
@@ -114,7 +115,7 @@ def test_an_unknown_backend_is_answered_with_the_available_ones(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_unavailable_backend_is_answered_with_the_reason(x: Tensor, loss: str) -> None:
+def test_an_unavailable_backend_raises_the_reason(x: Tensor, loss: str) -> None:
     reasons = {name: why for name, why in fastclip.backends().items() if why != "available"}
     if not reasons:
         pytest.skip("every backend is available here")
@@ -163,7 +164,7 @@ def test_an_unknown_dist_impl_is_refused() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_looks_odd_but_is_meant_is_accepted(x: Tensor, loss: str, backend: str) -> None:
+def test_unusual_but_valid_arguments_are_accepted(x: Tensor, loss: str, backend: str) -> None:
     subclass = torch.nn.Parameter(x.clone())
     for scale in (2, 2.0, torch.tensor([2.0]), torch.tensor([[2.0]]), torch.tensor(2.0).double()):
         value = LOSSES[loss](subclass, x, scale, backend=backend, memory_budget=0)

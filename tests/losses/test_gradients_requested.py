@@ -1,4 +1,4 @@
-"""Only requested gradients are computed, as often as asked for, for any upstream gradient."""
+"""Only requested gradients are computed; repeated backwards and any upstream gradient work."""
 
 import itertools
 import math
@@ -8,12 +8,12 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import QUANTITIES
+from support.losses import LOSSES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.loss import clip_loss, siglip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 N, D = 37, 11
 INPUTS = QUANTITIES[1:]
 
@@ -28,9 +28,9 @@ def make_inputs(
 
 
 class Operators(TorchDispatchMode):
-    """Notes the names of fastclip's operators that run, and the features-sized tensors they make.
+    """Records fastclip's operators that run, and the tensors of the features' size that they make.
 
-    Outside of `torch.autograd`'s bookkeeping: this is the work that is really done.
+    A dispatch mode sees only the work that is really done, without autograd's bookkeeping.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Operators(TorchDispatchMode):
 
 SUBSETS = [
     names for size in range(1, 5) for names in itertools.combinations(INPUTS, size)
-]  # every way of freezing something
+]  # every combination of inputs without gradients
 
 
 @pytest.mark.parametrize("requested", SUBSETS, ids="+".join)
@@ -73,7 +73,7 @@ def test_only_requested_gradients_are_returned(
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_frozen_tower_costs_no_work(
+def test_no_gradient_is_computed_for_a_frozen_tower(
     loss: str, engine: str, reduction: str, normalize: bool, device: torch.device
 ) -> None:
     for requested in SUBSETS:
@@ -86,7 +86,7 @@ def test_a_frozen_tower_costs_no_work(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_without_gradients_there_is_one_sweep_and_nothing_else(
+def test_without_gradients_only_one_sweep_runs(
     loss: str, engine: str, device: torch.device
 ) -> None:
     inputs = make_inputs(device)
@@ -94,7 +94,7 @@ def test_without_gradients_there_is_one_sweep_and_nothing_else(
     for context in (torch.no_grad(), torch.inference_mode()):
         with Operators() as operators, context:
             value = LOSSES[loss](*inputs, backend=engine)
-        # Neither `weigh` nor `sweep_and_weigh`; what finishes the loss is O(N).
+        # Neither `weigh` nor `sweep_and_weigh` runs; finishing the loss is O(N).
         sweeps = [name for name in operators.names if "sweep" in name]
         assert len(sweeps) == 1
         assert not any("weigh" in name for name in operators.names)
@@ -114,7 +114,7 @@ def test_inference_tensors_are_accepted(loss: str, backend: str, device: torch.d
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_second_backward_gives_the_same(
+def test_a_second_backward_gives_the_same_gradients(
     loss: str, backend: str, reduction: str, device: torch.device
 ) -> None:
     inputs = make_inputs(device)
@@ -130,7 +130,7 @@ def test_a_second_backward_gives_the_same(
 
 
 def test_gradients_accumulate_and_do_not_alias(backend: str, device: torch.device) -> None:
-    # A gradient handed out twice must not be the same memory: `.grad` is added to in place.
+    # Two backwards must not return the same memory, because `.grad` is added to in place.
     inputs = make_inputs(device)
     for loss in (clip_loss, siglip_loss):
         value = loss(*inputs, backend=backend)
@@ -143,8 +143,8 @@ def test_gradients_accumulate_and_do_not_alias(backend: str, device: torch.devic
         for t, before, g in zip(inputs, kept, once, strict=True):
             torch.testing.assert_close(t.grad, 2 * before)
             assert torch.equal(g, before)
-            g.zero_()  # whoever got it may change it
-        # Where it is what waited for the next backward, that must notice; never a silent zero.
+            g.zero_()  # a caller may change its gradient in place
+        # If the next backward would read that memory, it must raise; a silent zero is wrong.
         try:
             again = torch.autograd.grad(value, inputs)
         except RuntimeError as error:
@@ -155,7 +155,7 @@ def test_gradients_accumulate_and_do_not_alias(backend: str, device: torch.devic
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_double_backward_is_refused_clearly(
+def test_double_backward_raises_a_clear_error(
     loss: str, engine: str, reduction: str, device: torch.device
 ) -> None:
     for requested in (INPUTS, ("dx",), ("dscale",)):
@@ -170,7 +170,7 @@ def test_double_backward_is_refused_clearly(
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1e-3, -7.0, 65536.0, 1e20])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_upstream_gradient_of_any_size_is_a_factor(
+def test_gradients_are_proportional_to_the_upstream_gradient(
     loss: str, backend: str, reduction: str, factor: float, device: torch.device
 ) -> None:
     inputs = make_inputs(device)
@@ -186,10 +186,10 @@ def test_an_upstream_gradient_of_any_size_is_a_factor(
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_infinite_upstream_gradient_is_not_hidden(
+def test_an_infinite_upstream_gradient_shows_in_the_gradients(
     loss: str, backend: str, reduction: str, value: float, device: torch.device
 ) -> None:
-    # A gradient scaler looks for it.
+    # A GradScaler looks for infinite gradients.
     inputs = make_inputs(device)
     result = LOSSES[loss](*inputs, reduction=reduction, backend=backend)
     g = torch.ones_like(result)
@@ -200,7 +200,7 @@ def test_an_infinite_upstream_gradient_is_not_hidden(
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_features_that_are_not_finite_are_not_hidden(
+def test_features_that_are_not_finite_show_in_the_result(
     loss: str, backend: str, bad: float, device: torch.device
 ) -> None:
     inputs = make_inputs(device)
@@ -209,19 +209,19 @@ def test_features_that_are_not_finite_are_not_hidden(
     value = LOSSES[loss](*inputs, backend=backend)
     assert not value.isfinite()
     value.backward()
-    # A sigmoid's weight of an infinite logit is 0 or 1: that leaves the image gradients finite.
+    # The sigmoid of an infinite logit is 0 or 1, which leaves the image gradients finite.
     assert not inputs[1].grad.isfinite().all()
     assert loss == "siglip" or not inputs[0].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_gradient_scaler_skips_an_overflow_and_goes_on(
+def test_a_gradient_scaler_skips_the_step_that_overflows(
     loss: str, backend: str, device: torch.device
 ) -> None:
     x, y, scale, bias = make_inputs(device)
     optimizer = torch.optim.SGD([x, y, scale, bias], lr=0.1)
     exact = torch.autograd.grad(LOSSES[loss](x, y, scale, bias, backend=backend), (x, y, scale))
-    # The first factor takes gradients beyond float16's 65,504, the later ones do not.
+    # Only the first scale factor takes gradients beyond float16's largest number, 65,504.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40, backoff_factor=2.0**-28)
     before = x.detach().clone()
     for skipped in (True, False):

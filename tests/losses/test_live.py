@@ -1,4 +1,5 @@
-"""Live pairs: accumulated over slices that cover the batch, everything is the whole batch's."""
+"""The option `live`: summed over slices that cover the batch, values and gradients (scale
+included) equal the full batch's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,33 +9,35 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import PRECISIONS, allowance, error, truth
+from support.losses import LOSSES
 from torch import Tensor
 
-from fastclip import clip_loss, siglip_loss
+from fastclip import clip_loss
 from fastclip.engine import operators
 from fastclip.engine.block import Block
 from fastclip.loss import ClipLoss, SigLipLoss
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"clip": clip_loss, "siglip": siglip_loss}
 SLICES = ((0, 5), (5, 6), (6, 23))
 N, D = 23, 24
 
 
-def leaves(kind: str = "random", precision: str = "float64", scale: float = 14.3) -> list[Tensor]:
+def leaves(
+    batch_name: str = "random", precision: str = "float64", scale: float = 14.3
+) -> list[Tensor]:
     of = PRECISIONS[precision]
-    x, y = batch(kind, N, D)
+    x, y = batch(batch_name, N, D)
     values = ((x, of.x), (y, of.y), (scale, of.scalars), (-3.0, of.scalars))
     return [torch.tensor(v, dtype=dtype).requires_grad_() for v, dtype in values]
 
 
 def spliced(x: Tensor, start: int, stop: int) -> Tensor:
-    """As accumulation makes it: of these rows alone there is a graph."""
+    """Returns x, of which only rows start to stop have a graph, as in gradient accumulation."""
     dead = x.detach()
     return torch.cat((dead[:start], x[start:stop], dead[stop:]))
 
 
 def accumulated(loss: Callable[..., Tensor], inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    """Value and gradients, summed over SLICES."""
+    """Returns value and gradients, summed over SLICES."""
     total = torch.zeros((), dtype=torch.float64)
     x, y, *scalars = inputs
     for live in SLICES:
@@ -46,27 +49,27 @@ def accumulated(loss: Callable[..., Tensor], inputs: list[Tensor], **options: An
 
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_slices_add_up_to_the_whole(loss: str, precision: str, engine: str) -> None:
+def test_slices_add_up_to_the_full_batch(loss: str, precision: str, engine: str) -> None:
     wrong = []
-    for kind, scale, normalize in (
+    for batch_name, scale, normalize in (
         ("random", 14.3, False), ("lengths", 14.3, True), ("separated", 100.0, False),
         ("dominating", 1e3, False),
     ):  # fmt: skip
-        inputs = leaves(kind, precision, scale)
+        inputs = leaves(batch_name, precision, scale)
         found = accumulated(LOSSES[loss], inputs, normalize=normalize, backend=engine)
         of = PRECISIONS[precision]
-        exact = truth(loss, *batch(kind, N, D), scale, -3.0, of, normalize=normalize)
+        exact = truth(loss, *batch(batch_name, N, D), scale, -3.0, of, normalize=normalize)
         names = ("loss", "dx", "dy", "dscale", "dbias")
         for name, value, leaf in zip(names, found, [inputs[2], *inputs], strict=True):
             allowed = 4 * allowance(name, exact, of, leaf.dtype) + 1e-15
             mistake = error(np.asarray(value.double()), np.asarray(getattr(exact, name), float))
             if not mistake <= allowed:
-                wrong.append(f"{kind} {name}: {mistake:.1e}, allowed {allowed:.1e}")
+                wrong.append(f"{batch_name} {name}: {mistake:.1e}, allowed {allowed:.1e}")
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_sum_and_a_frozen_tower(loss: str) -> None:
+def test_reduction_sum_and_a_frozen_tower(loss: str) -> None:
     inputs = leaves()
     inputs[1].requires_grad_(False)
     found = accumulated(LOSSES[loss], inputs, reduction="sum")
@@ -86,9 +89,9 @@ def test_modules(module: type[torch.nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_only_live_rows_are_worked_on(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs of the products: one sweep for the states, which SigLIP has no need of, then twice the
-    live rows and twice the live columns."""
+def test_only_live_rows_and_columns_are_weighed(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts pairs in all products: one sweep for the states (CLIP only), then two products of the
+    live rows and two of the live columns."""
     pairs = []
 
     def counted(run: Callable[..., Any], products: int) -> Callable[..., Any]:
@@ -107,13 +110,13 @@ def test_only_live_rows_are_worked_on(loss: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("live", [(0, 0), (3, 2), (-1, 4), (0, N + 1), (0.5, 2), 3, (1, 2, 3)])
-def test_a_wrong_slice(live: object) -> None:
+def test_a_wrong_slice_is_refused(live: object) -> None:
     with pytest.raises(ValueError, match=r"live must be .*stop <= 23 pairs, got"):
         clip_loss(*leaves(), live=live)
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"backend": "reference"}])
-def test_what_live_does_not_go_with(options: dict[str, str]) -> None:
+def test_options_that_exclude_live_are_refused(options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="live pairs must be reduced"):
         clip_loss(*leaves(), live=(0, 4), **options)
 
@@ -125,8 +128,8 @@ def test_what_live_does_not_go_with(options: dict[str, str]) -> None:
         Own()(*leaves(), live=(0, 4))
 
 
-def test_compiled() -> None:
-    """The graph is cut at the loss."""
+def test_live_in_a_compiled_function() -> None:
+    """The loss with `live` breaks the graph."""
     x, y, *scalars = leaves()
     step = torch.compile(lambda *a: clip_loss(*a, live=(2, 9)) * 2, backend="aot_eager")
     step(x, y, *scalars).backward()

@@ -1,7 +1,7 @@
-"""Nothing of size M x N is ever allocated, and the memory dial holds back what it promises.
+"""No engine allocates anything of size M x N, nor keeps more than `memory_budget` allows.
 
-The profiler sees every allocation that goes through torch, in any engine; the high-water mark of a
-process of its own sees the rest. Both are shown to catch the dense reference.
+The profiler sees every allocation through torch, in any engine. The high-water mark of a separate
+process sees all others. Both methods are shown to catch the dense reference.
 """
 
 import itertools
@@ -15,18 +15,17 @@ import pytest
 import torch
 from conftest import DEVICE
 from support.judge import error, numbers
+from support.losses import LOSSES
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fastclip
-from fastclip.loss import clip_loss, siglip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 N, D = 6144, 8
 MATRIX = 4 * N * N  # bytes, in float32: 144 MiB
-# Of any engine, whatever the batch: chunks and buffers of threads; in a process, libraries' too.
+# Any engine's chunks and buffers of threads, for any batch; in a process, its libraries' too.
 WORKSPACE, PROCESS = 64 << 20, 128 << 20
-BEYOND_BUDGET = 16 << 20  # of the C++ engine on two threads, libraries included
+BEYOND_BUDGET = 16 << 20  # of the C++ engine on two threads, including libraries
 
 
 def features(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -35,7 +34,7 @@ def features(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -
 
 
 def allocations(function: Callable[[], object]) -> tuple[int, int, int]:
-    """In bytes: the largest single allocation, the most held at a time, and what still is held."""
+    """Returns bytes: the largest single allocation, the most held at a time, and those held now."""
     if DEVICE.type != "cpu":
         pytest.skip("the profiler's memory events are read for the CPU only")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
@@ -61,7 +60,7 @@ def step(loss: str, backend: str, device: torch.device, **options: object) -> Ca
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_allocation_is_of_size_m_times_n(
+def test_no_engine_allocates_an_m_by_n_matrix(
     loss: str, engine: str, reduction: str, device: torch.device
 ) -> None:
     run = step(loss, engine, device, memory_budget=0, reduction=reduction)
@@ -70,7 +69,7 @@ def test_no_allocation_is_of_size_m_times_n(
     assert most < WORKSPACE
 
 
-def test_the_reference_would_be_caught(device: torch.device) -> None:
+def test_the_profiler_catches_the_dense_reference(device: torch.device) -> None:
     largest, most, _ = allocations(step("clip", "reference", device))
     assert largest >= MATRIX
     assert most >= MATRIX
@@ -99,9 +98,9 @@ print(high_water() - before)
 
 
 def high_water(backend: str, directory: Path, budget: int = 0, sizes: Iterable[int] = (N,)) -> int:
-    """By how much a process grows over steps of these sizes, in bytes."""
+    """Returns by how many bytes a process grows over steps of these sizes."""
     command = [sys.executable, "-c", HIGH_WATER, backend, str(budget), *map(str, sizes)]
-    # glibc lets freed chunks linger, up to twice what was ever needed at a time: not ours to judge.
+    # glibc keeps freed chunks, up to twice the most ever needed at a time. The tests exclude that.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, check=False
@@ -126,11 +125,11 @@ def test_a_process_never_holds_the_matrix(
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
 @pytest.mark.skipif(fastclip.backends()["cpu"] != "available", reason="only the C++ engine keeps")
-@pytest.mark.parametrize("sizes", [(N,), (N, N), (N // 2, N), (N, N // 2, N - 100, N)], ids=str)
-def test_a_process_keeps_no_more_than_the_budget(
+@pytest.mark.parametrize("sizes", [(N, N), (N // 2, N), (N, N // 2, N - 100, N)], ids=str)
+def test_a_process_grows_by_no_more_than_the_budget(
     sizes: tuple[int, ...], device: torch.device, tmp_path: Path
 ) -> None:
-    """Nor do steps of other sizes add up, though what was kept waits for the next of them."""
+    """Steps of several sizes do not add up, though kept products wait for the next step."""
     if device.type != "cpu":
         pytest.skip("a process's high-water mark counts CPU memory")
     budget = 64 << 20
@@ -144,7 +143,7 @@ BUDGETS = (0, 1, 1 << 16, 1 << 20, 1 << 40, None)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_budget_changes_nothing_but_rounding(
+def test_the_budget_changes_only_rounding(
     loss: str, engine: str, normalize: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     results = []
@@ -162,11 +161,11 @@ def test_the_budget_changes_nothing_but_rounding(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_waits_for_the_backward_stays_within_the_budget(
+def test_memory_held_for_the_backward_stays_within_the_budget(
     loss: str, engine: str, device: torch.device
 ) -> None:
     x, y = features(N, device)
-    own = 2 * 4 * N * D + 64 * 2 * N  # a float32 gradient for each tower, some numbers a line
+    own = 2 * 4 * N * D + 64 * 2 * N  # a gradient for each tower, some numbers a line
     for budget in (0, 1 << 20, 16 << 20):
         options = {"backend": engine, "memory_budget": budget}
         *_, held = allocations(lambda options=options: LOSSES[loss](x, y, 2.0, **options))
@@ -178,6 +177,6 @@ def test_nothing_is_held_once_the_loss_is_gone(
     loss: str, engine: str, device: torch.device
 ) -> None:
     run = step(loss, engine, device, memory_budget=0)
-    run()  # gradients are there, to be added to
+    run()  # makes the gradients that later runs add to
     *_, held = allocations(lambda: run().detach())
     assert held < 64 << 10

@@ -1,19 +1,18 @@
-"""What is true of the losses whatever the batch: symmetries, bounds, sums; by hypothesis."""
+"""Symmetries, bounds and sums that hold for every batch, tested with hypothesis."""
 
 import math
 from typing import NamedTuple
 
 import pytest
 import torch
+from support.losses import LOSSES
 from torch import Tensor
 
-from fastclip.loss import clip_loss, siglip_loss
+from fastclip.loss import clip_loss
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 settings.register_profile(
     "fastclip", max_examples=40, deadline=None, derandomize=True, database=None
@@ -27,7 +26,7 @@ losses = st.sampled_from(sorted(LOSSES))
 
 
 class Case(NamedTuple):
-    """A loss of per-pair values on one batch."""
+    """A loss without reduction, and a batch to evaluate it on."""
 
     size: tuple[int, int, int]
     loss: str
@@ -44,7 +43,7 @@ cases = st.builds(Case, sizes, losses, scales, biases, st.booleans())
 
 
 def features(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of float64, so that a property can be told from rounding."""
+    """Returns float64 features, so that a broken property cannot be mistaken for rounding."""
     n, d, seed = size
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, n, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
@@ -60,7 +59,7 @@ def close(one: Tensor, other: Tensor) -> None:
 
 
 @given(case=cases)
-def test_every_loss_is_at_least_zero(engine: str, device: torch.device, case: Case) -> None:
+def test_no_loss_is_negative(engine: str, device: torch.device, case: Case) -> None:
     x, y = features(case.size, device)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         value = case.losses(x.to(dtype), y.to(dtype), engine)
@@ -84,7 +83,9 @@ def test_permuting_the_pairs_permutes_losses_and_gradients(
 
 
 @given(case=cases)
-def test_the_towers_may_change_places(engine: str, device: torch.device, case: Case) -> None:
+def test_swapping_the_towers_swaps_their_gradients(
+    engine: str, device: torch.device, case: Case
+) -> None:
     x, y = features(case.size, device)
     one, other = case.losses(x, y, engine), case.losses(y, x, engine)
     close(one, other)
@@ -95,7 +96,7 @@ def test_the_towers_may_change_places(engine: str, device: torch.device, case: C
 
 
 @given(size=sizes, scale=scales, bias=biases)
-def test_a_bias_changes_nothing_in_clip(
+def test_a_bias_does_not_change_clip(
     engine: str, device: torch.device, size: tuple, scale: float, bias: float
 ) -> None:
     x, y = features(size, device)
@@ -142,7 +143,7 @@ def test_scale_and_bias_gradients_are_finite_differences(
 
 
 @given(size=sizes, loss=losses, scale=scales, factor=st.floats(1e-3, 1e3))
-def test_normalised_features_have_no_length(
+def test_the_length_of_normalised_features_does_not_matter(
     engine: str, device: torch.device, size: tuple, loss: str, scale: float, factor: float
 ) -> None:
     x, y = features(size, device)
@@ -151,13 +152,13 @@ def test_normalised_features_have_no_length(
     other = LOSSES[loss](factor * x, y, scale, **options)
     close(one, other)
     dx, dy = torch.autograd.grad(one, (x, y))
-    # Euler: the gradient of what no length enters has no part along the feature.
+    # A function that does not depend on a feature's length has a gradient orthogonal to it (Euler).
     for d, t in ((dx, x), (dy, y)):
         assert (d * t).sum(1).abs().max() <= 1e-10 * (1 + abs(scale))
 
 
 @given(size=sizes, scale=scales)
-def test_the_scale_may_as_well_sit_in_the_features(
+def test_a_scale_equals_scaled_features(
     engine: str, device: torch.device, size: tuple, scale: float
 ) -> None:
     x, y = features(size, device)

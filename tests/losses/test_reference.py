@@ -1,6 +1,6 @@
-"""The reference computes the formulas, and so does the oracle that everything is judged by.
+"""The oracle that judges all tests is right, and so is the dense reference.
 
-The oracle is held against finite differences and closed forms, the reference against the oracle.
+The oracle is compared with finite differences and closed forms, the reference with the oracle.
 """
 
 import inspect
@@ -11,19 +11,18 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import PRECISIONS, QUANTITIES, allowance, error, evaluate, truth
+from support.losses import REFERENCES
 from support.oracle import DTYPES, TRUTHS, rounded
 
 import fastclip.loss
-from fastclip import reference
 
-REFERENCES = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
 REDUCTIONS = {"mean": 1.7, "sum": -0.3, "none": np.linspace(-1, 2, 9)}
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("loss", TRUTHS)
-def test_oracle_gradients_are_its_finite_differences(
+def test_oracle_gradients_equal_finite_differences(
     loss: str, reduction: str, normalize: bool
 ) -> None:
     x, y = (t.astype(np.longdouble) for t in batch("lengths", 9, 3))
@@ -45,8 +44,8 @@ def test_oracle_gradients_are_its_finite_differences(
         np.testing.assert_allclose(measured.astype(float), gradient.astype(float), 1e-7, 1e-8)
 
 
-def test_oracle_knows_two_orthogonal_pairs_in_closed_form() -> None:
-    # x = y = identity: softplus(-s) for each pair, down to losses that 1 + t cannot hold.
+def test_oracle_on_two_orthogonal_pairs_equals_the_closed_form() -> None:
+    # x = y = identity: each pair's loss is softplus(-s), down to losses t too small for 1 + t.
     one = np.eye(2)
     for scale in (1e-3, 1.0, 14.3, 50.0, 700.0):
         exact = TRUTHS["clip"](one, one, scale)
@@ -58,7 +57,7 @@ def test_oracle_knows_two_orthogonal_pairs_in_closed_form() -> None:
         np.testing.assert_allclose(exact.loss, 2 * np.log1p(np.exp(-scale / 2)), rtol=1e-14)
 
 
-def test_oracle_knows_uniform_and_lonely_batches() -> None:
+def test_oracle_at_scale_zero_and_on_a_single_pair() -> None:
     x, y = batch("random", 7, 5)
     np.testing.assert_allclose(TRUTHS["clip"](x, y, 0.0).loss, np.log(7), rtol=1e-15)
     np.testing.assert_allclose(TRUTHS["siglip"](x, y, 0.0).loss, 7 * np.log(2), rtol=1e-15)
@@ -67,8 +66,8 @@ def test_oracle_knows_uniform_and_lonely_batches() -> None:
 
 
 def test_oracle_stays_finite_and_exact_at_any_scale() -> None:
-    for scale, kind in itertools.product((-1e4, 1e4), ("random", "separated", "dominating")):
-        x, y = batch(kind, 23, 6)
+    for scale, batch_name in itertools.product((-1e4, 1e4), ("random", "separated", "dominating")):
+        x, y = batch(batch_name, 23, 6)
         for loss in TRUTHS:
             narrow = TRUTHS[loss](x, y, scale, -3.0)
             wide = TRUTHS[loss](x, y, scale, -3.0, precision=np.longdouble)
@@ -94,12 +93,12 @@ def test_reference_agrees_with_the_oracle_in_float64(
 ) -> None:
     upstream = np.resize(REDUCTIONS[reduction], 31 if reduction == "none" else ())
     options = {"normalize": normalize, "reduction": reduction, "upstream": upstream}
-    for kind in ("random", "peaked", "duplicates", "cone", "negative", "lengths"):
-        case = (*batch(kind, 31, 12), scale, -3.0, PRECISIONS["float64"])
+    for batch_name in ("random", "peaked", "duplicates", "cone", "negative", "lengths"):
+        case = (*batch(batch_name, 31, 12), scale, -3.0, PRECISIONS["float64"])
         exact = truth(loss, *case, **options)
         ours = evaluate(REFERENCES[loss], *case, device, **options)
         for name in QUANTITIES:
-            assert error(ours[name], getattr(exact, name)) < 1e-10, f"{name}, {kind}"
+            assert error(ours[name], getattr(exact, name)) < 1e-10, f"{name}, {batch_name}"
 
 
 @pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "float64"])
@@ -108,18 +107,18 @@ def test_reference_computes_in_float32_whatever_the_inputs(
     loss: str, precision: str, device: torch.device
 ) -> None:
     p = PRECISIONS[precision]
-    for kind, scale in (("random", 14.3), ("random", 100.0), ("cone", 14.3)):
-        case = (*batch(kind, 61, 24), scale, -3.0, p)
+    for batch_name, scale in (("random", 14.3), ("random", 100.0), ("cone", 14.3)):
+        case = (*batch(batch_name, 61, 24), scale, -3.0, p)
         exact = truth(loss, *case)
         ours = evaluate(REFERENCES[loss], *case, device)
         for name in QUANTITIES:
             result = ours[name]
             wanted = {"dx": p.x, "dy": p.y}.get(name, torch.float32)
             assert result.dtype == wanted
-            # Unlike the engines it cancels; but nothing is rounded to half before the result is.
+            # Unlike the engines, the reference cancels; but only its result is rounded to half.
             stored = p.autocast if p.autocast and name in ("dx", "dy") else result.dtype
             eps = 4 * allowance(name, exact, PRECISIONS["float32"], stored)
-            assert error(result, getattr(exact, name)) <= eps, f"{name}, {kind}, {scale}"
+            assert error(result, getattr(exact, name)) <= eps, f"{name}, {batch_name}, {scale}"
 
 
 @pytest.mark.parametrize("loss", REFERENCES)
@@ -133,7 +132,7 @@ def test_reference_can_be_differentiated_twice(loss: str, device: torch.device) 
 def test_reference_has_the_signature_of_the_fused_loss(loss: str) -> None:
     ours = inspect.signature(REFERENCES[loss]).parameters.values()
     fused = inspect.signature(getattr(fastclip.loss, f"{loss}_loss")).parameters.values()
-    # Of live pairs the value and the gradients are not those of one dense loss.
+    # `live` has no dense form: its value and gradients are not those of one dense loss.
     assert [(p.name, p.kind, p.default) for p in ours] == [
         (p.name, p.kind, p.default) for p in fused if p.name != "live"
     ]

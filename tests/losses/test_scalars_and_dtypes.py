@@ -1,4 +1,4 @@
-"""Scale and bias of any shape, dtype or kind, and features of any dtype: as in open_clip."""
+"""Scale and bias of any shape, dtype or Python type, and features of any dtype, are accepted."""
 
 from types import ModuleType
 
@@ -38,7 +38,7 @@ def test_scale_and_bias_keep_their_dtype(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_number_will_do_for_scale_and_bias(
+def test_scale_and_bias_may_be_python_numbers(
     name: str, device: torch.device, theirs: ModuleType
 ) -> None:
     x, y, *_ = model_out(device).values()
@@ -49,7 +49,7 @@ def test_a_number_will_do_for_scale_and_bias(
             assert all(g.any() for g in torch.autograd.grad(value, (x, y)))
 
 
-def test_clips_bias_has_a_gradient_of_exactly_zero(device: torch.device) -> None:
+def test_the_gradient_of_clips_bias_is_exactly_zero(device: torch.device) -> None:
     for requested in ("all", "bias alone"):
         out = model_out(device)
         if requested == "bias alone":
@@ -59,7 +59,9 @@ def test_clips_bias_has_a_gradient_of_exactly_zero(device: torch.device) -> None
         assert gradient is not None and torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_siglips_bias_has_a_real_gradient(device: torch.device, theirs: ModuleType) -> None:
+def test_the_gradient_of_siglips_bias_equals_open_clips(
+    device: torch.device, theirs: ModuleType
+) -> None:
     out = model_out(device)
     SigLipLoss()(**out).backward()
     assert out["logit_bias"].grad.abs() > 1e-3
@@ -77,7 +79,7 @@ def test_siglips_bias_has_a_real_gradient(device: torch.device, theirs: ModuleTy
     ids=str,
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_is_float32_whatever_the_features(
+def test_the_loss_of_half_precision_features_is_float32(
     name: str, dtype: torch.dtype, expected: torch.dtype, device: torch.device
 ) -> None:
     out = model_out(device, dtype=dtype)
@@ -88,7 +90,7 @@ def test_the_loss_is_float32_whatever_the_features(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mixed_dtypes_get_their_own_gradients(name: str, device: torch.device) -> None:
+def test_each_gradient_has_the_dtype_of_its_input(name: str, device: torch.device) -> None:
     out = model_out(device)
     exact = ours_of(name)()(**out)
     exact_gradient = torch.autograd.grad(exact, out["text_features"])[0]
@@ -102,9 +104,7 @@ def test_mixed_dtypes_get_their_own_gradients(name: str, device: torch.device) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_autocast_takes_features_in_its_dtype_and_logits_in_float32(
-    name: str, device: torch.device
-) -> None:
+def test_autocast_casts_features_but_not_logits(name: str, device: torch.device) -> None:
     out = model_out(device)
     with torch.autocast(device.type, torch.bfloat16):
         value = ours_of(name)()(**out)

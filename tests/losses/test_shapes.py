@@ -1,4 +1,4 @@
-"""Any batch size, any feature size, any strides: nothing depends on a multiple of anything."""
+"""Results are right for any batch size, feature size and strides."""
 
 import functools
 from collections.abc import Callable
@@ -7,17 +7,17 @@ import pytest
 import torch
 from support.hard_inputs import batch
 from support.judge import PRECISIONS, QUANTITIES, allowance, error, evaluate, plain, truth
+from support.losses import LOSSES
 from support.oracle import Truth
 from torch import Tensor
 
-from fastclip.loss import clip_loss, siglip_loss
+from fastclip.loss import clip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 SIZES = (1, 2, 3, 127, 128, 129, 251, 257, 521)
 FEATURES = (1, 7, 64, 96, 512, 832, 1152)
 SHAPES = [(n, d) for n in SIZES for d in (7, 64)]
 SHAPES += [(n, d) for n in (3, 129) for d in FEATURES if d not in (7, 64)]
-SHAPES += [(2311, 8)]  # several chunks of any engine
+SHAPES += [(2311, 8)]  # several chunks in every engine
 
 
 @functools.cache
@@ -50,9 +50,7 @@ def test_every_shape_is_accurate(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_pair_is_nothing_to_choose_from(
-    backend: str, precision: str, device: torch.device
-) -> None:
+def test_a_batch_of_one_pair(backend: str, precision: str, device: torch.device) -> None:
     case = (*batch("random", 1, 9), 100.0, -3.0, PRECISIONS[precision])
     ours = evaluate(clip_loss, *case, device, backend=backend)
     for name in QUANTITIES:
@@ -60,7 +58,7 @@ def test_one_pair_is_nothing_to_choose_from(
 
 
 N, D = 70, 12
-# Each makes an (N, D) view of a larger contiguous tensor.
+# Each function makes an (N, D) view of a larger contiguous tensor.
 VIEWS: dict[str, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {
     "transposed": ((D, N), lambda t: t.T),
     "sliced columns": ((N, D + 5), lambda t: t[:, 3 : 3 + D]),
@@ -76,7 +74,7 @@ VIEWS: dict[str, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_strides_change_nothing(
+def test_strides_do_not_change_results(
     loss: str, backend: str, dtype: torch.dtype, view: str, device: torch.device
 ) -> None:
     shape, take = VIEWS[view]
@@ -103,14 +101,14 @@ def test_an_upstream_gradient_may_have_any_strides(
     strided = torch.autograd.grad(per_pair, (x, y), g, retain_graph=True)
     copied = torch.autograd.grad(per_pair, (x, y), g.contiguous(), retain_graph=True)
     torch.testing.assert_close(strided, copied)
-    expanded = torch.autograd.grad(per_pair.sum(), (x, y))  # a sum sends a stride of zero
+    expanded = torch.autograd.grad(per_pair.sum(), (x, y))  # upstream stride zero
     total = LOSSES[loss](x, y, 14.3, reduction="sum", backend=backend)
     torch.testing.assert_close(expanded, torch.autograd.grad(total, (x, y)))
     torch.testing.assert_close(per_pair.sum(), total)
 
 
 def test_batches_grow_and_shrink(engine: str, device: torch.device) -> None:
-    # Buffers or labels left over from another size must not show.
+    # Buffers and labels of another size must not be reused.
     for n in (5, 300, 2, 64, 5):
         case = (*batch("random", n, 16), 14.3, -3.0, PRECISIONS["float32"])
         ours = evaluate(clip_loss, *case, device, backend=engine)

@@ -1,7 +1,7 @@
-"""The operators are right on any block: M != N, any offset, any layout, factors on any side.
+"""The operators are right on any block: M != N, any offset, any layout, factors on either side.
 
-A loss on one process only ever asks for a square with its positives on the diagonal; block rows,
-ring steps and local losses ask for everything else. The truth is a dense float64 computation.
+A loss in one process only needs square blocks with the positives on the diagonal; block rows, ring
+steps and local losses need all other blocks. The truth is a dense float64 computation.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from support.block_cases import (
     SMALL,
     blocks,
     everywhere,
-    for_every_loss,
+    for_every_kind,
     in_every_dtype,
 )
 from support.block_operators import make_weights, operator, sweep, weigh
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 
 @everywhere
 @in_every_dtype
-@for_every_loss
+@for_every_kind
 def test_any_block(engine: str, kind: str, dtype: str, shape: str) -> None:
-    """States, positives (NaN where they lie elsewhere), gradients and totals, without factors."""
+    """Without factors, all results are right; positives outside the block are NaN."""
     if shape in LARGE and engine != "cpu":
         pytest.skip("tiles are the C++ engine's")
     for what, block in blocks(shape, dtype, kind):
@@ -41,9 +41,9 @@ def test_any_block(engine: str, kind: str, dtype: str, shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SMALL)
 @in_every_dtype
-@for_every_loss
+@for_every_kind
 def test_factors_on_either_tower(engine: str, kind: str, dtype: str, shape: str) -> None:
-    """The features count as normalised, their gradient is projected only where that is asked."""
+    """Factors normalise the features; the gradient is projected only on request."""
     for factors in FACTORS:
         for what, block in blocks(shape, dtype, kind, few=True, factors=factors):
             dense = Dense(block)
@@ -59,7 +59,7 @@ def test_factors_on_either_tower(engine: str, kind: str, dtype: str, shape: str)
 
 @pytest.mark.parametrize("out", DTYPES)
 def test_features_shorter_than_epsilon_are_not_projected(engine: str, out: str) -> None:
-    """Their norm was clamped. In fp16 their gradient of 1e12 is 0 instead of infinite."""
+    """Their norm is clamped to epsilon. In fp16 their gradient of 1e12 is 0, not infinite."""
     for shape in SMALL:
         block = make_block(*SHAPES[shape], kind="sigmoid", factors=(True, True))
         block.x[0] = 0
@@ -68,7 +68,7 @@ def test_features_shorter_than_epsilon_are_not_projected(engine: str, out: str) 
         block.factor_x[[0, 7]], block.factor_y[3] = 1e12, 1e12
         dense = Dense(block)
         state, positive, _ = sweep(engine, block)
-        weights = make_weights(state, dense.m, gain=1e-12)  # else 1e12 drowns the other rows
+        weights = make_weights(state, dense.m, gain=1e-12)  # else 1e12 would hide the other rows
         w = dense.activations(state, weights.coefficients)
         dtypes = (DTYPES[out], DTYPES[out])
         dx, dy, totals = weigh(engine, block, state, positive, weights, project=True, dtypes=dtypes)
@@ -80,9 +80,11 @@ def test_features_shorter_than_epsilon_are_not_projected(engine: str, out: str) 
 
 
 @pytest.mark.parametrize("needs", [(x, y) for x in (False, True) for y in (False, True)])
-@for_every_loss
-def test_only_what_is_needed(engine: str, kind: str, needs: tuple[bool, bool]) -> None:
-    """A gradient that nobody wants has no rows; totals come in any case."""
+@for_every_kind
+def test_only_requested_gradients_are_returned(
+    engine: str, kind: str, needs: tuple[bool, bool]
+) -> None:
+    """A gradient that is not requested has no rows; totals are always returned."""
     for shape in SMALL:
         for what, block in blocks(shape, "float32", kind, few=True, factors=(True, False)):
             dense = Dense(block)
@@ -116,7 +118,7 @@ def check_in_one_go(
 
 @everywhere
 @in_every_dtype
-def test_both_sweeps_in_one_go(engine: str, dtype: str, shape: str) -> None:
+def test_sweep_and_weigh(engine: str, dtype: str, shape: str) -> None:
     if shape in LARGE and engine != "cpu":
         pytest.skip("tiles are the C++ engine's")
     for factors in FACTORS if shape in SMALL else FACTORS[:1]:
@@ -124,7 +126,7 @@ def test_both_sweeps_in_one_go(engine: str, dtype: str, shape: str) -> None:
             check_in_one_go(engine, block, (True, True), True, f"{what}, {factors}")
 
 
-def test_a_loss_that_needs_its_state_is_not_weighed_in_one_go(engine: str) -> None:
+def test_sweep_and_weigh_refuses_a_kind_that_needs_its_state(engine: str) -> None:
     block = make_block(5, 9, 4, kind="softmax")
     gain = torch.ones((), dtype=torch.float64)
     with pytest.raises((ValueError, RuntimeError), match=r"need (no|its) state"):
@@ -132,9 +134,9 @@ def test_a_loss_that_needs_its_state_is_not_weighed_in_one_go(engine: str) -> No
 
 
 @pytest.mark.parametrize("bias", [None, 0.0, -10.0, 25.0])
-@for_every_loss
+@for_every_kind
 def test_bias(engine: str, kind: str, bias: float | None) -> None:
-    """None is zero; softmax drops it, since it cancels."""
+    """None means zero; softmax ignores the bias, because it cancels."""
     for shape in SMALL:
         block = make_block(*SHAPES[shape], kind=kind, bias=bias)
         dense = Dense(block)
@@ -174,7 +176,7 @@ def test_gradients_in_any_dtype(engine: str, dtype_x: str, dtype_y: str) -> None
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_strides(engine: str, dtype: str) -> None:
-    """Rows of a wider tensor, transposed, every second one, one row expanded."""
+    """Layouts: rows of a wider tensor, a transpose, every second row, one expanded row."""
     m, n, d = 70, 45, 18
     block = make_block(m, n, d, DTYPES[dtype], kind="softmax")
     padded = torch.full((m, 3 * d), torch.nan, dtype=DTYPES[dtype])

@@ -1,6 +1,6 @@
-"""Products kept from the first sweep are what the second reads, and change no result.
+"""The second sweep reads the products that the first one kept, and results do not change.
 
-Whatever the budget, and whichever product and instruction set either sweep runs with.
+This holds for every budget, matrix product and instruction set, in either sweep.
 """
 
 import os
@@ -16,7 +16,7 @@ from support.block_cases import (
     SMALL,
     compiled_only,
     everywhere,
-    for_every_loss,
+    for_every_kind,
     in_every_dtype,
 )
 from support.block_operators import make_weights, sweep, weigh
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 @compiled_only
 @everywhere
 @in_every_dtype
-@for_every_loss
-def test_kept_products_change_nothing(kind: str, dtype: str, shape: str) -> None:
-    """No row, some rows, all rows, more room than rows."""
+@for_every_kind
+def test_kept_products_do_not_change_results(kind: str, dtype: str, shape: str) -> None:
+    """Budgets hold no row, some rows, all rows, and more than all."""
     block = make_block(*SHAPES[shape], DTYPES[dtype], kind=kind, offset=-3, factors=(True, True))
     dense = Dense(block)
     long, short = max(dense.m, dense.n), min(dense.m, dense.n)
@@ -49,16 +49,16 @@ def test_kept_products_change_nothing(kind: str, dtype: str, shape: str) -> None
         assert_states(dense, state, positive, f"{keep} rows")
         weights = make_weights(state, dense.m)
         exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
-        for _ in range(2):  # reading what was kept leaves it as it was
+        for _ in range(2):  # reading kept products does not change them
             results = weigh("cpu", block, state, positive, weights, kept)
             assert_gradients(dense, exact, results, what=f"{keep} rows")
     assert len(sizes) > 2
 
 
 @compiled_only
-@for_every_loss
+@for_every_kind
 def test_any_number_of_kept_rows(kind: str) -> None:
-    """Whole registers of rows are kept; what does not fill one is made again."""
+    """Rows are kept in whole registers; those that do not fill one are computed again."""
     for shape in SMALL:
         block = make_block(*SHAPES[shape], kind=kind)
         dense = Dense(block)
@@ -72,8 +72,8 @@ def test_any_number_of_kept_rows(kind: str) -> None:
 
 
 @compiled_only
-@for_every_loss
-def test_kept_products_are_what_the_second_sweep_reads(kind: str) -> None:
+@for_every_kind
+def test_the_second_sweep_reads_kept_products(kind: str) -> None:
     for shape in SMALL:
         block = make_block(*SHAPES[shape], kind=kind)
         m, n, _ = SHAPES[shape]
@@ -90,11 +90,11 @@ def test_kept_products_are_what_the_second_sweep_reads(kind: str) -> None:
 @pytest.mark.parametrize("products", [("brgemm", "mm"), ("mm", "brgemm")], ids=" to ".join)
 @everywhere
 @in_every_dtype
-@for_every_loss
+@for_every_kind
 def test_one_product_reads_what_another_kept(
     kind: str, dtype: str, shape: str, products: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The setting may change between the sweeps, and brgemm may be switched off between them."""
+    """FASTCLIP_CPU may switch to another matrix product between the sweeps."""
     if (fastclip.build_info() or {})["product"] != "brgemm":
         pytest.skip("this machine has no brgemm")
     block = make_block(*SHAPES[shape], DTYPES[dtype], kind=kind, offset=-3, factors=(True, True))
@@ -154,9 +154,9 @@ for other in others:
 
 @compiled_only
 def test_one_instruction_set_reads_what_another_kept(tmp_path: Path) -> None:
-    """A process has one, read once; products may travel, with the states, to another."""
+    """A process has one instruction set, but another process may read the products that it kept."""
     names = ("default", "avx2", "avx512")
-    # The machine may end before the last of them.
+    # This machine may lack the newest instruction sets.
     available = names[: 1 + names.index(torch.backends.cpu.get_cpu_capability().lower())]
 
     def run(capability: str, *others: str) -> None:
@@ -170,7 +170,7 @@ def test_one_instruction_set_reads_what_another_kept(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, available))
-        # Each reads what its neighbour wrote, the first what the last one did.
+        # Each process reads the products of its predecessor, and the first one those of the last.
         list(pool.map(run, available, (available[-1], *available[:-1])))
 
 

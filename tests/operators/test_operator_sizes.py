@@ -1,6 +1,6 @@
-"""The operators refuse what does not fit together, by name, before any memory is touched.
+"""The operators refuse arguments that do not fit together, naming them, before they read memory.
 
-Whoever composes them alone sees this: the losses make arguments that fit.
+These errors are raised only when calling operators directly: the losses pass arguments that fit.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LINES = r"state must be \(2, L\) and positive \(L\) or a divisor"
 
 
 class Call:
-    """The arguments of every operator on one block, of which a test changes one."""
+    """Calls the operators on one block; the test changes one of their arguments."""
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
@@ -66,7 +66,7 @@ class Call:
 
 
 def vectors(name: str, right: int, *operators: str) -> dict[str, tuple]:
-    """Too short, too long, and of one element, which plain PyTorch would spread over all."""
+    """Vectors too short, too long, and of one element, which plain PyTorch would broadcast."""
     pattern = FACTORS if name.startswith("factor") else STATES
     return {
         f"{operator}: {name} of {count}": (
@@ -85,7 +85,7 @@ def kept(count: int, dtype: torch.dtype = torch.float32, step: int = 1) -> Calla
     return lambda: {"kept": torch.zeros(count * step, dtype=dtype)[::step]}
 
 
-# What is called, what the error says, and what is changed.
+# By name: the operator, a pattern of the error, and the changed argument.
 MISFITS = {
     **vectors("factor_x", M, "sweep", "weigh", "in_one_go"),
     **vectors("factor_y", N, "sweep", "weigh", "in_one_go"),
@@ -124,14 +124,14 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_what_is_of_another_size_is_refused(engine: str, name: str) -> None:
+def test_arguments_of_another_size_are_refused(engine: str, name: str) -> None:
     called, pattern, change = MISFITS[name]
     with pytest.raises((ValueError, RuntimeError), match=pattern):
         getattr(Call(engine), called)(**change())
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_features_that_are_none_are_refused(engine: str, name: str) -> None:
+def test_invalid_blocks_are_refused(engine: str, name: str) -> None:
     error, pattern, spoil = SPOILT[name]
     call = Call(engine)
     for called in (call.sweep, call.weigh, call.in_one_go):
@@ -140,16 +140,16 @@ def test_features_that_are_none_are_refused(engine: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["scale", "bias", "gain"])
-def test_scalars_have_one_element(engine: str, name: str) -> None:
+def test_scalars_must_have_one_element(engine: str, name: str) -> None:
     call = Call(engine)
     two = torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=f"{name} must have one element"):
         call.weigh(kind="sigmoid", **{name: two})
 
 
-def test_what_fits_is_accepted(engine: str) -> None:
+def test_arguments_that_fit_are_accepted(engine: str) -> None:
     call = Call(engine)
     for called in (call.sweep, call.weigh, call.in_one_go, call.finish):
         called()
-    # One positive for two lines, rows and columns of a square block.
+    # Each positive belongs to two lines: a row and a column of a square block.
     call.finish(state=torch.ones(2, 2 * M, dtype=torch.float64))

@@ -1,6 +1,6 @@
-"""The operators themselves: schemas, fakes, no derivative, deaf to autocast.
+"""Properties of the operators: schemas, fakes, no derivative, no effect of autocast.
 
-Whoever traces, exports or composes them relies on this; the losses are only one caller.
+Code that traces, exports or composes the operators relies on these; the losses are one caller.
 """
 
 import re
@@ -10,19 +10,17 @@ from typing import Any
 import pytest
 import torch
 from support.block_operators import make_weights, operator, sweep
-from support.dense_block import DTYPES, Block, make_block
+from support.dense_block import DTYPES, KINDS, Block, make_block
 from support.judge import error, numbers
+from support.losses import LOSSES
 from support.masked_block import make_masked_block, occupied
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastclip.engine import operators
 from fastclip.engine.kept import rows_to_keep
-from fastclip.loss import clip_loss, siglip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-
-# The contract, written out: who changes it breaks exported programs.
+# The schemas in full, because changing one breaks exported programs.
 BLOCK = (
     "Tensor x, Tensor? factor_x, Tensor? ids_x, Tensor? threshold_x, Tensor y, Tensor? factor_y,"
     " Tensor? ids_y, Tensor? threshold_y, Tensor scale, Tensor? bias, Tensor? key_bias, int offset,"
@@ -57,30 +55,30 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
-    """Arguments of one operator, with every option at every value somewhere.
+    """Yields arguments of one operator; together they use every value of every option.
 
-    The first block has all its rows' positives: results without NaN. All products are kept, since
-    the buffer's unused end is memory that nobody wrote.
+    The first block contains all its rows' positives, so its results have no NaN. All products are
+    kept, because the unused end of a larger buffer is uninitialised memory.
     """
-    for loss in ("softmax", "sigmoid"):
-        if name == "sweep_and_weigh" and loss == "softmax":
+    for kind in KINDS:
+        if name == "sweep_and_weigh" and kind == "softmax":
             continue
         for m, n, offset in ((20, 33, 4), (33, 20, -7), (6, 6, 100)):
             for factors in ((False, False), (True, False), (True, True)):
                 block = make_block(
-                    m, n, 5, dtype, kind=loss, offset=offset, factors=factors,
+                    m, n, 5, dtype, kind=kind, offset=offset, factors=factors,
                     bias=None if factors[1] else -2.0,
                 )  # fmt: skip
-                what = f"{loss}, {m} x {n}, {offset=}, {factors=}"
+                what = f"{kind}, {m} x {n}, {offset=}, {factors=}"
                 yield what, arguments(name, engine, block, factors)
     if name in ("sweep", "weigh"):
-        for loss in ("softmax", "sigmoid"):
+        for kind in KINDS:
             for same_id_positive in (False, True):
                 block = make_masked_block(
-                    20, 33, 5, dtype, kind=loss, offset=4, ids=6, margin=-0.2, key_bias=1.0,
+                    20, 33, 5, dtype, kind=kind, offset=4, ids=6, margin=-0.2, key_bias=1.0,
                     same_id_positive=same_id_positive,
                 )  # fmt: skip
-                what = f"{loss}, masked, {same_id_positive=}"
+                what = f"{kind}, masked, {same_id_positive=}"
                 yield what, arguments(name, engine, block, (True, False))
 
 
@@ -109,7 +107,7 @@ def assert_same(results: tuple[Tensor, ...], others: tuple[Tensor, ...], what: s
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)), what
 
 
-# ---- what the dispatcher knows -------------------------------------------------------------------
+# ---- the dispatcher ------------------------------------------------------------------------------
 
 
 @every_operator
@@ -119,7 +117,7 @@ def test_schema(name: str, engine: str) -> None:
 
 @every_operator
 def test_one_overload_for_each_engine(name: str) -> None:
-    """Those that are not available here, too: programs load without them."""
+    """Engines that are not available here have overloads, too, so that programs can be loaded."""
     assert set(getattr(torch.ops.fastclip, name).overloads()) == set(operators.ENGINES)
 
 
@@ -151,19 +149,19 @@ def test_fakes_agree_in_shape_and_dtype(name: str, engine: str, dtype: str) -> N
 
 @every_operator
 def test_opcheck(name: str, engine: str) -> None:
-    """Schema (nothing mutated, nothing aliased), registration, fakes, tracing with any size."""
+    """Checks the schema (nothing mutated or aliased), registration, fakes, and dynamic shapes."""
     for what, sample in samples(name, engine, torch.bfloat16):
-        # Rows without their positive bring NaN, which opcheck takes for a difference.
+        # Rows without their positive are NaN, which opcheck takes for a difference.
         if "20 x 33" in what and "(False, False)" not in what:
             torch.library.opcheck(operator(name, engine), sample)
 
 
-# ---- what autograd and autocast may do with them -------------------------------------------------
+# ---- autograd and autocast -----------------------------------------------------------------------
 
 
 @every_operator
 def test_a_backward_through_an_operator_is_refused(name: str, engine: str) -> None:
-    """Silence would be a wrong gradient. Forward, and without gradients, they run."""
+    """A missing gradient would be a wrong one. Forwards run, with and without gradient mode."""
     for _, sample in samples(name, engine, torch.float64):
         expected = operator(name, engine)(*sample)
         sources = [t.clone().requires_grad_() if _floating(t) else t for t in sample]
@@ -190,7 +188,7 @@ def _floating(value: Any) -> bool:
 @every_operator
 @in_every_dtype
 @pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
-def test_autocast_does_not_reach_into_them(
+def test_autocast_does_not_change_the_operators(
     name: str, engine: str, dtype: str, autocast: str, device: torch.device
 ) -> None:
     for what, sample in samples(name, engine, DTYPES[dtype]):
@@ -201,7 +199,7 @@ def test_autocast_does_not_reach_into_them(
         assert_same(results, expected, what)
 
 
-# ---- fp32 as the user wants it -------------------------------------------------------------------
+# ---- the precision of float32 products -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -218,14 +216,14 @@ def set_precision() -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_bf16_products_are_taken_where_the_user_allows_them(
+def test_bf16_products_are_used_if_the_user_allows_them(
     loss: str,
     engine: str,
     normalize: bool,
     set_precision: Callable[[str], None],
     device: torch.device,
 ) -> None:
-    """Errors grow to bf16's level, no farther; gradients stay in fp32, and so do their digits."""
+    """Errors grow to those of bf16 products, no farther; gradients are not rounded to bf16."""
     if device.type != "cpu":
         pytest.skip("the setting is oneDNN's")
     block = make_block(150, 150, 40)
@@ -249,7 +247,7 @@ def test_bf16_products_are_taken_where_the_user_allows_them(
         error(t, exact) for t, exact in zip(evaluate(torch.float32, engine), truth, strict=True)
     ]
     assert max(full) < 1e-5 and full == again
-    assert min(coarse[1:]) > 20 * max(full)  # a loss may be lucky
+    assert min(coarse[1:]) > 20 * max(full)  # the loss alone may be accurate by chance
     assert max(coarse) < 0.05
     for gradient in results[1:]:  # rounded operands, not a rounded result
         assert not torch.equal(gradient, gradient.bfloat16().float())

@@ -1,4 +1,4 @@
-"""A kind of statistic and a loss on it are added from outside, without a change to any file."""
+"""A user can add a kind of statistic, and a loss on it, without changing fastclip."""
 
 import importlib.util
 import sys
@@ -14,7 +14,7 @@ import fastclip
 from fastclip import contrast, kinds
 from fastclip.engine import operators
 
-# The README tells a user to write this.
+# The code of docs/adding-a-loss.md.
 MODULE = '''
 import torch.nn.functional as F
 
@@ -68,7 +68,7 @@ def dense(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return torch.relu(1 - sign * s).square().sum() / len(s)
 
 
-def test_a_loss_on_a_kind_of_ones_own(module: ModuleType, device: torch.device) -> None:
+def test_a_loss_on_a_users_kind(module: ModuleType, device: torch.device) -> None:
     inputs = leaves(device)
     for backend in (None, "torch", "reference"):
         value = module.squared_hinge_loss(*inputs, backend=backend)
@@ -79,7 +79,7 @@ def test_a_loss_on_a_kind_of_ones_own(module: ModuleType, device: torch.device) 
             torch.testing.assert_close(one, other)
 
 
-def test_it_takes_every_option(module: ModuleType, device: torch.device) -> None:
+def test_a_users_loss_takes_every_option(module: ModuleType, device: torch.device) -> None:
     inputs = leaves(device)
     ids = tuple(torch.randint(0, 8, (30,)).to(device) for _ in range(2))
     bias = torch.randn(30, dtype=torch.float64).to(device).requires_grad_()
@@ -89,13 +89,13 @@ def test_it_takes_every_option(module: ModuleType, device: torch.device) -> None
             *inputs, ids=ids, same_id="positive", key_bias=bias, false_negative_margin=0.3,
             kind="squared_hinge", backend=backend,
         )  # fmt: skip
-        kind = sum(t.square().sum() for t in c)
-        found.append((*c, *torch.autograd.grad(kind, (*inputs, bias))))
+        loss = sum(t.square().sum() for t in c)
+        found.append((*c, *torch.autograd.grad(loss, (*inputs, bias))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_an_engine_without_it_says_so(module: ModuleType) -> None:
+def test_an_engine_without_the_kind_is_refused(module: ModuleType) -> None:
     x, y, scale, bias = leaves(torch.device("cpu"), torch.float32)
     if fastclip.backends()["cpu"] == "available":
         with pytest.raises(ValueError, match="must be one that backend 'cpu' has"):
@@ -105,7 +105,7 @@ def test_an_engine_without_it_says_so(module: ModuleType) -> None:
         operators.finish("torch", state, state[0], scale, bias, "squared_hinge")
 
 
-def test_a_name_is_taken_once(module: ModuleType) -> None:
+def test_a_kinds_name_can_be_registered_once(module: ModuleType) -> None:
     with pytest.raises(ValueError, match="a kind's name must be its own, got 'softmax'"):
 
         @kinds.register

@@ -1,12 +1,12 @@
-"""Lines may be swept in parts and finished apart: states merge, gradients add up, lines stay apart.
+"""A block may be swept in parts: states merge, gradients add up, lines are finished separately.
 
-Distributed losses, which see a block piece by piece, rest on this.
+Distributed losses rely on this, because they receive a block piece by piece.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.block_cases import SMALL, blocks, for_every_loss, in_every_dtype
+from support.block_cases import SMALL, blocks, for_every_kind, in_every_dtype
 from support.block_operators import make_weights, operator, sweep, weigh
 from support.dense_block import DTYPES, LOG2E, make_block
 from support.dense_truth import Dense, assert_gradients, logarithms
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 
 
 def merged(states: list[Tensor], kind: str) -> Tensor:
-    """One number a line, from `sum * 2^reference`."""
+    """Returns one number a line: the states of parts, added in the units of `logarithms`."""
     parts = torch.stack([logarithms(state, kind) for state in states])
     if kind == "sigmoid":
         return parts.sum(0)
@@ -26,9 +26,11 @@ def merged(states: list[Tensor], kind: str) -> Tensor:
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("split", ["columns", "rows"])
 @in_every_dtype
-@for_every_loss
-def test_parts_make_the_whole(engine: str, kind: str, dtype: str, split: str, scale: float) -> None:
-    """States of two parts merge to the block's, and gradients add up to the block's."""
+@for_every_kind
+def test_parts_add_up_to_the_block(
+    engine: str, kind: str, dtype: str, split: str, scale: float
+) -> None:
+    """The states of two parts merge to those of the block, and their gradients add up."""
     m, n, d = 83, 59, 12
     for offset in (0, 20, -50, 500):
         whole = make_block(m, n, d, DTYPES[dtype], kind=kind, offset=offset, scale=scale)
@@ -80,9 +82,9 @@ def test_parts_make_the_whole(engine: str, kind: str, dtype: str, split: str, sc
 
 
 @in_every_dtype
-@for_every_loss
+@for_every_kind
 def test_finish(engine: str, kind: str, dtype: str) -> None:
-    """Rows and columns of a rectangular block that have their positive in it."""
+    """Finishes the rows and columns of a rectangular block whose positives lie in it."""
     for shape in SMALL:
         for what, block in blocks(shape, dtype, kind):
             dense = Dense(block)
@@ -92,7 +94,7 @@ def test_finish(engine: str, kind: str, dtype: str) -> None:
                 continue
             rows, columns = here.unbind(1)
             lines = torch.cat([rows, dense.m + columns])
-            # One positive for both of its lines.
+            # Each positive belongs to two lines.
             losses, coefficients, weights = operator("finish", engine)(
                 state[:, lines].contiguous(), positive[rows], block.scale, block.bias, kind
             )
@@ -105,7 +107,7 @@ def test_finish(engine: str, kind: str, dtype: str) -> None:
                 negatives = dense.logarithms[lines] / LOG2E
                 exact = F.softplus(negatives - s, threshold=60)
                 total = torch.logaddexp(negatives, s) * LOG2E
-                # coefficients are relative to the references: a * 2^-reference = 1 / (R + P)
+                # coefficients are relative to the shifts: a * 2^-shift = 1 / (R + P)
                 found, expected = torch.log2(coefficients) - state[0, lines], -total
                 weight = -torch.sigmoid(negatives - s)
             tolerance = {"rtol": 2 * dense.arithmetic, "atol": 1e-12}
@@ -114,8 +116,8 @@ def test_finish(engine: str, kind: str, dtype: str) -> None:
             torch.testing.assert_close(weights, weight, **tolerance)
 
 
-@for_every_loss
-def test_a_line_without_its_positive_leaves_the_others_alone(engine: str, kind: str) -> None:
+@for_every_kind
+def test_a_line_without_its_positive_does_not_change_the_others(engine: str, kind: str) -> None:
     block = make_block(20, 9, 6, kind=kind)
     state, positive, _ = sweep(engine, block)
     arguments = (block.scale, block.bias, kind)

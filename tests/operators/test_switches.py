@@ -1,8 +1,8 @@
-"""Both sides of every numerical switch: whatever the features and the scale, the result is right.
+"""Results are right on both sides of every numerical switch, for any features and any scale.
 
-The C++ engine takes one reference for all lines and, where that proves too coarse, a running
-maximum for each. Which side it took shows in the state: references that are all equal, or not. The
-plain PyTorch engine has no such switch and is held to the same truth.
+The C++ engine takes one shift for all lines or, if that proves too coarse, a running maximum for
+each. The state shows which: shifts are all equal, or not. The plain PyTorch engine has no such
+switch and is compared with the same truth.
 """
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from support.block_operators import make_weights, operator, sweep, weigh
 from support.dense_block import DTYPES, LOG2E, Block, accumulator, make_block
 from support.dense_truth import Dense, assert_gradients, assert_states, has_one_shift
+from support.losses import LOSSES, REFERENCES
 from torch import Tensor
 
 from fastclip import reference
@@ -17,21 +18,17 @@ from fastclip.engine import torch_engine
 from fastclip.engine.kept import rows_to_keep
 from fastclip.loss import clip_loss, siglip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-REFERENCES = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
-
-
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 @pytest.fixture(autouse=True)
 def chunks_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain PyTorch engine merges as many states as it can; one without any negative, too."""
+    """Makes the plain PyTorch engine merge as many states as it can, also without negatives."""
     monkeypatch.setattr(torch_engine, "CHUNK", 1)
 
 
 def check(engine: str, block: Block, keep: int = 0, bound: Tensor | None = None) -> Tensor:
-    """The state of a block, after both sweeps agreed with the truth."""
+    """Returns the state of a block, and checks both sweeps against the truth."""
     dense = Dense(block)
     state, positive, kept = sweep(engine, block, keep, bound)
     assert_states(dense, state, positive)
@@ -41,7 +38,7 @@ def check(engine: str, block: Block, keep: int = 0, bound: Tensor | None = None)
     return state
 
 
-# ---- one reference or running maxima -------------------------------------------------------------
+# ---- one shift or running maxima -----------------------------------------------------------------
 
 
 def random(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
@@ -49,13 +46,13 @@ def random(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
 
 
 def long(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
-    """Features nobody normalised."""
+    """Makes a block of features that are not normalised."""
     block = random(dtype, scale, shape)
     return block._replace(x=block.x * 30, y=block.y * 20)
 
 
 def one_long(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
-    """The bound speaks for one pair; all other logits are far below it."""
+    """Makes a block with one logit near the bound; all others are far below it."""
     block = random(dtype, scale, shape)
     block.x[3] *= 25
     block.y[5] *= 25
@@ -63,7 +60,7 @@ def one_long(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
 
 
 def one_low(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
-    """All logits of one row, or of one column, its positive included, are far below the others."""
+    """Makes a block with one line whose logits, positive included, are far below all others."""
     block = random(dtype, scale, shape)
     towers = (block.x, block.y) if shape[0] < shape[1] else (block.y, block.x)
     towers[1][:, 0] = towers[1][:, 0].abs() + 1
@@ -72,7 +69,8 @@ def one_low(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
     return block
 
 
-# Kind, scale, and for float64, which reaches farther, and for the others: is one reference enough?
+# A function that makes a block, a scale, and whether one shift is enough: in float64, whose
+# exponents reach farther, and in the other dtypes.
 CASES = [
     (random, 1e-3, True, True),
     (random, 14.3, True, True),
@@ -90,15 +88,19 @@ CASES = [
 ]
 
 
-# More than one of the C++ engine's blocks and tiles, so that maxima do run.
+# Shapes of several strips of rows and tiles of the C++ engine, so that maxima are updated.
 @pytest.mark.parametrize("shape", [(140, 90), (90, 140)], ids=["tall", "wide"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
-def test_references(engine: str, case: tuple, dtype: str, shape: tuple[int, int]) -> None:
-    kind, scale, *enough = case
-    block = kind(DTYPES[dtype], scale, shape)
+def test_one_shift_or_running_maxima(
+    engine: str, case: tuple, dtype: str, shape: tuple[int, int]
+) -> None:
+    make, scale, *enough = case
+    block = make(DTYPES[dtype], scale, shape)
     state = check(engine, block)
-    assert torch.equal(state[0], state[0].round()), "exponents are exact for integers alone"
+    assert torch.equal(state[0], state[0].round()), (
+        "powers of two are exact only for integral shifts"
+    )
     if engine == "cpu":
         assert has_one_shift(state) == enough[dtype != "float64"]
         itemsize = accumulator(DTYPES[dtype]).itemsize
@@ -108,8 +110,8 @@ def test_references(engine: str, case: tuple, dtype: str, shape: tuple[int, int]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_bound_that_is_one(engine: str, dtype: str) -> None:
-    """A bound given by the caller, tight or far too high, does not change what comes out."""
+def test_any_valid_bound_gives_the_same_results(engine: str, dtype: str) -> None:
+    """A bound given by the caller, tight or far too high, does not change results."""
     for scale in (14.3, 100.0):
         block = random(DTYPES[dtype], scale, (70, 50))
         for bound, enough in ((1.02, True), (50.0, None), (1e4, False)):
@@ -120,10 +122,13 @@ def test_any_bound_that_is_one(engine: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 40.0, 43.0, 60.0, 76.0, 77.0, 100.0, 300.0])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_the_references_headroom(engine: str, dtype: str, scale: float) -> None:
-    """The reference leaves 2^t above itself for the largest possible logit: as much as the smallest
-    needs to be held, if that is no more than a sum over the columns can take. Logits at both ends
-    of what is possible, on either side of both limits of t, are right."""
+def test_headroom_above_the_shift(engine: str, dtype: str, scale: float) -> None:
+    """The largest possible logit lies t above the shift, in log2 units, so its exponential is 2^t.
+
+    t is as large as the exponential of the smallest possible logit needs, up to the limit at which
+    a sum over the columns would overflow. Logits at both ends of the possible range are right, for
+    t on either side of both its limits.
+    """
     depth, headroom = (1000, 900) if dtype == "float64" else (120, 100)
     if dtype == "float64":
         scale *= 10
@@ -131,17 +136,17 @@ def test_the_references_headroom(engine: str, dtype: str, scale: float) -> None:
     block = make_block(n, n, d, DTYPES[dtype], scale=scale)
     block.y[4] = block.x[9] = torch.eye(d)[0]  # a negative with the largest possible logit
     block.y[6] = block.x[11] = torch.eye(d)[1]
-    block.x[12] = -block.x[11]  # one with the smallest possible
+    block.x[12] = -block.x[11]  # a negative with the smallest possible logit
     one = torch.tensor(1.0, dtype=torch.float64)
     state = check(engine, block, bound=one)
     if engine == "cpu":
         top = scale * LOG2E
         t = min(max(0.0, 2 * top - depth), headroom)
-        assert has_one_shift(state) == (scale not in (300, 3000))  # no typical row reaches it
+        assert has_one_shift(state) == (scale not in (300, 3000))  # typical rows lie too low
         if has_one_shift(state):
             assert abs(state[0, 0] - (top - t)) < 1.1  # rounded up, with a margin for rounding
-    # All of a row's and all of a column's logits at the lower end, its positive's too: too low for
-    # one reference, unless the scale is small.
+    # All logits of a row and of a column, positives included, are at the lower end: too low for one
+    # shift, unless the scale is small.
     lowest = block._replace(y=torch.eye(d)[[2]].expand(n, d).to(block.y).clone())
     lowest.x[5] = -lowest.y[0]
     lowest.x[20] = lowest.y[0]
@@ -170,11 +175,11 @@ def test_zero_and_negative_scales(engine: str, loss: str, scale: float) -> None:
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_norms_that_overflow(engine: str, dtype: str, swap: bool) -> None:
-    """The bound is infinite or NaN, the logits are not: 1e20 by 1e-20, and by zeros."""
+    """The bound is infinite or NaN but the logits are finite: 1e20 times 1e-20, and times zero."""
     huge = 1e200 if dtype == "float64" else 1e20
     block = random(DTYPES[dtype], 14.3, (50, 30))
     x, y = block.x * huge, block.y * (1 / huge)
-    # Totals and gradients need products of the same size; states and positives are what counts.
+    # Only states and positives are checked: totals and gradients may overflow.
     for short in (y, torch.zeros_like(y)):
         changed = block._replace(x=x, y=short)
         if swap:
@@ -184,7 +189,7 @@ def test_norms_that_overflow(engine: str, dtype: str, swap: bool) -> None:
         assert_states(dense, state, positive)
 
 
-def test_products_that_overflow_are_not_hidden(engine: str) -> None:
+def test_products_that_overflow_show_in_the_loss(engine: str) -> None:
     block = random(torch.float32, 1.0, (40, 40))
     for loss in LOSSES.values():
         x, y = (t.clone().mul_(1e20).requires_grad_() for t in (block.x, block.y))
@@ -199,7 +204,7 @@ def test_products_that_overflow_are_not_hidden(engine: str) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_pair(engine: str, dtype: str, normalize: bool) -> None:
-    """No negatives: CLIP's loss and gradients are exactly zero, SigLIP's those of one pair."""
+    """Without negatives CLIP's loss and gradients are zero, and SigLIP's those of one positive."""
     for scale in (0.0, 1.0, 100.0, -1e4, 1e30):
         x, y = (torch.randn(1, 9).to(DTYPES[dtype]).requires_grad_() for _ in range(2))
         s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
@@ -221,10 +226,8 @@ def test_one_pair(engine: str, dtype: str, normalize: bool) -> None:
 
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("shape", [(1, 30), (30, 1), (1, 1)], ids=str)
-def test_a_line_of_nothing_but_its_positive(
-    engine: str, shape: tuple[int, int], scale: float
-) -> None:
-    """Its sum is zero, its reference a number, and its loss and weights are zero."""
+def test_a_line_without_negatives(engine: str, shape: tuple[int, int], scale: float) -> None:
+    """Its sum is zero, its shift is finite, and its loss and weights are zero."""
     block = make_block(*shape, 8, scale=scale)
     m = shape[0]
     state = check(engine, block)

@@ -1,4 +1,4 @@
-"""Which blocks the operators are tried on: shapes, offsets, dtypes and losses, and their marks."""
+"""Blocks for tests of the operators (shapes, offsets, dtypes, kinds), and marks for them."""
 
 from collections.abc import Iterator
 
@@ -13,8 +13,8 @@ compiled_only = pytest.mark.skipif(
     reason="only the C++ engine keeps products, and it was not built or the device is another",
 )
 
-# The longer tower supplies the C++ engine's rows: M < N makes it change the towers' places. Columns
-# beyond 1023 make its tiles larger, D beyond 128 splits its products.
+# The C++ engine takes the longer tower's features as rows, so it swaps the towers if M < N. More
+# than 1023 columns make its tiles larger, and D beyond 128 splits its products.
 SHAPES = {
     "tall": (150, 37, 24),
     "wide": (37, 150, 24),
@@ -57,4 +57,4 @@ def blocks(
 
 everywhere = pytest.mark.parametrize("shape", SHAPES)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-for_every_loss = pytest.mark.parametrize("kind", KINDS)
+for_every_kind = pytest.mark.parametrize("kind", KINDS)

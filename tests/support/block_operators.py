@@ -1,4 +1,4 @@
-"""The operators called on a block of the tests, and weights as a loss would ask for them."""
+"""Functions that call the operators on a block, and weights like those of a loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def sweep(
 
 
 def make_weights(state: Tensor, m: int, gain: float = -0.7, seed: int = 1) -> Weights:
-    """Coefficients that bring each line's weights to order 1; also weights for absent positives."""
+    """Returns coefficients that bring each line's weights to order 1, and weights of positives."""
     sums = state[1::2]
     coefficients = torch.exp2(random_tensor(*sums.shape, seed=seed) / 3) / torch.where(
         sums > 1e-30, sums, 1
@@ -56,7 +56,7 @@ def weigh_all(
     project: bool = False,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `weigh`, and the gradient of a key bias behind it, where there is one."""
+    """Returns the results of `weigh`, followed by the gradient of a key bias if there is one."""
     dtype = accumulator(block.x.dtype)
     kept = block.x.new_empty(0, dtype=dtype) if kept is None else kept
     return operator("weigh", engine)(

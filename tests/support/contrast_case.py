@@ -1,4 +1,4 @@
-"""Problems for `contrast`, and its statistics and gradients against the oracle's."""
+"""Problems for `contrast`, and comparisons of its results with the oracle's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import fastclip
 from fastclip.kinds import LineStatistics
 
-# Each option alone, and together.
+# Each option alone, and all of them together.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no positives": {"offset": None},
@@ -36,8 +36,11 @@ def make_problem(
     m: int, n: int, d: int, *, seed: int = 0, ids: int | None = None, key_bias: float | None = None,
     dtype: torch.dtype = torch.float32, **options: Any,
 ) -> Problem:  # fmt: skip
-    """Unit features, or of any length where `normalize` makes them so; own positives stand out.
-    `ids`: how many there are; `key_bias`: their size."""
+    """Returns a problem whose own positives stand out.
+
+    Features have unit length, or any length with `normalize`. `ids` is the number of different ids,
+    and `key_bias` the size of the biases.
+    """
     rng = np.random.default_rng(seed)
     x, y = (rng.normal(size=(k, d)) for k in (m, n))
     x, y = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (x, y))
@@ -52,7 +55,7 @@ def make_problem(
     x, y = (rounded(side, name_of(dtype)) for side in (x, y))
     given: dict[str, Any] = {"scale": 14.3, "bias": -1.5} | options
     if ids is not None:
-        # Far apart, so that 32 bits would not tell them from one another.
+        # Ids differ by multiples of 2^40, so that their low 32 bits are equal.
         given["ids"] = tuple(rng.integers(0, ids, k) * (1 << 40) - 5 for k in (m, n))
     if key_bias is not None:
         given["key_bias"] = rounded(key_bias * rng.normal(size=n), "float32")
@@ -60,7 +63,7 @@ def make_problem(
 
 
 class Evaluated:
-    """An engine's statistics of a problem, ready to be differentiated."""
+    """An engine's statistics of a problem, with the leaves to differentiate them by."""
 
     def __init__(
         self, problem: Problem, engine: str, device: torch.device,
@@ -132,14 +135,14 @@ def check_gradients(
 
 
 def allowance(exact: Exact, dtype: torch.dtype) -> float:
-    """The error of one careful exponential."""
+    """Returns the error of one careful exponential."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     d = exact.problem.x.shape[1]
     return (8 + d**0.5) * roundoff(wide) * (1 + exact.largest_logit)
 
 
 def random_upstream(found: LineStatistics, seed: int = 3) -> dict[str, Tensor]:
-    """Gradients of any sign, over many orders of magnitude."""
+    """Returns upstream gradients of either sign, over many orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(like: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""One rectangular block of logits, dense in float64: the truth of what the operators promise.
+"""A rectangular block of logits for tests of the operators, and the dense form of each kind.
 
-`make_block` invents a block, `Dense` answers for it what the operators answer, from the formulas
-of their contract: all logits in one matrix, and masks of it. Plain torch, nothing of an engine, no
-autograd.
+`make_block` makes a random block. `dense_truth.Dense` computes from the operators' formulas what
+they must return for it.
 
 Letters: `x (M, D)`, `y (N, D)`, `t_ij = <x_i, y_j> factor_x_i factor_y_j`, logits
 `s_ij = scale t_ij + bias + key_bias_j`; the own positive of row i is column i + offset.
@@ -27,16 +26,16 @@ DTYPES = {
 
 
 class DenseKind(NamedTuple):
-    """The truth about a kind of statistic, from logits in float64."""
+    """The formulas of a kind of statistic, on logits in float64."""
 
-    # A line's statistic in the units of `logarithms`, of the logits that a mask leaves it.
+    # A line's statistic over its logits in a mask, in the units of `dense_truth.logarithms`.
     statistic: Callable[[Tensor, Tensor, int], Tensor]
     # The weight of a logit, given a line's shift in log2 units.
     activation: Callable[[Tensor, Tensor], Tensor]
-    # The statistic in these units, from a state's shift and sum.
+    # The statistic in the same units, from a state's shift and sum.
     logarithm: Callable[[Tensor, Tensor], Tensor]
-    has_shift: bool  # then a bias is not seen, and a statistic is judged by its difference
-    sign_of_positives: int  # by id: of their logits and weights
+    has_shift: bool  # then bias cancels, and errors of a statistic are absolute
+    sign_of_positives: int  # by id: the sign of their logits and weights
 
 
 def _softplus_sum(s: Tensor, mask: Tensor, dim: int) -> Tensor:
@@ -63,7 +62,7 @@ KINDS = tuple(DENSE_KINDS)
 
 
 class Block(NamedTuple):
-    """The arguments of an operator that describe the block."""
+    """The arguments of an operator that describe a block."""
 
     x: Tensor  # (M, D)
     y: Tensor  # (N, D)
@@ -82,7 +81,7 @@ class Block(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """In the order of the schemas."""
+        """The arguments in the order of the schemas."""
         return (
             self.x, self.factor_x, self.ids_x, self.threshold_x, self.y, self.factor_y, self.ids_y,
             self.threshold_y, self.scale, self.bias, self.key_bias, self.offset, self.kind,
@@ -91,7 +90,7 @@ class Block(NamedTuple):
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Of logits, states and gradients for features of this dtype."""
+    """Returns the dtype of logits and accumulated gradients for features of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -113,9 +112,9 @@ def make_block(
     bias: float | None = -3.0,
     seed: int = 0,
 ) -> Block:
-    """On the default device: unit features, of any length where a factor normalises them.
+    """Returns a block on the default device: unit features, or of any length with a factor.
 
-    Positives stand out: one taken for a negative would change all figures of its row and column.
+    Positives stand out, so that mistaking one for a negative would change all results of its lines.
     """
     x, y = (random_tensor(k, d, seed=seed + k) for k in (m, n))
     first = max(0, -offset)
@@ -138,7 +137,7 @@ def make_block(
 
 
 def random_tensor(*shape: int, seed: int) -> Tensor:
-    """The same normal numbers on every device."""
+    """Returns normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return numbers.to(torch.get_default_device())
@@ -146,7 +145,7 @@ def random_tensor(*shape: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """What `weigh` takes besides the block: any numbers will do."""
+    """Arguments of `weigh` besides the block, for which tests may choose any numbers."""
 
     coefficients: Tensor  # (M + N); (2, M + N) with positives by id
     positive_weight: Tensor  # (M)

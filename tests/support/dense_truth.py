@@ -1,4 +1,7 @@
-"""What the operators must return for a block, dense in float64, and the comparison with it."""
+"""The right results of the operators on a block, dense in float64, and comparisons with them.
+
+It uses plain torch, without autograd and without any engine.
+"""
 
 from functools import cached_property
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 class Dense:
-    """The truth of one block."""
+    """The right results for a block: all logits in one matrix, and masks of it."""
 
     def __init__(self, block: Block) -> None:
         self.block, self.kind = block, DENSE_KINDS[block.kind]
@@ -38,13 +41,13 @@ class Dense:
 
     @cached_property
     def positive(self) -> Tensor:
-        """(M): t of the own positives, NaN where there is none in the block."""
+        """(M): t of the own positives, NaN for those outside the block."""
         t = torch.where(self.is_positive, self.t, 0).sum(1)
         return torch.where(self.is_positive.any(1), t, torch.nan)
 
     @cached_property
     def logarithms(self) -> Tensor:
-        """(M + N), or twice as many with positives by id: as the function of that name."""
+        """(M + N), or (2 (M + N)) with positives by id: the results expected of `logarithms`."""
         negatives = self._statistics(self.s, self.by_row, self.by_column)
         if not self.block.same_id_positive:
             return negatives
@@ -56,7 +59,7 @@ class Dense:
         return torch.cat([statistic(s, by_row, 1), statistic(s, by_column, 0)])
 
     def activations(self, state: Tensor, coefficients: Tensor) -> Tensor:
-        """(M, N): weights of the pairs, 0 at the own positives."""
+        """Returns (M, N), the weights of the pairs; 0 at own positives."""
         coefficients = coefficients.double().reshape(-1, self.m + self.n)
         w = self._weights(self.s, state[0], coefficients[0], self.by_row, self.by_column)
         if not self.block.same_id_positive:
@@ -74,7 +77,7 @@ class Dense:
         return of_row.masked_fill(~by_row, 0) + of_column.masked_fill(~by_column, 0)
 
     def gradients(self, w: Tensor, weights: Weights, project: bool = False) -> Gradients:
-        """From the weights of the pairs beside the own positives."""
+        """Returns the gradients, given the weights of all pairs except own positives."""
         w = w + self.is_positive * weights.positive_weight.double()[:, None]
         gain = float(weights.gain)
         results, conditions = [], []
@@ -109,7 +112,7 @@ class Dense:
 
     @property
     def largest(self) -> float:
-        """A bound of the logits, which is what rounding errors in exponentials grow with."""
+        """A bound of the logits, in proportion to which rounding errors of exponentials grow."""
         biases = abs(self.bias)
         if self.block.key_bias is not None:
             biases += float(self.block.key_bias.clamp_min(-1e3).abs().max())
@@ -126,12 +129,12 @@ def _ratio(size: Tensor, result: Tensor) -> float:
 
 
 def takes_tf32(x: Tensor) -> bool:
-    """A GPU engine rounds these features, and weights, to tf32 before it multiplies them."""
+    """Returns True if a GPU engine rounds these features, and weights, to tf32 in products."""
     return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def product_error(x: Tensor) -> float:
-    """The error of <x_i, y_j> for unit features."""
+    """Returns the error of <x_i, y_j> for unit features."""
     d = x.shape[1]
     terms = 8 + d**0.5
     if x.is_cuda and (x.itemsize == 2 or takes_tf32(x)):
@@ -142,12 +145,12 @@ def product_error(x: Tensor) -> float:
 
 
 def has_one_shift(state: Tensor) -> bool:
-    """Whether the sweep with one shift for all lines was enough."""
+    """Returns True if one shift served all lines of a sweep."""
     return bool((state[::2] == state[0, 0]).all())
 
 
 def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "") -> None:
-    """The operators' state and positives against the truth."""
+    """Asserts that the state and the positives of a sweep are right."""
     assert state.dtype == positive.dtype == torch.float64
     sets = 2 if dense.block.same_id_positive else 1
     assert state.shape == (2 * sets, dense.m + dense.n) and positive.shape == (dense.m,)
@@ -156,7 +159,7 @@ def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "")
     if dense.kind.has_shift:
         absent = exact == -torch.inf
         assert torch.equal(state[1::2].flatten() == 0, absent), f"{what}: lines without pairs"
-        # The truth itself is a sum of a shift and a logarithm, in float64.
+        # The truth, too, is a rounded float64 sum of a shift and a logarithm.
         difference = (lines - exact)[~absent].abs() - 1e-15 * exact[~absent].abs()
     else:
         difference = (lines - exact).abs() / exact.clamp_min(1e-30)
@@ -177,10 +180,13 @@ def assert_gradients(
     what: str = "",
     half_products: bool = False,
 ) -> None:
-    """dx, dy, the totals, and the gradient of a key bias against the truth, each by its own
-    condition. half_products: fp16 weights enter products in fp16, as bf16 ones do in any case."""
+    """Asserts that dx, dy, the totals, and the gradient of a key bias are right.
+
+    The condition of each limits its error. With half_products, fp16 weights enter products in fp16;
+    bf16 weights always enter them in bf16.
+    """
     x = dense.block.x
-    # The C++ and plain engines widen fp16 on CPUs.
+    # On CPUs the C++ and the plain PyTorch engine widen fp16.
     takes_half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and half_products)
     narrow = roundoff(x.dtype) if takes_half or (x.is_cuda and x.itemsize == 2) else 0.0
     if takes_tf32(x):
@@ -195,7 +201,7 @@ def assert_gradients(
         strict=False,
     ):
         if not needed:
-            assert result.shape == (0, *truth.shape[1:]), f"{what}: {name} was not asked for"
+            assert result.shape == (0, *truth.shape[1:]), f"{what}: {name} was not requested"
             continue
         assert result.shape == truth.shape, f"{what}: {name}"
         assert result.isfinite().all(), f"{what}: {name} is not finite"
@@ -207,8 +213,10 @@ def assert_gradients(
         assert error <= allowed, f"{what}: {name} is off by {error:.2e}, allowed {allowed:.2e}"
 
 
-def logarithms(state: Tensor, loss: str) -> Tensor:
-    """States as one number a line: log2 of the sum of exponentials, or the sum of softplus; those
-    of positives by id behind those of negatives."""
+def logarithms(state: Tensor, kind: str) -> Tensor:
+    """Returns one number a line: log2 of the sum of exponentials, or the sum of softplus.
+
+    The numbers of positives by id follow those of negatives.
+    """
     shift, sums = state[::2].flatten(), state[1::2].flatten()
-    return DENSE_KINDS[loss].logarithm(shift, sums)
+    return DENSE_KINDS[kind].logarithm(shift, sums)

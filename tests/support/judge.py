@@ -1,8 +1,8 @@
-"""How results are judged: against the truth, by what plain PyTorch loses in the same dtype.
+"""Judges results by their errors against the truth, and by those of plain PyTorch.
 
-`evaluate` runs a loss forward and backward, `plain` is the loss as users write it today,
-`allowance` the error that no computation in the given arithmetic can avoid. Nothing here knows an
-engine.
+`evaluate` runs a loss forward and backward, `plain` is the loss as users write it with PyTorch, and
+`allowance` is the error that no computation in the given arithmetic can avoid. The module does not
+depend on any engine.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ QUANTITIES = ("loss", "dx", "dy", "dscale", "dbias")
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a case: of both towers, and of autocast where that is on."""
+    """The dtypes of both towers in a test case, and of autocast if it is on."""
 
     x: torch.dtype
     y: torch.dtype
@@ -30,12 +30,12 @@ class Precision:
 
     @property
     def scalars(self) -> torch.dtype:
-        """Of the loss, the scale and the bias."""
+        """The dtype of the loss, the scale and the bias."""
         return torch.float64 if torch.float64 in (self.x, self.y) else torch.float32
 
     @property
     def product(self) -> torch.dtype:
-        """That the towers are multiplied in."""
+        """The dtype in which the towers are multiplied."""
         return self.autocast or torch.promote_types(self.x, self.y)
 
     def context(self, device: torch.device) -> AbstractContextManager:
@@ -69,12 +69,12 @@ def truth(
     precision: Precision,
     **arguments: object,
 ) -> Truth:
-    """The oracle's answer to the numbers that tensors of this precision hold."""
+    """Returns the oracle's result for the inputs as rounded to this precision."""
     x, y = rounded(x, name_of(precision.x)), rounded(y, name_of(precision.y))
     if precision.autocast:
         x, y = (rounded(t, name_of(precision.autocast)) for t in (x, y))
     scale, bias = (float(rounded(t, name_of(precision.scalars))) for t in (scale, bias))
-    # Of float64 results only something longer can be the judge.
+    # Float64 results need a truth in a longer type.
     wide = np.longdouble if precision.scalars == torch.float64 else np.float64
     return TRUTHS[loss](x, y, scale, bias, precision=wide, **arguments)
 
@@ -90,7 +90,7 @@ def evaluate(
     upstream: ArrayLike = 1.0,
     **arguments: object,
 ) -> dict[str, Tensor]:
-    """The loss and its gradients, by the names in QUANTITIES."""
+    """Returns the loss and its gradients, by the names in QUANTITIES."""
 
     def leaf(value: ArrayLike, dtype: torch.dtype) -> Tensor:
         tensor = torch.tensor(np.asarray(value, np.float64), dtype=dtype, device=device)
@@ -110,7 +110,7 @@ def evaluate(
 
 
 def _plain_clip(logits: Tensor) -> Tensor:
-    """(N): each pair's loss."""
+    """Returns (N), the loss of each pair."""
     labels = torch.arange(len(logits), device=logits.device)
     rows = F.cross_entropy(logits, labels, reduction="none")
     return (rows + F.cross_entropy(logits.T, labels, reduction="none")) / 2
@@ -126,7 +126,7 @@ PLAIN = {"clip": _plain_clip, "siglip": _plain_siglip}
 
 
 def plain(loss: str) -> Callable[..., Tensor]:
-    """The dense loss as open_clip and its users write it, rounding wherever torch rounds."""
+    """Returns the dense loss as open_clip and its users write it, with all of torch's roundings."""
     of_pairs = PLAIN[loss]
 
     def plain_loss(
@@ -153,7 +153,7 @@ def numbers(result: Tensor | NDArray) -> NDArray:
 
 
 def error(result: Tensor | NDArray, exact: NDArray) -> float:
-    """Relative error in the Frobenius norm; inf where the result is not finite."""
+    """Returns the relative error in the Frobenius norm; inf if the result is not finite."""
     result = numbers(result)
     assert result.shape == exact.shape, f"shape {result.shape} instead of {exact.shape}"
     if not np.isfinite(result).all():
@@ -165,11 +165,14 @@ def error(result: Tensor | NDArray, exact: NDArray) -> float:
 def allowance(
     name: str, exact: Truth, precision: Precision, dtype: torch.dtype, rows: Any = ...
 ) -> float:
-    """The relative error of a careful computation: rounded logits, rounded weights where those go
-    into a half-precision product, and the rounding of the result, of `dtype`, itself."""
-    # Where one row is far longer than the others the largest logit speaks for that row alone.
+    """Returns the relative error of a careful computation.
+
+    It is the sum of the errors of rounded logits, of rounded weights if these enter a
+    half-precision product, and of the result's rounding to `dtype`.
+    """
+    # If one row is far longer than the others, the largest logit describes only that row.
     arithmetic = min(4 * roundoff(precision.scalars) * (1 + exact.largest_logit), 3e-3)
-    # Of the many weights' errors in a sum few add up; only products take weights in half precision.
+    # Most errors of a sum's many weights cancel; only products take weights in half precision.
     weights = roundoff(precision.product) if name in ("dx", "dy") else 0.0
     final = getattr(exact, name)[rows]
     storage = error(rounded(final, name_of(dtype)), final)
@@ -179,7 +182,7 @@ def allowance(
 def assert_accurate(
     ours: Tensor, torch_same_dtype: Tensor, exact: NDArray, eps: float, what: str = "result"
 ) -> None:
-    """`err(ours) <= err(torch) + eps`; a torch that is off by a tenth excuses nothing any more."""
+    """Asserts `err(ours) <= err(torch) + eps`; an err(torch) of 0.1 or more counts as 0."""
     mistake, theirs = error(ours, exact), error(torch_same_dtype, exact)
     limit = eps + (theirs if theirs < 0.1 else 0.0)
     assert mistake <= limit, (

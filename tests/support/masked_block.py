@@ -1,4 +1,4 @@
-"""Blocks of which not every pair counts, and the lines of a block that have any pairs."""
+"""Blocks with masked pairs, and the lines of a block that have any pairs."""
 
 from typing import Any
 
@@ -20,8 +20,10 @@ def make_masked_block(
     same_id_positive: bool = False,
     **options: Any,
 ) -> Block:
-    """A block with `ids` different ids, thresholds `margin` above own positives, and biases of the
-    columns of that size, one of them -inf."""
+    """Returns a block with `ids` different ids and thresholds `margin` above own positives.
+
+    `key_bias` is the size of the columns' biases, one of which is -inf.
+    """
     block = make_block(m, n, d, dtype, **options)
     seed, extra = options.get("seed", 0), {}
     if ids is not None:
@@ -45,8 +47,10 @@ def make_masked_block(
 
 
 def _between(thresholds: Tensor, t: Tensor) -> Tensor:
-    """Each moved halfway between the two products of its line around it, so that no rounding
-    decides which pairs are above."""
+    """Returns each threshold moved halfway between its neighbours among its line's products.
+
+    Rounding then cannot decide which pairs exceed it.
+    """
     above = torch.where(t > thresholds[:, None], t, torch.inf).amin(1)
     below = torch.where(t > thresholds[:, None], -torch.inf, t).amax(1)
     middle = (above + below) / 2
@@ -54,7 +58,7 @@ def _between(thresholds: Tensor, t: Tensor) -> Tensor:
 
 
 def occupied(block: Block) -> Tensor | None:
-    """The lines that have pairs at all, thresholds aside; None where the engine knows."""
+    """Returns the lines that have any pairs, thresholds aside; None if the engine knows them."""
     if block.ids_x is None and block.key_bias is None:
         return None
     dense = Dense(block._replace(threshold_x=None, threshold_y=None))

@@ -1,15 +1,16 @@
-"""The truth the tests judge by: both losses and all their gradients, written from the formulas.
+"""The oracle: both losses and all their gradients, written from the formulas.
 
-NumPy alone: no autograd and nothing of fastclip, so that no mistake can be shared. It is dense and
-slow, and never used by the library.
+It uses only NumPy, no autograd and nothing of fastclip, so that it cannot share their mistakes. It
+is dense and slow, and the library never uses it.
 
 Positives are kept apart from negatives. The textbook form, `logsumexp_j(s_ij) - s_ii` with weights
-`softmax - 1`, loses everything in float64 too once a loss falls below 1e-16; here a row's cross
-entropy is `log(1 + R/P) = softplus(log R - log P)`, where `R` sums the negatives of the row and `P`
-is its positive, and the positive's weight is `-R/(R + P)`: nothing is subtracted.
+`softmax - 1`, loses all digits even in float64 once a loss falls below 1e-16. Here a row's cross
+entropy is `log(1 + R/P) = softplus(log R - log P)`, where `R` is the sum of exponentials of the
+row's negatives and `P` the exponential of its positive. The positive's weight is `-R/(R + P)`, so
+nothing is subtracted.
 
-Letters: `x (N, D)`, `y (N, D)`, `s_ij = scale <x_i, y_j> + bias`, `w_ij = dL/ds_ij`, `g_i` what
-flows into the loss of pair `i`.
+Letters: `x (N, D)`, `y (N, D)`, `s_ij = scale <x_i, y_j> + bias`, `w_ij = dL/ds_ij`, and `g_i` is
+the upstream gradient of the loss of pair `i`.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 try:
     from ml_dtypes import bfloat16
-except ImportError:  # not everywhere that the tests run: then torch rounds
+except ImportError:  # optional: without it torch rounds
     bfloat16 = None
 
 NORM_EPS = 1e-12
@@ -29,11 +30,11 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Truth:
-    """A loss, its gradients, and how strongly each of them answers to a rounding error.
+    """A loss, its gradients, and their condition: the sensitivity of each to rounding errors.
 
-    A condition is the quantity summed from absolute values over the quantity itself. With unit
-    roundoff `u`, a careful computation errs relatively by a few `u * (1 + largest_logit) *
-    condition`, and no computation in that arithmetic can promise less.
+    A condition is the sum of a quantity's absolute terms divided by the quantity. With unit
+    roundoff `u`, a careful computation has a relative error of a few `u * (1 + largest_logit) *
+    condition`, and no computation in that arithmetic can guarantee less.
     """
 
     loss: NDArray  # 0-dim, or (N,) without reduction
@@ -46,7 +47,7 @@ class Truth:
 
 
 def rounded(values: ArrayLike, dtype: str) -> NDArray:
-    """`values` as a tensor of `dtype` holds them, in float64."""
+    """Returns `values` in float64, rounded to `dtype`."""
     values = np.asarray(values, np.float64)
     if dtype == "bfloat16" and bfloat16 is None:
         return torch.from_numpy(values).bfloat16().double().numpy()
@@ -65,9 +66,10 @@ def clip_truth(
     upstream: ArrayLike = 1.0,
     precision: type = np.float64,
 ) -> Truth:
-    """CLIP's loss; `upstream` is the gradient of what `reduction` returns: 0-dim, or (N,) for none.
+    """Returns CLIP's loss and gradients.
 
-    `precision` is the type computed in: np.longdouble judges float64 results.
+    `upstream` is the gradient of the reduced loss: 0-dim, or (N,) without reduction. `precision` is
+    the type to compute in: np.longdouble judges float64 results.
     """
     xhat, yhat, cosines, g = _prepared(x, y, normalize, reduction, upstream, precision)
     logits = precision(scale) * cosines
@@ -82,7 +84,7 @@ def clip_truth(
     exact = _gradients(
         _reduced(loss, reduction), weights, xhat, yhat, cosines, x, y, scale, 0.0, normalize
     )
-    # Each row's weights add up to zero, and so do each column's.
+    # The weights of each row and of each column add up to zero.
     return replace(exact, dbias=np.zeros((), precision), conditions=exact.conditions | {"dbias": 1})
 
 
@@ -97,7 +99,7 @@ def siglip_truth(
     upstream: ArrayLike = 1.0,
     precision: type = np.float64,
 ) -> Truth:
-    """SigLIP's loss; arguments as for `clip_truth`."""
+    """Returns SigLIP's loss and gradients; the arguments are those of `clip_truth`."""
     xhat, yhat, cosines, g = _prepared(x, y, normalize, reduction, upstream, precision)
     logits = precision(scale) * cosines + precision(bias)
     positives = np.diag(logits)
@@ -122,7 +124,7 @@ def _prepared(
     upstream: ArrayLike,
     precision: type,
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """The features that are multiplied, their products, and dL/d(loss of pair i), (N,)."""
+    """Returns the features to multiply, their products, and dL/d(loss of pair i), (N,)."""
     x, y = np.asarray(x, precision), np.asarray(y, precision)
     if normalize:
         x, y = x / _norms(x), y / _norms(y)
@@ -140,7 +142,7 @@ def _reduced(loss: NDArray, reduction: str) -> NDArray:
 
 
 def _log_sum_exp_of_negatives(s: NDArray) -> NDArray:
-    """Row by row and without the diagonal; -inf where there are no negatives."""
+    """Returns each row's log-sum-exp without the diagonal; -inf for a row without negatives."""
     s = s.copy()
     np.fill_diagonal(s, -np.inf)
     top = s.max(1)
@@ -178,7 +180,7 @@ def _gradients(
     size, weight = np.abs(xhat) @ np.abs(yhat).T, np.abs(w)
     conditions = {
         "loss": 1.0,
-        # The norm's projection removes a part: what is left may be small against what was summed.
+        # The norm's projection removes a part: the rest may be small beside the summed terms.
         "dx": _ratio(abs(scale) * (weight @ np.abs(yhat)), dx * _norms(x) if normalize else dx),
         "dy": _ratio(abs(scale) * (weight.T @ np.abs(xhat)), dy * _norms(y) if normalize else dy),
         "dscale": _ratio((weight * size).sum(), dscale),
@@ -190,14 +192,17 @@ def _gradients(
 
 
 def _ratio(size: NDArray, result: NDArray) -> float:
-    """|size| / |result| in the Frobenius norm; 1 where both are 0, inf where only `result` is."""
+    """Returns |size| / |result| in the Frobenius norm; 1 if both are 0, inf if only `result` is."""
     size, result = (float(np.sqrt((np.asarray(t) ** 2).sum())) for t in (size, result))
     return size / result if result else (np.inf if size else 1.0)
 
 
 def _through_norm(dhat: NDArray, raw: NDArray, hat: NDArray) -> NDArray:
-    """Gradient of the raw features: the part along the feature is projected out, unless the norm
-    lies below the epsilon and the division is by a constant."""
+    """Returns the gradient of the raw features.
+
+    The part along the feature is projected out, unless the norm lies below epsilon: then features
+    are divided by a constant.
+    """
     lengths = np.sqrt((raw * raw).sum(1, keepdims=True))
     along = np.where(lengths > NORM_EPS, (dhat * hat).sum(1, keepdims=True), 0)
     return (dhat - along * hat) / np.maximum(lengths, NORM_EPS)

@@ -1,10 +1,10 @@
-"""The truth about line statistics and all their gradients, written from the formulas.
+"""The oracle of line statistics and all their gradients, written from the formulas.
 
-NumPy alone, as `oracle.py`: no autograd, nothing of fastclip. Dense and slow.
+Like `oracle.py` it uses only NumPy, no autograd and nothing of fastclip. It is dense and slow.
 
-A statistic is of the pairs that a mask leaves in a line. Pair (i, j) weighs
-`w_ij = g_i * dS_i/ds_ij + g_j * dS_j/ds_ij`, summed over the statistics S of its row and its column
-that upstream gradients g arrive at.
+A statistic sums over those pairs of a line that a mask admits. With upstream gradients g of
+statistics S, pair (i, j) has the weight `w_ij = g_i * dS_i/ds_ij + g_j * dS_j/ds_ij`, summed over
+all statistics of its row i and its column j.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def _softmax(s: NDArray, counts: NDArray, dim: int) -> NDArray:
 
 
 class Kind(NamedTuple):
-    """Functions of logits, the pairs that count and the axis of the sum: each line's statistic, and
-    its derivative with respect to each logit."""
+    """Functions that return each line's statistic, and its derivative with respect to each logit.
+
+    Their arguments are the logits, the mask of pairs that count, and the axis to sum over.
+    """
 
     statistic: Callable[[NDArray, NDArray, int], NDArray]
     derivative: Callable[[NDArray, NDArray, int], NDArray]
     sign_of_positives: int  # of their logits
-    is_relative: bool  # errors count relative to the statistic
+    is_relative: bool  # errors are judged relative to the statistic
 
 
 KINDS = {
@@ -87,7 +89,7 @@ class Gradients:
 
 
 class Exact:
-    """All of a problem's matrices."""
+    """The exact statistics and gradients of a problem, from its full matrices."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -124,7 +126,7 @@ class Exact:
         return found
 
     def _line(self, name: str) -> tuple[Kind, int, int]:
-        """The kind, the sign of the logits as the statistic takes them, and the axis of its sum."""
+        """Returns the kind, the sign of logits in the statistic, and the axis to sum over."""
         kind = KINDS[self.problem.kind]
         sign = kind.sign_of_positives if name.endswith("positives") else 1
         return kind, sign, 0 if name.startswith("column") else 1
@@ -134,12 +136,12 @@ class Exact:
         return kind.statistic(sign * self.s, self.counts[name], dim)
 
     def _derivative(self, name: str) -> NDArray:
-        """The derivative of each line's statistic with respect to each of its logits."""
+        """Returns the derivative of each line's statistic with respect to each of its logits."""
         kind, sign, dim = self._line(name)
         return sign * kind.derivative(sign * self.s, self.counts[name], dim)
 
     def gradients(self, upstream: dict[str, NDArray]) -> Gradients:
-        """For upstream gradients of some statistics, by name."""
+        """Returns the gradients for upstream gradients of some statistics, by name."""
         w = np.zeros_like(self.t)
         size = np.zeros_like(self.t)
         for name, g in upstream.items():
@@ -174,7 +176,7 @@ class Exact:
 
     @property
     def largest_logit(self) -> float:
-        """A bound, which errors of exponentials grow with."""
+        """A bound of the logits, in proportion to which errors of exponentials grow."""
         longest = [np.linalg.norm(side, axis=1).max() for side in self.hats]
         biases = abs(self.problem.bias)
         if self.problem.key_bias is not None:
@@ -187,6 +189,6 @@ def _unit(x: NDArray) -> NDArray:
 
 
 def _ratio(size: NDArray, result: NDArray) -> float:
-    """Errors of a result that is zero are absolute."""
+    """Returns |size| / |result|, or max(|size|, 1) if the result is 0: errors are absolute then."""
     size, result = float(np.linalg.norm(size)), float(np.linalg.norm(result))
     return size / result if result else max(size, 1.0)

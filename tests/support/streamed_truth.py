@@ -1,8 +1,8 @@
 """A loss of a large batch and its gradients in float64, a few rows of logits at a time.
 
-For batches whose dense logits would not fit: 12,345 pairs take about 1 GB. The positives' weights
-are `softmax - 1`, which cancels on learnt pairs, so this serves features whose positives do not
-stand out. Plain torch on any device, nothing of an engine.
+It serves batches whose dense logits would not fit: those of 12,345 pairs take about 1 GB. The
+positives' weights are `softmax - 1`, which cancels on learnt pairs, so use it only for features
+whose positives do not stand out. It uses plain torch on any device, and no engine.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Truth(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Towers as the logits take them, `rows` of which are multiplied at a time."""
+    """Both towers, normalised if the loss does so, and the number of rows to multiply at a time."""
 
     x: Tensor
     y: Tensor
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     rows: int
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Rows, their products and logits with all columns, and a mask of the positives."""
+        """Yields rows, their products and logits with all columns, and their mask of positives."""
         columns = torch.arange(len(self.y), device=self.y.device)
         for start in range(0, len(self.x), self.rows):
             part = slice(start, min(start + self.rows, len(self.x)))
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The part of some rows of logits in the mean loss and in its gradients."""
+    """The contribution of some rows of logits to the mean loss and its gradients."""
 
     part: slice
     t: Tensor  # their products
@@ -58,7 +58,7 @@ def _clip(batch: Batch) -> Iterator[Chunk]:
     for part, t, s, positive in batch.chunks():
         w = (torch.exp(s - rows[part, None]) + torch.exp(s - columns)) / 2 - positive.double()
         value = (rows[part] + columns[part]).sum() / 2 - s[positive].sum()
-        # A bias moves a row's logits alike: softmax does not see it.
+        # A bias shifts all logits of a row alike, which does not change the softmax.
         yield Chunk(part, t, w / len(rows), value / len(rows), torch.zeros_like(value))
 
 
@@ -82,7 +82,7 @@ def truth(
     normalize: bool = False,
     rows: int = 1024,
 ) -> Truth:
-    """The mean loss, of CHUNKS, of a square batch, and its gradients."""
+    """Returns the mean loss of a square batch, by its name in CHUNKS, and its gradients."""
     x, y = (t.detach().double().requires_grad_() for t in (x, y))
     units = [F.normalize(t, dim=1) if normalize else t for t in (x, y)]
     numbers = [t.detach().double().reshape(()) for t in (scale, bias)]
