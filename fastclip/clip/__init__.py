@@ -1,1 +1,22 @@
-"""A thin reference CLIP: towers, tokenizer, zero-shot classification."""
+"""A thin reference CLIP: towers, tokenizer, zero-shot classification.
+
+Names are imported on first use: the tokenizer needs `tokenizers`, the model `safetensors`.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "CLIP": "model",
+    "CLIPConfig": "model",
+    "Tokenizer": "tokenizer",
+    "class_features": "zero_shot",
+    "classify": "zero_shot",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

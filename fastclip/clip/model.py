@@ -1,11 +1,11 @@
 """A thin reference CLIP: a ViT for pictures, a Transformer for captions, one space for both.
 
-Small enough to read in one sitting and to train on a CPU. `forward` returns the dict that open_clip
-models return, so `loss(**model(images, tokens), output_dict=True)` works with every loss of
-`fastclip.loss`. This file never computes a loss, never reads data, never touches text: captions
-arrive as token ids (`fastclip.clip.tokenizer`).
+The model is small enough to read in one sitting and to train on a CPU. `forward` returns the dict
+that open_clip models return, so that `loss(**model(images, tokens), output_dict=True)` works with
+every loss of `fastclip.loss`. This file computes no loss and reads no data. Captions arrive as
+token ids (`fastclip.clip.tokenizer`).
 
-Letters: `B` batch, `T` sequence length, `W` a tower's width, `D` the shared space.
+Letters: `B` batch size, `T` sequence length, `W` width of a tower, `D` width of the shared space.
 
 Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020.
 """
@@ -27,11 +27,11 @@ METADATA_KEY = "fastclip_config"
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The shape of a model. Pictures are RGB squares of `image_size` pixels a side.
+    """The sizes of a model. Pictures are RGB squares with a side of `image_size` pixels.
 
     Raises:
-        ValueError: a size that is not positive, patches that do not tile the picture, heads that
-            do not divide a width.
+        ValueError: a size is not a positive integer, the patches do not tile the picture, or the
+            number of heads does not divide a width.
     """
 
     embed_dim: int = 256
@@ -63,7 +63,7 @@ class CLIPConfig:
                 )
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
@@ -85,12 +85,14 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Positions, a stack of blocks, a last norm: what both towers share."""
+    """The part that both towers share: position embeddings, Transformer blocks, a final norm."""
 
     def __init__(self, width: int, layers: int, heads: int, length: int, *, causal: bool) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.empty(length, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=causal) for _ in range(layers)))
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(width, heads, causal=causal) for _ in range(layers))
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
@@ -98,15 +100,15 @@ class Tower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers into one D-dimensional space, and the learnt temperature between them.
+    """Two towers that map pictures and captions to one D-dimensional space, and a learnt scale.
 
-    `logit_scale` holds the logarithm of the scale, starts at ln(1/0.07) as in the paper, and is to
-    be kept below ln 100 by calling `clamp_logit_scale()` after each optimiser step.
+    `logit_scale` is the logarithm of the scale. It starts at ln(1/0.07), as in the paper. Call
+    `clamp_logit_scale()` after each optimiser step to keep it at or below ln 100.
 
-    Pictures are pooled by one linear map of all patches in their places, captions by their last
-    token. A class token begins as an average that has lost the places, and finding them again takes
-    most of a short training: on emoji, after 25,000 pairs, 4 % of other vendors' drawings were
-    recognised with a class token, 9 % with this.
+    Pictures are pooled by one linear map of all patches, captions by their last token. The map
+    replaces CLIP's class token, which starts as an average over the patches, without their
+    positions, and needs most of a short training to recover them: on emoji, after 25,000 pairs, a
+    class token recognised 4 % of the other vendor's drawings, the linear map 9 %.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -137,18 +139,18 @@ class CLIP(nn.Module):
                 for linear in (block.qkv, block.out, block.up, block.down):
                     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                     nn.init.zeros_(linear.bias)
-                # Each residual branch starts small, so that depth does not grow the stream.
+                # Small residual branches at first: the variance does not grow with the depth.
                 for linear in (block.out, block.down):
                     linear.weight.mul_((2 * len(tower.blocks)) ** -0.5)
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """(B, 3, image_size, image_size) float pictures, roughly in [-1, 1], -> (B, D).
+        """Returns the features (B, D) of pictures (B, 3, image_size, image_size), float in [-1, 1].
 
         Args:
-            normalize: divide each row by its norm, as `forward` does; else the raw projection.
+            normalize: whether to divide each row by its norm, as `forward` does.
 
         Raises:
-            ValueError: another shape.
+            ValueError: the pictures have another shape.
         """
         size = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
@@ -158,13 +160,17 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
-        """(B, T <= context_length) token ids -> (B, D): the state at each row's end-of-text token.
+        """Returns the features (B, D) of token ids (B, T), T at most `context_length`.
 
-        The end-of-text token has the highest id, as in CLIP. Attention is causal and padding
-        follows that token, so that padding, however long, changes nothing.
+        The features are a projection of the tower's output at each row's end-of-text token, which
+        has the highest id, as in CLIP. Attention is causal and padding follows that token, so that
+        the amount of padding does not change the features.
+
+        Args:
+            normalize: whether to divide each row by its norm, as `forward` does.
 
         Raises:
-            ValueError: another shape, or rows longer than `context_length`.
+            ValueError: the ids have another shape, or rows are longer than `context_length`.
         """
         longest = self.config.context_length
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= longest:
@@ -177,7 +183,7 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Normalised features (B, D) and the exponentiated scale, under open_clip's names."""
+        """Returns normalised features (B, D) and the exponentiated scale, by open_clip's names."""
         return {
             "image_features": self.encode_image(images),
             "text_features": self.encode_text(tokens),
@@ -186,24 +192,24 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep exp(logit_scale) at or below 100; to be called after the optimiser's step."""
+        """Limits exp(logit_scale) to 100. Call it after each step of the optimiser."""
         self.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
     def save(self, path: str | os.PathLike[str], **notes: str) -> None:
-        """Writes weights, configuration and `notes` to a safetensors file, whole or not at all."""
+        """Writes weights, configuration and `notes` to a safetensors file, atomically."""
         metadata = {**notes, "format": "pt", METADATA_KEY: json.dumps(asdict(self.config))}
         path = os.fspath(path)
         weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         save_file(weights, path + ".part", metadata)
-        os.replace(path + ".part", path)  # an interrupted write leaves the earlier file
+        os.replace(path + ".part", path)  # an interrupted write keeps the earlier file
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "CLIP":
-        """Reads what `save` wrote.
+        """Returns the model that `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a file that `save` did not write.
+            FileNotFoundError: there is no such file.
+            ValueError: `save` did not write the file.
         """
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:

@@ -1,4 +1,4 @@
-"""Ctrl-C at a step's end: what is kept then is the state after a whole step, on every rank."""
+"""Delays Ctrl-C to the end of a step, so that every rank stops after the same whole step."""
 
 import signal
 import threading
@@ -9,20 +9,21 @@ from types import FrameType
 
 @contextmanager
 def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether Ctrl-C was pressed within; ends in KeyboardInterrupt if
-    so. A second Ctrl-C interrupts at once, unless `patient`: torchrun may send one twice, and kills
-    after 30 s what does not end.
+    """Yields a function that returns whether Ctrl-C was pressed in the context.
+
+    If it was, the end of the context raises KeyboardInterrupt. A second Ctrl-C interrupts at once,
+    unless `patient`: torchrun may send one twice, and it kills a process that does not end in 30 s.
     """
-    asked = False
+    pressed = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and not patient:
+        nonlocal pressed
+        if pressed and not patient:
             raise KeyboardInterrupt
-        asked = True
+        pressed = True
 
     before = signal.getsignal(signal.SIGINT)
-    # A shell's background jobs ignore it, and so it stays; other threads cannot set a handler.
+    # A shell's background jobs ignore Ctrl-C, which stays so; other threads cannot set handlers.
     if before is not signal.default_int_handler or (
         threading.current_thread() is not threading.main_thread()
     ):
@@ -30,8 +31,8 @@ def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
         return
     signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: asked
+        yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-    if asked:  # after the last step
+    if pressed:  # after the last step
         raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from support import demo_task
 from fastclip.clip.model import CLIP
 from fastclip.clip.zero_shot import class_features, classify
 from fastclip.demo.emoji.evaluate import CATEGORY_WORDS, evaluate, pictures
-from fastclip.demo.loop import LOSSES, Run, optimizer_for, rate, train
+from fastclip.demo.loop import IMPLEMENTATIONS, Run, optimizer_for, rate, train
 from fastclip.demo.train import Task, main
 
 RUN = [sys.executable, "-m", "fastclip.demo.train"]
@@ -32,7 +32,7 @@ def task() -> Task:
 def trained(task: Task, loss: str, seed: int = 0, steps: int = 12, lr: float = 1e-3) -> Run:
     model, stream = task.start(seed, batch_size=48)
     run = Run()
-    train(model, stream, LOSSES[loss], run, steps=steps, lr=lr)
+    train(model, stream, IMPLEMENTATIONS[loss], run, steps=steps, lr=lr)
     return run
 
 
@@ -53,7 +53,15 @@ def test_micro_batches_train_alike(task: Task) -> None:
     for micro_batch in (None, 20):
         model, stream = task.start(0, batch_size=48)
         runs.append(Run())
-        train(model, stream, LOSSES["fused"], runs[-1], steps=6, lr=1e-3, micro_batch=micro_batch)
+        train(
+            model,
+            stream,
+            IMPLEMENTATIONS["fused"],
+            runs[-1],
+            steps=6,
+            lr=1e-3,
+            micro_batch=micro_batch,
+        )
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-4)
     assert runs[0].losses[-1] < runs[0].losses[0]
 
@@ -67,7 +75,7 @@ def test_it_learns_a_handful_of_concepts_by_heart(task: Task) -> None:
     small = replace(task, split=replace(task.split, vendors=few))
     model, stream = small.start(0, batch_size=24)
     run = Run()
-    train(model, stream, LOSSES["fused"], run, steps=120, lr=3e-3)
+    train(model, stream, IMPLEMENTATIONS["fused"], run, steps=120, lr=3e-3)
     first, last = sum(run.losses[:5]) / 5, sum(run.losses[-5:]) / 5
     assert last < first / 4, (first, last)
     assert max(run.scales) <= 100.001
@@ -82,7 +90,7 @@ def test_the_scale_is_clamped_while_training(task: Task) -> None:
     model, stream = task.start(0, batch_size=8)
     torch.nn.init.constant_(model.logit_scale, 9.0)
     run = Run()
-    train(model, stream, LOSSES["fused"], run, steps=1, lr=1e-3)
+    train(model, stream, IMPLEMENTATIONS["fused"], run, steps=1, lr=1e-3)
     assert run.scales == pytest.approx([100.0])
 
 
@@ -196,7 +204,7 @@ def test_interrupting_before_the_first_step_saves_nothing(
 
     monkeypatch.setattr(Task, "load", load)
     monkeypatch.setattr(Task, "start", interrupted_start)
-    monkeypatch.setitem(LOSSES, "fused", loss)
+    monkeypatch.setitem(IMPLEMENTATIONS, "fused", loss)
     earlier = tmp_path / "clip.safetensors"
     earlier.write_bytes(b"an earlier run's")
     with pytest.raises(SystemExit) as stopped:

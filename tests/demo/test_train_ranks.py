@@ -17,7 +17,7 @@ from support import demo_task
 from support.ranks.processes import Ranks
 
 from fastclip.demo.checkpoint import Checkpoint
-from fastclip.demo.loop import LOSSES
+from fastclip.demo.loop import IMPLEMENTATIONS
 from fastclip.demo.options import parser
 from fastclip.demo.train import DECISIVE, Task, main
 from fastclip.demo.workers import Workers
@@ -112,7 +112,7 @@ def test_a_wrong_option_is_one_line_of_the_first_rank(
 
 def checkpoint_of(command: list[str], out: Path, every: int = 0) -> tuple[Checkpoint, dict]:
     """As the demo with these options makes it; and the options that decide the curve."""
-    args = vars(parser(LOSSES).parse_args(command))
+    args = vars(parser(IMPLEMENTATIONS).parse_args(command))
     settings = {name: args[name] for name in DECISIVE}
     place = {"ranks": 2, "threads": 1, "device": "cpu"}
     del args["batch_size"]
@@ -153,7 +153,7 @@ def test_a_killed_rank_starts_again_and_ctrl_c_keeps_it(two: Ranks, tmp_path: Pa
         ranks = children(process)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
-        wait_for(lambda: "goes on after step" in said.read_text())
+        wait_for(lambda: "continues after step" in said.read_text())
         ranks += children(process)
         before = file.stat().st_mtime_ns
         wait_for(lambda: file.stat().st_mtime_ns != before)
@@ -192,6 +192,11 @@ def test_resumed_to_the_end_with_one_voice(two: Ranks, tmp_path: Path) -> None:
     assert results["losses"]["dense"] == pytest.approx(unbroken[:1], rel=1e-4)
     alone = demo_task.trained(demo_task.whole(), 9, **options).losses
     assert unbroken == pytest.approx(alone, rel=1e-4)
-    for line in ("2 ranks of 1 thread\n", "goes on after step 3 of 6\n", "held out of", " in all;"):
+    for line in (
+        "2 ranks of 1 thread\n",
+        "continues after step 3 of 6\n",
+        "held out of",
+        " in all;",
+    ):
         assert out.count(line) == 1, out
     assert error.count("| 3/6 ") == 1 and "Traceback" not in error and "[rank" not in error

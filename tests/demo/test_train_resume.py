@@ -15,7 +15,7 @@ from support import demo_task
 
 from fastclip.demo.checkpoint import Checkpoint
 from fastclip.demo.emoji.batches import Batch, Batches
-from fastclip.demo.loop import LOSSES
+from fastclip.demo.loop import IMPLEMENTATIONS
 from fastclip.demo.train import Task, main
 
 OPTIONS = ["--steps", "6", "--batch-size", "24", "--lr", "2e-3", "--no-compare"]
@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupted_at(step: int, by: Callable[[], None]) -> Callable[..., torch.Tensor]:
     calls = iter(range(1, 1 + step))
-    fused = LOSSES["fused"]
+    fused = IMPLEMENTATIONS["fused"]
 
     def loss(**outputs: torch.Tensor) -> torch.Tensor:
         if next(calls) == step:
@@ -65,17 +65,17 @@ def test_resumed_is_unbroken(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch, pytest.raises((SystemExit, MemoryError)):
-            patch.setitem(LOSSES, "fused", interrupted_at(step, by))
+            patch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(step, by))
             main(command)
     finally:
         signal.signal(signal.SIGINT, before)
     if by is ctrl_c:
         assert "stopped after 3 steps" in (error := capsys.readouterr().err)
-        assert "--resume goes on from training.pt" in error
+        assert "--resume continues from training.pt" in error
     state = torch.load(tmp_path / "training.pt", weights_only=True)
     assert len(state["run"]["losses"]) == kept
     main([*command, "--resume"])
-    assert f"goes on after step {kept} of 6\n" in capsys.readouterr().out
+    assert f"continues after step {kept} of 6\n" in capsys.readouterr().out
     micro_batch = int(options[1]) if options else None
     unbroken = demo_task.trained(
         demo_task.small(), 24, steps=6, lr=2e-3, micro_batch=micro_batch
@@ -88,7 +88,7 @@ def test_resumed_is_unbroken(
 def test_no_checkpoints_where_none_are_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(LOSSES, "fused", interrupted_at(3, die))
+    monkeypatch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(3, die))
     with pytest.raises(MemoryError):
         main([*OPTIONS, "--checkpoint-every", "0", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["clip.safetensors"]
@@ -121,9 +121,9 @@ def test_no_state_is_one_line(
     content: bytes | str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "training.pt"
-    message = f"{file} must be there to resume from, got no such file"
+    message = f"{file} must exist to resume from, got no such file"
     if content is not None:
-        message = f"{file} must be a training's state, got: "
+        message = f"{file} must be a saved training state: "
         if content == "a list":
             torch.save([1, 2], file)
         else:
@@ -156,14 +156,14 @@ def test_torchruns_restart_resumes_by_itself(
         monkeypatch.setenv(name, value)
     for lr, fits in ("2e-3", True), ("1e-3", False):
         with monkeypatch.context() as patch:
-            patch.setitem(LOSSES, "fused", interrupted_at(3, die))
+            patch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(3, die))
             with pytest.raises(MemoryError):
                 main([*OPTIONS, "--checkpoint-every", "1", "--out", str(tmp_path)])
             capsys.readouterr()
-            patch.setitem(LOSSES, "fused", interrupted_at(1, die))
+            patch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(1, die))
             with pytest.raises(MemoryError):
                 main([*OPTIONS, "--lr", lr, "--checkpoint-every", "1", "--out", str(tmp_path)])
-        resumed = "goes on after step 2" in capsys.readouterr().out
+        resumed = "continues after step 2" in capsys.readouterr().out
         assert resumed == (bool(restarts) and fits)
         (tmp_path / "training.pt").unlink()
 

@@ -61,7 +61,9 @@ def step_of_which_one_asks_to_stop(rank: int, size: int) -> tuple[int, tuple[flo
     loss = loss_of("fused", workers, 8)
     try:
         # Its steps are over then: a rank that does not hear of it ends, and waits for nobody.
-        train(model, stream, loss, run, steps=1, lr=1e-3, workers=workers, asked=lambda: last)
+        train(
+            model, stream, loss, run, steps=1, lr=1e-3, workers=workers, stop_requested=lambda: last
+        )
     except KeyboardInterrupt:
         stopped = len(run.losses)
     else:
