@@ -75,7 +75,7 @@ class Tokenizer:
         Returns:
             (len(captions), T) int64; T is the length of the longest row, at most `context_length`.
         """
-        # "<end>" in a caption must not become the token.
+        # The rows below add the special tokens.
         room = context_length - 2
         rows = [
             [self.start, *encoding.ids[:room], self.end]

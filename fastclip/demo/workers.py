@@ -1,8 +1,8 @@
 """Training by several processes under torchrun; one process is a worker.
 
-All ranks draw the same batches. Each makes pictures and tokens of its own slice only, and DDP adds
-up the gradients. The loss curve equals that of one process up to rounding. Without torchrun there
-is one worker, with neither a process group nor DDP.
+All ranks draw the same batches. Each makes pictures and tokens of its own slice only, and DDP
+averages the gradients. The loss curve equals that of one process up to rounding. Without torchrun
+there is one worker, with neither a process group nor DDP.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Workers:
         """Returns this rank's device; with "cuda" each rank has a GPU of its own.
 
         Raises:
-            ValueError: several ranks and one named GPU, or fewer GPUs than ranks.
+            ValueError: several ranks with a device other than cpu or cuda, or too few GPUs.
         """
         if self.size == 1 or text == "cpu":
             return text
