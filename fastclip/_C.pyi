@@ -3,13 +3,13 @@
 from typing import Any
 
 def build_info() -> dict[str, Any]:
-    """Compiler, torch, instruction sets, matrix product, threads, and the CUDA engine's build."""
+    """Returns compiler, torch, instruction sets, matrix product, threads and the CUDA build."""
 
 def threads_used() -> int:
-    """The number of threads that took part in the last operator on CPU tensors."""
+    """Returns the number of threads that took part in the last operator on CPU tensors."""
 
 def release_workspace() -> None:
-    """Frees the buffers that wait for the next step."""
+    """Frees the buffers that are kept for the next step."""
 
 def gemm_rate(dtype: str, m: int = 64, n: int = 128, k: int = 512, seconds: float = 0.5) -> float:
-    """GFLOP/s of the CPU engine's product on operands that stay in cache, all threads together."""
+    """Returns GFLOP/s of the CPU engine's product in cache, summed over all threads."""

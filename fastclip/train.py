@@ -1,4 +1,4 @@
-"""Trains a small CLIP on emoji and reports what it learnt: `python -m fastclip.train --help`."""
+"""Runs the demo, which trains a small CLIP on emoji: `python -m fastclip.train --help`."""
 
 from .demo.train import main
 

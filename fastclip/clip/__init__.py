@@ -1,23 +1,22 @@
 """A thin reference CLIP: towers, tokenizer, zero-shot classification.
 
-The names are imported on first use, since they need packages of the demo (safetensors,
-tokenizers).
+Names are imported on first use: the tokenizer needs `tokenizers`, the model `safetensors`.
 """
 
-import importlib
+from importlib import import_module
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "CLIP": "model",
     "CLIPConfig": "model",
     "Tokenizer": "tokenizer",
     "class_features": "zero_shot",
     "classify": "zero_shot",
 }
-__all__ = sorted(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,10 +1,11 @@
 """A thin reference CLIP: a ViT for pictures, a Transformer for captions, one space for both.
 
-It is small enough to read at once and to train on a CPU. `forward` returns the same dict as
-open_clip's models, so `loss(**model(images, tokens), output_dict=True)` works with every loss of
-`fastclip.loss`. Captions arrive as token ids (`fastclip.clip.tokenizer`).
+The model is small enough to read in one sitting and to train on a CPU. `forward` returns the dict
+that open_clip models return, so that `loss(**model(images, tokens), output_dict=True)` works with
+every loss of `fastclip.loss`. This file computes no loss and reads no data. Captions arrive as
+token ids (`fastclip.clip.tokenizer`).
 
-Letters: `B` batch, `T` sequence length, `W` a tower's width, `D` the shared space.
+Letters: `B` batch size, `T` sequence length, `W` width of a tower, `D` width of the shared space.
 
 Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020.
 """
@@ -26,11 +27,11 @@ METADATA_KEY = "fastclip_config"
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The shape of a model. Pictures are RGB squares of `image_size` pixels a side.
+    """The sizes of a model. Pictures are RGB squares with a side of `image_size` pixels.
 
     Raises:
-        ValueError: a size that is not positive, patches that do not tile the picture, heads that
-            do not divide a width.
+        ValueError: a size is not a positive integer, the patches do not tile the picture, or the
+            number of heads does not divide a width.
     """
 
     embed_dim: int = 256
@@ -84,13 +85,14 @@ class TransformerBlock(nn.Module):
 
 
 class Tower(nn.Module):
-    """The part that both towers share: positions, a stack of blocks, a last norm."""
+    """The part that both towers share: position embeddings, Transformer blocks, a final norm."""
 
     def __init__(self, width: int, layers: int, heads: int, length: int, *, causal: bool) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.empty(length, width))
-        blocks = (TransformerBlock(width, heads, causal=causal) for _ in range(layers))
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(width, heads, causal=causal) for _ in range(layers))
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
@@ -98,15 +100,15 @@ class Tower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers into one D-dimensional space, with a learnt temperature.
+    """Two towers that map pictures and captions to one D-dimensional space, and a learnt scale.
 
-    `logit_scale` is the logarithm of the scale and starts at ln(1/0.07) as in the paper. Call
+    `logit_scale` is the logarithm of the scale. It starts at ln(1/0.07), as in the paper. Call
     `clamp_logit_scale()` after each optimiser step to keep it at or below ln 100.
 
-    Pictures are pooled by one linear map of all patches in order, captions by their last token. A
-    class token starts as an average without positions, and learning these takes most of a short
-    training: on emoji, after 25,000 pairs, 4 % of other vendors' drawings were recognised with a
-    class token, 9 % with the linear map.
+    Pictures are pooled by one linear map of all patches, captions by their last token. The map
+    replaces CLIP's class token, which starts as an average over the patches, without their
+    positions, and needs most of a short training to recover them: on emoji, after 25,000 pairs, a
+    class token recognised 4 % of the other vendor's drawings, the linear map 9 %.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -137,18 +139,18 @@ class CLIP(nn.Module):
                 for linear in (block.qkv, block.out, block.up, block.down):
                     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                     nn.init.zeros_(linear.bias)
-                # Each residual branch starts small, so that depth does not grow the stream.
+                # Small residual branches at first: the variance does not grow with the depth.
                 for linear in (block.out, block.down):
                     linear.weight.mul_((2 * len(tower.blocks)) ** -0.5)
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """Encodes pictures (B, 3, image_size, image_size), roughly in [-1, 1], to (B, D).
+        """Returns the features (B, D) of pictures (B, 3, image_size, image_size), float in [-1, 1].
 
         Args:
-            normalize: divide each row by its norm, as in `forward`; False: the raw projection.
+            normalize: whether to divide each row by its norm, as `forward` does.
 
         Raises:
-            ValueError: another shape.
+            ValueError: the pictures have another shape.
         """
         size = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
@@ -158,13 +160,17 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
-        """Encodes token ids (B, T <= context_length) to (B, D), from each row's end-of-text token.
+        """Returns the features (B, D) of token ids (B, T), T at most `context_length`.
 
-        The end-of-text token has the highest id, as in CLIP. Attention is causal and padding
-        follows that token, so padding changes nothing.
+        The features are a projection of the tower's output at each row's end-of-text token, which
+        has the highest id, as in CLIP. Attention is causal and padding follows that token, so that
+        the amount of padding does not change the features.
+
+        Args:
+            normalize: whether to divide each row by its norm, as `forward` does.
 
         Raises:
-            ValueError: another shape, or rows longer than `context_length`.
+            ValueError: the ids have another shape, or rows are longer than `context_length`.
         """
         longest = self.config.context_length
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= longest:
@@ -186,7 +192,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamps exp(logit_scale) to at most 100. Call it after the optimiser's step."""
+        """Limits exp(logit_scale) to 100. Call it after each step of the optimiser."""
         self.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
     def save(self, path: str | os.PathLike[str], **notes: str) -> None:
@@ -195,15 +201,15 @@ class CLIP(nn.Module):
         path = os.fspath(path)
         weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         save_file(weights, path + ".part", metadata)
-        os.replace(path + ".part", path)  # an interrupted write leaves the earlier file
+        os.replace(path + ".part", path)  # an interrupted write keeps the earlier file
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "CLIP":
-        """Reads a model from a file of `save`.
+        """Returns the model that `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a file that `save` did not write.
+            FileNotFoundError: there is no such file.
+            ValueError: `save` did not write the file.
         """
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:

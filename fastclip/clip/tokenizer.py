@@ -1,8 +1,7 @@
-"""Byte-level BPE: encodes captions to token ids for the text tower, and decodes them.
+"""A byte-level BPE tokenizer: captions to token ids and back.
 
-A thin cover over the `tokenizers` package that adds CLIP's framing, `<start> ... <end>`, and
-padding. Any text can be encoded, since every byte is a token; case is dropped, as in CLIP. Nothing
-here knows what the captions are about.
+A thin wrapper of the `tokenizers` package that adds CLIP's `<start> ... <end>` and padding. Any
+text can be encoded, since every byte is a token. Text is lower-cased, as in CLIP.
 
 Neural Machine Translation of Rare Words with Subword Units, arXiv 1508.07909.
 """
@@ -15,16 +14,16 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-# In the order of their ids, after all other tokens: the text tower finds a caption's end by the
-# highest id in its row.
+# In the order of their ids, which follow all others: the text tower finds the end of a caption as
+# the highest id of its row.
 SPECIAL = ("<pad>", "<start>", "<end>")
 
 
 class Tokenizer:
-    """Encodes captions. `Tokenizer.train` learns a tokenizer, `Tokenizer(path)` reads one."""
+    """Converts captions to token ids. `Tokenizer.train` learns one, `Tokenizer(path)` reads it."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        """Reads a JSON file of `save`. Raises OSError without one."""
+        """Reads the JSON file that `save` wrote. Raises OSError if it cannot be read."""
         with open(path, encoding="utf-8") as file:
             self._set(tokenizers.Tokenizer.from_str(file.read()))
 
@@ -38,7 +37,7 @@ class Tokenizer:
         """Learns merges from captions until there are `vocab_size` tokens or nothing to merge.
 
         Raises:
-            ValueError: a vocabulary too small for the 256 bytes and the three special tokens.
+            ValueError: the vocabulary cannot hold the 256 bytes and the three special tokens.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + len(SPECIAL):
@@ -47,7 +46,7 @@ class Tokenizer:
             )
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-        # A space before the first word makes a word the same token at any place.
+        # With a space before the first word too, a word is the same token at any position.
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
         bpe.train_from_iterator(
@@ -68,15 +67,15 @@ class Tokenizer:
         self._bpe.save(fspath(path))
 
     def encode(self, captions: Sequence[str], context_length: int) -> Tensor:
-        """Returns captions as rows `<start> ... <end> <pad>...` of ids, as long as the longest.
+        """Returns captions as rows of ids, `<start> ... <end> <pad>...`.
 
         Args:
-            context_length: what is longer is cut, and still ends in `<end>`.
+            context_length: the most tokens of a row. A longer caption is cut before its `<end>`.
 
         Returns:
-            (len(captions), T) int64 with T <= context_length.
+            (len(captions), T) int64; T is the length of the longest row, at most `context_length`.
         """
-        # A caption that spells "<end>" must not become the token.
+        # The rows below add the special tokens.
         room = context_length - 2
         rows = [
             [self.start, *encoding.ids[:room], self.end]
@@ -86,5 +85,5 @@ class Tokenizer:
         return torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows]).long()
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Returns the captions of rows of ids, in lower case, without special tokens."""
+        """Returns the captions of rows of ids, in lower case, without the special tokens."""
         return [text.removeprefix(" ") for text in self._bpe.decode_batch(tokens.tolist())]

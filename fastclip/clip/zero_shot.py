@@ -1,7 +1,7 @@
-"""Zero-shot classification: a class is represented by the text features of prompts that name it.
+"""Zero-shot classification: a class is represented by text features of sentences that name it.
 
-The features of several names and templates per class are averaged (prompt ensembling), and a
-picture belongs to the class with the highest cosine. Nothing is learnt.
+The features of a class's names in all templates are averaged (prompt ensembling). A picture belongs
+to the class of the highest cosine. No parameter is learnt.
 
 Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020,
 section 3.1.
@@ -25,14 +25,14 @@ def class_features(
     classes: Mapping[str, Iterable[str]],
     templates: Sequence[str] = TEMPLATES,
 ) -> Tensor:  # (len(classes), D)
-    """One unit vector per class: the mean of its prompts' normalised features, normalised.
+    """Returns a unit vector per class: the normalised mean of its prompts' normalised features.
 
     Args:
-        encode: a function from captions to token ids on the model's device.
-        classes: each class with its names, which replace `{}` in the templates.
+        encode: converts captions to token ids on the model's device.
+        classes: the names of each class, which replace `{}` in the templates.
 
     Raises:
-        ValueError: a class without names, or no templates.
+        ValueError: a class has no names, or there are no templates.
     """
     rows = []
     for label, names in classes.items():
@@ -45,5 +45,5 @@ def class_features(
 
 @torch.no_grad()
 def classify(model: CLIP, images: Tensor, classes: Tensor) -> Tensor:
-    """Returns the index of each picture's nearest class: images (B, 3, H, W), classes (C, D)."""
+    """Returns the nearest class (B,) of each picture; images (B, 3, H, W), classes (C, D)."""
     return (model.encode_image(images) @ classes.T).argmax(dim=1)

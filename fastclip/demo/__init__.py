@@ -1,1 +1,1 @@
-"""The demo: trains a small CLIP on emoji with the fused loss and reports what it learnt."""
+"""The demo: trains a small CLIP on emoji with the fused loss and evaluates it."""

@@ -1,7 +1,7 @@
-"""The state of a training after a step, in a file from which it resumes bit for bit.
+"""Saves the state of a training after a step, so that it can continue bit for bit.
 
-The parts of a training have `state_dict` and `load_state_dict`, as in torch. The file is written by
-`torch.save` and read by `torch.load(weights_only=True)`, so it holds no code.
+Each part of a training has `state_dict` and `load_state_dict`, as in torch. Their states are
+written by `torch.save`. `torch.load(weights_only=True)` reads the file: it holds no code.
 """
 
 import os
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 
 
-class Part(Protocol):
-    """A part of a training: the model, the optimizer, the stream of batches, the run."""
+class Stateful(Protocol):
+    """A part of a training: the model, the optimiser, the batches, the record of the run."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -24,11 +24,11 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training's checkpoint file and its conditions.
+    """The file of a training's state, and the settings that a resumed training must share.
 
-    settings: what determines the curve; only a training with the same settings can resume.
-    place: what determines its rounding, such as the number of ranks; it may change.
-    every: steps between writes; 0: never.
+    settings: the options that determine the loss curve. A training resumes with the same ones only.
+    place: the conditions that affect rounding alone, such as the number of ranks. They may change.
+    every: the number of steps between two writes; 0 never writes.
     """
 
     path: Path
@@ -36,33 +36,33 @@ class Checkpoint:
     place: Mapping[str, Any]
     every: int = 0
 
-    def save(self, parts: Mapping[str, Part]) -> None:
+    def save(self, parts: Mapping[str, Stateful]) -> None:
         """Writes the file atomically."""
         state = {"settings": dict(self.settings), "place": dict(self.place)}
-        part_of_it = self.path.with_name(self.path.name + ".part")
+        unfinished = self.path.with_name(self.path.name + ".part")
         torch.save(
-            {**state, **{name: part.state_dict() for name, part in parts.items()}}, part_of_it
+            {**state, **{name: part.state_dict() for name, part in parts.items()}}, unfinished
         )
-        os.replace(part_of_it, self.path)
+        os.replace(unfinished, self.path)
 
     def load(self) -> dict[str, Any]:
-        """Reads the file, for `restore`.
+        """Returns the state that `save` wrote; `restore` takes it.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: another file, or other settings.
+            FileNotFoundError: there is no such file.
+            ValueError: `save` did not write the file, or the settings differ.
         """
         if not self.path.is_file():
             raise FileNotFoundError(
-                f"{self.path} must exist to resume from, got no such file; a training that ends "
-                "removes its own"
+                f"{self.path} must exist to resume from, got no such file; a finished training "
+                "removes it"
             )
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             settings, _ = state["settings"], state["place"]
         except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{self.path} must be a training's state, got: {what}") from None
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{self.path} must be a saved training state: {reason}") from None
         names = [n for n in (*self.settings, *settings) if self.settings.get(n) != settings.get(n)]
         if names:
             wanted, got = (
@@ -73,7 +73,7 @@ class Checkpoint:
         return state
 
     def moved(self, state: Mapping[str, Any]) -> str:
-        """The differences of place from `state`, in words; empty if there are none."""
+        """Returns in words how `place` differs from that of `state`; empty if it does not."""
         return ", ".join(
             f"{state['place'].get(name)} {name} before, {value} now"
             for name, value in self.place.items()
@@ -84,6 +84,7 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def restore(state: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+def restore(state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
+    """Loads a state from `Checkpoint.load` into the parts of a training."""
     for name, part in parts.items():
         part.load_state_dict(state[name])

@@ -1,4 +1,4 @@
-"""The demo's command line, and its one-line error messages."""
+"""The command line of the demo, and its one-line error messages."""
 
 import argparse
 from collections.abc import Collection
@@ -9,7 +9,7 @@ import torch
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Answers a wrong option with one line instead of the usage; `quiet` prints nothing."""
+    """Reports a wrong option in one line without the usage; prints nothing if `quiet`."""
 
     quiet = False
 
@@ -42,19 +42,19 @@ def rate_of_learning(text: str) -> float:
     return value
 
 
-# argparse names these types in its message if the text is no number.
+# argparse names these in its message if the text is not a number.
 positive.__name__ = steps_or_never.__name__ = "whole number"
 rate_of_learning.__name__ = "number"
 
 
-def parser(losses: Collection[str]) -> argparse.ArgumentParser:
+def parser(implementations: Collection[str]) -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m fastclip.train",
         description="Train a small CLIP on 1,906 emoji drawn by two vendors, on the CPU, in "
-        "minutes; report retrieval and zero-shot accuracy on held-out emoji.",
-        epilog="Writes clip.safetensors, results.json and demo.png into the output folder. Ctrl-C "
-        "saves the model and training.pt, from which --resume continues. A run of seconds: "
-        "--steps 4 --batch-size 32. With several processes, one a GPU with --device cuda: "
+        "minutes. Report retrieval and zero-shot accuracy on emoji held out of training.",
+        epilog="Writes clip.safetensors, results.json and demo.png to the output folder. Ctrl-C "
+        "saves the current model, and training.pt for --resume. For a run of seconds: --steps 4 "
+        "--batch-size 32. For several processes, with --device cuda one per GPU: "
         "torchrun --nproc-per-node 2 -m fastclip.train",
     )
     p.add_argument(
@@ -64,26 +64,29 @@ def parser(losses: Collection[str]) -> argparse.ArgumentParser:
         "--batch-size",
         type=positive,
         default=256,
-        help="pairs per step, in all processes together (default %(default)s)",
+        help="pairs per step, summed over all processes (default %(default)s)",
     )
     p.add_argument(
         "--micro-batch",
         type=positive,
-        help="pairs that a process encodes at once; the towers then run twice (default: the batch)",
+        help="pairs that the towers of a process hold at once, which then run twice per step "
+        "(default: all of them at once, once per step)",
     )
     p.add_argument(
         "--lr",
         type=rate_of_learning,
         default=1e-3,
-        help="highest learning rate (default %(default)s)",
+        help="peak learning rate (default %(default)s)",
     )
     p.add_argument(
         "--loss",
-        choices=losses,
+        choices=implementations,
         default="fused",
-        help="the loss to train with (default %(default)s)",
+        help="implementation of the loss to train with (default %(default)s)",
     )
-    p.add_argument("--no-compare", action="store_true", help="skip the run with the other loss")
+    p.add_argument(
+        "--no-compare", action="store_true", help="skip the run with the other implementation"
+    )
     p.add_argument(
         "--seed",
         type=int,
@@ -93,35 +96,35 @@ def parser(losses: Collection[str]) -> argparse.ArgumentParser:
     p.add_argument(
         "--device",
         default="cpu",
-        help="where to train: cpu, cuda, cuda:1, ...; under torchrun: cpu, or cuda for a GPU each "
-        "(default %(default)s)",
+        help="where to train: cpu, cuda, cuda:1, ...; under torchrun cpu or cuda, which gives "
+        "each process a GPU of its own (default %(default)s)",
     )
     p.add_argument(
         "--out",
         type=Path,
         default=Path("demo"),
-        help="output folder, made if missing (default %(default)s)",
+        help="output folder, created if missing (default %(default)s)",
     )
     p.add_argument(
         "--checkpoint-every",
         type=steps_or_never,
         default=100,
         metavar="STEPS",
-        help="steps between writes of training.pt into the output folder; 0: never, not at Ctrl-C "
-        "either. A run that ends removes it (default %(default)s)",
+        help="write the state of the training to training.pt in the output folder after every "
+        "STEPS steps and at Ctrl-C; 0: never. A finished run removes it (default %(default)s)",
     )
     p.add_argument(
         "--resume",
         action="store_true",
-        help="continue an interrupted run from training.pt, with the same settings. The curve is "
-        "that of an unbroken run bit for bit, or up to rounding with another number of processes. "
-        "torchrun's own restarts resume by themselves. The comparison starts again",
+        help="continue from training.pt, with the same settings. The loss curve equals that of an "
+        "uninterrupted run bit for bit, with another number of processes up to rounding. Restarts "
+        "by torchrun resume without this option. The comparison starts from its first step",
     )
     return p
 
 
 def checked_device(text: str) -> torch.device:
-    """Returns the device after a test allocation; raises ValueError if that fails."""
+    """Returns the device after a trial allocation. Raises ValueError if that fails."""
     try:
         device = torch.device(text)
         torch.zeros(1, device=device)
@@ -131,7 +134,7 @@ def checked_device(text: str) -> torch.device:
 
 
 def writable_folder(path: Path) -> Path:
-    """Creates the folder and tests that it can be written; raises OSError if not."""
+    """Creates the folder and returns it. Raises OSError if no file can be written there."""
     path.mkdir(parents=True, exist_ok=True)
     probe = path / ".writable"
     probe.touch()

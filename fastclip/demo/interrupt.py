@@ -1,4 +1,4 @@
-"""Ctrl-C takes effect at the end of a step, so that the saved state is that of a whole step."""
+"""Delays Ctrl-C to the end of a step, so that every rank stops after the same whole step."""
 
 import signal
 import threading
@@ -9,21 +9,21 @@ from types import FrameType
 
 @contextmanager
 def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
-    """A context whose function tells if Ctrl-C was pressed; its end raises KeyboardInterrupt then.
+    """Yields a function that returns whether Ctrl-C was pressed in the context.
 
-    A second Ctrl-C interrupts at once, unless `patient`: torchrun may send two, and kills after
-    30 s a process that does not end.
+    If it was, the end of the context raises KeyboardInterrupt. A second Ctrl-C interrupts at once,
+    unless `patient`: torchrun may send one twice, and it kills a process that does not end in 30 s.
     """
-    asked = False
+    pressed = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and not patient:
+        nonlocal pressed
+        if pressed and not patient:
             raise KeyboardInterrupt
-        asked = True
+        pressed = True
 
     before = signal.getsignal(signal.SIGINT)
-    # A shell's background jobs ignore SIGINT, which is left so. Other threads cannot set handlers.
+    # A shell's background jobs ignore Ctrl-C, which stays so; other threads cannot set handlers.
     if before is not signal.default_int_handler or (
         threading.current_thread() is not threading.main_thread()
     ):
@@ -31,8 +31,8 @@ def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
         return
     signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: asked
+        yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-    if asked:  # after the last step
+    if pressed:  # after the last step
         raise KeyboardInterrupt

@@ -1,4 +1,7 @@
-"""The training loop: optimizer, schedule, steps, and the record of a run."""
+"""The training loop: optimiser, schedule, steps and the record of a run.
+
+This file reads no data and prints only a progress bar.
+"""
 
 import math
 import time
@@ -18,18 +21,19 @@ from .checkpoint import Checkpoint, restore
 from .emoji.batches import Batches
 from .workers import ALONE, Workers, dense_across, fused_across
 
+# The implementations of CLIP's loss by name, on one process and across ranks.
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "fused": fused.clip_loss,
     "dense": dense.clip_loss,
 }
-ACROSS = {"fused": fused_across, "dense": dense_across}
+ACROSS_RANKS = {"fused": fused_across, "dense": dense_across}
 
 
 @dataclass
 class Run:
-    """The record of a training run: loss and scale of every step so far, and seconds.
+    """The record of a training run: the loss and the scale of every step so far, seconds spent.
 
-    saved: True if its model was written.
+    `saved`: whether the run's model was written to a file.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -46,7 +50,7 @@ class Run:
 
 
 def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
-    """AdamW with a decay for few pictures; gains, biases and the scale are not decayed."""
+    """Returns AdamW with a weight decay for few pictures; gains, biases and the scale have none."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
@@ -54,14 +58,16 @@ def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: a linear warm-up, then half a cosine."""
+    """Returns the factor of the learning rate: a linear warm-up, then half a cosine."""
     warm_up = max(1, min(50, steps // 10))
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def loss_of(name: str, workers: Workers, batch_size: int) -> Callable[..., Tensor]:
-    """The loss function for batches that these workers share."""
-    return IMPLEMENTATIONS[name] if workers.size == 1 else ACROSS[name](workers.sizes(batch_size))
+    """Returns the loss of batches that are divided among the workers."""
+    if workers.size == 1:
+        return IMPLEMENTATIONS[name]
+    return ACROSS_RANKS[name](workers.sizes(batch_size))
 
 
 def train(
@@ -78,20 +84,23 @@ def train(
     workers: Workers = ALONE,
     checkpoint: Checkpoint | None = None,
     state: dict[str, Any] | None = None,
-    asked: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains for `stop` of the schedule's `steps` (default: all) and records them in `run`. The
-    towers hold `micro_batch` pairs at once, or all of this worker's.
+    """Trains for the first `stop` of the schedule's `steps` (default all) and records `run`.
 
-    checkpoint: written at its interval, after the last step, and when the training is `asked` to
-        end. That raises KeyboardInterrupt at the end of a step.
-    state: the state of a checkpoint to resume from.
+    Args:
+        micro_batch: pairs that the towers hold at once; default: all pairs of this worker.
+        checkpoint: is written every `checkpoint.every` steps, after the last step, and when a stop
+            was requested.
+        state: from `Checkpoint.load`; the training continues after its last step.
+        stop_requested: is called after each step. If it returns True on any rank, all ranks raise
+            KeyboardInterrupt at the end of that step.
     """
     optimizer = optimizer_for(model, lr)
     parts = {"model": model, "optimizer": optimizer, "batches": stream, "run": run}
     if state is not None:
         restore(state, parts)
-    keeps = checkpoint is not None and checkpoint.every > 0 and workers.first
+    saves = checkpoint is not None and checkpoint.every > 0 and workers.first
     towers = workers.wrap(model)
     model.train()
     stop, begun, spent = steps if stop is None else stop, len(run.losses), run.seconds
@@ -114,8 +123,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             model.clamp_logit_scale()
-            of_all, stopping = workers.account(value, asked())
-            run.losses.append(of_all)
+            batch_loss, stopping = workers.account(value, stop_requested())
+            run.losses.append(batch_loss)
             run.scales.append(model.logit_scale.exp().item())
             run.seconds = spent + time.perf_counter() - started
             speed = len(run.losses) * len(batch.concepts) / run.seconds
@@ -125,7 +134,7 @@ def train(
             )
             bar.update()
             done = step + 1
-            if keeps and (stopping or done == stop or done % checkpoint.every == 0):
+            if saves and (stopping or done == stop or done % checkpoint.every == 0):
                 checkpoint.save(parts)
             if stopping:
                 raise KeyboardInterrupt

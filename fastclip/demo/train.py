@@ -1,11 +1,11 @@
-"""The demo: trains a small CLIP on emoji with the fused loss, and reports what it learnt.
+"""The demo: trains a small CLIP on emoji with the fused loss and evaluates it.
 
     python -m fastclip.train
     torchrun --nproc-per-node 2 -m fastclip.train    # the same curve
 
-The pictures and names are real, and no network is used. The model is evaluated on held-out
-drawings and concepts (`fastclip/demo/emoji/split.py`). Then a quarter of the training runs again
-with the dense loss from the same seed, whose curve must lie on the fused one's.
+The pictures and names are real, and no network is needed. The evaluation uses drawings and concepts
+that were held out of training (`fastclip/demo/emoji/split.py` says which). The first quarter of the
+training then runs again with the dense loss and the same seed: the two curves must agree.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from .interrupt import interruptible
 from .loop import IMPLEMENTATIONS, Run, loss_of, train
 from .workers import ALONE, Workers
 
-# The settings that determine the curve.
+# The options that determine the loss curve.
 DECISIVE = ("steps", "batch_size", "micro_batch", "lr", "loss", "seed")
 
 
 @dataclass(frozen=True)
 class Task:
-    """The data, its split and its tokenizer: everything that a run needs beside its settings."""
+    """The inputs of a run apart from its options: data, split, tokenizer, model sizes, device."""
 
     emoji: emoji_data.Emoji
     split: Split
@@ -59,7 +59,7 @@ class Task:
         return self.tokenizer.encode(captions, self.config.context_length).to(self.device)
 
     def start(self, seed: int, batch_size: int) -> tuple[CLIP, Batches]:
-        """A new model and its batches, both determined by the seed."""
+        """Returns an untrained model and its batches. Both depend on the seed alone."""
         rows = self.workers.rows(batch_size)
         stream = Batches(self.emoji, self.split, self.encode, batch_size, seed, self.device, rows)
         torch.manual_seed(seed)
@@ -67,12 +67,12 @@ class Task:
 
 
 def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
-    """The scores as a table for the terminal."""
+    """Returns the scores as a table for the terminal."""
     titles = {
-        "other vendor": f"{len(task.split.one_vendor)} trained concepts, drawn by the vendor that "
-        "training left out",
-        "held out": f"{len(task.split.held_out)} held-out concepts, names and drawings",
-        "zero-shot": "the same held-out drawings into categories, zero-shot",
+        "other vendor": f"{len(task.split.one_vendor)} trained concepts, in the drawing of the "
+        "vendor that was not trained on",
+        "held out": f"{len(task.split.held_out)} concepts held out of training, names and drawings",
+        "zero-shot": "the same held-out drawings, classified into categories by words alone",
     }
     lines = []
     for test, figures in scores.items():
@@ -85,9 +85,9 @@ def learn(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path,
     checkpoint: Checkpoint, state: dict[str, Any] | None,
 ) -> tuple[CLIP, dict[str, dict[str, Score]]]:  # fmt: skip
-    """Trains and compares, on all workers; the first worker saves, evaluates and reports.
+    """Trains with both implementations on all ranks; the first rank saves, evaluates and reports.
 
-    `runs`, by loss, record the steps, also if this is interrupted.
+    `runs`, by implementation, is filled step by step and is right after an interruption too.
     """
     workers = task.workers
     say = print if workers.first else lambda *_, **__: None
@@ -103,19 +103,19 @@ def learn(
     )
     if state is not None:
         moved = checkpoint.moved(state)
-        rounding = f"; the curve is now equal to rounding alone: {moved}" if moved else ""
-        say(f"goes on after step {len(state['run']['losses'])} of {args.steps}{rounding}")
+        rounding = f"; the curve is now the same up to rounding: {moved}" if moved else ""
+        say(f"continues after step {len(state['run']['losses'])} of {args.steps}{rounding}")
     run = runs[first]
-    with interruptible(patient=workers.under_torchrun) as asked:
+    with interruptible(patient=workers.under_torchrun) as stop_requested:
         try:
             train(
                 model, stream, loss_of(first, workers, args.batch_size), run,
                 label=f"{first} loss", workers=workers, checkpoint=checkpoint, state=state,
-                asked=asked, **schedule,
+                stop_requested=stop_requested, **schedule,
             )  # fmt: skip
         finally:
-            # Saves the model also if interrupted, but not before the first step, since an earlier
-            # run's model may be there.
+            # The model is saved after an interruption too; before the first step it is not, since
+            # the file may hold an earlier run's model.
             if run.losses and workers.first:
                 model.save(
                     weights,
@@ -129,15 +129,18 @@ def learn(
         say(report(scores, task), flush=True)
     if not args.no_compare:
         twin, stream = task.start(args.seed, args.batch_size)
-        say(f"\nThe first quarter again, with the {other} loss and the same seed:", flush=True)
-        with interruptible(patient=workers.under_torchrun) as asked:
+        say(
+            f"\nThe first quarter of the training again, with the {other} loss and the same seed:",
+            flush=True,
+        )
+        with interruptible(patient=workers.under_torchrun) as stop_requested:
             train(
                 twin, stream, loss_of(other, workers, args.batch_size), runs[other],
-                stop=max(1, args.steps // 4), label=f"{other} loss", workers=workers, asked=asked,
-                **schedule,
+                stop=max(1, args.steps // 4), label=f"{other} loss", workers=workers,
+                stop_requested=stop_requested, **schedule,
             )  # fmt: skip
         gap = max(abs(a - b) for a, b in zip(*(r.losses for r in runs.values()), strict=False))
-        say(f"largest difference between the two losses, step by step: {gap:.1e}")
+        say(f"largest difference between the two losses at any step: {gap:.1e}")
     return model, scores
 
 
@@ -145,7 +148,7 @@ def show(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path, model: CLIP,
     scores: dict[str, dict[str, Score]], started: float,
 ) -> None:  # fmt: skip
-    """Draws the picture and writes the results."""
+    """Writes demo.png and results.json."""
     from .emoji.figure import draw  # importing matplotlib takes a second
 
     runs = {name: run for name, run in runs.items() if run.losses}
@@ -162,7 +165,7 @@ def show(
         "losses": {name: r.losses for name, r in runs.items()},
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{seconds:.0f} s in all; demo.png, results.json, {weights.name} are in {args.out}/")
+    print(f"\n{seconds:.0f} s in all; demo.png, results.json and {weights.name} are in {args.out}/")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -171,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.quiet = workers.local_rank > 0
     args = options.parse_args(argv)
     weights = args.out / "clip.safetensors"
-    # The chosen implementation comes first, then the one that it is compared with.
+    # The chosen implementation comes first.
     runs = {name: Run() for name in sorted(IMPLEMENTATIONS, key=lambda name: name != args.loss)}
     checkpoint = Checkpoint(
         args.out / "training.pt", {name: getattr(args, name) for name in DECISIVE},
@@ -180,19 +183,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
 
     def prepared() -> dict[str, Any] | None:
-        """The state to resume from, if any, after a test that the folder can be written."""
+        """Returns the state to continue from, if any, once `args.out` is known to be writable."""
         writable_folder(args.out)
         try:
             return checkpoint.load() if args.resume or workers.restarts else None
         except (OSError, ValueError):
             if args.resume:
                 raise
-            return None  # restarted before its first checkpoint: the file is another training's
+            return None  # restarted before its first checkpoint: the file is from another training
 
     try:
         try:
             device = workers.device(args.device)
-            # All ranks fail alike, unless they have devices of their own.
+            # All ranks raise the same errors, except those about a GPU of their own.
             options.quiet &= device == args.device
             task = Task.load(checked_device(device), workers)
             options.quiet = workers.local_rank > 0
@@ -211,13 +214,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.checkpoint_every or state is not None:
                 checkpoint.remove()
     except KeyboardInterrupt:
-        if workers.under_torchrun:  # torchrun may send another SIGINT
+        if workers.under_torchrun:  # torchrun may send another one
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if workers.first:
             run = runs[args.loss]
             kept = f"{weights} holds the model so far" if run.saved else "nothing was saved"
             if run.saved and checkpoint.every and checkpoint.path.is_file():
-                kept += f"; --resume goes on from {checkpoint.path.name}"
+                kept += f"; --resume continues from {checkpoint.path.name}"
             print(f"\nstopped after {len(run.losses)} steps; {kept}", file=sys.stderr)
         sys.exit(130)
 

@@ -1,8 +1,8 @@
-"""The processes that train together under torchrun.
+"""Training by several processes under torchrun; one process is a worker.
 
-All ranks draw the same batches, each prepares only its own slice of pictures and tokens, and DDP
-averages the gradients. The curve is that of one process up to rounding. Without torchrun there is
-no process group and no DDP.
+All ranks draw the same batches. Each makes pictures and tokens of its own slice only, and DDP
+averages the gradients. The loss curve equals that of one process up to rounding. Without torchrun
+there is one worker, with neither a process group nor DDP.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workers:
-    """One of `size` processes, each with a contiguous slice of every batch."""
+    """One of `size` processes. Each has a contiguous slice of every batch."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # the rank within its machine
-    local_size: int = 1  # the ranks of its machine
-    restarts: int = 0  # by torchrun
+    local_rank: int = 0  # on this machine
+    local_size: int = 1  # the number of ranks on this machine
+    restarts: int = 0  # by torchrun so far
     under_torchrun: bool = False
 
     @classmethod
     def launched(cls) -> Workers:
-        """The workers as torchrun started them; one alone without torchrun."""
+        """Returns this process as torchrun's environment variables describe it."""
         if not (dist.is_available() and dist.is_torchelastic_launched()):
             return cls()
         names = (
@@ -51,14 +51,14 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """True for the worker that prints, evaluates and writes."""
+        """Whether this is rank 0, which alone prints, evaluates and writes files."""
         return self.rank == 0
 
     def sizes(self, batch_size: int) -> list[int]:
-        """The number of pairs of each rank; they differ by at most one.
+        """Returns the number of pairs on each rank; any two differ by at most one.
 
         Raises:
-            ValueError: more ranks than pairs.
+            ValueError: there are more ranks than pairs.
         """
         if batch_size < self.size:
             raise ValueError(
@@ -69,15 +69,15 @@ class Workers:
         ]
 
     def rows(self, batch_size: int) -> slice:
-        """The slice of this rank's pairs."""
+        """Returns this rank's slice of a batch."""
         ends = list(itertools.accumulate(self.sizes(batch_size), initial=0))
         return slice(ends[self.rank], ends[self.rank + 1])
 
     def device(self, text: str) -> str:
-        """This rank's device: with "cuda" each rank has a GPU of its own.
+        """Returns this rank's device; with "cuda" each rank has a GPU of its own.
 
         Raises:
-            ValueError: a device that ranks cannot share, or too few GPUs.
+            ValueError: several ranks with a device other than cpu or cuda, or too few GPUs.
         """
         if self.size == 1 or text == "cpu":
             return text
@@ -92,7 +92,7 @@ class Workers:
 
     @contextmanager
     def group(self, device: torch.device) -> Iterator[None]:
-        """A process group, unless this worker is alone."""
+        """Sets up the process group for the context, unless this worker is alone."""
         if self.size == 1:
             yield
             return
@@ -102,9 +102,9 @@ class Workers:
             backend = "cpu:gloo,cuda:nccl"
         options = {}
         if self.restarts and self.local_size == self.size:
-            # torchrun's store survives a restart with the addresses of dead processes, and gloo
-            # would connect to these (pytorch/pytorch#135712). With several machines their counts of
-            # restarts may differ.
+            # torchrun's store survives a restart with the addresses of the dead processes, to which
+            # gloo would connect (pytorch/pytorch#135712). A prefix hides them. Machines may
+            # count restarts differently, so that only ranks of one machine agree on the prefix.
             store, rank, size = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"restart {self.restarts}", store)
             options = {"store": store, "rank": rank, "world_size": size}
@@ -115,7 +115,10 @@ class Workers:
             dist.destroy_process_group()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Returns rank 0's `make()` on all ranks, or raises its ValueError or OSError there."""
+        """Returns on every rank the result of `make()` on rank 0, or raises its error.
+
+        Errors are ValueError or OSError.
+        """
         if self.size == 1:
             return make()
         result: list[T | Exception | None] = [None]
@@ -130,13 +133,14 @@ class Workers:
         return result[0]
 
     def wrap(self, model: CLIP) -> Callable[..., dict[str, Tensor]]:
-        """The model in DDP, unless this worker is alone."""
+        """Returns the model wrapped in DDP, or the model itself if this worker is alone."""
         if self.size == 1:
             return model
         wrapped = DistributedDataParallel(model)
-        # DDP orders its buckets by the gradients of its first backward, and from three ranks on the
-        # order of a sum depends on the bucket. A backward of one pair, without a step, comes first,
-        # so that a step has the same bits in a run and in a resumed run.
+        # DDP orders its buckets by the gradients of the first step, and three or more ranks add in
+        # an order that depends on a gradient's place in its bucket. A backward pass of one pair,
+        # which trains nothing, fixes the order before the first step. Steps are then the same bit
+        # for bit, whether or not the training was resumed.
         side, length = model.config.image_size, model.config.context_length
         device = model.logit_scale.device
         tokens = torch.zeros(1, length, dtype=torch.long, device=device)
@@ -144,29 +148,29 @@ class Workers:
         sum(output.sum() for output in outputs.values()).backward()
         return wrapped
 
-    def account(self, value: Tensor, asked: bool) -> tuple[float, bool]:
-        """The whole batch's loss, and True if any rank was asked to stop; all stop together."""
+    def account(self, value: Tensor, stop_requested: bool) -> tuple[float, bool]:
+        """Returns the loss of the whole batch, and whether a stop was requested on any rank."""
         if self.size == 1:
-            return value.item(), asked
-        both = torch.stack([value.detach(), value.new_tensor(float(asked))])
+            return value.item(), stop_requested
+        both = torch.stack([value.detach(), value.new_tensor(float(stop_requested))])
         dist.all_reduce(both)
-        total, asking = both.tolist()
-        return total / self.size, asking > 0
+        total, requests = both.tolist()
+        return total / self.size, requests > 0
 
 
 ALONE = Workers()
 
 
 def fused_across(sizes: list[int]) -> Callable[..., Tensor]:
-    """The fused loss of a batch with these numbers of pairs on the ranks."""
+    """Returns the fused loss across ranks; `sizes` are the numbers of pairs on each."""
     return partial(distributed.clip_loss, uneven=len(set(sizes)) > 1)
 
 
 def dense_across(sizes: list[int]) -> Callable[..., Tensor]:
-    """The dense loss: every rank gathers the batch and computes the whole matrix."""
+    """Returns the dense loss: every rank gathers the batch and makes the whole matrix."""
     most = max(sizes)
 
-    def padded(x: Tensor) -> Tensor:  # gathering needs one size
+    def padded(x: Tensor) -> Tensor:  # all-gather needs equal sizes
         return F.pad(x, (0, 0, 0, most - len(x)))
 
     def whole(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The committed pictures and names: whole, licensed, split and dealt out as promised."""
+"""The emoji data set: complete and licensed; its split, batches and scores."""
 
 import itertools
 from collections import Counter
@@ -37,7 +37,7 @@ def test_all_concepts_are_there_in_both_vendors_drawings(emoji: Emoji) -> None:
     assert emoji.drawings.dtype == torch.uint8
     opaque = (emoji.drawings[:, :, 3] > 128).float().mean(dim=(2, 3))
     assert opaque.min() > 0.02  # the thinnest is a plus or minus sign
-    # Twemoji's and Noto's drawings differ: one vendor's sheet does not stand for the other.
+    # The vendors' drawings differ: no sheet is a copy of the other.
     same = (emoji.drawings[:, 0] == emoji.drawings[:, 1]).flatten(1).all(dim=1)
     assert same.sum() == 0
     assert emoji.drawings.flatten(3)[:, :, 3].float().mean() < 230  # backgrounds are transparent
@@ -66,7 +66,7 @@ def test_no_skin_tones(emoji: Emoji) -> None:
     assert not any("skin" in concept.subcategory for concept in emoji.concepts)
 
 
-def test_licences_travel_with_the_data() -> None:
+def test_licences_are_beside_the_data() -> None:
     texts = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("LICENSE*")}
     assert "Apache License" in texts["LICENSE-noto-emoji.txt"]
     assert "SIL OPEN FONT LICENSE" in texts["LICENSE-noto-emoji.txt"]
@@ -80,7 +80,7 @@ def test_licences_travel_with_the_data() -> None:
     assert "Changes made" in texts["LICENSE.txt"]
 
 
-def test_look_alikes_are_those_and_only_those(emoji: Emoji) -> None:
+def test_equal_drawings_or_names_are_look_alikes(emoji: Emoji) -> None:
     numbers = [concept.look_alike for concept in emoji.concepts]
     seen: dict[bytes, int] = {}
     for vendor in range(len(VENDORS)):
@@ -123,11 +123,11 @@ def test_no_caption_is_in_two_groups(emoji: Emoji, parts: Split) -> None:
         for caption in concept.captions:
             groups.setdefault(caption, set()).add(concept.look_alike)
     assert not {caption: found for caption, found in groups.items() if len(found) > 1}
-    # The name stays with whom it is the Unicode name of.
+    # A name belongs to the concept whose Unicode name it is.
     by_code = {concept.code: concept.captions for concept in emoji.concepts}
     assert by_code["1F408"][0] == "cat" and by_code["1F431"] == ("cat face",)
     stream = Batches(emoji, parts, lambda texts: torch.zeros(len(texts), 1), len(parts.vendors), 7)
-    for batch in itertools.islice(stream, 12):  # each a whole epoch
+    for batch in itertools.islice(stream, 12):  # each batch is a whole epoch
         assert len(set(batch.captions)) == len(batch.captions)
 
 
@@ -159,12 +159,12 @@ def test_no_batch_holds_a_false_negative(emoji: Emoji, parts: Split, tokenizer: 
         assert tokenizer.decode(batch.tokens) == list(batch.captions)
         members |= set(batch.concepts)
         vendors.update(batch.vendors)
-    # In four epochs nearly every trained concept was met, and each vendor about as often.
+    # Four epochs hold nearly every trained concept, and both vendors about equally often.
     assert len(members) > 0.95 * (1906 - len(held))
     assert 0.45 < vendors[0] / vendors.total() < 0.55
 
 
-def test_batches_follow_from_the_seed(emoji: Emoji, parts: Split, tokenizer: Tokenizer) -> None:
+def test_batches_depend_on_the_seed_alone(emoji: Emoji, parts: Split, tokenizer: Tokenizer) -> None:
     def first(seed: int) -> torch.Tensor:
         stream = Batches(emoji, parts, lambda texts: tokenizer.encode(texts, 32), 64, seed)
         return next(stream).images
@@ -176,7 +176,7 @@ def test_batches_follow_from_the_seed(emoji: Emoji, parts: Split, tokenizer: Tok
             Batches(emoji, parts, lambda texts: tokenizer.encode(texts, 32), size, 0)
 
 
-def test_augmentation_moves_the_drawing_and_changes_what_is_behind() -> None:
+def test_augmentation_moves_the_drawing_and_changes_its_background() -> None:
     drawing = torch.zeros(1, 4, SIZE, SIZE, dtype=torch.uint8)
     drawing[:, 0, 10:22, 10:22] = 255  # a red square
     drawing[:, 3, 10:22, 10:22] = 255
@@ -192,7 +192,7 @@ def test_augmentation_moves_the_drawing_and_changes_what_is_behind() -> None:
     assert columns.min() < 14.7 and columns.max() > 16.3 and columns.min() > 12
 
 
-def test_recall_and_accuracy_by_hand() -> None:
+def test_recall_and_accuracy_of_small_cases() -> None:
     answers = torch.eye(4)
     queries = torch.tensor(
         [[1.0, 0, 0, 0], [0.9, 0.8, 0, 0], [0.9, 0.8, 0.1, 0], [0.9, 0.8, 0.7, 0.6]]
@@ -201,7 +201,7 @@ def test_recall_and_accuracy_by_hand() -> None:
     assert recall(queries, answers, 2) == 0.5
     assert recall(queries, answers, 3) == 0.75
     assert recall(queries, answers, 4) == 1.0
-    # A model that says the same of everything is never right at once.
+    # A model with equal features for all inputs is never right.
     assert recall(torch.ones(4, 4), torch.ones(4, 4), 1) == 0.0
     labels = torch.tensor([0, 0, 0, 1])
     assert per_class_accuracy(torch.zeros(4, dtype=torch.long), labels) == 0.5

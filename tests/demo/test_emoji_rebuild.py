@@ -1,4 +1,4 @@
-"""The packages of drawings become the committed data, the same way each time."""
+"""Rebuilding the data set from packages of drawings."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def png(image: np.ndarray) -> bytes:
 
 def test_shrinking_keeps_edges_free_of_invisible_colours() -> None:
     image = np.zeros((64, 64, 4), np.uint8)
-    image[..., 1] = 255  # green, which nobody sees
+    image[..., 1] = 255  # green, but transparent
     image[16:47, 16:47] = (255, 0, 0, 255)
     small = shrink(png(image))
     assert small.shape == (4, SIZE, SIZE)
@@ -41,7 +41,7 @@ def test_shrinking_keeps_edges_free_of_invisible_colours() -> None:
 
 
 def package(vendor: str, version: str = VERSION) -> dict[str, bytes]:
-    """A package as the real ones are made, with four emoji of which one is a skin tone."""
+    """Returns the files of a package like the real ones, with three emoji and a skin tone."""
     rng = np.random.default_rng(VENDORS.index(vendor))
     rows, files = [], {}
     for order, (name, subcategory) in enumerate(
@@ -74,12 +74,12 @@ def packed(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def test_rebuild_packs_folders_and_archives_alike(tmp_path: Path) -> None:
+def test_rebuild_reads_folders_and_archives_alike(tmp_path: Path) -> None:
     results = []
-    for form, kind in ((unpacked, ""), (packed, ".tgz")):
-        out = tmp_path / f"out{kind}"
+    for make, suffix in ((unpacked, ""), (packed, ".tgz")):
+        out = tmp_path / f"out{suffix}"
         out.mkdir()
-        packages = [form(tmp_path / f"{v}{kind}", package(v)) for v in VENDORS]
+        packages = [make(tmp_path / f"{v}{suffix}", package(v)) for v in VENDORS]
         assert rebuild(packages, out) == 3
         rebuilt = emoji_data.load(out)
         assert [c.captions for c in rebuilt.concepts] == [
@@ -95,7 +95,9 @@ def test_rebuild_packs_folders_and_archives_alike(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
-def test_rebuild_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rebuild_names_a_wrong_or_missing_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = unpacked(tmp_path / "old", package("google", "15.1.0"))
     for given, expected in (
         (old, "expected emoji-datasource-google 16.0.0, got emoji-datasource-google 15.1.0"),
@@ -107,7 +109,7 @@ def test_rebuild_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert stopped.value.code == 1 and expected in error and error.count("\n") == 1
 
 
-def test_captions_and_look_alikes_by_hand() -> None:
+def test_captions_and_look_alikes_of_small_cases() -> None:
     row = {"name": "BIG CAT", "short_names": ["big_cat", "big-kitty"], "subcategory": "cats"}
     assert captions(row) == ("big cat", "big kitty")
     thumb = {"name": "THUMBS DOWN SIGN", "short_names": ["-1", "thumbsdown"], "subcategory": "h"}
@@ -115,14 +117,14 @@ def test_captions_and_look_alikes_by_hand() -> None:
     flag = {"name": "X Flag", "short_names": ["flag-x"], "subcategory": "country-flag"}
     assert captions(flag) == ("x flag",)
     a, b, c = (np.full((1, 2), value) for value in range(3))
-    # 0 ~ 3 by a drawing, 3 ~ 2 by the other vendor's, 1 ~ 4 by name.
+    # 0 and 3 share a drawing of one vendor, 3 and 2 one of the other vendor, 1 and 4 a name.
     one, other = [a, b, c, a, np.full((1, 2), 9)], [a, b, c, c, np.full((1, 2), 8)]
     assert look_alikes(["v", "w", "x", "y", "w"], [one, other]) == [0, 1, 0, 0, 1]
 
 
-def test_shared_short_names_are_dropped_by_hand() -> None:
+def test_short_names_shared_by_two_groups_are_dropped() -> None:
     texts = [("cat face", "cat", "kitty"), ("cat", "puss"), ("lion", "puss"), ("x", "kitty")]
-    # A caption shared within a group stays; one that two groups have as a short name, neither has.
+    # A caption shared within a group stays. A short name of two groups is dropped from both.
     assert unshared(texts, [0, 1, 2, 0]) == [
         ("cat face", "kitty"),
         ("cat",),
@@ -131,7 +133,7 @@ def test_shared_short_names_are_dropped_by_hand() -> None:
     ]
 
 
-def test_sheet_places_are_row_by_row(tmp_path: Path) -> None:
+def test_a_sheet_holds_drawings_row_by_row(tmp_path: Path) -> None:
     drawings = np.zeros((COLUMNS + 1, 4, SIZE, SIZE), np.uint8)
     drawings[:, 0, 0, 0] = np.arange(COLUMNS + 1)
     drawings[:, 3] = 255

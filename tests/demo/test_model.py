@@ -1,4 +1,4 @@
-"""The thin CLIP: shapes, initial scale, padding that changes nothing, files, words, zero-shot."""
+"""The thin CLIP: features, scale, errors, checkpoint files, tokenizer, zero-shot classes."""
 
 import math
 import pickle
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastclip import clip
 from fastclip.clip.model import CLIP, CLIPConfig
 from fastclip.clip.tokenizer import Tokenizer
 from fastclip.clip.zero_shot import class_features, classify
@@ -37,6 +38,14 @@ def some_pairs(count: int) -> tuple[Tensor, Tensor]:
     return torch.rand(count, 3, 16, 16) * 2 - 1, tokens
 
 
+def test_the_package_offers_its_public_names() -> None:
+    assert clip.CLIP is CLIP
+    offered = [getattr(clip, name).__name__ for name in clip.__all__]
+    assert offered == ["CLIP", "CLIPConfig", "Tokenizer", "class_features", "classify"]
+    with pytest.raises(AttributeError, match="no attribute 'CLAP'"):
+        clip.CLAP  # noqa: B018 -- the access raises
+
+
 def test_forward_feeds_the_loss_as_open_clip_models_do() -> None:
     model = CLIP(SMALL)
     out = model(*some_pairs(5))
@@ -52,7 +61,7 @@ def test_forward_feeds_the_loss_as_open_clip_models_do() -> None:
     assert without == []
 
 
-def test_raw_features_are_those_that_normalisation_takes() -> None:
+def test_normalised_features_are_the_raw_ones_normalised() -> None:
     model = CLIP(SMALL)
     images, tokens = some_pairs(3)
     for encode, given in ((model.encode_image, images), (model.encode_text, tokens)):
@@ -61,7 +70,7 @@ def test_raw_features_are_those_that_normalisation_takes() -> None:
         torch.testing.assert_close(torch.nn.functional.normalize(raw, dim=1), encode(given))
 
 
-def test_padding_changes_nothing_and_words_do() -> None:
+def test_padding_does_not_change_features_and_words_do() -> None:
     model = CLIP(SMALL).eval()
     tokens = some_pairs(4)[1]
     padding = torch.zeros(4, 4, dtype=torch.long)
@@ -72,7 +81,7 @@ def test_padding_changes_nothing_and_words_do() -> None:
     assert (model.encode_text(other) - padded).abs().max() > 1e-3
 
 
-def test_every_patch_and_its_place_count() -> None:
+def test_every_patch_and_its_position_matter() -> None:
     model = CLIP(SMALL).eval()
     images = some_pairs(1)[0]
     before = model.encode_image(images)
@@ -106,7 +115,7 @@ def test_wrong_inputs_are_named() -> None:
         replace(SMALL, text_layers=0)
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_is_the_saved_model(tmp_path: Path) -> None:
     model = CLIP(SMALL)
     images, tokens = some_pairs(2)
     path = tmp_path / "clip.safetensors"
@@ -120,7 +129,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(copy.encode_image(images), model.encode_image(images))
 
 
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         CLIP.load(tmp_path / "absent.safetensors")
     (tmp_path / "words").write_text("not a checkpoint")
@@ -131,7 +140,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         CLIP.load(tmp_path / "other")
 
 
-def test_tokens_lead_back_to_the_caption(tmp_path: Path) -> None:
+def test_decoding_returns_the_captions(tmp_path: Path) -> None:
     captions = ["Grinning Face", "grinning cat face", "Curaçao flag", "keycap: #", "日本 ✔"]
     tokenizer = Tokenizer.train(captions, 320)
     tokenizer.save(tmp_path / "tokenizer.json")
@@ -140,13 +149,13 @@ def test_tokens_lead_back_to_the_caption(tmp_path: Path) -> None:
     assert tokens.dtype == torch.int64
     assert tokenizer.decode(tokens) == [caption.lower() for caption in captions]
     assert (tokens[:, 0] == tokenizer.start).all()
-    # The text tower looks for the highest id of the row.
+    # The text tower takes the highest id of a row as its end.
     assert tokenizer.end == tokenizer.vocab_size - 1 == tokens.max()
     assert (tokens == tokenizer.end).sum(dim=1).tolist() == [1] * len(captions)
     ends = tokens.argmax(dim=1)
     for row, end in zip(tokens, ends.tolist(), strict=True):
         assert (row[end + 1 :] == tokenizer.pad).all()
-    # No caption was padded further than the longest one needs.
+    # Rows are as long as the longest caption.
     assert ends.max() == tokens.shape[1] - 1
     assert (
         Tokenizer.train(captions, 320).encode(["face"], 64).tolist()
@@ -165,7 +174,7 @@ def test_long_captions_are_cut_and_unseen_ones_still_encode() -> None:
 
 
 class Compass(torch.nn.Module):
-    """A model with a known answer: texts and pictures lie on axes of a plane."""
+    """A model with known answers: texts lie on the axes of a plane, pictures in the plane."""
 
     axes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
 
@@ -176,7 +185,7 @@ class Compass(torch.nn.Module):
         return torch.nn.functional.normalize(images.flatten(1)[:, :2], dim=1)
 
 
-def test_zero_shot_answers_what_geometry_says() -> None:
+def test_zero_shot_classes_are_the_nearest_in_a_plane() -> None:
     def encode(prompts: list[str]) -> Tensor:
         return torch.tensor([[("east", "north", "west").index(p.split()[-1])] for p in prompts])
 
@@ -186,7 +195,7 @@ def test_zero_shot_answers_what_geometry_says() -> None:
         {"rising": ["east"], "between": ["north", "west"]},
         templates=("{}", "the {}"),
     )
-    # Two names of one class are averaged and the mean is normalised.
+    # The features of a class's two names are averaged, and the mean is normalised.
     torch.testing.assert_close(classes, torch.tensor([[1.0, 0.0], [-(0.5**0.5), 0.5**0.5]]))
     pictures = torch.tensor([[3.0, 1.0], [0.0, 5.0], [-1.0, -1.0], [1.0, -2.0], [2.0, 1.0]])
     assert classify(Compass(), pictures[:, :, None, None], classes).tolist() == [0, 1, 1, 0, 0]

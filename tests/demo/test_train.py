@@ -1,4 +1,4 @@
-"""The demo: fused and dense training agree, it learns, it ends well, a mistake gets one line."""
+"""The demo on one process: equal curves, learning, evaluation, interruptions, wrong options."""
 
 import json
 import os
@@ -36,19 +36,19 @@ def trained(task: Task, loss: str, seed: int = 0, steps: int = 12, lr: float = 1
     return run
 
 
-def test_fused_and_dense_train_alike(task: Task) -> None:
+def test_fused_and_dense_curves_agree(task: Task) -> None:
     fused, dense = trained(task, "fused"), trained(task, "dense")
     assert len(fused.losses) == len(dense.losses) == 12
-    # The two round differently, and the optimiser lets differences grow a little at each step.
+    # The two round differently, and the difference grows a little at each step.
     assert fused.losses == pytest.approx(dense.losses, rel=2e-4)
     assert fused.scales == pytest.approx(dense.scales, rel=1e-5)
-    # The agreement means something only where the losses move, and differ between seeds.
+    # The agreement is a test only if the losses change and differ between seeds.
     assert fused.losses[-1] < fused.losses[0] - 0.05
     assert trained(task, "fused", seed=1).losses != pytest.approx(fused.losses, rel=2e-4)
 
 
-def test_micro_batches_train_alike(task: Task) -> None:
-    """Towers that hold 20 of 48 pairs at once; the model has no dropout."""
+def test_micro_batches_give_the_same_curve(task: Task) -> None:
+    """The towers hold 20 of 48 pairs at once. The model has no dropout."""
     runs = []
     for micro_batch in (None, 20):
         model, stream = task.start(0, batch_size=48)
@@ -70,7 +70,7 @@ def test_training_is_repeatable(task: Task) -> None:
     assert trained(task, "fused", steps=4).losses == trained(task, "fused", steps=4).losses
 
 
-def test_it_learns_a_handful_of_concepts_by_heart(task: Task) -> None:
+def test_it_learns_a_few_concepts_by_heart(task: Task) -> None:
     few = dict(list(task.split.vendors.items())[:24])
     small = replace(task, split=replace(task.split, vendors=few))
     model, stream = small.start(0, batch_size=24)
@@ -106,7 +106,7 @@ def test_schedule_and_decay(task: Task) -> None:
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
-def test_evaluation_has_chance_beside_it(task: Task) -> None:
+def test_an_untrained_model_scores_about_chance(task: Task) -> None:
     model, _ = task.start(0, batch_size=8)
     scores = evaluate(model, task.emoji, task.split, task.encode)
     assert set(scores) == {"other vendor", "held out", "zero-shot"}
@@ -128,7 +128,7 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = {"clip.safetensors", "results.json", "demo.png"}
     assert {path.name for path in out.iterdir()} == names
-    for expected in ("held-out", "R@1", "chance", "categories", "dense loss", *names):
+    for expected in ("held out", "R@1", "chance", "categories", "dense loss", *names):
         assert expected in done.stdout, done.stdout
     assert re.search(r"loss \d\.\d+, scale \d+\.\d, [\d,]+ pairs/s", done.stderr)
 
@@ -170,7 +170,7 @@ def test_interrupting_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"clip.safetensors", "training.pt"}
     model = CLIP.load(tmp_path / "clip.safetensors")
     fresh, _ = Task.load().start(0, 16)
-    # It is the trained one, not the one that training began with.
+    # The file holds the trained model, not the initial one.
     assert not torch.equal(model.logit_scale, fresh.logit_scale)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -252,5 +252,5 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     options = re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.MULTILINE)
     assert {"--steps", "--batch-size", "--lr", "--loss", "--no-compare", "--out"} <= set(options)
-    # Every option says what it is for: argparse puts the text beside it or on the next line.
+    # Every option has a description: argparse prints it beside the option or on the next line.
     assert all(re.search(rf"{option}.*?\s{{2,}}\w", text, re.DOTALL) for option in options)

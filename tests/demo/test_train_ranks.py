@@ -1,4 +1,4 @@
-"""The demo under torchrun: the curve of one process, one voice, and a rank's death survived."""
+"""The demo under torchrun: one process's curve, messages from one rank, restarts."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,28 +44,29 @@ def test_the_curve_of_one_process(two: Ranks, options: dict[str, Any], batch_siz
     first, second = two.run(demo_task.curve, batch_size, options)
     assert first == second == pytest.approx(alone, rel=2e-5)
     assert alone[-1] < alone[0] and len(set(alone)) == 8
-    # Ranks that trained on one slice, or on others' pairs, would be off by far more.
+    # Ranks with the same slice, or with other pairs, would differ by far more.
     other = demo_task.trained(demo_task.small(), batch_size, **{**options, "seed": 1}).losses
     assert other != pytest.approx(alone, rel=1e-3)
 
 
-def test_gradients_travel_in_one_order_from_the_first_step_on(two: Ranks) -> None:
-    """Three ranks or more add in an order that depends on it, and a resumed step may be a first."""
+def test_buckets_of_gradients_have_one_order_from_the_first_step_on(two: Ranks) -> None:
+    """Three or more ranks add in an order that depends on it, and any step may be the first one
+    after a resumption."""
     first, second, third = two.run(demo_task.bucket_layouts, 3)[0]
     assert first == second == third
     places = [place for bucket in first for place in bucket]
     assert sorted(places) == list(range(len(list(demo_task.small().start(0, 8)[0].parameters()))))
 
 
-def test_what_the_first_rank_says_is_heard_by_all(two: Ranks) -> None:
-    answers = [{"a": torch.ones(2)}, ValueError("no"), FileNotFoundError("none"), None]
-    for heard in two.run(demo_task.told_by_the_first, answers):
-        assert torch.equal(heard[0]["a"], torch.ones(2))
-        assert heard[1:] == ["ValueError: no", "FileNotFoundError: none", None]
+def test_all_ranks_get_the_first_ranks_result_or_error(two: Ranks) -> None:
+    results = [{"a": torch.ones(2)}, ValueError("no"), FileNotFoundError("none"), None]
+    for received in two.run(demo_task.received_from_first, results):
+        assert torch.equal(received[0]["a"], torch.ones(2))
+        assert received[1:] == ["ValueError: no", "FileNotFoundError: none", None]
 
 
-def test_one_rank_that_is_asked_to_stop_stops_all(two: Ranks) -> None:
-    for stopped, account in two.run(demo_task.step_of_which_one_asks_to_stop):
+def test_a_stop_requested_on_one_rank_stops_all(two: Ranks) -> None:
+    for stopped, account in two.run(demo_task.stop_requested_on_the_last_rank):
         assert stopped == 1 and account == (0.5, True)
 
 
@@ -93,7 +94,7 @@ def test_slices_cover_the_batch() -> None:
         (["--steps", "0"], "argument --steps: must be at least 1, got 0"),
     ],
 )
-def test_a_wrong_option_is_one_line_of_the_first_rank(
+def test_a_wrong_option_is_reported_in_one_line_by_the_first_rank(
     rank: int, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -111,7 +112,7 @@ def test_a_wrong_option_is_one_line_of_the_first_rank(
 
 
 def checkpoint_of(command: list[str], out: Path, every: int = 0) -> tuple[Checkpoint, dict]:
-    """As the demo with these options makes it; and the options that decide the curve."""
+    """Returns the demo's checkpoint for a command, and the options that determine its curve."""
     args = vars(parser(IMPLEMENTATIONS).parse_args(command))
     settings = {name: args[name] for name in DECISIVE}
     place = {"ranks": 2, "threads": 1, "device": "cpu"}
@@ -134,17 +135,17 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds ranks in Linux's /proc")
-def test_a_killed_rank_starts_again_and_ctrl_c_keeps_it(two: Ranks, tmp_path: Path) -> None:
-    """SIGKILL to one rank, torchrun's restart, SIGINT to torchrun; steps that never end."""
+def test_training_survives_a_killed_rank_and_saves_at_ctrl_c(two: Ranks, tmp_path: Path) -> None:
+    """One rank gets SIGKILL, torchrun restarts all, and then torchrun gets SIGINT."""
     command = ["--steps", "100000", "--batch-size", "9", "--checkpoint-every", "2"]
-    file, said, shown = (tmp_path / name for name in ("training.pt", "said", "shown"))
-    with said.open("w") as out, shown.open("w") as error:
+    file, stdout, stderr = (tmp_path / name for name in ("training.pt", "stdout", "stderr"))
+    with stdout.open("w") as out, stderr.open("w") as error:
         process = launched(command, tmp_path, "--max-restarts", "1", stdout=out, stderr=error)
 
-    def wait_for(what: Any) -> None:
+    def wait_for(condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 100
-        while not what():
-            assert process.poll() is None and time.monotonic() < deadline, shown.read_text()
+        while not condition():
+            assert process.poll() is None and time.monotonic() < deadline, stderr.read_text()
             time.sleep(0.02)
 
     ranks: list[int] = []
@@ -153,7 +154,7 @@ def test_a_killed_rank_starts_again_and_ctrl_c_keeps_it(two: Ranks, tmp_path: Pa
         ranks = children(process)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
-        wait_for(lambda: "goes on after step" in said.read_text())
+        wait_for(lambda: "continues after step" in stdout.read_text())
         ranks += children(process)
         before = file.stat().st_mtime_ns
         wait_for(lambda: file.stat().st_mtime_ns != before)
@@ -161,10 +162,10 @@ def test_a_killed_rank_starts_again_and_ctrl_c_keeps_it(two: Ranks, tmp_path: Pa
         assert process.wait(timeout=60) != 0
     finally:
         process.kill()
-        for rank in ranks[2:]:  # torchrun's death is not theirs
+        for rank in ranks[2:]:  # they outlive torchrun
             if Path(f"/proc/{rank}").exists():
                 os.kill(rank, signal.SIGKILL)
-    last = shown.read_text().split("death signal")[-1]
+    last = stderr.read_text().split("death signal")[-1]
     assert "[rank" not in last and "fastclip/" not in last.replace(str(tmp_path), "")
     assert last.count("stopped after") == last.count("holds the model so far; --resume") == 1
     kept = torch.load(file, weights_only=True)
@@ -175,8 +176,8 @@ def test_a_killed_rank_starts_again_and_ctrl_c_keeps_it(two: Ranks, tmp_path: Pa
     assert unbroken[0] == losses and len(set(losses)) == len(losses)
 
 
-def test_resumed_to_the_end_with_one_voice(two: Ranks, tmp_path: Path) -> None:
-    """Batches of nine, of which one rank has five."""
+def test_resumed_ranks_finish_and_one_prints(two: Ranks, tmp_path: Path) -> None:
+    """Batches have nine pairs: one rank has five, the other four."""
     command = ["--steps", "6", "--batch-size", "9", "--seed", "3"]
     checkpoint, options = checkpoint_of(command, tmp_path, every=3)
     unbroken, _ = two.run(demo_task.curve_and_state, 9, checkpoint, 3, options)
@@ -192,11 +193,11 @@ def test_resumed_to_the_end_with_one_voice(two: Ranks, tmp_path: Path) -> None:
     assert results["losses"]["dense"] == pytest.approx(unbroken[:1], rel=1e-4)
     alone = demo_task.trained(demo_task.whole(), 9, **options).losses
     assert unbroken == pytest.approx(alone, rel=1e-4)
-    for line in (
+    for message in (
         "2 ranks of 1 thread\n",
-        "goes on after step 3 of 6\n",
-        "held-out concepts",
+        "continues after step 3 of 6\n",
+        "held out of",
         " in all;",
     ):
-        assert out.count(line) == 1, out
+        assert out.count(message) == 1, out
     assert error.count("| 3/6 ") == 1 and "Traceback" not in error and "[rank" not in error

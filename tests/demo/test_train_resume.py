@@ -1,4 +1,4 @@
-"""Training that goes on from its file is the training that was never broken, bit for bit."""
+"""A training that is resumed from its file equals an uninterrupted one, bit for bit."""
 
 import io
 import json
@@ -32,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def interrupted_at(step: int, by: Callable[[], None]) -> Callable[..., torch.Tensor]:
+    """Returns the fused loss, with a call of `by` before its value at a step."""
     calls = iter(range(1, 1 + step))
     fused = IMPLEMENTATIONS["fused"]
 
@@ -55,12 +56,12 @@ def die() -> None:
 @pytest.mark.parametrize(
     ("by", "step", "kept"), [(ctrl_c, 3, 3), (die, 6, 4)], ids=["interrupted", "killed"]
 )
-def test_resumed_is_unbroken(
+def test_a_resumed_training_equals_an_uninterrupted_one(
     by: Callable, step: int, kept: int, options: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Ctrl-C in the midst of a step keeps the state after it; anything else, that of --checkpoint-
-    every."""
+    """Ctrl-C during a step saves the state after it. Any other error leaves the last state written
+    by --checkpoint-every."""
     command = [*OPTIONS, *options, "--checkpoint-every", "4", "--out", str(tmp_path)]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -71,21 +72,21 @@ def test_resumed_is_unbroken(
         signal.signal(signal.SIGINT, before)
     if by is ctrl_c:
         assert "stopped after 3 steps" in (error := capsys.readouterr().err)
-        assert "--resume goes on from training.pt" in error
+        assert "--resume continues from training.pt" in error
     state = torch.load(tmp_path / "training.pt", weights_only=True)
     assert len(state["run"]["losses"]) == kept
     main([*command, "--resume"])
-    assert f"goes on after step {kept} of 6\n" in capsys.readouterr().out
+    assert f"continues after step {kept} of 6\n" in capsys.readouterr().out
     micro_batch = int(options[1]) if options else None
     unbroken = demo_task.trained(
         demo_task.small(), 24, steps=6, lr=2e-3, micro_batch=micro_batch
     ).losses
     assert json.loads((tmp_path / "results.json").read_text())["losses"]["fused"] == unbroken
     assert unbroken[:kept] == state["run"]["losses"] and len(set(unbroken)) == 6
-    assert not list(tmp_path.glob("*.pt*"))  # a training that ends removes its state
+    assert not list(tmp_path.glob("*.pt*"))  # a finished training removes its state
 
 
-def test_no_checkpoints_where_none_are_wanted(
+def test_checkpoint_every_0_writes_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(3, die))
@@ -105,7 +106,7 @@ def test_no_checkpoints_where_none_are_wanted(
         (["--loss", "dense"], "FILE: loss fused, got loss dense"),
     ],
 )
-def test_other_settings_are_one_line(
+def test_resuming_with_other_settings_is_reported_in_one_line(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "training.pt"
@@ -117,13 +118,13 @@ def test_other_settings_are_one_line(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no such thing", "a list"])
-def test_no_state_is_one_line(
+def test_a_missing_or_wrong_state_is_reported_in_one_line(
     content: bytes | str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "training.pt"
     message = f"{file} must exist to resume from, got no such file"
     if content is not None:
-        message = f"{file} must be a training's state, got: "
+        message = f"{file} must be a saved training state: "
         if content == "a list":
             torch.save([1, 2], file)
         else:
@@ -144,11 +145,11 @@ def assert_one_line(
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_torchruns_restart_resumes_by_itself(
+def test_a_restart_by_torchrun_resumes_by_itself(
     restarts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Of a file, if it fits; a first start does not."""
+    """A restart resumes if the file fits its settings. A first start does not resume."""
     for name, value in {
         "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": str(restarts),
@@ -163,24 +164,24 @@ def test_torchruns_restart_resumes_by_itself(
             patch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(1, die))
             with pytest.raises(MemoryError):
                 main([*OPTIONS, "--lr", lr, "--checkpoint-every", "1", "--out", str(tmp_path)])
-        resumed = "goes on after step 2" in capsys.readouterr().out
+        resumed = "continues after step 2" in capsys.readouterr().out
         assert resumed == (bool(restarts) and fits)
         (tmp_path / "training.pt").unlink()
 
 
-def test_an_unfinished_write_leaves_the_earlier_file(
+def test_an_unfinished_write_keeps_the_earlier_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(tmp_path / "training.pt", {"steps": 1}, {})
     checkpoint.save({})
     save = torch.save
 
-    def half(what: Any, path: Path) -> None:
-        save(what, path)
+    def write_half(state: Any, path: Path) -> None:
+        save(state, path)
         os.truncate(path, os.path.getsize(path) // 2)
         raise OSError("no space left")
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(torch, "save", write_half)
     with pytest.raises(OSError, match="no space"):
         checkpoint.save({})
     assert checkpoint.load()["settings"] == {"steps": 1}
@@ -197,8 +198,8 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
-def test_a_stream_goes_on_from_its_state(taken: int) -> None:
-    """Two batches are an epoch: before the first one, within one, at the end of one."""
+def test_a_stream_continues_from_its_state(taken: int) -> None:
+    """Two batches are an epoch: the state is that before, within and after an epoch."""
     whole, file = stream(), io.BytesIO()
     for _ in range(taken):
         next(whole)
@@ -212,8 +213,8 @@ def test_a_stream_goes_on_from_its_state(taken: int) -> None:
     assert not same(wanted[0], wanted[1])
 
 
-def test_slices_are_those_of_the_whole_batch() -> None:
-    """The same pairs and the same noise, whoever makes them."""
+def test_slices_equal_those_of_the_whole_batch() -> None:
+    """A slice has the pairs and the noise that the whole batch has there."""
     whole, parts = stream(size=9), [stream(rows, size=9) for rows in (slice(0, 5), slice(5, 9))]
     for _ in range(3):
         batch, slices = next(whole), [next(part) for part in parts]
@@ -221,7 +222,7 @@ def test_slices_are_those_of_the_whole_batch() -> None:
         images = torch.cat([part.images for part in slices])
         torch.testing.assert_close(images, batch.images, rtol=0, atol=1e-5)
         for part, tokens in zip(slices, batch.tokens.split([5, 4]), strict=True):
-            length = part.tokens.shape[1]  # of the slice's longest caption
+            length = part.tokens.shape[1]  # the length of the slice's longest caption
             assert torch.equal(part.tokens, tokens[:, :length])
             assert len(part.images) == len(part.tokens)
         assert {part.captions for part in slices} == {batch.captions}

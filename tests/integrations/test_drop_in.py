@@ -1,4 +1,4 @@
-"""open_clip's contract, line by line, with open_clip's real classes as the other side."""
+"""Our losses behave as open_clip's classes do."""
 
 import copy
 import inspect
@@ -31,7 +31,7 @@ def test_constructors_and_forwards_have_open_clips_parameters(
         described = [(p.name, p.kind, p.default) for p in ours]
         expected = [(p.name, p.kind, p.default) for p in wanted]
         assert described[: len(expected)] == expected, method
-        # What newer versions added must be optional.
+        # Parameters that newer versions added must be optional.
         assert all(
             default is not inspect.Parameter.empty for *_, default in described[len(expected) :]
         )
@@ -76,7 +76,7 @@ def test_value_and_gradients_are_open_clips(
 ) -> None:
     out = model_out(device)
     compare(ours_of(name)(), getattr(theirs, name)(), out)
-    # As they come: features are not normalised again.
+    # Features are used as given: they are not normalised again.
     out["image_features"] = (3 * out["image_features"]).detach().requires_grad_()
     compare(ours_of(name)(), getattr(theirs, name)(), out)
 
@@ -135,7 +135,7 @@ def test_it_can_be_pickled_and_copied(name: str, device: torch.device) -> None:
         assert torch.equal(other(**out), value)
 
 
-# What subclasses rely on
+# Methods that subclasses use
 
 
 def test_dense_logits_and_labels_are_open_clips(device: torch.device, theirs: ModuleType) -> None:
@@ -175,13 +175,13 @@ def test_labels_are_cached_when_asked_for(device: torch.device) -> None:
 
 
 def rebased(theirs: ModuleType, name: str) -> type[nn.Module]:
-    """open_clip's own subclass, its source run with our class as the base."""
+    """Returns open_clip's own subclass, with our class as its base."""
     namespace = vars(theirs) | {"ClipLoss": ClipLoss}
     exec(inspect.getsource(getattr(theirs, name)), namespace)
     return namespace[name]
 
 
-def test_coca_loss_works_on_top(device: torch.device, theirs: ModuleType) -> None:
+def test_coca_loss_works_on_our_class(device: torch.device, theirs: ModuleType) -> None:
     x, y, scale, _ = model_out(device).values()
     logits = torch.randn(N, 6, 30, device=device)
     labels = torch.randint(0, 30, (N, 6), device=device)
@@ -192,20 +192,20 @@ def test_coca_loss_works_on_top(device: torch.device, theirs: ModuleType) -> Non
             "cache_labels": True,
         }
         found = [
-            kind(**arguments)(x, y, logits, labels, scale, output_dict=True)
-            for kind in (rebased(theirs, "CoCaLoss"), theirs.CoCaLoss)
+            loss_class(**arguments)(x, y, logits, labels, scale, output_dict=True)
+            for loss_class in (rebased(theirs, "CoCaLoss"), theirs.CoCaLoss)
         ]
         assert list(found[0]) == list(found[1])
         for one, other in zip(*(f.values() for f in found), strict=True):
             torch.testing.assert_close(one, other)
 
 
-def test_distillation_loss_works_on_top(device: torch.device, theirs: ModuleType) -> None:
+def test_distillation_loss_works_on_our_class(device: torch.device, theirs: ModuleType) -> None:
     x, y, scale, _ = model_out(device).values()
     teacher = (torch.randn(N, 5, device=device), torch.randn(N, 5, device=device), 3.0)
     gradients = []
-    for kind in (rebased(theirs, "DistillClipLoss"), theirs.DistillClipLoss):
-        loss = kind(cache_labels=True)
+    for loss_class in (rebased(theirs, "DistillClipLoss"), theirs.DistillClipLoss):
+        loss = loss_class(cache_labels=True)
         total = sum(loss(x, y, scale, *teacher, output_dict=True).values())
         gradients.append((total, *torch.autograd.grad(total, (x, y, scale))))
     for one, other in zip(*gradients, strict=True):
@@ -240,7 +240,7 @@ def test_it_imports_and_runs_without_compiled_module_triton_or_cuda(tmp_path: Pa
     assert done.returncode == 0, done.stderr
 
 
-def test_a_subclass_with_logits_of_its_own_gets_their_loss() -> None:
+def test_a_subclass_with_its_own_logits_gets_the_loss_of_those() -> None:
     class Doubled(ClipLoss):
         def get_logits(self, *arguments: Tensor | float) -> tuple[Tensor, Tensor]:
             per_image, per_text = super().get_logits(*arguments)
@@ -250,7 +250,7 @@ def test_a_subclass_with_logits_of_its_own_gets_their_loss() -> None:
     torch.testing.assert_close(Doubled()(x, y, 3.0), ClipLoss()(x, y, 6.0))
 
 
-def test_a_sigmoid_subclass_with_labels_or_logits_of_its_own_gets_their_loss() -> None:
+def test_a_sigmoid_subclass_with_its_own_labels_or_logits_gets_the_loss_of_those() -> None:
     class Doubled(SigLipLoss):
         def get_logits(self, *arguments: Tensor | float) -> Tensor:
             return 2 * super().get_logits(*arguments)
@@ -268,8 +268,8 @@ def test_a_sigmoid_subclass_with_labels_or_logits_of_its_own_gets_their_loss() -
     )
 
 
-def test_a_scalar_on_the_cpu_serves_features_on_another_device() -> None:
-    """As torch's own operators take it; one of shape [1] they refuse, too."""
+def test_a_scalar_on_the_cpu_is_moved_to_the_features_device() -> None:
+    """torch's operators accept such a scalar, too, and reject one of shape [1]."""
     features = torch.empty(4, 3, device="meta")
     scale = torch.tensor(3.0, requires_grad=True)
     taken = scalar("logit_scale", scale, features)

@@ -1,4 +1,4 @@
-"""open_clip's own model and training loop learn the same with our losses as with theirs."""
+"""open_clip's model and training loop learn the same with our losses as with its own."""
 
 import logging
 from argparse import Namespace
@@ -24,7 +24,7 @@ def open_clip() -> ModuleType:
 
 
 class Recorder(nn.Module):
-    """Passes calls on to a loss and notes every value."""
+    """Calls a loss and records every value."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Recorder(nn.Module):
 
 
 class Batches(list):
-    """A list of (images, texts) that open_clip's loop takes for its data loader."""
+    """A list of (images, texts) with the attributes of open_clip's data loaders."""
 
     def __init__(self, count: int) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -52,7 +52,7 @@ class Batches(list):
             )
             for _ in range(3)
         )
-        self[:] = [self[i % 3] for i in range(count)]  # seen again, so that something is learnt
+        self[:] = [self[i % 3] for i in range(count)]  # repeated, so that something is learnt
         self.num_batches, self.num_samples = count, count * BATCH
         self.dataloader = self
 
@@ -68,7 +68,7 @@ def train(
     scaled: bool,
     nonscalar: bool,
 ) -> tuple[list[float], list[Tensor]]:
-    """Loss values of a run of open_clip's `train_one_epoch`, and the parameters at its end."""
+    """Returns the losses of a run of open_clip's `train_one_epoch` and the final parameters."""
     from open_clip_train.train import train_one_epoch
 
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_the_curves_overlap(
     theirs, wanted = train(open_clip, getattr(open_clip.loss, name)(), *way)
     assert len(ours) == len(theirs) == STEPS * accum_freq
     assert ours == pytest.approx(theirs, rel=tolerance)
-    # Half precision aside, the parameters arrive at the same place; and they did go somewhere.
+    # Training did change something. Without half precision, the final parameters agree, too.
     assert ours[-1] < 0.97 * ours[0]
     if precision == "fp32":
         for one, other in zip(parameters, wanted, strict=True):

@@ -1,4 +1,4 @@
-"""Sources that can be built, and an unpacked wheel of them, once for each file of tests."""
+"""A copy of the sources and an unpacked wheel of them, once for each test file."""
 
 import shutil
 import zipfile
@@ -10,7 +10,7 @@ from support.installation import BUILT_FROM, MADE_HERE, ROOT, SOURCE_FOLDERS, pi
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads."""
+    """A copy of the files that a build reads."""
     folder = tmp_path_factory.mktemp("sources")
     for name in BUILT_FROM:
         shutil.copy(ROOT / name, folder)
@@ -21,7 +21,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel without the extension, unpacked; what is in it is Python's part of every wheel."""
+    """An unpacked wheel without the compiled module: the Python files of every wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     built = pip(
         "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(sources),

@@ -1,4 +1,4 @@
-"""Installations with and without the compiled module, and with one that does not fit."""
+"""Installations with, without and with an incompatible compiled module."""
 
 import ast
 import importlib.util
@@ -18,14 +18,14 @@ import torch
 from support.installation import ROOT, environment, pip, python, use_the_loss
 
 
-def test_absent_extension_is_told_once_and_replaced(unpacked: Path) -> None:
+def test_an_absent_extension_warns_once_and_is_replaced(unpacked: Path) -> None:
     result = use_the_loss(unpacked)
     assert len(result["warnings"]) == 1
     assert result["cpu"] != "available"
     assert result["losses"] == pytest.approx([result["truth"]] * 2, rel=1e-5)
 
 
-def test_extension_that_is_no_library_is_told_once_and_replaced(
+def test_an_extension_that_is_no_library_warns_once_and_is_replaced(
     unpacked: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(unpacked, tmp_path, dirs_exist_ok=True)
@@ -39,7 +39,7 @@ def test_extension_that_is_no_library_is_told_once_and_replaced(
 
 
 def compiled_library() -> Path:
-    """The installed extension, which has to be there where the run requires it."""
+    """Returns the path of the installed extension. Skips, or fails if required, without one."""
     spec = importlib.util.find_spec("fastclip._C")
     if spec is None or spec.origin is None:
         assert os.environ.get("FASTCLIP_REQUIRE_EXTENSION") != "1", "fastclip._C is not installed"
@@ -47,11 +47,11 @@ def compiled_library() -> Path:
     return Path(spec.origin)
 
 
-def test_extension_of_another_torch_is_told_with_both_versions(
+def test_an_extension_of_another_torch_warns_with_both_versions(
     unpacked: Path, tmp_path: Path
 ) -> None:
-    """The real library, made to ask torch for a symbol that it does not have, as one that was built
-    against another version does."""
+    """The real library is changed to need a symbol that torch does not have, like a library built
+    against another version."""
     library = compiled_library()
     shutil.copytree(unpacked, tmp_path, dirs_exist_ok=True)
     ours, other = torch.__version__.encode(), b"1.99" + b"9" * (len(torch.__version__) - 4)
@@ -94,7 +94,7 @@ def test_the_stub_has_the_names_and_arguments_of_the_module() -> None:
 
 @pytest.fixture(params=["absent", "failing"])
 def compiler(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """CXX: a name of nothing, or a compiler that tells its version and fails at all else."""
+    """A value of CXX: a missing file, or a compiler that only prints its version."""
     if request.param == "absent":
         return "/nonexistent/c++"
     path = tmp_path / "c++"
@@ -103,24 +103,24 @@ def compiler(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(path)
 
 
-def test_install_goes_on_without_a_working_compiler(
+def test_an_installation_continues_without_a_working_compiler(
     sources: Path, tmp_path: Path, compiler: str
 ) -> None:
     target = tmp_path / "target"
     arguments = ("install", "-v", "--no-deps", "--no-build-isolation", "--target", str(target))
     done = pip(*arguments, str(sources), CXX=compiler)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = done.stdout + done.stderr
-    assert "the compiled engines were not built: " in told
-    assert ("no working C++ compiler" in told) == (compiler == "/nonexistent/c++")
-    assert "the pure PyTorch engine serves" in told
+    output = done.stdout + done.stderr
+    assert "the compiled engines were not built: " in output
+    assert ("no working C++ compiler" in output) == (compiler == "/nonexistent/c++")
+    assert "the pure PyTorch engine serves" in output
     assert not list(target.glob("fastclip/_C*"))
     result = use_the_loss(target)
     assert len(result["warnings"]) == 1 and result["cpu"] != "available"
     assert result["losses"] == pytest.approx([result["truth"]] * 2, rel=1e-5)
 
 
-def test_install_stops_without_a_working_compiler_where_one_is_required(
+def test_an_installation_fails_without_a_working_compiler_if_required(
     sources: Path, tmp_path: Path, compiler: str
 ) -> None:
     target = tmp_path / "target"
@@ -132,8 +132,10 @@ def test_install_stops_without_a_working_compiler_where_one_is_required(
 
 
 def launcher(folder: Path, only: str = "") -> str:
-    """CXX: the compiler, with the objects of an editable installation where it has them; of those
-    alone whose sources' names have `only` in them."""
+    """Returns a value of CXX: the compiler, or a copy of an editable installation's objects.
+
+    Objects are reused only if the compiler's arguments contain `only`.
+    """
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     reuse = [sys.executable, str(ROOT / "tests/support/reuse_objects.py"), str(ROOT)]
     path = folder / "c++"
@@ -149,7 +151,7 @@ def launcher(folder: Path, only: str = "") -> str:
 def test_a_wheel_with_the_extension_runs_from_an_empty_folder(
     sources: Path, tmp_path: Path
 ) -> None:
-    """Some seconds with the objects of an editable installation, some minutes without."""
+    """Takes seconds with the objects of an editable installation, minutes without."""
     library = compiled_library()
     arguments = ("wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sources))
     built = pip(*arguments, CXX=launcher(tmp_path), FASTCLIP_REQUIRE_EXTENSION="1")
@@ -182,7 +184,7 @@ runpy.run_path("setup.py", run_name="__main__")
 def test_an_extension_with_the_cuda_engine_loads_without_a_card(
     sources: Path, unpacked: Path, tmp_path: Path
 ) -> None:
-    """Beside a torch that pretends to be built for CUDA: of libtorch_cuda one function is asked."""
+    """torch pretends to be built for CUDA; a stub of libtorch_cuda has the one function needed."""
     compiled_library()
     told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"release (\d+\.\d+)", told)[1]

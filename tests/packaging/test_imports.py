@@ -1,4 +1,4 @@
-"""Modules import one another without circles, and packages form layers."""
+"""The import graph of modules has no cycle, and packages form layers."""
 
 import ast
 from collections.abc import Iterator
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from support.installation import ROOT
 
-# Each package may import those that come before it, and the modules beside them.
+# A package may import those before it in this list, and modules outside the list.
 LAYERS = ("fastclip.engine", "fastclip.distributed", "fastclip.loss", "fastclip.clip",
           "fastclip.demo")  # fmt: skip
 
 
 def module_of(path: Path) -> str:
+    """Returns the name by which a file is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     if parts[0] == "triton_kernels":
         parts = ("fastclip", *parts)
@@ -20,8 +21,8 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path, modules: set[str]) -> Iterator[str]:
-    """The modules that a file names in its imports, deferred ones included. A name of a package
-    stands for its submodule of that name, if it has one."""
+    """Yields the modules that a file imports, also inside functions. `from package import name`
+    counts as the submodule `name` if there is one, otherwise as the package."""
     own = module_of(path)
     package = own if path.name == "__init__.py" else own.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -37,13 +38,14 @@ def imports(path: Path, modules: set[str]) -> Iterator[str]:
 
 
 def graph(*folders: str) -> dict[str, set[str]]:
+    """Returns the modules of folders, each with those that it imports."""
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     modules = {module_of(path) for path in files}
     return {module_of(path): set(imports(path, modules)) & modules for path in files}
 
 
-def circle(edges: dict[str, set[str]]) -> list[str]:
-    """A circle of modules, empty if there is none."""
+def cycle(edges: dict[str, set[str]]) -> list[str]:
+    """Returns a cycle of modules, empty if there is none."""
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
@@ -61,15 +63,15 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("folders", [("fastclip", "triton_kernels"), ("bench",)], ids="/".join)
-def test_no_modules_import_one_another_in_a_circle(folders: tuple[str, ...]) -> None:
+def test_the_import_graph_has_no_cycle(folders: tuple[str, ...]) -> None:
     edges = graph(*folders)
     assert len(edges) > 30
-    assert circle(edges) == []
+    assert cycle(edges) == []
 
 
-def test_a_circle_is_found() -> None:
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+def test_a_cycle_is_found() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def layer(module: str) -> int | None:
@@ -77,7 +79,7 @@ def layer(module: str) -> int | None:
 
 
 def test_packages_form_layers() -> None:
-    """fastclip/train.py starts the demo, and no package imports it."""
+    """fastclip/train.py is in no layer: it starts the demo, and no package imports it."""
     upwards = [
         (module, other)
         for module, others in graph("fastclip", "triton_kernels").items()

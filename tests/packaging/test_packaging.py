@@ -1,7 +1,7 @@
-"""What an installation holds, and what importing it does and does not do.
+"""The files of an installation and the effects of importing it.
 
-Everything runs on a copy of the sources and in other processes, which see that copy and the other
-installed packages but not this checkout. Nothing here touches the environment that runs the tests.
+Tests work on a copy of the sources, in processes that see that copy and the other installed
+packages but not this checkout. They do not change the environment that runs the tests.
 """
 
 import importlib.util
@@ -34,24 +34,24 @@ def test_wheel_holds_every_file_of_the_packages(unpacked: Path, sources: Path) -
     assert found == expected
 
 
-def test_a_wheel_is_small_and_its_demo_says_what_is_missing(unpacked: Path) -> None:
+def test_a_wheel_is_small_and_its_demo_names_the_missing_files(unpacked: Path) -> None:
     size = sum(p.stat().st_size for p in unpacked.rglob("*") if p.is_file())
     assert size < 1 << 20
     pytest.importorskip("safetensors")
     pytest.importorskip("tokenizers")
-    helped = python(DEMO.format(["--help"]), unpacked)
-    assert helped.returncode == 0, helped.stderr
+    help_run = python(DEMO.format(["--help"]), unpacked)
+    assert help_run.returncode == 0, help_run.stderr
     failed = python(DEMO.format(["--out", "demo"]), unpacked)
     assert failed.returncode == 2
-    line = failed.stderr.strip().splitlines()[-1]
-    assert "the demo needs concepts.json, tokenizer.json, google.png, twitter.png in " in line
-    assert str(unpacked / "fastclip/demo/emoji") in line and "`make demo`" in line
+    message = failed.stderr.strip().splitlines()[-1]
+    assert "the demo needs concepts.json, tokenizer.json, google.png, twitter.png in " in message
+    assert str(unpacked / "fastclip/demo/emoji") in message and "`make demo`" in message
 
 
 DEMO = "from fastclip.train import main; main({})"
 
 
-def test_wheel_carries_the_licence(unpacked: Path) -> None:
+def test_wheel_holds_the_licence(unpacked: Path) -> None:
     (licence,) = unpacked.glob("*.dist-info/**/LICENSE")
     assert licence.read_text() == (ROOT / "LICENSE").read_text()
     (metadata,) = unpacked.glob("*.dist-info/METADATA")
@@ -84,7 +84,7 @@ def test_this_installation_offers_no_top_level_kernels(tmp_path: Path) -> None:
 
 
 def test_importing_is_light(unpacked: Path) -> None:
-    """No CUDA, and none of the optional packages; what torch imports by itself does not count."""
+    """Importing neither starts CUDA nor imports optional packages, except those torch imports."""
     code = """
 import sys, torch
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""The demo's own task with a smaller model, and what ranks of `ranks.py` train on it."""
+"""The demo's task, also with a smaller model, and functions that ranks run on it."""
 
 import signal
 from dataclasses import replace
@@ -17,6 +17,7 @@ from fastclip.demo.workers import ALONE, Workers
 
 @cache
 def small() -> Task:
+    """The demo's data with a smaller model."""
     task = whole()
     sizes = {"embed_dim": 32, "image_width": 32, "image_heads": 2, "text_width": 32}
     return replace(task, config=replace(task.config, **sizes, text_heads=2))
@@ -24,6 +25,7 @@ def small() -> Task:
 
 @cache
 def whole() -> Task:
+    """The demo's data and model."""
     return Task.load()
 
 
@@ -33,13 +35,13 @@ def trained(
 ) -> Run:  # fmt: skip
     model, stream = replace(task, workers=workers).start(seed, batch_size)
     run = Run()
-    of_all = loss_of(loss, workers, batch_size)
-    train(model, stream, of_all, run, lr=lr, workers=workers, **options)
+    batch_loss = loss_of(loss, workers, batch_size)
+    train(model, stream, batch_loss, run, lr=lr, workers=workers, **options)
     return run
 
 
 def curve(rank: int, size: int, batch_size: int, options: dict[str, Any]) -> list[float]:
-    """Of the small model."""
+    """Returns the loss curve of the small model."""
     return trained(small(), batch_size, workers=Workers(rank, size), **options).losses
 
 
@@ -47,21 +49,23 @@ def curve_and_state(
     rank: int, size: int, batch_size: int, checkpoint: Checkpoint, broken: int, options: dict,
     stop: int | None = None,
 ) -> list[float]:  # fmt: skip
-    """Of the demo's own model; and its state after `broken` steps, in a file."""
+    """Returns the loss curve of the demo's model, and writes its state after `broken` steps."""
     task, workers = whole(), Workers(rank, size)
     trained(task, batch_size, workers=workers, checkpoint=checkpoint, **options, stop=broken)
     return trained(task, batch_size, workers=workers, **options, stop=stop).losses
 
 
-def step_of_which_one_asks_to_stop(rank: int, size: int) -> tuple[int, tuple[float, bool]]:
-    """The step after which it stops, 0 where it is never told to; what the ranks' account says."""
+def stop_requested_on_the_last_rank(rank: int, size: int) -> tuple[int, tuple[float, bool]]:
+    """Returns the step after which this rank stops (0: it does not) and the result of `account`."""
     workers, run = Workers(rank, size), Run()
     last = rank == size - 1
     model, stream = replace(small(), workers=workers).start(0, 8)
     loss = loss_of("fused", workers, 8)
     try:
-        # Its steps are over then: a rank that does not hear of it ends, and waits for nobody.
-        train(model, stream, loss, run, steps=1, lr=1e-3, workers=workers, asked=lambda: last)
+        # There is one step: a rank that misses the request finishes instead of waiting forever.
+        train(
+            model, stream, loss, run, steps=1, lr=1e-3, workers=workers, stop_requested=lambda: last
+        )
     except KeyboardInterrupt:
         stopped = len(run.losses)
     else:
@@ -70,7 +74,7 @@ def step_of_which_one_asks_to_stop(rank: int, size: int) -> tuple[int, tuple[flo
 
 
 def bucket_layouts(rank: int, size: int, steps: int) -> list[list[tuple[int, ...]]]:
-    """For each step, which parameters' gradients travel in which order."""
+    """Returns for each step the parameters of each bucket, in the order of their reduction."""
     workers = Workers(rank, size)
     model, stream = replace(small(), workers=workers).start(0, 8)
     wrapped = workers.wrap(model)
@@ -89,30 +93,31 @@ def bucket_layouts(rank: int, size: int, steps: int) -> list[list[tuple[int, ...
     return seen
 
 
-def told_by_the_first(rank: int, size: int, answers: list[Any]) -> list[Any]:
-    """What every rank hears of rank 0's answers, errors among them."""
-    heard = []
-    for answer in answers:
+def received_from_first(rank: int, size: int, results: list[Any]) -> list[Any]:
+    """Returns the results and errors that a rank receives from rank 0."""
+    received = []
+    for result in results:
 
-        def make(answer: Any = answer) -> Any:
+        def make(result: Any = result) -> Any:
             assert rank == 0
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+            if isinstance(result, Exception):
+                raise result
+            return result
 
         try:
-            heard.append(Workers(rank, size).from_first(make))
+            received.append(Workers(rank, size).from_first(make))
         except (ValueError, OSError) as error:
-            heard.append(f"{type(error).__name__}: {error}")
-    return heard
+            received.append(f"{type(error).__name__}: {error}")
+    return received
 
 
 def heed_interrupts() -> None:
-    """In a process about to be started: a shell that runs the tests in the background has them, and
-    what they start, ignore Ctrl-C."""
+    """Makes a process that is about to start react to Ctrl-C. A shell that runs the tests in the
+    background makes them and their child processes ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def groups_of_a_lone_worker() -> bool:
+    """Whether a worker without others sets up a process group."""
     with ALONE.group(torch.device("cpu")):
         return dist.is_initialized()

@@ -1,4 +1,4 @@
-"""Our losses and open_clip's, called alike: a model's output, and how the two compare."""
+"""Inputs for our losses and open_clip's, and a comparison of the two."""
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,14 @@ NAMES = ("ClipLoss", "SigLipLoss")
 
 
 def ours_of(name: str) -> type[nn.Module]:
+    """Returns our class of that name."""
     return getattr(fastclip.loss, name)
 
 
 def model_out(
     device: torch.device, scale_shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """What an open_clip model returns: normalised features, exponentiated scale, bias."""
+    """Returns the output of an open_clip model: normalised features, exponentiated scale, bias."""
     generator = torch.Generator().manual_seed(3)
     x, y = F.normalize(torch.randn(2, N, D, generator=generator), dim=-1).to(device, dtype)
     out = {
@@ -30,7 +31,7 @@ def model_out(
 
 
 def compare(one: nn.Module, other: nn.Module, out: dict[str, Tensor]) -> None:
-    """Same value, same gradients of everything."""
+    """Asserts that two losses have the same value and the same gradients of all inputs."""
     found = []
     for module in (one, other):
         value = module(**out)

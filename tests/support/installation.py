@@ -1,4 +1,4 @@
-"""Builds and uses installations of fastclip apart from the one under test."""
+"""Builds and runs installations of fastclip other than the one under test."""
 
 import json
 import os
@@ -10,13 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
 BUILT_FROM = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
-
-
 SOURCE_FOLDERS = ("csrc", "fastclip", "triton_kernels")
-
-
 MADE_HERE = shutil.ignore_patterns("_C.*", "__pycache__")
 
 
@@ -38,21 +33,22 @@ print(json.dumps({
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's variables without those that would steer a build or an import."""
-    steering = {"CXX", "PYTHONPATH", "PYTHONSAFEPATH"}
-    steering |= {"FASTCLIP_REQUIRE_EXTENSION", "FASTCLIP_SKIP_EXTENSION"}
-    steering |= {"FASTCLIP_CUDA", "TORCH_CUDA_ARCH_LIST", "CUTLASS_PATH"}
-    return {k: v for k, v in os.environ.items() if k not in steering} | variables
+    """This process's variables without those that affect a build or an import."""
+    affecting = {"CXX", "PYTHONPATH", "PYTHONSAFEPATH"}
+    affecting |= {"FASTCLIP_REQUIRE_EXTENSION", "FASTCLIP_SKIP_EXTENSION"}
+    affecting |= {"FASTCLIP_CUDA", "TORCH_CUDA_ARCH_LIST", "CUTLASS_PATH"}
+    return {k: v for k, v in os.environ.items() if k not in affecting} | variables
 
 
 def pip(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs pip in a process with these environment variables."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
 
 
 def python(code: str, package: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs code that finds `package`'s folder first. -S leaves out the .pth files, through which an
-    editable installation would offer the checkout's `_C` to any package named fastclip."""
+    """Runs code with the folder `package` first on the path. -S skips the .pth files, by which an
+    editable installation would give the checkout's `_C` to any package named fastclip."""
     installed = [*site.getsitepackages(), site.getusersitepackages()]
     path = os.pathsep.join([str(package), *installed])
     return subprocess.run(
@@ -65,6 +61,7 @@ def python(code: str, package: Path, cwd: Path | None = None) -> subprocess.Comp
 
 
 def use_the_loss(package: Path) -> dict:
+    """Returns the warnings, losses and CPU availability of an installation."""
     process = python(USE_THE_LOSS, package)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)

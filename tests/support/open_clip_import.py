@@ -1,4 +1,4 @@
-"""Imports open_clip for the tests, which skip by name where a package of it is missing."""
+"""Imports open_clip for tests, which are skipped if a package is missing."""
 
 from types import ModuleType
 
@@ -9,7 +9,7 @@ from bench.methods import open_clip
 
 
 def import_open_clip() -> ModuleType:
-    """The `open_clip` module, or a skip that names the missing package."""
+    """Returns the `open_clip` module, or skips the test and names the missing package."""
     try:
         return open_clip.import_module("open_clip", ("open_clip", "torchvision", "timm"))
     except ModuleNotFoundError as error:

@@ -1,5 +1,5 @@
-"""A C++ compiler that hands out the objects of a checkout's last build where that was of the
-sources as they are now, and else compiles: minutes become seconds.
+"""A C++ compiler that copies objects of a checkout's last build if the sources have not
+changed since, and compiles otherwise. It saves minutes.
 
     python reuse_objects.py CHECKOUT COMPILER ARGUMENTS...
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def built_object(checkout: Path, out: Path) -> Path | None:
-    """The object of which `out` would be a copy."""
+    """Returns the object of the checkout that equals `out`; None if there is none or it is old."""
     names = [k for k, part in enumerate(out.parts) if part.startswith("objects-")]
     built = checkout.joinpath("build", *out.parts[names[0] :]) if names else out
-    # An editable build ends with the library: ninja has then seen to every object.
+    # The library is the last product of an editable build: every object is then up to date.
     library = f"fastclip/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     linked = max((path.stat().st_mtime for path in checkout.glob(library)), default=0)
     newest = max(p.stat().st_mtime for p in (checkout / "csrc").rglob("*") if p.is_file())

@@ -1,9 +1,8 @@
-"""Real image-text pairs that fit in a repository: emoji as two vendors draw them, with their names.
+"""Image-text pairs small enough for a repository: emoji of two vendors, with their names.
 
-1,906 concepts, each drawn by Google (Noto Emoji) and by Twitter (Twemoji), 32 x 32 pixels with
-transparency, so that whoever trains on them can put them on any background. `load()` reads them
-from this folder; `rebuild.py` tells how they came here, LICENSE.txt whose they are. Nothing here
-uses the network, and nothing here is changed by training.
+There are 1,906 concepts, each drawn by Google (Noto Emoji) and by Twitter (Twemoji), in 32 x 32
+pixels with transparency, so that training can put them on any background. `load()` reads them from
+this folder. `rebuild.py` made the files, and LICENSE.txt names their owners and licences.
 """
 
 import json
@@ -18,18 +17,18 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 TOKENIZER = FOLDER / "tokenizer.json"
 VENDORS = ("google", "twitter")
-SIZE = 32  # pixels a side
+SIZE = 32  # side of a drawing, in pixels
 COLUMNS = 44  # drawings in a row of a sheet
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji, whoever draws it.
+    """One emoji, in the drawings of all vendors.
 
-    `captions` begins with its Unicode name; other short names follow where they differ. Concepts
-    with the same `look_alike` number cannot be told apart: some vendor draws them pixel for pixel
-    alike (the flags of Norway and of Bouvet Island), or they have the same name. No two concepts
-    with different numbers share a caption.
+    `captions` begins with its Unicode name, followed by short names that differ from it. Concepts
+    with the same `look_alike` number cannot be told apart: a vendor draws them pixel for pixel
+    alike (the flags of Norway and of Bouvet Island), or they have the same name. Concepts with
+    different numbers share no caption.
     """
 
     code: str
@@ -52,10 +51,10 @@ class Emoji:
 
 
 def load(folder: Path = FOLDER) -> Emoji:
-    """Reads concepts.json and one sheet of drawings for each vendor.
+    """Returns the concepts and drawings, read from concepts.json and one sheet for each vendor.
 
     Raises:
-        FileNotFoundError: a file is missing, as in a fastclip that was installed from a wheel.
+        FileNotFoundError: a file is missing; wheels of fastclip do not hold them.
     """
     files = ["concepts.json", TOKENIZER.name, *(f"{vendor}.png" for vendor in VENDORS)]
     missing = [name for name in files if not (folder / name).is_file()]
@@ -71,7 +70,7 @@ def load(folder: Path = FOLDER) -> Emoji:
 
 
 def read_sheet(path: Path, count: int) -> np.ndarray:
-    """The first `count` drawings of a sheet, row by row: (count, 4, SIZE, SIZE) uint8."""
+    """Returns the first `count` drawings of a sheet, row by row: (count, 4, SIZE, SIZE) uint8."""
     with Image.open(path) as image:
         sheet = np.asarray(image.convert("RGBA"))
     rows = sheet.shape[0] // SIZE
@@ -80,7 +79,7 @@ def read_sheet(path: Path, count: int) -> np.ndarray:
 
 
 def write_sheet(path: Path, drawings: np.ndarray) -> None:
-    """The inverse of `read_sheet`; unused places stay transparent."""
+    """Writes a sheet that `read_sheet` reads. Unused places are transparent."""
     rows = -(-len(drawings) // COLUMNS)
     tiles = np.zeros((rows * COLUMNS, 4, SIZE, SIZE), np.uint8)
     tiles[: len(drawings)] = drawings

@@ -1,10 +1,10 @@
-"""Batches to train on: one drawing and one caption for each of many different concepts.
+"""Training batches: one drawing and one caption for each of many different concepts.
 
-No batch holds a false negative. Both vendors' drawings of a concept share its captions, so a batch
-takes a concept at most once, in one vendor's drawing; and of concepts that look alike, or have one
-name, it takes one. Concepts that do not look alike share no caption. An epoch visits every trained
-look-alike group once, in a new order; which member, which vendor, which caption and which
-background is drawn anew each time. All of it follows from the seed, whatever the loss does.
+No batch holds a false negative. Both vendors' drawings of a concept share its captions, so that a
+batch holds a concept at most once, in one vendor's drawing. It holds at most one concept of those
+that look alike or have the same name, and others share no caption. An epoch visits every trained
+look-alike group once, in a new order. The member, the vendor, the caption and the background are
+drawn anew each time. Batches depend on the seed alone.
 """
 
 import random
@@ -20,16 +20,19 @@ from ...clip.zero_shot import TEMPLATES
 from . import SIZE, Emoji
 from .split import Split
 
-PLAIN = 0.8  # of the captions are a bare name, the others have one of the prompts' templates
-SHIFT = 2.0  # pixels at most, each way
-ZOOM = 0.15  # the side shrinks or grows by this fraction at most
-TINT = 0.2  # how far a drawing's colours are mixed and brightened
+PLAIN = 0.8  # the fraction of captions that are a bare name; the others are in a template
+SHIFT = 2.0  # pixels at most, in each direction
+ZOOM = 0.15  # the largest fraction by which the side shrinks or grows
+TINT = 0.2  # the strength with which colours are mixed and brightened
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (b, 3, SIZE, SIZE) in [-1, 1] and `tokens` (b, T) of the rows that are made, and
-    what was drawn for all B pairs."""
+    """A batch of B pairs, of which a process makes b.
+
+    `images` (b, 3, SIZE, SIZE) in [-1, 1] and `tokens` (b, T) are of the b pairs; `concepts`,
+    `vendors` and `captions` of all B.
+    """
 
     images: Tensor
     tokens: Tensor
@@ -42,13 +45,13 @@ class Batches:
     """Endless batches of the split's trained side.
 
     Args:
-        encode: captions to token ids.
-        rows: which pairs of each batch are made into pictures and tokens, for a process that has
-            these alone; what is drawn, and with it every other batch, stays the same.
+        encode: converts captions to token ids.
+        rows: the pairs of each batch that become pictures and tokens, for a process that trains on
+            these alone. The random choices are the same for any `rows`.
 
     Raises:
-        ValueError: a batch size below 2 or above the number of trained groups, of which a batch
-            cannot hold one twice.
+        ValueError: the batch size is below 2, or above the number of trained groups: a batch holds
+            no group twice.
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class Batches:
             raise ValueError(f"batch size must be from 2 to {len(self._groups)}, got {batch_size}")
         self._emoji, self._split, self._encode = emoji, split, encode
         self._batch_size, self._rows = batch_size, rows
-        # Two streams: a caption's choice must not move when the augmentation draws more numbers.
+        # Two generators: the choice of captions must not depend on how many numbers the
+        # augmentation draws.
         self._choose, self._noise = random.Random(seed), torch.Generator().manual_seed(seed)
         self._drawings = emoji.drawings.to(device)
         self._next = len(self._groups)  # the first epoch has yet to be shuffled
@@ -75,7 +79,7 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        # What is left of an epoch is dropped: another rest each time.
+        # Groups left over at the end of an epoch are dropped: others in each epoch.
         if self._next + self._batch_size > len(self._groups):
             self._choose.shuffle(self._groups)
             self._next = 0
@@ -93,7 +97,7 @@ class Batches:
         return Batch(images, tokens, concepts, vendors, captions)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is; the same whatever its `rows`."""
+        """Returns the position in the stream, which does not depend on `rows`."""
         return {
             "groups": list(self._groups),
             "next": self._next,
@@ -102,7 +106,7 @@ class Batches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the batch that followed when `state` was taken."""
+        """Makes the next batch the one that followed when `state` was taken."""
         self._groups, self._next = list(state["groups"]), state["next"]
         self._choose.setstate(state["choose"])
         self._noise.set_state(state["noise"])
@@ -118,10 +122,11 @@ def _caption(emoji: Emoji, concept: int, choose: random.Random) -> str:
 
 
 def augment(drawings: Tensor, noise: torch.Generator, rows: slice = slice(None)) -> Tensor:
-    """(B, 4, SIZE, SIZE) uint8 drawings, shifted, zoomed, tinted, on backgrounds of random colours.
+    """Shifts, zooms and tints drawings and puts them on backgrounds of random colours.
 
-    `noise` is a CPU generator whatever the drawings' device: the same numbers everywhere. They are
-    drawn for all drawings, of which `rows` are returned: the same numbers for any slices.
+    `drawings` are (B, 4, SIZE, SIZE) uint8. `noise` is a CPU generator, so that the random numbers
+    are the same on any device. They are drawn for all drawings, although only `rows` are returned,
+    so that they are the same for any slice.
     """
     whole, device = len(drawings), drawings.device
 
@@ -141,12 +146,12 @@ def augment(drawings: Tensor, noise: torch.Generator, rows: slice = slice(None))
 
 
 def on_white(drawings: Tensor) -> Tensor:
-    """(B, 4, SIZE, SIZE) uint8 drawings as the evaluation shows them: in place, on white."""
+    """Returns drawings (B, 4, SIZE, SIZE) uint8 on white, unmoved, as the evaluation uses them."""
     colour, opacity = premultiply(drawings)
     return 2 * (colour + (1 - opacity)) - 1
 
 
 def premultiply(drawings: Tensor) -> tuple[Tensor, Tensor]:
-    """Colours times opacity (B, 3, ...) and opacity (B, 1, ...), both in [0, 1]."""
+    """Returns colours times opacity (B, 3, ...) and opacity (B, 1, ...), both in [0, 1]."""
     rgba = drawings.float() / 255
     return rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]

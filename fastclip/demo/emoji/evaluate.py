@@ -1,11 +1,12 @@
-"""What a trained model knows of emoji that it has not seen, each figure beside chance.
+"""Evaluates a trained model on emoji that it has not seen. Each score comes with chance level.
 
-Retrieval in both directions over two test sets, and zero-shot classification of the second:
+The evaluation is retrieval in both directions on two test sets, and zero-shot classification of the
+second:
 
 - *other vendor*: concepts trained on one vendor's drawing, tested on the other vendor's;
-- *held out*: concepts of which neither a drawing nor the name was trained on.
+- *held out*: concepts without a drawing or a name in the training set.
 
-One concept of each look-alike group takes part, under its Unicode name, on a white background.
+Each look-alike group is tested by one concept, with its Unicode name, on a white background.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from .split import Split
 
 Encode = Callable[[Sequence[str]], Tensor]
 
-# Each category in words: its own name's, and of what it holds. No category was trained on.
+# Words for each category: its name, and things that it holds. No category was trained on.
 CATEGORY_WORDS = {
     "Smileys & Emotion": ("face", "smiling face", "sad face", "heart", "cat face"),
     "People & Body": ("person", "man", "woman", "hand", "woman worker", "man running"),
@@ -38,7 +39,7 @@ CATEGORY_WORDS = {
 
 @dataclass(frozen=True)
 class Score:
-    """A fraction of right answers, beside what guessing gets."""
+    """A fraction of right answers, and the fraction that guessing gets."""
 
     value: float
     chance: float
@@ -49,15 +50,15 @@ class Score:
 
 
 def recall(queries: Tensor, answers: Tensor, k: int) -> float:
-    """How often row i of `queries` (N, D) has row i of `answers` (N, D) among its k nearest."""
+    """Returns how often row i of `queries` has row i of `answers` (N, D) among its k nearest."""
     similarity = queries @ answers.T
-    # Ties count against the model: a collapsed one must not look right.
+    # Ties count against the model: one with equal features for all must not score.
     better = (similarity >= similarity.diagonal()[:, None]).sum(dim=1) - 1
     return (better < k).float().mean().item()
 
 
 def retrieval(images: Sequence[Tensor], texts: Tensor) -> dict[str, Score]:
-    """R@1 and R@5 in both directions, averaged over sets of images (N, D) of the same N texts."""
+    """Returns R@1 and R@5 in both directions, averaged over image sets of the same N texts."""
     count = len(texts)
     return {
         f"{direction} R@{k}": Score(
@@ -75,7 +76,7 @@ def retrieval(images: Sequence[Tensor], texts: Tensor) -> dict[str, Score]:
 
 
 def per_class_accuracy(guesses: Tensor, labels: Tensor) -> float:
-    """Accuracy averaged over the classes that occur: a constant answer gets exactly chance."""
+    """Returns the accuracy averaged over the classes: a constant answer gets exactly chance."""
     classes = labels.unique()
     return sum((guesses[labels == c] == c).float().mean().item() for c in classes) / len(classes)
 
@@ -91,7 +92,7 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out(model: CLIP, emoji: Emoji, split: Split, encode: Encode) -> HeldOut:
-    """The features of every held-out concept in every vendor's drawing."""
+    """Returns the features of every held-out concept in every vendor's drawing."""
     concepts = tuple(split.members[group][0] for group in split.held_out)
     images = tuple(
         features(model, emoji, concepts, [vendor] * len(concepts)) for vendor in range(len(VENDORS))
@@ -103,7 +104,7 @@ def held_out(model: CLIP, emoji: Emoji, split: Split, encode: Encode) -> HeldOut
 def evaluate(
     model: CLIP, emoji: Emoji, split: Split, encode: Encode
 ) -> dict[str, dict[str, Score]]:
-    """All figures, by test set and by name."""
+    """Returns all scores, by test set and by name."""
     model.eval()
     unseen = [
         (split.members[group][0], vendor)
@@ -137,17 +138,17 @@ def evaluate(
 
 
 def pictures(model: CLIP, emoji: Emoji, concepts: Sequence[int], vendors: Sequence[int]) -> Tensor:
-    """The drawings on white, (B, 3, SIZE, SIZE), on the model's device."""
+    """Returns the drawings on white, (B, 3, SIZE, SIZE), on the model's device."""
     return on_white(emoji.drawings[list(concepts), list(vendors)].to(model.logit_scale.device))
 
 
 def features(model: CLIP, emoji: Emoji, concepts: Sequence[int], vendors: Sequence[int]) -> Tensor:
-    """Image features (B, D) of these concepts in these vendors' drawings."""
+    """Returns image features (B, D) of these concepts in these vendors' drawings."""
     return model.encode_image(pictures(model, emoji, concepts, vendors))
 
 
 def names(model: CLIP, emoji: Emoji, concepts: Sequence[int], encode: Encode) -> Tensor:
-    """Text features (B, D) of these concepts' names."""
+    """Returns text features (B, D) of these concepts' names."""
     return model.encode_text(encode([emoji.concepts[c].name for c in concepts]))
 
 

@@ -1,6 +1,6 @@
-"""The demo's picture: the two losses' curves, and held-out drawings with what the model calls them.
+"""The demo's figure: both loss curves, and held-out drawings with the names the model gives them.
 
-The drawings are chosen by a fixed shuffle before anything is known of the answers.
+A fixed shuffle chooses the drawings, independently of the answers.
 """
 
 import random
@@ -14,7 +14,7 @@ from . import VENDORS, Emoji
 from .batches import on_white
 from .evaluate import HeldOut
 
-matplotlib.use("Agg")  # a file, never a window
+matplotlib.use("Agg")  # draws to a file without a window
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -22,11 +22,11 @@ from matplotlib.ticker import MaxNLocator
 
 ROWS, COLUMNS = 4, 6
 INK, GREY, GREEN, BLUE, ORANGE = "#1f2933", "#7b8794", "#1a7f37", "#2563eb", "#f59e0b"
-LONGEST = 26  # characters of a caption
+LONGEST = 26  # characters of a caption at most
 
 
 def draw(path: Path, losses: Mapping[str, Sequence[float]], emoji: Emoji, held: HeldOut) -> None:
-    """Writes a PNG: `losses` by the name of the loss, then ROWS x COLUMNS held-out drawings."""
+    """Writes a PNG: `losses` by implementation, then ROWS x COLUMNS held-out drawings."""
     style = {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY}
     with plt.rc_context(style):
         figure = plt.figure(figsize=(13, 11), dpi=120, facecolor="white")
@@ -65,12 +65,12 @@ def _gap(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
         return
     one, other = losses.values()
     both = min(len(one), len(other))
-    # Where they agree to the last bit a logarithmic axis has no place for them.
+    # A logarithmic axis cannot show a difference of zero.
     gap = np.maximum(np.abs(np.subtract(one[:both], other[:both])), 1e-8)
     axes.semilogy(range(1, both + 1), gap, color=INK, lw=1)
     axes.set_ylim(5e-9, max(1e-3, 2 * gap.max()))
     axes.set_ylabel("|fused - dense|")
-    _tidy(axes, "How far apart the two are")
+    _tidy(axes, "Difference of the two losses")
 
 
 def _answers(figure: matplotlib.figure.SubFigure, emoji: Emoji, held: HeldOut) -> None:
@@ -79,8 +79,8 @@ def _answers(figure: matplotlib.figure.SubFigure, emoji: Emoji, held: HeldOut) -
         f"{len(held.concepts)} names never trained on", fontsize=11, fontweight="bold", va="top",
     )  # fmt: skip
     figure.text(
-        0.02, 0.945, "Drawings drawn by lot; a right name is green, under wrong ones the right "
-        "one follows in grey.", fontsize=9, color=GREY, va="top",
+        0.02, 0.945, "Drawings chosen at random. A right name is green; if none is right, the "
+        "right one follows in grey.", fontsize=9, color=GREY, va="top",
     )  # fmt: skip
     grid = figure.subplots(ROWS, COLUMNS)
     figure.subplots_adjust(left=0.015, right=0.985, bottom=0.095, top=0.91, hspace=0.85, wspace=0.1)
@@ -99,15 +99,16 @@ def _answer(axes: Axes, emoji: Emoji, held: HeldOut, index: int, vendor: int) ->
     axes.imshow(((image + 1) / 2).clamp(0, 1).numpy(), interpolation="nearest")
     axes.axis("off")
     nearest = (held.texts @ held.images[vendor][index]).topk(min(3, len(held.concepts))).indices
-    lines = [(emoji.concepts[held.concepts[i]].name, i == index) for i in nearest.tolist()]
-    for line, (name, right) in enumerate(lines):
+    answers = [(emoji.concepts[held.concepts[i]].name, i == index) for i in nearest.tolist()]
+    for place, (name, right) in enumerate(answers):
         axes.text(
-            0.5, -0.06 - 0.17 * line, _short(name), transform=axes.transAxes, ha="center", va="top",
-            fontsize=9, color=GREEN if right else INK, fontweight="bold" if right else "normal",
+            0.5, -0.06 - 0.17 * place, _short(name), transform=axes.transAxes, ha="center",
+            va="top", fontsize=9, color=GREEN if right else INK,
+            fontweight="bold" if right else "normal",
         )  # fmt: skip
-    if not any(right for _, right in lines):
+    if not any(right for _, right in answers):
         axes.text(
-            0.5, -0.06 - 0.17 * len(lines), _short(emoji.concepts[concept].name),
+            0.5, -0.06 - 0.17 * len(answers), _short(emoji.concepts[concept].name),
             transform=axes.transAxes, ha="center", va="top", fontsize=8, color=GREY, style="italic",
         )  # fmt: skip
 

@@ -1,12 +1,12 @@
-"""Packs the emoji data set anew from the two packages that it was made of.
+"""Rebuilds the emoji data set from the two packages of drawings that it was made from.
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python -m fastclip.demo.emoji.rebuild GOOGLE.tgz TWITTER.tgz
 
-Takes the single 64-pixel images, never the sheets, on which another vendor's images fill gaps.
-Skin tones are left out, the swatches as well as the variants. Writes google.png, twitter.png,
-concepts.json and tokenizer.json, whose vocabulary is learnt from the trained concepts' captions
-alone. Nothing but a rebuild needs those packages.
+Reads the single 64-pixel images and not the sheets, in which another vendor's images fill gaps.
+Leaves out skin tones, both swatches and variants. Writes google.png, twitter.png, concepts.json and
+tokenizer.json, whose vocabulary is learnt from the captions of the trained concepts alone. Only a
+rebuild needs these packages.
 """
 
 import argparse
@@ -32,10 +32,10 @@ ReadFile = Callable[[str], bytes]
 
 
 def open_package(path: Path) -> ReadFile:
-    """A function that reads a file of a package by its name: a .tgz or the folder unpacked from it.
+    """Returns a function that reads a file of a package: a .tgz or the folder unpacked from it.
 
     Raises:
-        FileNotFoundError: no such package.
+        FileNotFoundError: there is no such package.
     """
     if path.is_dir():
         return lambda name: (path / name).read_bytes()
@@ -49,7 +49,7 @@ def open_package(path: Path) -> ReadFile:
 
 
 def shrink(image: bytes) -> np.ndarray:  # -> (4, SIZE, SIZE) uint8
-    """A PNG at SIZE pixels, colours weighted by opacity: else invisible ones bleed into edges."""
+    """Resizes a PNG. Colours are weighted by opacity, or invisible ones would bleed into edges."""
     with Image.open(io.BytesIO(image)) as opened:
         rgba = np.asarray(opened.convert("RGBA"), np.float32).transpose(2, 0, 1)
     opacity = rgba[3:] / 255
@@ -64,17 +64,17 @@ def shrink(image: bytes) -> np.ndarray:  # -> (4, SIZE, SIZE) uint8
 
 
 def captions(row: dict[str, Any]) -> tuple[str, ...]:
-    """The Unicode name, then the short names that say something else."""
+    """Returns the Unicode name, then the short names that differ from it."""
     texts = [row["name"].lower()]
-    # A flag's short name is its country's two-letter code.
+    # The short name of a flag is the two-letter code of its country: no caption.
     if row["subcategory"] != "country-flag":
-        # Hyphens between words, not the sign of "-1", which is a thumb down.
+        # Replaces hyphens between words, but not the sign of "-1", which is a thumb down.
         texts += [re.sub(r"(?<=\w)[-_](?=\w)|_", " ", name) for name in row["short_names"]]
     return tuple(dict.fromkeys(texts))
 
 
 def look_alikes(names: Sequence[str], sheets: Sequence[np.ndarray]) -> list[int]:
-    """For each concept the first one that it cannot be told from, by a drawing or by its name."""
+    """Returns for each concept the first one with an equal drawing or an equal name."""
     first = list(range(len(names)))
     keys = [list(names), *([drawing.tobytes() for drawing in sheet] for sheet in sheets)]
     for key in keys:
@@ -88,10 +88,10 @@ def look_alikes(names: Sequence[str], sheets: Sequence[np.ndarray]) -> list[int]
 
 
 def unshared(texts: Sequence[tuple[str, ...]], groups: Sequence[int]) -> list[tuple[str, ...]]:
-    """The concepts' captions without the short names that are a caption in another group too.
+    """Returns the captions without the short names that are captions in another group too.
 
-    Another concept's caption would make a right pair of a batch a false negative: "cat" is the name
-    of the cat, and a short name of the cat's face. A Unicode name, the first caption, always stays.
+    A shared caption would make false negatives in a batch: "cat" is the name of the cat, and a
+    short name of the cat's face. The Unicode name, the first caption, always stays.
     """
     users: dict[str, set[int]] = {}
     for own, group in zip(texts, groups, strict=True):
@@ -101,11 +101,11 @@ def unshared(texts: Sequence[tuple[str, ...]], groups: Sequence[int]) -> list[tu
 
 
 def rebuild(packages: Sequence[Path], out: Path = FOLDER) -> int:
-    """Packs the vendors' packages, in the order of VENDORS, into `out`; returns the concept count.
+    """Writes the data set of the packages, in the order of VENDORS; returns the concept count.
 
     Raises:
-        FileNotFoundError: a package is not there.
-        ValueError: a package is of another version.
+        FileNotFoundError: a package is missing.
+        ValueError: a package has another name or version.
     """
     read = dict(zip(VENDORS, map(open_package, packages), strict=True))
     for vendor in VENDORS:
@@ -131,8 +131,8 @@ def rebuild(packages: Sequence[Path], out: Path = FOLDER) -> int:
     ]
     for vendor, sheet in zip(VENDORS, sheets, strict=True):
         write_sheet(out / f"{vendor}.png", sheet)
-    lines = (json.dumps(vars(concept), ensure_ascii=False) for concept in concepts)
-    (out / "concepts.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    text_lines = (json.dumps(vars(concept), ensure_ascii=False) for concept in concepts)
+    (out / "concepts.json").write_text("[\n" + ",\n".join(text_lines) + "\n]\n", encoding="utf-8")
     parts = split(concepts)
     trained = [concepts[i] for group in parts.vendors for i in parts.members[group]]
     learnt = sorted(caption for concept in trained for caption in concept.captions)
@@ -148,7 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for vendor in VENDORS:
         parser.add_argument(vendor, type=Path, help=f"emoji-datasource-{vendor}: .tgz or folder")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: ours)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=FOLDER,
+        help="output folder (default: this module's)",
+    )
     args = parser.parse_args(argv)
     try:
         count = rebuild([getattr(args, vendor) for vendor in VENDORS], args.out)

@@ -1,13 +1,13 @@
-"""Which concepts and drawings training sees, and which only the evaluation does. Fixed for good.
+"""Splits concepts and drawings into those for training and those for evaluation alone.
 
-Look-alikes count as one: they share a side, so that no drawing is on both. Within each category
+Look-alikes are split as one group, so that no drawing is on both sides. In each category
 
-- 15 % are *held out*: no drawing and no name of them is trained on;
-- 20 % are trained on *one vendor's* drawing alone, Google's and Twitter's by turns: the other
-  vendor's drawings of known concepts are the test;
-- the others are trained on both vendors' drawings.
+- 15 % are *held out*: neither drawings nor names are trained on;
+- 20 % are trained on the drawing of *one vendor*, Google and Twitter in turn: the drawings of the
+  other vendor test the recognition of known concepts;
+- the others are trained on the drawings of both vendors.
 
-The split does not depend on any run's seed, so that results of different runs compare.
+The split does not depend on the seed of a run, so that results of different runs can be compared.
 """
 
 import random
@@ -21,20 +21,20 @@ HELD_OUT, ONE_VENDOR = 0.15, 0.20
 
 @dataclass(frozen=True)
 class Split:
-    """Groups of look-alikes by their number: `members[group]` are indices of concepts."""
+    """Look-alike groups by their number; `members[group]` are indices of concepts."""
 
     members: dict[int, tuple[int, ...]]
     held_out: tuple[int, ...]  # groups
-    vendors: dict[int, tuple[int, ...]]  # trained group -> the vendors that it is trained on
+    vendors: dict[int, tuple[int, ...]]  # trained group -> vendors whose drawings it has
 
     @property
     def one_vendor(self) -> tuple[int, ...]:
-        """The trained groups of which one vendor's drawings are kept from training."""
+        """The trained groups with the drawings of one vendor held out of training."""
         return tuple(group for group, seen in self.vendors.items() if len(seen) < len(VENDORS))
 
 
 def split(concepts: Sequence[Concept]) -> Split:
-    """Sorts the concepts' look-alike groups into trained and held out ones."""
+    """Returns the split of the concepts' look-alike groups."""
     members: dict[int, list[int]] = {}
     for index, concept in enumerate(concepts):
         members.setdefault(concept.look_alike, []).append(index)
