@@ -1,19 +1,20 @@
-# demo, test, bench and lint share one .venv, made from .requirements.txt and remade when that file
-# changes; the extension is rebuilt (what changed of it) when its sources change.
+# demo, test, bench and lint share one .venv, which is remade when .requirements.txt changes. The
+# extension is rebuilt, incrementally, when its sources change.
 #
 #   make demo                 trains a small CLIP with the fused loss and reports what it learnt
 #   make test ARGS='-k clip'  ARGS goes to the program behind demo, test and bench
-#   make test ARGS='-n 0'     in one process, where `--pdb` and `-s` work; else one for each core,
-#                             at most four (`--maxprocesses`)
+#   make test ARGS='-n 0'     in one process, so that `--pdb` and `-s` work; the default is one
+#                             process a core, at most four
 #   make PIP_ARGS='--index-url URL' test     takes the packages from another index
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
-#   make test-oldest          what touches torch's own changes, with the oldest torch that is promised
-#   make gpu                  no .venv: the running python3, its torch and its GPU; eight minutes
-#   make gpu AGAIN=1          then, with the tiles that won: four minutes
-#   make gpu BUNDLE=folder    takes what `make gpu-bundle` made on a machine without a card
-#   make gpu-bundle PYTHON=python3.12        makes it, gpu-bundle/, for torch 2.11 and Hopper cards
-#   make emulated             tests of losses and operators, for the CUDA engine, on the CPU: minutes
-#   make test-cuda            what compiles for minutes, the experimental tensor-core kernels foremost
+#   make test-oldest          the parts that depend on torch's internals, with torch 2.10
+#   make gpu                  checks and times a GPU, without .venv: with the python3 in PATH and
+#                             its torch; eight minutes
+#   make gpu AGAIN=1          a second run, with the tiles that won: four minutes
+#   make gpu BUNDLE=folder    uses a bundle that was made on a machine without a GPU
+#   make gpu-bundle PYTHON=python3.12        makes the bundle gpu-bundle/, for torch 2.11 and Hopper GPUs
+#   make emulated             losses and operators on the CUDA engine, compiled for the CPU: minutes
+#   make test-cuda            tests that compile for minutes: nvcc, sanitizers, tensor-core kernels
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -23,15 +24,15 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
-# A file's tests run in one process, since they share what takes long to make.
+# The tests of a file run in one process, because they share fixtures that are slow to make.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 CSRC := $(shell find csrc -type f)
 FORMATTED := $(CSRC) $(wildcard tests/emulation/*/*.h tests/emulation/*/*.cpp)
-# Files of tests by name.
+# The test files with these names.
 files = $(foreach name,$(1),$(shell find tests -name 'test_$(name).py'))
 INSTALL := install --no-build-isolation --no-deps --editable .
 
-# Here a missing extension is an error, so that no test or figure is of the fallback unawares.
+# A missing extension is an error here, so that tests and figures never use the fallback unnoticed.
 export FASTCLIP_REQUIRE_EXTENSION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -46,14 +47,14 @@ ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradient
 emulated: .venv/extension
 	FASTCLIP_TEST_DEVICE=emulated $(BIN)/$(PYTEST) $(call files,$(ON_ANY_ENGINE)) $(ARGS)
 
-# In an environment of its own, where a copy of fastclip is installed: an editable installation would
-# put its extension into fastclip/, in the place of .venv's, which is of another torch.
+# A separate environment with a copy of fastclip: an editable installation would overwrite the
+# extension in fastclip/, which .venv built for another torch.
 OLDEST := compile compile_ranks contrast contrast_transforms operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
 test-oldest: .venv-oldest/extension
 	.venv-oldest/bin/$(PYTEST) $(call files,$(OLDEST)) $(ARGS)
 
-# CUTLASS's headers alone: what its package asks for besides is for generating kernels. Where they or
-# nvcc are missing these tests are skipped.
+# Only CUTLASS's headers are needed: the package's dependencies serve to generate kernels. Without the
+# headers or nvcc these tests are skipped.
 test-cuda: .venv/extension
 	$(BIN)/pip --quiet install --no-deps $(PIP_ARGS) nvidia-cutlass==4.2.0.0
 	$(BIN)/$(PYTEST) -m minutes $(ARGS)
@@ -71,13 +72,13 @@ format: .venv/packages
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-# Installs fastclip, checks and times it. Files go to $OUT, else to bench/results; `ARGS=--seconds=N`
-# gives it less time or more.
+# Installs fastclip, checks and times it. Files go to $OUT (default: bench/results); `ARGS=--seconds=N`
+# sets the time that it may take.
 gpu:
 	@$(PYTHON) -m bench.gpu $(if $(AGAIN),--again) $(if $(BUNDLE),--bundle '$(BUNDLE)') \
 	  $(if $(WINNERS),--winners '$(WINNERS)') $(ARGS)
 
-# BUNDLE_PYTHON names an environment that has the packages of bench/gpu/bundle/requirements.txt.
+# BUNDLE_PYTHON is a Python with the packages of bench/gpu/bundle/requirements.txt.
 BUNDLE_PYTHON ?= .venv-bundle/bin/python
 gpu-bundle: $(if $(filter .venv-bundle/%,$(BUNDLE_PYTHON)),.venv-bundle/packages)
 	$(BUNDLE_PYTHON) -m bench.gpu.bundle gpu-bundle $(ARGS)
@@ -92,12 +93,12 @@ clean:
 	  .pytest_cache .ruff_cache .hypothesis
 	find fastclip triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
-# Of pip's some hundred lines those about large files are shown; errors go to stderr, past the filter.
+# The filter shows only pip's lines about large downloads; errors go to stderr, which is not filtered.
 .venv/packages: .requirements.txt
 .venv-oldest/packages: .requirements-oldest.txt
 .venv/packages .venv-oldest/packages:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python >= 3.10: make PYTHON=...")'
-	@echo 'Making $(@D) from $<. Where torch is built for CUDA this takes several GB.'
+	@echo 'Making $(@D) from $<. If torch is built for CUDA this takes several GB.'
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/pip install --progress-bar off $(PIP_ARGS) -r $< \
 	  | { grep --line-buffered -E 'Downloading .*([0-9]{2}\.[0-9] MB|GB)\)' || true; }
@@ -108,7 +109,7 @@ clean:
 	@$(BIN)/pip --quiet $(INSTALL)
 	@touch $@
 
-# Not from an earlier copy in build/, which keeps modules that are gone.
+# Removes the earlier copy in build/, which would keep deleted modules.
 .venv-oldest/extension: .venv-oldest/packages setup.py pyproject.toml $(CSRC) \
   $(shell find fastclip triton_kernels -name '*.py')
 	@echo 'Building the extension for the oldest torch: a minute or two the first time.'

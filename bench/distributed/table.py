@@ -83,7 +83,7 @@ def essentials(rows: list[Row], path: Path) -> str:
         parts += [memory]
     if predictions := _predictions(timed):
         parts += [
-            "What the scale model says of the same steps, from one process's rate (all ranks "
+            "The scale model's predictions for the same steps, from one process's rate (all ranks "
             "computing at once) and the exchanges' own times, in the same rounds:",
             predictions,
         ]

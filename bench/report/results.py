@@ -1,8 +1,6 @@
 """The CSV of one machine: its columns, how rows are read, replaced and written, the machine's name.
 
-Of every kind of row: `Row` is that of one process, `distributed/row.py` has the other.
-
-This file never measures anything.
+This serves every type of row: `Row` for one process, and that of `distributed/row.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +21,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclass
 class Where:
-    """Where rows were measured: `machine` (the file's name), `cpu` (or GPU), `threads` of a process
-    (0 on a GPU), `capability` (of torch's own kernels; a GPU's as sm_90), `torch`, `python`,
-    `compiler` (of fastclip's extension), `when` (UTC)."""
+    """The machine and the software that a row was measured with.
+
+    `machine` (the file's name), `cpu` (or GPU), `threads` of a process (0 on a GPU), `capability`
+    (of torch's own kernels; for a GPU such as sm_90), `torch`, `python`, `compiler` (of fastclip's
+    extension), `when` (UTC).
+    """
 
     machine: str = ""
     cpu: str = ""
@@ -45,17 +46,17 @@ class Where:
 class Row(Where):
     """One method on one case. A number that was not measured is None, an empty cell in the file.
 
-    What: `loss`, `m`, `n`, `d`, `dtype`, `data`, `scale`, `mode` as in `cases.Case`; `method`. A
+    Case: `loss`, `m`, `n`, `d`, `dtype`, `data`, `scale`, `mode` as in `cases.Case`; `method`. A
     row whose mode is "skipped" stands for a whole method; its `note` says why it did not run.
 
     Time: `ms`, the median of one run in milliseconds; `low_ms`, `high_ms`, its quartiles over
     `rounds` interleaved rounds; `over_dense`, `over_open_clip`, `over_compiled`, how many times
-    faster than those in the same rounds.
+    faster than these methods in the same rounds.
 
-    Work: `passes`, matmuls of 2 M N D FLOP due; `gflops`, their rate; `limit`, the rate in GFLOP/s
-    of the bare product between the same rounds, taken from `limit_of`; `fraction`, gflops / limit,
-    so against the passes due; `fraction_of_4`, against four passes whatever the budget, of losses
-    that are not made in one go.
+    Work: `passes`, the required matmuls of 2 M N D FLOP; `gflops`, their rate;
+    `limit`, the rate in GFLOP/s of the bare product between the same rounds, taken from `limit_of`;
+    `fraction`, gflops / limit, which counts the required passes; `fraction_of_4`, which counts four
+    passes whatever the budget, for losses that need two sweeps.
 
     Memory: `peak_mib` beyond the inputs; of it `gradients_mib` for the gradients returned and
     `budget_mib` for what a memory budget keeps; `rest_mib`, the difference.
@@ -98,12 +99,12 @@ class Row(Where):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a later measurement replaces."""
+        """Identifies the row: a later measurement with the same key replaces it."""
         shape = (self.m, self.n, self.d)
         return (self.loss, *shape, self.dtype, self.data, self.scale, self.mode, self.method)
 
 
-R = TypeVar("R", bound=Where)  # rows of one kind; `key` is what a later measurement replaces
+R = TypeVar("R", bound=Where)  # one type of row; it has a `key`
 
 
 def columns(kind: type[R]) -> list[str]:
@@ -111,13 +112,13 @@ def columns(kind: type[R]) -> list[str]:
 
 
 def holds(path: Path, kind: type[R]) -> bool:
-    """Whether the file has the columns of that kind of row."""
+    """True if the file has the columns of that type of row."""
     with path.open(newline="") as file:
         return next(csv.reader(file), None) == columns(kind)
 
 
 def read(path: Path, kind: type[R] = Row) -> list[R]:
-    """The rows of a file of `write`.
+    """The rows of a file that `write` wrote.
 
     Raises:
         ValueError: if its columns are not those of `kind`.
@@ -129,8 +130,8 @@ def read(path: Path, kind: type[R] = Row) -> list[R]:
             raise ValueError(f"{path}: expected the columns {expected}, got {got}")
         types = get_type_hints(kind)
         return [
-            kind(**{name: _parse(types[name], text) for name, text in line.items()})
-            for line in reader
+            kind(**{name: _parse(types[name], text) for name, text in cells.items()})
+            for cells in reader
         ]
 
 
@@ -143,7 +144,7 @@ def _parse(kind: object, text: str) -> object:
 
 
 def write(path: Path, rows: Iterable[R], kind: type[R] = Row) -> None:
-    """Replaces the file in one step: a run that is interrupted leaves a whole one."""
+    """Replaces the file in one step, so that an interrupted run leaves a complete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
@@ -158,14 +159,14 @@ def _format(value: object) -> object:
 
 
 def merge(old: Iterable[R], new: Iterable[R]) -> list[R]:
-    """`old` with the rows that `new` measures again in their old places, the others at the end."""
+    """`old`, with rows replaced by those of `new` with the same key, then the other new rows."""
     merged = {row.key: row for row in old}
     merged.update({row.key: row for row in new})
     return list(merged.values())
 
 
 def machine_row(device: str = "cpu", kind: type[R] = Row) -> R:
-    """A row that knows only where it ran."""
+    """A row with only the fields of `Where` filled in."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = device == "cuda"
     model = torch.cuda.get_device_name() if on_gpu else _cpu_model()
@@ -198,7 +199,7 @@ def _cpu_model() -> str:
 
 
 def _instructions() -> str:
-    """The widest instructions for products: what a file's speed rests on most."""
+    """The widest instructions for matrix products, on which speed depends most."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

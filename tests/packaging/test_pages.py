@@ -1,4 +1,4 @@
-"""The README and the pages of docs: their code runs, their links resolve, nothing is left out."""
+"""The README and docs: their code runs, links resolve, tables and variables are current."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def code_of(page: Path) -> list[str]:
 
 
 class Towers(nn.Module):
-    """Encodes both towers by one matrix."""
+    """A model for `cached_step`: one matrix encodes both images and texts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Towers(nn.Module):
 
 
 def names() -> dict[str, Any]:
-    """What the pages' code takes for granted."""
+    """The variables that the pages' code uses without defining them."""
     torch.manual_seed(0)
     x, y, queue = (torch.randn(k, D, requires_grad=True) for k in (N, N, 33))
     return {
@@ -49,7 +49,7 @@ def names() -> dict[str, Any]:
 
 
 def run(page: Path) -> dict[str, Any]:
-    """Executes a page's code in its order; returns the names it leaves."""
+    """Executes a page's code blocks in order. Returns the names that they define."""
     found = names()
     for code in code_of(page):
         exec(code, found)
@@ -125,7 +125,7 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
 
 
-# Torch and Python read these themselves; ours only sets or passes them on.
+# torch and Python read these; the sources only set them or pass them on.
 PASSED_ON = {"OMP_NUM_THREADS", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "CC", "PATH",
              "PIP_BREAK_SYSTEM_PACKAGES", "PIP_DISABLE_PIP_VERSION_CHECK", "SHELL"}  # fmt: skip
 
@@ -143,7 +143,7 @@ def variables() -> set[str]:
     makefile = (ROOT / "Makefile").read_text()
     found |= set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE))
     found |= set(re.findall(r"\$\(if \$\(([A-Z_]+)\)", makefile))
-    # The macros of the compiled module's build are no variables.
+    # Macros of the compiled module's build are not variables.
     csrc = "".join(path.read_text() for path in files if path.is_relative_to(ROOT / "csrc"))
     macros = {name for name in found if re.search(rf'(?<!"){name}\b', csrc)}
     return found - PASSED_ON - macros
