@@ -1,20 +1,20 @@
-# demo, test, bench and lint share one .venv, which is remade when .requirements.txt changes. The
-# extension is rebuilt, incrementally, when its sources change.
+# demo, test, bench and lint share one .venv, which is made from .requirements.txt and remade when
+# that file changes. Changed sources of the extension are rebuilt.
 #
 #   make demo                 trains a small CLIP with the fused loss and reports what it learnt
-#   make test ARGS='-k clip'  ARGS goes to the program behind demo, test and bench
-#   make test ARGS='-n 0'     in one process, so that `--pdb` and `-s` work; the default is one
-#                             process a core, at most four
+#   make test ARGS='-k clip'  passes ARGS to the program behind demo, test and bench
+#   make test ARGS='-n 0'     runs tests in one process, for `--pdb` and `-s`; default: one for each
+#                             core, at most four (`--maxprocesses`)
 #   make PIP_ARGS='--index-url URL' test     takes the packages from another index
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
-#   make test-oldest          the parts that depend on torch's internals, with torch 2.10
-#   make gpu                  checks and times a GPU, without .venv: with the python3 in PATH and
-#                             its torch; eight minutes
-#   make gpu AGAIN=1          a second run, with the tiles that won: four minutes
-#   make gpu BUNDLE=folder    uses a bundle that was made on a machine without a GPU
-#   make gpu-bundle PYTHON=python3.12        makes the bundle gpu-bundle/, for torch 2.11 and Hopper GPUs
-#   make emulated             losses and operators on the CUDA engine, compiled for the CPU: minutes
-#   make test-cuda            tests that compile for minutes: nvcc, sanitizers, tensor-core kernels
+#   make test-oldest          tests what depends on torch's internals, with the oldest supported torch
+#   make gpu                  checks and times fastclip on this machine's GPU, with the running python3
+#                             and its torch, without .venv; eight minutes
+#   make gpu AGAIN=1          continues with the tiles that won; four minutes
+#   make gpu BUNDLE=folder    uses the result of `make gpu-bundle` on a machine without a card
+#   make gpu-bundle PYTHON=python3.12        makes gpu-bundle/, for torch 2.11 and Hopper cards
+#   make emulated             tests losses and operators on the CUDA engine, emulated; minutes
+#   make test-cuda            tests what compiles for minutes, such as the tensor-core kernels
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -24,20 +24,20 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
-# The tests of a file run in one process, because they share fixtures that are slow to make.
+# The tests of a file run in one process, since they share what is slow to make.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 CSRC := $(shell find csrc -type f)
 FORMATTED := $(CSRC) $(wildcard tests/emulation/*/*.h tests/emulation/*/*.cpp)
-# The test files with these names.
+# Files of tests by name.
 files = $(foreach name,$(1),$(shell find tests -name 'test_$(name).py'))
 INSTALL := install --no-build-isolation --no-deps --editable .
 
-# A missing extension is an error here, so that tests and figures never use the fallback unnoticed.
+# A missing extension is an error, so that no test or figure uses the fallback by mistake.
 export FASTCLIP_REQUIRE_EXTENSION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/extension
-	$(BIN)/python -m fastclip.demo.train $(ARGS)
+	$(BIN)/python -m fastclip.train $(ARGS)
 
 test: .venv/extension
 	$(BIN)/$(PYTEST) $(ARGS)
@@ -47,14 +47,14 @@ ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradient
 emulated: .venv/extension
 	FASTCLIP_TEST_DEVICE=emulated $(BIN)/$(PYTEST) $(call files,$(ON_ANY_ENGINE)) $(ARGS)
 
-# A separate environment with a copy of fastclip: an editable installation would overwrite the
-# extension in fastclip/, which .venv built for another torch.
+# This environment has a copy of fastclip: an editable installation would put its extension into
+# fastclip/, over that of .venv, which is built for another torch.
 OLDEST := compile compile_ranks contrast contrast_transforms operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
 test-oldest: .venv-oldest/extension
 	.venv-oldest/bin/$(PYTEST) $(call files,$(OLDEST)) $(ARGS)
 
-# Only CUTLASS's headers are needed: the package's dependencies serve to generate kernels. Without the
-# headers or nvcc these tests are skipped.
+# Only CUTLASS's headers are needed; its package's requirements are for generating kernels. The tests
+# are skipped without the headers or nvcc.
 test-cuda: .venv/extension
 	$(BIN)/pip --quiet install --no-deps $(PIP_ARGS) nvidia-cutlass==4.2.0.0
 	$(BIN)/$(PYTEST) -m minutes $(ARGS)
@@ -72,13 +72,13 @@ format: .venv/packages
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-# Installs fastclip, checks and times it. Files go to $OUT (default: bench/results); `ARGS=--seconds=N`
-# sets the time that it may take.
+# Installs, checks and times fastclip. Files go to $OUT, else to bench/results. `ARGS=--seconds=N`
+# sets the time.
 gpu:
 	@$(PYTHON) -m bench.gpu $(if $(AGAIN),--again) $(if $(BUNDLE),--bundle '$(BUNDLE)') \
 	  $(if $(WINNERS),--winners '$(WINNERS)') $(ARGS)
 
-# BUNDLE_PYTHON is a Python with the packages of bench/gpu/bundle/requirements.txt.
+# BUNDLE_PYTHON: a Python with the packages of bench/gpu/bundle/requirements.txt.
 BUNDLE_PYTHON ?= .venv-bundle/bin/python
 gpu-bundle: $(if $(filter .venv-bundle/%,$(BUNDLE_PYTHON)),.venv-bundle/packages)
 	$(BUNDLE_PYTHON) -m bench.gpu.bundle gpu-bundle $(ARGS)
@@ -93,12 +93,12 @@ clean:
 	  .pytest_cache .ruff_cache .hypothesis
 	find fastclip triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
-# The filter shows only pip's lines about large downloads; errors go to stderr, which is not filtered.
+# Shows only pip's lines about large files; errors go to stderr, past the filter.
 .venv/packages: .requirements.txt
 .venv-oldest/packages: .requirements-oldest.txt
 .venv/packages .venv-oldest/packages:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python >= 3.10: make PYTHON=...")'
-	@echo 'Making $(@D) from $<. If torch is built for CUDA this takes several GB.'
+	@echo 'Making $(@D) from $<. Where torch is built for CUDA this takes several GB.'
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/pip install --progress-bar off $(PIP_ARGS) -r $< \
 	  | { grep --line-buffered -E 'Downloading .*([0-9]{2}\.[0-9] MB|GB)\)' || true; }
@@ -109,7 +109,7 @@ clean:
 	@$(BIN)/pip --quiet $(INSTALL)
 	@touch $@
 
-# Removes the earlier copy in build/, which would keep deleted modules.
+# Removes an earlier copy in build/, which keeps modules that are gone.
 .venv-oldest/extension: .venv-oldest/packages setup.py pyproject.toml $(CSRC) \
   $(shell find fastclip triton_kernels -name '*.py')
 	@echo 'Building the extension for the oldest torch: a minute or two the first time.'

@@ -1,5 +1,7 @@
-"""The CSV of losses across processes as Markdown: all of it for a terminal, the essential for the
-README. No figure here comes from anywhere but the rows given."""
+"""The CSV of losses across processes as Markdown: in full for a terminal, in short for the README.
+
+All figures come from the rows given.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def report(rows: list[Row]) -> str:
-    """Everything that the rows hold, a table for each loss and dtype."""
+    """All columns of the rows, in one table for each loss and dtype."""
     if not rows:
         return "Nothing was measured."
     parts = [f"# {rows[-1].machine}, across processes", _provenance(rows)]
@@ -33,7 +35,7 @@ def report(rows: list[Row]) -> str:
 
 
 def _provenance(rows: list[Row]) -> str:
-    """`table.provenance` without the threads, which differ from row to row."""
+    """`table.provenance` without the threads, which depend on the number of ranks."""
     row = rows[-1]
     return provenance(rows).replace(f"{row.threads} threads, ", "")
 
@@ -42,7 +44,7 @@ def _group(rows: list[Row]) -> str:
     header = ["ranks", "threads each", "b", "D", "method", "time", "+-", "rounds", "x open_clip"]
     header += ["predicted", "single", "gather", "scatter", "hop", "small"]
     header += ["MiB sent", "MiB peak", "dx", "dscale", "note"]
-    lines = [
+    table_rows = [
         [
             str(row.ranks), str(row.threads), str(row.b), str(row.d), row.method, duration(row.ms),
             spread(row), str(row.rounds or ""), times(row.over_open_clip),
@@ -51,8 +53,8 @@ def _group(rows: list[Row]) -> str:
         ]
         for row in sorted(rows, key=lambda row: (row.ms is None, row.b, row.ranks))
     ]  # fmt: skip
-    filled = [k for k in range(len(header)) if any(line[k] for line in lines)]
-    return markdown([header[k] for k in filled], [[line[k] for k in filled] for line in lines])
+    filled = [k for k in range(len(header)) if any(row[k] for row in table_rows)]
+    return markdown([header[k] for k in filled], [[row[k] for k in filled] for row in table_rows])
 
 
 def _yardsticks(row: Row) -> tuple[float | None, ...]:
@@ -60,22 +62,19 @@ def _yardsticks(row: Row) -> tuple[float | None, ...]:
     return row.single_ms, *exchanges
 
 
-# ---- README ------------------------------------------------------------------------------------
-
-
 def essentials(rows: list[Row], path: Path) -> str:
-    """The tables for the README: times and what they cost, memory against ranks, predictions."""
+    """The tables for the page: times with bytes and memory, memory against ranks, predictions."""
     threads = {row.ranks: row.threads for row in rows}
     shares = ", ".join(f"{_ranks(count)}: {threads[count]}" for count in sorted(threads))
     parts = [
-        f"**{rows[-1].machine}**: {_provenance(rows)} All ranks on this machine, with gloo; "
-        f"threads of each, {shares}."
+        f"**{rows[-1].machine}**: {_provenance(rows)} All ranks run on this machine, with gloo; "
+        f"threads of each rank with {shares}."
     ]
     timed = [row for row in rows if row.ms is not None]
     if timed:
         parts += [
             "Forward and backward, b pairs a rank, D = 512, scale 14.3: the slowest rank's time "
-            "(in brackets: times faster than open_clip), MiB that a rank sends, the most that a "
+            "(in brackets: speed-up over open_clip), MiB that a rank sends, the most MiB that a "
             "rank holds beyond its inputs, error of the image gradient after the mean over ranks:",
             _times(timed),
         ]
@@ -83,8 +82,8 @@ def essentials(rows: list[Row], path: Path) -> str:
         parts += [memory]
     if predictions := _predictions(timed):
         parts += [
-            "The scale model's predictions for the same steps, from one process's rate (all ranks "
-            "computing at once) and the exchanges' own times, in the same rounds:",
+            "The same steps by the scale model, from one process's rate while all ranks compute, "
+            "and from the times of the exchanges alone, in the same rounds:",
             predictions,
         ]
     parts.append(f"All rows, with quartiles: `bench/results/distributed/{path.name}`.")
@@ -96,13 +95,13 @@ def _ranks(count: int) -> str:
 
 
 def _cases(rows: Iterable[Row]) -> list[tuple[str, str, int, int]]:
-    """Loss, dtype, b, D: float32 first, large b first."""
+    """The rows' cases (loss, dtype, b, D): float32 first, large b first."""
     found = {(row.loss, row.dtype, row.b, row.d) for row in rows}
     return sorted(found, key=lambda c: (list(LOSSES).index(c[0]), DTYPES.index(c[1]), -c[2], c[3]))
 
 
 def _pick(rows: list[Row], case: tuple[str, str, int, int], method: str) -> dict[int, Row]:
-    """By the number of ranks."""
+    """The rows of one case and method, by number of ranks."""
     return {
         row.ranks: row for row in rows
         if (row.loss, row.dtype, row.b, row.d) == case and row.method == method
@@ -119,20 +118,20 @@ def _times(rows: list[Row]) -> str:
     header = ["loss", "b", "method", *(f"{count} ranks" for count in ranks)]
     header += [f"MiB sent, {count}" for count in ranks] + [f"MiB held, {count}" for count in ranks]
     header += [f"dx, {ranks[-1]}"]
-    lines = []
+    table_rows = []
     for case in _cases(rows):
         loss, dtype, b, _ = case
         for method in methods.of(loss):
             if own := _pick(rows, case, method):
                 cells = [own.get(count, Row()) for count in ranks]
-                lines.append(
+                table_rows.append(
                     [
                         f"{loss_of(loss).label}, {dtype}", str(b), _name(loss, method),
                         *map(_time_and_ratio, cells), *(mebibytes(row.sent_mib) for row in cells),
                         *(mebibytes(row.peak_mib) for row in cells), error(cells[-1].err_dx),
                     ]
                 )  # fmt: skip
-    return markdown(header, lines)
+    return markdown(header, table_rows)
 
 
 def _time_and_ratio(row: Row) -> str:
@@ -142,25 +141,25 @@ def _time_and_ratio(row: Row) -> str:
 
 
 def _against_ranks(rows: list[Row]) -> str:
-    """Peaks of the cases that were measured for memory, on the most numbers of ranks."""
+    """Peak memory against the number of ranks, from the cases that were not timed."""
     parts = []
     for case in _cases(row for row in rows if row.ms is None and row.peak_mib is not None):
         loss, dtype, b, d = case
         every = {method: _pick(rows, case, method) for method in methods.of(loss, timed=False)}
         ranks = sorted({count for own in every.values() for count in own})
-        lines = []
+        table_rows = []
         for method, own in every.items():
             if own:
                 cells = [own.get(count, Row()) for count in ranks]
                 peaks = [mebibytes(row.peak_mib) for row in cells]
-                lines.append([_name(loss, method), *peaks])
-                lines += _stated(case, method, ranks)
+                table_rows.append([_name(loss, method), *peaks])
+                table_rows += _stated(case, method, ranks)
         title = (
             "Peak MiB a rank beyond its inputs against the number of ranks, "
             f"{loss_of(loss).label}, {dtype}, b = {b}, D = {d} (a rank's texts and their gradient "
             f"are {mebibytes(2 * b * d * 4 / 2**20)} MiB in fp32):"
         )
-        parts += [title, markdown(["method", *map(_ranks, ranks)], lines)]
+        parts += [title, markdown(["method", *map(_ranks, ranks)], table_rows)]
     return "\n\n".join(parts)
 
 
@@ -179,7 +178,7 @@ def _predictions(rows: list[Row]) -> str:
     header = ["loss", "b", "method"]
     for count in ranks:
         header += [f"{count} ranks", "predicted", "of it"]
-    lines = []
+    table_rows = []
     for case in _cases(known):
         for method in (GATHERED, RING):
             own = _pick(known, case, method)
@@ -190,11 +189,13 @@ def _predictions(rows: list[Row]) -> str:
                 row = own.get(count, Row())
                 share = None if row.ms is None else row.predicted_ms / row.ms
                 cells += [duration(row.ms), duration(row.predicted_ms), percent(share)]
-            lines.append([f"{loss_of(case[0]).label}, {case[1]}", str(case[2]), method, *cells])
-    return markdown(header, lines)
+            table_rows.append(
+                [f"{loss_of(case[0]).label}, {case[1]}", str(case[2]), method, *cells]
+            )
+    return markdown(header, table_rows)
 
 
 def into_page(page: Path, paths: Iterable[Path]) -> None:
-    """Replaces what stands between the markers by the tables of `paths`."""
+    """Replaces the text between the markers by the tables of `paths`."""
     body = "\n\n".join(essentials(results.read(path, Row), path) for path in paths)
     page.write_text(between(page, BEGIN, END, body))

@@ -58,7 +58,7 @@ def _error(rows: list[Row]) -> float | None:
 
 
 def _error_over_dense(**wanted: object) -> Figure:
-    """The largest ratio, for dx, dy and dscale, of fastclip's error to the dense loss's.
+    """Our gradient errors over the dense loss's, the largest of dx, dy and dscale.
 
     Errors are root mean squares over the cases, because dscale is a single number and either
     method may be almost exact by luck.

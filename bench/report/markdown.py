@@ -1,4 +1,7 @@
-"""Markdown tables and the text of their figures; an unknown figure is an empty cell."""
+"""Markdown tables, and figures as text; an unknown figure is an empty cell.
+
+This file knows nothing of what the figures mean.
+"""
 
 from __future__ import annotations
 

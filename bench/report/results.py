@@ -1,6 +1,6 @@
-"""The CSV of one machine: its columns, how rows are read, replaced and written, the machine's name.
+"""The CSV of one machine: its columns, its name, and reading, replacing and writing rows.
 
-This serves every type of row: `Row` for one process, and that of `distributed/row.py`.
+`Row` has the columns of one process; `distributed/row.py` has those of several.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Row(Where):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Identifies the row: a later measurement with the same key replaces it."""
+        """The key of a row: a later measurement replaces rows with the same key."""
         shape = (self.m, self.n, self.d)
         return (self.loss, *shape, self.dtype, self.data, self.scale, self.mode, self.method)
 
@@ -112,13 +112,13 @@ def columns(kind: type[R]) -> list[str]:
 
 
 def holds(path: Path, kind: type[R]) -> bool:
-    """True if the file has the columns of that type of row."""
+    """True if the file has the columns of that kind of row."""
     with path.open(newline="") as file:
         return next(csv.reader(file), None) == columns(kind)
 
 
 def read(path: Path, kind: type[R] = Row) -> list[R]:
-    """The rows of a file that `write` wrote.
+    """Reads the rows of a file.
 
     Raises:
         ValueError: if its columns are not those of `kind`.
@@ -144,7 +144,7 @@ def _parse(kind: object, text: str) -> object:
 
 
 def write(path: Path, rows: Iterable[R], kind: type[R] = Row) -> None:
-    """Replaces the file in one step, so that an interrupted run leaves a complete file."""
+    """Replaces the file atomically, so that an interrupted run leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
@@ -159,14 +159,14 @@ def _format(value: object) -> object:
 
 
 def merge(old: Iterable[R], new: Iterable[R]) -> list[R]:
-    """`old`, with rows replaced by those of `new` with the same key, then the other new rows."""
+    """Replaces rows of `old` that `new` has again, in place, and appends the others."""
     merged = {row.key: row for row in old}
     merged.update({row.key: row for row in new})
     return list(merged.values())
 
 
 def machine_row(device: str = "cpu", kind: type[R] = Row) -> R:
-    """A row with only the fields of `Where` filled in."""
+    """A row with only the machine's columns."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = device == "cuda"
     model = torch.cuda.get_device_name() if on_gpu else _cpu_model()
@@ -199,7 +199,7 @@ def _cpu_model() -> str:
 
 
 def _instructions() -> str:
-    """The widest instructions for matrix products, on which speed depends most."""
+    """The machine's widest instructions for products, which determine its speed most."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,6 +1,6 @@
-"""The CSV of a machine as Markdown: in full for a terminal, in short for docs/benchmarks.md.
+"""The CSV of a machine as Markdown: all rows for a terminal, the main tables for a page.
 
-All figures come from the rows given.
+Every figure comes from the rows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ DTYPE_NAMES = {
     "autocast": "bfloat16 autocast",
 }
 PAGE_SIZE = (8192, 512)  # N, D of the first table
-GPU_SIZES = ((32768, 768), (65536, 768))  # N, D of the tables that only GPUs have
+GPU_SIZES = ((32768, 768), (65536, 768))  # N, D of the tables of GPUs
 PAGE_METHODS = (
     "open_clip", "compiled", "checkpoint", *PEERS, "fastclip", "fastclip triton", "fastclip cuda",
 )  # fmt: skip
 
 
 def committed() -> list[Path]:
-    """The CSVs of `Row` in bench/results; CSVs named gpu-* hold other figures of `make gpu`."""
+    """The CSVs of rows in bench/results, without the other files of `make gpu`."""
     found = sorted(results.RESULTS.glob("*.csv"))
     return [path for path in found if not path.name.startswith("gpu-")]
 
@@ -41,7 +41,7 @@ def spread(row: Row) -> str:
 
 
 def provenance(rows: list[Row]) -> str:
-    """The machine, the versions and the days of the measurements, in one sentence."""
+    """The machine, software and days of the rows, in one sentence."""
     row = rows[-1]
     days = sorted({one.when[:10] for one in rows if one.when})
     day = days[0] if len(days) < 2 else f"{days[0]} to {days[-1]}"
@@ -53,7 +53,7 @@ def provenance(rows: list[Row]) -> str:
 
 
 def report(rows: list[Row]) -> str:
-    """All columns of the rows, in one table for each loss, shape, dtype and mode."""
+    """All rows, in one table for each loss, shape, dtype and direction."""
     if not rows:
         return "Nothing was measured."
     parts = [f"# {rows[-1].machine}", provenance(rows)]
@@ -70,9 +70,9 @@ def report(rows: list[Row]) -> str:
 
 
 def brief(rows: list[Row]) -> str:
-    """A table with one row for each measured row, narrow enough for a terminal."""
+    """One line for each row that was measured, narrow enough for a terminal."""
     header = ["case", "scale", "method", "time", "x dense", "of limit", "MiB", "dx", "note"]
-    table_rows = [
+    lines = [
         [
             f"{row.loss} {row.m}x{row.n} {row.dtype}", f"{row.scale:g}", row.method,
             duration(row.ms), times(row.over_dense), percent(row.fraction),
@@ -80,7 +80,7 @@ def brief(rows: list[Row]) -> str:
         ]
         for row in rows if row.mode != "skipped"
     ]  # fmt: skip
-    return markdown(header, table_rows)
+    return markdown(header, lines)
 
 
 def _title(row: Row) -> str:
@@ -94,7 +94,7 @@ def _title(row: Row) -> str:
 def _group(rows: list[Row]) -> str:
     header = ["scale", "method", "time", "+-", "x dense", "x open_clip", "x compiled", "passes"]
     header += ["GFLOP/s", "of limit", "MiB", "rest MiB", "loss", "dx", "dy", "dscale", "note"]
-    table_rows = [
+    lines = [
         [
             f"{row.scale:g}", row.method, duration(row.ms), spread(row), times(row.over_dense),
             times(row.over_open_clip), times(row.over_compiled), f"{row.passes:.3g}",
@@ -104,10 +104,8 @@ def _group(rows: list[Row]) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    filled = [k for k in range(len(header)) if any(cells[k] for cells in table_rows)]
-    return markdown(
-        [header[k] for k in filled], [[cells[k] for k in filled] for cells in table_rows]
-    )
+    filled = [k for k in range(len(header)) if any(line[k] for line in lines)]
+    return markdown([header[k] for k in filled], [[line[k] for k in filled] for line in lines])
 
 
 def _skipped(rows: list[Row]) -> list[str]:
@@ -115,20 +113,17 @@ def _skipped(rows: list[Row]) -> list[str]:
     return [f"Not measured here: {'; '.join(reasons)}."] if reasons else []
 
 
-# ---- docs/benchmarks.md ------------------------------------------------------------------------
-
-
 def into_page(page: Path, paths: Iterable[Path]) -> None:
-    """Replaces the text between the markers by the tables of `paths`."""
+    """Replaces what stands between the markers by the tables of `paths`."""
     body = "\n\n".join(essentials(results.read(path), path) for path in paths)
     page.write_text(between(page, BEGIN, END, body))
 
 
 def between(page: Path, begin: str, end: str, body: str) -> str:
-    """The file's text, with `body` between the two markers.
+    """The file's text with `body` between two of its lines.
 
     Raises:
-        SystemExit: if the file does not have both markers, in this order.
+        SystemExit: if the file does not hold the two markers in their order.
     """
     before, found, rest = page.read_text().partition(begin)
     _, ended, after = rest.partition(end)
@@ -138,35 +133,34 @@ def between(page: Path, begin: str, end: str, body: str) -> str:
 
 
 def essentials(rows: list[Row], path: Path) -> str:
-    """The tables of a page: large batches, `contrast`, all sizes, errors, goals."""
+    """The tables for the page: one large batch, all sizes, errors, goals."""
     parts = [f"**{rows[-1].machine}**: {provenance(rows)}"]
-    told = (
-        "at scale 14.3 and at 100; memory beyond the inputs, gradients included; of limit: the "
-        "time of the required matrix products at the bare product's rate in the same run, over the "
-        "measured time:"
+    columns = (
+        ', at scale 14.3 and at 100. MiB are beyond the inputs, gradients included. "Of limit" is '
+        "the time of the required matrix products, at this run's rate, over the measured time:"
     )
     for n, d in (PAGE_SIZE, *GPU_SIZES):
         if large := _large_batch(rows, n, d):
-            parts += [f"Forward and backward, N = {n}, D = {d}, {told or 'likewise:'}", large]
-            told = ""
+            parts += [f"Forward and backward, N = {n}, D = {d}{columns}", large]
+            columns = ":"
     if own := _on_contrast(rows):
         parts += [
             "The same losses written on `contrast`, also with ids and with a margin for false "
-            "negatives, which leave nothing out here; forward and backward, in the same rounds (in "
-            "brackets: time relative to fastclip's):",
+            "negatives that leave no pair out; forward and backward, in the same rounds (in "
+            "brackets: times fastclip's time):",
             own,
         ]
     for loss in LOSSES:
         if sizes := _sizes(rows, loss):
             parts += [
                 f"{loss_of(loss).label} against the batch size, float32, D = 512, scale 14.3, "
-                "forward and backward (in brackets: times faster than open_clip):",
+                "forward and backward (in brackets: speed-up over open_clip):",
                 sizes,
             ]
     if errors := _errors(rows):
         parts += ["Relative error of the image gradient and of dscale against float64:", errors]
     if met := goals.table_of(rows):
-        parts += ["Targets and status:", met]
+        parts += ["Goals, and what this machine reaches:", met]
     picture = path.with_suffix(".png")
     if picture.exists():
         parts.append(f"![Time and memory against N](../bench/results/{picture.name})")
@@ -185,7 +179,7 @@ def _one(rows: list[Row], **wanted: object) -> Row:
 
 
 def _large_batch(rows: list[Row], n: int, d: int) -> str:
-    table_rows = []
+    lines = []
     for loss in LOSSES:
         for dtype in DTYPES:
             for method in PAGE_METHODS:
@@ -194,7 +188,7 @@ def _large_batch(rows: list[Row], n: int, d: int) -> str:
                 high = _one(rows, **case, scale=100.0, method=method)
                 if low.ms is None and high.ms is None:
                     continue
-                table_rows.append(
+                lines.append(
                     [
                         f"{loss_of(loss).label}, {dtype}", method, duration(low.ms),
                         duration(high.ms), times(low.over_open_clip), times(high.over_open_clip),
@@ -203,13 +197,13 @@ def _large_batch(rows: list[Row], n: int, d: int) -> str:
                     ]
                 )  # fmt: skip
     header = ["loss", "method", "14.3", "100", "x open_clip", "at 100", "x compiled", "of limit"]
-    return markdown([*header, "at 100", "MiB"], table_rows) if table_rows else ""
+    return markdown([*header, "at 100", "MiB"], lines) if lines else ""
 
 
 def _on_contrast(rows: list[Row]) -> str:
     n, d = PAGE_SIZE
     methods = ("fastclip", *CONTRAST)
-    table_rows = []
+    lines = []
     for loss, dtype, scale in itertools.product(LOSSES, DTYPES, SCALES):
         case = dict(loss=loss, m=n, n=n, d=d, dtype=dtype, data="random", scale=scale, mode="both")
         own, *others = (_one(rows, **case, method=method) for method in methods)
@@ -220,26 +214,26 @@ def _on_contrast(rows: list[Row]) -> str:
             for row in others
         ]
         label = f"{loss_of(loss).label}, {dtype}, scale {scale:g}"
-        table_rows.append([label, duration(own.ms), *cells])
-    return markdown([f"N = {n}, D = {d}", *methods], table_rows) if table_rows else ""
+        lines.append([label, duration(own.ms), *cells])
+    return markdown([f"N = {n}, D = {d}", *methods], lines) if lines else ""
 
 
 def _sizes(rows: list[Row], loss: str) -> str:
     case = dict(loss=loss, d=512, dtype="float32", data="random", scale=14.3, mode="both")
     square = [row for row in _pick(rows, **case) if row.m == row.n and row.ms is not None]
-    square = [row for row in square if row.n % 32 == 0]  # leaves out 8191 and 8193, next to 8192
+    square = [row for row in square if row.n % 32 == 0]  # 8191 and 8193 are as 8192
     sizes = sorted({row.n for row in square})
-    table_rows = []
-    # METHODS gives the order; methods that only `make gpu` adds come last.
+    lines = []
+    # Methods that only `make gpu` adds come last.
     for method in dict.fromkeys([*METHODS, *(row.method for row in square)]):
-        if method in CONTRAST:  # _on_contrast has their table
+        if method in CONTRAST:  # which have a table of their own
             continue
         own = {row.n: row for row in square if row.method == method}
         if not own:
             continue
         cells = [own.get(n, Row()) for n in sizes]
-        table_rows.append([method, *(_time_and_ratio(row) for row in cells)])
-    return markdown(["method", *map(str, sizes)], table_rows) if table_rows else ""
+        lines.append([method, *(_time_and_ratio(row) for row in cells)])
+    return markdown(["method", *map(str, sizes)], lines) if lines else ""
 
 
 def _time_and_ratio(row: Row) -> str:
@@ -250,7 +244,7 @@ def _time_and_ratio(row: Row) -> str:
 
 def _errors(rows: list[Row]) -> str:
     methods = ("open_clip", "dense", "fastclip")
-    table_rows = []
+    lines = []
     for loss in LOSSES:
         for data, dtype, scale in (
             ("random", "float32", 14.3),
@@ -266,10 +260,6 @@ def _errors(rows: list[Row]) -> str:
                 continue
             label = f"{loss_of(loss).label}, {dtype}, {data}, scale {scale:g}"
             cells = [error(row.err_dx) for row in found] + [error(row.err_dscale) for row in found]
-            table_rows.append([label, *cells])
+            lines.append([label, *cells])
     header = ["N = 2048, D = 512", *(f"dx {name}" for name in methods)]
-    return (
-        markdown([*header, *(f"dscale {name}" for name in methods)], table_rows)
-        if table_rows
-        else ""
-    )
+    return markdown([*header, *(f"dscale {name}" for name in methods)], lines) if lines else ""
