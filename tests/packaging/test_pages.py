@@ -1,4 +1,4 @@
-"""The README and docs: their code runs, links resolve, tables and variables are current."""
+"""The README and the pages of docs: their code runs, links resolve, variables are listed."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def code_of(page: Path) -> list[str]:
 
 
 class Towers(nn.Module):
-    """A model for `cached_step`: one matrix encodes both images and texts."""
+    """A model whose two towers are one matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Towers(nn.Module):
 
 
 def names() -> dict[str, Any]:
-    """The variables that the pages' code uses without defining them."""
+    """Returns the names that the code of the pages uses without defining them."""
     torch.manual_seed(0)
     x, y, queue = (torch.randn(k, D, requires_grad=True) for k in (N, N, 33))
     return {
@@ -49,7 +49,7 @@ def names() -> dict[str, Any]:
 
 
 def run(page: Path) -> dict[str, Any]:
-    """Executes a page's code blocks in order. Returns the names that they define."""
+    """Runs the code of a page in order and returns the names it defines."""
     found = names()
     for code in code_of(page):
         exec(code, found)
@@ -58,7 +58,7 @@ def run(page: Path) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def without_new_kinds() -> Iterator[None]:
-    """Forgets the kinds that a page registers."""
+    """Removes the kinds that a page registers."""
     before = dict(kinds.KINDS)
     yield
     kinds.KINDS.clear()
@@ -125,13 +125,13 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
 
 
-# torch and Python read these; the sources only set them or pass them on.
+# Torch, Python and the shell read these; our code only sets or passes them on.
 PASSED_ON = {"OMP_NUM_THREADS", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "CC", "PATH",
              "PIP_BREAK_SYSTEM_PACKAGES", "PIP_DISABLE_PIP_VERSION_CHECK", "SHELL"}  # fmt: skip
 
 
 def variables() -> set[str]:
-    """The environment variables and make variables that the sources read or set."""
+    """Returns the environment and make variables that the sources read or set."""
     files = [ROOT / "setup.py", ROOT / "tests/conftest.py"]
     for folder in ("fastclip", "triton_kernels", "csrc", "bench"):
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp")]
