@@ -15,25 +15,26 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS, QUICK_SECONDS = 6.0, 0.5
 
 EPILOG = """\
-  python -m bench --quick                       a look in two minutes, kept out of bench/results
-  python -m bench --only 'clip 8192*float32*'   these cases again, their rows replaced
-  python -m bench --list --full                 what would run, and what cannot
-  python -m bench distributed                   losses across processes, on this machine
-  python -m bench scale --tflops 400            what they would take on thousands of GPUs: a model
-  python -m bench table                         the CSVs of bench/results as Markdown
-  python -m bench plot                          and as PNGs beside them
-  python -m bench readme                        and into README.md and docs/benchmarks.md
+  python -m bench --quick                       a short run of two minutes, not in bench/results
+  python -m bench --only 'clip 8192*float32*'   runs these cases again and replaces their rows
+  python -m bench --list --full                 lists what would run and what cannot
+  python -m bench distributed                   measures losses across processes here
+  python -m bench scale --tflops 400            models their time on thousands of GPUs
+  python -m bench table                         prints the CSVs of bench/results as Markdown
+  python -m bench plot                          draws them as PNGs beside them
+  python -m bench readme                        writes tables to README.md, docs/benchmarks.md
 
-Run it with nothing else on the machine: the medians are of interleaved runs, but a load that comes
-and goes still shows in the quartiles. results.Row and distributed/row.py document the columns.
+Run it with nothing else on the machine: runs are interleaved, so that a steady load slows all
+methods alike, but a load that comes and goes still widens the quartiles. results.Row and
+distributed/row.py document the columns.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of all commands but `scale`, which has its own."""
+    """The parser of every command except `scale`, which has its own."""
     made = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Time, memory and error of the losses, beside what they replace.",
+        description="Time, memory and error of the losses and of those that they replace.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -48,28 +49,32 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="cases by name")
     made.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="methods by name")
-    made.add_argument("--list", action="store_true", help="name cases and methods, measure nothing")
-    made.add_argument("--seconds", type=float, help="for the rounds of one case (6; quick: 0.5)")
+    made.add_argument(
+        "--list", action="store_true", help="list cases and methods without measuring"
+    )
+    made.add_argument(
+        "--seconds", type=float, help="time for the rounds of one case (6; quick: 0.5)"
+    )
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
     made.add_argument("--no-errors", action="store_true", help="leave out the errors")
     made.add_argument(
         "--csv", nargs="+", type=Path, default=[], metavar="FILE",
-        help="where the rows go, or come from (default: bench/results)",
+        help="the file to write, or the files to read (default: bench/results)",
     )  # fmt: skip
     made.add_argument(
         "--readme", type=Path, default=ROOT / "README.md", metavar="FILE",
-        help="what `readme` writes the summary into, between its markers",
+        help="the page whose summary `readme` writes, between its markers",
     )  # fmt: skip
     made.add_argument(
         "--page", type=Path, default=ROOT / "docs" / "benchmarks.md", metavar="FILE",
-        help="what `readme` writes all tables into, between their markers",
+        help="the page whose tables `readme` writes, between their markers",
     )  # fmt: skip
     return made
 
 
 def plan_of(options: argparse.Namespace) -> list[cases.Case]:
-    """The cases that the options ask for; an empty choice is an error that names what there is."""
+    """The cases that the options select; if there are none, an error says how to list them."""
     unknown = [name for name in options.methods if name not in cases.METHODS]
     if unknown:
         raise SystemExit(f"--methods: {unknown[0]!r} is none of {', '.join(cases.METHODS)}")
@@ -81,7 +86,7 @@ def plan_of(options: argparse.Namespace) -> list[cases.Case]:
 
 
 def show_plan(plan: list[cases.Case], device: str) -> None:
-    """Prints the cases, then every method with what keeps it from running, if anything does."""
+    """Prints the cases, then every method with the reason why it cannot run, if there is one."""
     from .losses import LOSSES
     from .methods.registry import METHODS, Unavailable
 
@@ -96,8 +101,8 @@ def show_plan(plan: list[cases.Case], device: str) -> None:
             except (Unavailable, ImportError) as error:
                 reasons.append(str(error))
         runs = len(reasons) < len(LOSSES)
-        state = "runs here" if runs else "; ".join(dict.fromkeys(reasons))
-        print(f"  {method.name:24} {method.text:38} {state}")
+        availability = "runs here" if runs else "; ".join(dict.fromkeys(reasons))
+        print(f"  {method.name:24} {method.text:38} {availability}")
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -118,7 +123,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def measure_across_processes(options: argparse.Namespace) -> int:
-    """The same for losses across processes."""
+    """Runs the plan for losses across processes, then prints its table."""
     from .distributed import cases as across
     from .distributed import row, runner, table
 
@@ -138,7 +143,7 @@ def measure_across_processes(options: argparse.Namespace) -> int:
 
 
 def _path_of(options: argparse.Namespace, folder: Path) -> Path:
-    """Where a run writes: quick ones stay out of what is committed."""
+    """The CSV that a run writes; quick runs write to build/, not to the committed folder."""
     if len(options.csv) > 1:
         raise SystemExit("--csv: a run writes one file")
     if options.csv:
@@ -149,18 +154,18 @@ def _path_of(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def _finish(path: Path, run: Callable[[], str]) -> int:
-    """Prints what `run` returns; the exit status."""
+    """Prints the text that `run` returns. Returns the exit status."""
     try:
         print(run())
     except KeyboardInterrupt:
-        print(f"\nInterrupted; the cases that were finished are in {path}", file=sys.stderr)
+        print(f"\nInterrupted; finished cases are in {path}", file=sys.stderr)
         return 130
     print(f"\nRows in {os.path.relpath(path)}")
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; the exit status."""
+    """Runs one command. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["scale"]:
         from .report import table
@@ -176,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    """Tables, pictures or pages, of the files given or of those committed."""
+    """Prints tables, draws pictures or writes pages, from the files given or the committed ones."""
     from .distributed import row
     from .distributed import table as across
     from .report import plot, summary, table
@@ -201,7 +206,7 @@ def show(options: argparse.Namespace) -> int:
         if not options.csv:
             page.into_page(options.page, of_one)
             summary.into_readme(options.readme, of_one)
-        print(f"Tables of {', '.join(path.name for path in paths)} put into {options.page}")
+        print(f"Wrote the tables of {', '.join(path.name for path in paths)} to {options.page}")
     else:
         reports = [table.report(results.read(path)) for path in of_one]
         reports += [across.report(results.read(path, row.Row)) for path in of_ranks]

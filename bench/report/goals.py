@@ -1,6 +1,6 @@
-"""The goals of a CSV's device, and how far its rows reach them.
+"""The goals for a CSV's device, and the verdict on each.
 
-A goal without rows says "not measured"; nothing here fills a gap.
+A goal whose rows are missing is "not measured".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .results import Row
 
 @dataclass(frozen=True)
 class Judged:
-    """A goal, its figure at each scale, and "aim", "floor", "missed" or "not measured"."""
+    """A goal, its figure at each scale, and the verdict: aim, floor, missed or not measured."""
 
     goal: Goal
     figures: list[float | None]
@@ -25,7 +25,7 @@ class Judged:
 
 
 def judged(rows: list[Row]) -> list[Judged]:
-    """Every goal of the device of the rows."""
+    """The verdict on every goal for the device of the rows."""
     found = []
     for goal in GPU_GOALS if any(row.on_gpu for row in rows) else CPU_GOALS:
         figures = [goal.figure([row for row in rows if row.scale == scale]) for scale in SCALES]
@@ -40,11 +40,11 @@ def judged(rows: list[Row]) -> list[Judged]:
 
 def table_of(rows: list[Row]) -> str:
     """All goals as a Markdown table."""
-    lines = []
+    table_rows = []
     for one in judged(rows):
         goal = one.goal
         aims = [goal.form(aim) for aim in dict.fromkeys(goal.aims)]
         here = ["" if figure is None else goal.form(figure) for figure in one.figures]
-        lines.append([goal.text, goal.form(goal.floor), ", ".join(aims), *here, one.verdict])
+        table_rows.append([goal.text, goal.form(goal.floor), ", ".join(aims), *here, one.verdict])
     header = ["goal", "floor", "aim", *(f"scale {scale:g}" for scale in SCALES), "reached"]
-    return markdown(header, lines)
+    return markdown(header, table_rows)

@@ -10,7 +10,7 @@ from .goal import Figure, Goal, pick, worst_of
 from .markdown import error, mebibytes, percent, times
 from .results import Row
 
-# A float32 result is not held to less than its own rounding.
+# The smallest error that the dense loss counts as: a float32 result's own rounding.
 FLOAT32_EPS = 2.0**-23
 GRADIENTS = ("err_dx", "err_dy", "err_dscale")
 
@@ -18,7 +18,7 @@ GRADIENTS = ("err_dx", "err_dy", "err_dscale")
 def _least(
     column: str, sizes: tuple[int, ...], method: str = "fastclip", **wanted: object
 ) -> Figure:
-    """The least of `column` over square cases with D = 512; None if any of them is missing."""
+    """The minimum of `column` over square cases with D = 512; None if a case is missing."""
 
     def figure(rows: list[Row]) -> float | None:
         chosen = [pick(rows, method, m=n, n=n, d=512, **wanted) for n in sizes]
@@ -38,7 +38,7 @@ def _fraction_of_rectangle(method: str) -> Figure:
 
 
 def _rest(half: bool) -> Figure:
-    """The most memory beyond inputs, gradients and budget, less half inputs' one fp32 (N, D)."""
+    """The peak MiB beyond inputs, gradients and budget; half inputs may add one fp32 (N, D)."""
 
     def figure(rows: list[Row]) -> float | None:
         found = []
@@ -60,8 +60,8 @@ def _error(rows: list[Row]) -> float | None:
 def _error_over_dense(**wanted: object) -> Figure:
     """Our gradient errors over the dense loss's, the largest of dx, dy and dscale.
 
-    Each is a root mean square over the cases: dscale is one number, whose error may be next to
-    nothing by luck on either side.
+    Errors are root mean squares over the cases, because dscale is a single number and either
+    method may be almost exact by luck.
     """
 
     def figure(rows: list[Row]) -> float | None:
@@ -97,7 +97,7 @@ def _of_each(
     aim: float,
     form: Callable[[float], str],
 ) -> Iterator[Goal]:
-    """For each loss, the least of `column` in float32."""
+    """One goal for each loss: the minimum of `column` in float32."""
     for loss, known in LOSSES.items():
         text = f"{known.label} float32, N = {', '.join(map(str, sizes))}: {what}"
         figure = _least(column, sizes, loss=loss, dtype="float32")
@@ -126,8 +126,8 @@ def _goals() -> list[Goal]:
     ]  # fmt: skip
     near = (8191, 8192, 8193)
     made += _of_each(near, "of the GEMM limit", "fraction", 0.8, 0.95, percent)
-    # Kept products save a fifth of the time and cost memory traffic: without them less is saved,
-    # and more of what is due is reached.
+    # Kept products save a fifth of the time but cost memory traffic. If every product is recomputed
+    # the loss is slower and closer to the GEMM limit of its passes.
     recomputing = "fastclip budget=0"
     text = "the same, CLIP, every product recomputed"
     figure = _least("fraction", near, recomputing, loss="clip", dtype="float32")

@@ -1,7 +1,7 @@
 """The goals on GPUs. Each is the worst figure among its cases, at each scale.
 
-Ratios within one run hold on any card. Milliseconds are set for an H100 and for an H200: a row
-counts for the card that it was measured on.
+Ratios within one run hold on any card. Milliseconds are set for an H100 and for an H200, and count
+only rows that were measured on that card.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _of(
 
 
 def _on(card: str, figure: Figure) -> Figure:
-    """The same of the rows from that card alone."""
+    """The figure of only the rows that were measured on that card."""
     return lambda rows: figure([row for row in rows if card in row.cpu])
 
 
@@ -53,7 +53,7 @@ def _fp32_over_dense(rows: list[Row]) -> float | None:
 
 
 def _small(loss: str, mode: str, floor: float) -> Goal:
-    """The least over sizes at which a step waits for launches; None where one is missing."""
+    """The minimum over sizes at which a step waits for launches; None if a size is missing."""
     sizes = (256, 512, 1024, 2048)
 
     def figure(rows: list[Row]) -> float | None:
@@ -66,7 +66,7 @@ def _small(loss: str, mode: str, floor: float) -> Goal:
 
 
 def _memory_over_compiled(rows: list[Row]) -> float | None:
-    """Of ours, as a part of the compiled dense loss's, at 32,768."""
+    """Peak memory of fastclip over that of the compiled dense loss, at N = 32,768."""
     wanted = dict(loss="clip", m=32768, n=32768, d=768, dtype="bfloat16")
     own, dense = (pick(rows, method, **wanted) for method in ("fastclip", "compiled"))
     if not own or not dense or own[0].peak_mib is None or not dense[0].peak_mib:
@@ -83,7 +83,7 @@ _OF_CARDS = [
     _time("H200", "clip", 32768, 768, 12, 10),
     _time("H200", "clip", 65536, 768, 48, 40),
     _time("H200", "siglip", 65536, 768, 40, 30),
-    # The floor is that it runs.
+    # Any time reaches the floor: the goal is that it runs.
     _time("H200", "clip", _MILLION, 512, float("inf"), 7000),
     _over_compiled("H200", 0.9, 1.1),
 ]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, aligned for those who read it as text: words left, figures right."""
-    widths = [max(len(line[k]) for line in [header, *lines]) for k in range(len(header))]
-    right = [all(_is_figure(line[k]) for line in lines) for k in range(len(header))]
+def markdown(header: list[str], table_rows: list[list[str]]) -> str:
+    """A Markdown table that is also aligned as plain text: words left, figures right."""
+    widths = [max(len(cells[k]) for cells in [header, *table_rows]) for k in range(len(header))]
+    right = [all(_is_figure(cells[k]) for cells in table_rows) for k in range(len(header))]
 
     def row(cells: list[str]) -> str:
         padded = (
@@ -24,7 +24,7 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
         "-" * (width + 1) + (":" if figure else "-")
         for width, figure in zip(widths, right, strict=True)
     )
-    return "\n".join([row(header), f"|{rule}|", *map(row, lines)])
+    return "\n".join([row(header), f"|{rule}|", *map(row, table_rows)])
 
 
 def _is_figure(cell: str) -> bool:
@@ -32,7 +32,7 @@ def _is_figure(cell: str) -> bool:
 
 
 def duration(ms: float | None) -> str:
-    """Three digits and a unit."""
+    """A time in three digits, with its unit."""
     if ms is None:
         return ""
     for size, unit in ((1e3, "s"), (1.0, "ms"), (1e-3, "us")):
@@ -42,7 +42,7 @@ def duration(ms: float | None) -> str:
 
 
 def three(value: float) -> str:
-    """Three digits."""
+    """A number in three digits."""
     return (
         f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
     )
@@ -54,12 +54,12 @@ def times(value: float | None) -> str:
 
 
 def mebibytes(value: float | None) -> str:
-    """A size without its unit."""
+    """A size in MiB, without the unit."""
     return "" if value is None else f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
 
 def error(value: float | None) -> str:
-    """A relative error: two digits."""
+    """A relative error in two digits."""
     return "" if value is None else f"{value:.1e}"
 
 

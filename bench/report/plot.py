@@ -1,7 +1,4 @@
-"""Time, speed-up and memory against the batch size, from the rows of a CSV, as a PNG.
-
-This file draws what it is given and never measures anything.
-"""
+"""Time, speed-up and memory against the batch size, from the rows of a CSV, as a PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Any
 from ..losses import LOSSES
 from .results import Row
 
-# One colour for each family, strong for what this library does and grey for what it is beside.
+# One colour for each family of methods: strong for fastclip, grey for dense losses.
 STYLES: dict[str, tuple[str, str]] = {
     "open_clip": ("#d1495b", "-"),
     "dense": ("#8d99ae", "-"),
@@ -107,7 +104,7 @@ def _panel(axis: Any, rows: list[Row], column: str, title: str) -> None:
 
 
 def _name_units(axes: Any) -> None:
-    """Ticks that read as durations, ratios and sizes, not as powers of ten."""
+    """Formats ticks as durations, ratios and sizes instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter
 
     def duration(ms: float, _: int) -> str:
@@ -122,7 +119,7 @@ def _name_units(axes: Any) -> None:
     for row, form in zip(axes, (duration, ratio, size), strict=True):
         for axis in row:
             axis.yaxis.set_major_formatter(FuncFormatter(form))
-    # Ratios span less than a decade, of which a logarithmic axis would name one number.
+    # Ratios span less than a decade, in which a logarithmic axis would label a single number.
     low, high = axes[1, 0].get_ylim()
     marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50) if low <= mark <= high]
     axes[1, 0].set_yticks(marks)

@@ -21,9 +21,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclass
 class Where:
-    """Where rows were measured: `machine` (the file's name), `cpu` (or GPU), `threads` of a process
-    (0 on a GPU), `capability` (of torch's own kernels; a GPU's as sm_90), `torch`, `python`,
-    `compiler` (of fastclip's extension), `when` (UTC)."""
+    """The machine and the software that a row was measured with.
+
+    `machine` (the file's name), `cpu` (or GPU), `threads` of a process (0 on a GPU), `capability`
+    (of torch's own kernels; for a GPU such as sm_90), `torch`, `python`, `compiler` (of fastclip's
+    extension), `when` (UTC).
+    """
 
     machine: str = ""
     cpu: str = ""
@@ -43,17 +46,17 @@ class Where:
 class Row(Where):
     """One method on one case. A number that was not measured is None, an empty cell in the file.
 
-    What: `loss`, `m`, `n`, `d`, `dtype`, `data`, `scale`, `mode` as in `cases.Case`; `method`. A
+    Case: `loss`, `m`, `n`, `d`, `dtype`, `data`, `scale`, `mode` as in `cases.Case`; `method`. A
     row whose mode is "skipped" stands for a whole method; its `note` says why it did not run.
 
     Time: `ms`, the median of one run in milliseconds; `low_ms`, `high_ms`, its quartiles over
     `rounds` interleaved rounds; `over_dense`, `over_open_clip`, `over_compiled`, how many times
-    faster than those in the same rounds.
+    faster than these methods in the same rounds.
 
-    Work: `passes`, matmuls of 2 M N D FLOP due; `gflops`, their rate; `limit`, the rate in GFLOP/s
-    of the bare product between the same rounds, taken from `limit_of`; `fraction`, gflops / limit,
-    so against the passes due; `fraction_of_4`, against four passes whatever the budget, of losses
-    that are not made in one go.
+    Work: `passes`, the required matmuls of 2 M N D FLOP; `gflops`, their rate;
+    `limit`, the rate in GFLOP/s of the bare product between the same rounds, taken from `limit_of`;
+    `fraction`, gflops / limit, which counts the required passes; `fraction_of_4`, which counts four
+    passes whatever the budget, for losses that need two sweeps.
 
     Memory: `peak_mib` beyond the inputs; of it `gradients_mib` for the gradients returned and
     `budget_mib` for what a memory budget keeps; `rest_mib`, the difference.
@@ -101,7 +104,7 @@ class Row(Where):
         return (self.loss, *shape, self.dtype, self.data, self.scale, self.mode, self.method)
 
 
-R = TypeVar("R", bound=Where)  # rows of one kind; `key` is what a later measurement replaces
+R = TypeVar("R", bound=Where)  # one type of row; it has a `key`
 
 
 def columns(kind: type[R]) -> list[str]:
@@ -127,8 +130,8 @@ def read(path: Path, kind: type[R] = Row) -> list[R]:
             raise ValueError(f"{path}: expected the columns {expected}, got {got}")
         types = get_type_hints(kind)
         return [
-            kind(**{name: _parse(types[name], text) for name, text in line.items()})
-            for line in reader
+            kind(**{name: _parse(types[name], text) for name, text in cells.items()})
+            for cells in reader
         ]
 
 

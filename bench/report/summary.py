@@ -1,4 +1,4 @@
-"""Three small tables for the README: one large batch, memory and time against N, and a GPU."""
+"""The README's three small tables: one large batch, time and memory against N, and a GPU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def into_readme(readme: Path, paths: Iterable[Path]) -> None:
 
 
 def cpu(rows: list[Row]) -> str:
+    """Two tables of a CPU: one large batch, and CLIP against N."""
     n, d = LARGE
     machine = f"`{rows[-1].machine}`: {provenance(rows)}"
     return "\n\n".join([
@@ -38,6 +39,7 @@ def cpu(rows: list[Row]) -> str:
 
 
 def gpu(rows: list[Row]) -> str:
+    """One table of a GPU: its large batches."""
     machine = f"`{rows[-1].machine}`: {provenance(rows)}"
     return f"{machine}\n\n{_batch(rows, METHODS, GPU_SIZES, ('bfloat16',))}"
 
@@ -46,7 +48,7 @@ def _batch(
     rows: list[Row], methods: tuple[str, ...], sizes: Iterable[tuple[int, int]],
     dtypes: tuple[str, ...],
 ) -> str:  # fmt: skip
-    lines = []
+    table_rows = []
     several = len(list(sizes)) > 1
     for n, d in sizes:
         for loss in LOSSES:
@@ -55,8 +57,8 @@ def _batch(
                 name = f"{loss_of(loss).label}, {dtype}" + (
                     f", N = {n}, D = {d}" if several else ""
                 )
-                lines += [[name, *_cells(row)] for row in _rows(rows, methods, **case)]
-    return markdown(["loss", "method", "time", "x open_clip", "MiB"], lines)
+                table_rows += [[name, *_cells(row)] for row in _rows(rows, methods, **case)]
+    return markdown(["loss", "method", "time", "x open_clip", "MiB"], table_rows)
 
 
 def _cells(row: Row) -> list[str]:
@@ -66,17 +68,17 @@ def _cells(row: Row) -> list[str]:
 def _sizes(rows: list[Row]) -> str:
     case = dict(loss="clip", d=512, dtype="float32")
     sizes = sorted({row.n for row in rows if row.m == row.n and row.n % 128 == 0})
-    lines = []
+    table_rows = []
     for method in METHODS:
         cells = []
         for n in sizes:
             found = _rows(rows, (method,), m=n, n=n, **case)
             figures = (duration(found[0].ms), mebibytes(found[0].peak_mib)) if found else ()
             cells.append(", ".join(filter(None, figures)))
-        lines.append([method, *cells])
-    kept = [k for k in range(len(sizes)) if any(line[k + 1] for line in lines)]
+        table_rows.append([method, *cells])
+    kept = [k for k in range(len(sizes)) if any(cells[k + 1] for cells in table_rows)]
     header = ["time, MiB", *(str(sizes[k]) for k in kept)]
-    return markdown(header, [[line[0], *(line[k + 1] for k in kept)] for line in lines])
+    return markdown(header, [[cells[0], *(cells[k + 1] for k in kept)] for cells in table_rows])
 
 
 def _rows(rows: list[Row], methods: tuple[str, ...], **wanted: object) -> list[Row]:

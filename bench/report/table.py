@@ -72,7 +72,7 @@ def report(rows: list[Row]) -> str:
 def brief(rows: list[Row]) -> str:
     """One line for each row that was measured, narrow enough for a terminal."""
     header = ["case", "scale", "method", "time", "x dense", "of limit", "MiB", "dx", "note"]
-    lines = [
+    table_rows = [
         [
             f"{row.loss} {row.m}x{row.n} {row.dtype}", f"{row.scale:g}", row.method,
             duration(row.ms), times(row.over_dense), percent(row.fraction),
@@ -80,7 +80,7 @@ def brief(rows: list[Row]) -> str:
         ]
         for row in rows if row.mode != "skipped"
     ]  # fmt: skip
-    return markdown(header, lines)
+    return markdown(header, table_rows)
 
 
 def _title(row: Row) -> str:
@@ -94,7 +94,7 @@ def _title(row: Row) -> str:
 def _group(rows: list[Row]) -> str:
     header = ["scale", "method", "time", "+-", "x dense", "x open_clip", "x compiled", "passes"]
     header += ["GFLOP/s", "of limit", "MiB", "rest MiB", "loss", "dx", "dy", "dscale", "note"]
-    lines = [
+    table_rows = [
         [
             f"{row.scale:g}", row.method, duration(row.ms), spread(row), times(row.over_dense),
             times(row.over_open_clip), times(row.over_compiled), f"{row.passes:.3g}",
@@ -104,8 +104,10 @@ def _group(rows: list[Row]) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    filled = [k for k in range(len(header)) if any(line[k] for line in lines)]
-    return markdown([header[k] for k in filled], [[line[k] for k in filled] for line in lines])
+    filled = [k for k in range(len(header)) if any(cells[k] for cells in table_rows)]
+    return markdown(
+        [header[k] for k in filled], [[cells[k] for k in filled] for cells in table_rows]
+    )
 
 
 def _skipped(rows: list[Row]) -> list[str]:
@@ -120,7 +122,7 @@ def into_page(page: Path, paths: Iterable[Path]) -> None:
 
 
 def between(page: Path, begin: str, end: str, body: str) -> str:
-    """The file's text with `body` between two of its lines.
+    """The file's text, with `body` between the two markers.
 
     Raises:
         SystemExit: if the file does not hold the two markers in their order.
@@ -179,7 +181,7 @@ def _one(rows: list[Row], **wanted: object) -> Row:
 
 
 def _large_batch(rows: list[Row], n: int, d: int) -> str:
-    lines = []
+    table_rows = []
     for loss in LOSSES:
         for dtype in DTYPES:
             for method in PAGE_METHODS:
@@ -188,7 +190,7 @@ def _large_batch(rows: list[Row], n: int, d: int) -> str:
                 high = _one(rows, **case, scale=100.0, method=method)
                 if low.ms is None and high.ms is None:
                     continue
-                lines.append(
+                table_rows.append(
                     [
                         f"{loss_of(loss).label}, {dtype}", method, duration(low.ms),
                         duration(high.ms), times(low.over_open_clip), times(high.over_open_clip),
@@ -197,13 +199,13 @@ def _large_batch(rows: list[Row], n: int, d: int) -> str:
                     ]
                 )  # fmt: skip
     header = ["loss", "method", "14.3", "100", "x open_clip", "at 100", "x compiled", "of limit"]
-    return markdown([*header, "at 100", "MiB"], lines) if lines else ""
+    return markdown([*header, "at 100", "MiB"], table_rows) if table_rows else ""
 
 
 def _on_contrast(rows: list[Row]) -> str:
     n, d = PAGE_SIZE
     methods = ("fastclip", *CONTRAST)
-    lines = []
+    table_rows = []
     for loss, dtype, scale in itertools.product(LOSSES, DTYPES, SCALES):
         case = dict(loss=loss, m=n, n=n, d=d, dtype=dtype, data="random", scale=scale, mode="both")
         own, *others = (_one(rows, **case, method=method) for method in methods)
@@ -214,8 +216,8 @@ def _on_contrast(rows: list[Row]) -> str:
             for row in others
         ]
         label = f"{loss_of(loss).label}, {dtype}, scale {scale:g}"
-        lines.append([label, duration(own.ms), *cells])
-    return markdown([f"N = {n}, D = {d}", *methods], lines) if lines else ""
+        table_rows.append([label, duration(own.ms), *cells])
+    return markdown([f"N = {n}, D = {d}", *methods], table_rows) if table_rows else ""
 
 
 def _sizes(rows: list[Row], loss: str) -> str:
@@ -223,7 +225,7 @@ def _sizes(rows: list[Row], loss: str) -> str:
     square = [row for row in _pick(rows, **case) if row.m == row.n and row.ms is not None]
     square = [row for row in square if row.n % 32 == 0]  # 8191 and 8193 are as 8192
     sizes = sorted({row.n for row in square})
-    lines = []
+    table_rows = []
     # Methods that only `make gpu` adds come last.
     for method in dict.fromkeys([*METHODS, *(row.method for row in square)]):
         if method in CONTRAST:  # which have a table of their own
@@ -232,8 +234,8 @@ def _sizes(rows: list[Row], loss: str) -> str:
         if not own:
             continue
         cells = [own.get(n, Row()) for n in sizes]
-        lines.append([method, *(_time_and_ratio(row) for row in cells)])
-    return markdown(["method", *map(str, sizes)], lines) if lines else ""
+        table_rows.append([method, *(_time_and_ratio(row) for row in cells)])
+    return markdown(["method", *map(str, sizes)], table_rows) if table_rows else ""
 
 
 def _time_and_ratio(row: Row) -> str:
@@ -244,7 +246,7 @@ def _time_and_ratio(row: Row) -> str:
 
 def _errors(rows: list[Row]) -> str:
     methods = ("open_clip", "dense", "fastclip")
-    lines = []
+    table_rows = []
     for loss in LOSSES:
         for data, dtype, scale in (
             ("random", "float32", 14.3),
@@ -260,6 +262,10 @@ def _errors(rows: list[Row]) -> str:
                 continue
             label = f"{loss_of(loss).label}, {dtype}, {data}, scale {scale:g}"
             cells = [error(row.err_dx) for row in found] + [error(row.err_dscale) for row in found]
-            lines.append([label, *cells])
+            table_rows.append([label, *cells])
     header = ["N = 2048, D = 512", *(f"dx {name}" for name in methods)]
-    return markdown([*header, *(f"dscale {name}" for name in methods)], lines) if lines else ""
+    return (
+        markdown([*header, *(f"dscale {name}" for name in methods)], table_rows)
+        if table_rows
+        else ""
+    )
