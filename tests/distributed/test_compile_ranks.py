@@ -147,7 +147,7 @@ def test_no_second_derivative(three: Ranks) -> None:
         assert "no second derivative" in error
 
 
-def test_batches_that_may_differ_in_size_cut_the_graph(three: Ranks) -> None:
+def test_uneven_batches_cut_the_graph(three: Ranks) -> None:
     for mistake, graphs in three.run(compile.uneven):
         assert mistake < 1e-6 and graphs == 2
 
@@ -170,7 +170,7 @@ def test_a_process_alone(loss: str) -> None:
     assert counter.frame_count == 1
 
 
-def test_a_group_of_another_size_than_it_was_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_of_another_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error before any exchange, such as for a loss compiled before its group existed."""
 
     def two(group: str) -> int:

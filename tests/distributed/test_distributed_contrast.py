@@ -10,7 +10,15 @@ from itertools import product
 import pytest
 import torch
 from support.ranks import contrast
-from support.ranks.contrast import INPUTS, NAMES, Case, each, joined, made, whole
+from support.ranks.contrast import (
+    INPUTS,
+    NAMES,
+    Case,
+    joined,
+    results_of_cases,
+    results_of_one_process,
+    results_of_rank,
+)
 from support.ranks.processes import Ranks
 
 import fastclip
@@ -62,7 +70,7 @@ def cases_of(size: int) -> Iterator[Case]:
 
 
 def mistakes(case: Case, found: dict, allowed: float = 1e-10) -> list[str]:
-    exact, wrong = whole(case), []
+    exact, wrong = results_of_one_process(case), []
     for name in (*NAMES, *INPUTS):
         mine, true = found[name], exact[name]
         if (mine is None) != (true is None):
@@ -78,7 +86,9 @@ def mistakes(case: Case, found: dict, allowed: float = 1e-10) -> list[str]:
 
 def assert_exact(four: Ranks, cases: list[Case], allowed: float = 1e-10) -> None:
     wrong = []
-    for case, found in zip(cases, zip(*four.run(each, cases), strict=True), strict=True):
+    for case, found in zip(
+        cases, zip(*four.run(results_of_cases, cases), strict=True), strict=True
+    ):
         wrong += mistakes(case, joined(case, found[: case.world_size]), allowed)
     assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong[:20])
 
@@ -93,7 +103,7 @@ def test_ranks_equal_one_process(four: Ranks, size: int) -> None:
 def test_a_process_alone_is_a_world_of_one() -> None:
     wrong = []
     for case in cases_of(1):
-        wrong += mistakes(case, joined(case, [made(case, 0, None)]))
+        wrong += mistakes(case, joined(case, [results_of_rank(case, 0, None)]))
     assert not wrong, "\n".join(wrong[:20])
 
 
@@ -102,7 +112,7 @@ def test_gpu_engines_in_a_process_alone(gpu_engine: str) -> None:
     shape = {"rows": (9,), "columns": (12,), "offsets": (2,), "dtype": torch.float32}
     for kind in ("softmax", "sigmoid"):
         case = Case(kind=kind, backend=gpu_engine, **shape, **OPTIONS["everything"])
-        wrong = mistakes(case, joined(case, [made(case, 0, None)]), 1e-5)
+        wrong = mistakes(case, joined(case, [results_of_rank(case, 0, None)]), 1e-5)
         assert not wrong, "\n".join(wrong)
 
 
@@ -124,7 +134,9 @@ def test_inputs_frozen_on_single_ranks(four: Ranks, ring: bool) -> None:
     """A frozen input gets no gradient; all others get the same as if nothing were frozen."""
     case = Case(UNEVEN[3], OTHERS[3], ring=ring, key_bias=True)
     frozen = ((0, "x"), (2, "y"), (1, "key_bias"))
-    found, exact = zip(*four.run(each, [case._replace(frozen=frozen), case]), strict=True)
+    found, exact = zip(
+        *four.run(results_of_cases, [case._replace(frozen=frozen), case]), strict=True
+    )
     for rank, name in frozen:
         assert found[rank].pop(f"d{name}") is None
     for one, other in zip(found[:3], exact[:3], strict=True):

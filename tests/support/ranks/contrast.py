@@ -141,7 +141,7 @@ def _leaves(case: Case, rank: int | None) -> list[Tensor]:
     return found
 
 
-def whole(case: Case) -> dict[str, Tensor | None]:
+def results_of_one_process(case: Case) -> dict[str, Tensor | None]:
     """The results of one process on the whole batch, dense and in float64."""
     x, y, scale, bias, key_bias = leaves = _leaves(case, None)
     # The dense form compares row number + offset with column numbers, so it accepts an offset for
@@ -155,7 +155,7 @@ def whole(case: Case) -> dict[str, Tensor | None]:
     return {**found, **{n: t.grad for n, t in zip(INPUTS, leaves, strict=True)}}
 
 
-def made(case: Case, rank: int, group: Any) -> dict[str, Tensor | None]:
+def results_of_rank(case: Case, rank: int, group: Any) -> dict[str, Tensor | None]:
     """This rank's statistics and gradients of its inputs, before any sum over ranks."""
     x, y, scale, bias, key_bias = leaves = _leaves(case, rank)
     ids = case.all_ids()
@@ -176,12 +176,12 @@ def group_of(world_size: int) -> dist.ProcessGroup:
     return dist.new_group(list(range(world_size)))
 
 
-def each(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any] | None]:
+def results_of_cases(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any] | None]:
     """This rank's results of each case; None for a case without this rank."""
     found: list[dict[str, Any] | None] = []
     for case in cases:
         group = group_of(case.world_size)  # all ranks must make it, even those outside it
-        found.append(made(case, rank, group) if rank < case.world_size else None)
+        found.append(results_of_rank(case, rank, group) if rank < case.world_size else None)
     return found
 
 
