@@ -1,6 +1,6 @@
-"""Losses across ranks compile whole, with the values and gradients of eager mode.
+"""Losses across ranks compile into one graph, with the values and gradients of eager mode.
 
-One pool of three ranks; worlds of two are groups within it.
+All tests share one pool of three ranks; worlds of two ranks are groups within it.
 """
 
 import shutil
@@ -28,18 +28,18 @@ def three() -> Iterator[Ranks]:
 
 
 def assert_like_eager(three: Ranks, cases: list[Case], allowed: float = 1e-6) -> None:
-    """One graph for all sizes, too."""
+    """Asserts eager mode's results, and one graph for all batch sizes."""
     of_cases = zip(*three.run(compile.compiled, cases), strict=True)
     for case, found in zip(cases, of_cases, strict=True):
         for graphs, mistake in found[: case.ranks]:
-            # For the first size Dynamo may start anew once.
+            # Dynamo may restart once at the first size.
             assert graphs[-1] == graphs[0], f"{case}: {graphs} graphs"
             assert mistake <= allowed, f"{case}: {mistake:.1e}"
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 def test_losses(three: Ranks, ring: bool) -> None:
-    """An input that one rank alone has frozen is worked on all the same."""
+    """An input that is frozen on one rank still gets its gradient on the others."""
     frozen = ((1, "y"), (0, "scale"))
     assert_like_eager(three, [
         Case("clip_loss", {"ring": ring, "normalize": True}, frozen=frozen),
@@ -48,7 +48,7 @@ def test_losses(three: Ranks, ring: bool) -> None:
     ])  # fmt: skip
 
 
-def test_open_clips_sharings(three: Ranks) -> None:
+def test_open_clips_gradient_modes(three: Ranks) -> None:
     cases = []
     for k, (local, grad) in enumerate(product((False, True), repeat=2)):
         options = {"local_loss": local, "gather_with_grad": grad, "ring": k in (1, 2)}
@@ -61,7 +61,7 @@ EVERYTHING = {"same_id": "positive", "false_negative_margin": 0.3, "normalize": 
 
 
 def test_statistics(three: Ranks) -> None:
-    """With all options; rows that have their positive elsewhere; more columns than rows."""
+    """With all options, with rows that have no positive, with more columns than rows."""
     assert_like_eager(three, [
         Case(
             "contrast", {**EVERYTHING, "offset": 1}, ranks=3, ids=True, key_bias=True,
@@ -81,7 +81,7 @@ def test_inductor(three: Ranks) -> None:
     ], 1e-5)  # fmt: skip
 
 
-def test_values_alone(three: Ranks) -> None:
+def test_values_without_gradients(three: Ranks) -> None:
     for ours, eager in three.run(compile.without_gradients):
         assert ours == eager
 
@@ -95,9 +95,9 @@ SHAPES = [
 ]
 
 
-def test_compilers_are_told_the_shapes(three: Ranks) -> None:
-    """Those of every rank, since ranks share the graphs that compilers keep on disk; and no result
-    shares memory with another one, or with an input."""
+def test_fakes_have_the_shapes_of_results(three: Ranks) -> None:
+    """A fake's shapes hold on every rank, since ranks share the graphs that compilers keep on disk.
+    No result shares memory with another one or with an input."""
     of_cases = zip(*three.run(compile.shapes, SHAPES), strict=True)
     for case, found in zip(SHAPES, of_cases, strict=True):
         for real, fake in found:
@@ -108,7 +108,7 @@ def test_compilers_are_told_the_shapes(three: Ranks) -> None:
             assert real[name + "_backward apart"] == [(True,)], case
 
 
-MISFITS = {
+MISMATCHES = {
     "sizes": ("clip_loss", {}, {"m": 5, "n": 5}, "all ranks must have batches of one size"),
     "options": ("clip_loss", {}, {"normalize": True}, "one normalize, got"),
     "statistics": ("contrast", {}, {"n": 5}, "one number of columns unless uneven=True"),
@@ -121,9 +121,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_a_misfit_is_an_error_everywhere(three: Ranks, misfit: str) -> None:
-    name, usual, other, message = MISFITS[misfit]
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_a_mismatch_is_an_error_on_every_rank(three: Ranks, mismatch: str) -> None:
+    name, usual, other, message = MISMATCHES[mismatch]
     for ours, eager in three.run(compile.errors, [(name, usual)] * 2 + [(name, other)]):
         assert message in ours and ours == eager, ours
 
@@ -147,14 +147,14 @@ def test_no_second_derivative(three: Ranks) -> None:
         assert "no second derivative" in error
 
 
-def test_batches_that_may_differ_in_size_cut_the_graph(three: Ranks) -> None:
+def test_uneven_batches_cut_the_graph(three: Ranks) -> None:
     for mistake, graphs in three.run(compile.uneven):
         assert mistake < 1e-6 and graphs == 2
 
 
 @pytest.mark.parametrize("loss", ["clip_loss", "contrast"])
 def test_a_process_alone(loss: str) -> None:
-    """Without a group."""
+    """A loss compiles in a process without a group, too."""
 
     def step(*inputs: torch.Tensor) -> torch.Tensor:
         found = getattr(distributed, loss)(*inputs, normalize=True)
@@ -170,8 +170,8 @@ def test_a_process_alone(loss: str) -> None:
     assert counter.frame_count == 1
 
 
-def test_a_group_of_another_size_than_it_was_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled before the group was there, say; an error before anything is exchanged."""
+def test_a_group_of_another_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before any exchange, such as for a loss compiled before its group existed."""
 
     def two(group: str) -> int:
         return 2
@@ -186,7 +186,7 @@ def test_a_group_of_another_size_than_it_was_compiled_in(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["rank_loss", "rank_contrast"])
 def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch asks of an operator, in a world of one. Other tests trace them with any sizes."""
+    """They pass `torch.library.opcheck` in a world of one. Other tests trace dynamic sizes."""
     called = []
     operator = getattr(torch.ops.fastclip, name)
 

@@ -1,7 +1,7 @@
-"""Losses across processes: after DDP's mean, one process on the concatenated batch.
+"""Losses across ranks: after DDP's mean, gradients are those of one process on the whole batch.
 
-On 1 to 4 ranks, batches of one size and of several, all at once and around the ring; the truth is
-the oracle's, for open_clip's combinations open_clip's own classes.
+On 1 to 4 ranks, with even and uneven batches, gathered and around the ring. The truth is the
+oracle's; for open_clip's combinations it comes from open_clip's own classes.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import torch
 from support.block_cases import compiled_only
 from support.judge import PRECISIONS, allowance, error, truth
 from support.open_clip_import import import_open_clip
+from support.oracle import TRUTHS
 from support.ranks.cases import (
     Case,
     Module,
@@ -29,7 +30,7 @@ from support.ranks.cases import (
 from support.ranks.processes import Ranks
 
 WORLD_SIZES = (1, 2, 3, 4)
-# Of a batch: pairs of each rank. A rank with one pair has no negatives of its own.
+# Pairs of each rank. A rank with one pair has no negatives among its own.
 EVEN = {1: (13,), 2: (9, 9), 3: (7, 7, 7), 4: (5, 5, 5, 5)}
 UNEVEN = {1: (13,), 2: (11, 6), 3: (9, 1, 4), 4: (5, 8, 1, 3)}
 MIXED = {1: (13,), 2: (11, 6), 3: (9, 3, 4), 4: (5, 8, 3, 7)}
@@ -48,7 +49,7 @@ def size_of(ranks: Ranks) -> int:
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks got as one process's results."""
+    """The ranks' results, put together as one process's."""
     found = {name: results[0][name] for name in ("loss", "dscale", "dbias")}
     for name in ("dx", "dy"):
         parts = [result[name] for result in results]
@@ -57,7 +58,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mistakes(case: Case, found: dict[str, Any]) -> list[str]:
-    """Quantities that are further off than careful arithmetic of that precision is."""
+    """A message for each quantity whose error exceeds that of careful arithmetic."""
     precision = PRECISIONS[case.precision]
     x, y = case.towers
     exact = truth(case.loss, x, y, case.scale, -3.0, precision, normalize=case.normalize)
@@ -78,8 +79,8 @@ def run(ranks: Ranks, case: Case, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_the_mean_of_ranks_is_one_process(ranks: Ranks, loss: str, ring: bool) -> None:
+@pytest.mark.parametrize("loss", TRUTHS)
+def test_the_mean_over_ranks_equals_one_process(ranks: Ranks, loss: str, ring: bool) -> None:
     wrong = []
     for precision, sizes in product(("float64", "float32", "bfloat16"), (EVEN, UNEVEN)):
         for kind, scale, normalize in (
@@ -92,7 +93,7 @@ def test_the_mean_of_ranks_is_one_process(ranks: Ranks, loss: str, ring: bool) -
 
 
 def test_float64_agrees_to_ten_digits(ranks: Ranks) -> None:
-    for loss, ring in product(("clip", "siglip"), (False, True)):
+    for loss, ring in product(TRUTHS, (False, True)):
         case = Case(loss, UNEVEN[size_of(ranks)])
         found = run(ranks, case, ring=ring, uneven=True)
         exact = truth(loss, *case.towers, 14.3, -3.0, PRECISIONS["float64"])
@@ -100,21 +101,29 @@ def test_float64_agrees_to_ten_digits(ranks: Ranks) -> None:
             assert error(np.asarray(found[name]), np.asarray(getattr(exact, name), float)) < 1e-10
 
 
+def clip_shares(s: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return (-s.log_softmax(1).diagonal() - s.log_softmax(0).diagonal()) / 2
+
+
+def siglip_shares(s: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    signs = 2 * torch.eye(len(s), dtype=s.dtype) - 1
+    return torch.nn.functional.softplus(-signs * (s + bias)).sum(1)
+
+
+# The loss of each pair, from scaled similarities.
+SHARES = {"clip": clip_shares, "siglip": siglip_shares}
+
+
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", TRUTHS)
 def test_ranks_may_scale_their_losses_differently(ranks: Ranks, loss: str, ring: bool) -> None:
-    """Zero and negative factors among them: as one process that sums the scaled shares."""
+    """The gradients of one process that sums the scaled shares. Factors may be zero or negative."""
     upstream = (3.0, -0.5, 0.0, 1e-3)[: size_of(ranks)]
     case = Case(loss, UNEVEN[size_of(ranks)], upstream=upstream)
     found = run(ranks, case, ring=ring, uneven=True)
     x, y, scale, bias = leaves(case, slice(None))
-    s = scale * x @ y.T + (bias if loss == "siglip" else 0)
-    signs = 2 * torch.eye(len(x), dtype=s.dtype) - 1
-    if loss == "clip":
-        shares = (-s.log_softmax(1).diagonal() - s.log_softmax(0).diagonal()) / 2
-    else:
-        shares = torch.nn.functional.softplus(-signs * s).sum(1)
-    factors = torch.tensor(upstream, dtype=s.dtype).repeat_interleave(torch.tensor(case.sizes))
+    shares = SHARES[loss](scale * x @ y.T, bias)
+    factors = torch.tensor(upstream, dtype=x.dtype).repeat_interleave(torch.tensor(case.sizes))
     (shares * factors).sum().div(len(x)).backward()
     for name, leaf in zip(("dx", "dy", "dscale"), (x, y, scale), strict=True):
         exact = leaf.grad.numpy()
@@ -124,16 +133,16 @@ def test_ranks_may_scale_their_losses_differently(ranks: Ranks, loss: str, ring:
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 @pytest.mark.parametrize("frozen", ["x", "y"])
 def test_a_frozen_tower(ranks: Ranks, frozen: str, ring: bool) -> None:
-    for loss in ("clip", "siglip"):
+    for loss in TRUTHS:
         case = Case(loss, EVEN[size_of(ranks)], frozen=frozen)
         found = run(ranks, case, ring=ring)
         assert found[f"d{frozen}"] is None and not mistakes(case, found)
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", TRUTHS)
 def test_live_slices_add_up(ranks: Ranks, loss: str, ring: bool) -> None:
-    """Micro-batch by micro-batch, of different sizes on the ranks of an uneven batch."""
+    """Micro-batches sum to the whole batch. On uneven batches their sizes differ between ranks."""
     wrong = []
     for sizes, normalize in ((EVEN, False), (MIXED, True)):
         case = Case(loss, sizes[size_of(ranks)], kind="lengths", normalize=normalize)
@@ -145,14 +154,14 @@ def test_live_slices_add_up(ranks: Ranks, loss: str, ring: bool) -> None:
 @pytest.fixture
 def several(ranks: Ranks) -> Ranks:
     if size_of(ranks) == 1:
-        pytest.skip("one rank has nothing to share")
+        pytest.skip("needs several ranks")
     return ranks
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", TRUTHS)
 def test_towers_frozen_on_single_ranks(several: Ranks, loss: str, ring: bool) -> None:
-    """They get nothing; all others get what they get beside ranks that froze nothing."""
+    """A frozen tower gets no gradient; all others get the same as if nothing were frozen."""
     last = size_of(several) - 1
     frozen = ((0, "x"), (last, "y"))
     case = Case(loss, UNEVEN[size_of(several)])
@@ -172,7 +181,7 @@ def test_towers_frozen_on_single_ranks(several: Ranks, loss: str, ring: bool) ->
 )  # fmt: skip
 def test_visits_share_the_budget_of_kept_products(several: Ranks, loss: str, ring: bool) -> None:
     case = Case(loss, (48, 32, 64, 48)[: size_of(several)])
-    budget = 24 << 10  # some of each visit's rows; most of a single visit's
+    budget = 24 << 10  # enough for some rows of every visit, or for most rows of one
     options = {"ring": ring, "uneven": True, "memory_budget": budget}
     found = several.run(ours_and_kept, case, options)
     assert not mistakes(case, joined([results for results, _ in found]))
@@ -186,8 +195,8 @@ WAYS = list(product((False, True), (False, True)))
 
 
 def modules_for(size: int) -> Iterator[Module]:
-    """Every mode in every precision on batches of one size and of several; in slices, too, with
-    ranks that scale their losses differently."""
+    """Every mode and precision, on even and uneven batches; in float64 also in slices, with ranks
+    that scale their losses differently."""
     modes = [
         ("clip", {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "ring": ring})
         for (local_loss, gather_with_grad), ring in product(WAYS, (False, True))
@@ -197,7 +206,7 @@ def modules_for(size: int) -> Iterator[Module]:
         options = {**options, "uneven": uneven}
         for precision in ("float64", "float32", "bfloat16"):
             yield Module(Case(loss, (UNEVEN if uneven else EVEN)[size], precision), options)
-        # The time goes into exchanges: slices of one size are for few ranks.
+        # Exchanges take most of the time, so only few ranks slice even batches.
         if uneven or size <= 2:
             upstream = (2.0, 0.5, -1.0, 3.0)[:size]
             case = Case(loss, (MIXED if uneven else EVEN)[size], upstream=upstream)
@@ -205,7 +214,7 @@ def modules_for(size: int) -> Iterator[Module]:
 
 
 def test_modules_in_every_mode(ranks: Ranks) -> None:
-    """Values of every rank, gradients, and the way that features come."""
+    """Checks every rank's value, the gradients, and whether features come around a ring."""
     every, wrong = list(modules_for(size_of(ranks))), []
     by_module = zip(*ranks.run(each_module, every), strict=True)
     for one, found in zip(every, by_module, strict=True):
@@ -236,10 +245,10 @@ def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], what: 
 
 @pytest.mark.filterwarnings("ignore:ClipLoss")
 @pytest.mark.parametrize("local_loss, gather_with_grad", WAYS)
-def test_every_combination_is_open_clips(
+def test_every_combination_equals_open_clip(
     several: Ranks, local_loss: bool, gather_with_grad: bool
 ) -> None:
-    """Value of every rank, and gradients after the mean."""
+    """The value on every rank, and the gradients after the mean."""
     import_open_clip()
     options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
     for upstream in (None, (2.0, 0.5, -1.0, 3.0)):
@@ -249,7 +258,7 @@ def test_every_combination_is_open_clips(
 
 
 @pytest.mark.parametrize("dist_impl", ["bidir", "shift", "reduce", "gather"])
-def test_every_exchange_is_open_clips(several: Ranks, dist_impl: str) -> None:
+def test_every_exchange_equals_open_clip(several: Ranks, dist_impl: str) -> None:
     import_open_clip()
     case = Case("siglip", EVEN[size_of(several)], upstream=(2.0, 0.5, -1.0, 3.0))
     options = {"dist_impl": dist_impl}
@@ -257,8 +266,8 @@ def test_every_exchange_is_open_clips(several: Ranks, dist_impl: str) -> None:
     assert_same(one, other, dist_impl)
 
 
-def test_the_factor_table(several: Ranks) -> None:
-    """What `fastclip.distributed` says of the four: towers' gradients over the exact ones."""
+def test_the_table_of_gradient_modes(several: Ranks) -> None:
+    """The table in `fastclip.distributed`: size and direction of the towers' gradients."""
     size = size_of(several)
     case = Case("clip", EVEN[size])
     exact = truth("clip", *case.towers, 14.3, -3.0, PRECISIONS["float64"])
@@ -277,7 +286,7 @@ def test_the_factor_table(several: Ranks) -> None:
             assert ratio == pytest.approx(1 if gather_with_grad else 1 / size, rel=1e-9)
 
 
-def test_the_wrong_direction_is_announced_once(several: Ranks) -> None:
+def test_a_wrong_direction_warns_once(several: Ranks) -> None:
     for warnings in several.run(warnings_of, True, False):
         (message,) = warnings
         assert "ClipLoss(local_loss=True, gather_with_grad=False)" in message

@@ -1,7 +1,7 @@
 """`distributed.contrast`: statistics and gradients of one process on the concatenated batch.
 
-Truth: `fastclip.reference.contrast` in float64 on all of it. Worlds of 2 to 4 ranks are groups of
-one pool; a world of one needs no group.
+The truth is `fastclip.reference.contrast` on the whole batch, in float64. Worlds of 2 to 4 ranks
+are groups of one pool; a world of one needs no group.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,15 @@ from itertools import product
 import pytest
 import torch
 from support.ranks import contrast
-from support.ranks.contrast import INPUTS, NAMES, Case, each, joined, made, whole
+from support.ranks.contrast import (
+    INPUTS,
+    NAMES,
+    Case,
+    joined,
+    results_of_cases,
+    results_of_one_process,
+    results_of_rank,
+)
 from support.ranks.processes import Ranks
 
 import fastclip
@@ -40,7 +48,7 @@ OPTIONS = {
     "no positives": {"offsets": None, "ids": 4, "same_id": "positive"},
     "rows alone": {"wanted": (True, False), "ids": 5, "same_id": "positive"},
     "columns alone": {"wanted": (False, True), "key_bias": True},
-    "a statistic that nobody uses": {"unused": ("positives", "columns")},
+    "unused statistics": {"unused": ("positives", "columns")},
 }
 
 
@@ -55,13 +63,14 @@ def cases_of(size: int) -> Iterator[Case]:
     rings = (False, True) if size > 1 else (False,)
     every = product(shapes, OPTIONS.values(), rings, ("softmax", "sigmoid"))
     for k, (shape, options, ring, kind) in enumerate(every):
-        # Exchanges take the time: neighbouring sizes share the cases between them.
+        # Exchanges take most of the time: a world runs half of the cases, the next larger one the
+        # other half.
         if size == 1 or (k + k // 2 + k // 4 + size) % 2:
             yield Case(kind=kind, ring=ring, upstreams=upstreams, **{**shape, **options})
 
 
 def mistakes(case: Case, found: dict, allowed: float = 1e-10) -> list[str]:
-    exact, wrong = whole(case), []
+    exact, wrong = results_of_one_process(case), []
     for name in (*NAMES, *INPUTS):
         mine, true = found[name], exact[name]
         if (mine is None) != (true is None):
@@ -77,37 +86,39 @@ def mistakes(case: Case, found: dict, allowed: float = 1e-10) -> list[str]:
 
 def assert_exact(four: Ranks, cases: list[Case], allowed: float = 1e-10) -> None:
     wrong = []
-    for case, found in zip(cases, zip(*four.run(each, cases), strict=True), strict=True):
+    for case, found in zip(
+        cases, zip(*four.run(results_of_cases, cases), strict=True), strict=True
+    ):
         wrong += mistakes(case, joined(case, found[: case.world_size]), allowed)
     assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong[:20])
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_ranks_are_one_process(four: Ranks, size: int) -> None:
-    """Both exchanges, all options, ranks without rows or columns, upstream gradients of any sign
-    that differ from rank to rank."""
+def test_ranks_equal_one_process(four: Ranks, size: int) -> None:
+    """Both exchanges, all options, ranks without rows or columns. Upstream gradients differ between
+    ranks in size and sign."""
     assert_exact(four, list(cases_of(size)))
 
 
 def test_a_process_alone_is_a_world_of_one() -> None:
     wrong = []
     for case in cases_of(1):
-        wrong += mistakes(case, joined(case, [made(case, 0, None)]))
+        wrong += mistakes(case, joined(case, [results_of_rank(case, 0, None)]))
     assert not wrong, "\n".join(wrong[:20])
 
 
-def test_engines_of_gpus_alone(gpu_engine: str) -> None:
-    """The engines that run on a card take the same block rows, of one process here."""
+def test_gpu_engines_in_a_process_alone(gpu_engine: str) -> None:
+    """Engines that need a GPU sweep the same block rows, here those of one process."""
     shape = {"rows": (9,), "columns": (12,), "offsets": (2,), "dtype": torch.float32}
     for kind in ("softmax", "sigmoid"):
         case = Case(kind=kind, backend=gpu_engine, **shape, **OPTIONS["everything"])
-        wrong = mistakes(case, joined(case, [made(case, 0, None)]), 1e-5)
+        wrong = mistakes(case, joined(case, [results_of_rank(case, 0, None)]), 1e-5)
         assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 def test_dtypes_engines_and_hard_scales(four: Ranks, ring: bool) -> None:
-    """Peaked logits, for which ranks take shifts of their own, among them."""
+    """Includes peaked logits, for which each rank takes its own shifts."""
     shape = {"rows": UNEVEN[3], "columns": OTHERS[3], "offsets": OFFSETS[3], "ring": ring}
     everything = {**shape, **OPTIONS["everything"]}
     assert_exact(four, [
@@ -120,10 +131,12 @@ def test_dtypes_engines_and_hard_scales(four: Ranks, ring: bool) -> None:
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 def test_inputs_frozen_on_single_ranks(four: Ranks, ring: bool) -> None:
-    """They get nothing; all others get what they get beside ranks that froze nothing."""
+    """A frozen input gets no gradient; all others get the same as if nothing were frozen."""
     case = Case(UNEVEN[3], OTHERS[3], ring=ring, key_bias=True)
     frozen = ((0, "x"), (2, "y"), (1, "key_bias"))
-    found, exact = zip(*four.run(each, [case._replace(frozen=frozen), case]), strict=True)
+    found, exact = zip(
+        *four.run(results_of_cases, [case._replace(frozen=frozen), case]), strict=True
+    )
     for rank, name in frozen:
         assert found[rank].pop(f"d{name}") is None
     for one, other in zip(found[:3], exact[:3], strict=True):
@@ -143,7 +156,7 @@ def test_a_rank_without_pairs_takes_part_in_the_losses(four: Ranks, sizes: tuple
                     torch.testing.assert_close(mine, true, msg=what)
 
 
-MISFITS = {
+MISMATCHES = {
     "rows": ([{}, {"m": 5}, {}, {}], "one number of rows unless uneven=True, got rank 0: 3, rank"),
     "columns": ([{}, {}, {}, {"n": 9}], "one number of columns unless uneven=True, got rank 0: 4"),
     "no rows": (
@@ -174,10 +187,10 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_a_misfit_is_an_error_everywhere(four: Ranks, misfit: str) -> None:
-    brought, message = MISFITS[misfit]
-    for error in four.run(contrast.call, brought):
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_a_mismatch_is_an_error_on_every_rank(four: Ranks, mismatch: str) -> None:
+    by_rank, message = MISMATCHES[mismatch]
+    for error in four.run(contrast.call, by_rank):
         assert error.startswith("ValueError") and message in error, error
 
 
@@ -226,7 +239,7 @@ def leaves(n: int = 5) -> list[torch.Tensor]:
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 @pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
 def test_losses_of_a_process_alone(loss: str, ring: bool) -> None:
-    """Without a group: those of one process."""
+    """Without a group, values and gradients are those of `fastclip`'s losses."""
     mine, exact = leaves(), leaves()
     value = getattr(distributed, loss)(*mine, -1.0, ring=ring, normalize=True)
     true = getattr(fastclip, loss)(*exact, -1.0, normalize=True)

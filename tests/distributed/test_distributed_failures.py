@@ -1,4 +1,4 @@
-"""What does not fit across processes is one error on every rank, that names ranks and sizes."""
+"""A mismatch between ranks raises the same error on every rank, naming ranks and sizes."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def four() -> Iterator[Ranks]:
     pool.close()
 
 
-MISFITS = {
+MISMATCHES = {
     "sizes": (
         [{"n": 4}, {"n": 5}, {"n": 4}],
         "batches of one size unless uneven=True, got rank 0: 4, rank 1: 5, rank 2: 4",
@@ -51,20 +51,20 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_a_misfit_is_an_error_everywhere(three: Ranks, misfit: str) -> None:
-    brought, message = MISFITS[misfit]
-    for error in three.run(failures.call, brought):
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_a_mismatch_is_an_error_on_every_rank(three: Ranks, mismatch: str) -> None:
+    by_rank, message = MISMATCHES[mismatch]
+    for error in three.run(failures.call, by_rank):
         assert error.startswith("ValueError") and message in error, error
 
 
-def test_sizes_may_differ_where_that_is_allowed(three: Ranks) -> None:
-    brought = [{"n": n, "uneven": True} for n in (4, 1, 7)]
-    assert three.run(failures.call, brought) == ["no error"] * 3
+def test_sizes_may_differ_in_uneven_batches(three: Ranks) -> None:
+    by_rank = [{"n": n, "uneven": True} for n in (4, 1, 7)]
+    assert three.run(failures.call, by_rank) == ["no error"] * 3
 
 
 def test_an_argument_refused_on_one_rank_fails_on_all(three: Ranks) -> None:
-    """Of a loss, of `gather_features`."""
+    """For losses and for `gather_features`."""
     for errors in zip(*three.run(failures.bad_calls), strict=True):
         assert errors[1].startswith("TypeError: image_features must be float64")
         for error in (errors[0], errors[2]):
@@ -72,11 +72,11 @@ def test_an_argument_refused_on_one_rank_fails_on_all(three: Ranks) -> None:
             assert error.startswith(accepted) and "rank 1" in error
 
 
-def test_where_only_gpu_tensors_travel_first_calls_alone_compare(three: Ranks) -> None:
-    """A call of another kind compares anew, uneven ones always; misfits are not remembered, so that
-    what fits later does."""
+def test_a_group_for_gpu_tensors_compares_only_first_calls(three: Ranks) -> None:
+    """A call with other sizes or options compares anew, an uneven one always does. Mismatches are
+    not remembered, so a matching call passes later."""
     four, live = (4, 4, 4), [{"live": (0, 2)}, {"live": (2, 4)}]
-    uneven, misfit = ((5, 4, 1), {"uneven": True}), ((7, 8, 7), {})
+    uneven, mismatch = ((5, 4, 1), {"uneven": True}), ((7, 8, 7), {})
     first, known, compared = (1, "no error"), (0, "no error"), (1, "ValueError")
     calls = {
         "four": ((four, {}), first), "four again": ((four, {}), known),
@@ -84,8 +84,8 @@ def test_where_only_gpu_tensors_travel_first_calls_alone_compare(three: Ranks) -
         "ring": ((four, {"ring": True}), first), "ring again": ((four, {"ring": True}), known),
         "live": ((four, live[0]), first), "other live": ((four, live[1]), first),
         "uneven": (uneven, first), "uneven again": (uneven, first),
-        "misfit": (misfit, compared), "misfit again": (misfit, compared),
-        "rank 0's of the misfit": (((7, 7, 7), {}), first),
+        "mismatch": (mismatch, compared), "mismatch again": (mismatch, compared),
+        "rank 0's of the mismatch": (((7, 7, 7), {}), first),
     }  # fmt: skip
     every = [call for call, _ in calls.values()]
     for found in three.run(failures.exchanges_for_agreement, every):
@@ -93,8 +93,8 @@ def test_where_only_gpu_tensors_travel_first_calls_alone_compare(three: Ranks) -
             assert (exchanges, error.split(":")[0]) == expected, f"{what}: {error}"
 
 
-def test_a_rank_that_one_process_has_wrong_fails_on_all(three: Ranks) -> None:
-    """As where nobody said the rank: it is right on rank 0."""
+def test_a_wrong_rank_argument_fails_on_all(three: Ranks) -> None:
+    """For example if `rank` is left out: the default is right on rank 0 alone."""
     errors = three.run(failures.forgotten_rank)
     assert "all ranks must have arguments that the loss accepts" in errors[0]
     for rank in (1, 2):
@@ -108,17 +108,17 @@ def test_a_tower_frozen_on_one_rank_is_gathered_for_the_others(three: Ranks) -> 
     assert max(three.run(failures.gathered_with_one_frozen)) < 1e-12
 
 
-def test_a_block_of_ones_own_is_honoured(three: Ranks) -> None:
+def test_an_overridden_loss_of_a_block_is_called(three: Ranks) -> None:
     assert three.run(failures.own_block) == [6.0] * 3
 
 
 def test_rows_of_zeros_in_fp16_have_no_gradient(three: Ranks) -> None:
-    """And not an infinite one, also where products are of a wider dtype; all other rows have one,
-    in either tower and on every rank."""
+    """Their gradient is zero, not infinite, even if products have a wider dtype. All other rows
+    have a gradient, in both towers and on every rank."""
     assert three.run(failures.zero_rows_in_fp16) == [[True] * 4] * 3
 
 
-def test_modules_ask_for_their_real_rank(three: Ranks) -> None:
+def test_modules_check_rank_and_world_size(three: Ranks) -> None:
     for rank, errors in enumerate(three.run(failures.module_errors)):
         assert len(errors) == 2
         assert all(f"{rank} and 3, got" in error for error in errors)
@@ -130,7 +130,7 @@ def test_no_second_derivative(three: Ranks) -> None:
 
 
 def test_a_group_within_a_larger_world(four: Ranks) -> None:
-    """For functions and modules."""
+    """For functions and for modules."""
     found = four.run(failures.in_group_of_odd_ranks)
     for rank in (1, 3):
         assert len(found[rank]) == 2 * 6 and max(found[rank]) < 1e-12
@@ -139,8 +139,8 @@ def test_a_group_within_a_larger_world(four: Ranks) -> None:
 
 
 def test_a_killed_rank_ends_the_others(four: Ranks) -> None:
-    """With an error, within the group's time, also on a rank that the ring has no link from to the
-    dead one. The last test of these ranks."""
+    """All others raise within the group's timeout, even a rank that is no neighbour of the dead one
+    in the ring. This must be the pool's last test, since its rank 0 is dead afterwards."""
     seconds = 4.0
     found = four.outcomes(failures.dies, seconds)
     assert isinstance(found[0], Failed) and "died" in str(found[0])

@@ -1,4 +1,4 @@
-"""Losses across processes inside what people train with, and what they send."""
+"""Losses across ranks under DDP and FSDP2, the bytes that ranks send and the memory they hold."""
 
 from collections.abc import Iterator
 
@@ -29,12 +29,12 @@ def three() -> Iterator[Ranks]:
     "ddp", [{"static_graph": True}, {"find_unused_parameters": False}], ids=["static", "plain"]
 )
 def test_under_ddp(two: Ranks, options: dict, ddp: dict) -> None:
-    """Towers' and scale's gradients, averaged by DDP itself."""
+    """The gradients of towers and scale, averaged by DDP itself, are those of one process."""
     assert max(two.run(training.under_ddp, options, ddp)) < 1e-12
 
 
 def test_cached_under_ddp(two: Ranks) -> None:
-    """Gradients travel with the last micro-batch alone."""
+    """Gradients are all-reduced once, with the last micro-batch."""
     for error, exchanges in two.run(training.cached_under_ddp):
         assert error < 1e-12 and exchanges == 1
 
@@ -45,7 +45,7 @@ def test_a_static_graph_allows_no_cached_step(two: Ranks) -> None:
 
 
 def test_under_fsdp(two: Ranks) -> None:
-    """In micro-batches gradients travel with the last one alone: as many bytes as without."""
+    """In micro-batches, gradients are sent with the last one only: as many bytes as without."""
     plain, cached = (two.run(training.under_fsdp, micro) for micro in (None, 2))
     for error, sent in plain + cached:
         assert error < 1e-12 and sent == plain[0][1] > 0
@@ -57,7 +57,7 @@ def test_under_fsdp(two: Ranks) -> None:
 def test_bytes_sent_are_the_stated_ones(
     three: Ranks, loss: str, dtype: torch.dtype, ring: bool
 ) -> None:
-    """`fastclip.distributed`'s formula, and little besides."""
+    """The formula in `distributed.clip_loss`, and at most 40 bytes more for each pair."""
     world_size, b, d = 3, 40, 256
     found = three.run(training.bytes_sent, loss, b, d, dtype, ring)
     texts, gradients = b * d * dtype.itemsize, 4 * b * d
@@ -75,14 +75,14 @@ def test_bytes_sent_are_the_stated_ones(
     ids=lambda value: str(value),
 )
 def test_memory_is_the_stated_one(three: Ranks, loss: str, dtype: torch.dtype) -> None:
-    """`fastclip.distributed`'s formula, per element of a rank's features, a MiB of them."""
+    """The formula in `distributed.clip_loss`, in bytes per element of a rank's features."""
     world_size, b, d, itemsize = 3, 1024, 1024, dtype.itemsize
     gathered, ring = (
         max(three.run(training.most_held, loss, b, d, dtype, ring)) / (b * d)
         for ring in (False, True)
     )
     own = 2 * itemsize + 8
-    # Less than another gradient beyond: states and work space.
+    # States and work space: less than another fp32 gradient.
     slack = 3.6
     assert world_size * (itemsize + 4) < gathered < world_size * (itemsize + 8) + own + slack
     assert ring < min(4 * itemsize + 24 + own + slack, gathered - 4)

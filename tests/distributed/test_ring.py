@@ -1,6 +1,7 @@
-"""The ring's order of visits and its way home, for more ranks than processes would be cheap for.
+"""The ring's order of visits and the gradients' way home, on up to nine ranks.
 
-Ranks are threads here, and messages go through queues, in order between two ranks.
+Ranks are threads here, since so many processes would be slow. Messages go through queues, so that
+those between two ranks arrive in order.
 """
 
 import itertools
@@ -22,12 +23,12 @@ WORLD_SIZES = range(1, 10)
 
 
 class Mail:
-    """What `Shard.swap` uses of torch.distributed, between threads. A group is a rank."""
+    """Replaces torch.distributed in `Shard.swap`, between threads. A group is a rank's number."""
 
     isend, irecv = "isend", "irecv"
 
     def __init__(self) -> None:
-        ranks = range(max(WORLD_SIZES))  # before threads look for them
+        ranks = range(max(WORLD_SIZES))  # all made before threads start
         self.boxes = {(a, b): queue.Queue[Tensor]() for a in ranks for b in ranks}
         self.exchanges: dict[int, int] = defaultdict(int)
         self.tensors: dict[int, list[weakref.ref[Tensor]]] = defaultdict(list)
@@ -44,13 +45,13 @@ class Mail:
         return [SimpleNamespace(wait=lambda o=o: self._wait(o)) for o in operations]
 
     def held(self, rank: int) -> int:
-        """Of all tensors that a rank ever sent or received, those that still exist."""
+        """The number of tensors that still exist, of all that a rank ever sent or received."""
         return len({id(x) for x in (ref() for ref in self.tensors[rank]) if x is not None})
 
     def _wait(self, operation: Any) -> None:
         if operation.op == "irecv":
             box = self.boxes[operation.peer, operation.rank]
-            operation.tensor.copy_(box.get(timeout=10))  # fails, too, where shapes differ
+            operation.tensor.copy_(box.get(timeout=10))  # also fails if shapes differ
 
 
 def on_every_rank(world_size: int, sizes: tuple[int, ...], run: Any) -> list[Any]:
@@ -77,7 +78,9 @@ def on_every_rank(world_size: int, sizes: tuple[int, ...], run: Any) -> list[Any
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_everybody_visits_everybody_once(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_visits_every_rank_once(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mail = Mail()
     monkeypatch.setattr("fastclip.distributed.shard.dist", mail)
     sizes = tuple(2 + (3 * rank) % 4 for rank in range(world_size))
@@ -94,7 +97,7 @@ def test_everybody_visits_everybody_once(world_size: int, monkeypatch: pytest.Mo
     for rank, seen in enumerate(on_every_rank(world_size, sizes, run)):
         assert sorted(seen) == list(range(len(batch)))
         assert seen[: sizes[rank]] == list(range(*slice_of(sizes, rank)))  # its own come first
-    # Two ranks' features come with each exchange.
+    # Each exchange brings two ranks' features.
     assert set(mail.exchanges.values()) <= {world_size // 2}
 
 
@@ -104,7 +107,7 @@ def slice_of(sizes: tuple[int, ...], rank: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_gradients_get_home(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank r's part of every gradient is 10^r: a digit for each rank that has been added."""
+    """Rank r adds 10^r to every gradient, so that each digit of a sum stands for one rank."""
     monkeypatch.setattr("fastclip.distributed.shard.dist", Mail())
     sizes = tuple(1 + rank % 3 for rank in range(world_size))
 
@@ -122,8 +125,8 @@ def test_gradients_get_home(world_size: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_rank_holds_few(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside its own: four ranks' features and five gradients at most, however many ranks."""
+def test_a_rank_holds_few_tensors(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its own, at most four ranks' features and five gradients."""
     mail = Mail()
     monkeypatch.setattr("fastclip.distributed.shard.dist", mail)
     sizes = (3,) * world_size
@@ -142,9 +145,9 @@ def test_a_rank_holds_few(world_size: int, monkeypatch: pytest.MonkeyPatch) -> N
         journey = ring.start(torch.zeros(3, 2))
         features = len(mail.tensors[ring.shard.rank])
         for _ in range(world_size):
-            most.append(1 + mail.held(ring.shard.rank))  # and the part that is being made
+            most.append(1 + mail.held(ring.shard.rank))  # plus the one that is being made
             journey.give_back(torch.zeros(3, 2))
-        assert features == 0  # nothing travels that nobody asks for
+        assert features == 0  # features are sent only if visits are asked for
         journey.finish()
         return max(most)
 

@@ -1,6 +1,6 @@
-"""The ring's messages travel while blocks are worked on: posted before, waited for afterwards.
+"""The ring's messages travel while ranks compute: posted before a visit, waited for afterwards.
 
-A rank on its own here: what it posts and waits for is noted, and nothing arrives.
+One rank runs alone here: its messages are counted, and nothing arrives.
 """
 
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ WORLD_SIZES = range(2, 10)
 
 
 class Post:
-    """What `Shard.swap` uses of torch.distributed."""
+    """Replaces torch.distributed in `Shard.swap`, and counts messages."""
 
     isend, irecv = "isend", "irecv"
 
@@ -60,13 +60,13 @@ def steps_of(world_size: int) -> list[int]:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_the_next_features_travel_during_a_visit(post: Post, world_size: int) -> None:
-    """All along a step's visits; during the last step's nothing is to come."""
+    """Throughout a step's visits, except those of the last step: nothing follows them."""
     journey = ring_of(world_size).start(torch.zeros(2, 3))
     seen = [(post.under_way, post.posted) for _ in journey]
     steps = steps_of(world_size)
     assert len(seen) == world_size and post.under_way == 0
     for (under_way, posted), step in zip(seen, steps, strict=True):
-        # Of each exchange so far: features sent and received.
+        # Each exchange so far sent features and received some.
         ahead = min(step + 1, steps[-1])
         assert posted == 2 * sum(1 <= s <= ahead for s in steps)
         assert (under_way > 0) == (step < steps[-1])
@@ -82,14 +82,14 @@ def test_gradients_travel_while_the_next_are_made(post: Post, world_size: int) -
     journey.finish()
     assert post.under_way == 0 and post.posted == 2 * (world_size - 1)
     for visit, step in enumerate(steps):
-        if step > 1 and step != steps[visit - 1]:  # a step's first
+        if step > 1 and step != steps[visit - 1]:  # the first visit of a step
             assert under_way[visit] > 0
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_loop_has_both_under_way(post: Post, world_size: int) -> None:
-    """While a step's first block is weighed: the features of the step after it, the gradients of
-    the step before."""
+def test_features_and_gradients_travel_at_once(post: Post, world_size: int) -> None:
+    """While a step's first block is weighed, the next step's features and the previous step's
+    gradients travel."""
     steps, under_way = steps_of(world_size), []
     journey = ring_of(world_size).start(torch.zeros(2, 3))
     for visit in journey:

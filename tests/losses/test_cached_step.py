@@ -15,7 +15,7 @@ N, WIDTH = 23, 12
 
 
 class Model(nn.Module):
-    """Two towers with dropout; `as_dict` as open_clip's models return it."""
+    """Two towers with dropout; `as_dict` returns a dictionary, as open_clip's models do."""
 
     def __init__(self, as_dict: bool = False, dropout: float = 0.3) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def in_one_graph(model: nn.Module, loss: Any, micro_batch: int) -> tuple[Tensor, list[Tensor]]:
-    """The same micro-batches, with the same dropout, all of whose graphs are kept."""
+    """Value and gradients of the same micro-batches with the same dropout, in one graph."""
     torch.manual_seed(7)
     parts = [model(*rows) for rows in zip(*(t.split(micro_batch) for t in data()), strict=True)]
     parts = [tuple(p.values()) if isinstance(p, dict) else p for p in parts]

@@ -104,12 +104,12 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     count = len(Inputs._fields)
     inputs, (found, saved, *rest) = Inputs(*arguments[:count]), arguments[count:]
     call, trace = split(ContrastCall, rest)
-    told, beside, (state, positive, *kept) = saved[0], saved[1 : TENSORS + 1], saved[TENSORS + 1 :]
+    needs, beside, (state, positive, *kept) = saved[0], saved[1 : TENSORS + 1], saved[TENSORS + 1 :]
     options = StatisticsOptions(
         trace.engine, call.dtype, call.normalize, call.rows, call.columns, 0
     )
     offset = NO_POSITIVES if call.offset is None else call.offset
-    shard = shard_again(trace, inputs.y.shape[0], None, told)
+    shard = shard_again(trace, inputs.y.shape[0], None, needs)
     positive_ids = call.same_id == "positive"
     task = Task(options, None, None, offset, call.kind, positive_ids, shard, call.ring)
     own = sharded_statistics.own_of(inputs, task)

@@ -120,11 +120,11 @@ def _rank_loss_backward(
     saved: Sequence[Tensor], *arguments: Any,
 ) -> list[Tensor]:  # fmt: skip
     options, trace = split(TracedOptions, arguments)
-    inputs, (told, *saved) = (x, y, scale, bias), saved
+    inputs, (needs, *saved) = (x, y, scale, bias), saved
     loss_options = LossOptions(
         options.kind, trace.engine, options.dtype, options.normalize, "mean", 0
     )
-    shard = shard_again(trace, x.shape[0], options.live, told)
+    shard = shard_again(trace, x.shape[0], options.live, needs)
     context = sharded_loss.Context(loss_options, shard, options.mode)
     block = context.own(*inputs)
     if not sharded_loss.makes_gradients_at_once(context, x, y):

@@ -1,4 +1,4 @@
-"""What ranks of `test_bench_distributed.py` do: exchanges to be counted, and a tiny case."""
+"""Functions that ranks run in `test_bench_distributed.py`: exchanges to count, and a tiny case."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from bench.measure.traffic import Traffic
 
 
 def counted(rank: int, world_size: int) -> dict[str, dict[str, int]]:
-    """Of each exchange of 240 bytes a rank, what this rank sends, by kind."""
+    """The bytes that this rank sends in each exchange of 240 bytes a rank, by kind."""
     x, other = torch.ones(60), (rank + 1) % world_size
     every = torch.empty(world_size * 60)
     parts = [torch.empty(60) for _ in range(world_size)]
@@ -26,7 +26,7 @@ def counted(rank: int, world_size: int) -> dict[str, dict[str, int]]:
             work.wait()
 
     def differentiably() -> None:
-        """As open_clip gathers, and back."""
+        """An all-gather as open_clip does it, forward and backward."""
         y = torch.ones(60, requires_grad=True)
         torch.cat(torch.distributed.nn.all_gather(y)).sum().backward()
         assert y.grad.eq(world_size).all()

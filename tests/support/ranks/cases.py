@@ -1,6 +1,6 @@
-"""What ranks do in the tests of losses across processes; `ranks.py` runs it on all of them.
+"""Functions that ranks run in the tests of losses across ranks; `processes.py` starts the ranks.
 
-Every rank makes the whole batch, takes its own part, and returns what it got as float64 arrays:
+Every rank makes the whole batch, takes its own part, and returns its results as float64 arrays:
 gradients of its features as they are after DDP's mean, scalars averaged over ranks.
 """
 
@@ -28,7 +28,7 @@ from fastclip.loss import open_clip
 
 
 class Case(NamedTuple):
-    """A batch, how it is spread, and what each rank multiplies its loss with."""
+    """A batch, how it is spread over ranks, and the factor of each rank's loss."""
 
     loss: str
     sizes: tuple[int, ...]
@@ -60,7 +60,7 @@ def leaves(case: Case, rows: slice) -> list[Tensor]:
 
 
 def results(case: Case, rank: int, world_size: int, loss: Callable[..., Tensor]) -> dict[str, Any]:
-    """loss: of four leaves."""
+    """This rank's value and gradients of `loss`, a function of x, y, scale and bias."""
     inputs = leaves(case, case.part(rank))
     for tower, name in zip(inputs, ("x", "y"), strict=False):
         if (rank, name) in case.frozen_on:
@@ -82,7 +82,7 @@ def results(case: Case, rank: int, world_size: int, loss: Callable[..., Tensor])
 
 
 def ours(rank: int, world_size: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
-    """The functions of `fastclip.distributed`."""
+    """Results of the functions of `fastclip.distributed`."""
     function = getattr(distributed, f"{case.loss}_loss")
     return results(
         case, rank, world_size,
@@ -93,7 +93,7 @@ def ours(rank: int, world_size: int, case: Case, options: dict[str, Any]) -> dic
 def ours_and_kept(
     rank: int, world_size: int, case: Case, options: dict[str, Any]
 ) -> tuple[dict[str, Any], int]:
-    """And the bytes of products that were kept between the two sweeps."""
+    """Results of `ours`, and the bytes of products that were kept between the two sweeps."""
     kept, sweep = [], sharded_loss.sweep
 
     def seen(*arguments: Any, **named: Any) -> Any:
@@ -106,7 +106,7 @@ def ours_and_kept(
 
 
 def in_slices(b: int, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss in three micro-batches of b pairs, of whose features alone there is a graph."""
+    """A loss of b pairs, summed over three micro-batches; each has a graph of its own rows only."""
     cuts = (0, 1, 1 + (b - 1) // 2, b)
 
     def loss(x: Tensor, y: Tensor, *scalars: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def in_slices(b: int, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def accumulated(rank: int, world_size: int, case: Case, options: dict[str, Any]) -> dict[str, Any]:
-    """`ours` in slices."""
+    """Results of `ours`, summed over micro-batches."""
     function = getattr(distributed, f"{case.loss}_loss")
     loss = functools.partial(function, normalize=case.normalize, **options)
     return results(case, rank, world_size, in_slices(case.sizes[rank], loss))
@@ -135,7 +135,7 @@ def module(
     rank: int, world_size: int, case: Case, theirs: bool, options: dict[str, Any],
     sliced: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """open_clip's class or ours of the same name."""
+    """Results of open_clip's class (`theirs`), or of ours with the same name."""
     name = {"clip": "ClipLoss", "siglip": "SigLipLoss"}[case.loss]
     if theirs:
         from support.open_clip_import import import_open_clip
@@ -158,22 +158,21 @@ class Module(NamedTuple):
 
     @property
     def combination(self) -> dict[str, bool]:
-        """open_clip's of the four; SigLipLoss and a single process know the exact one alone."""
+        """open_clip's two flags; SigLipLoss and a single process only have the exact ones."""
         names, alone = ("local_loss", "gather_with_grad"), len(self.case.sizes) == 1
         return {name: alone or self.options.get(name, True) for name in names}
 
     @property
     def is_ring(self) -> bool:
-        if self.case.loss == "clip":
-            return self.options["ring"]
-        return self.options["dist_impl"] in ("bidir", "shift")
+        around = self.options.get("dist_impl") in ("bidir", "shift")
+        return around or self.options.get("ring", False)
 
 
 def each_module(rank: int, world_size: int, several: list[Module]) -> list[dict[str, Any]]:
-    """Of each what the rank got; in float64 also by which kinds of exchange."""
+    """This rank's results of each module; in float64 also the kinds of its exchanges."""
     found = []
     for one in several:
-        # Watching costs a third more.
+        # Counting exchanges takes a third longer.
         watched = Traffic() if one.case.precision == "float64" else nullcontext()
         with warnings.catch_warnings(), watched as traffic:
             warnings.simplefilter("ignore")
@@ -183,9 +182,34 @@ def each_module(rank: int, world_size: int, several: list[Module]) -> list[dict[
     return found
 
 
+class Logits(NamedTuple):
+    """The factors of a rank's logits, before the scale."""
+
+    x: Tensor  # its rows
+    y: Tensor  # its columns
+    images: Tensor  # all rows, beside y
+    texts: Tensor  # all columns, beside x
+
+
+def clip_sum(own: Logits, scale: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    logits = scale * own.x @ own.texts.T, scale * own.y @ own.images.T
+    return sum(F.cross_entropy(s, labels, reduction="sum") for s in logits) / 2
+
+
+def siglip_sum(own: Logits, scale: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    signs = 2 * F.one_hot(labels, len(own.texts)) - 1
+    return -F.logsigmoid(signs * (scale * own.x @ own.texts.T + bias)).sum()
+
+
+# The sum over a rank's pairs, as open_clip writes it.
+SUMS = {"clip": clip_sum, "siglip": siglip_sum}
+
+
 def emulated(case: Case, local_loss: bool, gather_with_grad: bool) -> list[dict[str, Any]]:
-    """What open_clip's combination gives each rank, of batches of any sizes: autograd's answer in
-    one process, in float64, to the numbers that the ranks' tensors hold."""
+    """Each rank's results with one of open_clip's combinations, on batches of any sizes.
+
+    Autograd makes them in one process, in float64, from the numbers that the ranks' tensors hold.
+    """
     x, y, scale, bias = (t.detach().double() for t in leaves(case, slice(None)))
     size, batch = len(case.sizes), len(x)
     ranks = [
@@ -206,12 +230,8 @@ def emulated(case: Case, local_loss: bool, gather_with_grad: bool) -> list[dict[
             labels = labels[case.part(k)]
         else:
             own_x, own_y = images, texts
-        if case.loss == "clip":
-            rows, columns = own_scale * own_x @ texts.T, own_scale * own_y @ images.T
-            value = sum(F.cross_entropy(s, labels, reduction="sum") for s in (rows, columns)) / 2
-        else:
-            signs = 2 * F.one_hot(labels, batch) - 1
-            value = -F.logsigmoid(signs * (own_scale * own_x @ texts.T + own_bias)).sum()
+        factors = Logits(own_x, own_y, images, texts)
+        value = SUMS[case.loss](factors, own_scale, own_bias, labels)
         value = value * (size if local_loss else 1) / batch
         values.append(value.item())
         total = total + value * (case.upstream[k] if case.upstream else 1.0)
@@ -228,7 +248,7 @@ def emulated(case: Case, local_loss: bool, gather_with_grad: bool) -> list[dict[
 
 
 def warnings_of(rank: int, world_size: int, local_loss: bool, gather_with_grad: bool) -> list[str]:
-    """Of two steps in a process that has had no warning yet; each with its file."""
+    """The warnings of two steps, in a process that has had none yet; each with its file."""
     open_clip._warn_of_direction.cache_clear()
     loss = open_clip.ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world_size)
     with warnings.catch_warnings(record=True) as found:
@@ -236,15 +256,3 @@ def warnings_of(rank: int, world_size: int, local_loss: bool, gather_with_grad: 
         for _ in range(2):
             loss(*leaves(Case("clip", (3,) * world_size), slice(3 * rank, 3 * rank + 3)))
     return [f"{warning.filename}: {warning.message}" for warning in found]
-
-
-def whole(case: Case, loss: Callable[..., Tensor]) -> dict[str, Any]:
-    """One process on the whole batch; `loss` of four leaves."""
-    inputs = leaves(case, slice(None))
-    loss(*inputs).backward()
-    names = ("dx", "dy", "dscale", "dbias")
-    return {n: None if t.grad is None else t.grad for n, t in zip(names, inputs, strict=True)}
-
-
-def normalized(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=-1)

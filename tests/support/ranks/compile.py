@@ -1,4 +1,4 @@
-"""The compiled calls of `test_compile_ranks.py`, each beside the same call in eager mode.
+"""Compiled calls for `test_compile_ranks.py`, each compared with the same call in eager mode.
 
 Worlds of two ranks are groups within a pool of three.
 """
@@ -29,14 +29,14 @@ from fastclip.loss import ClipLoss, SigLipLoss
 class Case(NamedTuple):
     """A call that ranks compile."""
 
-    name: str  # of a function of `distributed`, or of a module
+    name: str  # a function of `distributed`, or a class of `loss`
     options: dict[str, Any]
     ranks: int = 2
     sizes: tuple[int, ...] = (5, 8)
     frozen: tuple[tuple[int, str], ...] = ()  # on single ranks
     ids: bool = False
     key_bias: bool = False
-    wider: int = 0  # so many more columns than rows
+    wider: int = 0  # the number of columns minus that of rows
     dtype: torch.dtype = torch.float32
     backend: str = "aot_eager"
 
@@ -60,7 +60,7 @@ def inputs_of(case: Case, n: int, rank: int) -> list[Tensor]:
 
 
 def loss_of(case: Case, rank: int) -> Callable[..., Tensor]:
-    """A function of all inputs; the group is a module's attribute, or an argument."""
+    """A function of all inputs. Classes hold the group as an attribute; functions take it."""
     group = None if case.ranks == dist.get_world_size() else group_of(case.ranks)
     if case.name in ("ClipLoss", "SigLipLoss"):
         kind = {"ClipLoss": ClipLoss, "SigLipLoss": SigLipLoss}[case.name]
@@ -75,7 +75,7 @@ def loss_of(case: Case, rank: int) -> Callable[..., Tensor]:
     def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, key_bias: Tensor) -> Tensor:
         ids = tuple(torch.arange(len(t)) % 3 for t in (x, y)) if case.ids else None
         found = call(x, y, scale, bias, ids=ids, key_bias=key_bias if case.key_bias else None)
-        # Own positives are not used: their gradient is missing.
+        # Leaves out the positives, so that their upstream gradient is None.
         used = [t for name, t in found._asdict().items() if t is not None and name != "positives"]
         return sum((t * t).mean() for t in used)
 
@@ -89,8 +89,8 @@ def results(loss: Callable[..., Tensor], inputs: list[Tensor], upstream: float) 
 
 
 def compiled(rank: int, world_size: int, cases: list[Case]) -> list[tuple[list[int], float] | None]:
-    """For each case how many graphs there were after each size, and how far results are from those
-    of eager mode; None for a case that this rank has no part in."""
+    """For each case the number of graphs after each size, and the largest error against eager
+    mode; None for a case without this rank."""
     found: list[tuple[list[int], float] | None] = []
     for case in cases:
         loss = loss_of(case, rank) if rank < case.ranks else group_of(case.ranks)
@@ -126,9 +126,9 @@ def without_gradients(rank: int, world_size: int) -> tuple[float, float]:
         return float(fast(*inputs)), float(loss(*inputs))
 
 
-def errors(rank: int, world_size: int, brought: list[tuple[str, dict[str, Any]]]) -> tuple:
-    """The error of what each rank brings, compiled and in eager mode."""
-    name, own_options = brought[rank]
+def errors(rank: int, world_size: int, by_rank: list[tuple[str, dict[str, Any]]]) -> tuple:
+    """The errors of this rank's call, compiled and in eager mode."""
+    name, own_options = by_rank[rank]
     options = dict(own_options)
     m, n, width = options.pop("m", 4), options.pop("n", 4), options.pop("width", 6)
     x, y = torch.ones(m, width, requires_grad=True), torch.ones(n, width, requires_grad=True)
@@ -144,7 +144,7 @@ def errors(rank: int, world_size: int, brought: list[tuple[str, dict[str, Any]]]
 
 
 class Results(TorchDispatchMode):
-    """The results of operators: each tensor's shape, strides, dtype and device."""
+    """Records the results of operators: each tensor's shape, strides, dtype and device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class Results(TorchDispatchMode):
 
 
 def shapes(rank: int, world_size: int, cases: list[Case]) -> list[tuple[dict, dict]]:
-    """The results of the operators for each case, and what their fakes do."""
+    """The recorded results of each case's operators, and those of their fakes."""
     found = []
     for case in cases:
         loss, inputs = loss_of(case, rank), inputs_of(case, 6, rank)
@@ -172,7 +172,7 @@ def shapes(rank: int, world_size: int, cases: list[Case]) -> list[tuple[dict, di
         for mode in (nullcontext(), FakeTensorMode()):
             if isinstance(mode, FakeTensorMode):
                 inputs = [mode.from_tensor(t) for t in inputs]
-            # Calls as a compiler sees them, outside one.
+            # Calls the operators as in a graph, without a compiler.
             traced = mock.patch.object(torch.compiler, "is_compiling", lambda: True)
             with traced, mode, Results() as operators:
                 results(loss, inputs, 2.0)
@@ -182,7 +182,7 @@ def shapes(rank: int, world_size: int, cases: list[Case]) -> list[tuple[dict, di
 
 
 def training_step(rank: int, world_size: int, around: str) -> float:
-    """How far a compiled step's gradients are from those of one process."""
+    """The largest error of a compiled step's gradients, against those of one process."""
     torch._dynamo.reset()
     model = Towers().double()
     if around == "DDP":
@@ -216,7 +216,7 @@ class Whole(nn.Module):
 
 
 def second_derivative(rank: int, world_size: int) -> str:
-    """The error of one, in a graph whose autograd is the eager one."""
+    """The error of a second derivative, in a graph with eager autograd."""
     torch._dynamo.reset()
     x = torch.ones(3, 6, requires_grad=True)
     loss = torch.compile(distributed.clip_loss, backend="eager", fullgraph=True)
@@ -225,7 +225,7 @@ def second_derivative(rank: int, world_size: int) -> str:
 
 
 def uneven(rank: int, world_size: int) -> tuple[float, int]:
-    """A batch whose sizes differ: the distance from eager mode, and how often the graph is cut."""
+    """The largest error against eager mode on an uneven batch, and the number of graphs."""
     torch._dynamo.reset()
     x, y = (torch.randn(4 + rank, 6, requires_grad=True) for _ in range(2))
 

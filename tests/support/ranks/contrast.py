@@ -1,6 +1,6 @@
-"""Statistics of lines across ranks, as ranks make them and as one process would.
+"""Statistics of lines across ranks, and the same statistics of one process.
 
-Worlds of fewer ranks are groups within one pool of processes: a process costs more than a case.
+Smaller worlds are groups within one pool, since starting a process takes longer than a case.
 """
 
 import functools
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from support.bench import importing  # noqa: F401 -- makes `bench` importable
+from support.oracle import TRUTHS
 from support.ranks.failures import error_of
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -24,7 +25,7 @@ INPUTS = ("dx", "dy", "dscale", "dbias", "dkey_bias")
 
 
 class Case(NamedTuple):
-    """A batch, how it is spread, and what is asked about it."""
+    """A batch, how it is spread over ranks, and the arguments of `contrast`."""
 
     rows: tuple[int, ...]  # of each rank
     columns: tuple[int, ...]
@@ -32,7 +33,7 @@ class Case(NamedTuple):
     ring: bool = False
     uneven: bool = True
     offsets: tuple[int, ...] | None = ()  # of each rank; (): 0
-    ids: int = 0  # so many different ones
+    ids: int = 0  # the number of different ids; 0: no ids
     same_id: str = "ignore"
     margin: float | None = None
     key_bias: bool = False
@@ -70,7 +71,7 @@ class Case(NamedTuple):
 
         m, n = sum(self.rows), sum(self.columns)
         y = random(n, WIDTH)
-        # Half alike, so that positives stand out and some negatives exceed them.
+        # Rows are half their positive: positives stand out, but some negatives exceed them.
         x = 0.5 * random(m, WIDTH) + 0.5 * y[torch.arange(m) % n]
         key_bias = random(n)
         key_bias[n // 2] = -torch.inf
@@ -93,7 +94,7 @@ class Case(NamedTuple):
         return None if self.offsets is None else (self.offsets or (0,) * self.world_size)[rank]
 
     def partners(self) -> Tensor | None:
-        """(M, 1): from each row's number to its own positive's column."""
+        """(M, 1): the number of each row's own positive, minus the row's number."""
         if self.offsets is None:
             return None
         found = []
@@ -106,7 +107,7 @@ class Case(NamedTuple):
         return torch.tensor(found)[:, None]
 
     def upstream(self, name: str) -> Tensor:
-        """Upstream gradients of any sign, of the whole batch."""
+        """The whole batch's upstream gradients of a statistic, of any sign."""
         sizes = self.columns if name in ("columns", "column_positives") else self.rows
         generator = torch.Generator().manual_seed(11 + NAMES.index(name))
         every = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
@@ -119,7 +120,7 @@ class Case(NamedTuple):
 
 
 def _backward(case: Case, statistics: LineStatistics, rank: int | None) -> None:
-    """The backward of the loss that upstream gradients belong to."""
+    """Runs the backward with the case's upstream gradients; rank None: the whole batch's."""
     used = [
         (t, case.upstream(name)[slice(None) if rank is None else case.part(name, rank)])
         for name, t in zip(NAMES, statistics, strict=True)
@@ -140,10 +141,10 @@ def _leaves(case: Case, rank: int | None) -> list[Tensor]:
     return found
 
 
-def whole(case: Case) -> dict[str, Tensor | None]:
-    """One process, dense, in float64."""
+def results_of_one_process(case: Case) -> dict[str, Tensor | None]:
+    """The results of one process on the whole batch, dense and in float64."""
     x, y, scale, bias, key_bias = leaves = _leaves(case, None)
-    # The dense form compares row numbers plus offset with column numbers: it takes an offset for
+    # The dense form compares row number + offset with column numbers, so it accepts an offset for
     # each row.
     statistics = reference.contrast(
         x, y, scale, bias, offset=case.partners(), ids=case.all_ids(),
@@ -154,8 +155,8 @@ def whole(case: Case) -> dict[str, Tensor | None]:
     return {**found, **{n: t.grad for n, t in zip(INPUTS, leaves, strict=True)}}
 
 
-def made(case: Case, rank: int, group: Any) -> dict[str, Tensor | None]:
-    """This rank's statistics, and gradients of its inputs; scalars' as this rank has them."""
+def results_of_rank(case: Case, rank: int, group: Any) -> dict[str, Tensor | None]:
+    """This rank's statistics and gradients of its inputs, before any sum over ranks."""
     x, y, scale, bias, key_bias = leaves = _leaves(case, rank)
     ids = case.all_ids()
     if ids is not None:
@@ -175,17 +176,17 @@ def group_of(world_size: int) -> dist.ProcessGroup:
     return dist.new_group(list(range(world_size)))
 
 
-def each(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any] | None]:
-    """This rank's results by case; None for one that it has no part in."""
+def results_of_cases(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any] | None]:
+    """This rank's results of each case; None for a case without this rank."""
     found: list[dict[str, Any] | None] = []
     for case in cases:
-        group = group_of(case.world_size)  # all ranks make it
-        found.append(made(case, rank, group) if rank < case.world_size else None)
+        group = group_of(case.world_size)  # all ranks must make it, even those outside it
+        found.append(results_of_rank(case, rank, group) if rank < case.world_size else None)
     return found
 
 
 def joined(case: Case, found: list[dict[str, Any]]) -> dict[str, Tensor | None]:
-    """The ranks' results as one process would have them."""
+    """The ranks' results, put together as one process's."""
     results: dict[str, Tensor | None] = {}
     for name in (*NAMES, *INPUTS):
         parts = [one[name] for one in found]
@@ -201,10 +202,11 @@ def joined(case: Case, found: list[dict[str, Any]]) -> dict[str, Tensor | None]:
 def losses_beside_an_empty_rank(
     rank: int, world_size: int, sizes: tuple[int, ...]
 ) -> dict[str, tuple[float, list[Tensor], list[Tensor]]]:
-    """Both fused losses, each way: value, gradients over ranks, and those of one process."""
+    """For each loss, exchange and frozen tower: the value, the gradients after the mean over ranks,
+    and those of one process."""
     found = {}
     part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    for loss, ring, frozen in itertools.product(("clip", "siglip"), (False, True), ("", "x", "y")):
+    for loss, ring, frozen in itertools.product(TRUTHS, (False, True), ("", "x", "y")):
         generator = torch.Generator().manual_seed(0)
         x, y = torch.randn(2, sum(sizes), WIDTH, generator=generator, dtype=torch.float64).unbind()
         scale = torch.tensor(2.0, dtype=torch.float64)
@@ -226,9 +228,9 @@ def losses_beside_an_empty_rank(
     return found
 
 
-def call(rank: int, world_size: int, brought: list[dict[str, Any]]) -> str:
-    """`contrast` of what each rank brings; its error."""
-    own = dict(brought[rank])
+def call(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
+    """The error of `contrast` with this rank's arguments."""
+    own = dict(by_rank[rank])
     m, n, width = own.pop("m", 3), own.pop("n", 4), own.pop("width", 6)
     dtype, grad = own.pop("dtype", torch.float32), own.pop("grad", True)
     x, y = (torch.ones(k, width, dtype=dtype, requires_grad=grad) for k in (m, n))
@@ -252,7 +254,7 @@ def double_backward(rank: int, world_size: int) -> str:
 def bytes_sent(
     rank: int, world_size: int, m: int, n: int, d: int, dtype: torch.dtype, options: dict[str, Any]
 ) -> dict[str, int]:
-    """By kind of exchange, what this rank sends in a forward and a backward."""
+    """The bytes that this rank sends in a forward and a backward, by kind of exchange."""
     x, y = (torch.randn(k, d).to(dtype).requires_grad_() for k in (m, n))
     with Traffic() as traffic:
         found = distributed.contrast(x, y, 5.0, normalize=True, **options)

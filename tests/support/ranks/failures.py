@@ -1,4 +1,4 @@
-"""What goes wrong on ranks in `test_distributed_failures.py`."""
+"""Calls that fail on ranks, for `test_distributed_failures.py`."""
 
 import os
 import signal
@@ -26,14 +26,14 @@ def features(n: int, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> 
     return torch.randn(n, width).to(dtype).requires_grad_()
 
 
-def call(rank: int, world_size: int, own: list[dict[str, Any]]) -> str:
-    """The loss on what each rank brings; the error that it raises."""
-    bring = dict(own[rank])
-    uneven, frozen = bring.pop("uneven", False), bring.pop("frozen", False)
-    normalize = bring.pop("normalize", False)
-    loss, autocast = bring.pop("loss", "clip_loss"), bring.pop("autocast", False)
-    dtype_y = bring.pop("dtype_y", bring.get("dtype", torch.float32))
-    x, y = features(**bring), features(**{**bring, "dtype": dtype_y})
+def call(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
+    """The error of the loss with this rank's arguments."""
+    options = dict(by_rank[rank])
+    uneven, frozen = options.pop("uneven", False), options.pop("frozen", False)
+    normalize = options.pop("normalize", False)
+    loss, autocast = options.pop("loss", "clip_loss"), options.pop("autocast", False)
+    dtype_y = options.pop("dtype_y", options.get("dtype", torch.float32))
+    x, y = features(**options), features(**{**options, "dtype": dtype_y})
     if frozen:
         x, y = x.detach(), y.detach()
     try:
@@ -46,6 +46,7 @@ def call(rank: int, world_size: int, own: list[dict[str, Any]]) -> str:
 
 
 def error_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The type and message of the error that a call raises, or "no error"."""
     try:
         function(*arguments, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -54,7 +55,7 @@ def error_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> s
 
 
 def bad_calls(rank: int, world_size: int) -> list[str]:
-    """Rank 1 alone has integer features."""
+    """Errors of a loss and of `gather_features`; only rank 1 has integer features."""
     x = features(4) if rank != 1 else torch.ones(4, WIDTH, dtype=torch.int64)
     return [
         error_of(distributed.clip_loss, x, x, 2.0), error_of(distributed.gather_features, x, x)
@@ -64,8 +65,10 @@ def bad_calls(rank: int, world_size: int) -> list[str]:
 def exchanges_for_agreement(
     rank: int, world_size: int, calls: list[tuple[tuple[int, ...], dict[str, Any]]]
 ) -> list[tuple[int, str]]:
-    """For each call, of so many pairs on the ranks, how many there were, and its error. The group
-    is taken for one that moves GPU tensors alone, though what it moves are the CPU's."""
+    """For each call (pairs of each rank, options), the number of exchanges, and its error.
+
+    The group passes for one that moves GPU tensors only, although its tensors are on the CPU.
+    """
     exchange, exchanged = agreement._exchange, []
 
     def on_cpu(group: Any, mine: tuple[int, ...], device: torch.device) -> Any:
@@ -94,7 +97,7 @@ def forgotten_rank(rank: int, world_size: int) -> str:
 
 
 def gathered_with_one_frozen(rank: int, world_size: int) -> float:
-    """The gradient of the sum of squares of all gathered features, times ranks."""
+    """The largest error in the gradient of the gathered features' sum of squares."""
     x, y = (torch.randn(3, WIDTH, dtype=torch.float64) + rank for _ in range(2))
     x.requires_grad_()
     y.requires_grad_(rank != 1)
@@ -107,7 +110,7 @@ def gathered_with_one_frozen(rank: int, world_size: int) -> float:
 
 
 class OwnBlock(SigLipLoss):
-    """Counts its blocks: 2 for its own, and 2 for each other rank's texts."""
+    """Returns 2 for each block: its own, and that of each other rank's texts."""
 
     def _loss(self, *inputs: Any, negative_only: bool = False) -> torch.Tensor:
         return torch.tensor(2.0)
@@ -119,8 +122,8 @@ def own_block(rank: int, world_size: int) -> float:
 
 
 def zero_rows_in_fp16(rank: int, world_size: int) -> list[bool]:
-    """Rows of zeros in the one tower or the other, another row on each rank: whether they alone
-    have no gradient."""
+    """For each exchange and tower: True if the row of zeros, and no other row, has a gradient of
+    zero. The row differs between ranks."""
     found = []
     for ring, tower in ((False, 0), (True, 0), (False, 1), (True, 1)):
         towers = [features(4), features(4)]
@@ -158,9 +161,12 @@ def double_backward(rank: int, world_size: int) -> str:
 
 
 def dies(rank: int, world_size: int, seconds: float) -> dict[str, tuple[str, float]]:
-    """Rank 0 is killed between the forward and the backward of three losses, and in a fourth one's
-    forward, before it sends anything around the ring; in groups that wait so long. The others'
-    errors, and after how many seconds."""
+    """The errors of the ranks that survive rank 0, and the seconds until each.
+
+    Rank 0 is killed between the forward and the backward of three losses, and in the forward of a
+    fourth, before it sends anything around the ring. Each loss has a group whose timeout is
+    `seconds`.
+    """
     losses, steps = (distributed.clip_loss, distributed.siglip_loss), {}
     for loss, ring in product(losses, (False, True)):
         group = dist.new_group(timeout=timedelta(seconds=seconds))
@@ -180,7 +186,7 @@ def dies(rank: int, world_size: int, seconds: float) -> dict[str, tuple[str, flo
         begun = time.monotonic()
         return error_of(step), time.monotonic() - begun
 
-    with ThreadPoolExecutor() as every:  # they wait together
+    with ThreadPoolExecutor() as every:  # all losses wait at the same time
         return dict(zip(steps, every.map(end, steps.values()), strict=True))
 
 

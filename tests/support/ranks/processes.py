@@ -1,7 +1,7 @@
-"""Processes that run a function together, as ranks of a gloo group; they live for many functions.
+"""A pool of processes that run functions together, as ranks of a gloo group.
 
-A function is `f(rank, world_size, *arguments)` of a module that the ranks can import; what it
-returns, or the error that it raises, comes back from every rank.
+A function is `f(rank, world_size, *arguments)` of a module that the ranks can import. Its result,
+or the error that it raises, comes back from every rank.
 """
 
 import os
@@ -24,7 +24,7 @@ class Failed(Exception):
 
 
 class Ranks:
-    """World size many processes in one group."""
+    """`world_size` processes in one group."""
 
     def __init__(self, world_size: int, seconds: float = SECONDS) -> None:
         self.seconds = seconds
@@ -43,7 +43,7 @@ class Ranks:
             theirs.close()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Each rank's result. Raises Failed if one has none."""
+        """Each rank's result. Raises Failed if a rank raised or died."""
         results = self.outcomes(function, *arguments)
         for rank, result in enumerate(results):
             if isinstance(result, Failed):
@@ -51,7 +51,7 @@ class Ranks:
         return results
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Each rank's result, a Failed where it raised or died."""
+        """Each rank's result, or a Failed if it raised or died."""
         for connection in self.connections:
             connection.send((function, arguments))
         return [self._receive(connection) for connection in self.connections]

@@ -1,4 +1,4 @@
-"""Models that ranks train in `test_distributed_training.py`, and what their exchanges amount to."""
+"""Training steps for `test_distributed_training.py`: their errors, bytes sent and bytes held."""
 
 import itertools
 from collections import Counter
@@ -22,7 +22,7 @@ WIDTH, B_EACH = 10, 6
 
 
 class Towers(nn.Module):
-    """Two towers and a scale, as open_clip's models emit them."""
+    """Two towers and a scale; returns the same tuple as open_clip's models."""
 
     def __init__(self, checkpointed: bool = False, frozen: bool = False, shape: tuple = ()) -> None:
         super().__init__()
@@ -55,6 +55,7 @@ def gradients_of_one_process(world_size: int, **options: Any) -> dict[str, Tenso
 
 
 def worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The largest relative error of a gradient."""
     assert found.keys() == exact.keys()
     return max(float((found[k] - exact[k]).norm() / exact[k].norm()) for k in exact)
 
@@ -66,7 +67,7 @@ def own(rank: int, tensors: list[Tensor]) -> list[Tensor]:
 def under_ddp(rank: int, world_size: int, options: dict[str, Any], ddp: dict[str, Any]) -> float:
     model = DistributedDataParallel(Towers(**options).double(), **ddp)
     loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
-    for _ in range(2):  # a static graph is learnt in the first step
+    for _ in range(2):  # DDP records a static graph in the first step
         model.zero_grad()
         loss(*model(*own(rank, data(world_size)))).backward()
     found = {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
@@ -74,7 +75,7 @@ def under_ddp(rank: int, world_size: int, options: dict[str, Any], ddp: dict[str
 
 
 def cached_under_ddp(rank: int, world_size: int) -> tuple[float, int]:
-    """Micro-batches of 4, 2; the worst gradient, and how often gradients were exchanged."""
+    """With micro-batches of 4 and 2: the largest error of a gradient, the number of all-reduces."""
     model = DistributedDataParallel(Towers().double())
     exchanges = []
 
@@ -99,7 +100,7 @@ def cached_in_a_static_graph(rank: int, world_size: int) -> str:
 
 
 def under_fsdp(rank: int, world_size: int, micro_batch: int | None) -> tuple[float, int]:
-    """The worst gradient; bytes of gradients that this rank sends."""
+    """The largest error of a gradient, and the bytes of gradients that this rank sends."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -122,7 +123,7 @@ def under_fsdp(rank: int, world_size: int, micro_batch: int | None) -> tuple[flo
 def most_held(
     rank: int, world_size: int, loss: str, b: int, d: int, dtype: torch.dtype, ring: bool
 ) -> int:
-    """The most bytes that a rank has at a time beside its features, gradients included."""
+    """The peak of the bytes that a rank holds beside its features, gradients included."""
     x, y = (torch.randn(b, d).to(dtype).requires_grad_() for _ in range(2))
 
     def step() -> None:
@@ -140,7 +141,7 @@ def most_held(
 def bytes_sent(
     rank: int, world_size: int, loss: str, b: int, d: int, dtype: torch.dtype, ring: bool
 ) -> Counter:
-    """By kind of exchange, what this rank sends to others in a forward and a backward."""
+    """The bytes that this rank sends in a forward and a backward, by kind of exchange."""
     x, y = (torch.randn(b, d).to(dtype).requires_grad_() for _ in range(2))
     with Traffic() as traffic:
         getattr(distributed, f"{loss}_loss")(x, y, 5.0, -1.0, normalize=True, ring=ring).backward()
