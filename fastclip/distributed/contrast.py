@@ -62,8 +62,8 @@ def contrast(
     others' gradients wait for it; `c.rows.sum()` serves.
 
     Bytes that a rank sends (B columns of all ranks, E bytes a feature element): features and
-    gradients as in `clip_loss`, with n in place of b; at most 56 B for states and coefficients,
-    40 B more with `same_id="positive"`, 8 B for ids, 4 B for a margin, 16 B for key_bias.
+    gradients as in `clip_loss`, with n in place of b; at most 56 * B for states and coefficients,
+    40 * B more with `same_id="positive"`, 8 * B for ids, 4 * B for a margin, 16 * B for key_bias.
 
     Bytes that a rank holds: as in `clip_loss`. If only some of its rows have their positive among
     its columns, `4 B D` more while gathered gradients are concatenated.

@@ -57,7 +57,7 @@ def clip_loss(
                               gathered             ring
         texts                 (R - 1) b D E        2 (R - 1) b D E, for forward and backward
         gradients in fp32     4 (R - 1) b D        4 (R - 1) b D
-        states                at most 40 B         at most 40 B
+        states                at most 40 * B       at most 40 * B
 
     Uneven batches are gathered as if each had the size of the largest one.
 
@@ -67,7 +67,7 @@ def clip_loss(
         texts and gradients   B D (E + 4), on      b D (4 E + 24)
                               CPUs B D (E + 8)
         own gradients         b D (2 E + 8)        b D (2 E + 8)
-        states                100 B                100 B
+        states                100 * B              100 * B
 
     and the engine's work space and `memory_budget`. Uneven texts are held twice while they are
     gathered.
