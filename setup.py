@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 from setuptools import find_packages, setup
 
-# FASTCLIP_REQUIRE_EXTENSION=1 makes a missing extension an error, lest the fallback be tested by
-# mistake; FASTCLIP_SKIP_EXTENSION=1 leaves it out, for a pure Python wheel in a second.
+# FASTCLIP_REQUIRE_EXTENSION=1 makes a missing extension an error, so that no test uses the fallback
+# by mistake; FASTCLIP_SKIP_EXTENSION=1 leaves it out, for a pure Python wheel in a second.
 # FASTCLIP_CUDA=1 makes a missing CUDA engine an error; FASTCLIP_CUDA=0 leaves it out.
 REQUIRED = ("FASTCLIP_REQUIRE_EXTENSION", "FASTCLIP_CUDA")
 REQUIRING = [f"{name}=1" for name in REQUIRED if os.environ.get(name) == "1"]

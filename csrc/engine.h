@@ -1,8 +1,8 @@
 // The plain arguments of both engines: pointers, sizes and flags for the wanted outputs. No torch here.
 //
-// Letters: x (M, D) and y (N, D) the features, i a row, j a column, t_ij = <x_i, y_j> * factor_x_i * factor_y_j,
-// s_ij = scale * t_ij + bias + key_bias of its lines the logit. The own positive of row i is column i + offset, if that
-// column lies in the block.
+// Letters: x (M, D) and y (N, D) are the features, i is a row, j is a column, t_ij = <x_i, y_j> * factor_x_i *
+// factor_y_j (a factor is 1 / norm, or 1), and s_ij = scale * t_ij + bias + key_bias_j is the logit. The own positive
+// of row i is column i + offset, if that column lies in the block.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ namespace fastclip {
 enum class Kind : int {};
 enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
 
-// T, the type of statistics, is double for double features and float for all others. Pointers to T are void here.
+// T, the type of a tile's arithmetic, is double for double features and float for all others. A pointer to T is a void
+// pointer here, with T in its comment.
 
 // Statistics of one side's lines over one set of pairs, and the coefficients of these pairs' weights.
 struct Lines {
@@ -31,7 +32,7 @@ struct Side {
   const void* factor = nullptr;  // T (rows): 1 / norm, or null for features taken as they are
 
   const int32_t* ids = nullptr;      // (rows), on both sides or none: pairs of equal ids are no negatives
-  const void* threshold = nullptr;   // T (rows), on both or none: negatives of larger t do not count for the line
+  const void* threshold = nullptr;   // T (rows), on both or none: a pair whose t exceeds it is no negative of the line
   const double* key_bias = nullptr;  // (rows), on one side at most: added to the logits of a line
   double* key_bias_sum = nullptr;    // weigh: (rows) out, sums of the weights; null if not wanted
 
@@ -42,6 +43,8 @@ struct Side {
   Dtype gradient_dtype = Dtype::kFloat;
 };
 
+// What the CPU engine computes: a block, and a sweep (fold), its weights (weigh) or both. x supplies the rows of
+// strips.
 struct Problem {
   Side x, y;
   int64_t width = 0;  // D

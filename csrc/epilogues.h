@@ -1,13 +1,13 @@
 // The kinds of statistic, written once for the CPU and the CUDA engine.
 //
-// A kind is two functions. The engine makes the tiles of <x_i, y_j>, keeps the own positives out, and calls
+// The engine makes the tiles of products t, keeps the own positives out, and calls two functions of a kind:
 //   fold(t, k, m)        what a pair adds to the sums of its row and of its column
 //   activation(t, k, m)  the pair's weight dL/ds, up to the factor (a_i + b_j) of its row and column
-// with t = <x_i, y_j>, the logit in log2 units l = t * k.scale + k.bias, and m the shift of the row or the column.
-// A kind with a fused loss (fastclip.clip_loss, siglip_loss) has a third one, which finishes a line:
-//   finish(shift, sum, s)   its loss, its coefficient a or b, and the weight dL/ds of its own positive, whose logit is
-//   s
-// A pair's loss is half its row's plus half its column's. A new kind is such a struct and an entry in `Kinds`.
+// Here t = <x_i, y_j> times the factors of both lines, t * k.scale + k.bias is the logit in log2 units, and m is the
+// shift of the row or the column. A third function finishes a line whose own positive has the logit s:
+//   finish(shift, sum, s)   the line's loss, its coefficient (twice a_i or b_j), and the weight dL/ds of the positive
+// Only fused losses (fastclip.clip_loss, siglip_loss) call it, but the operator is compiled for every kind. A pair's
+// loss is half its row's plus half its column's. A new kind is such a struct and an entry in `Kinds`.
 //
 // Nothing in this file includes torch, allocates, or branches on data: on the CPU each function is one sequence of
 // vector instructions for 4, 8 or 16 pairs, on a GPU straight-line code for one.
@@ -25,7 +25,7 @@
 #define FASTCLIP_INLINE inline __attribute__((always_inline))
 #endif
 
-// FASTCLIP_CUDA_MATH: V is a single float, and exp2f is the GPU's own exponential, one instruction.
+// 1 in the CUDA engine: V is float, and exponentials use exp2f, one instruction of the GPU.
 #ifndef FASTCLIP_CUDA_MATH
 #define FASTCLIP_CUDA_MATH 0
 #endif
@@ -88,7 +88,7 @@ struct Integers<float> {
   using type = int32_t;
 };
 
-// Calls a function of the C library for each element, as doubles need.
+// Calls a function of the C library for each double of v. There are no polynomials of double accuracy here.
 template <class V, class Function>
 FASTCLIP_INLINE V for_each(V v, Function function) {
   if constexpr (sizeof(V) == sizeof(double)) {
@@ -206,12 +206,13 @@ struct Line {
 FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(z > 0 ? -z : z)); }
 
 // A line's sum is that of its pairs' exponentials, relative to m; its finish is CLIP's two-way softmax
-// (arXiv 2103.00020). A bias common to all logits is left out: it adds as much to the logarithm of every sum.
+// (arXiv 2103.00020). A bias common to all logits is left out: it adds the same to every log-sum-exp and every
+// positive.
 struct Softmax {
   static constexpr const char* kName = "softmax";
   static constexpr bool kHasShift = true;           // sums are relative to shifts, and weights depend on sums
-  static constexpr bool kIsLinear = false;          // finished coefficients are 1: one sweep makes loss and gradients
-  static constexpr bool kNegatesPositives = false;  // positives by id are folded with negated logits
+  static constexpr bool kIsLinear = false;          // `finish` returns coefficients of 1: weights need no state
+  static constexpr bool kNegatesPositives = false;  // positives by id fold with negated logits; not with kHasShift
   template <class V, class K>
   static FASTCLIP_INLINE V fold(V t, const K& k, V m) {
     return exp2_relative(t, k, m);

@@ -103,7 +103,7 @@ pybind11::dict build_info() {
 }  // namespace fastclip
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Compiled half of fastclip: registers the CPU engine's operators; build information.";
+  m.doc() = "Compiled half of fastclip: registers the operators of the CPU and the CUDA engine; build information.";
   m.def("build_info", &fastclip::build_info,
         "Compiler, torch built against, instruction sets, product, threads, CUDA.");
   m.def("threads_used", [] { return fastclip::threads_used.load(); }, "Threads that took part in the last operator.");

@@ -63,8 +63,8 @@ inline void check_scalars(const BlockArguments& block) {
   if (block.bias) check_one_element("bias", *block.bias);
 }
 
-// Checks two optional vectors that have an element for each line of their side. With a type, both or neither must be
-// given.
+// Checks two optional vectors, one element for each line of their side. If `type` is given, both vectors or neither
+// must be there.
 inline void check_lines(const char* rule, const OptionalTensor& x, const OptionalTensor& y, int64_t m, int64_t n,
                         std::optional<at::ScalarType> type) {
   const auto fits = [&](const OptionalTensor& t, int64_t lines) {
@@ -95,7 +95,7 @@ inline void check_block(const BlockArguments& block) {
   check_scalars(block);
 }
 
-// Checks the flags of lines that have negatives and, with positives by id, of lines that have any of these.
+// Checks the flags that say which lines have negatives and, with positives by id, which lines have such positives.
 inline void check_occupied(const BlockArguments& block, const OptionalTensor& occupied, int64_t lines) {
   TORCH_CHECK(!occupied || (occupied->sizes() == at::IntArrayRef({block.same_id_positive ? 2 : 1, lines}) &&
                             occupied->scalar_type() == at::kBool),

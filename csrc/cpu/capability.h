@@ -66,8 +66,8 @@ inline bool machine_has_half_products() {
   return has;
 }
 
-// The size of a core's own cache. Virtual machines may not report it; they get 1 MiB, which every core of the last ten
-// years has at least.
+// The size of a core's own cache (L2), as a number from 1 to 4 MiB: virtual machines may report none, and smaller
+// caches (512 KiB before AMD's Zen 4, 256 KiB in Intel's desktop cores before 2021) are too rare here to tune for.
 inline int64_t core_cache_bytes() {
   static const int64_t bytes = [] {
     int64_t told = 0;

@@ -139,7 +139,7 @@ class Engine {
     const Side& y = p_.y;
     Tile<T> tile;
     tile.t = b.kept ? static_cast<T*>(p_.kept) + b.begin * y.rows + begin * b.lanes : b.products;
-    // Weights of positives by id are made from the products after those of the negatives, so w must not overwrite t.
+    // With positives by id, weights are made from t in two passes (negatives first), so w must not overwrite t.
     tile.w = b.kept || p_.same_id_positive ? b.weights : b.products;
     tile.lanes = b.lanes, tile.rows = b.rows, tile.cols = cols;
     tile.first_lane = begin - p_.offset - b.begin;

@@ -38,8 +38,8 @@ double highest_bias(const Side& side) {
   return highest == -std::numeric_limits<double>::infinity() ? 0 : highest;
 }
 
-// Sets the shift of all lines. The exponential of the largest possible logit becomes 2^t: large enough for the sum of
-// the smallest row to stay within fp32, small enough for a sum over 2^27 columns not to overflow.
+// Sets the shift of all lines. The exponential of the largest possible logit becomes 2^above: large enough for the sum
+// of the smallest row to stay within fp32, small enough for a sum over 2^27 columns not to overflow.
 void set_shift(Call& call, const OptionalTensor& bound) {
   Problem& p = call.problem;
   const bool wide = p.dtype == Dtype::kDouble;
@@ -54,8 +54,8 @@ void set_shift(Call& call, const OptionalTensor& bound) {
   // engine and the finish must use the same number.
   const double top = std::abs(p.scale) * largest * kLog2E * (1 + 1e-5);
   const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
-  const double t = std::min(std::max(0.0, 2 * top - depth), headroom);
-  p.shift = std::ceil(top + highest_bias(call.second()) * kLog2E - t);
+  const double above = std::min(std::max(0.0, 2 * top - depth), headroom);
+  p.shift = std::ceil(top + highest_bias(call.second()) * kLog2E - above);
   if (!wide && double(float(p.shift)) != p.shift)
     p.shift = std::nextafterf(float(p.shift), std::numeric_limits<float>::infinity());
 }
@@ -78,7 +78,7 @@ class Occupied {
   const int64_t others_, offset_;
 };
 
-// True if one shift was enough for a set of pairs. A sum below the bound may have lost terms that count.
+// True if one shift was enough for a set of pairs. A sum below `least` may have lost terms that count.
 bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occupied& occupied) {
   const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
   for (int64_t i = 0; i < side.rows; i++)

@@ -67,7 +67,7 @@ class Selected {
         bias_(tile.col_bias ? tile.col_bias[c] : 0.) {}
   static const TileLines<T>& lines(const Tile<T>& tile) { return Positives ? tile.positives : tile.negatives; }
 
-  // Kinds with a shift subtract the integral part of a bias from the shift instead.
+  // The map includes the biases. For a kind with a shift it leaves out their integral parts, which shift() subtracts.
   template <class Kind>
   FASTCLIP_INLINE auto map(int64_t i) const {
     constexpr bool kNegated = Positives && Kind::kNegatesPositives;

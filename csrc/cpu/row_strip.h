@@ -17,11 +17,11 @@ namespace {
 
 constexpr int64_t kMostCols = 256;
 
-// The rows of a strip and, below, the columns of a tile. Strips must be many enough to occupy all threads, and large
-// enough to repay their transposition and their additions to v. A strip's data must also fit its core's L2 cache: at
+// The rows of a strip and, below, the columns of a tile. There must be enough strips for all threads, and each must be
+// large enough to repay its transposition and its additions to v. A strip's data must also fit its core's L2 cache: at
 // D = 512 and 2 MiB, 256 rows take 5 % less time than 128. bf16 products are so fast that the additions cost relatively
-// more, hence larger strips. Nothing here depends on the number of threads, on the product or on the instruction set,
-// and so the order of sums and the layout of kept products do not either.
+// more, so their strips are larger. Nothing here depends on the number of threads, and so the order of sums does not
+// either. Rows do not depend on the product or the instruction set, and so the layout of kept products does not.
 int64_t strip_rows(const Problem& p, int64_t row_bytes) {
   const int64_t fit = p.cache_bytes / 4 / row_bytes / 64 * 64;
   const int64_t most = p.dtype == Dtype::kBFloat16 ? 512 : std::clamp<int64_t>(fit, 128, 256);

@@ -1,4 +1,4 @@
-// The shift m of a softmax sweep, in log2 units, computed on the device.
+// The shift m that all lines share in the first sweep of a kind with a shift, in log2 units, computed on the device.
 //
 // If m is the same for all lines, one exponential exp2(logit - m) serves both the row and the column of a pair. The
 // exponential of the largest possible logit becomes 2^above: large enough for the sum of the smallest row to stay

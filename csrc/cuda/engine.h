@@ -1,5 +1,6 @@
-// The CUDA engine's plain arguments, and the interface of the library that gives it memory and matrix products. Neither
-// torch's headers nor CUDA's are included, so the front compiles beside any torch.
+// The CUDA engine's plain arguments, and the interface of the library that gives it memory and matrix products. No
+// header of torch is included, since nvcc compiles the engine without torch; and none of CUDA, since the C++ compiler
+// compiles ops.cpp without CUDA.
 //
 // Letters as in engine.h. Every pointer is to device memory. Nothing here waits for the device: decisions that depend
 // on data (the shift, whether it was enough, whether one exponential serves row and column) are made on the device, so
@@ -67,8 +68,8 @@ struct Block {
 // The first sweep's arguments besides the block.
 struct Sweeping {
   Scalar bound;  // an upper bound of |t_ij|; bound.at may be null
-  // (M + N), rows first, then as many for positives by id: true for lines that have pairs, whose sum near zero means
-  // that terms were lost. Null: every line that has pairs besides its own positive.
+  // (M + N), rows first, then as many for positives by id: true for lines that have pairs. If the sum of such a line is
+  // near zero, terms were lost. Null: every line that has a pair besides its own positive is occupied.
   const bool* occupied = nullptr;
   double* positive = nullptr;  // (M) out: t, for rows whose own positive lies in the block
   float* kept = nullptr;       // (kept_rows, N) out: products of the first rows, without the factors

@@ -3,9 +3,9 @@
 // states.
 //
 // A thread block owns 64 lines and visits all their pairs, so that it needs no partial sums. It makes the products
-// itself, on ordinary cores, since a library's product cannot depend on a flag on the device. Rows and columns make
-// their own: twice the products of a sweep that shares them. Training takes this path only if features are not
-// normalised or the scale exceeds about 110.
+// itself, without tensor cores, since a library's product cannot depend on a flag on the device. Each pair's product is
+// made twice, once by the block of its row and once by the block of its column. Training takes this path only if
+// features are not normalised or the scale exceeds about 110.
 #pragma once
 
 #include <type_traits>
@@ -16,8 +16,9 @@
 namespace fastclip {
 namespace cuda {
 
-constexpr int kLines = 64, kDepth = 16,
-              kSide = 4;                 // lines of a thread block; elements of D per step; a thread has kSide^2 pairs
+constexpr int kLines = 64;               // of a thread block
+constexpr int kDepth = 16;               // elements of D per step
+constexpr int kSide = 4;                 // a thread has kSide lines by kSide pairs of each
 constexpr int kAcross = kLines / kSide;  // threads that share a line
 static_assert(kAcross * kAcross == kThreads, "a thread holds kSide x kSide pairs");
 // A sum relative to its own largest term is at least this, unless its logits exceed the dtype's precision.
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
   const bool is_row = int64_t(blockIdx.x) < blocks_x;
   const Features mine = is_row ? x : y, others = is_row ? y : x;
   const States states = is_row ? rows : columns;
-  const int64_t own_offset =
-      is_row ? offset : -offset;  // the own positive of line l is line l + own_offset of the others
+  // The own positive of line l is line l + own_offset of the others.
+  const int64_t own_offset = is_row ? offset : -offset;
   const int64_t first = (blockIdx.x - (is_row ? 0 : blocks_x)) * kLines;
   const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
   const Affine<float> k = affine<Statistic>(scale, bias);

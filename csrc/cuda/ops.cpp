@@ -18,7 +18,7 @@
 namespace fastclip {
 namespace {
 
-// True for float64 features, which the plain PyTorch engine serves.
+// True for float64 features: the plain PyTorch engine serves them. This has nothing to do with plain blocks (is_plain).
 bool is_plain_engines(const BlockArguments& b) { return b.x.features.scalar_type() == at::kDouble; }
 
 template <class Result, class... Flattened, class... Rest>

@@ -19,8 +19,8 @@ struct Counts {
   bool mine, other, positive;
 };
 
-// Each type of options loads the data of a line besides its factor (Line, Bias), and gives the roles of a pair.
-// is_pair: the pair lies in the block and is no own positive.
+// A type of options loads what it needs of a line (Line, and of a column Bias), and tells the roles of a pair. is_pair:
+// the pair lies in the block and is no own positive.
 struct Plain {
   static constexpr bool kHasAll = false;
   struct Line {};
@@ -54,7 +54,8 @@ struct All {
   const LineBias<float>* biases = nullptr;                     // of the columns, or null
   bool same_id_positive = false;
 
-  // With positives by id: their sums, and the operands of their weights (as in Folding and PairWeights).
+  // With positives by id: their sums (as in Folding), and their shifts and coefficients (c and d are a and b of
+  // PairWeights).
   Partials rows, columns;
   const float *shift_x = nullptr, *shift_y = nullptr, *c = nullptr, *d = nullptr;
   Partials weights;  // the columns' sums of weights, or null

@@ -13,7 +13,8 @@ class SecondSweep {
   // also_fold: both sweeps run in one go; the weights need no state.
   SecondSweep(Work& work, const Weighing& weighing, bool also_fold) : w(work), weighing_(weighing), fold_(also_fold) {
     const bool half = w.b.dtype == Dtype::kHalf;
-    // Weights are at most 2. In fp16 the largest possible becomes 2^14; without that, those below 6e-8 would be lost.
+    // Weights are at most 2, since the caller scales coefficients. Times 2^13 they are at most 2^14 in fp16, which has
+    // no numbers below 6e-8.
     weights_.enlarged = half ? 8192.f : 1.f;
     weights_.spread = !half;
     weights_.to_tf32 = w.b.tf32;
@@ -109,7 +110,7 @@ class SecondSweep {
           is_float(w.b.y) ? static_cast<float*>(w.b.y.gradient) : allocate<float>(w.library(), w.n() * w.b.width);
   }
 
-  // True if a fused kernel weighs the chunk. It has no form that writes no weights, and none that folds, too.
+  // True if a fused kernel weighs the chunk: it always writes weights and never folds.
   bool is_fused(const Chunk& c) const { return w.folds_fused(c) && !fold_ && (wants_x() || wants_y()); }
 
   int64_t total_parts(const Chunk& c) const {

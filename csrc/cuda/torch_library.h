@@ -1,7 +1,7 @@
 // The CUDA engine's library on torch: memory, matrix products, the current stream.
 //
-// Neither CUDA's headers nor torch's CUDA headers are included, so this compiles beside any torch: memory and products
-// come from ATen, the stream from a C function of libtorch_cuda.
+// Memory and products come from ATen, the stream from a C function of libtorch_cuda. So neither CUDA's headers nor
+// torch's CUDA headers, which include these, are needed.
 #pragma once
 
 #include <ATen/ATen.h>
