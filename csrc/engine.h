@@ -1,8 +1,8 @@
 // The plain arguments of both engines: pointers, sizes and flags for the wanted outputs. No torch here.
 //
-// Letters: x (M, D) and y (N, D) are the features, i is a row, j is a column, t_ij = <x_i, y_j> * factor_x_i *
-// factor_y_j (a factor is 1 / norm, or 1), and s_ij = scale * t_ij + bias + key_bias_j is the logit. The own positive
-// of row i is column i + offset, if that column lies in the block.
+// Letters: x (M, D) and y (N, D) are the features, i is a row, j is a column. The product t_ij is <x_i, y_j> times
+// factor_x_i and factor_y_j (a factor is 1 / norm, or 1). The logit s_ij is scale * t_ij + bias + the key_bias of its
+// line. The own positive of row i is column i + offset, if that column lies in the block.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +43,7 @@ struct Side {
   Dtype gradient_dtype = Dtype::kFloat;
 };
 
-// What the CPU engine computes: a block, and a sweep (fold), its weights (weigh) or both. x supplies the rows of
-// strips.
+// The CPU engine's arguments: a block, and whether to sweep it (fold), to weigh it, or both. Strips are rows of x.
 struct Problem {
   Side x, y;
   int64_t width = 0;  // D

@@ -5,7 +5,7 @@
 //   activation(t, k, m)  the pair's weight dL/ds, up to the factor (a_i + b_j) of its row and column
 // Here t = <x_i, y_j> times the factors of both lines, t * k.scale + k.bias is the logit in log2 units, and m is the
 // shift of the row or the column. A third function finishes a line whose own positive has the logit s:
-//   finish(shift, sum, s)   the line's loss, its coefficient (twice a_i or b_j), and the weight dL/ds of the positive
+//   finish(shift, sum, s)   the line's loss, its coefficient a_i or b_j, and the weight dL/ds of the positive
 // Only fused losses (fastclip.clip_loss, siglip_loss) call it, but the operator is compiled for every kind. A pair's
 // loss is half its row's plus half its column's. A new kind is such a struct and an entry in `Kinds`.
 //
@@ -206,8 +206,7 @@ struct Line {
 FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(z > 0 ? -z : z)); }
 
 // A line's sum is that of its pairs' exponentials, relative to m; its finish is CLIP's two-way softmax
-// (arXiv 2103.00020). A bias common to all logits is left out: it adds the same to every log-sum-exp and every
-// positive.
+// (arXiv 2103.00020). A bias common to all logits is left out: it adds the same to each log-sum-exp and each positive.
 struct Softmax {
   static constexpr const char* kName = "softmax";
   static constexpr bool kHasShift = true;           // sums are relative to shifts, and weights depend on sums

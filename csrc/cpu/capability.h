@@ -66,8 +66,8 @@ inline bool machine_has_half_products() {
   return has;
 }
 
-// The size of a core's own cache (L2), as a number from 1 to 4 MiB: virtual machines may report none, and smaller
-// caches (512 KiB before AMD's Zen 4, 256 KiB in Intel's desktop cores before 2021) are too rare here to tune for.
+// The size of a core's own cache (L2). It counts as 1 MiB if the machine reports less (AMD's Zen 3: 512 KiB) or, as
+// virtual machines may, none; and as 4 MiB if it reports more.
 inline int64_t core_cache_bytes() {
   static const int64_t bytes = [] {
     int64_t told = 0;

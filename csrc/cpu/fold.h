@@ -14,8 +14,8 @@ FASTCLIP_INLINE V<T> where(const typename Counted<T>::Mask& mask, const V<T>& va
   return mask ? value : V<T>{};
 }
 
-// Adds a tile's pairs to the state, with one shift for all lines. Weigh: also writes the weights, of a linear kind, in
-// which a_i = b_j = 1/2 (half the coefficient of 1 that `finish` returns).
+// Adds a tile's pairs to the state, with one shift for all lines. Weigh: also writes the weights, of a linear kind. Its
+// coefficients are 1, and (a_i + b_j) / 2 is 1: the caller halves the gain of a later weigh, but not of this one.
 template <class Kind, template <class> class Pairs, bool Weigh, class T>
 void fold_tile(const Tile<T>& tile) {
   const int64_t lanes = tile.lanes;

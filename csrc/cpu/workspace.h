@@ -1,8 +1,8 @@
 // A caching allocator for large CPU buffers, in huge pages.
 //
-// The operating system clears every fresh page. Of a loss's time this takes an eighth for the gradient of a 256 x
-// 32,768 block and a twentieth for the kept products of a square block; pages of 4 KiB would double it. The products
-// and gradients that one step frees are therefore cached for the next step, as in a GPU's caching allocator.
+// The operating system clears every fresh page. This takes an eighth of the loss's time for the gradient of a
+// 256 x 32,768 block and a twentieth for the kept products of a square block; pages of 4 KiB would double both. The
+// products and gradients that one step frees are therefore cached for the next, as in a GPU's caching allocator.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -41,7 +41,7 @@ struct PairWeights {
   const float *shift_x = nullptr, *shift_y = nullptr;  // of rows, of columns; null for a kind without a shift
   const int32_t* differ = nullptr;                     // not 0: shifts differ, and each pair needs two exponentials:
                                                        // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j
-  const float *a = nullptr, *b = nullptr;              // null if every a_i + b_j is 1
+  const float *a = nullptr, *b = nullptr;              // null in a linear kind's single sweep: 1 for a_i + b_j
   void* out = nullptr;  // (rows, columns) of the view's dtype, or null if no gradient is wanted
   int64_t stride_out = 0;
   bool spread = true;       // out = w * enlarged * factor_x_i * factor_y_j, else w * enlarged
