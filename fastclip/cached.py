@@ -209,7 +209,8 @@ class _RandomState:
 
 @contextmanager
 def _restored(devices: list[torch.device]) -> Iterator[None]:
-    """Restores the generators at the end to where the first encoding left them."""
+    """Gives the generators, at the end, the state that they have at the beginning, which is that
+    after the first encoding."""
     after = _RandomState(devices)
     try:
         yield

@@ -83,10 +83,10 @@ def contrast(
 
     Raises:
         TypeError: features, ids or key_bias that are no tensors or have another dtype; an offset
-            that is no int; a scale, bias, margin or memory_budget that is no number.
+            that is no int; a scale, bias or margin that is no number.
         ValueError: shapes or devices that do not fit, an empty side, an unknown kind, same_id or
-            backend, same_id="positive" without ids, neither rows nor columns, a negative budget,
-            an offset beyond 2^62.
+            backend, same_id="positive" without ids, neither rows nor columns, a memory_budget that
+            is no int >= 0, an offset beyond 2^62.
         RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
             derivative.
     """

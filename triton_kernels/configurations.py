@@ -224,8 +224,8 @@ def choose(
 
 
 # Rows, columns, warps, slices. Triton 3.6 and 3.7 compile all of them for sm_90 without spilling,
-# except the last, which spills 16 bytes. Two programs of four warps and three stages share a
-# processor: one multiplies while the other folds.
+# except "both" with four warps, which spills 16 bytes. Two programs of four warps and three stages
+# share a processor: one multiplies while the other folds.
 SHAPES = {
     "sweep": ((256, 128, 8, 1), (128, 256, 8, 1), (128, 128, 8, 1), (128, 128, 4, 1)),
     "weigh": ((128, 256, 8, 2), (256, 128, 8, 2), (128, 128, 8, 1), (128, 128, 4, 2)),

@@ -98,7 +98,7 @@ def _sweep(
 def finish(
     state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Finishes lines in one launch: launches, not arithmetic, cost a small batch its time."""
+    """Finishes lines in one launch, since a small batch spends its time in launches."""
     lines = state.shape[1]
     state = state if state.stride(1) == 1 else state.contiguous()
     results = tuple(torch.empty_like(state[0]) for _ in range(3))

@@ -1,6 +1,6 @@
 """The one place to launch kernels from, and the settings that launches share.
 
-Launches go to the current stream of the features' device. The plain PyTorch engine takes float64.
+Launches go to the current stream of the features' device.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def room(device: torch.device, config: Config, itemsize: int) -> int:
     """Returns how many programs run at the same time. A program of eight warps leaves no registers
     for a second one on its processor; two of four warps may lack the shared memory."""
     step = (config.bm + config.bn) * config.bk * itemsize
+    # Among the cards only sm_90 has configurations with descriptors, and only these come here.
     by_memory = SHARED_MEMORY["sm_90"] // (config.stages * step)
     return _processors(device) * max(1, min(8 // config.warps, by_memory))
 

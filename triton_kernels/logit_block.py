@@ -44,6 +44,7 @@ class LogitBlock:
         if block.key_bias is not None:
             self.key_bias, self.largest_bias = self._biases(block.key_bias)
             self.bias = None
+        # Ids of rows and of columns, then their thresholds.
         self.sides = tuple(
             None if t is None else t.contiguous()
             for t in (block.x.ids, block.y.ids, block.x.threshold, block.y.threshold)
@@ -142,8 +143,8 @@ class LogitBlock:
         return max(-chunk.rows, min(offset, chunk.columns))
 
     def skipped(self, chunk: Chunk) -> int:
-        """Returns how many whole tiles of each row of tiles the edges' launch takes: all in a small
-        block, whose time goes into launches."""
+        """Returns how many whole tiles of each row of tiles go to the launch of the edges. In a
+        small block these are all tiles, which saves a launch."""
         if self.is_small:
             return chunk.columns // chunk.bn
         return chunk.skipped(self.offset_of(chunk))
@@ -173,13 +174,13 @@ class LogitBlock:
         }  # fmt: skip
 
     def edge_tiles(self, config: Config) -> dict[str, Any]:
-        """Returns those of a kernel for the edges. Masks take registers, so it has more warps: of
-        128 x 128 numbers no thread holds more than 64."""
+        """Returns compile-time arguments of a kernel for the edges. Masks take registers, so such a
+        kernel has more warps: a thread holds at most 64 numbers of a tile of 128 x 128."""
         warps = max(config.warps, min(8, config.bm * config.bn // 2048))
         return {"SLICES": launch.EDGE_SLICES, **self.tiles(config), "num_warps": warps}
 
     def plain_tiles(self, config: Config) -> dict[str, Any]:
-        """Returns those of a kernel for plain tiles."""
+        """Returns compile-time arguments of a kernel for plain tiles."""
         return {
             "D": self.width, "GROUP": config.group, "SLICES": config.slices,
             "DESCRIBED": config.descriptors, **self.tiles(config),

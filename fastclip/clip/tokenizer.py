@@ -14,8 +14,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-# In the order of their ids, which follow all others: the text tower finds the end of a caption as
-# the highest id of its row.
+# The special tokens get the last ids, in this order. <end> has the highest one, by which the text
+# tower finds the end of a caption.
 SPECIAL = ("<pad>", "<start>", "<end>")
 
 
@@ -46,7 +46,7 @@ class Tokenizer:
             )
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-        # With a space before the first word too, a word is the same token at any position.
+        # A space is added before the first word, so that a word is the same token everywhere.
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
         bpe.train_from_iterator(

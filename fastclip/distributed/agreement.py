@@ -166,13 +166,14 @@ def _shard(
     return Shard(group, rank, sizes, starts_of(sizes), live, *needs)
 
 
-# The fields of a shard that tell which gradients any rank needs, in its order.
+# The fields of `Shard` that tell which gradients any rank needs, in the order of its fields.
 NEEDS = ("needs_x", "needs_y", "needs_key_bias")
 
 
 def refuse(process_group: dist.ProcessGroup | None) -> None:
     """Called in place of `agree` by a rank that is about to raise, so that the others raise, too.
-    A no-op if nothing is exchanged."""
+    It sends nothing without a group, or in one that only moves GPU tensors: there the other ranks
+    wait until the group's timeout."""
     if not is_initialized():
         return
     group = group_of(process_group)

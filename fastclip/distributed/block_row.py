@@ -83,6 +83,7 @@ class BlockRow(NamedTuple):
         return self.block._replace(x=x, y=y, key_bias=key_bias, offset=offset)
 
     def visited(self, rows: slice, visit: Visit) -> Block:
+        """The block of some own rows and a visit's columns, with own positives if it has any."""
         offset = NO_POSITIVES
         if visit.has_own and with_positive(self.rows, self.shard.rows, self.block.offset) > 0:
             own_columns = self.shard.start - visit.columns.start
@@ -102,7 +103,8 @@ class BlockRow(NamedTuple):
         return self.shard.max(torch.stack(longest)).prod().to(dtype)
 
 
-_OPTIONS = 3  # the fields of a block after its tensors
+_OPTIONS = 3  # the number of a block's fields that are no tensors; they come last
+# The number of tensors in a block, flat: those of both sides, scale and biases.
 TENSORS = 2 * len(Side._fields) + len(Block._fields) - 2 - _OPTIONS
 
 
@@ -266,8 +268,8 @@ class Weighing(NamedTuple):
 
 
 def to_features(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Casts a gradient to the features' dtype. Rows shorter than epsilon were divided by 1e-12; in
-    fp16 they get 0 instead of infinity, as in one process."""
+    """Casts a gradient to the features' dtype. Rows with a norm below 1e-12 were divided by 1e-12;
+    in fp16 they get 0 instead of infinity, as in one process."""
     if dtype == torch.float16 and factor is not None:
         gradient = gradient.masked_fill(factor[:, None] >= 0.9999e12, 0)
     return cast(gradient, dtype)

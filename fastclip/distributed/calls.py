@@ -1,7 +1,8 @@
 """The beginning of a call across ranks: checks of this rank's arguments, then the ranks' agreement.
 
 A mistake on one rank is an error on all of them: a rank that is about to raise informs the others
-first. Eager calls and the operators of compiled ones (`compiled/`) begin here.
+first, if the group can exchange through CPU memory (`agreement.refuse`). Eager calls and the
+operators of compiled ones (`compiled/`) begin here.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class CheckedContrast(NamedTuple):
 def begin_loss(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
 ) -> tuple[LossInputs, Context]:
-    """given: x, y, scale, bias."""
+    """Checks the arguments of a loss and agrees with the other ranks. given: x, y, scale, bias."""
     checked = _or_refuse(check_loss, given, process_group, call)
     inputs, options, live, alike = checked
     shard = agree(process_group, *inputs[:2], _wants(*inputs), call.uneven, live, **alike)
@@ -88,7 +89,10 @@ def begin_loss(
 def begin_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> tuple[Inputs, Task]:
-    """given: x, y, scale, bias, key_bias, ids, margin."""
+    """Checks the arguments of `contrast` and agrees with the other ranks.
+
+    given: x, y, scale, bias, key_bias, ids, margin.
+    """
     inputs, task, alike = _or_refuse(check_contrast, given, process_group, call)
     shard = agree_on_sides(
         process_group, inputs.x, inputs.y, inputs.key_bias, _wants(*inputs), call.uneven, **alike
@@ -124,7 +128,7 @@ def check_loss(
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
     refuse_forward_mode(x, y, scale, bias)
-    # Autocast may be on for some ranks alone.
+    # The ranks compare it, since autocast may be on for only some of them.
     dtype = call.dtype or product_dtype(x, y)
     alike = {
         "loss": _index(call.kind), "normalize": int(call.normalize),
@@ -165,7 +169,8 @@ def check_contrast(
     return CheckedContrast(Inputs(x, y, scale, bias, key_bias), task, alike)
 
 
-NOBODYS = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)  # before the agreement
+# Stands in a task for the shard until the ranks have agreed.
+NOBODYS = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)
 
 
 def engine_of(
@@ -175,7 +180,7 @@ def engine_of(
     logits = x.shape[0] * y.shape[0] * ranks
     engine = choose(backend, x.device, dtype, logits, x.shape[1], kind)
     if engine == "reference":
-        raise ValueError("backend must be an engine, which the dense 'reference' is not")
+        raise ValueError("backend must be an engine across ranks, got the dense 'reference'")
     return engine
 
 

@@ -42,9 +42,10 @@ def contrast(
         loss = (F.softplus(c.rows - c.positives) + F.softplus(c.columns - c.positives)).mean() / 2
 
     is `clip_loss` of even batches. A rank's loss is its share of the whole: the mean over ranks
-    must be the loss of the whole batch. For batches that differ in size that is R / B times the sum
-    over this rank's lines. After DDP's mean over ranks, the gradients of towers, scale and biases
-    equal those of one process that takes the mean of the ranks' losses.
+    must be the loss of the whole batch. If batches differ in size, take R / B times the sum over
+    this rank's pairs as its loss (R ranks, B pairs in all). After DDP's mean over ranks, the
+    gradients of towers, scale and biases equal those of one process that takes the mean of the
+    ranks' losses.
 
     Args:
         x, y: (m, D), (n, D), this rank's rows and columns; m and n may differ.

@@ -97,10 +97,10 @@ class _Stay:
 class Ring:
     """An exchange around a ring, both ways at once.
 
-    At step s the features of the ranks s after and s before this one visit, so that half as many
-    steps as ranks are enough. Gradients follow the features from rank to rank, and the last rank
-    sends them straight home. Beside its own, a rank holds at most four ranks' features and five
-    gradients.
+    At step s this rank is visited by the features of two ranks, at distances s and -s, so that half
+    as many steps as ranks are enough. Gradients follow the features from rank to rank, and the last
+    rank sends them straight home. Beside its own, a rank holds at most four ranks' features and
+    five gradients.
     """
 
     def __init__(self, shard: Shard) -> None:

@@ -49,8 +49,8 @@ def gather_features(
     """open_clip's `gather_features`: both towers' features of all ranks, (B, D).
 
     With `gather_with_grad` they are differentiable, once. Without it only own rows are, and none
-    with `local_loss`. rank and world_size may be left out. It is meant for other losses: those of
-    this library never hold more than one tower's features of all ranks.
+    with `local_loss`. rank and world_size may be left out. This function is for losses of your own:
+    those of this library never hold more than one tower's features of all ranks.
     """
     alike = {"local_loss": int(local_loss), "gather_with_grad": int(gather_with_grad)}
     try:

@@ -76,7 +76,8 @@ def clip_loss(
         TypeError, ValueError: as `fastclip.clip_loss`, and ValueError if the ranks' widths, dtypes,
             options or (unless `uneven`) sizes differ, with ranks and sizes. Every call compares
             them through CPU memory. A group that only moves GPU tensors (NCCL without gloo)
-            compares at the first call of each kind.
+            compares at the first call of each kind, and one rank's own error does not reach the
+            others there: they wait until the group's timeout.
         RuntimeError: a rank has died; raised within the group's timeout, by gloo or NCCL.
     """
     return distributed_loss(

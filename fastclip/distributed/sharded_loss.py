@@ -38,6 +38,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
 
 
 class Context(NamedTuple):
+    """The options of a call, this rank's shard, and open_clip's mode."""
+
     options: LossOptions
     shard: Shard
     mode: GradientMode
@@ -236,7 +238,7 @@ def _scale(
 class _Upstream(NamedTuple):
     """The factors of a rank's gradients.
 
-    Weights stay of order 1 for any upstream gradients: their largest goes into `gain`.
+    The largest upstream gradient goes into `gain`, so that weights are of order 1.
     """
 
     gain: Tensor
@@ -271,6 +273,7 @@ def _weigh(
     upstream = _upstream(context, g, state.dtype)
     a, b = lines.coefficients.split([shard.rows, shard.batch])
     a, b = a * upstream.of_rows, b * upstream.of_columns
+    # Both are of this rank's pairs, so both take the upstream gradient of this rank's rows.
     of_rows, of_columns = lines.of_rows * upstream.of_rows, lines.of_columns * upstream.of_rows
 
     def gradients(

@@ -153,7 +153,7 @@ class _ShardedStatistics(torch.autograd.Function):
 
 
 def _upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -> Upstream:
-    """Gathers columns: from the coefficients of own columns to those of all columns."""
+    """Returns the factors for a block row: the coefficients of columns are gathered."""
     shard, m = row.shard, row.rows
     coefficients, positive_weight, largest = own
     if not options.columns:

@@ -31,12 +31,14 @@ def differentiates(*inputs: Tensor | None) -> bool:
 
 
 def bias_of(bias: Tensor | None, kind: str) -> Tensor | None:
-    """The bias that engines get. With a shift it is None: it cancels, or is added later."""
+    """The bias that engines get. It is None for a kind with a shift: there the bias cancels in a
+    fused loss, and is added to the statistics of `contrast` at the end."""
     return None if kind_of(kind).has_shift else bias
 
 
 def without_inputs(block: Block) -> Block:
-    """The block without the tensors that are inputs of its Function: Dynamo takes none twice."""
+    """The block without scale and biases. Its Function gets these as inputs of their own, and
+    Dynamo does not accept the same tensor twice."""
     return block._replace(scale=None, bias=None, key_bias=None)
 
 

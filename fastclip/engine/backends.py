@@ -28,7 +28,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("fastclip._C")
         built = str(module.build_info()["torch"])
-        # It uses C++ internals of torch: loading beside another release proves nothing.
+        # The module uses C++ internals of torch. It may load with another release and then crash.
         if built.partition("+")[0] != torch.__version__.partition("+")[0]:
             raise ImportError("its torch is another release")
         return module, AVAILABLE
@@ -48,16 +48,16 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 
 def build_info() -> dict[str, object] | None:
-    """Returns compiler, torch, instruction sets, matrix product and threads of the compiled module;
-    None without one."""
+    """Returns facts about the compiled module: compiler, torch, instruction sets, matrix product,
+    threads, kinds and the CUDA build; None without the module."""
     return None if _MODULE is None else _MODULE.build_info()
 
 
 def release_workspace() -> None:
     """Frees the buffers that the CPU engine reuses from step to step.
 
-    Kept products and gradients of a MiB and more wait there once freed: at most 512 MiB, whatever
-    `memory_budget` is.
+    When kept products and gradients of a MiB or more are freed, their memory stays in these buffers
+    for the next step: at most 512 MiB, whatever `memory_budget` is.
     """
     if _MODULE is not None:
         _MODULE.release_workspace()

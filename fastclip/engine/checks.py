@@ -141,7 +141,8 @@ def check_contrast(
     offset: int | None, same_id: str, rows: bool, columns: bool, kind: str,
     may_be_empty: bool = False,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]:  # fmt: skip
-    """Checks the arguments of `contrast` but its engine; returns scale, bias, ids and margin."""
+    """Checks the arguments of `contrast`, except backend and memory_budget; returns scale, bias,
+    ids and margin."""
     check_sides(x, y, may_be_empty)
     check_offset(offset)
     ids = check_ids(ids, same_id, x, y)

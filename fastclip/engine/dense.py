@@ -35,7 +35,8 @@ def _in_autocast_dtype(x: Tensor) -> Tensor:
 
 
 def as_scalar(value: Tensor | float, like: Tensor) -> Tensor | float:
-    """A one-element tensor as 0-dim in `like`'s dtype: its own shape and dtype must not spread."""
+    """Returns a tensor of one element as a 0-dim tensor of `like`'s dtype, so that a product with
+    it keeps the shape and the dtype of `like`."""
     return value.to(like).reshape(()) if isinstance(value, Tensor) else value
 
 

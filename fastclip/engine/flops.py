@@ -46,7 +46,8 @@ def _finish(*arguments: Any, **_: Any) -> int:
 
 
 def register_formulas() -> None:
-    """Registers the formulas if the counter has been imported, with active counters, too."""
+    """Registers the formulas if the counter's module has been imported. Counters that are already
+    active get them, too."""
     if "torch.utils.flop_counter" in sys.modules:
         _register()
 

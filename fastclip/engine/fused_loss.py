@@ -57,7 +57,7 @@ def fused_loss(
     refuse_forward_mode(x, y, scale, bias)
     block = _block(x, y, scale, bias, options)
     if differentiates(x, y, scale, bias):
-        # Within the transforms of torch.func, requires_grad may be False of differentiated tensors.
+        # torch.func may differentiate tensors whose requires_grad is False.
         every = torch._C._are_functorch_transforms_active()
         needs_x, needs_y = x.requires_grad or every, y.requires_grad or every
         in_one_go = _makes_gradients_at_once(x, y, needs_x, needs_y, options)
@@ -198,10 +198,10 @@ def _makes_gradients_at_once(
 ) -> bool:
     """True if the forward makes the gradients, for an upstream gradient of 1.
 
-    Weights must be known before the sweep, and the gradients must be allowed to wait in fp32 for
-    the backward. fp32 features need no other memory, since these become the returned gradients.
-    For other dtypes they are work space: always on GPUs, where one sweep less saves a quarter of
-    the time, and within the memory budget on CPUs.
+    This needs weights that are known before the sweep, and memory in which the gradients wait in
+    fp32 for the backward. With fp32 features the waiting tensors become the returned gradients.
+    With other dtypes they are extra memory, which is always taken on GPUs, where one sweep less
+    saves a quarter of the time, and on CPUs if it fits the memory budget.
     """
     if not kind_of(options.kind).is_linear or options.reduction == "none":
         return False
@@ -225,6 +225,7 @@ def _sweep_and_weigh(block: Block, options: LossOptions) -> tuple[Tensor, ...]:
 def _unit_backward(
     ctx: Any, block: Block, inputs: _Inputs, found: Sequence[Tensor], g: Tensor
 ) -> Sequence[Tensor | None]:
+    """Scales the gradients that the forward has made for an upstream gradient of 1."""
     if found:
         gradients = [gradient * g for gradient in found]
     else:
@@ -251,7 +252,7 @@ def _weigh_backward(
     if needs_x or needs_y or needs_scale or (needs_bias and sees_bias):
         weights = weights.unflatten(0, (2, -1)).sum(0)
         if options.reduction == "none":
-            # Weights stay of order 1 for any upstream gradients: their largest goes into the gain.
+            # The largest upstream gradient goes into the gain, so that weights are of order 1.
             largest = g.abs().amax()
             relative = (g / torch.where(largest > 0, largest, 1)).to(state.dtype)
             coefficients, weights = coefficients * relative.repeat(2), weights * relative

@@ -1,7 +1,8 @@
-"""How many rows a first sweep keeps for the second within a budget, and in which tensor.
+"""The number of rows that a first sweep keeps for the second within a budget, and their tensor.
 
-`keep`, an argument of the operators, counts rows along the longer side. `kept`, their result, is
-opaque to all but the engine that made it. An engine keeps products, weights or nothing.
+`keep`, an argument of the operators, is a number of lines of the longer side, each with all its
+min(M, N) pairs. `kept`, their result, is opaque to all but the engine that made it. An engine keeps
+products, weights or nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def _padded(n: int) -> int:
 
 
 def rows_to_keep(m: int, n: int, itemsize: int, budget: int) -> int:
-    """`keep` of products for a budget in bytes: whole rows of t along the longer side, a multiple
-    of 16."""
+    """Returns `keep` for products and a budget in bytes: a multiple of 16. Each line of the longer
+    side that is kept takes min(m, n) numbers."""
     short = _smaller(m, n)
     affordable = budget // (short * itemsize) // UNIT * UNIT
     return _smaller(_padded(m + n - short), affordable)
@@ -70,7 +71,7 @@ class Nothing:
     def keep(block: Block, budget: int) -> int:
         return 0
 
-    empty = Products.empty
+    empty = Products.empty  # `keep` is always 0, so this has no elements
 
     @staticmethod
     def made(x: Tensor, y: Tensor, kept: Tensor) -> bool:
@@ -104,15 +105,16 @@ class Weights:
     @staticmethod
     def keep(block: Block, budget: int) -> int:
         x, (m, n) = block.x.features, block.sizes()
-        # Kept weights serve only blocks where one weight counts for a pair's row, its column and
-        # its kind; the sums of weights that key_bias needs are not kept. The plain PyTorch engine
-        # serves float64.
+        # A kept weight is one number for each pair. That is not enough with thresholds, where a
+        # pair may count for one of its lines only, or with positives by id, which have coefficients
+        # of their own. The sums of weights that key_bias needs are not kept. float64 goes to the
+        # plain PyTorch engine, which keeps nothing.
         apart = block.x.threshold is not None or block.same_id_positive
         if x.dtype == torch.float64 or apart or block.key_bias is not None:
             return 0
         affordable = (budget - Weights.header(m, n)) // Weights.row(x, n) // UNIT * UNIT
-        rows = -_smaller(-_smaller(affordable, m), 0)
-        # `keep` counts rows along the longer side: n / min(m, n) of them for each row of x.
+        rows = -_smaller(-_smaller(affordable, m), 0)  # between 0 and m
+        # `keep` counts lines of the longer side: n / min(m, n) of them for each row of x.
         short = _smaller(m, n)
         return (rows * n + short - 1) // short
 

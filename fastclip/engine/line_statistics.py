@@ -2,7 +2,7 @@
 
 The forward sweeps once and returns logarithms (or sums) of states, O(M + N). The backward turns the
 upstream gradients into coefficients of lines and weighs once. A coefficient is the upstream
-gradient divided by the line's sum, so that only logits are exponentiated.
+gradient divided by the line's sum: times a pair's exponential it is the pair's weight.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ def line_statistics(inputs: Inputs, block: Block, options: StatisticsOptions) ->
 def named(
     found: tuple[Tensor, ...], same_id_positive: bool, rows: bool, columns: bool
 ) -> LineStatistics:
-    """`finish`'s results by name, None for the sides that are not wanted. More results may follow
-    in `found`."""
+    """Returns `made_of`, with None in place of the statistics of a side that is not wanted."""
     every = made_of(found, same_id_positive)
     if not rows:
         every = every._replace(rows=None, row_positives=None)
@@ -107,7 +106,7 @@ def statistics_of(same_id_positive: bool) -> int:
 
 
 def made_of(found: Sequence[Tensor], same_id_positive: bool) -> LineStatistics:
-    """`finish`'s results by name."""
+    """Gives `finish`'s results their names, and drops the results that may follow in `found`."""
     return LineStatistics(*found[: statistics_of(same_id_positive)])
 
 
@@ -205,7 +204,7 @@ def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
 
 
 class _LineStatistics(torch.autograd.Function):
-    """In eager mode."""
+    """The statistics in eager mode."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -220,7 +219,8 @@ class _LineStatistics(torch.autograd.Function):
 
 
 class _TracedStatistics(torch.autograd.Function):
-    """For torch.compile and torch.func, like `fused_loss._TracedLoss`."""
+    """The statistics for torch.compile and torch.func. `fused_loss._TracedLoss` says why these need
+    another Function."""
 
     generate_vmap_rule = True
 
@@ -313,6 +313,7 @@ def weights(
     of_lines = torch.cat((given.rows, given.columns))
     every = [of_lines]
     coefficients = [of_lines]
+    # The gradient of a bias that is common to all logits.
     total = of_lines.masked_fill(negatives.sums == 0, 0).sum() + of_own.sum()
     if kind.has_shift:
         coefficients = [torch.where(negatives.sums == 0, 0, of_lines / negatives.sums)]
@@ -321,6 +322,7 @@ def weights(
         every.append(of_lines)
         by_id = torch.cat((found.row_positives, found.column_positives))
         own = _Own(block, found.positives)
+        # The gradient of each line with respect to its own positive's logit.
         share = of_lines * own.sign
         if kind.has_shift:
             nothing = by_id == -torch.inf
@@ -337,7 +339,7 @@ def weights(
         coefficients.append(of_lines)
         share = torch.where(own.exists, share, 0)
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
-    # Weights stay of order 1 for any upstream gradients: their largest goes into the gain.
+    # The largest upstream gradient goes into the gain, so that weights are of order 1.
     largest = torch.cat([of_own, *every, of_own.new_zeros(1)]).abs().amax()
     unit = torch.where(largest > 0, largest, 1)
     stacked = torch.stack(coefficients) if len(coefficients) > 1 else coefficients[0]

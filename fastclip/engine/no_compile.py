@@ -11,9 +11,10 @@ import torch
 
 
 def no_compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable`, which imports the compiler only once something else has.
+    """Does the same as `torch.compiler.disable`, but does not import the compiler: it disables
+    nothing until some other code has imported it.
 
-    It serves calls whose sizes come from other ranks, and arguments that no operator can take.
+    This is for calls whose sizes come from other ranks, or whose arguments no operator can take.
     """
     disabled: Callable[..., Any] | None = None
 

@@ -28,8 +28,8 @@ column.
     the second row for lines that have any positives by id. Thresholds are not considered. None: the
     offset decides. If the sum of an occupied line is too small for the common shift, the engine
     recomputes it with a shift of its own.
-    keep: how many rows to keep for `weigh`, along the longer side (`kept.py`); `weigh` recomputes
-    the rest.
+    keep: how many lines of the longer side to keep for `weigh`, with all their pairs (`kept.py`);
+    `weigh` recomputes the rest.
 
     state (2, M + N), float64: rows first, then columns. softmax: shifts in log2 units, and sums of
     `2^(s_ij * log2(e) - shift)` over the negatives; sigmoid: zeros, and sums of `softplus(s_ij)`.
@@ -41,8 +41,8 @@ column.
 `finish(state, positive, scale, bias, kind) -> losses, coefficients, weights`
     Turns the states of L lines into losses: O(L), float64.
 
-    state (2, L); positive (L), or a divisor of L of them, which repeat: the rows and columns of a
-    square block share them.
+    state (2, L); positive (P), where P divides L and line l has positive l % P: the rows and the
+    columns of a square block share their positives.
     losses (L), coefficients (L), weights (L) of the positives. The loss of a pair is half its row's
     plus half its column's.
 

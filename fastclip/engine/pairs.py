@@ -1,4 +1,4 @@
-"""Ids, margins for false negatives, and the lines that keep any pairs under them.
+"""Ids, margins for false negatives, and the lines that have pairs left once ids are considered.
 
 All of it is O((M + N) D) in plain PyTorch and reads no number from the device.
 """
@@ -22,7 +22,8 @@ def partners(m: int, n: int, offset: int, device: torch.device) -> tuple[Tensor,
 
 
 def at_rows(values: Tensor, m: int, offset: int, absent: float) -> Tensor:
-    """Returns (M): for each row the value (N) at the column of its own positive."""
+    """Maps values of columns (N) to rows (M): row i gets the value of the column of its own
+    positive, or `absent` if it has none."""
     n = values.shape[0]
     columns, inside = partners(m, n, offset, values.device)
     # The index must be valid in a block without columns, too.
@@ -31,7 +32,8 @@ def at_rows(values: Tensor, m: int, offset: int, absent: float) -> Tensor:
 
 
 def at_columns(values: Tensor, n: int, offset: int, absent: float) -> Tensor:
-    """Returns (N): for each column the value (M) of the row whose own positive it is."""
+    """Maps values of rows (M) to columns (N): column j gets the value of the row that has its own
+    positive in column j, or `absent` if there is none."""
     columns, inside = partners(values.shape[0], n, offset, values.device)
     # Rows without an own positive write past the last column.
     out = values.new_full((n + 1,), absent)
@@ -92,7 +94,8 @@ def occupied(block: Block, codes: int, rows: bool, columns: bool) -> Tensor | No
     """Returns the wanted lines that have negatives, bool (1, M + N). With same_id_positive it is
     (2, M + N); the second row marks lines that have positives by id. None: the offset decides.
 
-    codes: an upper bound of all ids. It exceeds M + N if the block is part of a larger one.
+    codes: a number above all ids of the block, which are codes (`codes_of`): M + N, or more if the
+    block is part of a larger one.
     """
     x, y, key_bias, offset = block.x, block.y, block.key_bias, block.offset
     if x.ids is None and key_bias is None and rows and columns:

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """An order of engines and its conditions. None matches anything; ranges exclude their end."""
 
     engines: tuple[str, ...]
-    products: str | None = None  # the arithmetic: "half", "tf32", "split" or "fp32"
+    products: str | None = None  # the arithmetic: "half", "tf32", "split" or "fp32" (IEEE)
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None  # of the card
     logits: tuple[int, int] | None = None  # of the block, M x N
     d: tuple[int, int] | None = None  # features
@@ -51,8 +51,9 @@ TABLE = (
 )
 
 
-# The default of FASTCLIP_FP32. "split" is faster for large batches only: CLIP at D = 768 takes
-# 22 ms instead of 36 at N = 16384, 6.4 instead of 6.4 at N = 8192, 3.5 instead of 1.3 at N = 2048.
+# The default of FASTCLIP_FP32. "split" is faster for large batches only: CLIP takes 22 ms instead
+# of 36 at N = 16384, D = 768; 6.3 instead of 6.4 at N = 8192 and 3.5 instead of 1.3 at N = 2048,
+# both at D = 512.
 FP32 = "ieee"
 
 
@@ -64,7 +65,8 @@ def order(rows: Iterable[Row], logits: int, d: int) -> tuple[str, ...]:
 
 
 def products_of(dtype: torch.dtype) -> str:
-    """The arithmetic of products of features of this dtype, by the user's settings."""
+    """The arithmetic of products of features of this dtype, by the user's settings. float64, which
+    no fused engine on GPUs takes, counts as "half"."""
     if dtype != torch.float32:
         return "half"
     if tf32():
@@ -94,8 +96,8 @@ def fp32() -> str:
 
 
 def _within(value: Any, span: tuple[Any, Any] | None) -> bool:
-    # Nothing is compared without a range: a comparison would specialise a compiled loss to sizes.
-    # An exported loss serves all sizes.
+    # A comparison specialises a compiled loss to sizes, so it is made only if there is a range. A
+    # loss that is being exported must serve all sizes: no range matches it.
     if span is None:
         return True
     return not torch.compiler.is_exporting() and span[0] <= value < span[1]

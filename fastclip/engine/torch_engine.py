@@ -149,7 +149,8 @@ def _note_positives(positive: Tensor, chunked: _ChunkedBlock, t: Tensor, offset:
         return
     diagonal = t.diagonal(offset)
     if chunked.kind.has_shift:
-        # A positive must tie with its duplicates among the rounded logits, so t comes from them.
+        # A duplicate of the positive must have exactly its logit. The duplicates' logits are
+        # rounded, so t is computed from the positive's rounded logit.
         exact = (diagonal * chunked.scale.to(t.dtype)).to(positive.dtype) / chunked.scale
         diagonal = torch.where(chunked.scale == 0, diagonal.to(positive.dtype), exact)
     first = max(0, -offset)
@@ -157,7 +158,8 @@ def _note_positives(positive: Tensor, chunked: _ChunkedBlock, t: Tensor, offset:
 
 
 def merge(shift: Tensor, sum: Tensor, other_shift: Tensor, other_sum: Tensor) -> None:
-    """Adds other states to states, in place. Chunks, ring steps and ranks merge alike."""
+    """Adds other states to states, in place, for chunks of rows and for visits of a ring. Ranks
+    merge the same way, but by all-reduce (`distributed/block_row.py`)."""
     shift_is_free = sum == 0
     other_is_free = other_sum == 0
     top = torch.maximum(shift, other_shift)
@@ -220,8 +222,8 @@ def weigh(
     coefficients = upstream.coefficients.reshape(-1, m + n).to(dtype)
     lines = [_Lines.of(*both, m) for both in zip(shifts, coefficients, strict=True)]
     positive_weight = upstream.positive_weight.to(state.dtype)
-    # A half-precision product takes the weights in the features' dtype. They are at most 2. fp16
-    # would lose those below 6e-8 and blur those below 6e-5, so they are multiplied by 2^13 for it.
+    # A half-precision product takes the weights in the features' dtype. Weights are at most 2. fp16
+    # would lose those below 6e-8 and blur those below 6e-5, so in fp16 they are multiplied by 2^13.
     narrow = x.features.is_cuda and x.features.dtype != dtype
     enlarged = 2.0**13 if narrow and x.features.dtype == torch.float16 else 1.0
     width, device = x.features.shape[1], x.features.device
@@ -261,7 +263,8 @@ def weigh(
             dx[rows] = _complete(product, x, rows, feature_gain, wanted.project, wanted.dtype_x)
         if wanted.y:
             dy += _multiply(operand.T, x_operand[rows], dtype) / enlarged
-            # A column gets at most one row, so index_add_ is deterministic.
+            # A column gets at most one row with a weight: rows without an own positive add zeros.
+            # So the order in which index_add_ adds does not matter.
             dy.index_add_(0, partners, weight * _normalized(x, rows, dtype))
     if wanted.y:
         dy = _complete(dy, y, slice(None), feature_gain, wanted.project, wanted.dtype_y)

@@ -53,5 +53,6 @@ def _live_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: LossOptions,
     live: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """The distributed loss of a single rank: its code differentiates a part of the rows."""
+    """Runs the loss across ranks with a single rank, since it can differentiate some of the rows
+    only."""
     return sharded_loss(x, y, scale, bias, options, shard_of_one(x, y, live), GradientMode())

@@ -63,10 +63,13 @@ def clip_loss(
         `live`, see there) and have no second derivative.
 
     Raises:
-        TypeError: features that are no tensors or not floating point, or a DTensor.
+        TypeError: features that are no tensors or not floating point, or a DTensor; a scale or bias
+            that is no number.
         ValueError: shapes or devices that do not fit, an empty batch, an unknown reduction, a
-            backend that is unknown or cannot run here, a negative budget, live pairs outside of the
-            batch or with reduction "none".
+            backend that is unknown or cannot run here, a memory_budget that is no int >= 0, live
+            pairs outside of the batch, or with reduction "none" or backend "reference".
+        RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
+            derivative.
     """
     return paired_loss(
         "softmax", dense_clip_loss, image_features, text_features, logit_scale, logit_bias,
@@ -105,6 +108,6 @@ def dense_clip_loss(
     columns = F.cross_entropy(logits.T, labels, reduction="none")
     losses = (rows + columns) / 2
     if logit_bias is not None:
-        # Within the logits its gradient would be the rounding error of a sum that cancels, not 0.
+        # If the bias were added to the logits, its gradient would be a rounding error instead of 0.
         losses = losses + 0 * as_scalar(logit_bias, losses)
     return reduce_losses(losses, reduction)

@@ -76,7 +76,8 @@ class ClipLoss(nn.Module):
         process_group, ring, uneven: as in `fastclip.distributed.clip_loss`.
 
     Raises:
-        ValueError: use_horovod=True, or a rank or world size that is not the group's.
+        ValueError: use_horovod=True; at a call, a rank or world size that is not the group's.
+        RuntimeError: at a call, a world_size above 1 without an initialised process group.
     """
 
     def __init__(
@@ -247,7 +248,8 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         negative_only: bool = False,
     ) -> Tensor:
-        """open_clip's hook for one block of texts; dense if no pair in it is a positive."""
+        """open_clip's hook: the loss of one block of texts. It is dense for other ranks' texts
+        (`negative_only`), and if a subclass makes its own logits or labels."""
         if not negative_only and not _overrides(self, SigLipLoss):
             return siglip_loss(image_features, text_features, logit_scale, logit_bias)
         logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)

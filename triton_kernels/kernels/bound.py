@@ -65,8 +65,8 @@ def shift_kernel(
     above = tl.minimum(tl.maximum(2 * top - 120, 0.0), 100.0)
     if LARGEST_BIAS is not None:  # of columns, in log2 units
         top += tl.load(LARGEST_BIAS)
-    # An integral shift differs from any other shift by a power of two. Beyond 2^24 it would round,
-    # but there one shift is not enough anyway.
+    # Shifts are integers, so that changing from one to another multiplies by a power of two, which
+    # is exact. Beyond 2^24 fp32 would round a shift, but there one shift is not enough anyway.
     shift = tl.ceil(top - above).to(tl.float32)
     tl.store(SHIFT, shift)
     if KEPT_SHIFT is not None:

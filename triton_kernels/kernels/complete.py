@@ -4,8 +4,9 @@ the row's factor, applies the normalisation's Jacobian, gain and scale; complete
     g_i = product_i / (ENLARGED * factor_i) + p_i * partner^_i
     dx_i = gain * scale * factor_i * (g_i - x^_i <x^_i, g_i>)
 
-x^ is x times its factor, partner^ the features of the row's positive times theirs. Without the
-projection, dx_i = gain * scale * g_i. The work is O((M + N) D), ROWS rows at a time.
+x^ is x times its factor. partner^ is the features of the row's own positive times their factor, and
+p_i is that positive's weight. Without the projection, dx_i = gain * scale * g_i. The work is
+O((M + N) D), ROWS rows at a time.
 
 The kernel has more than fifteen run-time parameters: the rows and the gradients of both towers.
 """

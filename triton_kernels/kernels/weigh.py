@@ -125,7 +125,7 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
         same = positives(LOGITS, i, j, M, N, offset, PLAIN)
         a, b = _rows(COEFFICIENTS[2], i, M, PLAIN), _columns(COEFFICIENTS[3], j, N, PLAIN)
         w += tl.where(same, SAME_ID * ACTIVATION(x * SAME_ID) * (a + b), 0.0)
-    # Pairs of weight 0 have a finite t, unless features, and so the loss, are not finite.
+    # w * t is 0 for pairs of weight 0: their t is finite if the features are.
     # A sum by rows first, in a sliced layout, would make the compiler for sm_100 abort.
     sum_w, sum_wt = tl.sum(w), tl.sum(w * t)
     if SUMS is not None:

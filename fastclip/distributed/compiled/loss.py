@@ -30,7 +30,7 @@ from .shards import check_ranks, exchanged_needs, pretended_shard, shard_again
 
 
 class TracedOptions(NamedTuple):
-    """The fields of `LossCall`, flat and typed for a schema."""
+    """The fields of `LossCall`, flat and typed for a schema; all but `uneven`, which is False."""
 
     kind: str
     whole_value: bool
@@ -84,7 +84,7 @@ def _loss_results(
     value, found = sharded_loss.forward(context, row, x, y, trace.needs[0])
     beside = [] if at_once else tensors_beside(row.block, own)
     if at_once and not context.shard.needs_y:
-        # The graph serves all ranks, and some of them may need it.
+        # No rank needs dy here. The fake could not know that, so dy has its full shape.
         dx, dy, totals = found
         found = [dx, dy.new_empty((context.shard.batch, *dy.shape[1:])), totals]
     return [value, exchanged_needs(context.shard), *beside, *found]

@@ -70,7 +70,8 @@ def split(options: type[Any], arguments: Sequence[Any]) -> tuple[Any, Trace]:
 
 
 def leaves(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """The inputs with requires_grad as it was when the graph was made: a graph's own lack it."""
+    """The inputs with requires_grad as it was when the graph was made: the tensors that a graph
+    passes to its operators have lost it."""
     return [
         t if t is None else t.detach().requires_grad_(needed)
         for t, needed in zip(inputs, needs, strict=True)

@@ -1,4 +1,5 @@
-"""The shards of compiled losses: pretended ones for fakes, a forward's again for its backward."""
+"""The shards of compiled losses: a pretended one for fakes, and the forward's, made again, for the
+backward."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from .rank_operator import Trace
 
 
 def check_ranks(trace: Trace) -> None:
-    """Raises on every rank, before any exchange, since all ranks have the same group."""
+    """Raises RuntimeError if the group has another size than when the graph was made. All ranks see
+    the same size, so all raise, and none waits for another."""
     ranks = ranks_of(group_named(trace.group))
     if ranks != trace.ranks:
         raise RuntimeError(
