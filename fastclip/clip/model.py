@@ -1,6 +1,6 @@
 """A thin reference CLIP: a ViT for pictures, a Transformer for captions, one space for both.
 
-The model is small enough to read in one sitting and to train on a CPU. `forward` returns the dict
+The model is small enough to read at once and to train on a CPU. `forward` returns the dict
 that open_clip models return, so that `loss(**model(images, tokens), output_dict=True)` works with
 every loss of `fastclip.loss`. This file computes no loss and reads no data. Captions arrive as
 token ids (`fastclip.clip.tokenizer`).
