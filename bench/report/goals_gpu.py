@@ -13,8 +13,6 @@ from .goal import Figure, Goal, pick, worst_of
 from .markdown import mebibytes, percent, times
 from .results import Row
 
-CARDS = ("H100", "H200")
-
 
 def _of(
     column: str, loss: str, n: int, d: int, worst: Callable[..., float], **wanted: str

@@ -51,7 +51,7 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which alone prints, evaluates and writes files."""
+        """True on rank 0, which alone prints, evaluates and writes files."""
         return self.rank == 0
 
     def sizes(self, batch_size: int) -> list[int]:

@@ -2,7 +2,6 @@
 hangs gets a row."""
 
 import argparse
-import importlib.util
 import itertools
 import os
 import sys
@@ -11,15 +10,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from support.bench.importing import relative
+from support.triton_case import needs_triton
 
 import fastclip
 from bench.gpu import figures, smoke, smoke_checks
 from bench.losses import LOSSES, loss_of
 from fastclip.engine import preference
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton"
-)  # fmt: skip
 
 
 @contextmanager

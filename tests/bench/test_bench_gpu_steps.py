@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.bench.importing import rows_of_a_case
 from support.bench.rehearsal import Rehearsal
+from support.triton_case import needs_triton
 
 from bench.gpu import __main__ as command
 from bench.gpu import figures, install, plan, process, report, rows, smoke, steps, suite, tiles
@@ -17,9 +18,6 @@ from bench.report import results
 FIRST = ["install", "rates", "smoke", "tiles", "headline", "kernels", "ncu", "contrast", "engines",
          "small", "card tests", "rest", "loss tests"]  # fmt: skip
 AGAIN = ["install", "winners", "smoke", "headline", "card tests", "loss tests", "sanitizers"]
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton"
-)  # fmt: skip
 
 
 @pytest.fixture

@@ -1,19 +1,15 @@
 """Tile candidates are timed in turns; winners replace the table's tiles."""
 
-import importlib.util
 import sys
 
 import pytest
 import torch
 from support.bench.rehearsal import Config, Configurations, tile_step
+from support.triton_case import needs_triton
 
 import fastclip
 from bench.gpu import figures, tiles, winners
 from fastclip.engine.block import Block, Side
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton"
-)  # fmt: skip
 
 
 @pytest.fixture

@@ -118,6 +118,6 @@ def heed_interrupts() -> None:
 
 
 def groups_of_a_lone_worker() -> bool:
-    """Whether a worker without others sets up a process group."""
+    """True if a worker without others sets up a process group."""
     with ALONE.group(torch.device("cpu")):
         return dist.is_initialized()
