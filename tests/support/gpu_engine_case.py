@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastclip
 
-
 # ---- sizes of blocks in tiles --------------------------------------------------------------------
 # A card's tiles are up to 128 x 256 or 256 x 128 pairs, interpreted ones 32 x 32, emulated ones
 # 64 x 256. Only this section knows.
