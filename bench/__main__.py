@@ -22,7 +22,7 @@ EPILOG = """\
   python -m bench scale --tflops 400            models their time on thousands of GPUs
   python -m bench table                         prints the CSVs of bench/results as Markdown
   python -m bench plot                          draws them as PNGs beside them
-  python -m bench readme                        writes tables to README.md, docs/benchmarks.md
+  python -m bench readme                        writes tables to README.md, docs/benchmarks*.md
 
 Run it with nothing else on the machine: runs are interleaved, so that a steady load slows all
 methods alike, but a load that comes and goes still widens the quartiles. results.Row and
@@ -63,12 +63,9 @@ def parser() -> argparse.ArgumentParser:
         help="the file to write, or the files to read (default: bench/results)",
     )  # fmt: skip
     made.add_argument(
-        "--readme", type=Path, default=ROOT / "README.md", metavar="FILE",
-        help="the page whose summary `readme` writes, between its markers",
-    )  # fmt: skip
-    made.add_argument(
-        "--page", type=Path, default=ROOT / "docs" / "benchmarks.md", metavar="FILE",
-        help="the page whose tables `readme` writes, between their markers",
+        "--pages", type=Path, default=ROOT, metavar="DIR",
+        help="the folder in which `readme` writes tables, between the markers of README.md and "
+        "docs/benchmarks*.md (default: the repository)",
     )  # fmt: skip
     return made
 
@@ -194,19 +191,24 @@ def show(options: argparse.Namespace) -> int:
     of_one = [path for path in paths if path not in of_ranks]
     if options.command == "plot":
         for path in of_one:
-            picture = plot.draw(results.read(path), path.with_suffix(".png"))
-            print(os.path.relpath(picture) if picture else f"{path}: too few sizes to plot")
+            rows = results.read(path)
+            for picture in (
+                plot.draw(rows, path.with_suffix(".png")),
+                plot.draw_summary(rows, path.with_name(f"{path.stem}-summary.png")),
+            ):
+                print(os.path.relpath(picture) if picture else f"{path}: too few sizes to plot")
         if not options.csv:
             print(os.path.relpath(page.draw(of_one)))
     elif options.command == "readme":
+        docs = options.pages / "docs"
         if of_one:
-            table.into_page(options.page, of_one)
+            table.into_page(docs / "benchmarks.md", of_one)
         if of_ranks:
-            across.into_page(options.page, of_ranks)
+            across.into_page(docs / "benchmarks-distributed.md", of_ranks)
         if not options.csv:
-            page.into_page(options.page, of_one)
-            summary.into_readme(options.readme, of_one)
-        print(f"Wrote the tables of {', '.join(path.name for path in paths)} to {options.page}")
+            page.into_page(docs / "benchmarks-distributed.md", of_one)
+            summary.into_readme(options.pages / "README.md", of_one)
+        print(f"Wrote the tables of {', '.join(path.name for path in paths)} to {options.pages}")
     else:
         reports = [table.report(results.read(path)) for path in of_one]
         reports += [across.report(results.read(path, row.Row)) for path in of_ranks]

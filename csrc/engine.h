@@ -9,6 +9,9 @@
 
 namespace fastclip {
 
+// The factor of a row whose norm was clamped at 1e-12 is at least this, since float rounds 1e12.
+constexpr double kClampedFactor = 0.9999e12;
+
 // A kind of statistic, as its index in the list of kinds (epilogues.h).
 enum class Kind : int {};
 enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };

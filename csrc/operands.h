@@ -121,7 +121,7 @@ inline void check_in_one_go(const BlockArguments& block, bool is_linear) {
   TORCH_CHECK_VALUE(is_linear, "kind must have weights that need no state, to be swept and weighed in one go, got '",
                     block.kind, "'");
   TORCH_CHECK(block.is_plain(),
-              "a block that is swept and weighed in one go must have no ids, thresholds and key_bias");
+              "a block that is swept and weighed in one go must have no ids, thresholds or key_bias");
 }
 
 }  // namespace fastclip

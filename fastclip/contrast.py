@@ -9,7 +9,7 @@ from .engine.block import NO_POSITIVES
 from .engine.checks import budget_of, check_contrast
 from .engine.dense_statistics import dense_contrast
 from .engine.dtypes import product_dtype
-from .engine.line_statistics import Inputs, StatisticsOptions, block_of, line_statistics
+from .engine.line_statistics import StatisticsInputs, StatisticsOptions, block_of, line_statistics
 from .kinds import LineStatistics
 
 
@@ -97,7 +97,7 @@ def contrast(
     y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
     dtype = product_dtype(x, y)
     engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1], kind)
-    inputs = Inputs(x, y, scale, bias, key_bias)
+    inputs = StatisticsInputs(x, y, scale, bias, key_bias)
     is_positive = same_id == "positive"
     if engine == "reference":
         return dense_contrast(

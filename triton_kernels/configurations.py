@@ -49,7 +49,7 @@ SHARED_MEMORY = {
 }
 
 
-KINDS = (
+KERNELS = (
     "sweep", "kept", "weigh", "both", "heavy", "heavy kept", "gradient", "tile", "small",
 )  # fmt: skip
 Table = dict[tuple[str, str, str], Config]
@@ -76,12 +76,12 @@ def _table_of(
         tile = configs["tile"]
         heavy = {"heavy": configs.get("both", tile), "heavy kept": configs.get("kept", tile)}
         configs = heavy | configs
-        for kind in KINDS:
-            config = configs.get(kind, tile)
-            table[kind, arithmetic, "wide"] = config
+        for kernel in KERNELS:
+            config = configs.get(kernel, tile)
+            table[kernel, arithmetic, "wide"] = config
             narrow = config._replace(bk=min(config.bk, NARROW), stages=2)
-            table[kind, arithmetic, "narrow"] = config if arithmetic == "ieee" else narrow
-            table[kind, arithmetic, "odd"] = config if arithmetic == "ieee" else odd
+            table[kernel, arithmetic, "narrow"] = config if arithmetic == "ieee" else narrow
+            table[kernel, arithmetic, "odd"] = config if arithmetic == "ieee" else odd
     return table
 
 
@@ -203,23 +203,27 @@ def arithmetic_of(dtype: torch.dtype, tf32: bool, split: bool = False) -> str:
     return "half" if dtype.itemsize == 2 else "tf32" if tf32 else "split" if split else "ieee"
 
 
+def _name(kernel: str) -> str:
+    """Returns the name in the table of a kernel or of its variant."""
+    return kernel.partition(",")[0]
+
+
 def choose(
     device: torch.device, dtype: torch.dtype, tf32: bool, d: int, unit: int, kernel: str,
     run: Callable[[Config], object] | None = None, split: bool = False,
 ) -> Config:  # fmt: skip
     """Returns the configuration of a kernel for features (_, d) whose rows begin at multiples of
-    `unit` elements. kernel: one of KINDS and, after commas, words that tell its variants apart.
+    `unit` elements. kernel: one of KERNELS and, after commas, words that tell its variants apart.
     `run` launches the kernel once with a candidate: autotuning, if it is on, times that."""
     width = "odd" if unit == 1 else "narrow" if d <= NARROW else "wide"
-    kind = kernel.partition(",")[0]
-    default = _table(device)[kind, arithmetic_of(dtype, tf32, split), width]
+    default = _table(device)[_name(kernel), arithmetic_of(dtype, tf32, split), width]
     if run is None or os.environ.get(AUTOTUNE) != "1" or INTERPRETED.value:
         return default
     key = (device, dtype, tf32 or split, d, unit, kernel)
     if key not in TIMES:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return default
-        TIMES[key] = {config: _time(run, config) for config in candidates(default, kind)}
+        TIMES[key] = {config: _time(run, config) for config in candidates(default, kernel)}
     return min(TIMES[key], key=TIMES[key].__getitem__)
 
 
@@ -234,12 +238,12 @@ SHAPES = {
 }
 
 
-def candidates(default: Config, kind: str) -> list[Config]:
+def candidates(default: Config, kernel: str) -> list[Config]:
     """Returns configurations that may be faster for a kernel, the default first: the first wins a
     tie."""
     found = [default]
     if default.descriptors:
-        for bm, bn, warps, slices in SHAPES.get(kind.partition(",")[0], ()):
+        for bm, bn, warps, slices in SHAPES.get(_name(kernel), ()):
             shape = default._replace(bm=bm, bn=bn, warps=warps, slices=slices)
             found += [shape._replace(stages=stages) for stages in (3, 4)]
         found += [default._replace(group=group) for group in (4, 8, 16)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip.engine.block import Block, Statistics, Upstream, Wanted
+from fastclip.engine.block import Block, SweepResults, Upstream, Wanted
 from fastclip.engine.kept import Weights
 from fastclip.kinds import kind_of
 
@@ -112,7 +112,7 @@ def finish(
 
 @on_its_device
 def weigh(
-    block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
+    block: Block, statistics: SweepResults, upstream: Upstream, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs the second sweep: a chunk of weights, two products with the features, the next chunk."""
     state, positive, kept = statistics

@@ -53,7 +53,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def room(device: torch.device, config: Config, itemsize: int) -> int:
+def programs_at_once(device: torch.device, config: Config, itemsize: int) -> int:
     """Returns how many programs run at the same time. A program of eight warps leaves no registers
     for a second one on its processor; two of four warps may lack the shared memory."""
     step = (config.bm + config.bn) * config.bk * itemsize

@@ -190,9 +190,11 @@ class LogitBlock:
         """Returns the number of programs for so many plain tiles."""
         if not config.descriptors:
             return tiles
-        return min(tiles, launch.room(self.x.device, config, self.operands[0].element_size()))
+        return min(
+            tiles, launch.programs_at_once(self.x.device, config, self.operands[0].element_size())
+        )
 
-    # Names of configurations (`configurations.KINDS`). Masks take registers that the widest tiles
+    # Names of configurations (`configurations.KERNELS`). Masks take registers that the widest tiles
     # do not have, so masked blocks have other configurations than plain ones.
 
     @property

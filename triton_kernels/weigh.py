@@ -132,8 +132,8 @@ class Weighing:
         self.spread = dtype != torch.float16
         x_operand, y_operand = block.x, block.y
         if not self.spread:
-            x_operand = self._unit(block.x, block.factor_x) if self.needs_y else x_operand
-            y_operand = self._unit(block.y, block.factor_y) if self.needs_x else y_operand
+            x_operand = self._normalized(block.x, block.factor_x) if self.needs_y else x_operand
+            y_operand = self._normalized(block.y, block.factor_y) if self.needs_x else y_operand
         if block.split:
             x_operand, y_operand = block.operands
         self.x_operand, self.y_operand = x_operand, y_operand
@@ -141,7 +141,7 @@ class Weighing:
         self._config_of_own_shifts = block.config(block.kernel_of_lines)
 
     @staticmethod
-    def _unit(x: Tensor, factor: Tensor | None) -> Tensor:
+    def _normalized(x: Tensor, factor: Tensor | None) -> Tensor:
         # Written in half precision at once, without a copy in fp32.
         return x if factor is None else torch.mul(x, factor[:, None], out=torch.empty_like(x))
 
@@ -279,9 +279,9 @@ class Weighing:
         chunks, buffers = self.prepare(config)
         weights = buffers.weights
         totals = block.empty(2, dtype=torch.float64) if len(chunks) > 1 else None
-        room = None
+        buffer_x = None
         if self.needs_x and dx.dtype != torch.float32:
-            room = block.empty(max(c.rows for c in chunks), block.d)
+            buffer_x = block.empty(max(c.rows for c in chunks), block.d)
         for index, chunk in enumerate(chunks):
             self.weigh(config, chunk, buffers)
             if self.fold:
@@ -296,7 +296,7 @@ class Weighing:
                 )  # fmt: skip
             product = None
             if self.needs_x:
-                product = dx[chunk.row_slice] if room is None else room[: chunk.rows]
+                product = dx[chunk.row_slice] if buffer_x is None else buffer_x[: chunk.rows]
                 self._add_rows(weights, chunk, product)
             if self.needs_y:
                 self._add_columns(weights, chunk, product_y[chunk.column_slice])

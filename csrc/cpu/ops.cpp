@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
   TORCH_CHECK(lines > 0 && state.size(0) == 2 && state.is_contiguous() && state.scalar_type() == at::kDouble &&
                   positive.is_contiguous() && positive.scalar_type() == at::kDouble && period > 0 &&
                   lines % period == 0,
-              "state must be (2, L) and positive (L) or a divisor, contiguous float64, got ", state.sizes(), " and ",
+              "state must be (2, L) and positive (P), P a divisor of L, contiguous float64, got ", state.sizes(), " and ",
               positive.sizes());
   const Kind found = kind_of(kind);
   const double k = number("scale", scale), k0 = bias ? number("bias", *bias) : 0.0;

@@ -23,7 +23,7 @@ void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
   T scale = T(p.gain * p.scale);
   const T factor = side.factor ? static_cast<const T*>(side.factor)[row] : T(1);
   // A norm below 1e-12 was clamped: the features were divided by a constant, and there is no projection.
-  const bool clamped = factor >= T(0.9999e12);
+  const bool clamped = factor >= T(kClampedFactor);
   const In* const x = static_cast<const In*>(side.features) + row * side.stride;
   char* const base = static_cast<char*>(side.gradient);
   if (project) scale *= factor;

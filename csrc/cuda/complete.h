@@ -60,7 +60,7 @@ __device__ __forceinline__ void complete_row(const Completion& c, int64_t row, i
   const float divisor = c.spread ? c.shrink / factor : c.shrink;
   const float gain = float(value_of(c.gain, 1) * value_of(c.scale, 1));
   // A norm below 1e-12 was clamped: the features were divided by a constant.
-  const bool clamped = factor >= 0.9999e12f;
+  const bool clamped = factor >= float(kClampedFactor);
   const auto gradient_at = [&](int64_t d, float (&g)[kAtOnce]) {
     float y[kAtOnce] = {};
     load_some<kAtOnce>(product + d, g);

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
   const int64_t count = state.dim() == 2 ? state.size(1) : 0, period = positive.numel();
   TORCH_CHECK(count > 0 && state.size(0) == 2 && state.scalar_type() == at::kDouble &&
                   positive.scalar_type() == at::kDouble && period > 0 && count % period == 0,
-              "state must be (2, L) and positive (L) or a divisor, float64, got ", state.sizes(), " ",
+              "state must be (2, L) and positive (P), P a divisor of L, float64, got ", state.sizes(), " ",
               state.scalar_type(), " and ", positive.sizes(), " ", positive.scalar_type());
   check_device(state, {&positive});
   const Scope scope(state);

@@ -29,6 +29,8 @@ class Tokenizer:
 
     def _set(self, bpe: tokenizers.Tokenizer) -> None:
         self._bpe = bpe
+        # A caption's "<end>" is text; else it would cut the caption short in the text tower.
+        bpe.encode_special_tokens = True
         self.pad, self.start, self.end = (bpe.token_to_id(token) for token in SPECIAL)
         self.vocab_size: int = bpe.get_vocab_size()
 

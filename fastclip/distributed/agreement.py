@@ -69,6 +69,12 @@ _FIRST_CALLS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Exc
     WeakKeyDictionary()
 )
 _REFUSED = -1  # in place of the first field, which is a size
+# The fixed length of a rank's message; shorter ones, such as a refusal, are padded.
+_MOST_FIELDS = 32
+# Sizes that may be 0 on some ranks, but not on all.
+_COUNTS = ("batch", "number of rows", "number of columns")
+# The fields of `Shard` that tell which gradients any rank needs, in the order of its fields.
+NEEDS = ("needs_x", "needs_y", "needs_key_bias")
 
 
 def agree(
@@ -166,10 +172,6 @@ def _shard(
     return Shard(group, rank, sizes, starts_of(sizes), live, *needs)
 
 
-# The fields of `Shard` that tell which gradients any rank needs, in the order of its fields.
-NEEDS = ("needs_x", "needs_y", "needs_key_bias")
-
-
 def refuse(process_group: dist.ProcessGroup | None) -> None:
     """Called in place of `agree` by a rank that is about to raise, so that the others raise, too.
     It sends nothing without a group, or in one that only moves GPU tensors: there the other ranks
@@ -179,12 +181,6 @@ def refuse(process_group: dist.ProcessGroup | None) -> None:
     group = group_of(process_group)
     if _has_cpu(group):
         _exchange(group, (_REFUSED,), torch.device("cpu"))
-
-
-# The fixed length of a rank's message; shorter ones, such as a refusal, are padded.
-_MOST_FIELDS = 32
-# Sizes that may be 0 on some ranks, but not on all.
-_COUNTS = ("batch", "number of rows", "number of columns")
 
 
 def _code(value: int | torch.dtype) -> int:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..engine import operators
 from ..engine.autograd import cast
-from ..engine.block import NO_POSITIVES, Block, Side, Statistics, Upstream, Wanted
+from ..engine.block import NO_POSITIVES, Block, Side, SweepResults, Upstream, Wanted
 from ..engine.dtypes import accumulation_dtype, state_dtype
 from ..engine.kept import KEPT_BY
 from ..engine.operators import Gradients
+from ..engine.tiny_norms import CLAMPED
 from ..engine.torch_engine import merge
 from ..kinds import Kind, kind_of
 from .exchange import Gathered, Ring, Visit
@@ -179,7 +180,7 @@ def merge_columns(state: Tensor, kind: type[Kind], shard: Shard) -> Tensor:
     return torch.stack((shift, shard.sum(sums.contiguous())), 1).flatten(0, 1)
 
 
-class Weighing(NamedTuple):
+class RowWeighing(NamedTuple):
     """The second sweep: gradients of the live rows and columns, in fp32 at least.
 
     upstream: coefficients (m + B, or two rows of them) and positives' weights (m), with upstream
@@ -261,7 +262,7 @@ class Weighing(NamedTuple):
             return torch.cat((values[..., :own][..., rows], values[..., own:][..., columns]), -1)
 
         return operators.weigh(
-            self.row.engine, block, Statistics(of_lines(state), positive[rows], kept),
+            self.row.engine, block, SweepResults(of_lines(state), positive[rows], kept),
             Upstream(of_lines(coefficients), weights[rows], gain),
             Wanted(needs_x, needs_y, needs_key_bias, self.row.normalize, dtype, dtype),
         )  # fmt: skip
@@ -271,5 +272,5 @@ def to_features(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> 
     """Casts a gradient to the features' dtype. Rows with a norm below 1e-12 were divided by 1e-12;
     in fp16 they get 0 instead of infinity, as in one process."""
     if dtype == torch.float16 and factor is not None:
-        gradient = gradient.masked_fill(factor[:, None] >= 0.9999e12, 0)
+        gradient = gradient.masked_fill(factor[:, None] >= CLAMPED, 0)
     return cast(gradient, dtype)

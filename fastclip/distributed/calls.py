@@ -17,18 +17,16 @@ from torch import Tensor
 from ..engine.autograd import refuse_forward_mode
 from ..engine.backends import choose
 from ..engine.block import NO_POSITIVES
-from ..engine.checks import budget_of, check_features, check_live, scalar
-from ..engine.checks import check_contrast as check_contrast_inputs
+from ..engine.checks import budget_of, check_contrast, check_features, check_live, scalar
 from ..engine.dtypes import product_dtype
-from ..engine.fused_loss import LossOptions
-from ..engine.line_statistics import Inputs, StatisticsOptions
+from ..engine.fused_loss import LossInputs, LossOptions
+from ..engine.line_statistics import StatisticsInputs, StatisticsOptions
 from ..kinds import KINDS, kind_of
 from .agreement import agree, agree_on_sides, check_world, ranks_of, refuse
 from .gradient_mode import GradientMode
 from .shard import Shard
-from .sharded_loss import Context
-from .sharded_loss import Inputs as LossInputs
-from .sharded_statistics import Task
+from .sharded_loss import LossTask
+from .sharded_statistics import StatisticsTask
 
 Checked = TypeVar("Checked")
 
@@ -71,29 +69,29 @@ class CheckedLoss(NamedTuple):
 
 
 class CheckedContrast(NamedTuple):
-    inputs: Inputs
-    task: Task  # without a shard
+    inputs: StatisticsInputs
+    task: StatisticsTask  # without a shard
     alike: dict[str, int | torch.dtype]
 
 
 def begin_loss(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
-) -> tuple[LossInputs, Context]:
+) -> tuple[LossInputs, LossTask]:
     """Checks the arguments of a loss and agrees with the other ranks. given: x, y, scale, bias."""
-    checked = _or_refuse(check_loss, given, process_group, call)
+    checked = _or_refuse(checked_loss, given, process_group, call)
     inputs, options, live, alike = checked
     shard = agree(process_group, *inputs[:2], _wants(*inputs), call.uneven, live, **alike)
-    return inputs, Context(options, shard, call.mode)
+    return inputs, LossTask(options, shard, call.mode)
 
 
 def begin_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
-) -> tuple[Inputs, Task]:
+) -> tuple[StatisticsInputs, StatisticsTask]:
     """Checks the arguments of `contrast` and agrees with the other ranks.
 
     given: x, y, scale, bias, key_bias, ids, margin.
     """
-    inputs, task, alike = _or_refuse(check_contrast, given, process_group, call)
+    inputs, task, alike = _or_refuse(checked_contrast, given, process_group, call)
     shard = agree_on_sides(
         process_group, inputs.x, inputs.y, inputs.key_bias, _wants(*inputs), call.uneven, **alike
     )
@@ -117,7 +115,7 @@ def _wants(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-def check_loss(
+def checked_loss(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
 ) -> CheckedLoss:
     x, y, logit_scale, logit_bias = given
@@ -142,11 +140,11 @@ def check_loss(
     return CheckedLoss((x, y, scale, bias), options, live, alike)
 
 
-def check_contrast(
+def checked_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> CheckedContrast:
     x, y, _, _, key_bias, *_ = given
-    scale, bias, ids, margin = check_contrast_inputs(
+    scale, bias, ids, margin = check_contrast(
         *given, offset=call.offset, same_id=call.same_id, rows=call.rows, columns=call.columns,
         kind=call.kind, may_be_empty=call.uneven,
     )  # fmt: skip
@@ -165,8 +163,8 @@ def check_contrast(
         engine, dtype, call.normalize, bool(call.rows), bool(call.columns), budget
     )
     offset = NO_POSITIVES if call.offset is None else call.offset
-    task = Task(options, ids, margin, offset, call.kind, positive, NOBODYS, call.ring)
-    return CheckedContrast(Inputs(x, y, scale, bias, key_bias), task, alike)
+    task = StatisticsTask(options, ids, margin, offset, call.kind, positive, NOBODYS, call.ring)
+    return CheckedContrast(StatisticsInputs(x, y, scale, bias, key_bias), task, alike)
 
 
 # Stands in a task for the shard until the ranks have agreed.

@@ -26,18 +26,16 @@ from ..engine.autograd import (
 )
 from ..engine.block import Block, Upstream
 from ..engine.dtypes import accumulation_dtype, state_dtype
-from ..engine.fused_loss import LossOptions
+from ..engine.fused_loss import LossInputs, LossOptions
 from ..kinds import Kind, kind_of
-from .block_row import TENSORS, BlockRow, Swept, Weighing, merge_columns, to_features
+from .block_row import TENSORS, BlockRow, RowWeighing, Swept, merge_columns, to_features
 from .block_row import sweep as sweep_row
 from .exchange import Gathered, Ring
 from .gradient_mode import GradientMode
 from .shard import Shard
 
-Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
 
-
-class Context(NamedTuple):
+class LossTask(NamedTuple):
     """The options of a call, this rank's shard, and open_clip's mode."""
 
     options: LossOptions
@@ -81,22 +79,22 @@ def sharded_loss(
     mode: GradientMode,
 ) -> Tensor:  # fmt: skip
     """This rank's value for its x, y (b, D). The mean over ranks is the mean over all pairs."""
-    context = Context(options, shard, mode)
+    task = LossTask(options, shard, mode)
     if differentiates(x, y, scale, bias):
-        return _ShardedLoss.apply(x, y, scale, bias, context)
-    return value_alone(context, context.row(context.own(x, y, scale, bias)))
+        return _ShardedLoss.apply(x, y, scale, bias, task)
+    return value_alone(task, task.row(task.own(x, y, scale, bias)))
 
 
-def _value(context: Context, own: Tensor) -> Tensor:
+def _value(task: LossTask, own: Tensor) -> Tensor:
     """The value of a rank. own: the sum of the losses of its pairs."""
-    shard = context.shard
-    dtype = torch.float64 if context.options.dtype == torch.float64 else torch.float32
-    if context.mode.whole_value:
+    shard = task.shard
+    dtype = torch.float64 if task.options.dtype == torch.float64 else torch.float32
+    if task.mode.whole_value:
         return (shard.sum(own.reshape(1)).reshape(()) / shard.batch).to(dtype)
     return (own * (shard.world_size / shard.batch)).to(dtype)
 
 
-class _Lines(NamedTuple):
+class _WeightFactors(NamedTuple):
     """The factors of weights on a rank with b pairs."""
 
     coefficients: Tensor  # (b + B)
@@ -104,37 +102,37 @@ class _Lines(NamedTuple):
     of_columns: Tensor  # (b): the positives' weights from their columns' losses
 
 
-def sweep(context: Context, row: BlockRow, budget: int) -> tuple[Tensor, Swept, _Lines]:
+def sweep(task: LossTask, row: BlockRow, budget: int) -> tuple[Tensor, Swept, _WeightFactors]:
     """Returns the sum of the losses of this rank's pairs, and the input of the second sweep."""
-    shard, pairs, m = context.shard, context.pairs, context.shard.rows
-    if not context.kind.has_shift:
+    shard, pairs, m = task.shard, task.pairs, task.shard.rows
+    if not task.kind.has_shift:
         # The weights of a row do not depend on other rows.
         swept = sweep_row(row, pairs, budget)
-        losses, coefficients, weights = context.finish(row, swept.state[:, :m], swept.positive)
+        losses, coefficients, weights = task.finish(row, swept.state[:, :m], swept.positive)
         # The loss is a sum over pairs: a rank adds its rows, the other ranks add its columns.
         coefficients = torch.cat((coefficients, coefficients.new_zeros(shard.batch)))
-        return losses[pairs].sum(), swept, _Lines(coefficients, weights, weights * 0)
+        return losses[pairs].sum(), swept, _WeightFactors(coefficients, weights, weights * 0)
     # The weights of a row depend on other rows through the states of columns.
     swept = sweep_row(row, slice(0, m), budget)
     columns = swept.state[:, m:]
-    columns.copy_(merge_columns(columns, context.kind, shard))
+    columns.copy_(merge_columns(columns, task.kind, shard))
     positives = torch.cat((swept.positive, shard.gather(swept.positive)))
-    losses, coefficients, weights = context.finish(row, swept.state, positives)
+    losses, coefficients, weights = task.finish(row, swept.state, positives)
     own = (losses[:m][pairs].sum() + losses[m:][shard.mine][pairs].sum()) / 2
     # The loss of a pair is half its row's plus half its column's.
-    lines = _Lines(coefficients / 2, weights[:m] / 2, weights[m:][shard.mine] / 2)
+    lines = _WeightFactors(coefficients / 2, weights[:m] / 2, weights[m:][shard.mine] / 2)
     return own, swept, lines
 
 
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, context: Context
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, task: LossTask
     ) -> Tensor:
-        row = context.row(context.own(x, y, scale, bias))
-        value, found = forward(context, row, x, y, ctx.needs_input_grad[0])
-        ctx.context, ctx.row = context, row.without_tensors()
-        of_row = (None,) * TENSORS if makes_gradients_at_once(context, x, y) else row.tensors
+        row = task.row(task.own(x, y, scale, bias))
+        value, found = forward(task, row, x, y, ctx.needs_input_grad[0])
+        ctx.task, ctx.row = task, row.without_tensors()
+        of_row = (None,) * TENSORS if makes_gradients_at_once(task, x, y) else row.tensors
         ctx.save_for_backward(x, y, scale, bias, *of_row, *found)
         return value
 
@@ -143,61 +141,61 @@ class _ShardedLoss(torch.autograd.Function):
         inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         row, found = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
         with torch.no_grad():
-            gradients = backward(ctx.context, row, inputs, found, ctx.needs_input_grad, g)
+            gradients = backward(ctx.task, row, inputs, found, ctx.needs_input_grad, g)
         if torch.is_grad_enabled():
             gradients = refuse_second_derivative(gradients, g, *inputs[:3])
         return *gradients, None
 
 
-def value_alone(context: Context, row: BlockRow) -> Tensor:
+def value_alone(task: LossTask, row: BlockRow) -> Tensor:
     """This rank's value, without a backward."""
-    own, *_ = sweep(context, row, budget=0)
-    return _value(context, own)
+    own, *_ = sweep(task, row, budget=0)
+    return _value(task, own)
 
 
 def forward(
-    context: Context, row: BlockRow, x: Tensor, y: Tensor, needs_x: bool
+    task: LossTask, row: BlockRow, x: Tensor, y: Tensor, needs_x: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns this rank's value, and the tensors that `backward` takes beside the row."""
-    if makes_gradients_at_once(context, x, y):
-        value, *gradients = _sweep_and_weigh(context, row, needs_x)
+    if makes_gradients_at_once(task, x, y):
+        value, *gradients = _sweep_and_weigh(task, row, needs_x)
         return value, gradients
     # Kept products only serve a second sweep over the same blocks.
-    budget = context.options.memory_budget if context.shard.all_live else 0
-    own, swept, lines = sweep(context, row, budget)
-    return _value(context, own), [*lines, *swept[:2], *swept.kept]
+    budget = task.options.memory_budget if task.shard.all_live else 0
+    own, swept, lines = sweep(task, row, budget)
+    return _value(task, own), [*lines, *swept[:2], *swept.kept]
 
 
 def backward(
-    context: Context, row: BlockRow, inputs: Inputs, found: Sequence[Tensor],
+    task: LossTask, row: BlockRow, inputs: LossInputs, found: Sequence[Tensor],
     needs: Sequence[bool], g: Tensor,
 ) -> list[Tensor | None]:  # fmt: skip
     """Returns the gradients of x, y, scale and bias for the upstream gradient g. The row needs no
     tensors if the forward has made the gradients."""
-    if makes_gradients_at_once(context, *inputs[:2]):
-        return _scale(context, inputs, found, needs, g)
-    return _weigh(context, row, inputs, found, needs, g)
+    if makes_gradients_at_once(task, *inputs[:2]):
+        return _scale_backward(task, inputs, found, needs, g)
+    return _weigh_backward(task, row, inputs, found, needs, g)
 
 
-def makes_gradients_at_once(context: Context, x: Tensor, y: Tensor) -> bool:
+def makes_gradients_at_once(task: LossTask, x: Tensor, y: Tensor) -> bool:
     """True if the forward makes the gradients, for an upstream gradient of 1, which saves a sweep.
 
     Weights must need no state. The gradients wait in fp32, O(B D), so this is not for the ring.
     """
     wide = accumulation_dtype(x)
     return (
-        context.kind.is_linear
-        and not context.mode.ring
-        and context.shard.all_live
-        and (x.device.type == "cuda" or x.dtype == y.dtype == wide == context.options.dtype)
+        task.kind.is_linear
+        and not task.mode.ring
+        and task.shard.all_live
+        and (x.device.type == "cuda" or x.dtype == y.dtype == wide == task.options.dtype)
     )
 
 
 def _sweep_and_weigh(
-    context: Context, row: BlockRow, needs_x: bool
+    task: LossTask, row: BlockRow, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns this rank's value, dx, dy of all columns and (dbias, dscale), for upstream 1."""
-    shard, x = context.shard, row.block.x.features
+    shard, x = task.shard, row.block.x.features
     (every,) = row.columns.start(row.block.y.features)
     if row.rows == 0:
         dtype = accumulation_dtype(x)
@@ -206,7 +204,7 @@ def _sweep_and_weigh(
             for t, needed in ((x, needs_x), (every.features, shard.needs_y))
         )
         nothing = dx.new_zeros(2, dtype=state_dtype(x.device))
-        return _value(context, nothing.sum()), dx, dy, nothing
+        return _value(task, nothing.sum()), dx, dy, nothing
     share = torch.full(
         (), shard.world_size / shard.batch, dtype=state_dtype(x.device), device=x.device
     )
@@ -214,18 +212,18 @@ def _sweep_and_weigh(
         row.engine, row.visited(slice(0, row.rows), every), share, needs_x, shard.needs_y,
         row.normalize,
     )  # fmt: skip
-    losses, *_ = context.finish(row, state[:, : row.rows], positive)
-    return _value(context, losses.sum()), *gradients
+    losses, *_ = task.finish(row, state[:, : row.rows], positive)
+    return _value(task, losses.sum()), *gradients
 
 
-def _scale(
-    context: Context, inputs: Inputs, found: Sequence[Tensor], needs: Sequence[bool], g: Tensor
+def _scale_backward(
+    task: LossTask, inputs: LossInputs, found: Sequence[Tensor], needs: Sequence[bool], g: Tensor
 ) -> list[Tensor | None]:
     x, y, scale, bias = inputs
     dx, dy, dbias_dscale = found
     needs_x, needs_y, needs_scale, needs_bias = needs[:4]
-    if context.shard.needs_y:
-        dy = context.shard.scatter_sum(dy * g)
+    if task.shard.needs_y:
+        dy = task.shard.scatter_sum(dy * g)
     dbias, dscale = (dbias_dscale * g).unbind()
     return [
         cast(dx * g, x.dtype) if needs_x else None,
@@ -235,7 +233,7 @@ def _scale(
     ]
 
 
-class _Upstream(NamedTuple):
+class _UpstreamFactors(NamedTuple):
     """The factors of a rank's gradients.
 
     The largest upstream gradient goes into `gain`, so that weights are of order 1.
@@ -247,30 +245,30 @@ class _Upstream(NamedTuple):
     afterwards: Tensor | float  # multiplies both towers' gradients at the end
 
 
-def _upstream(context: Context, g: Tensor, dtype: torch.dtype) -> _Upstream:
-    shard, mode = context.shard, context.mode
+def _upstream_factors(task: LossTask, g: Tensor, dtype: torch.dtype) -> _UpstreamFactors:
+    shard, mode = task.shard, task.mode
     if mode.whole_value:
         # The gradient of the loss of all pairs, for the upstream of all ranks or of this one.
         gain = torch.full((), 1 / shard.batch, dtype=dtype, device=g.device)
         every = shard.sum(g.reshape(1).clone()).reshape(()) if mode.from_others else g
-        return _Upstream(gain, 1.0, 1.0, every)
+        return _UpstreamFactors(gain, 1.0, 1.0, every)
     upstreams = shard.gather_scalar(g).to(dtype)
     largest = upstreams.abs().amax()
     relative = shard.by_pair(upstreams / torch.where(largest > 0, largest, 1))
     share = shard.world_size / shard.batch
-    return _Upstream(largest * share, relative[shard.mine], relative, 1.0)
+    return _UpstreamFactors(largest * share, relative[shard.mine], relative, 1.0)
 
 
-def _weigh(
-    context: Context, row: BlockRow, inputs: Inputs, found: Sequence[Tensor],
+def _weigh_backward(
+    task: LossTask, row: BlockRow, inputs: LossInputs, found: Sequence[Tensor],
     needs: Sequence[bool], g: Tensor,
 ) -> list[Tensor | None]:  # fmt: skip
-    shard, mode = context.shard, context.mode
+    shard, mode = task.shard, task.mode
     own_x, own_y, scale, bias = inputs
-    count = len(_Lines._fields)
-    lines, (state, positive, *kept) = _Lines(*found[:count]), found[count:]
+    count = len(_WeightFactors._fields)
+    lines, (state, positive, *kept) = _WeightFactors(*found[:count]), found[count:]
     swept = Swept(state, positive, tuple(kept))
-    upstream = _upstream(context, g, state.dtype)
+    upstream = _upstream_factors(task, g, state.dtype)
     a, b = lines.coefficients.split([shard.rows, shard.batch])
     a, b = a * upstream.of_rows, b * upstream.of_columns
     # Both are of this rank's pairs, so both take the upstream gradient of this rank's rows.
@@ -279,7 +277,7 @@ def _weigh(
     def gradients(
         a: Tensor, b: Tensor, weights: Tensor, needs_x: bool, needs_y: bool
     ) -> operators.Gradients:
-        weighing = Weighing(row, swept, Upstream(torch.cat((a, b)), weights, upstream.gain))
+        weighing = RowWeighing(row, swept, Upstream(torch.cat((a, b)), weights, upstream.gain))
         return weighing.run(needs_x, needs_y)
 
     needs_x, needs_y, needs_scale, needs_bias = needs[:4]

@@ -17,21 +17,14 @@ from torch import Tensor
 from ..engine import pairs
 from ..engine.autograd import cast, differentiates, refuse_second_derivative, scalar_like
 from ..engine.block import Block, Side, Upstream
-from ..engine.line_statistics import (
-    Inputs,
-    StatisticsOptions,
-    block_of,
-    finish,
-    made_of,
-    named,
-    weights,
-)
+from ..engine.line_formulas import finish, made_of, named, weights
+from ..engine.line_statistics import StatisticsInputs, StatisticsOptions, block_of
 from ..kinds import LineStatistics, kind_of
 from .block_row import (
     TENSORS,
     BlockRow,
+    RowWeighing,
     Swept,
-    Weighing,
     merge_columns,
     sweep,
     to_features,
@@ -41,7 +34,7 @@ from .exchange import Gathered, Ring
 from .shard import Shard
 
 
-class Task(NamedTuple):
+class StatisticsTask(NamedTuple):
     """The options of a call on this rank."""
 
     options: StatisticsOptions
@@ -54,7 +47,7 @@ class Task(NamedTuple):
     ring: bool
 
 
-def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
+def sharded_statistics(inputs: StatisticsInputs, task: StatisticsTask) -> LineStatistics:
     """The statistics of this rank's rows and columns, over the pairs of all ranks."""
     if differentiates(*inputs):
         found = _ShardedStatistics.apply(*inputs, task)
@@ -63,14 +56,14 @@ def sharded_statistics(inputs: Inputs, task: Task) -> LineStatistics:
     return named(found, task.same_id_positive, task.options.rows, task.options.columns)
 
 
-def own_of(inputs: Inputs, task: Task) -> Block:
+def own_of(inputs: StatisticsInputs, task: StatisticsTask) -> Block:
     """The block of own rows and own columns, without ids."""
     return block_of(
         inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, task.options
     )
 
 
-def row_of(own: Block, task: Task) -> BlockRow:
+def row_of(own: Block, task: StatisticsTask) -> BlockRow:
     options = task.options
     if task.ids is not None:
         ids_x, ids_y = (ids.to(torch.int64) for ids in task.ids)
@@ -84,7 +77,7 @@ def row_of(own: Block, task: Task) -> BlockRow:
     return row._replace(block=block)
 
 
-def columns_of(m: int, n: int, task: Task) -> Gathered | Ring:
+def columns_of(m: int, n: int, task: StatisticsTask) -> Gathered | Ring:
     if task.ring:
         return Ring(task.shard)
     # One offset serves all columns if every row or no row has its positive on this rank.
@@ -92,20 +85,20 @@ def columns_of(m: int, n: int, task: Task) -> Gathered | Ring:
     return Gathered(task.shard, apart=task.shard.world_size > 1 and 0 < some < m)
 
 
-def _own(row: BlockRow) -> Block:
+def _own_block(row: BlockRow) -> Block:
     """The part of own rows and own columns that statistics need."""
     block, mine = row.block, row.shard.mine
     key_bias = None if block.key_bias is None else block.key_bias[mine]
     return block._replace(y=Side(row.columns.own(block.y.features)), key_bias=key_bias)
 
 
-def _of_own(state: Tensor, row: BlockRow) -> Tensor:
+def _own_lines(state: Tensor, row: BlockRow) -> Tensor:
     """Selects own rows and own columns from the states of own rows and all columns."""
     return torch.cat((state[:, : row.rows], state[:, row.rows :][:, row.shard.mine]), 1)
 
 
 def forward(
-    inputs: Inputs, row: BlockRow, options: StatisticsOptions, budget: int
+    inputs: StatisticsInputs, row: BlockRow, options: StatisticsOptions, budget: int
 ) -> tuple[tuple[Tensor, ...], Swept]:
     """Returns statistics, and the result of the sweep for `backward`."""
 
@@ -118,7 +111,9 @@ def forward(
         if options.columns:
             columns = swept.state[:, row.rows :]
             columns.copy_(merge_columns(columns, row.kind, row.shard))
-        return finish(_own(row), _of_own(swept.state, row), swept.positive, inputs.bias), swept
+        return finish(
+            _own_block(row), _own_lines(swept.state, row), swept.positive, inputs.bias
+        ), swept
 
 
 class _ShardedStatistics(torch.autograd.Function):
@@ -127,7 +122,7 @@ class _ShardedStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, task = arguments
-        inputs = Inputs(*tensors)
+        inputs = StatisticsInputs(*tensors)
         row = row_of(own_of(inputs, task), task)
         found, swept = forward(inputs, row, task.options, task.options.memory_budget)
         ctx.row, ctx.options, ctx.found = row.without_tensors(), task.options, len(found)
@@ -138,8 +133,8 @@ class _ShardedStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(Inputs._fields)
-        inputs, saved = Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        count = len(StatisticsInputs._fields)
+        inputs, saved = StatisticsInputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
         row, saved = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
         found, (state, positive, *kept) = saved[: ctx.found], saved[ctx.found :]
         swept = Swept(state, positive, tuple(kept))
@@ -152,7 +147,7 @@ class _ShardedStatistics(torch.autograd.Function):
         return *gradients, None
 
 
-def _upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -> Upstream:
+def _gather_upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -> Upstream:
     """Returns the factors for a block row: the coefficients of columns are gathered."""
     shard, m = row.shard, row.rows
     coefficients, positive_weight, largest = own
@@ -168,14 +163,14 @@ def _upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -> Upstr
 
 
 def backward(
-    inputs: Inputs, row: BlockRow, options: StatisticsOptions, found: Sequence[Tensor],
+    inputs: StatisticsInputs, row: BlockRow, options: StatisticsOptions, found: Sequence[Tensor],
     swept: Swept, upstream: Sequence[Tensor], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Returns the gradients of the inputs for upstream gradients of the statistics."""
-    shard, needs = row.shard, Inputs(*wanted[: len(Inputs._fields)])
+    shard, needs = row.shard, StatisticsInputs(*wanted[: len(StatisticsInputs._fields)])
     found, given = (made_of(t, row.block.same_id_positive) for t in (found, upstream))
-    own, of_bias = weights(_own(row), inputs.bias, found, _of_own(swept.state, row), given)
-    dx, dy, totals, dkey_bias = Weighing(row, swept, _upstream(row, options, own)).run(
+    own, of_bias = weights(_own_block(row), inputs.bias, found, _own_lines(swept.state, row), given)
+    dx, dy, totals, dkey_bias = RowWeighing(row, swept, _gather_upstream(row, options, own)).run(
         needs.x, shard.needs_y, shard.needs_key_bias
     )
     if shard.needs_key_bias:

@@ -12,8 +12,7 @@ from torch.autograd import forward_ad
 from ..kinds import kind_of
 from .block import Block, Side
 from .dtypes import accumulation_dtype
-
-EPS = 1e-12  # as in F.normalize
+from .tiny_norms import EPS
 
 
 def is_traced() -> bool:

@@ -67,7 +67,7 @@ class Block(NamedTuple):
         return self.x.ids is None and self.x.threshold is None and self.key_bias is None
 
 
-class Statistics(NamedTuple):
+class SweepResults(NamedTuple):
     """The results of `sweep`."""
 
     state: Tensor  # (2, M + N), or (4, M + N) with same_id_positive: float64

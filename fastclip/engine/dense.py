@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tiny_norms import EPS
+
 
 def dense_logits(
     x: Tensor,  # (M, D)
@@ -21,7 +23,7 @@ def dense_logits(
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.to(dtype), y.to(dtype)
         if normalize:
-            x, y = F.normalize(x, dim=1, eps=1e-12), F.normalize(y, dim=1, eps=1e-12)
+            x, y = F.normalize(x, dim=1, eps=EPS), F.normalize(y, dim=1, eps=EPS)
         logits = as_scalar(scale, x) * (x @ y.T)
         return logits if bias is None else logits + as_scalar(bias, x)
 

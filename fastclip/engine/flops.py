@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .block import Block, Statistics, Wanted
+from .block import Block, SweepResults, Wanted
 from .kept import Products, Weights
 
 
@@ -28,7 +28,7 @@ def _sweep(*arguments: Any, **_: Any) -> int:
 
 def _weigh(*arguments: Any, **_: Any) -> int:
     block, rest = Block.of(arguments)
-    kept = Statistics(*rest[: len(Statistics._fields)]).kept
+    kept = SweepResults(*rest[: len(SweepResults._fields)]).kept
     wanted = Wanted(*rest[-len(Wanted._fields) :])
     kept_as = Weights if kept.dtype == torch.uint8 else Products
     x, y = block.x.features, block.y.features

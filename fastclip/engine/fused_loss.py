@@ -27,7 +27,7 @@ from .autograd import (
     with_inputs,
     without_inputs,
 )
-from .block import Block, Side, Statistics, Upstream, Wanted
+from .block import Block, Side, SweepResults, Upstream, Wanted
 from .dtypes import state_dtype
 from .kept import KEPT_BY
 
@@ -46,7 +46,7 @@ class LossOptions(NamedTuple):
     # Set by `fused_loss`.
     needs_x: bool = False
     needs_y: bool = False
-    in_one_go: bool = False
+    at_once: bool = False
 
 
 def fused_loss(
@@ -60,8 +60,8 @@ def fused_loss(
         # torch.func may differentiate tensors whose requires_grad is False.
         every = torch._C._are_functorch_transforms_active()
         needs_x, needs_y = x.requires_grad or every, y.requires_grad or every
-        in_one_go = _makes_gradients_at_once(x, y, needs_x, needs_y, options)
-        options = options._replace(needs_x=needs_x, needs_y=needs_y, in_one_go=in_one_go)
+        at_once = _makes_gradients_at_once(x, y, needs_x, needs_y, options)
+        options = options._replace(needs_x=needs_x, needs_y=needs_y, at_once=at_once)
         if not traced:
             return _FusedLoss.apply(x, y, scale, bias, block, options)
         value, *_ = _TracedLoss.apply(x, y, scale, bias, *without_inputs(block).flat(), *options)
@@ -102,7 +102,7 @@ def _pair_weight(n: int, reduction: str) -> float:
 
 def _forward(block: Block, options: LossOptions) -> tuple[Tensor, Sequence[Tensor]]:
     """Returns the value and the tensors that the backward takes."""
-    if options.in_one_go:
+    if options.at_once:
         state, positive, *gradients = _sweep_and_weigh(block, options)
         losses, _, _ = _finish(block, state, positive, options)
         return _reduce(losses, options), gradients
@@ -112,11 +112,11 @@ def _forward(block: Block, options: LossOptions) -> tuple[Tensor, Sequence[Tenso
     return _reduce(losses, options), (state, positive, kept, coefficients, weights)
 
 
-_Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
+LossInputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # x, y, scale, bias
 
 
 def _save(
-    ctx: Any, inputs: _Inputs, block: Block, found: Sequence[Tensor], options: LossOptions
+    ctx: Any, inputs: LossInputs, block: Block, found: Sequence[Tensor], options: LossOptions
 ) -> None:
     ctx.options = options
     operands = block.x.features, block.x.factor, block.y.features, block.y.factor
@@ -130,7 +130,7 @@ def _backward(ctx: Any, g: Tensor) -> Sequence[Tensor | None]:
     sides = Side(x_operand, factor_x), Side(y_operand, factor_y)
     block = Block(*sides, scale, bias_of(bias, kind), kind=kind)
     with torch.no_grad():
-        make = _unit_backward if ctx.options.in_one_go else _weigh_backward
+        make = _scale_backward if ctx.options.at_once else _weigh_backward
         gradients = make(ctx, block, (x, y, scale, bias), found, g)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         gradients = refuse_second_derivative(gradients, g, x, y, scale)
@@ -152,7 +152,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> Tensor:
         value, found = _forward(block, options)
         ctx.waiting = None
-        if options.in_one_go:
+        if options.at_once:
             ctx.waiting, found = found, ()
         _save(ctx, (x, y, scale, bias), block, found, options)
         return value
@@ -187,7 +187,7 @@ class _TracedLoss(torch.autograd.Function):
         return *_backward(ctx, g), *(None for _ in range(Block.COUNT + len(ctx.options)))
 
 
-def _unpacked(arguments: tuple[Any, ...]) -> tuple[_Inputs, Block, LossOptions]:
+def _unpacked(arguments: tuple[Any, ...]) -> tuple[LossInputs, Block, LossOptions]:
     x, y, scale, bias, *rest = arguments
     block, options = Block.of(rest)
     return (x, y, scale, bias), with_inputs(block, scale, bias), LossOptions(*options)
@@ -222,8 +222,8 @@ def _sweep_and_weigh(block: Block, options: LossOptions) -> tuple[Tensor, ...]:
     )
 
 
-def _unit_backward(
-    ctx: Any, block: Block, inputs: _Inputs, found: Sequence[Tensor], g: Tensor
+def _scale_backward(
+    ctx: Any, block: Block, inputs: LossInputs, found: Sequence[Tensor], g: Tensor
 ) -> Sequence[Tensor | None]:
     """Scales the gradients that the forward has made for an upstream gradient of 1."""
     if found:
@@ -242,7 +242,7 @@ def _unit_backward(
 
 
 def _weigh_backward(
-    ctx: Any, block: Block, inputs: _Inputs, found: Sequence[Tensor], g: Tensor
+    ctx: Any, block: Block, inputs: LossInputs, found: Sequence[Tensor], g: Tensor
 ) -> Sequence[Tensor | None]:
     state, positive, kept, coefficients, weights = found
     options, (x, y, scale, bias) = ctx.options, inputs
@@ -259,7 +259,7 @@ def _weigh_backward(
             g = largest
         gain = g * (_pair_weight(x.shape[0], options.reduction) / 2)
         dx, dy, totals, _ = operators.weigh(
-            options.engine, block, Statistics(state, positive, kept),
+            options.engine, block, SweepResults(state, positive, kept),
             Upstream(coefficients, weights, gain),
             Wanted(needs_x, needs_y, False, options.normalize, x.dtype, y.dtype),
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import kind_of
-from .block import Block, Side, Statistics, Upstream, Wanted
+from .block import Block, Side, SweepResults, Upstream, Wanted
 from .dtypes import FLOATING, accumulation_dtype, state_dtype
 from .kept import Nothing, Products, Weights
 
@@ -93,14 +93,14 @@ def check_finish(
     _check(
         state.dim() == 2 and len(state) == 2 and period > 0 and lines % period == 0
         and state.dtype == positive.dtype == state_dtype(state.device),
-        "state must be (2, L) and positive (L) or a divisor, float64", state, positive,
+        "state must be (2, L) and positive (P), P a divisor of L, float64", state, positive,
     )  # fmt: skip
     _one_element(scale=scale, bias=bias)
     kind_of(kind)
 
 
 def check_weigh(
-    block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted,
+    block: Block, statistics: SweepResults, upstream: Upstream, wanted: Wanted,
     kept_as: type[Products | Nothing | Weights],
 ) -> None:  # fmt: skip
     _block(block)
@@ -143,6 +143,6 @@ def check_sweep_and_weigh(
     )  # fmt: skip
     _check(
         block.is_plain,
-        "a block that is swept and weighed in one go must have no ids, thresholds and key_bias",
+        "a block that is swept and weighed in one go must have no ids, thresholds or key_bias",
         block.x.ids, block.x.threshold, block.key_bias,
     )  # fmt: skip

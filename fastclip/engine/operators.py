@@ -83,16 +83,16 @@ import torch
 from torch import Tensor
 
 from . import flops, operator_checks
-from .block import Block, Side, Statistics, Upstream, Wanted
+from .block import Block, Side, SweepResults, Upstream, Wanted
 from .dtypes import accumulation_dtype, state_dtype
 from .kept import KEPT_BY
 
 SCHEMAS = {
     "sweep": f"({Block.SCHEMA}, Tensor? bound, Tensor? occupied, SymInt keep)"
-    f" -> ({Statistics.SCHEMA})",
+    f" -> ({SweepResults.SCHEMA})",
     "finish": "(Tensor state, Tensor positive, Tensor scale, Tensor? bias, str kind)"
     " -> (Tensor losses, Tensor coefficients, Tensor weights)",
-    "weigh": f"({Block.SCHEMA}, {Statistics.SCHEMA}, {Upstream.SCHEMA}, {Wanted.SCHEMA})"
+    "weigh": f"({Block.SCHEMA}, {SweepResults.SCHEMA}, {Upstream.SCHEMA}, {Wanted.SCHEMA})"
     " -> (Tensor dx, Tensor dy, Tensor dbias_dscale, Tensor dkey_bias)",
     "sweep_and_weigh": f"({Block.SCHEMA}, Tensor gain, bool needs_x, bool needs_y, bool project)"
     " -> (Tensor state, Tensor positive, Tensor dx, Tensor dy, Tensor dbias_dscale)",
@@ -125,13 +125,13 @@ def _register_flops() -> None:
 def sweep(
     engine: str, block: Block, bound: Tensor | None = None, occupied: Tensor | None = None,
     keep: int = 0,
-) -> Statistics:  # fmt: skip
+) -> SweepResults:  # fmt: skip
     _register_flops()
-    return Statistics(*operator("sweep", engine)(*block.flat(), bound, occupied, keep))
+    return SweepResults(*operator("sweep", engine)(*block.flat(), bound, occupied, keep))
 
 
 def weigh(
-    engine: str, block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
+    engine: str, block: Block, statistics: SweepResults, upstream: Upstream, wanted: Wanted
 ) -> Gradients:
     return Gradients(*operator("weigh", engine)(*block.flat(), *statistics, *upstream, *wanted))
 
@@ -157,9 +157,9 @@ def _fake_statistics(block: Block) -> tuple[Tensor, Tensor]:
     return x.new_empty((rows, m + n), dtype=dtype), x.new_empty((m,), dtype=dtype)
 
 
-def _fake_sweep(engine: str, block: Block, bound: Any, occupied: Any, keep: int) -> Statistics:
+def _fake_sweep(engine: str, block: Block, bound: Any, occupied: Any, keep: int) -> SweepResults:
     kept = KEPT_BY[engine].empty(block.x.features, block.y.features, keep)
-    return Statistics(*_fake_statistics(block), kept)
+    return SweepResults(*_fake_statistics(block), kept)
 
 
 def _fake_finish(
@@ -175,7 +175,7 @@ def _fake_gradient(side: Side, needed: bool, dtype: torch.dtype) -> Tensor:
 
 
 def _fake_weigh(
-    engine: str, block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
+    engine: str, block: Block, statistics: SweepResults, upstream: Upstream, wanted: Wanted
 ) -> Gradients:
     x, dtype = block.x.features, state_dtype(block.x.features.device)
     return Gradients(
@@ -202,7 +202,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sweep_and_weigh": _fake_sweep_and_weigh,
 }
 # The bundles that follow the block in an operator's arguments.
-_BUNDLES: dict[str, tuple[Any, ...]] = {"weigh": (Statistics, Upstream, Wanted)}
+_BUNDLES: dict[str, tuple[Any, ...]] = {"weigh": (SweepResults, Upstream, Wanted)}
 
 
 def _bundled(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """An order of engines and its conditions. None matches anything; ranges exclude their end."""
 
     engines: tuple[str, ...]
-    products: str | None = None  # the arithmetic: "half", "tf32", "split" or "fp32" (IEEE)
+    products: str | None = None  # the arithmetic: "half", "tf32", "split" or "ieee"
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None  # of the card
     logits: tuple[int, int] | None = None  # of the block, M x N
     d: tuple[int, int] | None = None  # features
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 TABLE = (
     # IEEE fp32 has no tensor cores: Triton's product is a loop of its own on the ordinary ones, the
     # CUDA engine's is cuBLAS's. CLIP at N = 16384, D = 768: 79 ms and 35 ms.
-    Row(("cuda", "triton"), products="fp32"),
+    Row(("cuda", "triton"), products="ieee"),
     # Python launches a Triton kernel more slowly than C++ launches one of the CUDA engine, and up
     # to some 16384 x 16384 logits the card waits for launches: CLIP at N = 8192, D = 512 in bf16
     # takes 3.7 ms and 1.6 ms. A CUDA graph launches nothing from Python, and Triton's kernels are
@@ -71,7 +71,7 @@ def products_of(dtype: torch.dtype) -> str:
         return "half"
     if tf32():
         return "tf32"
-    return "split" if fp32() == "split" and not torch.version.hip else "fp32"
+    return "split" if fp32() == "split" and not torch.version.hip else "ieee"
 
 
 def tf32() -> bool:

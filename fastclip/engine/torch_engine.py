@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..kinds import LOG2E, Kind, kind_of
-from .block import Block, Side, Statistics, Upstream, Wanted
+from .block import Block, Side, SweepResults, Upstream, Wanted
 from .dtypes import accumulation_dtype, state_dtype
+from .tiny_norms import CLAMPED
 
 # Elements of a chunk: 8 MiB in fp32. Up to four such tensors exist at a time.
 CHUNK = 1 << 21
@@ -211,7 +212,7 @@ class _Lines(NamedTuple):
 
 
 def weigh(
-    block: Block, statistics: Statistics, upstream: Upstream, wanted: Wanted
+    block: Block, statistics: SweepResults, upstream: Upstream, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `weigh`: a chunk's weights, their sums, and two products with the features."""
     chunked, kind = _ChunkedBlock(block), kind_of(block.kind)
@@ -291,8 +292,7 @@ def _complete(
     if not project or side.factor is None:
         return (g * gain).to(dtype)
     f, x = side.factor[rows, None], side.features[rows]
-    # A norm below 1e-12 was clamped, so that the features were divided by a constant.
-    clamped = f >= 0.9999e12
+    clamped = f >= CLAMPED
     unit = x.to(g.dtype) * f
     g = torch.where(clamped, g, g - unit * (unit * g).sum(1, keepdim=True))
     g = g * (gain * f)
@@ -304,7 +304,7 @@ def sweep_and_weigh(
     block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator `sweep_and_weigh`: plain PyTorch gains nothing by fusing the two."""
-    statistics = Statistics(*sweep(block, None, None, 0))
+    statistics = SweepResults(*sweep(block, None, None, 0))
     m, n = block.sizes()
     state, positive, _ = statistics
     _, coefficients, weights = finish(state[:, :m], positive, block.scale, block.bias, block.kind)

@@ -134,7 +134,7 @@ def test_rows_survive_the_csv_and_are_told_from_those_of_one_process(tmp_path):
 
 
 def test_the_report_and_the_readme_show_times_bytes_memory_and_predictions(tmp_path, capsys):
-    path, readme = tmp_path / "test.csv", tmp_path / "README.md"
+    path, page = tmp_path / "test.csv", tmp_path / "docs" / "benchmarks-distributed.md"
     results.write(path, rows(), Row)
     assert command.main(["table", "--csv", str(path)]) == 0
     report = capsys.readouterr().out
@@ -143,10 +143,11 @@ def test_the_report_and_the_readme_show_times_bytes_memory_and_predictions(tmp_p
     assert cells[:7] == ["2", "1", "2048", "512", "fastclip", "200 ms", "5 %"]
     assert "3.50x" in cells and "150 ms" in cells and "77" in cells and "1.0e-07" in cells
 
-    readme.write_text(f"before\n{table.BEGIN}\nold figures\n{table.END}\nafter\n")
-    arguments = ["readme", "--csv", str(path), "--page", str(readme)]
+    page.parent.mkdir()
+    page.write_text(f"before\n{table.BEGIN}\nold figures\n{table.END}\nafter\n")
+    arguments = ["readme", "--csv", str(path), "--pages", str(tmp_path)]
     assert command.main(arguments) == 0
-    once = readme.read_text()
+    once = page.read_text()
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old figures" not in once
     assert "threads of each rank with 1 rank: 1" in once and "Test CPU, AVX512" in once
     lines = {
@@ -159,7 +160,7 @@ def test_the_report_and_the_readme_show_times_bytes_memory_and_predictions(tmp_p
     assert ("fastclip", "10", "80") in lines and ("method", "1 rank", "8 ranks") in lines
     assert any(line[3:6] == ("200 ms", "150 ms", "75 %") for line in lines)
     assert command.main(arguments) == 0
-    assert readme.read_text() == once
+    assert page.read_text() == once
 
 
 # ---- predictions

@@ -203,10 +203,10 @@ def test_fp32_is_split_within_the_method_alone(monkeypatch):
         else:
             monkeypatch.setenv("FASTCLIP_FP32", before)
         preference.fp32.cache_clear()
-        assert preference.products_of(torch.float32) == "fp32"
+        assert preference.products_of(torch.float32) == "ieee"
         with method.within():
             assert preference.products_of(torch.float32) == "split"
-        assert preference.products_of(torch.float32) == "fp32"
+        assert preference.products_of(torch.float32) == "ieee"
         assert os.environ.get("FASTCLIP_FP32") == before
     preference.fp32.cache_clear()
 

@@ -245,6 +245,6 @@ def test_engines_of_a_label(monkeypatch):
     assert os.environ["FASTCLIP_CUDA_TILES"] == "library"
     with smoke.engine_of("triton", None) as engine:
         assert engine == "triton"
-        assert preference.products_of(torch.float32) == "fp32"
+        assert preference.products_of(torch.float32) == "ieee"
     with smoke.engine_of("triton split", None) as engine:
         assert (engine, preference.products_of(torch.float32)) == ("triton", "split")

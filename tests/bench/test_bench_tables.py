@@ -110,6 +110,7 @@ def test_a_picture_needs_two_sizes(tmp_path):
     from bench.report import plot
 
     rows = rows_of_a_case()
-    assert plot.draw(rows, tmp_path / "one.png") is None
-    path = plot.draw(rows + rows_of_a_case(m=2048, n=2048), tmp_path / "two.png")
-    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
+    for draw in (plot.draw, plot.draw_summary):
+        assert draw(rows, tmp_path / "one.png") is None
+        path = draw(rows + rows_of_a_case(m=2048, n=2048), tmp_path / "two.png")
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000

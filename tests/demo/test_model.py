@@ -163,6 +163,13 @@ def test_decoding_returns_the_captions(tmp_path: Path) -> None:
     )
 
 
+def test_names_of_special_tokens_in_a_caption_are_text() -> None:
+    tokenizer = Tokenizer.train(["a face"], 300)
+    tokens = tokenizer.encode(["a <end> of <pad> <start>"], 64)
+    assert (tokens == tokenizer.end).sum() == 1
+    assert tokenizer.decode(tokens) == ["a <end> of <pad> <start>"]
+
+
 def test_long_captions_are_cut_and_unseen_ones_still_encode() -> None:
     tokenizer = Tokenizer.train(["a face"], 300)
     tokens = tokenizer.encode(["face " * 20, "\u0000 ☃ <end> Zebra"], 12)

@@ -20,7 +20,7 @@ FACTORS = r"factor_x must be \(M\), factor_y \(N\)"
 STATES = r"state must be \(2, M \+ N\).*coefficients \(M \+ N\), positive and positive_weight \(M\)"
 KEPT = r"kept must come from a sweep of the same features"
 FEATURES = r"x and y must be non-empty \(M, D\) and \(N, D\) of one dtype"
-LINES = r"state must be \(2, L\) and positive \(L\) or a divisor"
+LINES = r"state must be \(2, L\) and positive \(P\), P a divisor of L"
 
 
 class Call:

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastclip.engine import preference
-from fastclip.engine.block import Block, Side, Statistics, Upstream, Wanted
+from fastclip.engine.block import Block, Side, SweepResults, Upstream, Wanted
 from fastclip.triton_kernels import configurations, engine, launch, plan
 
 # The compiler's target for each card, and the name of its table and of its shared memory limit.
@@ -127,7 +127,7 @@ def run(case: Case) -> None:
     if one_go:
         engine.sweep_and_weigh(block, gain, True, True, normalize)
         return
-    statistics = Statistics(*engine.sweep(block, None, None, 512 if kept else 0))
+    statistics = SweepResults(*engine.sweep(block, None, None, 512 if kept else 0))
     state, positive, _ = statistics
     engine.finish(state[:2], positive, scale, bias, loss)
     coefficients = state[1::2] if masked else state[1]

@@ -14,8 +14,12 @@ The kernel has more than fifteen run-time parameters: the rows and the gradients
 import triton
 import triton.language as tl
 
+from fastclip.engine import tiny_norms
+
 from .finalise import sum_of_totals, tiles_written
 from .tile import stored_as
+
+CLAMPED = tl.constexpr(tiny_norms.CLAMPED)
 
 
 @triton.jit
@@ -61,7 +65,7 @@ def _complete(
         divisor = divisor / factor
     multiplier = tl.zeros((ROWS,), tl.float32) + gain
     # A norm below 1e-12 was clamped: these features were divided by a constant.
-    clamped = factor >= 0.9999e12
+    clamped = factor >= CLAMPED
     along = tl.zeros((ROWS,), tl.float32)
     x = X + (first + i).to(tl.int64)[:, None] * stride_x + tl.arange(0, BK)[None, :]
     if PROJECT:

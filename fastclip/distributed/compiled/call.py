@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...engine.checks import scalar
 from ...engine.dtypes import product_dtype
-from ...engine.line_statistics import named, statistics_of
+from ...engine.line_formulas import named, number_of_statistics
 from ...kinds import LineStatistics
 from ..agreement import group_named, ranks_of
 from ..calls import ContrastCall, LossCall, engine_of
@@ -159,4 +159,6 @@ def traced_contrast(
     trace = _trace(inputs, process_group, call, dtype)
     found = torch.ops.fastclip.rank_contrast(*inputs, x_ids, y_ids, margin, *options, *trace)
     positive = call.same_id == "positive"
-    return named(tuple(found[: statistics_of(positive)]), positive, options.rows, options.columns)
+    return named(
+        tuple(found[: number_of_statistics(positive)]), positive, options.rows, options.columns
+    )

@@ -11,12 +11,12 @@ from torch import Tensor
 from ...engine.block import NO_POSITIVES, Block
 from ...engine.dtypes import state_dtype
 from ...engine.kept import KEPT_BY
-from ...engine.line_statistics import Inputs, StatisticsOptions, statistics_of
+from ...engine.line_statistics import StatisticsInputs, StatisticsOptions, number_of_statistics
 from .. import sharded_statistics
 from ..agreement import group_named
 from ..block_row import TENSORS, BlockRow, Swept
-from ..calls import ContrastCall, begin_contrast, check_contrast
-from ..sharded_statistics import Task
+from ..calls import ContrastCall, begin_contrast, checked_contrast
+from ..sharded_statistics import StatisticsTask
 from .rank_operator import (
     Trace,
     by_input,
@@ -41,7 +41,7 @@ _INPUTS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? key_bias"
 _OTHERS = "Tensor? x_ids, Tensor? y_ids, Tensor? margin"
 
 
-def _contrast_results(inputs: Inputs, task: Task, trace: Trace) -> list[Tensor]:
+def _contrast_results(inputs: StatisticsInputs, task: StatisticsTask, trace: Trace) -> list[Tensor]:
     own = sharded_statistics.own_of(inputs, task)
     row = sharded_statistics.row_of(own, task)
     # The shapes of kept products would depend on the rank's number if columns visit apart.
@@ -76,7 +76,7 @@ def _given(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], ContrastCall, Tra
 
 
 def _rank_contrast(*arguments: Any) -> list[Tensor]:
-    count = len(Inputs._fields)
+    count = len(StatisticsInputs._fields)
     others, call, trace = _given(arguments[count:])
     check_ranks(trace)
     inputs = leaves(arguments[:count], trace.needs)
@@ -87,22 +87,22 @@ def _rank_contrast(*arguments: Any) -> list[Tensor]:
 
 
 def _fake_rank_contrast(*arguments: Any) -> list[Tensor]:
-    count = len(Inputs._fields)
+    count = len(StatisticsInputs._fields)
     others, call, trace = _given(arguments[count:])
     try:
-        checked = check_contrast((*arguments[:count], *others), group_named(trace.group), call)
+        checked = checked_contrast((*arguments[:count], *others), group_named(trace.group), call)
     except (TypeError, ValueError):
         m, n = (t.shape[0] if t.dim() else 1 for t in arguments[:2])
         dtype = state_dtype(arguments[0].device)
-        sizes = (m, n, m, m, n)[: statistics_of(call.same_id == "positive")]
+        sizes = (m, n, m, m, n)[: number_of_statistics(call.same_id == "positive")]
         return [arguments[0].new_empty((size,), dtype=dtype) for size in sizes]
     task = checked.task._replace(shard=pretended_shard(trace, checked.inputs.y.shape[0]))
     return _contrast_results(checked.inputs, task, trace)
 
 
 def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-    count = len(Inputs._fields)
-    inputs, (found, saved, *rest) = Inputs(*arguments[:count]), arguments[count:]
+    count = len(StatisticsInputs._fields)
+    inputs, (found, saved, *rest) = StatisticsInputs(*arguments[:count]), arguments[count:]
     call, trace = split(ContrastCall, rest)
     needs, beside, (state, positive, *kept) = saved[0], saved[1 : TENSORS + 1], saved[TENSORS + 1 :]
     options = StatisticsOptions(
@@ -111,7 +111,7 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     offset = NO_POSITIVES if call.offset is None else call.offset
     shard = shard_again(trace, inputs.y.shape[0], None, needs)
     positive_ids = call.same_id == "positive"
-    task = Task(options, None, None, offset, call.kind, positive_ids, shard, call.ring)
+    task = StatisticsTask(options, None, None, offset, call.kind, positive_ids, shard, call.ring)
     own = sharded_statistics.own_of(inputs, task)
     columns = sharded_statistics.columns_of(*own.sizes(), task)
     row = BlockRow(trace.engine, columns, call.normalize, with_tensors_beside(own, beside))
@@ -126,11 +126,11 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
 
 
 def _fake_rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-    return fakes_like(arguments[: len(Inputs._fields)], arguments)
+    return fakes_like(arguments[: len(StatisticsInputs._fields)], arguments)
 
 
 def _contrast_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    count = len(Inputs._fields)
+    count = len(StatisticsInputs._fields)
     inputs, output = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     found, saved = list(output[: ctx.results]), list(output[ctx.results :])
     # All ranks must make the same exchanges, whichever statistics each of them uses.
@@ -147,7 +147,7 @@ def _contrast_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor
 
 def _results_of_contrast(arguments: tuple[Any, ...]) -> int:
     _, call, _ = _given(arguments)
-    return statistics_of(call.same_id == "positive")
+    return number_of_statistics(call.same_id == "positive")
 
 
 define(
@@ -160,4 +160,6 @@ define(
     f" {Trace.SCHEMA}) -> Tensor[]",
     _rank_contrast_backward, _fake_rank_contrast_backward,
 )  # fmt: skip
-register_backward("rank_contrast", _contrast_gradients, len(Inputs._fields), _results_of_contrast)
+register_backward(
+    "rank_contrast", _contrast_gradients, len(StatisticsInputs._fields), _results_of_contrast
+)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...engine.fused_loss import LossOptions
+from ...engine.fused_loss import LossInputs, LossOptions
 from .. import sharded_loss
 from ..agreement import group_named
 from ..block_row import TENSORS, BlockRow
-from ..calls import LossCall, begin_loss, check_loss
+from ..calls import LossCall, begin_loss, checked_loss
 from ..gradient_mode import GradientMode
 from .rank_operator import (
     Trace,
@@ -72,22 +72,20 @@ class TracedOptions(NamedTuple):
         )  # fmt: skip
 
 
-def _loss_results(
-    inputs: sharded_loss.Inputs, context: sharded_loss.Context, trace: Trace
-) -> list[Tensor]:
-    own = context.own(*inputs)
-    row = context.row(own)
+def _loss_results(inputs: LossInputs, task: sharded_loss.LossTask, trace: Trace) -> list[Tensor]:
+    own = task.own(*inputs)
+    row = task.row(own)
     if not trace.saves:
-        return [sharded_loss.value_alone(context, row)]
+        return [sharded_loss.value_alone(task, row)]
     x, y = inputs[:2]
-    at_once = sharded_loss.makes_gradients_at_once(context, x, y)
-    value, found = sharded_loss.forward(context, row, x, y, trace.needs[0])
+    at_once = sharded_loss.makes_gradients_at_once(task, x, y)
+    value, found = sharded_loss.forward(task, row, x, y, trace.needs[0])
     beside = [] if at_once else tensors_beside(row.block, own)
-    if at_once and not context.shard.needs_y:
+    if at_once and not task.shard.needs_y:
         # No rank needs dy here. The fake could not know that, so dy has its full shape.
         dx, dy, totals = found
-        found = [dx, dy.new_empty((context.shard.batch, *dy.shape[1:])), totals]
-    return [value, exchanged_needs(context.shard), *beside, *found]
+        found = [dx, dy.new_empty((task.shard.batch, *dy.shape[1:])), totals]
+    return [value, exchanged_needs(task.shard), *beside, *found]
 
 
 def _rank_loss(
@@ -97,9 +95,9 @@ def _rank_loss(
     check_ranks(trace)
     inputs = leaves((x, y, scale, bias), trace.needs)
     with torch.set_grad_enabled(trace.saves):
-        inputs, context = begin_loss(inputs, group_named(trace.group), options.call)
+        inputs, task = begin_loss(inputs, group_named(trace.group), options.call)
     with torch.no_grad():
-        return _loss_results(inputs, context, trace)
+        return _loss_results(inputs, task, trace)
 
 
 def _fake_rank_loss(
@@ -107,12 +105,12 @@ def _fake_rank_loss(
 ) -> list[Tensor]:
     options, trace = split(TracedOptions, arguments)
     try:
-        checked = check_loss((x, y, scale, bias), group_named(trace.group), options.call)
+        checked = checked_loss((x, y, scale, bias), group_named(trace.group), options.call)
     except (TypeError, ValueError, RuntimeError):
         return [x.new_empty((), dtype=torch.float32)]
     shard = pretended_shard(trace, x.shape[0], checked.live)
-    context = sharded_loss.Context(checked.options, shard, options.mode)
-    return _loss_results(checked.inputs, context, trace)
+    task = sharded_loss.LossTask(checked.options, shard, options.mode)
+    return _loss_results(checked.inputs, task, trace)
 
 
 def _rank_loss_backward(
@@ -125,12 +123,12 @@ def _rank_loss_backward(
         options.kind, trace.engine, options.dtype, options.normalize, "mean", 0
     )
     shard = shard_again(trace, x.shape[0], options.live, needs)
-    context = sharded_loss.Context(loss_options, shard, options.mode)
-    block = context.own(*inputs)
-    if not sharded_loss.makes_gradients_at_once(context, x, y):
+    task = sharded_loss.LossTask(loss_options, shard, options.mode)
+    block = task.own(*inputs)
+    if not sharded_loss.makes_gradients_at_once(task, x, y):
         block, saved = with_tensors_beside(block, saved[:TENSORS]), saved[TENSORS:]
-    row = BlockRow(loss_options.engine, context.columns, loss_options.normalize, block)
-    gradients = sharded_loss.backward(context, row, inputs, saved, trace.needs, upstream)
+    row = BlockRow(loss_options.engine, task.columns, loss_options.normalize, block)
+    gradients = sharded_loss.backward(task, row, inputs, saved, trace.needs, upstream)
     return requested(gradients)
 
 

@@ -14,7 +14,7 @@ from support.streamed_truth import truth
 from torch import Tensor
 
 from fastclip.engine import operators
-from fastclip.engine.block import Block, Side, Statistics, Upstream, Wanted
+from fastclip.engine.block import Block, Side, SweepResults, Upstream, Wanted
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type != "cuda" or not FUSED, reason="needs a CUDA device and a fused engine for it"
@@ -185,7 +185,7 @@ def test_offsets_beyond_32_bits(fused: str) -> None:
         lines = torch.cat((every[:m][rows], every[m:]))
         return operators.weigh(
             fused, block._replace(x=Side(x[rows]), offset=-m),
-            Statistics(state[:, lines].contiguous(), positive[rows], kept),
+            SweepResults(state[:, lines].contiguous(), positive[rows], kept),
             Upstream(a[lines], p[rows], gain), wanted,
         ).x  # fmt: skip
 

@@ -35,7 +35,7 @@ def test_split_products_are_opt_in(
     for asked, first in ((None, "cuda"), ("", "cuda"), ("ieee", "cuda"), ("split", "triton")):
         settings(asked)
         products = preference.products_of(torch.float32)
-        assert products == ("split" if asked == "split" else "fp32")
+        assert products == ("split" if asked == "split" else "ieee")
         assert preference.products_of(torch.bfloat16) == "half"
         rows = [row for row in preference.TABLE if row.takes(products, (9, 0))]
         assert preference.order(rows, 1000, 512)[0] == first
@@ -43,7 +43,7 @@ def test_split_products_are_opt_in(
     assert preference.products_of(torch.float32) == "tf32"
     settings("split")
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert preference.products_of(torch.float32) == "fp32"
+    assert preference.products_of(torch.float32) == "ieee"
 
 
 def test_an_unknown_setting_is_an_error(settings: Callable[[str | None, str], None]) -> None:

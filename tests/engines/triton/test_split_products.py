@@ -291,17 +291,19 @@ def test_rows_may_begin_anywhere() -> None:
 @pytest.mark.parametrize("n", [2048, 65536])
 def test_its_cost(n: int) -> None:
     """The cost is six passes for one, and six bytes a number; memory is within the bounds."""
+    from support import triton_cost
+
     from fastclip.triton_kernels import plan
     from fastclip.triton_kernels.configurations import TABLE
 
     d, table = 768, TABLE["sm_90"]
-    first = plan.sweep_cost(n, n, d, table["sweep", "split", "wide"], 4, 1, products=6)
-    second = plan.weigh_cost(n, n, d, table["weigh", "split", "wide"], 4, products=6)
+    first = triton_cost.sweep_cost(n, n, d, table["sweep", "split", "wide"], 4, 1, products=6)
+    second = triton_cost.weigh_cost(n, n, d, table["weigh", "split", "wide"], 4, products=6)
     assert (first + second).flops == 4 * 6 * 2 * n * n * d
-    one = plan.weigh_cost(n, n, d, table["weigh", "split", "wide"], 6)
+    one = triton_cost.weigh_cost(n, n, d, table["weigh", "split", "wide"], 6)
     assert second.bytes - one.bytes == 10 * 2 * n * d
     assert second.work_space <= plan.WEIGHT_BYTES + (4 + 4 + 12) * n * d
-    kept = plan.sweep_cost(n, n, d, table["kept", "split", "wide"], 4, 1, n, products=6)
+    kept = triton_cost.sweep_cost(n, n, d, table["kept", "split", "wide"], 4, 1, n, products=6)
     assert kept.bytes - first.bytes >= 4 * n * n
     # H100: cuBLAS runs one fp32 product at 50 TFLOP/s, against six bf16 products at 500.
     assert second.bytes / 3.35e12 < 0.3 * second.flops / 500e12

@@ -102,57 +102,61 @@ def edge_place(
 
 @pytest.mark.parametrize("n", NS)
 def test_memory_is_bounded(n: int) -> None:
+    from support import triton_cost
+
     from fastclip.triton_kernels import plan
 
     for itemsize in (2, 4):
-        sweep = plan.sweep_cost(n, n, 512, config(), itemsize, layers=2)
+        sweep = triton_cost.sweep_cost(n, n, 512, config(), itemsize, layers=2)
         row_of_tiles = 2 * 4 * (plan.cdiv(n, 128) * 128 + n)
         assert sweep.work_space <= max(plan.PARTIAL_BYTES, row_of_tiles)
         rows, columns = plan.weight_shape(n, n, itemsize)
         stride = plan.cdiv(columns, 16) * 16
         assert itemsize * rows * stride <= max(plan.WEIGHT_BYTES, 128 * stride * itemsize)
-        weigh = plan.weigh_cost(n, n, 512, config(), itemsize)
+        weigh = triton_cost.weigh_cost(n, n, 512, config(), itemsize)
         # Weights, one chunk of dx and all of dy in fp32; only dy grows with N.
         assert weigh.work_space <= plan.WEIGHT_BYTES + 4 * 512 * (rows + n)
-        both = plan.weigh_cost(n, n, 512, config("both"), itemsize, fold=True)
+        both = triton_cost.weigh_cost(n, n, 512, config("both"), itemsize, fold=True)
         assert both.work_space <= weigh.work_space + plan.PARTIAL_BYTES
 
 
 def test_memory_of_a_large_step() -> None:
     """A step of 65,536 x 768 in bf16 takes less than 1 GB beside features and gradients."""
-    from fastclip.triton_kernels import plan
+    from support import triton_cost
 
     n, d = 65536, 768
-    assert plan.sweep_cost(n, n, d, config("sweep"), 2, layers=1).work_space <= 128 << 20
-    assert plan.weigh_cost(n, n, d, config(), 2).work_space < 0.5e9
+    assert triton_cost.sweep_cost(n, n, d, config("sweep"), 2, layers=1).work_space <= 128 << 20
+    assert triton_cost.weigh_cost(n, n, d, config(), 2).work_space < 0.5e9
 
 
 @pytest.mark.parametrize("n", [n for n in NS if n > 1])
 def test_passes(n: int) -> None:
-    from fastclip.triton_kernels import plan
+    from support import triton_cost
 
     d = 768
-    first = passes(plan.sweep_cost(n, n, d, config("sweep"), 2, 1), n, d)
+    first = passes(triton_cost.sweep_cost(n, n, d, config("sweep"), 2, 1), n, d)
     second = {
         needs: passes(
-            plan.weigh_cost(n, n, d, config(), 2, needs_x=needs[0], needs_y=needs[1]), n, d
+            triton_cost.weigh_cost(n, n, d, config(), 2, needs_x=needs[0], needs_y=needs[1]), n, d
         )
         for needs in ((True, True), (True, False), (False, False))
     }
     assert first == 1 and second == {(True, True): 3, (True, False): 2, (False, False): 1}
-    assert passes(plan.weigh_cost(n, n, d, config(), 2, kept_rows=n), n, d) == 2
-    assert passes(plan.weigh_cost(n, n, d, config("both"), 2, fold=True), n, d) == 3
+    assert passes(triton_cost.weigh_cost(n, n, d, config(), 2, kept_rows=n), n, d) == 2
+    assert passes(triton_cost.weigh_cost(n, n, d, config("both"), 2, fold=True), n, d) == 3
 
 
 @pytest.mark.parametrize("n, d", [(32768, 768), (65536, 768), (1 << 20, 512)])
 def test_traffic_is_hidden_behind_the_products(n: int, d: int) -> None:
     """On paper bytes take less than half the time of the FLOPs, and partial sums a few percent."""
+    from support import triton_cost
+
     from fastclip.triton_kernels import plan
 
     for cost in (
-        plan.sweep_cost(n, n, d, config("sweep"), 2, 1),
-        plan.weigh_cost(n, n, d, config(), 2),
-        plan.weigh_cost(n, n, d, config("both"), 2, fold=True),
+        triton_cost.sweep_cost(n, n, d, config("sweep"), 2, 1),
+        triton_cost.weigh_cost(n, n, d, config(), 2),
+        triton_cost.weigh_cost(n, n, d, config("both"), 2, fold=True),
     ):
         assert cost.bytes / BYTES < 0.5 * cost.flops / FLOPS
     chunks = plan.sweep_chunks(n, config("sweep"), 1, 0, n)
@@ -163,10 +167,10 @@ def test_traffic_is_hidden_behind_the_products(n: int, d: int) -> None:
 def test_a_dense_loss_moves_far_more() -> None:
     """Writing and reading its fp32 logits twice moves more than four times as much as a whole first
     sweep."""
-    from fastclip.triton_kernels import plan
+    from support import triton_cost
 
     n, d = 32768, 768
-    assert 16 * n * n > 4 * plan.sweep_cost(n, n, d, config("sweep"), 2, 1).bytes
+    assert 16 * n * n > 4 * triton_cost.sweep_cost(n, n, d, config("sweep"), 2, 1).bytes
 
 
 def test_cards_and_their_tables() -> None:

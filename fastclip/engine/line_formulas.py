@@ -1,0 +1,151 @@
+"""The formulas of lines, O(M + N) in plain PyTorch: statistics from a sweep's states, and the
+factors of pairs' weights from the statistics' upstream gradients.
+
+A coefficient is the upstream gradient divided by the line's sum: times a pair's exponential it is
+the pair's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kinds import LN2, LOG2E, Kind, LineStatistics, kind_of
+from . import pairs
+from .block import Block, Upstream
+
+
+def named(
+    found: tuple[Tensor, ...], same_id_positive: bool, rows: bool, columns: bool
+) -> LineStatistics:
+    """Returns `made_of`, with None in place of the statistics of a side that is not wanted."""
+    every = made_of(found, same_id_positive)
+    if not rows:
+        every = every._replace(rows=None, row_positives=None)
+    if not columns:
+        every = every._replace(columns=None, column_positives=None)
+    return every
+
+
+def number_of_statistics(same_id_positive: bool) -> int:
+    """The number of tensors that `finish` returns; those of positives by id come last."""
+    fields = LineStatistics._fields
+    return len(fields) if same_id_positive else fields.index("row_positives")
+
+
+def made_of(found: Sequence[Tensor], same_id_positive: bool) -> LineStatistics:
+    """Gives `finish`'s results their names, and drops the results that may follow in `found`."""
+    return LineStatistics(*found[: number_of_statistics(same_id_positive)])
+
+
+class States(NamedTuple):
+    """The states of lines for one set of pairs: negatives, or positives by id."""
+
+    shift: Tensor  # (L), in log2 units
+    sums: Tensor  # (L)
+
+
+def states_of(state: Tensor) -> list[States]:
+    """Splits a state into that of negatives and, if it has four rows, of positives by id."""
+    return [States(*one) for one in state.unflatten(0, (-1, 2))]
+
+
+def statistic(kind: type[Kind], states: States) -> Tensor:
+    """Returns the statistic of each line (L)."""
+    shift, sums = states
+    return (torch.log2(sums) + shift) * LN2 if kind.has_shift else sums
+
+
+def finish(
+    block: Block, state: Tensor, positive: Tensor, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Returns the fields of `LineStatistics`, by-id positives only with same_id_positive. A side
+    may be empty."""
+    kind, (m, _) = kind_of(block.kind), block.sizes()
+    dtype = state.dtype
+    common = 0.0 if bias is None else bias.reshape(()).to(dtype)
+    moved = common if kind.has_shift else 0.0
+    of_negatives, *of_by_id = states_of(state)
+    negatives = statistic(kind, of_negatives) + moved
+    positives = positive * block.scale.reshape(()).to(dtype) + common
+    if block.key_bias is not None:
+        positives = positives + pairs.at_rows(block.key_bias.to(dtype), m, block.offset, 0)
+    found = (negatives[:m], negatives[m:], positives)
+    if not of_by_id:
+        return found
+    by_id, own = statistic(kind, *of_by_id) + moved, _Own(block, positives)
+    if kind.has_shift:
+        by_id = torch.logaddexp(by_id, torch.where(own.exists, own.logits, -torch.inf))
+    else:
+        by_id = by_id + torch.where(own.exists, kind.fold(own.log2, own.log2 * 0), 0)
+    return *found, by_id[:m], by_id[m:]
+
+
+class _Own:
+    """The own positives of each row, then of each column."""
+
+    def __init__(self, block: Block, positives: Tensor) -> None:
+        m, n = block.sizes()
+        _, inside = pairs.partners(m, n, block.offset, positives.device)
+
+        def of_lines(values: Tensor, absent: Any) -> Tensor:
+            return torch.cat((values, pairs.at_columns(values, n, block.offset, absent)))
+
+        self.exists = of_lines(inside, False)
+        self.logits = of_lines(positives, torch.nan)
+        self.sign = -1 if kind_of(block.kind).negates_positives else 1
+        # In log2 units, with the sign that the kind gives to positives.
+        self.log2 = self.logits * (self.sign * LOG2E)
+
+
+def weights(
+    block: Block, bias: Tensor | None, found: LineStatistics, state: Tensor,
+    upstream: LineStatistics,
+) -> tuple[Upstream, Tensor | None]:  # fmt: skip
+    """Returns the factors of pairs' weights for the upstream gradients of the statistics, and the
+    gradient of a bias that the engine does not get. A side may be empty."""
+    kind, (m, n) = kind_of(block.kind), block.sizes()
+    given = LineStatistics(*(
+        t if t is None else torch.zeros_like(t) if g is None else g.to(state.dtype)
+        for t, g in zip(found, upstream, strict=True)
+    ))  # fmt: skip
+    negatives, *positives = states_of(state)
+    _, inside = pairs.partners(m, n, block.offset, state.device)
+    of_own = torch.where(inside, given.positives, 0)
+    of_lines = torch.cat((given.rows, given.columns))
+    every = [of_lines]
+    coefficients = [of_lines]
+    # The gradient of a bias that is common to all logits.
+    total = of_lines.masked_fill(negatives.sums == 0, 0).sum() + of_own.sum()
+    if kind.has_shift:
+        coefficients = [torch.where(negatives.sums == 0, 0, of_lines / negatives.sums)]
+    for states in positives:
+        of_lines = torch.cat((given.row_positives, given.column_positives))
+        every.append(of_lines)
+        by_id = torch.cat((found.row_positives, found.column_positives))
+        own = _Own(block, found.positives)
+        # The gradient of each line with respect to its own positive's logit.
+        share = of_lines * own.sign
+        if kind.has_shift:
+            nothing = by_id == -torch.inf
+            of_lines = of_lines.masked_fill(nothing, 0)
+            total = total + of_lines.sum()
+            # In logarithms, since an own positive may exceed the others' shift by far.
+            common = 0.0 if bias is None else bias.reshape(()).to(state.dtype)
+            beside = torch.exp2(states.shift - (by_id - common) * LOG2E)
+            # The own positive of a column that key_bias takes out is -inf.
+            share = of_lines * torch.exp(own.logits - by_id.masked_fill(nothing, 0))
+            of_lines = torch.where(states.sums == 0, 0, of_lines * beside)
+        else:
+            share = share * kind.activation(own.log2, own.log2 * 0)
+        coefficients.append(of_lines)
+        share = torch.where(own.exists, share, 0)
+        of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
+    # The largest upstream gradient goes into the gain, so that weights are of order 1.
+    largest = torch.cat([of_own, *every, of_own.new_zeros(1)]).abs().amax()
+    unit = torch.where(largest > 0, largest, 1)
+    stacked = torch.stack(coefficients) if len(coefficients) > 1 else coefficients[0]
+    return Upstream(stacked / unit, of_own / unit, largest), total if kind.has_shift else None
