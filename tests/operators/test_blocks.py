@@ -17,7 +17,7 @@ from support.block_cases import (
     in_every_dtype,
 )
 from support.block_operators import make_weights, operator, sweep, weigh
-from support.dense_block import DTYPES, Block, accumulator, make_block
+from support.dense_block import DENSE_KINDS, DTYPES, Block, accumulator, make_block
 from support.dense_truth import Dense, assert_gradients, assert_states
 
 pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
@@ -93,7 +93,7 @@ def test_only_requested_gradients_are_returned(
             exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
             results = weigh(engine, block, state, positive, weights, needs=needs)
             assert_gradients(dense, exact, results, needs, f"{shape}, {what}")
-            if kind == "sigmoid":
+            if DENSE_KINDS[kind].is_linear:
                 check_in_one_go(engine, block, needs, project=False, what=what)
 
 

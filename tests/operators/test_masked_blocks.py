@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.block_cases import SHAPES, compiled_only, for_every_kind, in_every_dtype
 from support.block_operators import make_weights, sweep, weigh_all
-from support.dense_block import DTYPES, accumulator
+from support.dense_block import DENSE_KINDS, DTYPES, accumulator
 from support.dense_truth import Dense, has_one_shift
 from support.masked_block import make_masked_block
 from support.masked_cases import OPTIONS, check_masked, masked_blocks
@@ -65,7 +65,7 @@ def test_one_shift_is_not_enough(engine: str, kind: str, options: str, scale: fl
     shape = SHAPES["wide"]
     for what, block in masked_blocks(shape, torch.float32, options, kind=kind, scale=scale):
         check_masked(engine, block, what)
-    if kind == "softmax" and options != "one id":  # one id leaves no negatives
+    if DENSE_KINDS[kind].has_shift and options != "one id":  # one id leaves no negatives
         assert not has_one_shift(sweep(engine, block)[0])
 
 
@@ -139,7 +139,7 @@ def test_a_nan_spoils_only_its_lines(engine: str, kind: str) -> None:
     state = sweep(engine, block)[0]
     row = state[1, :20]
     assert row[3].isnan()
-    if kind == "sigmoid":  # softmax's lines share a bound, which it spoils
+    if not DENSE_KINDS[kind].has_shift:  # lines with shifts share a bound, which the NaN spoils
         assert row[torch.arange(20) != 3].isfinite().all()
         hidden = (block.ids_y == block.ids_x[3]) | (torch.arange(30) == 3 + block.offset)
         assert torch.equal(state[1, 20:].isnan(), ~hidden)

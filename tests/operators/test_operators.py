@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.block_operators import make_weights, operator, sweep
-from support.dense_block import DTYPES, KINDS, Block, make_block
+from support.dense_block import DENSE_KINDS, DTYPES, KINDS, Block, make_block
 from support.judge import error, numbers
 from support.losses import LOSSES
 from support.masked_block import make_masked_block, occupied
@@ -61,7 +61,7 @@ def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, t
     kept, because the unused end of a larger buffer is uninitialised memory.
     """
     for kind in KINDS:
-        if name == "sweep_and_weigh" and kind == "softmax":
+        if name == "sweep_and_weigh" and not DENSE_KINDS[kind].is_linear:
             continue
         for m, n, offset in ((20, 33, 4), (33, 20, -7), (6, 6, 100)):
             for factors in ((False, False), (True, False), (True, True)):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.block_cases import SMALL, blocks, for_every_kind, in_every_dtype
 from support.block_operators import make_weights, operator, sweep, weigh
-from support.dense_block import DTYPES, LOG2E, make_block
+from support.dense_block import DENSE_KINDS, DTYPES, LOG2E, make_block
 from support.dense_truth import Dense, assert_gradients, logarithms
 from torch import Tensor
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
 def merged(states: list[Tensor], kind: str) -> Tensor:
     """Returns one number a line: the states of parts, added in the units of `logarithms`."""
     parts = torch.stack([logarithms(state, kind) for state in states])
-    if kind == "sigmoid":
+    if not DENSE_KINDS[kind].has_shift:
         return parts.sum(0)
     return torch.logsumexp(parts / LOG2E, 0) * LOG2E
 
@@ -57,7 +57,7 @@ def test_parts_add_up_to_the_block(
             rows = torch.cat([logarithms(one, kind), logarithms(two, kind)])
             columns = merged([other, another], kind)
         difference = torch.cat([rows, columns]) - dense.logarithms
-        if kind == "sigmoid":
+        if not DENSE_KINDS[kind].has_shift:
             difference = difference / dense.logarithms.clamp_min(1e-30)
         assert (difference.abs() <= 2 * dense.arithmetic).all()
 
@@ -99,7 +99,7 @@ def test_finish(engine: str, kind: str, dtype: str) -> None:
                 state[:, lines].contiguous(), positive[rows], block.scale, block.bias, kind
             )
             s = (dense.scale * dense.positive[rows] + dense.bias).repeat(2)
-            if kind == "sigmoid":
+            if not DENSE_KINDS[kind].has_shift:
                 exact = dense.logarithms[lines] + F.softplus(-s, threshold=60)
                 expected, weight = torch.ones_like(s), -torch.sigmoid(-s)
                 found = coefficients

@@ -4,18 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BACKENDS, DEVICE
+from support.losses import LOSSES
 from torch import Tensor
 
 from fastclip import contrast
-from fastclip.loss import clip_loss, siglip_loss
 
 FUSED = [name for name in ("triton", "cuda") if name in BACKENDS]
 
 
 on_each = pytest.mark.parametrize("fused", FUSED or ["triton"])
-
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 
 def of_everything(

@@ -35,6 +35,7 @@ class DenseKind(NamedTuple):
     # The statistic in the same units, from a state's shift and sum.
     logarithm: Callable[[Tensor, Tensor], Tensor]
     has_shift: bool  # then bias cancels, and errors of a statistic are absolute
+    is_linear: bool  # its weights need no state: one operator sweeps and weighs
     sign_of_positives: int  # by id: the sign of their logits and weights
 
 
@@ -48,6 +49,7 @@ DENSE_KINDS = {
         lambda s, shift: torch.exp2(s * LOG2E - shift),
         lambda shift, sums: torch.log2(sums) + shift,
         has_shift=True,
+        is_linear=False,
         sign_of_positives=1,
     ),
     "sigmoid": DenseKind(
@@ -55,6 +57,7 @@ DENSE_KINDS = {
         lambda s, shift: torch.sigmoid(s),
         lambda shift, sums: sums,
         has_shift=False,
+        is_linear=True,
         sign_of_positives=-1,
     ),
 }

@@ -11,14 +11,12 @@ from functools import partial
 import pytest
 import torch
 from support.block_operators import make_weights, operator, sweep, weigh
-from support.dense_block import DTYPES, make_block
+from support.dense_block import DENSE_KINDS, DTYPES, KINDS, make_block
+from support.losses import LOSSES
 from torch import Tensor
 
 import fastclip
 from fastclip.engine.kept import rows_to_keep
-from fastclip.loss import clip_loss, siglip_loss
-
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 
 compiled_only = pytest.mark.skipif(
     fastclip.backends()["cpu"] != "available", reason="the C++ engine was not built"
@@ -74,7 +72,7 @@ def test_the_number_of_threads_is_torchs(threads: int) -> None:
     assert fastclip.build_info()["threads"] == threads
     gain = torch.ones((), dtype=torch.float64)
     for shape in ((4000, 600), (600, 4000)):
-        for kind in ("softmax", "sigmoid"):
+        for kind in KINDS:
             block = make_block(*shape, 8, torch.float64, kind=kind)
             state, positive, _ = sweep("cpu", block)
             weights = make_weights(state, shape[0])
@@ -113,7 +111,7 @@ def test_small_work_takes_one_thread() -> None:
 @compiled_only
 @pytest.mark.parametrize("scale", [14.3, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_for_any_number_of_threads(kind: str, dtype: str, scale: float) -> None:
     """Sums have a fixed order. Three threads are more than the cores of many machines."""
     for m, n in ((333, 200), (200, 333)):
@@ -131,7 +129,7 @@ def test_the_same_bits_for_any_number_of_threads(kind: str, dtype: str, scale: f
                 weights = make_weights(state, m)
                 gradients = weigh("cpu", block, state, positive, weights, kept, project=True)
                 result = [state, positive.nan_to_num(7.0), *gradients]
-                if kind == "sigmoid":
+                if DENSE_KINDS[kind].is_linear:
                     in_one_go = operator("sweep_and_weigh", "cpu")(
                         *block.arguments, gain, True, True, True
                     )

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.losses import LOSSES
 from torch import Tensor
 
 import fastclip
 from fastclip.engine import operators
 from fastclip.engine.block import Block, Side
-from fastclip.loss import clip_loss, siglip_loss
+from fastclip.loss import clip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 MIB = 1 << 20
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE
-from support.card_steps import FUSED, LOSSES, MIB, STEPS, inputs, on_each, step
+from support.card_steps import FUSED, MIB, STEPS, inputs, on_each, step
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type != "cuda" or not FUSED, reason="needs a CUDA device and a fused engine for it"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from support.block_operators import make_weights, operator, sweep, weigh
-from support.dense_block import DTYPES, KINDS, Block, Weights, make_block
+from support.dense_block import DENSE_KINDS, DTYPES, KINDS, Block, Weights, make_block
 from support.dense_truth import Dense, assert_gradients
 from support.gpu_engine_case import (
     EDGE,
@@ -115,7 +115,7 @@ def test_chunks_change_nothing(
     gpu_engine: str, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks are single tiles, on either side of the numerical switch."""
-    has_switch = kind == "softmax" and dtype == "bfloat16"
+    has_switch = DENSE_KINDS[kind].has_shift and dtype == "bfloat16"
     for scale in (14.3, 1e4) if has_switch else (14.3,):
         block = make_block(
             *enlarged(70, 67), 16, HALVES[dtype], kind=kind, offset=3, factors=(True, True),
@@ -135,7 +135,7 @@ def test_chunks_of_several_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     with small_chunks("cuda", monkeypatch, 130, 300):
         for keep in (0, 160):
             check("cuda", block, keep)
-        if kind == "sigmoid":
+        if DENSE_KINDS[kind].is_linear:
             check_in_one_go("cuda", block)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.block_operators import operator
+from support.dense_block import DENSE_KINDS, KINDS
 
 from fastclip.engine import torch_engine
 
@@ -21,10 +22,10 @@ def lines() -> tuple[torch.Tensor, torch.Tensor]:
     return grid[:, :2].T.contiguous(), grid[:, 2].contiguous()
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_agrees_with_plain_pytorch(gpu_engine: str, kind: str) -> None:
     state, positive = lines()
-    if kind == "sigmoid":
+    if not DENSE_KINDS[kind].has_shift:
         state[0] = 0
     scale, bias = torch.tensor(1.3), torch.tensor(-2.0)
     finished = operator("finish", gpu_engine)(state, positive, scale, bias, kind)

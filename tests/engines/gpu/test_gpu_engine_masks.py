@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import DEVICE
 from support import masked_cases
 from support.block_operators import make_weights, operator, sweep
-from support.dense_block import DTYPES, KINDS, Block
+from support.dense_block import DENSE_KINDS, DTYPES, KINDS, Block
 from support.dense_truth import Dense, assert_gradients, has_one_shift
 from support.gpu_engine_case import enlarged, prepare, several_tiles, small_chunks, tf32_products
 from support.masked_block import make_masked_block, occupied
@@ -180,7 +180,7 @@ def test_thresholds_do_not_hide_a_nan(gpu_engine: str, kind: str) -> None:
     block.x[3] = torch.nan
     row = sweep(gpu_engine, block)[0][1]
     assert row[3].isnan()
-    if kind == "sigmoid":  # softmax lines share a bound, which the NaN spoils
+    if not DENSE_KINDS[kind].has_shift:  # lines with shifts share a bound, which the NaN spoils
         m = len(block.x)
         hidden = block.ids_y == block.ids_x[3]
         hidden[3] = True
@@ -211,8 +211,8 @@ def test_small_blocks(kind: str) -> None:
     """The Triton engine has special kernels for small blocks, whose time goes into launches."""
     scales = {ALL: [14.3, 1e3], "ids, margin, key bias": [1e3, 14.3]}
     for turn, (options, of_options) in enumerate(scales.items()):
-        # Only softmax takes another path at another scale.
-        for scale in of_options if kind == "softmax" else of_options[:1]:
+        # Only a kind with shifts takes another path at another scale.
+        for scale in of_options if DENSE_KINDS[kind].has_shift else of_options[:1]:
             block = make_masked_block(
                 40, 37, 24, kind=kind, scale=scale, offset=-3, factors=(True, False),
                 **OPTIONS[options],

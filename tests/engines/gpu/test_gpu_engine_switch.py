@@ -12,9 +12,10 @@ from support.block_operators import operator, sweep
 from support.dense_block import LOG2E, Block, make_block
 from support.dense_truth import Dense, assert_states, has_one_shift
 from support.gpu_engine_case import check, enlarged
+from support.losses import LOSSES, REFERENCES
 from torch import Tensor
 
-from fastclip.loss import clip_loss, siglip_loss
+from fastclip.loss import clip_loss
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 SHAPE = enlarged(40, 33)
@@ -172,8 +173,6 @@ def test_positives_tie_with_their_duplicates(gpu_engine: str, scale: float) -> N
 
 # ---- NaN, infinities and absurd scales must show -------------------------------------------------
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
-
 
 def gradients(
     engine: str, loss: str, x: Tensor, y: Tensor, scale: float, normalize: bool
@@ -200,13 +199,10 @@ def test_spoilt_features_show(gpu_engine: str, loss: str, value: float) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_absurd_scales_give_the_loss_or_no_number(gpu_engine: str, loss: str) -> None:
-    from fastclip import reference
-
-    truths = {"clip": reference.clip_loss, "siglip": reference.siglip_loss}
     x, y = torch.randn(2, SHAPE[1], 6).unbind()
     for scale in (math.nan, math.inf, 1e30, -1e30, 1e8, 1e300):
         ours = float(gradients(gpu_engine, loss, x, y, scale, normalize=True)[0])
-        exact = float(truths[loss](x.double(), y.double(), scale, -1.0, normalize=True))
+        exact = float(REFERENCES[loss](x.double(), y.double(), scale, -1.0, normalize=True))
         assert not math.isfinite(ours) or ours == pytest.approx(exact, rel=1e-2), scale
 
 

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import DEVICE
-from support.card_steps import FUSED, LOSSES, MIB, inputs, on_each, step
+from support.card_steps import FUSED, MIB, inputs, on_each, step
 from support.dense_block import DTYPES
 from support.gpu_engine_case import small_chunks
 from support.judge import roundoff
+from support.losses import LOSSES
 from support.streamed_truth import truth
 from torch import Tensor
 

@@ -26,13 +26,12 @@ from support.judge import (
     plain,
     truth,
 )
+from support.losses import LOSSES
 from support.pretended_card import backends
 from support.triton_case import needs_engine
 
 from fastclip.engine import preference
-from fastclip.loss import clip_loss, siglip_loss
 
-LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 CORES = {"hopper": tensor_core.HOPPER, "ampere": tensor_core.AMPERE}
 SPECIAL = (
     0.0, -0.0, 1.0, 1 + 2**-23, 1 - 2**-24, -(2 - 2**-23), 3.4028234663852886e38,
