@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from support.card_steps import FUSED, MIB, STEPS, inputs, on_each, step
+from support.losses import LOSSES
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type != "cuda" or not FUSED, reason="needs a CUDA device and a fused engine for it"
