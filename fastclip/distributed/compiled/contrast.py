@@ -11,7 +11,8 @@ from torch import Tensor
 from ...engine.block import NO_POSITIVES, Block
 from ...engine.dtypes import state_dtype
 from ...engine.kept import KEPT_BY
-from ...engine.line_statistics import StatisticsInputs, StatisticsOptions, number_of_statistics
+from ...engine.line_formulas import number_of_statistics
+from ...engine.line_statistics import StatisticsInputs, StatisticsOptions
 from .. import sharded_statistics
 from ..agreement import group_named
 from ..block_row import TENSORS, BlockRow, Swept
