@@ -18,56 +18,69 @@ EPILOG = """\
   python -m bench --quick                       a short run of two minutes, not in bench/results
   python -m bench --only 'clip 8192*float32*'   runs these cases again and replaces their rows
   python -m bench --list --full                 lists what would run and what cannot
-  python -m bench distributed                   measures losses across processes here
+  python -m bench distributed --quick           measures losses across processes here
   python -m bench scale --tflops 400            models their time on thousands of GPUs
-  python -m bench table                         prints the CSVs of bench/results as Markdown
-  python -m bench plot                          draws them as PNGs beside them
-  python -m bench readme                        writes tables to README.md, docs/benchmarks*.md
 
-Run it with nothing else on the machine: runs are interleaved, so that a steady load slows all
-methods alike, but a load that comes and goes still widens the quartiles. results.Row and
-distributed/row.py document the columns.
+Without a command it is `run`; COMMAND --help lists a command's options. Run it with nothing else on
+the machine: runs are interleaved, so that a steady load slows all methods alike, but a load that
+comes and goes still widens the quartiles. results.Row and distributed/row.py document the columns.
 """
+COMMANDS = {
+    "run": "measures losses in one process (the default)",
+    "distributed": "measures losses across processes on this machine",
+    "scale": "models the time of losses on thousands of GPUs",
+    "table": "prints CSVs as Markdown, with quartiles",
+    "plot": "draws CSVs as PNGs beside them",
+    "readme": "writes tables to README.md and docs/benchmarks*.md",
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of every command except `scale`, which has its own."""
+    """The parser of every command. `scale` only has its name here: its own module reads the rest."""
     made = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time, memory and error of the losses and of those that they replace.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
-        "command", nargs="?", default="run",
-        choices=("run", "distributed", "scale", "table", "plot", "readme"),
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    of = {
+        name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        for name, text in COMMANDS.items()
+    }
+    _add_measuring(of["run"], full="also N = 16384 and 65536, streaming only")
+    _add_measuring(of["distributed"])
+    of["run"].add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    of["run"].add_argument("--no-errors", action="store_true", help="leave out the errors")
+    for name in ("table", "plot", "readme"):
+        of[name].add_argument(
+            "--csv", nargs="+", type=Path, default=[], metavar="FILE",
+            help="the files to read (default: those of bench/results)",
+        )  # fmt: skip
+    of["readme"].add_argument(
+        "--pages", type=Path, default=ROOT, metavar="DIR",
+        help="the folder in which to write, between the markers of README.md and "
+        "docs/benchmarks*.md (default: the repository). With --csv README.md stays as it is.",
     )  # fmt: skip
+    return made
+
+
+def _add_measuring(made: argparse.ArgumentParser, full: str | None = None) -> None:
+    """Adds the options of a command that measures. full: what its full plan adds, if it has one."""
     size = made.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="few and small cases, two minutes")
-    size.add_argument(
-        "--full", action="store_true", help="also N = 16384 and 65536, streaming only"
-    )
+    size.add_argument("--quick", action="store_true", help="few and small cases, in minutes")
+    if full:
+        size.add_argument("--full", action="store_true", help=full)
     made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="cases by name")
     made.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="methods by name")
     made.add_argument(
         "--list", action="store_true", help="list cases and methods without measuring"
     )
-    made.add_argument(
-        "--seconds", type=float, help="time for the rounds of one case (6; quick: 0.5)"
-    )
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--seconds", type=float, help="time for the rounds of one case")
     made.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
-    made.add_argument("--no-errors", action="store_true", help="leave out the errors")
     made.add_argument(
-        "--csv", nargs="+", type=Path, default=[], metavar="FILE",
-        help="the file to write, or the files to read (default: bench/results)",
-    )  # fmt: skip
-    made.add_argument(
-        "--pages", type=Path, default=ROOT, metavar="DIR",
-        help="the folder in which `readme` writes tables, between the markers of README.md and "
-        "docs/benchmarks*.md (default: the repository)",
-    )  # fmt: skip
-    return made
+        "--csv", type=Path, metavar="FILE", help="the file to write (default: in bench/results)"
+    )
 
 
 def plan_of(options: argparse.Namespace) -> list[cases.Case]:
@@ -141,13 +154,11 @@ def measure_across_processes(options: argparse.Namespace) -> int:
 
 def _path_of(options: argparse.Namespace, folder: Path) -> Path:
     """The CSV that a run writes; quick runs write to build/, not to the committed folder."""
-    if len(options.csv) > 1:
-        raise SystemExit("--csv: a run writes one file")
     if options.csv:
-        return options.csv[0]
+        return options.csv
     if options.quick:
         folder = ROOT / "build" / "bench" / folder.relative_to(results.RESULTS)
-    return folder / f"{results.machine_row(options.device).machine}.csv"
+    return folder / f"{results.machine_row(getattr(options, 'device', 'cpu')).machine}.csv"
 
 
 def _finish(path: Path, run: Callable[[], str]) -> int:
@@ -164,7 +175,9 @@ def _finish(path: Path, run: Callable[[], str]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["scale"]:
+    if not {*COMMANDS, "-h", "--help"} & set(arguments[:1]):
+        arguments = ["run", *arguments]
+    if arguments[0] == "scale":
         from .report import table
         from .scale import page
 

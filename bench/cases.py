@@ -42,8 +42,8 @@ class Case:
     dtype: str  # of DTYPES; "autocast": float32 features under bfloat16 autocast
     scale: float
     data: str = "random"  # or "separated": y = x + small noise
-    # Forward and backward; "graph": the same, captured in a CUDA graph and replayed; or "forward",
-    # under no_grad.
+    # "both": forward and backward; "graph": the same, captured in a CUDA graph and replayed;
+    # "forward": the loss alone, under no_grad.
     mode: str = "both"
     methods: tuple[str, ...] = METHODS
     memory: bool = False  # also measure peak memory

@@ -39,11 +39,11 @@ class Loss(NamedTuple):
     dense: Callable[..., Tensor]
     checkpointed: Callable[..., Tensor]
     truth: Callable[..., truth.Truth]
-    # By method; other methods are compared with the first.
+    # open_clip's losses across processes, by method; the first is the baseline of all methods.
     rivals: dict[str, Rival]
     # Weights need no state: one sweep computes the loss and its gradients, and keeps no products.
     in_one_go: bool
-    # The logit matrices that open_clip and the checkpointed loss compute: 2 if one per direction.
+    # How many logit matrices open_clip and the checkpointed loss compute: 2 if one per direction.
     directions: int
     bias: float | None = None  # the initial bias of training, if the loss has one
     rectangular: bool = False  # True if rectangular.py implements it

@@ -19,7 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if os.environ.get("FASTCLIP_TEST_DEVICE", "cpu") in ("cpu", "emulated"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-try:  # fails after the standard distutils, and Inductor imports it that late
+# After the standard distutils setuptools cannot be imported; Inductor would import it that late.
+try:
     import setuptools
 except ImportError:
     setuptools = None

@@ -22,8 +22,9 @@ def makes_gradients_at_once(case: Case, method: str) -> bool:
 def passes(case: Case, method: str) -> float:
     """The passes that the loss needs across ranks.
 
-    The second sweep reuses the products that the first one kept. If weights need no state, all
-    texts are gathered and gradients may be held in the features' dtype, the forward computes them.
+    The second sweep reuses the products that the first one kept. The forward computes the gradients
+    if weights need no state, all texts are gathered and the gradients may be held in the features'
+    dtype.
     """
     if makes_gradients_at_once(case, method):
         return 3.0
@@ -35,8 +36,9 @@ def passes(case: Case, method: str) -> float:
 def small_exchanges(case: Case, method: str) -> int:
     """The number of small exchanges in a step.
 
-    On CPUs ranks compare their arguments at every step. If weights need no state, none is
-    exchanged; gradients that the forward computed do not need other ranks' upstream gradients.
+    One compares the ranks' arguments, on CPUs at every step. If weights need a state, the exchanges
+    of states follow. If they need none, one exchange of upstream gradients follows, but not if the
+    forward has computed the gradients.
     """
     if not loss_of(case.loss).in_one_go:
         return model.STATE_EXCHANGES + 1

@@ -22,10 +22,10 @@ GATHERED_RECOMPUTED, RING_RECOMPUTED = "fastclip budget=0", "fastclip ring budge
 
 
 def of(loss: str, timed: bool = True) -> tuple[str, ...]:
-    """The names of a loss's methods; the others are compared with the first.
+    """The names of a loss's methods. The first is the baseline of the others.
 
-    Kept products take up to b B numbers, as far as the budget goes, and hide the other memory held.
-    If not `timed`, variants that keep none are therefore included.
+    Kept products are up to b B numbers (B: all ranks' pairs), within the budget, and hide all other
+    memory. If only memory is measured (not `timed`), variants that keep none are therefore added.
     """
     ours = (GATHERED, RING) if timed else (GATHERED, GATHERED_RECOMPUTED, RING, RING_RECOMPUTED)
     return (*loss_of(loss).rivals, *ours)

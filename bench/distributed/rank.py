@@ -27,9 +27,9 @@ from ..methods.registry import Step, make_step
 from . import methods
 from .cases import Case, own_inputs
 
-# Timed in the same rounds as the methods, for the check of the scale model: this rank's pairs as a
-# batch of one process, while the others do the same; and the exchanges of the all-gather, of the
-# reduce-scatter, of the ring and of states.
+# Yardsticks of the scale model, timed in the same rounds as the methods. SINGLE: this rank's pairs
+# as a batch of one process, while the other ranks do the same. The others are exchanges: those of
+# an all-gather, of a reduce-scatter, of one hop of the ring, and of states.
 SINGLE = "single"
 GATHER, SCATTER, HOP, SMALL = "gather", "scatter", "hop", "small"
 
@@ -38,8 +38,8 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 
 @dataclass
 class Measured:
-    """One rank's measurements. Times are the slowest rank's. Errors are over all ranks, and only on
-    the first rank."""
+    """One rank's measurements. Times are those of the slowest rank. Errors cover the results of all
+    ranks, and only the first rank has them."""
 
     times: dict[str, Timing] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)

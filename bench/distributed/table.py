@@ -1,4 +1,4 @@
-"""The CSV of losses across processes as Markdown: in full for a terminal, in short for the README.
+"""The CSV of losses across processes as Markdown: in full for a terminal, in short for a page.
 
 All figures come from the rows given.
 """

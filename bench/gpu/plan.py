@@ -99,7 +99,7 @@ def again() -> list[Step]:
     """The second run: checks and times the tiles that won in the first, and runs tests that did not
     fit into it.
 
-    The losses' tests run in reverse order of files, because the first run was cut on its way.
+    The losses' test files run in reverse order: the first run may have been cut before the last.
     """
 
     def tiles_of(session: Session) -> str:

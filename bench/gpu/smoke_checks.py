@@ -36,9 +36,6 @@ SCALES = (14.3, 100.0, 500.0)
 NAMES = ("loss", "dx", "dy", "dscale", "dbias")
 
 
-Step = registry.Step
-
-
 @dataclass(frozen=True)
 class Problem:
     """A loss with its inputs, computed by an engine, by plain PyTorch or in float64."""
@@ -208,8 +205,8 @@ def masked_step(engine: str, problem: Problem, leaves: list[Tensor]) -> tuple[Te
 def _masked(
     function: Callable[..., LineStatistics], problem: Problem, leaves: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The sum of all finite statistics, and its gradients. Each three neighbouring rows and columns
-    share an id; the positives of the last rows are outside the block."""
+    """The sum of all finite statistics, and its gradients. Three neighbouring rows, and the columns
+    with the same numbers, share an id. The positives of the last rows are outside the block."""
     x, y, *_ = leaves
     ids = torch.arange(len(x), device=x.device) // 3
     key_bias = torch.linspace(-1, 1, len(y), device=x.device, dtype=leaves[2].dtype)

@@ -1,10 +1,10 @@
 """Counts the bytes that a rank sends to other ranks, by kind of exchange.
 
-It intercepts c10d's operators, which every function of torch.distributed calls exactly once, in the
-forward and in the backward: all_gather with a list of tensors and `torch.distributed.nn`, which
-open_clip calls, included. A collective counts as a bandwidth-optimal ring algorithm over R ranks
-sends it: `(R - 1) / R` of the whole in an all-gather, a reduce-scatter and an all-to-all, twice
-that in an all-reduce; a root sends to every other rank. gloo's own algorithms may differ.
+It intercepts c10d's operators. Each function of torch.distributed calls one of them exactly once,
+in the forward and in the backward; so do all_gather with a list of tensors and
+`torch.distributed.nn`, which open_clip calls. A collective counts as what a bandwidth-optimal ring
+over R ranks sends: `(R - 1) / R` of the whole in an all-gather, a reduce-scatter and an all-to-all,
+twice that in an all-reduce. A root sends to every other rank. gloo's own algorithms may differ.
 """
 
 from __future__ import annotations

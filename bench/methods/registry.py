@@ -20,9 +20,8 @@ from ..losses import LOSSES, loss_of
 from . import on_contrast, open_clip, peers, rectangular
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-Step = Callable[
-    [], tuple["Tensor | None", ...]
-]  # loss, dx, dy, dscale, dbias: as many as asked for
+# Returns loss, dx, dy, dscale, dbias: as many of them as were asked for.
+Step = Callable[[], tuple["Tensor | None", ...]]
 
 
 class Unavailable(Exception):
@@ -276,7 +275,7 @@ def _passes_a_direction(both: float) -> Callable[[Case, str], float]:
     return count
 
 
-# Used instead of a memory budget: as much as the case can use.
+# In place of a memory budget: enough bytes to keep every product of the case.
 EVERYTHING = -1
 
 

@@ -10,7 +10,7 @@ from .goal import Figure, Goal, pick, worst_of
 from .markdown import error, mebibytes, percent, times
 from .results import Row
 
-# The smallest error that the dense loss counts as: a float32 result's own rounding.
+# An error of the dense loss counts as at least this: a float32 result's own rounding.
 FLOAT32_EPS = 2.0**-23
 GRADIENTS = ("err_dx", "err_dy", "err_dscale")
 
@@ -38,7 +38,8 @@ def _fraction_of_rectangle(method: str) -> Figure:
 
 
 def _rest(half: bool) -> Figure:
-    """The peak MiB beyond inputs, gradients and budget; half inputs may add one fp32 (N, D)."""
+    """The most MiB beyond inputs, gradients and budget. If the inputs are of half precision, the
+    MiB of one (N, D) matrix in fp32 are not counted."""
 
     def figure(rows: list[Row]) -> float | None:
         found = []

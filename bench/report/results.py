@@ -54,9 +54,9 @@ class Row(Where):
     faster than these methods in the same rounds.
 
     Work: `passes`, the required matmuls of 2 M N D FLOP; `gflops`, their rate;
-    `limit`, the rate in GFLOP/s of the bare product between the same rounds, taken from `limit_of`;
-    `fraction`, gflops / limit, which counts the required passes; `fraction_of_4`, which counts four
-    passes whatever the budget, for losses that need two sweeps.
+    `limit`, the rate in GFLOP/s of a bare matmul between the same rounds; `limit_of`, the name of
+    that matmul; `fraction`, gflops / limit; `fraction_of_4`, the same with four passes counted
+    whatever the budget, for losses that need two sweeps.
 
     Memory: `peak_mib` beyond the inputs; of it `gradients_mib` for the gradients returned and
     `budget_mib` for what a memory budget keeps; `rest_mib`, the difference.

@@ -223,12 +223,13 @@ def _on_contrast(rows: list[Row]) -> str:
 def _sizes(rows: list[Row], loss: str) -> str:
     case = dict(loss=loss, d=512, dtype="float32", data="random", scale=14.3, mode="both")
     square = [row for row in _pick(rows, **case) if row.m == row.n and row.ms is not None]
-    square = [row for row in square if row.n % 32 == 0]  # 8191 and 8193 are as 8192
+    # Leaves out 8191 and 8193, whose figures are those of 8192.
+    square = [row for row in square if row.n % 32 == 0]
     sizes = sorted({row.n for row in square})
     table_rows = []
     # Methods that only `make gpu` adds come last.
     for method in dict.fromkeys([*METHODS, *(row.method for row in square)]):
-        if method in CONTRAST:  # which have a table of their own
+        if method in CONTRAST:  # these have a table of their own
             continue
         own = {row.n: row for row in square if row.method == method}
         if not own:

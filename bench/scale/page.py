@@ -1,4 +1,4 @@
-"""The scale model as a page: `python -m bench scale`, its part of the README, and its picture.
+"""The scale model as text: `python -m bench scale`, its part of docs/benchmarks.md, its picture.
 
 All figures come from `model.py`. Rates that were not measured on a card are called assumptions.
 """
@@ -118,7 +118,7 @@ def _count(pairs: int) -> str:
 
 
 def page(paths: Iterable[Path]) -> str:
-    """The text between the README's markers."""
+    """The text between the page's markers."""
     net, source = cluster_of(paths)
     job = Job(1, 1)
     parts = [
@@ -222,7 +222,7 @@ def _dress(axis: Any, ranks: list[int]) -> None:
 
 
 def main(arguments: list[str], paths: Iterable[Path]) -> int:
-    """Prints the page for assumptions other than the README's."""
+    """Prints the page's text for the assumptions that the arguments give."""
     net, source = cluster_of(paths)
     parser = argparse.ArgumentParser(prog="python -m bench scale", description=__doc__)
     add = parser.add_argument

@@ -54,7 +54,8 @@ def test_a_case_is_measured_and_right(two, loss):
     first, second = two.run(bench.measured, case, "fastclip", "fastclip ring")
     for method in ("fastclip", "fastclip ring"):
         assert max(first.errors[method]) < 2e-6 and method not in second.errors
-        assert first.times[method] == second.times[method]  # the slower rank's, and one's decision
+        # Both ranks have the slower one's times, and the rounds on which the first one decided.
+        assert first.times[method] == second.times[method]
         assert first.times[method].rounds >= 3
         job = model.Job(2, case.b, case.d, case.itemsize)
         # With 1 byte a second and no work to do, seconds are bytes.
@@ -82,7 +83,7 @@ def test_the_command_line_measures_in_processes_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = results.read(path, Row)
     assert (row.method, row.ranks, row.b, row.ms) == ("fastclip ring", 2, 256, None)
-    # Texts twice, gradients once; a rank holds a few of the 0.5 MiB that either has.
+    # Texts are sent twice, gradients once. Each has 0.5 MiB, and a rank holds a few of them.
     assert 1.5 <= row.sent_mib < 1.6 and row.note in (
         "",
         "memory: cannot be measured on this machine",
@@ -133,7 +134,7 @@ def test_rows_survive_the_csv_and_are_told_from_those_of_one_process(tmp_path):
     assert [row.ms for row in merged] == [700.0, 1.0, 200.0, None, None, 1.0]
 
 
-def test_the_report_and_the_readme_show_times_bytes_memory_and_predictions(tmp_path, capsys):
+def test_the_report_and_the_page_show_times_bytes_memory_and_predictions(tmp_path, capsys):
     path, page = tmp_path / "test.csv", tmp_path / "docs" / "benchmarks-distributed.md"
     results.write(path, rows(), Row)
     assert command.main(["table", "--csv", str(path)]) == 0

@@ -71,7 +71,7 @@ def test_memory_on_a_gpu_is_torchs_own_peak_in_this_process(monkeypatch):
 
     monkeypatch.setattr(memory, "make_step", make_step)
     large = Case("clip", 512, 512, 16, "float32", 14.3)
-    monkeypatch.setattr(memory, "WARM_UP_PAIRS", 8)  # whose peak does not count
+    monkeypatch.setattr(memory, "WARM_UP_PAIRS", 8)  # the warm-up's peak does not count
     assert memory.measure(large, "dense", "cuda") == (400, "")
     assert memory.measure(large, "too large", "cuda") == (None, "memory: OutOfMemoryError")
 
@@ -170,9 +170,9 @@ def test_kept_products_count_as_memory_and_save_a_pass():
     siglip = replace(clip, loss="siglip")
     assert registry.METHODS["fastclip"].passes(siglip, "cuda") == 3.0
     assert registry.METHODS["fastclip"].passes(replace(siglip, n=8192, m=8192, d=8192), "cpu") == 4
-    monkey = registry.METHODS["fastclip triton kept"]
+    kept = registry.METHODS["fastclip triton kept"]
     with pytest.raises(registry.Unavailable):
-        monkey.make(siglip, "cpu")
+        kept.make(siglip, "cpu")
 
 
 def test_a_methods_setting_holds_while_it_runs_and_no_longer(monkeypatch):
@@ -228,7 +228,7 @@ def test_a_replayed_step_returns_what_it_captured(monkeypatch):
         registry.captured(lambda: None, "cpu")
 
 
-def test_the_cards_goals():
+def test_goals_of_a_card():
     """Goals in ratios hold on any card; goals in milliseconds only on the card they are set for."""
 
     def verdicts(rows: list[results.Row]) -> dict[str, str]:

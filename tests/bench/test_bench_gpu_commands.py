@@ -57,7 +57,7 @@ def test_no_child_outlives_a_command(ends_with, code):
     assert is_gone(int(lines[0])) and time.monotonic() - began < 30
 
 
-def test_the_tests_commands(monkeypatch):
+def test_command_lines_of_the_groups_of_tests(monkeypatch):
     card = suite.command("card")
     assert "--continue-on-collection-errors" in card and "not sanitizer" in " ".join(card)
     assert card[-len(suite.GROUPS["card"]) :] == list(suite.GROUPS["card"])

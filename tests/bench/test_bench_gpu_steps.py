@@ -73,7 +73,7 @@ def test_a_first_run_step_by_step(tmp_path, rehearsal):
     assert log[-1].startswith(f"verdict: {len(FIRST)} of {len(FIRST)} steps passed; goals: ")
     assert sum(line.startswith("=== ") for line in log) == len(FIRST) + 1
     page = report.report(session)
-    assert len(page) < 8000, "who sees the end of the output sees the whole page"
+    assert len(page) < 8000, "the end of the output must show the whole page"
     for told in ("| headline", "| engines", "sweep, bfloat16, D = 768: (128, 3, False) "):
         assert told in page
     assert "not measured: siglip_kernel (needs a CUDA device" in page

@@ -33,7 +33,7 @@ def test_candidates_take_turns_and_each_is_a_row(tmp_path, configurations, monke
     ]  # fmt: skip
     assert rows[0]["ms"] == "2" and rows[1]["ms"] == ""
     assert rows[1]["note"] == "RuntimeError: out of resource: shared memory"
-    # Whatever fields a configuration has.
+    # A row has the fields of the configuration, whatever they are.
     assert rows[2]["descriptors"] == "True" and rows[2]["config"] == "(128, 3, True)"
     assert configurations.choose.__qualname__ == Configurations.choose.__qualname__, "put back"
 

@@ -68,7 +68,7 @@ def test_from_the_stated_batch_on_more_ranks_cost_a_ring_only_their_work():
         more = model.ring_seconds(many, net) - model.ring_seconds(few, net)
         return (more - states) / work - 1
 
-    assert hidden == 4000  # both halves of a step, by chance, at these rates
+    assert hidden == 4000  # by chance the forward and the backward need the same b at these rates
     assert abs(excess(hidden)) < 1e-9
     assert excess(hidden - 100) > 0.01
     assert model.hidden_from(replace(net, across=2 * net.across)) == hidden // 2

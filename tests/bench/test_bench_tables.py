@@ -70,7 +70,7 @@ def test_the_brief_table_has_a_line_for_each_row_that_ran():
     assert "Test CPU, sm_90; torch" in table.provenance(on_gpu)
 
 
-def test_the_readme_gets_its_tables_between_the_markers(tmp_path):
+def test_a_page_gets_its_tables_between_the_markers(tmp_path):
     path, readme = tmp_path / "test.csv", tmp_path / "README.md"
     results.write(path, rows_of_a_case())
     readme.write_text(f"before\n{table.BEGIN}\nold figures\n{table.END}\nafter\n")
@@ -85,17 +85,18 @@ def test_the_readme_gets_its_tables_between_the_markers(tmp_path):
         table.into_page(readme, [path])
 
 
-def test_the_readme_shows_methods_that_only_a_card_has(tmp_path):
+def test_a_page_shows_methods_that_only_a_card_has(tmp_path):
     rows = [*rows_of_a_case(), replace(rows_of_a_case()[0], method="fastclip triton split", ms=2.0)]
     lines = table.essentials(rows, tmp_path / "test.csv").splitlines()
     found = [line for line in lines if line.startswith("| fastclip triton split")]
     assert len(found) == 1 and "2.00 ms" in found[0]
 
 
-def test_the_readme_says_what_a_loss_on_contrast_costs(tmp_path):
+def test_a_page_says_what_a_loss_on_contrast_costs(tmp_path):
     rows, measured = rows_of_a_case(), {CONTRAST[0]: 1500.0, CONTRAST[2]: 2500.0}
     rows += [replace(rows[2], method=method, ms=ms) for method, ms in measured.items()]
-    rows += [replace(row, scale=100.0) for row in rows[:3]]  # whose methods are not measured
+    # At scale 100 no method on `contrast` was measured: the table has no line for it.
+    rows += [replace(row, scale=100.0) for row in rows[:3]]
     text = table.essentials(rows, tmp_path / "test.csv")
     found = [line for line in text.splitlines() if "1.50 s" in line or "fastclip contrast" in line]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in found]

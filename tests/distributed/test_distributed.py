@@ -110,7 +110,7 @@ def siglip_shares(s: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.softplus(-signs * (s + bias)).sum(1)
 
 
-# The loss of each pair, from scaled similarities.
+# What each pair adds to its rank's loss, from scaled similarities; in SigLIP its row's terms.
 SHARES = {"clip": clip_shares, "siglip": siglip_shares}
 
 

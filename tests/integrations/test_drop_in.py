@@ -240,7 +240,7 @@ def test_it_imports_and_runs_without_compiled_module_triton_or_cuda(tmp_path: Pa
     assert done.returncode == 0, done.stderr
 
 
-def test_a_subclass_with_its_own_logits_gets_the_loss_of_those() -> None:
+def test_a_subclass_may_replace_the_logits() -> None:
     class Doubled(ClipLoss):
         def get_logits(self, *arguments: Tensor | float) -> tuple[Tensor, Tensor]:
             per_image, per_text = super().get_logits(*arguments)
@@ -250,7 +250,7 @@ def test_a_subclass_with_its_own_logits_gets_the_loss_of_those() -> None:
     torch.testing.assert_close(Doubled()(x, y, 3.0), ClipLoss()(x, y, 6.0))
 
 
-def test_a_sigmoid_subclass_with_its_own_labels_or_logits_gets_the_loss_of_those() -> None:
+def test_a_sigmoid_subclass_may_replace_labels_or_logits() -> None:
     class Doubled(SigLipLoss):
         def get_logits(self, *arguments: Tensor | float) -> Tensor:
             return 2 * super().get_logits(*arguments)

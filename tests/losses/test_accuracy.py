@@ -67,8 +67,8 @@ def test_is_at_least_as_accurate_as_plain_torch(
         ours = evaluate(LOSSES[loss], x, y, scale, BIAS, p, device, backend=engine, **options)
         for name in QUANTITIES:
             result, zeros = ours[name], zero(y if name == "dy" else x, name, batch_name)
-            # The gradients of zero rows are divided by the norm's epsilon: in one norm with the
-            # others they would hide them.
+            # The gradients of zero rows are divided by the norm's epsilon. They are judged apart,
+            # because in a common norm they would hide all other rows.
             for rows in (...,) if zeros is None else (zeros, ~zeros):
                 if rows is zeros and result.dtype == torch.float16:
                     assert not result[rows].any(), f"{name}: a zero row's must be 0 in float16"

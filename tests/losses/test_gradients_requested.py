@@ -47,9 +47,8 @@ class Operators(TorchDispatchMode):
         return result
 
 
-SUBSETS = [
-    names for size in range(1, 5) for names in itertools.combinations(INPUTS, size)
-]  # every combination of inputs without gradients
+# Every set of requested gradients, except the empty one.
+SUBSETS = [names for size in range(1, 5) for names in itertools.combinations(INPUTS, size)]
 
 
 @pytest.mark.parametrize("requested", SUBSETS, ids="+".join)

@@ -80,7 +80,7 @@ def test_reduction_sum_and_a_frozen_tower(loss: str) -> None:
 
 
 @pytest.mark.parametrize("module", [ClipLoss, SigLipLoss])
-def test_modules(module: type[torch.nn.Module]) -> None:
+def test_modules_take_live_pairs(module: type[torch.nn.Module]) -> None:
     found = accumulated(module(), leaves())
     whole = leaves()
     module()(*whole).backward()
@@ -90,8 +90,9 @@ def test_modules(module: type[torch.nn.Module]) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_only_live_rows_and_columns_are_weighed(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts pairs in all products: one sweep for the states (CLIP only), then two products of the
-    live rows and two of the live columns."""
+    """Counts pairs in all products. The first sweep takes the whole batch for states (CLIP), or the
+    live rows alone (SigLIP); then there are two products of the live rows and two of the live
+    columns."""
     pairs = []
 
     def counted(run: Callable[..., Any], products: int) -> Callable[..., Any]:

@@ -69,8 +69,8 @@ def one_low(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
     return block
 
 
-# A function that makes a block, a scale, and whether one shift is enough: in float64, whose
-# exponents reach farther, and in the other dtypes.
+# The function that makes the block, its scale, and if one shift is enough: first in float64, whose
+# exponents reach farther, then in the other dtypes.
 CASES = [
     (random, 1e-3, True, True),
     (random, 14.3, True, True),

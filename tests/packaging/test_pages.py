@@ -70,7 +70,7 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
     run(page)
 
 
-def test_most_pages_of_functions_have_code() -> None:
+def test_these_pages_have_code() -> None:
     assert {page.name for page in PAGES if code_of(page)} == {
         "README.md", "adding-a-loss.md", "big-batches.md", "distributed.md"
     }  # fmt: skip

@@ -108,7 +108,8 @@ def emulated() -> ctypes.CDLL:
 def on_cpu_tensors(patch: pytest.MonkeyPatch) -> None:
     """Makes the losses accept CPU tensors with `backend="cuda"`."""
     emulated()
-    backends = importlib.import_module("fastclip.engine.backends")  # beside a function of that name
+    from fastclip.engine import backends
+
     patch.setitem(backends._AVAILABILITY, ("cuda", None), backends.AVAILABLE)
     patch.setitem(backends._SERVED, "cuda", ("cuda", "cpu"))
 

@@ -35,8 +35,8 @@ def masked_blocks(
 def check_masked(
     engine: str, block: Block, what: str, keep: int = 0, project: bool = False, **options: Any
 ) -> None:
-    """Checks states and gradients against the dense truth. A column whose bias is -inf has no shift
-    to compare: none of its own numbers are compared."""
+    """Checks states and gradients against the dense truth. A column whose bias is -inf must have
+    the sum 0; its shift is not compared."""
     dense = Dense(block)
     state, positive, kept = sweep(engine, block, keep)
     assert_states(dense, state, positive, what)

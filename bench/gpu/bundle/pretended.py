@@ -63,19 +63,31 @@ def product(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
     return torch.empty(*a.shape[:-1], *b.shape[1:], dtype=dtype, device=a.device)
 
 
+def _replace(owner: Any, name: str, value: object) -> None:
+    """Sets an attribute, which must be there: otherwise nothing would use the new one."""
+    getattr(owner, name)
+    setattr(owner, name, value)
+
+
 def pretend() -> None:
     """Makes the Triton engine take CPU tensors and compile for the card from now on."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET must be 0: interpreted kernels are not compiled")
     runtime.set_active(Driver())
-    torch.cuda.get_device_capability = lambda device=None: CAPABILITY
-    torch.cuda.get_device_properties = lambda device=None: PROPERTIES
-    backends = importlib.import_module("fastclip.engine.backends")  # beside it there is a function
+    _replace(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY)
+    _replace(torch.cuda, "get_device_properties", lambda device=None: PROPERTIES)
+    from fastclip.engine import backends, fused_loss
+
     backends._AVAILABILITY["triton", None] = backends.AVAILABLE
     backends._SERVED["triton"] = ("cuda", "cpu")
-    # Otherwise the tensors' device, a CPU, would change which kernels are launched.
-    function = importlib.import_module("fastclip.engine.fused_loss")
-    function._unit_gradients_fit = lambda *arguments: True
+    at_once = fused_loss._makes_gradients_at_once
+
+    def as_on_a_card(*arguments: Any) -> bool:
+        # On a CPU, the device of these tensors, the memory budget would decide.
+        *inputs, options = arguments
+        return at_once(*inputs, options._replace(memory_budget=1 << 62))
+
+    _replace(fused_loss, "_makes_gradients_at_once", as_on_a_card)
     _skip_products()
     _compile_only()
     _build_launchers()
@@ -85,9 +97,9 @@ def _skip_products() -> None:
     torch.mm = torch.matmul = torch.Tensor.__matmul__ = torch.Tensor.mm = product
     torch.addmm = lambda total, a, b, **options: product(a, b, **options)
     # On a CPU `accumulate` first copies its operands to fp32, half a gigabyte each.
-    gradients = importlib.import_module("fastclip.triton_kernels.weigh")
-    if hasattr(gradients, "accumulate"):
-        gradients.accumulate = lambda *arguments, **options: None
+    # The package has a function of this name, which hides the module.
+    weigh = importlib.import_module("fastclip.triton_kernels.weigh")
+    _replace(weigh, "accumulate", lambda *arguments, **options: None)
 
 
 def _compile_only() -> None:

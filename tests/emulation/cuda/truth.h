@@ -1,5 +1,5 @@
 // The truth of one block of logits: the formulas of the operators' contract, dense in float64, as in
-// tests/support/dense_block.py. Own positives and positives by id are kept apart from negatives.
+// tests/support/dense_truth.py. Own positives and positives by id are kept apart from negatives.
 #pragma once
 
 #include <algorithm>

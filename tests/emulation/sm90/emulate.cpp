@@ -14,7 +14,7 @@
 
 namespace emulated {
 
-namespace cuda = fastclip::cuda;  // beside which CCCL has a ::cuda
+namespace cuda = fastclip::cuda;  // named in full, because CCCL has a ::cuda, too
 namespace kinds = fastclip::CUDA;
 
 constexpr float kUntouched = -12345.f;

@@ -49,7 +49,8 @@ FACTORS = ((False, False), (True, False), (False, True), (True, True))
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_block(gpu_engine: str, kind: str, dtype: str, shape: str) -> None:
-    """Each shape and dtype meets every offset and every pair of factors, with one kind or both."""
+    """There are three offsets, each with its factors. A kind, dtype and shape meet two of them; the
+    one left out differs between kinds, so a dtype and shape meet all three."""
     m, n, d = shapes(*tile_of(gpu_engine))[shape]
     turn = [*KINDS].index(kind) + [*HALVES].index(dtype) + [*shapes(0, 0)].index(shape)
     cases = [*zip((0, -5, n - 1 - m // 4), FACTORS[1:], strict=True)]

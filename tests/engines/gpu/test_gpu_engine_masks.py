@@ -96,14 +96,15 @@ def test_a_low_positive_by_id_gets_its_own_shift(gpu_engine: str) -> None:
 
 @pytest.mark.parametrize("options", ["one id", "positives by id", "key bias"])
 def test_lines_without_pairs_need_no_shift(gpu_engine: str, options: str) -> None:
-    """`occupied` excepts them; without it they seem to have lost their pairs in one shift."""
+    """`occupied` tells that they are empty. Without it a sum of zero looks like pairs that one
+    shift has lost, because it is too coarse."""
     block = masked(gpu_engine, options)
     if options == "positives by id":
         block.ids_x[2] = -7  # no column has this id
     assert not occupied(block).all()
     assert has_one_shift(sweep(gpu_engine, block)[0])
     blind = operator("sweep", gpu_engine)(*block.arguments, None, None, 0)[0]
-    if options != "one id":  # then no line has a pair, and shifts cannot differ
+    if options != "one id":  # with one id no line has a pair, and shifts cannot differ
         assert not has_one_shift(blind)
     assert torch.equal(blind[1::2] == 0, sweep(gpu_engine, block)[0][1::2] == 0)
 

@@ -288,7 +288,7 @@ def test_rows_may_begin_anywhere() -> None:
 
 @needs_engine
 @pytest.mark.parametrize("n", [2048, 65536])
-def test_its_cost(n: int) -> None:
+def test_the_cost_of_split_products(n: int) -> None:
     """The cost is six passes for one, and six bytes a number; memory is within the bounds."""
     from support import triton_cost
 

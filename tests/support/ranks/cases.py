@@ -158,7 +158,8 @@ class Module(NamedTuple):
 
     @property
     def combination(self) -> dict[str, bool]:
-        """open_clip's two flags; SigLipLoss and a single process only have the exact ones."""
+        """open_clip's two flags. SigLipLoss and a single process have no choice: their gradients
+        are exact, as with both flags."""
         names, alone = ("local_loss", "gather_with_grad"), len(self.case.sizes) == 1
         return {name: alone or self.options.get(name, True) for name in names}
 

@@ -67,7 +67,7 @@ def exchanges_for_agreement(
 ) -> list[tuple[int, str]]:
     """For each call (pairs of each rank, options), the number of exchanges, and its error.
 
-    The group passes for one that moves GPU tensors only, although its tensors are on the CPU.
+    The group counts as one that moves only GPU tensors, although its tensors are on the CPU.
     """
     exchange, exchanged = agreement._exchange, []
 
