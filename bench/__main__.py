@@ -36,7 +36,7 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of every command. `scale` only has its name here: its own module reads the rest."""
+    """The parser of every command. `scale` has only its name here: its module parses the rest."""
     made = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time, memory and error of the losses and of those that they replace.",

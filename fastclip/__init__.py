@@ -11,6 +11,7 @@
 `fastclip.reference` has the same losses, dense and obvious.
 """
 
+from . import distributed, reference
 from .cached import cached_step
 from .contrast import contrast
 from .engine.backends import backends, build_info, release_workspace
@@ -28,6 +29,8 @@ __all__ = [
     "cached_step",
     "clip_loss",
     "contrast",
+    "distributed",
+    "reference",
     "release_workspace",
     "siglip_loss",
 ]

@@ -95,8 +95,9 @@ def cached_step(
         The loss, detached.
 
     Raises:
-        ValueError: a micro_batch below 1, inputs of different length, a model with other outputs,
-            or DDP with a static graph, which allows one backward a step.
+        ValueError: a micro_batch below 1, no inputs, inputs with different numbers of rows, a model
+            that returns something else, or DDP with a static graph, which allows one backward a
+            step.
     """
     if getattr(model, "static_graph", False):
         raise ValueError(
@@ -138,7 +139,8 @@ def cached_step(
                 with torch.enable_grad():
                     again = _Encoded.of(model(*rows))
                 pairs = list(zip(again.towers, (g[index] for g in of_rows), strict=True))
-                # Shared values have one gradient, which goes with the last micro-batch.
+                # A shared value has one gradient for the whole batch. It goes into the model once,
+                # with the last micro-batch.
                 if index == last:
                     pairs += [
                         (s, leaf.grad)
@@ -209,8 +211,8 @@ class _RandomState:
 
 @contextmanager
 def _restored(devices: list[torch.device]) -> Iterator[None]:
-    """Gives the generators, at the end, the state that they have at the beginning, which is that
-    after the first encoding."""
+    """Restores, on exit, the state that the generators have on entry: their state after the first
+    encoding of all micro-batches."""
     after = _RandomState(devices)
     try:
         yield

@@ -82,11 +82,11 @@ def contrast(
         without pairs is -inf (sigmoid: 0) and has no gradient.
 
     Raises:
-        TypeError: features, ids or key_bias that are no tensors or have another dtype; an offset
-            that is no int; a scale, bias or margin that is no number.
+        TypeError: features, ids or key_bias that are not tensors or have another dtype; an offset
+            that is not an int; a scale, bias or margin that is not a number.
         ValueError: shapes or devices that do not fit, an empty side, an unknown kind, same_id or
             backend, same_id="positive" without ids, neither rows nor columns, a memory_budget that
-            is no int >= 0, an offset beyond 2^62.
+            is not an int >= 0, an offset beyond 2^62.
         RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
             derivative.
     """
@@ -94,7 +94,7 @@ def contrast(
         x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, offset=offset,
         same_id=same_id, rows=rows, columns=columns, kind=kind,
     )  # fmt: skip
-    y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
+    y = y if y is not x else y.view_as(y)  # an autograd Function needs distinct tensor objects
     dtype = product_dtype(x, y)
     engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1], kind)
     inputs = StatisticsInputs(x, y, scale, bias, key_bias)

@@ -12,10 +12,11 @@ Logits and shifts are in log2 units, `s * log2(e)`. The statistic is the sum its
 with a shift, `log(sum) + shift`: exponentials are relative to the shift, which keeps them within
 range.
 
-A loss that is fused to its end needs a third function, `finish`. For a line whose own positive has
-logit s it returns the loss, the coefficient of the line and the weight of the positive. The loss of
-a pair is half its row's plus half its column's. Positives stay apart for accuracy: when training
-succeeds `softmax - 1` cancels, `-R / (R + P)` does not.
+A fused loss, such as `clip_loss`, needs a third function of its kind, `finish`. For a line whose
+own positive has logit s, in natural units, it returns the loss, the coefficient of the line and the
+weight of the positive. The loss of a pair is half its row's plus half its column's. Positives stay
+apart for accuracy: when training succeeds `softmax - 1` cancels, `-R / (R + P)` does not. R is the
+sum of the negatives' exponentials, P the exponential of the positive.
 
 The plain PyTorch engine serves every kind. A compiled engine serves those whose two functions it
 has under the same name (`csrc/epilogues.h`, `triton_kernels/epilogues.py`).
@@ -39,12 +40,13 @@ class Kind:
 
     name: str
     # True: the sums are of exponentials relative to a shift, and the statistic is their logarithm.
-    # A bias common to all logits just adds to it, so the engine does not get the bias.
+    # A bias that is common to all logits is added to the statistic at the end, so the engine does
+    # not get the bias.
     has_shift = False
     # True: `finish` returns coefficients of 1, so weights are known before the sweep, and one sweep
     # makes the loss and its gradients.
     is_linear = False
-    # True: positives by id are folded with negated logits.
+    # True: positives by id are folded with negated logits. Only for a kind without a shift.
     negates_positives = False
 
     @classmethod
@@ -110,11 +112,14 @@ KINDS: dict[str, type[Kind]] = {}
 
 
 def register(kind: type[Kind]) -> type[Kind]:
-    """Adds a kind under its name, and returns it: a decorator.
+    """Adds a kind under its name and returns the kind, so that it can be a decorator.
 
     Raises:
-        ValueError: another kind has that name.
+        ValueError: another kind has that name; a kind with a shift that negates positives.
     """
+    if kind.has_shift and kind.negates_positives:
+        # Engines find the shifts of lines by their largest logits, without a sign.
+        raise ValueError(f"a kind with a shift must not negate positives, got {kind.name!r}")
     if KINDS.setdefault(kind.name, kind) is not kind:
         raise ValueError(f"a kind's name must be its own, got {kind.name!r} for a second one")
     return kind

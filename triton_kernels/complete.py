@@ -23,12 +23,13 @@ class Completion:
         self.weight = positive_weight.to(torch.float64).contiguous()
         self.dx, self.dy = dx, dy
 
-    def finish_rows(self, product: Tensor, chunk: Chunk) -> None:
+    def complete_rows(self, product: Tensor, chunk: Chunk) -> None:
         """Turns the products of a chunk's rows into gradients."""
-        self._complete((product, self.dx[chunk.row_slice], chunk.start))
+        self._launch((product, self.dx[chunk.row_slice], chunk.start))
 
-    def finish(self, last: LastChunk, product_y: Tensor, every_row: bool = False) -> Tensor:
-        """Finishes the last chunk's rows, or every row, and the columns; returns the totals."""
+    def complete(self, last: LastChunk, product_y: Tensor, every_row: bool = False) -> Tensor:
+        """Turns products into gradients, for the last chunk's rows (or every row) and for all
+        columns; returns the totals."""
         rows = None
         if self.weighing.needs_x:
             chunk = last.chunk
@@ -37,10 +38,10 @@ class Completion:
                 rows = (self.dx, self.dx, 0)
         columns = (product_y, self.dy) if self.weighing.needs_y else None
         totals = self.block.empty(2, dtype=torch.float64)
-        self._complete(rows, columns, last, totals)
+        self._launch(rows, columns, last, totals)
         return totals
 
-    def finish_columns(self) -> Tensor:
+    def key_bias_gradient(self) -> Tensor:
         """Returns the gradient of the key bias; empty unless it is wanted."""
         b, found = self.block, self.weighing.by_column
         if found is None:
@@ -50,7 +51,7 @@ class Completion:
             found[first + b.offset : last + b.offset] += self.weight[first:last]
         return found.mul_(self.gain.reshape(()))
 
-    def _complete(
+    def _launch(
         self, rows: tuple[Tensor, Tensor, int] | None, columns: tuple[Tensor, Tensor] | None = None,
         last: LastChunk | None = None, totals: Tensor | None = None,
     ) -> None:  # fmt: skip

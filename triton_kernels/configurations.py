@@ -1,8 +1,8 @@
 """Tile sizes, warps and stages: one table per architecture, keyed by kernel, arithmetic and width.
 
-Those of sm_90 for half precision won among the candidates that `make gpu` timed on an H100. All
-others are chosen by what the compiler reports: registers, shared memory, no spills
-(tests/engines/triton/triton_resources.csv).
+The configurations of sm_90 for half precision won among the candidates that `make gpu` timed on an
+H100. No card has timed the others: they were chosen by the registers, the shared memory and the
+absence of spills that the compiler reports (tests/engines/triton/triton_resources.csv).
 
 With FASTCLIP_TRITON_AUTOTUNE=1 the first call for each kernel, dtype and D times the candidates. M
 and N, which change from batch to batch, never trigger it.
@@ -61,10 +61,16 @@ def _table_of(
 ) -> Table:  # fmt: skip
     """Returns the configurations of an architecture, by kernel, arithmetic and width.
 
-    Kernels: the first "sweep", one whose weights are "kept", the second one ("weigh"), "both" in
-    one go, any of these with a "heavy" epilogue, the products of split weights ("gradient"), "tile"
-    if each line has a shift of its own, "small" blocks. Arithmetics: "half" (bf16 and fp16 on
-    tensor cores), "tf32", "split" (fp32 in parts of bf16), "ieee" (fp32 on the ordinary cores).
+    Kernels (`LogitBlock.kernel_of_...` chooses): "sweep" is the first sweep and "weigh" the second,
+    on a block without masks and, for "weigh", with a light epilogue. "both" makes weights with
+    another epilogue, in the second sweep or in one go with the first. "heavy" is any of these three
+    on a block with masks. "kept" is a first sweep that keeps weights, "heavy kept" the same with
+    masks or with an epilogue that is not light. "gradient" multiplies split weights with features.
+    "tile" is for lines that have shifts of their own, "small" for small blocks.
+
+    Arithmetics: "half" (bf16 and fp16 on tensor cores), "tf32", "split" (fp32 in parts of bf16),
+    "ieee" (fp32 on the ordinary cores).
+
     Widths: rows that are "wide", "narrow" (too short for a long step along D) or "odd" (they do not
     begin on 16 bytes, and are loaded through registers).
 

@@ -1,7 +1,8 @@
 """The Triton engine: the operators of `fastclip.engine.operators` for CUDA tensors.
 
-Nothing here waits for the device. The device itself computes the shift, finds out if it was enough,
-and decides which kernels work. Every call can therefore be captured in a CUDA graph.
+Nothing here waits for the device. The device itself computes the shift, finds out whether one shift
+serves all lines, and sets the flags by which kernels work or return at once. Every call can
+therefore be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def sweep(
     block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the first sweep. `kept.py` describes what it keeps; a small block keeps nothing."""
-    keeping = Weights.empty(block.x.features, block.y.features, keep)
+    kept_tensor = Weights.empty(block.x.features, block.y.features, keep)
     block = LogitBlock(block)
     state, positive = block.new_states()
-    kept = block.kept(keeping)
+    kept = block.kept(kept_tensor)
     if block.is_small and block.kind.has_shift:
         config = block.config(block.kernel_of_lines)
         layers = plan.MAXIMA_LAYERS * block.folds
@@ -44,54 +45,54 @@ def sweep(
     else:
         occupied = None if occupied is None else occupied.contiguous().view(torch.uint8)
         _sweep(block, bound, occupied, state, positive, kept)
-    return state, positive, keeping
+    return state, positive, kept_tensor
 
 
 def _sweep(
     block: LogitBlock, bound: Tensor | None, occupied: Tensor | None, state: Tensor,
     positive: Tensor, kept: Kept,
 ) -> None:  # fmt: skip
-    """Sweeps with one shift for all lines, or none; and again, with a shift for each line, if the
-    device finds one shift too coarse."""
+    """Sweeps with one shift for all lines, or without a shift. For a kind with a shift it launches
+    a second sweep, with a shift for each line, which works only if the device finds that one shift
+    was too coarse."""
     shift = flag = None
     if block.kind.has_shift:
         shift, flag = shift_of(block, bound, kept)
-    by_maxima = block.config(block.kernel_of_lines)
+    maxima_config = block.config(block.kernel_of_lines)
     layers, maxima_layers = plan.LAYERS * block.folds, plan.MAXIMA_LAYERS * block.folds
 
-    def prepare(config: Config, keeping: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:
+    def prepare(config: Config, keep_config: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:
         m, n = block.m, block.n
-        chunks = plan.sweep_chunks(n, keeping, plan.KEPT_LAYERS, 0, kept.rows, kept=True)
+        chunks = plan.sweep_chunks(n, keep_config, plan.KEPT_LAYERS, 0, kept.rows, kept=True)
         chunks += plan.sweep_chunks(n, config, layers, kept.rows, m)
-        again = [] if flag is None else plan.sweep_chunks(n, by_maxima, maxima_layers, 0, m)
+        again = [] if flag is None else plan.sweep_chunks(n, maxima_config, maxima_layers, 0, m)
         sizes = [(plan.KEPT_LAYERS if c.kept else layers) * c.partials for c in chunks]
         sizes += [maxima_layers * chunk.partials for chunk in again]
         return chunks, again, block.empty(max(sizes))
 
     def first(config: Config) -> None:
         chunks, _, partial = prepare(config, config)
-        chunk = chunks[-1] if kept.rows < block.m else chunks[0]
-        run_sweep(block, config, chunk, shift, positive, kept, partial)
+        run_sweep(block, config, chunks[-1], shift, positive, kept, partial)
 
     def first_kept(config: Config) -> None:
         chunks, _, partial = prepare(config, config)
         run_sweep(block, config, chunks[0], shift, positive, kept, partial)
 
-    keeping = by_maxima
+    keep_config = maxima_config
     if kept.rows:
-        keeping = block.config(block.kernel_of_keeping, first_kept, "keeping")
-    config = keeping
+        keep_config = block.config(block.kernel_of_keeping, first_kept, "keeping")
+    config = keep_config
     if kept.rows < block.m:
         config = block.config(block.kernel_of_sums, first)
-    chunks, again, partial = prepare(config, keeping)
+    chunks, again, partial = prepare(config, keep_config)
     for chunk in chunks:
-        chosen = keeping if chunk.kept else config
+        chosen = keep_config if chunk.kept else config
         run_sweep(block, chosen, chunk, shift, positive, kept, partial)
         add_sums(block, chunk, partial, state, occupied, shift, flag)
         if chunk.kept:
             add_moments(block, chunk, partial, kept)
     if flag is not None:
-        sweep_maxima(block, by_maxima, again, partial, state, None, kept, flag)
+        sweep_maxima(block, maxima_config, again, partial, state, None, kept, flag)
 
 
 @on_its_device
@@ -125,8 +126,8 @@ def weigh(
     dy = block.empty(block.n if wanted.y else 0, block.d, dtype=wanted.dtype_y)
     product = dy if dy.dtype == torch.float32 else block.empty(*dy.shape)
     completion = Completion(work, upstream.positive_weight, upstream.gain, wanted.project, dx, dy)
-    last = work.run(block.kernel_of_weights, dx, product, completion.finish_rows)
-    return dx, dy, completion.finish(last, product), completion.finish_columns()
+    last = work.run(block.kernel_of_weights, dx, product, completion.complete_rows)
+    return dx, dy, completion.complete(last, product), completion.key_bias_gradient()
 
 
 @on_its_device
@@ -144,5 +145,5 @@ def sweep_and_weigh(
     # The positives are known only now, and the gradients need their weights.
     rows = state[:, : block.m]
     _, _, weights = finish(rows, positive, block.scale, block.bias, block.kind.name)
-    totals = Completion(work, weights, gain, project, dx, dy).finish(last, dy, every_row=True)
+    totals = Completion(work, weights, gain, project, dx, dy).complete(last, dy, every_row=True)
     return state, positive, dx, dy, totals

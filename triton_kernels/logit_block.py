@@ -44,13 +44,14 @@ class LogitBlock:
         if block.key_bias is not None:
             self.key_bias, self.largest_bias = self._biases(block.key_bias)
             self.bias = None
-        # Ids of rows and of columns, then their thresholds.
+        # The ids of rows, of columns, the thresholds of rows, of columns.
         self.sides = tuple(
             None if t is None else t.contiguous()
             for t in (block.x.ids, block.y.ids, block.x.threshold, block.y.threshold)
         )
         self.unit = self._unit()
-        # All offsets beyond the block mean the same. Clamped to 32 bits, they share one kernel.
+        # All offsets beyond the block mean that no row has an own positive. The offset is clamped
+        # to the block, so that it fits 32 bits and no second kernel is compiled for 64 bits.
         self.offset = max(-self.m, min(block.offset, self.n))
         self.is_small = plan.is_small(self.m, self.n)
 
@@ -104,7 +105,9 @@ class LogitBlock:
         x, y = x[chunk.row_slice], y[chunk.column_slice]
         if config is None or not config.descriptors:
             return x, y
-        return launch.described(x, config.bm, config.bk), launch.described(y, config.bn, config.bk)
+        return launch.descriptor(x, config.bm, config.bk), launch.descriptor(
+            y, config.bn, config.bk
+        )
 
     def logits(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
         """Returns a chunk's LOGITS: all that `kernels/logits.py` needs to make logits."""
@@ -162,7 +165,8 @@ class LogitBlock:
 
     @property
     def precision(self) -> str:
-        """The arithmetic of the products."""
+        """The kernels' PRECISION: how fp32 operands are multiplied. Half operands get "ieee", which
+        changes nothing for them."""
         return "tf32" if self.tf32 else "split" if self.split else "ieee"
 
     def tiles(self, config: Config) -> dict[str, Any]:
@@ -235,8 +239,9 @@ class LogitBlock:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
     def kept(self, kept: Tensor) -> Kept:
-        """Returns views of what a first sweep has kept. Small blocks keep nothing, and neither do
-        blocks in which a weight is not one number times the sum of two coefficients."""
+        """Returns views of what a first sweep has kept. Small blocks keep nothing. Neither do the
+        blocks that `engine.kept.Weights.keep` excludes: those with thresholds, with positives by id
+        or with a key_bias."""
         keeps = self.sides[2] is None and self.largest_bias is None and not self.same_id_positive
         return Kept.of(kept, self.m, self.n, self.x) if keeps and not self.is_small else Kept()
 

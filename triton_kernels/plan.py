@@ -19,14 +19,15 @@ from typing import NamedTuple
 
 from .configurations import Config
 
-# A block with fewer pairs is small: launches cost it more than a second exponential a pair.
+# A block with fewer pairs is small: a second exponential for each pair costs it less time than the
+# launches that would save that exponential.
 SMALL_PAIRS = 1 << 23
 
 PARTIAL_BYTES = 128 << 20
 WEIGHT_BYTES = 256 << 20
 WEIGHT_ROWS = WEIGHT_COLUMNS = 11264
-# A chunk of weights has a multiple of ROW_UNIT rows, unless it is the last. Its rows lie a
-# multiple of COLUMN_UNIT elements apart.
+# A chunk of weights has a multiple of ROW_UNIT rows, unless it ends the kept rows or the block. Its
+# rows lie a multiple of COLUMN_UNIT elements apart.
 ROW_UNIT, COLUMN_UNIT = 128, 16
 # Partials of a line in each tile: its sum; if weights are kept, also the sums of w and of w * t; if
 # lines have shifts of their own, also its shift.

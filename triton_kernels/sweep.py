@@ -49,20 +49,20 @@ def run_sweep(
     """Sweeps all tiles of a chunk, plain ones and those of the edges, with one shift or none."""
     skipped = block.skipped(chunk)
     plain = chunk.plain_tiles(skipped)
-    keeping = kept.weights[chunk.row_slice] if chunk.kept else None
-    stride_kept = keeping.stride(0) if chunk.kept else 0
+    kept_weights = kept.weights[chunk.row_slice] if chunk.kept else None
+    stride_kept = kept_weights.stride(0) if chunk.kept else 0
     sizes = (chunk.rows, chunk.columns)
     where = (*block.strides, stride_kept, block.offset_of(chunk), skipped)
     if plain:
         launch.launch(
             sweep.sweep_kernel, block.programs(plain, config), *block.features(chunk, config),
-            block.logits(chunk), shift, launch.stored(keeping, config), partial, *sizes, *where,
-            **block.functions, **block.plain_tiles(config),
+            block.logits(chunk), shift, launch.output_argument(kept_weights, config), partial,
+            *sizes, *where, **block.functions, **block.plain_tiles(config),
         )  # fmt: skip
     if chunk.tiles > plain:
         launch.launch(
             sweep.sweep_edges_kernel, chunk.tiles - plain, *block.features(chunk),
-            block.logits(chunk), shift, positive[chunk.row_slice], keeping, partial, *sizes,
+            block.logits(chunk), shift, positive[chunk.row_slice], kept_weights, partial, *sizes,
             block.width, *where, **block.functions, **block.edge_tiles(config),
         )  # fmt: skip
 
@@ -121,8 +121,8 @@ def sweep_maxima(
     block: LogitBlock, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
     positive: Tensor | None, kept: Kept, flag: Tensor | None,
 ) -> None:  # fmt: skip
-    """Makes states with a shift for each line. With a flag, it is a second sweep that works only if
-    the flag is set; without one it is the only sweep, and makes the positives, too."""
+    """Makes states with a shift for each line. With a flag, this repeats a sweep, and works only if
+    the flag is set. Without a flag it is the only sweep, and stores the positives, too."""
     for chunk in chunks:
         programs = chunk.tiles if flag is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         launch.launch(

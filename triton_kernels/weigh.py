@@ -49,9 +49,10 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class Lines:
-    """The lines as the second sweep takes them, rows first: their shifts, their coefficients a and
-    b (None if these add up to 1) and, for positives by id, c and d. The device sets two flags:
-    `one_shift` if all shifts are equal, `kept_is_valid` if the kept weights may be used."""
+    """The shifts and coefficients of all lines, rows first, as the second sweep takes them: a and b
+    for negatives, c and d for positives by id. Coefficients are None in `sweep_and_weigh`, where
+    a_i + b_j is 1 for every pair. The device sets two flags: `one_shift` if all shifts are equal,
+    `kept_is_valid` if the kept weights may be used."""
 
     def __init__(
         self, block: LogitBlock, state: Tensor, coefficients: Tensor | None, kept: Kept
@@ -105,8 +106,10 @@ class LastChunk(NamedTuple):
 
     chunk: Chunk
     product_x: Tensor | None
-    totals: tuple[Tensor, Tensor | None, Tensor | None]  # its own, a flag, earlier chunks'
-    tiles: tuple[int, int]  # how many wrote its own totals, if the flag is set, and if it is not
+    # The totals of this chunk's tiles; a flag; the totals of all earlier chunks.
+    totals: tuple[Tensor, Tensor | None, Tensor | None]
+    # The number of tiles that wrote totals: if the flag is set or absent, and if it is not set.
+    tiles: tuple[int, int]
 
 
 class Weighing:
@@ -175,8 +178,8 @@ class Weighing:
         if plain:
             launch.launch(
                 weight_kernels.weigh_kernel, block.programs(plain, config),
-                *block.features(chunk, config), *given, launch.stored(weights, config), *sums,
-                partial, chunk.rows, chunk.columns, *where, **constants,
+                *block.features(chunk, config), *given, launch.output_argument(weights, config),
+                *sums, partial, chunk.rows, chunk.columns, *where, **constants,
                 **block.plain_tiles(config),
             )  # fmt: skip
         if chunk.tiles > plain:
@@ -226,8 +229,8 @@ class Weighing:
         return chunk._replace(bm=config.bm, bn=config.bn)
 
     def _cuts(self, chunk: Chunk) -> tuple[Tensor | None, Chunk | None, Chunk | None]:
-        """Returns a flag, and how a chunk is cut into the tiles that write sums: if the flag is
-        set, and if it is not. None: no tile writes sums."""
+        """Returns a flag and two versions of a chunk, cut into the tiles that write sums if the
+        flag is set or absent, and if it is not set. None for a version: no tile writes sums."""
         apart = self._cut_for_own_shifts(chunk)
         if not self.block.kind.has_shift:
             return None, None if chunk.kept else chunk, None
@@ -263,11 +266,12 @@ class Weighing:
 
     def run(
         self, kernel: str, dx: Tensor, product_y: Tensor,
-        finish_rows: Callable[[Tensor, Chunk], None] | None = None,
+        complete_rows: Callable[[Tensor, Chunk], None] | None = None,
     ) -> LastChunk:  # fmt: skip
-        """Runs all chunks. Products with y go to dx or, if dx is narrower than fp32, to a buffer
-        for one chunk, from which `finish_rows` makes gradients. The caller finishes the last
-        rows."""
+        """Runs all chunks. Products with y are written to dx if that is fp32, else to a buffer for
+        the rows of one chunk. `complete_rows` turns the products of rows into gradients once they
+        are complete, except for the last chunk's rows, which the caller completes. Products with x
+        are written to product_y."""
         block = self.block
 
         def first(config: Config) -> None:
@@ -300,8 +304,13 @@ class Weighing:
                 self._add_rows(weights, chunk, product)
             if self.needs_y:
                 self._add_columns(weights, chunk, product_y[chunk.column_slice])
-            if not is_last and product is not None and chunk.column_stop == block.n and finish_rows:
-                finish_rows(product, chunk)
+            if (
+                not is_last
+                and product is not None
+                and chunk.column_stop == block.n
+                and complete_rows
+            ):
+                complete_rows(product, chunk)
         return LastChunk(chunk, product, (buffers.totals, made[0], totals), made[1:])
 
     def _add_rows(self, weights: Tensor, chunk: Chunk, out: Tensor) -> None:

@@ -17,11 +17,11 @@ from . import cases
 def split() -> Iterator[None]:
     """Sets FASTCLIP_FP32=split. The library caches the variable; the cache is cleared before and
     after."""
-    from fastclip.engine import preference
+    from fastclip.engine import arithmetic
 
     before = os.environ.get("FASTCLIP_FP32")
     os.environ["FASTCLIP_FP32"] = "split"
-    preference.fp32.cache_clear()
+    arithmetic.fp32.cache_clear()
     try:
         yield
     finally:
@@ -29,7 +29,7 @@ def split() -> Iterator[None]:
             del os.environ["FASTCLIP_FP32"]
         else:
             os.environ["FASTCLIP_FP32"] = before
-        preference.fp32.cache_clear()
+        arithmetic.fp32.cache_clear()
 
 
 @contextlib.contextmanager

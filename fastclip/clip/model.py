@@ -140,7 +140,7 @@ class CLIP(nn.Module):
                 for linear in (block.qkv, block.out, block.up, block.down):
                     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                     nn.init.zeros_(linear.bias)
-                # Small residual branches at first: the variance does not grow with the depth.
+                # Residual branches start small, so that the variance does not grow with the depth.
                 for linear in (block.out, block.down):
                     linear.weight.mul_((2 * len(tower.blocks)) ** -0.5)
 

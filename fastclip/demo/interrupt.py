@@ -23,7 +23,8 @@ def interruptible(patient: bool = False) -> Iterator[Callable[[], bool]]:
         pressed = True
 
     before = signal.getsignal(signal.SIGINT)
-    # A shell's background jobs ignore Ctrl-C, which stays so; other threads cannot set handlers.
+    # Nothing is delayed where the handler is not Python's own (a shell's background jobs ignore
+    # Ctrl-C, and must go on ignoring it), nor outside the main thread, which alone may set one.
     if before is not signal.default_int_handler or (
         threading.current_thread() is not threading.main_thread()
     ):

@@ -50,7 +50,8 @@ class Run:
 
 
 def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
-    """Returns AdamW with a weight decay for few pictures; gains, biases and the scale have none."""
+    """Returns AdamW. Matrices have a weight decay of 1.0, strong because there are few pictures;
+    the vectors of layer norms, biases and the scale have none."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
@@ -86,7 +87,8 @@ def train(
     state: dict[str, Any] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains for the first `stop` of the schedule's `steps` (default all) and records `run`.
+    """Trains for the first `stop` of the schedule's `steps` (default: all) and writes the record of
+    every step to `run`.
 
     Args:
         micro_batch: pairs that the towers hold at once; default: all pairs of this worker.

@@ -87,7 +87,8 @@ def learn(
 ) -> tuple[CLIP, dict[str, dict[str, Score]]]:  # fmt: skip
     """Trains with both implementations on all ranks; the first rank saves, evaluates and reports.
 
-    `runs`, by implementation, is filled step by step and is right after an interruption too.
+    `runs`, by implementation, is filled step by step, so that it is complete even after an
+    interruption.
     """
     workers = task.workers
     say = print if workers.first else lambda *_, **__: None

@@ -115,9 +115,10 @@ class Workers:
             dist.destroy_process_group()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Returns on every rank the result of `make()` on rank 0, or raises its error.
+        """Returns on every rank the result of `make()` on rank 0, or raises its error there.
 
-        Errors are ValueError or OSError.
+        `make` may raise ValueError or OSError only: after another error the other ranks would wait
+        for rank 0.
         """
         if self.size == 1:
             return make()

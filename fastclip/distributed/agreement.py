@@ -16,7 +16,7 @@ from ..engine.dtypes import FLOATING
 from .collectives import gather_rows
 from .shard import Shard, starts_of
 
-_Exchanged = dict[str, tuple[int, ...]]  # the ranks' values of each field
+_RankValues = dict[str, tuple[int, ...]]  # the ranks' values of each field
 
 
 def is_initialized() -> bool:
@@ -65,7 +65,7 @@ def check_world(
 
 # The ranks' values at the first call, by group and by this rank's values: an exchange at every call
 # would wait for the device.
-_FIRST_CALLS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Exchanged]] = (
+_FIRST_CALLS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _RankValues]] = (
     WeakKeyDictionary()
 )
 _REFUSED = -1  # in place of the first field, which is a size
@@ -79,17 +79,18 @@ NEEDS = ("needs_x", "needs_y", "needs_key_bias")
 
 def agree(
     process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, needs_any: bool, uneven: bool,
-    live: tuple[int, int] | None = None, **alike: int | torch.dtype,
+    live: tuple[int, int] | None = None, **must_match: int | torch.dtype,
 ) -> Shard:  # fmt: skip
     """Compares the ranks' paired features x, y (b, D) and options; returns this rank's shard.
 
-    Ranks compare at every call, through CPU memory if the group has a backend for it (gloo, or
-    `init_process_group` without a backend, which takes one for each device). In a group that only
-    moves GPU tensors, reading the result waits for the device, so only the first call of each kind
-    compares, unless `uneven` needs the sizes each time.
+    If the group has a backend for CPU memory (gloo, or `init_process_group` without a backend,
+    which takes one for each device), ranks compare through it at every call. In a group that only
+    moves GPU tensors, reading the result waits for the device. There, calls with `uneven` compare
+    every time, since they need the sizes; others compare only if this rank has not made the same
+    call, with the same sizes and options, before.
 
     live: start and stop of this rank's rows that are differentiated; None: all.
-    alike: further values that must be the same on all ranks.
+    must_match: further values that must be the same on all ranks.
 
     Raises, on every rank:
         ValueError: widths, dtypes or options that differ; sizes or live rows that differ without
@@ -98,8 +99,8 @@ def agree(
     """
     start, stop = live or (0, x.shape[0])
     sizes = {"batch": x.shape[0], "start of live pairs": start, "end of live pairs": stop}
-    group, exchanged = _exchanged(
-        process_group, ("images", x), ("texts", y), sizes, {}, needs_any, uneven, alike
+    group, exchanged = _compared(
+        process_group, ("images", x), ("texts", y), sizes, {}, needs_any, uneven, must_match
     )
     live_rows = tuple(
         slice(*rows)
@@ -112,34 +113,35 @@ def agree(
 
 def agree_on_sides(
     process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, key_bias: Tensor | None,
-    needs_any: bool, uneven: bool, **alike: int | torch.dtype,
+    needs_any: bool, uneven: bool, **must_match: int | torch.dtype,
 ) -> Shard:  # fmt: skip
-    """`agree` for rows x (m, D) and columns y (n, D), whose numbers may differ; returns the shard
-    of columns."""
+    """Does what `agree` does, for rows x (m, D) and columns y (n, D), where m and n may differ.
+    Returns the shard of the columns."""
     sizes = {"number of rows": x.shape[0], "number of columns": y.shape[0]}
     needs = {"needs_key_bias": int(key_bias is not None and key_bias.requires_grad)}
-    alike["key_bias"] = int(key_bias is not None)
+    must_match["key_bias"] = int(key_bias is not None)
     if key_bias is not None:
-        alike["dtype of key_bias"] = key_bias.dtype
-    group, exchanged = _exchanged(
-        process_group, ("x", x), ("y", y), sizes, needs, needs_any, uneven, alike
+        must_match["dtype of key_bias"] = key_bias.dtype
+    group, exchanged = _compared(
+        process_group, ("x", x), ("y", y), sizes, needs, needs_any, uneven, must_match
     )
     columns = exchanged["number of columns"]
     return _shard(group, exchanged, columns, tuple(slice(0, n) for n in columns))
 
 
-def _exchanged(
+def _compared(
     process_group: dist.ProcessGroup | None, named_x: tuple[str, Tensor],
     named_y: tuple[str, Tensor], sizes: dict[str, int], needs: dict[str, int], needs_any: bool,
-    uneven: bool, alike: dict[str, int | torch.dtype],
-) -> tuple[dist.ProcessGroup | None, _Exchanged]:  # fmt: skip
-    """Exchanges and compares. Sizes may differ with `uneven`, needs always."""
+    uneven: bool, must_match: dict[str, int | torch.dtype],
+) -> tuple[dist.ProcessGroup | None, _RankValues]:  # fmt: skip
+    """Returns the group and the ranks' values, once they agree. `sizes` may differ between ranks if
+    `uneven`; `needs` may always differ; `must_match` must be the same."""
     group = group_of(process_group)
     (name_x, x), (name_y, y) = named_x, named_y
     needs = {"needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad), **needs}
     common = {
         "width D": x.shape[1], f"dtype of {name_x}": x.dtype, f"dtype of {name_y}": y.dtype,
-        "uneven": int(uneven), **alike,
+        "uneven": int(uneven), **must_match,
     }  # fmt: skip
     mine: dict[str, int] = {
         **sizes, **needs, "requires_grad": int(needs_any),
@@ -150,9 +152,9 @@ def _exchanged(
         _check(exchanged, tuple(sizes), tuple(common))
         return group, exchanged
     through = _exchanging_device(group, x.device)
-    relies = through.type != "cpu" and not uneven
+    trusts_first_call = through.type != "cpu" and not uneven
     key = x.device, *mine.items()
-    known = _FIRST_CALLS.setdefault(group, {}) if relies else {}
+    known = _FIRST_CALLS.setdefault(group, {}) if trusts_first_call else {}
     if key not in known:
         found = _exchange(group, tuple(mine.values()), through)
         exchanged = dict(zip(mine, found, strict=True))
@@ -163,7 +165,7 @@ def _exchanged(
 
 def _shard(
     group: dist.ProcessGroup | None,
-    exchanged: _Exchanged,
+    exchanged: _RankValues,
     sizes: tuple[int, ...],
     live: tuple[slice, ...],
 ) -> Shard:
@@ -172,7 +174,7 @@ def _shard(
     return Shard(group, rank, sizes, starts_of(sizes), live, *needs)
 
 
-def refuse(process_group: dist.ProcessGroup | None) -> None:
+def announce_failure(process_group: dist.ProcessGroup | None) -> None:
     """Called in place of `agree` by a rank that is about to raise, so that the others raise, too.
     It sends nothing without a group, or in one that only moves GPU tensors: there the other ranks
     wait until the group's timeout."""
@@ -206,7 +208,7 @@ def _exchange(
     return list(zip(*received.view(world_size, -1).tolist(), strict=True))[: len(mine)]
 
 
-def _check(exchanged: _Exchanged, sizes: tuple[str, ...], common: tuple[str, ...]) -> None:
+def _check(exchanged: _RankValues, sizes: tuple[str, ...], common: tuple[str, ...]) -> None:
     def each(field: str) -> str:
         values = exchanged[field]
         if field.startswith("dtype"):

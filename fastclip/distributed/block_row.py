@@ -1,7 +1,8 @@
 """A rank's block of rows, `S[own rows, all columns]`, and its two sweeps.
 
-`exchange.py` delivers the columns in visits. Rows are complete on their rank; columns are partial
-sums that the ranks merge. States, positives and coefficients are O(B).
+`exchange.py` delivers the columns in visits. The states of rows are complete on their rank. The
+states of columns are partial on each rank, and the ranks merge them. States, positives and
+coefficients are O(B).
 """
 
 from __future__ import annotations
@@ -64,14 +65,14 @@ class BlockRow(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that a Function saves; `with_tensors` puts them back."""
-        return self.block.flat()[:-_OPTIONS]
+        return self.block.flat()[:-_OPTION_COUNT]
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> BlockRow:
-        block, _ = Block.of((*tensors, *self.block.flat()[-_OPTIONS:]))
+        block, _ = Block.of((*tensors, *self.block.flat()[-_OPTION_COUNT:]))
         return self._replace(block=block)
 
     def without_tensors(self) -> BlockRow:
-        return self.with_tensors((None,) * TENSORS)
+        return self.with_tensors((None,) * TENSOR_COUNT)
 
     def part(self, rows: slice, features: Tensor, columns: slice | Tensor, offset: int) -> Block:
         """The block of some own rows and of some columns, with the columns' features."""
@@ -92,8 +93,9 @@ class BlockRow(NamedTuple):
         return self.part(rows, visit.features, visit.columns, offset)
 
     def bound(self) -> Tensor | None:
-        """An upper bound of |t| on all ranks. It gives all ranks the same shift, so that columns'
-        sums just add up. If it is NaN or infinite, every rank takes shifts of its own."""
+        """An upper bound of |t| on all ranks, one element; None for a kind without a shift. With it
+        all ranks take the same shift, so that the sums of a column on different ranks can be added.
+        If it is NaN or infinite, every rank takes shifts of its own."""
         if not self.kind.has_shift:
             return None
         x = self.block.x.features
@@ -104,9 +106,9 @@ class BlockRow(NamedTuple):
         return self.shard.max(torch.stack(longest)).prod().to(dtype)
 
 
-_OPTIONS = 3  # the number of a block's fields that are no tensors; they come last
+_OPTION_COUNT = 3  # the number of a block's fields that are no tensors; they come last
 # The number of tensors in a block, flat: those of both sides, scale and biases.
-TENSORS = 2 * len(Side._fields) + len(Block._fields) - 2 - _OPTIONS
+TENSOR_COUNT = 2 * len(Side._fields) + len(Block._fields) - 2 - _OPTION_COUNT
 
 
 def with_positive(m: int, n: int, offset: int) -> int:
@@ -195,14 +197,15 @@ class RowWeighing(NamedTuple):
         """Returns dx (m, D) and dy (n, D) of this rank, and its part of dbias and dscale and of
         dkey_bias (B)."""
         row, shard = self.row, self.row.shard
-        x, live, at_once = row.block.x.features, shard.live[shard.rank], shard.all_live
-        rows = slice(0, row.rows) if at_once else live
+        x, live, all_live = row.block.x.features, shard.live[shard.rank], shard.all_live
+        rows = slice(0, row.rows) if all_live else live
         dx = x.new_zeros(x.shape if needs_x else (0,), dtype=accumulation_dtype(x))
         totals = self.swept.state.new_zeros(2)
         dkey_bias = totals.new_zeros(shard.batch if needs_key_bias else 0)
-        needs = needs_x, needs_y and at_once, needs_key_bias
-        journey = row.columns.start(row.block.y.features, shard if at_once else shard.of_live)
-        # Every visit must happen, also without a gradient to send back.
+        needs = needs_x, needs_y and all_live, needs_key_bias
+        journey = row.columns.start(row.block.y.features, shard if all_live else shard.of_live)
+        # All visits must be iterated over, even if there is no gradient to give back: other ranks
+        # wait for the features that this one sends on.
         for visit, kept in zip(journey, self.swept.kept, strict=True):
             block = row.visited(rows, visit)
             found = self._weigh(block, rows, visit.columns, kept, *needs)
@@ -212,11 +215,11 @@ class RowWeighing(NamedTuple):
             if needs_key_bias:
                 dkey_bias[visit.columns] = found.key_bias
             if needs_y:
-                journey.give_back(found.y if at_once else self._live_columns(visit))
+                journey.give_back(found.y if all_live else self._live_columns(visit))
         if not needs_y:
             return Gradients(dx, dx.new_zeros(0), totals, dkey_bias)
         dy = journey.finish()
-        if not at_once:
+        if not all_live:
             of_live, dy = dy, dx.new_zeros((shard.rows, x.shape[1]))
             dy[live] = of_live
         return Gradients(dx, dy, totals, dkey_bias)

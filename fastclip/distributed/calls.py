@@ -1,8 +1,8 @@
 """The beginning of a call across ranks: checks of this rank's arguments, then the ranks' agreement.
 
 A mistake on one rank is an error on all of them: a rank that is about to raise informs the others
-first, if the group can exchange through CPU memory (`agreement.refuse`). Eager calls and the
-operators of compiled ones (`compiled/`) begin here.
+first, if the group can exchange through CPU memory (`agreement.announce_failure`). Eager calls and
+the operators of compiled ones (`compiled/`) begin here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..engine.dtypes import product_dtype
 from ..engine.fused_loss import LossInputs, LossOptions
 from ..engine.line_statistics import StatisticsInputs, StatisticsOptions
 from ..kinds import KINDS, kind_of
-from .agreement import agree, agree_on_sides, check_world, ranks_of, refuse
+from .agreement import agree, agree_on_sides, announce_failure, check_world, ranks_of
 from .gradient_mode import GradientMode
 from .shard import Shard
 from .sharded_loss import LossTask
@@ -42,7 +42,7 @@ class LossCall(NamedTuple):
     memory_budget: int | None
     live: tuple[int, int] | None
     world: tuple[str, int, int] | None  # a module's name, rank and world size
-    dtype: torch.dtype | None = None  # of the products; None: from autocast
+    dtype: torch.dtype | None = None  # of the products; None: `product_dtype` of the features
 
 
 class ContrastCall(NamedTuple):
@@ -65,22 +65,22 @@ class CheckedLoss(NamedTuple):
     inputs: LossInputs
     options: LossOptions
     live: tuple[int, int] | None
-    alike: dict[str, int | torch.dtype]  # what ranks must have in common
+    must_match: dict[str, int | torch.dtype]  # what ranks must have in common
 
 
 class CheckedContrast(NamedTuple):
     inputs: StatisticsInputs
     task: StatisticsTask  # without a shard
-    alike: dict[str, int | torch.dtype]
+    must_match: dict[str, int | torch.dtype]
 
 
 def begin_loss(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
 ) -> tuple[LossInputs, LossTask]:
     """Checks the arguments of a loss and agrees with the other ranks. given: x, y, scale, bias."""
-    checked = _or_refuse(checked_loss, given, process_group, call)
-    inputs, options, live, alike = checked
-    shard = agree(process_group, *inputs[:2], _wants(*inputs), call.uneven, live, **alike)
+    checked = _or_announce(checked_loss, given, process_group, call)
+    inputs, options, live, must_match = checked
+    shard = agree(process_group, *inputs[:2], _wants(*inputs), call.uneven, live, **must_match)
     return inputs, LossTask(options, shard, call.mode)
 
 
@@ -91,14 +91,20 @@ def begin_contrast(
 
     given: x, y, scale, bias, key_bias, ids, margin.
     """
-    inputs, task, alike = _or_refuse(checked_contrast, given, process_group, call)
+    inputs, task, must_match = _or_announce(checked_contrast, given, process_group, call)
     shard = agree_on_sides(
-        process_group, inputs.x, inputs.y, inputs.key_bias, _wants(*inputs), call.uneven, **alike
+        process_group,
+        inputs.x,
+        inputs.y,
+        inputs.key_bias,
+        _wants(*inputs),
+        call.uneven,
+        **must_match,
     )
     return inputs, task._replace(shard=shard)
 
 
-def _or_refuse(
+def _or_announce(
     check: Callable[..., Checked],
     given: Sequence[Any],
     process_group: dist.ProcessGroup | None,
@@ -107,7 +113,7 @@ def _or_refuse(
     try:
         return check(given, process_group, call)
     except (TypeError, ValueError, RuntimeError):
-        refuse(process_group)
+        announce_failure(process_group)
         raise
 
 
@@ -126,9 +132,9 @@ def checked_loss(
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
     refuse_forward_mode(x, y, scale, bias)
-    # The ranks compare it, since autocast may be on for only some of them.
+    # The ranks compare this dtype, since autocast may be on for only some of them.
     dtype = call.dtype or product_dtype(x, y)
-    alike = {
+    must_match = {
         "loss": _index(call.kind), "normalize": int(call.normalize),
         "logit_bias": int(bias is not None),
         **{name: int(value) for name, value in call.mode._asdict().items()},
@@ -137,7 +143,7 @@ def checked_loss(
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
     options = LossOptions(call.kind, engine, dtype, call.normalize, "mean", budget)
-    return CheckedLoss((x, y, scale, bias), options, live, alike)
+    return CheckedLoss((x, y, scale, bias), options, live, must_match)
 
 
 def checked_contrast(
@@ -150,7 +156,7 @@ def checked_contrast(
     )  # fmt: skip
     dtype = call.dtype or product_dtype(x, y)
     positive = call.same_id == "positive"
-    alike: dict[str, int | torch.dtype] = {
+    must_match: dict[str, int | torch.dtype] = {
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
         "same_id": int(positive), "ids": int(ids is not None),
         "false_negative_margin": int(margin is not None), "offset=None": int(call.offset is None),
@@ -163,12 +169,14 @@ def checked_contrast(
         engine, dtype, call.normalize, bool(call.rows), bool(call.columns), budget
     )
     offset = NO_POSITIVES if call.offset is None else call.offset
-    task = StatisticsTask(options, ids, margin, offset, call.kind, positive, NOBODYS, call.ring)
-    return CheckedContrast(StatisticsInputs(x, y, scale, bias, key_bias), task, alike)
+    task = StatisticsTask(
+        options, ids, margin, offset, call.kind, positive, PLACEHOLDER_SHARD, call.ring
+    )
+    return CheckedContrast(StatisticsInputs(x, y, scale, bias, key_bias), task, must_match)
 
 
 # Stands in a task for the shard until the ranks have agreed.
-NOBODYS = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)
+PLACEHOLDER_SHARD = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)
 
 
 def engine_of(

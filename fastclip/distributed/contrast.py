@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine.no_compile import no_compile
+from ..engine.compile_marks import no_compile
 from ..kinds import LineStatistics
 from .calls import ContrastCall, begin_contrast
 from .compiled.call import takes_contrast, traced_contrast
@@ -41,11 +41,11 @@ def contrast(
         c = contrast(x, y, logit_scale)
         loss = (F.softplus(c.rows - c.positives) + F.softplus(c.columns - c.positives)).mean() / 2
 
-    is `clip_loss` of even batches. A rank's loss is its share of the whole: the mean over ranks
-    must be the loss of the whole batch. If batches differ in size, take R / B times the sum over
-    this rank's pairs as its loss (R ranks, B pairs in all). After DDP's mean over ranks, the
-    gradients of towers, scale and biases equal those of one process that takes the mean of the
-    ranks' losses.
+    computes `clip_loss` if all ranks' batches have one size. A rank's loss is its share of the
+    whole: the mean over ranks must be the loss of the whole batch. If batches differ in size, take
+    R / B times the sum over this rank's pairs as its loss (R ranks, B pairs in all). After DDP's
+    mean over ranks, the gradients of towers, scale and biases equal those of one process that takes
+    the mean of the ranks' losses.
 
     Args:
         x, y: (m, D), (n, D), this rank's rows and columns; m and n may differ.
@@ -59,8 +59,8 @@ def contrast(
         logit_scale, logit_bias, same_id, rows, columns, kind, normalize: the same on all ranks.
             These, backend and memory_budget are as in `fastclip.contrast`.
 
-    Every rank must call backward on something that it got, also a rank without pairs, since the
-    others' gradients wait for it; `c.rows.sum()` serves.
+    Every rank must run backward through at least one of its statistics, since the others' gradients
+    wait for it. A rank without pairs can use `c.rows.sum()`.
 
     Bytes that a rank sends (B columns of all ranks, E bytes a feature element): features and
     gradients as in `clip_loss`, with n in place of b; at most 56 * B for states and coefficients,

@@ -54,16 +54,16 @@ class Gathered:
         return held[self.shard.mine]
 
     def live(self, visit: Visit) -> tuple[slice | Tensor, int | None]:
-        """Returns the visit's live columns, and where this rank's begin among them; None if none
-        are this rank's."""
+        """Returns the places of the live columns among the visit's columns; and the number of the
+        first live column of this rank among these, or None if the visit has none of this rank."""
         return self.shard.where_live(visit.features.device), self.shard.of_live.start
 
-    def start(self, held: Tensor, home: Shard | None = None) -> _Stay:
+    def start(self, held: Tensor, home: Shard | None = None) -> _GatheredJourney:
         """Starts a journey. home: the shard of the gradients, if only live columns have any."""
-        return _Stay(self, held, home or self.shard)
+        return _GatheredJourney(self, held, home or self.shard)
 
 
-class _Stay:
+class _GatheredJourney:
     """The journey of gathered features."""
 
     def __init__(self, gathered: Gathered, held: Tensor, home: Shard) -> None:
@@ -99,8 +99,8 @@ class Ring:
 
     At step s this rank is visited by the features of two ranks, at distances s and -s, so that half
     as many steps as ranks are enough. Gradients follow the features from rank to rank, and the last
-    rank sends them straight home. Beside its own, a rank holds at most four ranks' features and
-    five gradients.
+    rank that was visited sends them directly to the features' own rank. Beside its own, a rank
+    holds at most four ranks' features and five gradients.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -119,8 +119,8 @@ class Ring:
         owner = columns.index(visit.columns)
         return self.shard.live[owner], 0 if visit.has_own else None
 
-    def start(self, held: Tensor, home: Shard | None = None) -> _Round:
-        return _Round(self, held, home or self.shard)
+    def start(self, held: Tensor, home: Shard | None = None) -> _RingJourney:
+        return _RingJourney(self, held, home or self.shard)
 
     def owners(self, step: int) -> list[int]:
         """The ranks whose features visit at a step, as distances from this one."""
@@ -130,7 +130,7 @@ class Ring:
         return [d for d in (step, -step) if -self.shard.world_size < 2 * d <= self.shard.world_size]
 
 
-class _Round:
+class _RingJourney:
     """The journey round the ring."""
 
     def __init__(self, ring: Ring, held: Tensor, home: Shard) -> None:

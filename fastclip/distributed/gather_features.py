@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..engine.checks import check_features
-from ..engine.no_compile import no_compile
-from .agreement import agree, check_world, refuse
+from ..engine.compile_marks import no_compile
+from .agreement import agree, announce_failure, check_world
 from .shard import Shard
 
 
@@ -48,9 +48,10 @@ def gather_features(
 ) -> tuple[Tensor, Tensor]:
     """open_clip's `gather_features`: both towers' features of all ranks, (B, D).
 
-    With `gather_with_grad` they are differentiable, once. Without it only own rows are, and none
-    with `local_loss`. rank and world_size may be left out. This function is for losses of your own:
-    those of this library never hold more than one tower's features of all ranks.
+    With `gather_with_grad` all rows are differentiable; there is no second derivative. Without it
+    only this rank's own rows are differentiable, and with `local_loss` not even those. rank and
+    world_size may be left out. This function is for losses of your own: those of this library never
+    hold more than one tower's features of all ranks.
     """
     alike = {"local_loss": int(local_loss), "gather_with_grad": int(gather_with_grad)}
     try:
@@ -60,7 +61,7 @@ def gather_features(
             check_world("gather_features", rank, world_size, process_group)
         check_features(image_features, text_features)
     except (TypeError, ValueError):
-        refuse(process_group)
+        announce_failure(process_group)
         raise
     towers = image_features, text_features
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in towers)

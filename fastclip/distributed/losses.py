@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine.no_compile import no_compile
+from ..engine.compile_marks import no_compile
 from .calls import LossCall, begin_loss
 from .compiled.call import takes_loss, traced_loss
 from .gradient_mode import GradientMode

@@ -17,7 +17,8 @@ from .collectives import gather_rows, scatter_sum_rows
 
 
 class Parcel(NamedTuple):
-    """A tensor that is sent to the rank at a distance, or arrives from it."""
+    """A tensor that is sent to the rank at this distance from this one, or, if it `arrives`,
+    received from that rank."""
 
     tensor: Tensor
     distance: int
@@ -25,8 +26,8 @@ class Parcel(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Rank k has `sizes[k]` rows of the batch, from `starts[k]` on. Rows are pairs; if x and y
-    differ in length they are rows of y, the columns of the logits."""
+    """Rank k has `sizes[k]` items of the batch, from number `starts[k]` on. The items are pairs for
+    a loss. For `contrast` they are the rows of y: the columns of the logits."""
 
     group: dist.ProcessGroup | None  # None: a single rank, without exchanges
     rank: int
@@ -34,7 +35,8 @@ class Shard(NamedTuple):
     starts: tuple[int, ...]
     # The rows of each rank that this step differentiates; its other rows are constants.
     live: tuple[slice, ...]
-    # True if any rank needs gradients of its x, of its y: then all ranks take part in them.
+    # needs_x: at least one rank needs gradients of its x; needs_y, needs_key_bias: likewise. All
+    # ranks then take part in the exchange of these gradients.
     needs_x: bool
     needs_y: bool
     needs_key_bias: bool = False
@@ -64,7 +66,7 @@ class Shard(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """The number of pairs of all ranks."""
+        """The number of items of all ranks: pairs for a loss, columns for `contrast`."""
         return self.starts[-1] + self.sizes[-1]
 
     @property

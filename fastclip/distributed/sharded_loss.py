@@ -28,7 +28,7 @@ from ..engine.block import Block, Upstream
 from ..engine.dtypes import accumulation_dtype, state_dtype
 from ..engine.fused_loss import LossInputs, LossOptions
 from ..kinds import Kind, kind_of
-from .block_row import TENSORS, BlockRow, RowWeighing, Swept, merge_columns, to_features
+from .block_row import TENSOR_COUNT, BlockRow, RowWeighing, Swept, merge_columns, to_features
 from .block_row import sweep as sweep_row
 from .exchange import Gathered, Ring
 from .gradient_mode import GradientMode
@@ -132,14 +132,14 @@ class _ShardedLoss(torch.autograd.Function):
         row = task.row(task.own(x, y, scale, bias))
         value, found = forward(task, row, x, y, ctx.needs_input_grad[0])
         ctx.task, ctx.row = task, row.without_tensors()
-        of_row = (None,) * TENSORS if makes_gradients_at_once(task, x, y) else row.tensors
+        of_row = (None,) * TENSOR_COUNT if makes_gradients_at_once(task, x, y) else row.tensors
         ctx.save_for_backward(x, y, scale, bias, *of_row, *found)
         return value
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        row, found = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
+        row, found = ctx.row.with_tensors(saved[:TENSOR_COUNT]), saved[TENSOR_COUNT:]
         with torch.no_grad():
             gradients = backward(ctx.task, row, inputs, found, ctx.needs_input_grad, g)
         if torch.is_grad_enabled():

@@ -1,9 +1,9 @@
 """The differentiable statistics of a batch that is spread over ranks, for `distributed.contrast`.
 
-A rank sweeps its block of rows (`block_row.py`). Its rows are then complete, and columns' states
-are merged, O(B). The rest is the same as in one process, on own rows and own columns: their
-statistics, and coefficients from upstream gradients. Coefficients of columns are gathered, O(B),
-since each rank's block row has a part of every column.
+A rank sweeps its block of rows (`block_row.py`). The states of its rows are then complete, and the
+ranks merge the states of columns, O(B). For its own rows and columns a rank then does what one
+process does: it turns states into statistics, and upstream gradients into coefficients. The
+coefficients of columns are gathered, O(B), since each rank's block row has a part of every column.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from torch import Tensor
 from ..engine import pairs
 from ..engine.autograd import cast, differentiates, refuse_second_derivative, scalar_like
 from ..engine.block import Block, Side, Upstream
-from ..engine.line_formulas import finish, made_of, named, weights
+from ..engine.line_formulas import (
+    as_line_statistics,
+    statistics_from_states,
+    upstream_of,
+    wanted_statistics,
+)
 from ..engine.line_statistics import StatisticsInputs, StatisticsOptions, block_of
 from ..kinds import LineStatistics, kind_of
 from .block_row import (
-    TENSORS,
+    TENSOR_COUNT,
     BlockRow,
     RowWeighing,
     Swept,
@@ -35,7 +40,7 @@ from .shard import Shard
 
 
 class StatisticsTask(NamedTuple):
-    """The options of a call on this rank."""
+    """All that a call of `distributed.contrast` needs beside the differentiable inputs."""
 
     options: StatisticsOptions
     ids: tuple[Tensor, Tensor] | None
@@ -53,7 +58,7 @@ def sharded_statistics(inputs: StatisticsInputs, task: StatisticsTask) -> LineSt
         found = _ShardedStatistics.apply(*inputs, task)
     else:
         found, *_ = forward(inputs, row_of(own_of(inputs, task), task), task.options, budget=0)
-    return named(found, task.same_id_positive, task.options.rows, task.options.columns)
+    return wanted_statistics(found, task.same_id_positive, task.options.rows, task.options.columns)
 
 
 def own_of(inputs: StatisticsInputs, task: StatisticsTask) -> Block:
@@ -86,7 +91,8 @@ def columns_of(m: int, n: int, task: StatisticsTask) -> Gathered | Ring:
 
 
 def _own_block(row: BlockRow) -> Block:
-    """The part of own rows and own columns that statistics need."""
+    """The block of own rows and own columns, without the columns' factors, ids and thresholds,
+    which statistics do not need."""
     block, mine = row.block, row.shard.mine
     key_bias = None if block.key_bias is None else block.key_bias[mine]
     return block._replace(y=Side(row.columns.own(block.y.features)), key_bias=key_bias)
@@ -111,7 +117,7 @@ def forward(
         if options.columns:
             columns = swept.state[:, row.rows :]
             columns.copy_(merge_columns(columns, row.kind, row.shard))
-        return finish(
+        return statistics_from_states(
             _own_block(row), _own_lines(swept.state, row), swept.positive, inputs.bias
         ), swept
 
@@ -135,7 +141,7 @@ class _ShardedStatistics(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         count = len(StatisticsInputs._fields)
         inputs, saved = StatisticsInputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
-        row, saved = ctx.row.with_tensors(saved[:TENSORS]), saved[TENSORS:]
+        row, saved = ctx.row.with_tensors(saved[:TENSOR_COUNT]), saved[TENSOR_COUNT:]
         found, (state, positive, *kept) = saved[: ctx.found], saved[ctx.found :]
         swept = Swept(state, positive, tuple(kept))
         with torch.no_grad():
@@ -168,8 +174,10 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Returns the gradients of the inputs for upstream gradients of the statistics."""
     shard, needs = row.shard, StatisticsInputs(*wanted[: len(StatisticsInputs._fields)])
-    found, given = (made_of(t, row.block.same_id_positive) for t in (found, upstream))
-    own, of_bias = weights(_own_block(row), inputs.bias, found, _own_lines(swept.state, row), given)
+    found, given = (as_line_statistics(t, row.block.same_id_positive) for t in (found, upstream))
+    own, of_bias = upstream_of(
+        _own_block(row), inputs.bias, found, _own_lines(swept.state, row), given
+    )
     dx, dy, totals, dkey_bias = RowWeighing(row, swept, _gather_upstream(row, options, own)).run(
         needs.x, shard.needs_y, shard.needs_key_bias
     )

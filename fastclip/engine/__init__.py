@@ -1,1 +1,2 @@
-"""The engine: whatever touches all pairs of a block, and what chooses the code that does it."""
+"""The engines: operators that go over all pairs of a block of logits, the autograd Functions and
+checks around them, and the choice of an engine."""

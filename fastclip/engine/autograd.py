@@ -21,7 +21,7 @@ def is_traced() -> bool:
 
 
 def differentiates(*inputs: Tensor | None) -> bool:
-    """True if a gradient may be asked of any of the inputs."""
+    """True if a gradient with respect to any of the inputs may be asked for."""
     if not torch.is_grad_enabled():
         return False
     if torch._C._are_functorch_transforms_active():

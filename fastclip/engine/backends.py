@@ -1,4 +1,4 @@
-"""The engines that can run here, the reason why each other one cannot, and the default."""
+"""Which engines can run here, why each of the others cannot, and which one is the default."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 from .. import triton_kernels
 from ..kinds import KINDS
 from . import operators, preference, torch_engine
+from .arithmetic import arithmetic_of
+from .compile_marks import constant_in_graphs
 
 AVAILABLE = "available"
 
@@ -165,6 +167,7 @@ _FINDERS = {"cuda": _find_cuda, "triton": _find_triton}
 _AVAILABILITY: dict[tuple[str, int | None], str] = {}
 
 
+@constant_in_graphs
 def _availability(engine: str, device: int | None) -> str:
     """A GPU engine's availability on a CUDA device, by default the current one. Triton is imported
     only if it can run."""
@@ -173,12 +176,14 @@ def _availability(engine: str, device: int | None) -> str:
     return _AVAILABILITY[engine, device]
 
 
+@constant_in_graphs
 def _rows(device: int | None, dtype: torch.dtype) -> list[preference.Row]:
     """The rows of the table that hold for a card and a dtype."""
-    products, capability = preference.products_of(dtype), _capability(device) or (0, 0)
-    return [row for row in preference.TABLE if row.takes(products, capability)]
+    arithmetic, capability = arithmetic_of(dtype), _capability(device) or (0, 0)
+    return [row for row in preference.TABLE if row.takes(arithmetic, capability)]
 
 
+@constant_in_graphs
 def _asked() -> str | None:
     """The value of FASTCLIP_GPU, or None."""
     name, known = os.environ.get("FASTCLIP_GPU") or None, (*_FINDERS, "torch")
@@ -187,6 +192,7 @@ def _asked() -> str | None:
     return name
 
 
+@constant_in_graphs
 def _has_kind(engine: str, kind: str) -> bool:
     """True if an engine has the functions of a kind. An engine that cannot run has none."""
     if engine in ("torch", "reference"):
@@ -197,11 +203,6 @@ def _has_kind(engine: str, kind: str) -> bool:
         return kind in importlib.import_module("fastclip.triton_kernels.epilogues").EPILOGUES
     return kind in _COMPILED_KINDS
 
-
-# This is torch.compiler.assume_constant_result without its import of the compiler: a compiled loss
-# asks once, when it is compiled.
-for _function in (_availability, _rows, _asked, _has_kind):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # The device types whose tensors an engine takes. Engines that are not listed take any.
 _SERVED = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
@@ -260,12 +261,12 @@ def choose(
     if backend is None:
         return _default(device, dtype, logits, d, kind)
     # Only this backend is asked: asking all would initialise CUDA needlessly, and would fail in a
-    # process that was forked from one that uses CUDA.
+    # process that was forked from one that uses CUDA. Only the error message below asks all.
     availability = _availability_of(backend, device)
     if availability == AVAILABLE and _serves(backend, device) and not _has_kind(backend, kind):
         raise ValueError(
-            f"kind {kind!r} must be one that backend {backend!r} has; plain PyTorch has all: "
-            f"backend=None or 'torch', got {backend!r}"
+            f"kind {kind!r} must be one that backend {backend!r} has, got one that only the plain "
+            "PyTorch engine serves: use backend=None or 'torch'"
         )
     if availability == AVAILABLE and _serves(backend, device):
         return "torch" if backend in _FINDERS and dtype == torch.float64 else backend

@@ -58,12 +58,14 @@ class Block(NamedTuple):
         return cls(x, y, *arguments[sides : cls.COUNT]), tuple(arguments[cls.COUNT :])
 
     def sizes(self) -> tuple[int, int]:
-        """M and N. This is no property, since Dynamo of torch 2.10 reads none of a named tuple."""
+        """M and N. This is a method: Dynamo of torch 2.10 cannot read properties of a named tuple.
+        `is_plain` may be a property, since no graph reads it."""
         return self.x.features.shape[0], self.y.features.shape[0]
 
     @property
     def is_plain(self) -> bool:
-        """True if every pair but the own positives is a negative of its row and its column."""
+        """True without ids, thresholds and key_bias: then every pair but the own positives is a
+        negative of its row and its column, and all logits have the same bias."""
         return self.x.ids is None and self.x.threshold is None and self.key_bias is None
 
 

@@ -1,6 +1,7 @@
-"""The checks of everything that a user may pass, and the values that follow from the arguments.
+"""Checks of the tensors and options that a user passes, and the values that follow from them.
 
-An error states the rule, with what was expected, and what it got.
+The choice of an engine (`backends.py`) and the entry of a loss (`loss/base.py`) check backend and
+reduction. An error states the rule, with what was expected, and what it got.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def check_contrast(
 
 
 def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
-    """Returns logit_scale or logit_bias as a tensor of one element on the features' device."""
+    """Returns a scalar argument, such as logit_scale, as a tensor of one element on the features'
+    device."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
@@ -181,7 +183,7 @@ def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
 
 
 def budget_of(memory_budget: int | None, device: torch.device) -> int:
-    """Returns the bytes in which products may be kept for the backward."""
+    """Returns the bytes in which products or weights may be kept for the backward."""
     if memory_budget is None:
         return DEFAULT_BUDGETS.get(device.type, 0)
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:

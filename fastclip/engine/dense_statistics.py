@@ -1,4 +1,4 @@
-"""`fastclip.contrast` with all of its matrices: the logits, and masks of the pairs that count."""
+"""`fastclip.contrast`, dense: the (M, N) matrix of logits, and masks of the pairs that count."""
 
 from __future__ import annotations
 

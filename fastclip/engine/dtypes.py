@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .compile_marks import constant_in_graphs
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,11 +35,7 @@ def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     return dtype
 
 
+@constant_in_graphs
 def _cpu_takes_bf16() -> bool:
     """True if the user lets fp32 matmuls on CPUs round their operands to bf16."""
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-
-
-# This is torch.compiler.assume_constant_result without its import of the compiler and Triton: a
-# compiled loss reads the setting once, when it is compiled.
-_cpu_takes_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]

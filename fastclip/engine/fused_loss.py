@@ -1,8 +1,8 @@
-"""The differentiable loss of paired features: two operators, O(M + N) plain PyTorch between them.
+"""The differentiable loss of paired features, made of the operators sweep, finish and weigh.
 
-`fused_loss` sweeps once for the loss and weighs once for the gradients. It computes no gradient
-that is not requested (a frozen tower, `no_grad`), and makes loss and gradients in one sweep for a
-kind whose weights need no state.
+`fused_loss` sweeps once for the loss and weighs once for the gradients; `finish` between them is
+O(M + N). It computes no gradient that is not requested (a frozen tower, `no_grad`). For a kind
+whose weights need no state it makes loss and gradients in one sweep (`sweep_and_weigh`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class LossOptions(NamedTuple):
-    """The options of a call."""
+    """The options of one fused loss, checked, with the engine chosen."""
 
     kind: str
     engine: str
@@ -198,10 +198,11 @@ def _makes_gradients_at_once(
 ) -> bool:
     """True if the forward makes the gradients, for an upstream gradient of 1.
 
-    This needs weights that are known before the sweep, and memory in which the gradients wait in
-    fp32 for the backward. With fp32 features the waiting tensors become the returned gradients.
-    With other dtypes they are extra memory, which is always taken on GPUs, where one sweep less
-    saves a quarter of the time, and on CPUs if it fits the memory budget.
+    This needs weights that are known before the sweep, and memory in which the gradients wait for
+    the backward, in fp32 (fp64 for fp64 features). If both towers' features have that dtype, the
+    waiting tensors become the returned gradients. Otherwise they are extra memory. It is always
+    taken on GPUs, where one sweep less saves a quarter of the time, and on CPUs if it fits the
+    memory budget.
     """
     if not kind_of(options.kind).is_linear or options.reduction == "none":
         return False

@@ -1,8 +1,9 @@
 """The number of rows that a first sweep keeps for the second within a budget, and their tensor.
 
 `keep`, an argument of the operators, is a number of lines of the longer side, each with all its
-min(M, N) pairs. `kept`, their result, is opaque to all but the engine that made it. An engine keeps
-products, weights or nothing.
+min(M, N) pairs. `kept`, a result of the sweep, is the tensor that holds them. Only the engine that
+made it reads its numbers; checks and FLOP counts read its size and dtype. An engine keeps products,
+weights or nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from .block import Block
 
-# Rows are kept in multiples of UNIT; the stride of kept rows of weights is a multiple, too.
+# Rows are kept in multiples of UNIT, unless all are kept. The distance between kept rows of weights
+# is a multiple of UNIT elements, too.
 UNIT = 16
 
 
@@ -86,8 +88,9 @@ class Weights:
     Half features of either dtype keep bfloat16, 2 bytes a pair, since exponentials need float32's
     range; float32 features keep float32.
 
-    The tensor of bytes holds, in this order: the sums of w and of w * t of every line (float64),
-    the shift that w is relative to (float64), the rows of w.
+    The tensor of bytes holds, in this order: the sums of w of every line, then those of w * t
+    (float64); the shift that w is relative to (float64); 8 unused bytes; the rows of w.
+    `triton_kernels/kept.py` makes views of it.
     """
 
     @staticmethod

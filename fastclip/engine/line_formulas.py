@@ -1,8 +1,9 @@
 """The formulas of lines, O(M + N) in plain PyTorch: statistics from a sweep's states, and the
 factors of pairs' weights from the statistics' upstream gradients.
 
-A coefficient is the upstream gradient divided by the line's sum: times a pair's exponential it is
-the pair's weight.
+The weight of a pair is its activation times the coefficients of its lines. For a kind with a shift
+a coefficient is the upstream gradient of the line divided by the line's sum, for others the
+upstream gradient itself.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from . import pairs
 from .block import Block, Upstream
 
 
-def named(
+def wanted_statistics(
     found: tuple[Tensor, ...], same_id_positive: bool, rows: bool, columns: bool
 ) -> LineStatistics:
-    """Returns `made_of`, with None in place of the statistics of a side that is not wanted."""
-    every = made_of(found, same_id_positive)
+    """Names the results of `statistics_from_states`; None for those of an unwanted side."""
+    every = as_line_statistics(found, same_id_positive)
     if not rows:
         every = every._replace(rows=None, row_positives=None)
     if not columns:
@@ -31,13 +32,14 @@ def named(
 
 
 def number_of_statistics(same_id_positive: bool) -> int:
-    """The number of tensors that `finish` returns; those of positives by id come last."""
+    """The number of tensors that `statistics_from_states` returns; those of positives by id come
+    last."""
     fields = LineStatistics._fields
     return len(fields) if same_id_positive else fields.index("row_positives")
 
 
-def made_of(found: Sequence[Tensor], same_id_positive: bool) -> LineStatistics:
-    """Gives `finish`'s results their names, and drops the results that may follow in `found`."""
+def as_line_statistics(found: Sequence[Tensor], same_id_positive: bool) -> LineStatistics:
+    """Names the results of `statistics_from_states`, and drops those that may follow in `found`."""
     return LineStatistics(*found[: number_of_statistics(same_id_positive)])
 
 
@@ -59,7 +61,7 @@ def statistic(kind: type[Kind], states: States) -> Tensor:
     return (torch.log2(sums) + shift) * LN2 if kind.has_shift else sums
 
 
-def finish(
+def statistics_from_states(
     block: Block, state: Tensor, positive: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Returns the fields of `LineStatistics`, by-id positives only with same_id_positive. A side
@@ -101,7 +103,7 @@ class _Own:
         self.log2 = self.logits * (self.sign * LOG2E)
 
 
-def weights(
+def upstream_of(
     block: Block, bias: Tensor | None, found: LineStatistics, state: Tensor,
     upstream: LineStatistics,
 ) -> tuple[Upstream, Tensor | None]:  # fmt: skip
@@ -133,7 +135,8 @@ def weights(
             nothing = by_id == -torch.inf
             of_lines = of_lines.masked_fill(nothing, 0)
             total = total + of_lines.sum()
-            # In logarithms, since an own positive may exceed the others' shift by far.
+            # This division is done in logarithms: an own positive may exceed the shift of the
+            # other positives by far.
             common = 0.0 if bias is None else bias.reshape(()).to(state.dtype)
             beside = torch.exp2(states.shift - (by_id - common) * LOG2E)
             # The own positive of a column that key_bias takes out is -inf.
@@ -146,6 +149,6 @@ def weights(
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
     # The largest upstream gradient goes into the gain, so that weights are of order 1.
     largest = torch.cat([of_own, *every, of_own.new_zeros(1)]).abs().amax()
-    unit = torch.where(largest > 0, largest, 1)
+    divisor = torch.where(largest > 0, largest, 1)
     stacked = torch.stack(coefficients) if len(coefficients) > 1 else coefficients[0]
-    return Upstream(stacked / unit, of_own / unit, largest), total if kind.has_shift else None
+    return Upstream(stacked / divisor, of_own / divisor, largest), total if kind.has_shift else None

@@ -28,12 +28,17 @@ from .autograd import (
 from .block import Block, Side, SweepResults, Wanted
 from .dtypes import accumulation_dtype
 from .kept import KEPT_BY
-from .line_formulas import finish, made_of, named, weights
+from .line_formulas import (
+    as_line_statistics,
+    statistics_from_states,
+    upstream_of,
+    wanted_statistics,
+)
 from .tiny_norms import EPS
 
 
 class StatisticsOptions(NamedTuple):
-    """The options of a call."""
+    """The options of one call of `contrast`, checked, with the engine chosen."""
 
     engine: str
     dtype: torch.dtype  # of the products
@@ -84,8 +89,8 @@ def line_statistics(
             found = _LineStatistics.apply(*inputs, block, occupied, options)
     else:
         state, positive, _ = operators.sweep(options.engine, block, occupied=occupied)
-        found = finish(block, state, positive, inputs.bias)
-    return named(found, block.same_id_positive, options.rows, options.columns)
+        found = statistics_from_states(block, state, positive, inputs.bias)
+    return wanted_statistics(found, block.same_id_positive, options.rows, options.columns)
 
 
 def _forward(
@@ -93,7 +98,9 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], SweepResults]:
     keep = KEPT_BY[options.engine].keep(block, options.memory_budget)
     statistics = operators.sweep(options.engine, block, occupied=occupied, keep=keep)
-    return finish(block, statistics.state, statistics.positive, inputs.bias), statistics
+    return statistics_from_states(
+        block, statistics.state, statistics.positive, inputs.bias
+    ), statistics
 
 
 def _save(
@@ -184,7 +191,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     needs = StatisticsInputs(*ctx.needs_input_grad[: len(StatisticsInputs._fields)])
     *found, state, positive, kept = output
-    found, given = (made_of(t, block.same_id_positive) for t in (found, upstream))
+    found, given = (as_line_statistics(t, block.same_id_positive) for t in (found, upstream))
     if all(g is None for g in given._replace(positives=None)) and not is_traced():
         of_own = given.positives
         return (
@@ -192,7 +199,7 @@ def _gradients(
             if of_own is None
             else _own_positives_backward(ctx, inputs, block, of_own)
         )
-    coefficients, of_bias = weights(block, inputs.bias, found, state, given)
+    coefficients, of_bias = upstream_of(block, inputs.bias, found, state, given)
     options = ctx.options
     dx, dy, totals, dkey_bias = operators.weigh(
         options.engine, block, SweepResults(state, positive, kept), coefficients,

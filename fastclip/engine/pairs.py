@@ -1,6 +1,6 @@
-"""Ids, margins for false negatives, and the lines that have pairs left once ids are considered.
+"""Own positives, ids and margins: which pair is which, and which lines have pairs of a set.
 
-All of it is O((M + N) D) in plain PyTorch and reads no number from the device.
+This takes O((M + N) D) operations of plain PyTorch, and reads no number from the device.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import preference
+from . import arithmetic
 from .block import Block, Side
 from .dtypes import accumulation_dtype
 
@@ -82,7 +82,7 @@ def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, T
         for side in (x, y)
     ]  # fmt: skip
     rounding = 16 * torch.finfo(t.dtype).eps
-    if t.dtype == torch.float32 and preference.tf32():
+    if t.dtype == torch.float32 and arithmetic.tf32():
         # An engine's product may round each feature by a relative 2^-11; the products here do not.
         rounding += 2.0**-10
     rounding = rounding * longest[0] * longest[1]

@@ -83,7 +83,7 @@ class _ChunkedBlock:
             negatives = negatives & ~same
         if x.threshold is None:
             return _Pairs(negatives, negatives, positives)
-        # A NaN counts, so that it shows in the results of its line.
+        # A pair whose t is NaN counts, so that the results of its line become NaN.
         return _Pairs(
             negatives & ~(t > x.threshold[rows, None]), negatives & ~(t > y.threshold), positives
         )
@@ -159,8 +159,9 @@ def _note_positives(positive: Tensor, chunked: _ChunkedBlock, t: Tensor, offset:
 
 
 def merge(shift: Tensor, sum: Tensor, other_shift: Tensor, other_sum: Tensor) -> None:
-    """Adds other states to states, in place, for chunks of rows and for visits of a ring. Ranks
-    merge the same way, but by all-reduce (`distributed/block_row.py`)."""
+    """Merges a second set of states into the first, in place. It serves chunks of rows, and the
+    visits of a ring. States of different ranks are merged by all-reduce, with the same arithmetic
+    (`distributed/block_row.merge_columns`)."""
     shift_is_free = sum == 0
     other_is_free = other_sum == 0
     top = torch.maximum(shift, other_shift)
@@ -175,7 +176,8 @@ def merge(shift: Tensor, sum: Tensor, other_shift: Tensor, other_sum: Tensor) ->
 def finish(
     state: Tensor, positive: Tensor, scale: Tensor, bias: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `finish`: the kind's own, given each line's positive and state."""
+    """The operator `finish`: calls the kind's `finish` with the state of each line and the logit
+    of its own positive."""
     s = positive.repeat(state.shape[1] // positive.shape[0]) * scale.reshape(()).to(state.dtype)
     if bias is not None and not kind_of(kind).has_shift:
         s = s + bias.reshape(()).to(s.dtype)
@@ -264,8 +266,8 @@ def weigh(
             dx[rows] = _complete(product, x, rows, feature_gain, wanted.project, wanted.dtype_x)
         if wanted.y:
             dy += _multiply(operand.T, x_operand[rows], dtype) / enlarged
-            # A column gets at most one row with a weight: rows without an own positive add zeros.
-            # So the order in which index_add_ adds does not matter.
+            # The order in which index_add_ adds does not matter: a column gets at most one term
+            # that is not zero, since rows without an own positive add zeros.
             dy.index_add_(0, partners, weight * _normalized(x, rows, dtype))
     if wanted.y:
         dy = _complete(dy, y, slice(None), feature_gain, wanted.project, wanted.dtype_y)

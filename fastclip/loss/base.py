@@ -11,9 +11,9 @@ from ..distributed.shard import shard_of_one
 from ..distributed.sharded_loss import sharded_loss
 from ..engine.backends import choose
 from ..engine.checks import budget_of, check_features, check_live, scalar
+from ..engine.compile_marks import no_compile
 from ..engine.dtypes import product_dtype
 from ..engine.fused_loss import REDUCTIONS, LossOptions, fused_loss
-from ..engine.no_compile import no_compile
 
 
 def paired_loss(
@@ -21,10 +21,10 @@ def paired_loss(
     logit_bias: Tensor | float | None, normalize: bool, reduction: str, backend: str | None,
     memory_budget: int | None, live: tuple[int, int] | None,
 ) -> Tensor:  # fmt: skip
-    """The loss of a kind; `dense` computes it for `backend="reference"`. Other arguments, errors:
-    as `clip_loss`."""
+    """Returns the loss of a kind. `dense` computes it if the engine is "reference". The other
+    arguments, and the errors, are those of `clip_loss`."""
     check_features(x, y)
-    y = y if y is not x else y.view_as(y)  # a Function's inputs must be two tensors
+    y = y if y is not x else y.view_as(y)  # an autograd Function needs distinct tensor objects
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     scale = scalar("logit_scale", logit_scale, x)
@@ -53,6 +53,6 @@ def _live_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, options: LossOptions,
     live: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """Runs the loss across ranks with a single rank, since it can differentiate some of the rows
-    only."""
+    """Runs the loss across ranks with a single rank: only that loss can differentiate some of the
+    rows alone."""
     return sharded_loss(x, y, scale, bias, options, shard_of_one(x, y, live), GradientMode())

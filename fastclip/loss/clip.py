@@ -53,8 +53,10 @@ def clip_loss(
             over micro-batches; the other pairs' features are constants of the batch. Gradients of
             live features equal those of the whole batch's loss. The value and the gradients of
             scale and bias are partial: summed over slices that cover the batch, they equal the
-            whole batch's. The forward costs the same as without `live` for CLIP; SigLIP's forward
-            and every backward cost `(stop - start) / N` of that, or 4/3 of it.
+            whole batch's. CLIP's forward costs the same as without `live`. SigLIP's forward costs
+            the share `(stop - start) / N` of that. A backward costs the same share for gradients
+            of the image features alone, 4/3 of the share for both towers, 3/2 for the text features
+            alone, since the logits of live rows and of live columns are streamed apart.
             `fastclip.cached_step` computes the loss only once instead.
 
     Returns:
@@ -63,11 +65,11 @@ def clip_loss(
         `live`, see there) and have no second derivative.
 
     Raises:
-        TypeError: features that are no tensors or not floating point, or a DTensor; a scale or bias
-            that is no number.
+        TypeError: features that are not tensors, not floating point, or a DTensor; a scale or bias
+            that is not a number.
         ValueError: shapes or devices that do not fit, an empty batch, an unknown reduction, a
-            backend that is unknown or cannot run here, a memory_budget that is no int >= 0, live
-            pairs outside of the batch, or with reduction "none" or backend "reference".
+            backend that is unknown or cannot run here, a memory_budget that is not an int >= 0,
+            live pairs outside the batch, or `live` with reduction "none" or backend "reference".
         RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
             derivative.
     """

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..distributed import gather_features
 from ..distributed.gradient_mode import GradientMode
 from ..distributed.losses import distributed_loss
+from ..engine.compile_marks import constant_in_graphs
 from .clip import clip_loss
 from .siglip import siglip_loss
 
@@ -29,7 +30,7 @@ def _overrides(loss: nn.Module, base: type[nn.Module], others: tuple[str, ...] =
     )
 
 
-def _dense_logits(
+def _open_clip_logits(
     x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
 ) -> Tensor:
     logits = logit_scale * x @ y.T
@@ -53,12 +54,10 @@ def _warn_of_direction() -> None:
     )
 
 
+# A graph cannot hold a warning.
+@constant_in_graphs
 def _warn_while_compiling() -> None:
     _warn_of_direction()
-
-
-# A graph cannot hold a warning, so this is called once, while the graph is made.
-_warn_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class ClipLoss(nn.Module):
@@ -130,7 +129,7 @@ class ClipLoss(nn.Module):
         """Dense logits per image and per text: (N, N); across processes (b, B), this rank's rows,
         with `local_loss`, and (B, B) without."""
         if self.world_size == 1:
-            logits = _dense_logits(image_features, text_features, logit_scale, logit_bias)
+            logits = _open_clip_logits(image_features, text_features, logit_scale, logit_bias)
             return logits, logits.T
         images, texts = gather_features(
             image_features, text_features, local_loss=self.local_loss,
@@ -138,11 +137,11 @@ class ClipLoss(nn.Module):
             process_group=self.process_group,
         )  # fmt: skip
         if not self.local_loss:
-            logits = _dense_logits(images, texts, logit_scale, logit_bias)
+            logits = _open_clip_logits(images, texts, logit_scale, logit_bias)
             return logits, logits.T
         return (
-            _dense_logits(image_features, texts, logit_scale, logit_bias),
-            _dense_logits(text_features, images, logit_scale, logit_bias),
+            _open_clip_logits(image_features, texts, logit_scale, logit_bias),
+            _open_clip_logits(text_features, images, logit_scale, logit_bias),
         )
 
     def forward(
@@ -180,8 +179,8 @@ class ClipLoss(nn.Module):
 class SigLipLoss(nn.Module):
     """open_clip's `SigLipLoss`, without parameters or buffers.
 
-    If a subclass overrides `get_logits` or `get_ground_truth`, the loss is the dense loss of what
-    they return, one rank's texts after another.
+    If a subclass overrides `get_logits`, `get_ground_truth` or `_loss`, the loss is the dense loss
+    of what they return, one rank's texts after another.
 
     Args:
         cache_labels: has no effect.
@@ -238,7 +237,7 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
         """Dense logits (N, N)."""
-        return _dense_logits(image_features, text_features, logit_scale, logit_bias)
+        return _open_clip_logits(image_features, text_features, logit_scale, logit_bias)
 
     def _loss(
         self,

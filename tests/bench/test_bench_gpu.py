@@ -15,7 +15,7 @@ from bench.losses import LOSSES
 from bench.measure import memory, timing
 from bench.methods import registry
 from bench.report import goals, results
-from fastclip.engine import preference
+from fastclip.engine import arithmetic
 
 
 class FakeEvent:
@@ -202,13 +202,13 @@ def test_fp32_is_split_within_the_method_alone(monkeypatch):
             monkeypatch.delenv("FASTCLIP_FP32", raising=False)
         else:
             monkeypatch.setenv("FASTCLIP_FP32", before)
-        preference.fp32.cache_clear()
-        assert preference.products_of(torch.float32) == "ieee"
+        arithmetic.fp32.cache_clear()
+        assert arithmetic.arithmetic_of(torch.float32) == "ieee"
         with method.within():
-            assert preference.products_of(torch.float32) == "split"
-        assert preference.products_of(torch.float32) == "ieee"
+            assert arithmetic.arithmetic_of(torch.float32) == "split"
+        assert arithmetic.arithmetic_of(torch.float32) == "ieee"
         assert os.environ.get("FASTCLIP_FP32") == before
-    preference.fp32.cache_clear()
+    arithmetic.fp32.cache_clear()
 
 
 def test_a_replayed_step_returns_what_it_captured(monkeypatch):

@@ -15,7 +15,7 @@ from support.triton_case import needs_triton
 import fastclip
 from bench.gpu import figures, smoke, smoke_checks
 from bench.losses import LOSSES, loss_of
-from fastclip.engine import preference
+from fastclip.engine import arithmetic
 
 
 @contextmanager
@@ -245,6 +245,6 @@ def test_engines_of_a_label(monkeypatch):
     assert os.environ["FASTCLIP_CUDA_TILES"] == "library"
     with smoke.engine_of("triton", None) as engine:
         assert engine == "triton"
-        assert preference.products_of(torch.float32) == "ieee"
+        assert arithmetic.arithmetic_of(torch.float32) == "ieee"
     with smoke.engine_of("triton split", None) as engine:
-        assert (engine, preference.products_of(torch.float32)) == ("triton", "split")
+        assert (engine, arithmetic.arithmetic_of(torch.float32)) == ("triton", "split")

@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastclip.engine import preference
+from fastclip.engine import arithmetic as settings
 from fastclip.engine.block import Block, Side, SweepResults, Upstream, Wanted
 from fastclip.triton_kernels import configurations, engine, launch, plan
 
@@ -113,7 +113,7 @@ def run(case: Case) -> None:
     """Takes the engine through one step. Its results are garbage."""
     loss, arithmetic, d, normalize, one_go, small, kept, masked = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
-    preference.fp32 = lambda: "split" if arithmetic == "split" else "ieee"
+    settings.fp32 = lambda: "split" if arithmetic == "split" else "ieee"
     plan.SMALL_PAIRS = 1 << 23 if small else 0
     n = 1024  # several tiles of any size, and so plain ones
     x, y = torch.zeros(2, n, d, dtype=DTYPES[arithmetic]).unbind()

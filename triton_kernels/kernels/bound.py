@@ -1,8 +1,9 @@
 """Computes the shift that all lines of a softmax sweep share, in log2 units, on the device.
 
 If all lines share one shift m, one `exp2(logit - m)` serves both the row and the column of a pair.
-m puts the exponential of the largest possible logit at 2^above: high enough to keep the smallest
-row within fp32, low enough for a sum over 2^27 columns not to overflow.
+m is chosen so that the exponential of the largest possible logit is 2^above, with `above` between 0
+and 100 (`shift_kernel`): high enough to keep the sum of the smallest row within the range of fp32,
+low enough for a sum over 2^27 columns not to overflow.
 """
 
 import triton

@@ -5,10 +5,12 @@ the row's factor, applies the normalisation's Jacobian, gain and scale; complete
     dx_i = gain * scale * factor_i * (g_i - x^_i <x^_i, g_i>)
 
 x^ is x times its factor. partner^ is the features of the row's own positive times their factor, and
-p_i is that positive's weight. Without the projection, dx_i = gain * scale * g_i. The work is
-O((M + N) D), ROWS rows at a time.
+p_i is that positive's weight. The division by factor_i takes the factor out of the stored weights;
+without SPREAD (fp16) they do not contain it, and it is left out. Without the projection, dx_i =
+gain * scale * g_i. The work is O((M + N) D), ROWS rows at a time.
 
-The kernel has more than fifteen run-time parameters: the rows and the gradients of both towers.
+The kernel has more than fifteen run-time parameters, since it takes the rows and the gradients of
+both towers.
 """
 
 import triton

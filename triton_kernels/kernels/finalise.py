@@ -1,7 +1,8 @@
 """Adds partial sums up into states: in float64, in a fixed order, whichever program ends first.
 
-Each program owns LINES lines of a chunk: all rows come first, then all columns. The sums of a line
-in several chunks add up in its state, since the stream runs one chunk after another.
+Each program owns LINES lines of a chunk: all rows come first, then all columns. If a line lies in
+several chunks, each chunk's launch adds to the line's state. The order is fixed, since launches on
+one stream run one after another.
 """
 
 import triton
@@ -73,8 +74,8 @@ def sums_kernel(
 ):  # fmt: skip
     """Adds up partials that share one shift, or have none. With a SHIFT, chunks are whole rows, and
     FLAG is set if the shift is not finite, or if a line with pairs has a sum outside LEAST ..
-    LARGEST: so small a sum may have lost terms that matter. OCCUPIED marks the lines with pairs;
-    without it they are the lines that have a negative."""
+    LARGEST: a sum below LEAST may have lost terms that matter. OCCUPIED marks the lines with pairs;
+    without it these are the lines that have a negative."""
     is_row, line, base, out, length, count = lines_of_program(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
@@ -137,8 +138,9 @@ def maxima_sums_kernel(
     rows_total, columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up partials that have shifts of their own, stored behind all partials. With a FLAG,
-    writes only if it is set, and then invalidates what was kept relative to the one shift."""
+    """Adds up partial sums that have shifts of their own. The shifts lie in a second layer, behind
+    all sums. With a FLAG this writes only if the flag is set; it then also invalidates the kept
+    weights, which are relative to the one shift."""
     if is_set(FLAG, True) == 0:
         return
     if KEPT_SHIFT is not None:

@@ -67,8 +67,8 @@ def affine(LOGITS):
 
 @triton.jit
 def relative(t, k, m, LOGITS, j, N, PLAIN: tl.constexpr):
-    """Returns logits of columns j in log2 units, less m: one shift for all lines, or one each. k is
-    what `affine` returns."""
+    """Returns the logits of columns j in log2 units, less the shift m: a scalar, or one number for
+    each row or column. k is the tuple that `affine` returns."""
     # m and the high parts of the columns' biases are integral, and m is subtracted before the first
     # rounding: the error is 2^-24 of the distance from the shift, not of the logit.
     high, low, bias, bias_low = k

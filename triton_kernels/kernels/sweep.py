@@ -1,17 +1,21 @@
 """The first sweep: folds each tile of logits into one number for each of its rows and columns.
 
-`sweep_kernel` uses one shift for all pairs, so one exponential serves row and column.
-`maxima_kernel` gives every row and column of a tile a shift of its own, from its largest logit.
-A large block always launches both. The second returns at once unless the device's flag says that
-one shift was too coarse, so the host never waits to learn which of them did the work. A small
-block, whose time goes into launches, launches the second only.
+`sweep_kernel`, and `sweep_edges_kernel` for the tiles of the edges, use one shift for all pairs, or
+none, so that one exponential serves row and column. `maxima_kernel` gives every row and column of a
+tile a shift of its own, from its largest logit. For a kind with a shift, a large block always
+launches `maxima_kernel` after the others. It returns at once unless the device's flag says that one
+shift was too coarse, so the host never waits to learn which kernel did the work. A small block,
+whose time goes into launches, launches `maxima_kernel` alone. A kind without a shift never needs
+that kernel.
 
 Both write partials, one number for each line of each tile: rows first, (tiles_n, M), then columns,
 (tiles_m, N). `finalise.py` adds them up in a fixed order. Positives by id have layers of partials
 of their own, computed like those of the negatives. SAME_ID is 0 if there are none, else the sign
-that their logits are folded with.
+that their logits are folded with. `maxima_kernel` does not apply the sign: no kind with a shift
+negates its positives.
 
-The kernels have more than fifteen run-time parameters: every launch takes a whole block of logits.
+The kernels have more than fifteen run-time parameters, since every launch takes the description of
+a whole block of logits.
 """
 
 import triton
@@ -227,7 +231,8 @@ def _store_maxima(
     x = relative(t, k, 0.0, LOGITS, j, N, False)
     shift = _shift_of_lines(tl.where(by_row, x, float("-inf")), 1)
     other = _shift_of_lines(tl.where(by_column, x, float("-inf")), 0)
-    # Masked after the exponential: pairs that do not count may exceed the shift by any power.
+    # The masks apply after the exponential: the logit of a pair that does not count may exceed the
+    # shift by any amount, and its exponential may be infinite.
     x = relative(t, k, _usable(shift)[:, None], LOGITS, j, N, False)
     rows = tl.sum(tl.where(by_row, FOLD(x), 0.0), 1)
     x = relative(t, k, _usable(other)[None, :], LOGITS, j, N, False)

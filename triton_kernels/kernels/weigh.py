@@ -2,7 +2,7 @@
 and those of its positives by id, with c_i + d_j. Stores them for two library products, and sums
 them for the gradients of scale and bias.
 
-Own positives are left out: theirs is the largest term, and `complete.py` adds it in fp32.
+Own positives are left out. Their terms are the largest ones, and `complete.py` adds them in fp32.
 
 The stored weight is `w_ij * ENLARGED * factor_x_i * factor_y_j`. With these factors in it (SPREAD)
 the products take the features as they are, and nothing normalised is stored; `complete.py` then
@@ -10,14 +10,18 @@ divides row i of `w @ y` by factor_x_i and row j of `w.T @ x` by factor_y_j. The
 too small for factors: there the products take normalised copies. fp16 needs ENLARGED instead:
 weights are at most 2, and it would lose those below 6e-8 and blur those below 6e-5.
 
-`weigh_kernel` takes the plain tiles and `weigh_edges_kernel` all others, both with one shift;
-`weigh_apart_kernel` takes any tile, with a shift for each line. The device decides which of them
-work: a flag says whether all shifts are equal.
+`weigh_kernel` takes the plain tiles and `weigh_edges_kernel` all others, both with one shift or
+none; `weigh_apart_kernel` takes any tile, with a shift for each line; `weigh_kept_kernel` reads
+weights that the first sweep kept. Several of them are launched for a chunk, and flags that the
+device has set decide which one works: one flag says whether all shifts are equal, the other whether
+the kept weights are valid.
 
-Coefficients and shifts come for the rows and the columns of negatives, then (_SAME) for those of
-positives by id; each is None if there are none. SAME_ID is that of the first sweep.
+Kernels take the shifts and coefficients of rows and of columns for negatives and, with the suffix
+_SAME, for positives by id. Each is None if the block has none. SAME_ID means the same as in the
+first sweep; `weigh_apart_kernel` does not apply its sign, for the same reason as `maxima_kernel`.
 
-The kernels have more than fifteen run-time parameters: a block of logits and its lines' states.
+The kernels have more than fifteen run-time parameters, since they take the description of a block
+of logits and the states of its lines.
 """
 
 import triton
@@ -302,7 +306,8 @@ def weigh_apart_kernel(
         if LOGITS[THRESHOLD_X] is None:
             w = tl.where(is_negative, by_row + by_column, 0.0)
         else:
-            # Masked apart: pairs that do not count for a line may exceed its shift by any power.
+            # The two terms have masks of their own: the logit of a pair that does not count for a
+            # line may exceed that line's shift by any amount.
             w = tl.where(count_for_rows(is_negative, t, LOGITS, i, M, False), by_row, 0.0)
             w += tl.where(count_for_columns(is_negative, t, LOGITS, j, N, False), by_column, 0.0)
         if SAME_ID != 0:

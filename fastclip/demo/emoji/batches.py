@@ -1,10 +1,11 @@
 """Training batches: one drawing and one caption for each of many different concepts.
 
 No batch holds a false negative. Both vendors' drawings of a concept share its captions, so that a
-batch holds a concept at most once, in one vendor's drawing. It holds at most one concept of those
-that look alike or have the same name, and others share no caption. An epoch visits every trained
-look-alike group once, in a new order. The member, the vendor, the caption and the background are
-drawn anew each time. Batches depend on the seed alone.
+batch holds a concept at most once, in one vendor's drawing. Concepts that look alike or have the
+same name form a look-alike group, and a batch holds at most one concept of a group. Concepts of
+different groups share no caption. An epoch visits every trained group once, in a new order. The
+member of the group, the vendor, the caption and the background are drawn anew each time. Batches
+depend on the seed alone.
 """
 
 import random
@@ -20,9 +21,11 @@ from ...clip.zero_shot import TEMPLATES
 from . import SIZE, Emoji
 from .split import Split
 
-PLAIN = 0.8  # the fraction of captions that are a bare name; the others are in a template
+# The fraction of captions that are a bare name for certain. The others are in one of TEMPLATES, of
+# which one in four is the bare name, too.
+PLAIN = 0.8
 SHIFT = 2.0  # pixels at most, in each direction
-ZOOM = 0.15  # the largest fraction by which the side shrinks or grows
+ZOOM = 0.15  # the part of a drawing that is seen has 1 - ZOOM to 1 + ZOOM times its side
 TINT = 0.2  # the strength with which colours are mixed and brightened
 
 
@@ -79,7 +82,8 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        # Groups left over at the end of an epoch are dropped: others in each epoch.
+        # Groups left over at the end of an epoch are dropped; the shuffle makes them different ones
+        # in each epoch.
         if self._next + self._batch_size > len(self._groups):
             self._choose.shuffle(self._groups)
             self._next = 0

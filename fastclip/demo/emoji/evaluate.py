@@ -52,7 +52,7 @@ class Score:
 def recall(queries: Tensor, answers: Tensor, k: int) -> float:
     """Returns how often row i of `queries` has row i of `answers` (N, D) among its k nearest."""
     similarity = queries @ answers.T
-    # Ties count against the model: one with equal features for all must not score.
+    # Ties count against the model: a model that gives all inputs the same features must not score.
     better = (similarity >= similarity.diagonal()[:, None]).sum(dim=1) - 1
     return (better < k).float().mean().item()
 

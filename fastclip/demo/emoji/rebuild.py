@@ -3,10 +3,10 @@
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python -m fastclip.demo.emoji.rebuild GOOGLE.tgz TWITTER.tgz
 
-Reads the single 64-pixel images and not the sheets, in which another vendor's images fill gaps.
-Leaves out skin tones, both swatches and variants. Writes google.png, twitter.png, concepts.json and
-tokenizer.json, whose vocabulary is learnt from the captions of the trained concepts alone. Only a
-rebuild needs these packages.
+It reads the single 64-pixel images and not the sheets, in which another vendor's images fill gaps.
+It leaves out skin tones: the swatches, and the variants of other emoji. It writes google.png,
+twitter.png, concepts.json and tokenizer.json. The vocabulary is learnt from the captions of the
+trained concepts alone. Only a rebuild needs these packages.
 """
 
 import argparse

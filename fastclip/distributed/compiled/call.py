@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...engine.checks import scalar
+from ...engine.compile_marks import constant_in_graphs
 from ...engine.dtypes import product_dtype
-from ...engine.line_formulas import named, number_of_statistics
+from ...engine.line_formulas import number_of_statistics, wanted_statistics
 from ...kinds import LineStatistics
 from ..agreement import group_named, ranks_of
 from ..calls import ContrastCall, LossCall, engine_of
@@ -24,7 +25,7 @@ from .loss import TracedOptions
 from .rank_operator import Trace
 
 
-def _is_plain(value: Any, optional: bool = True) -> bool:
+def _is_plain_tensor(value: Any, optional: bool = True) -> bool:
     if value is None:
         return optional
     return isinstance(value, Tensor) and type(value).__name__ != "DTensor"
@@ -32,7 +33,7 @@ def _is_plain(value: Any, optional: bool = True) -> bool:
 
 def _is_scalar(value: Any) -> bool:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return number or _is_plain(value)
+    return number or _is_plain_tensor(value)
 
 
 def _is_int(value: Any) -> bool:
@@ -52,7 +53,7 @@ def takes_loss(
     live = () if call.live is None else call.live
     return (
         not call.uneven
-        and _is_plain(x, False) and _is_plain(y, False)
+        and _is_plain_tensor(x, False) and _is_plain_tensor(y, False)
         and scale is not None and _is_scalar(scale) and _is_scalar(bias)
         and _is_group(process_group)
         and isinstance(live, (tuple, list)) and len(live) in (0, 2)
@@ -68,16 +69,18 @@ def takes_contrast(
     pair = () if ids is None else ids
     return (
         not call.uneven
-        and _is_plain(x, False) and _is_plain(y, False) and _is_plain(key_bias)
+        and _is_plain_tensor(x, False) and _is_plain_tensor(y, False) and _is_plain_tensor(key_bias)
         and scale is not None and _is_scalar(scale) and _is_scalar(bias) and _is_scalar(margin)
         and _is_group(process_group)
         and isinstance(pair, (tuple, list)) and len(pair) in (0, 2)
-        and (ids is None or len(pair) == 2) and all(_is_plain(t, False) for t in pair)
+        and (ids is None or len(pair) == 2) and all(_is_plain_tensor(t, False) for t in pair)
         and _is_int(call.offset) and isinstance(call.same_id, str) and isinstance(call.kind, str)
         and _is_int(call.memory_budget) and isinstance(call.backend, (str, type(None)))
     )  # fmt: skip
 
 
+# The size of a named group never changes.
+@constant_in_graphs
 def _ranks_of(group: str) -> int:
     return ranks_of(group_named(group))
 
@@ -90,15 +93,10 @@ def _digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _edition() -> str:
+@constant_in_graphs
+def _source_digest() -> str:
     """A digest of this library's text: compilers keep graphs on disk, which must not outlive it."""
     return _digest()
-
-
-# This is torch.compiler.assume_constant_result without its import of the compiler. The size of a
-# named group never changes.
-for _function in (_ranks_of, _edition):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _trace(
@@ -116,7 +114,7 @@ def _trace(
             engine = ""
     needs = [t is not None and t.requires_grad for t in inputs]
     saves = torch.is_grad_enabled() and any(needs)
-    return Trace(group, ranks, engine, needs, saves, _edition())
+    return Trace(group, ranks, engine, needs, saves, _source_digest())
 
 
 def _tensor(name: str, value: Any, x: Tensor) -> Tensor | None:
@@ -159,6 +157,6 @@ def traced_contrast(
     trace = _trace(inputs, process_group, call, dtype)
     found = torch.ops.fastclip.rank_contrast(*inputs, x_ids, y_ids, margin, *options, *trace)
     positive = call.same_id == "positive"
-    return named(
+    return wanted_statistics(
         tuple(found[: number_of_statistics(positive)]), positive, options.rows, options.columns
     )

@@ -15,7 +15,7 @@ from ...engine.line_formulas import number_of_statistics
 from ...engine.line_statistics import StatisticsInputs, StatisticsOptions
 from .. import sharded_statistics
 from ..agreement import group_named
-from ..block_row import TENSORS, BlockRow, Swept
+from ..block_row import TENSOR_COUNT, BlockRow, Swept
 from ..calls import ContrastCall, begin_contrast, checked_contrast
 from ..sharded_statistics import StatisticsTask
 from .rank_operator import (
@@ -23,18 +23,18 @@ from .rank_operator import (
     by_input,
     define,
     fakes_like,
+    gathered_tensors,
     leaves,
     register_backward,
     requested,
     separate_memory,
     split,
-    tensors_beside,
-    with_tensors_beside,
+    with_gathered_tensors,
 )
-from .shards import check_ranks, exchanged_needs, pretended_shard, shard_again
+from .shards import check_ranks, exchanged_needs, pretended_shard, rebuilt_shard
 
 # The fields of `ContrastCall`, in its order.
-_OPTIONS = (
+_SCHEMA = (
     "int? offset, str same_id, bool rows, bool columns, str kind, bool normalize, bool ring,"
     " bool uneven, str? backend, int? memory_budget, ScalarType dtype"
 )
@@ -52,7 +52,7 @@ def _contrast_results(inputs: StatisticsInputs, task: StatisticsTask, trace: Tra
     found = separate_memory(found)
     if not trace.saves:
         return found
-    beside = tensors_beside(_with_codes_apart(row.block), _without_margin(own))
+    beside = gathered_tensors(_with_codes_apart(row.block), _without_margin(own))
     kept = () if apart else swept.kept
     return [*found, exchanged_needs(task.shard), *beside, swept.state, swept.positive, *kept]
 
@@ -105,17 +105,21 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     count = len(StatisticsInputs._fields)
     inputs, (found, saved, *rest) = StatisticsInputs(*arguments[:count]), arguments[count:]
     call, trace = split(ContrastCall, rest)
-    needs, beside, (state, positive, *kept) = saved[0], saved[1 : TENSORS + 1], saved[TENSORS + 1 :]
+    needs, beside, (state, positive, *kept) = (
+        saved[0],
+        saved[1 : TENSOR_COUNT + 1],
+        saved[TENSOR_COUNT + 1 :],
+    )
     options = StatisticsOptions(
         trace.engine, call.dtype, call.normalize, call.rows, call.columns, 0
     )
     offset = NO_POSITIVES if call.offset is None else call.offset
-    shard = shard_again(trace, inputs.y.shape[0], None, needs)
+    shard = rebuilt_shard(trace, inputs.y.shape[0], None, needs)
     positive_ids = call.same_id == "positive"
     task = StatisticsTask(options, None, None, offset, call.kind, positive_ids, shard, call.ring)
     own = sharded_statistics.own_of(inputs, task)
     columns = sharded_statistics.columns_of(*own.sizes(), task)
-    row = BlockRow(trace.engine, columns, call.normalize, with_tensors_beside(own, beside))
+    row = BlockRow(trace.engine, columns, call.normalize, with_gathered_tensors(own, beside))
     if not kept:
         nothing = KEPT_BY[trace.engine].empty(own.x.features, own.y.features, 0)
         kept = [nothing] * columns.visits
@@ -152,12 +156,12 @@ def _results_of_contrast(arguments: tuple[Any, ...]) -> int:
 
 
 define(
-    "rank_contrast", f"({_INPUTS}, {_OTHERS}, {_OPTIONS}, {Trace.SCHEMA}) -> Tensor[]",
+    "rank_contrast", f"({_INPUTS}, {_OTHERS}, {_SCHEMA}, {Trace.SCHEMA}) -> Tensor[]",
     _rank_contrast, _fake_rank_contrast,
 )  # fmt: skip
 define(
     "rank_contrast_backward",
-    f"(Tensor[] upstream, {_INPUTS}, Tensor[] statistics, Tensor[] saved, {_OPTIONS},"
+    f"(Tensor[] upstream, {_INPUTS}, Tensor[] statistics, Tensor[] saved, {_SCHEMA},"
     f" {Trace.SCHEMA}) -> Tensor[]",
     _rank_contrast_backward, _fake_rank_contrast_backward,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...engine.fused_loss import LossInputs, LossOptions
 from .. import sharded_loss
 from ..agreement import group_named
-from ..block_row import TENSORS, BlockRow
+from ..block_row import TENSOR_COUNT, BlockRow
 from ..calls import LossCall, begin_loss, checked_loss
 from ..gradient_mode import GradientMode
 from .rank_operator import (
@@ -19,14 +19,14 @@ from .rank_operator import (
     by_input,
     define,
     fakes_like,
+    gathered_tensors,
     leaves,
     register_backward,
     requested,
     split,
-    tensors_beside,
-    with_tensors_beside,
+    with_gathered_tensors,
 )
-from .shards import check_ranks, exchanged_needs, pretended_shard, shard_again
+from .shards import check_ranks, exchanged_needs, pretended_shard, rebuilt_shard
 
 
 class TracedOptions(NamedTuple):
@@ -80,7 +80,7 @@ def _loss_results(inputs: LossInputs, task: sharded_loss.LossTask, trace: Trace)
     x, y = inputs[:2]
     at_once = sharded_loss.makes_gradients_at_once(task, x, y)
     value, found = sharded_loss.forward(task, row, x, y, trace.needs[0])
-    beside = [] if at_once else tensors_beside(row.block, own)
+    beside = [] if at_once else gathered_tensors(row.block, own)
     if at_once and not task.shard.needs_y:
         # No rank needs dy here. The fake could not know that, so dy has its full shape.
         dx, dy, totals = found
@@ -122,11 +122,11 @@ def _rank_loss_backward(
     loss_options = LossOptions(
         options.kind, trace.engine, options.dtype, options.normalize, "mean", 0
     )
-    shard = shard_again(trace, x.shape[0], options.live, needs)
+    shard = rebuilt_shard(trace, x.shape[0], options.live, needs)
     task = sharded_loss.LossTask(loss_options, shard, options.mode)
     block = task.own(*inputs)
     if not sharded_loss.makes_gradients_at_once(task, x, y):
-        block, saved = with_tensors_beside(block, saved[:TENSORS]), saved[TENSORS:]
+        block, saved = with_gathered_tensors(block, saved[:TENSOR_COUNT]), saved[TENSOR_COUNT:]
     row = BlockRow(loss_options.engine, task.columns, loss_options.normalize, block)
     gradients = sharded_loss.backward(task, row, inputs, saved, trace.needs, upstream)
     return requested(gradients)

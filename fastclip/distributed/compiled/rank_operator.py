@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...engine.autograd import refuse_second_derivative
 from ...engine.block import Block
-from ..block_row import TENSORS
+from ..block_row import TENSOR_COUNT
 
 _library = torch.library.Library("fastclip", "FRAGMENT")
 
@@ -23,9 +23,9 @@ class Trace(NamedTuple):
     engine: str  # "" if no engine serves the call, which then fails when it runs
     needs: list[bool]  # which inputs require a gradient
     saves: bool  # a backward may follow
-    edition: str  # of this library: another edition may save other tensors
+    source_digest: str  # of this library: another version may save other tensors
 
-    SCHEMA = "str group, int ranks, str engine, bool[] needs, bool saves, str edition"
+    SCHEMA = "str group, int ranks, str engine, bool[] needs, bool saves, str source_digest"
 
 
 def define(name: str, schema: str, real: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -48,8 +48,8 @@ def register_backward(
 
     results: maps the arguments after the inputs to the number of differentiable outputs.
 
-    This is no autograd.Function, since that is a higher-order operator in a graph, which DDP's
-    graph optimizer refuses.
+    An autograd.Function would not do: it becomes a higher-order operator in the graph, and DDP's
+    graph optimiser refuses these.
     """
 
     # torch passes these arguments by name.
@@ -78,18 +78,19 @@ def leaves(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tenso
     ]
 
 
-def tensors_beside(row: Block, own: Block) -> list[Tensor]:
-    """The tensors of a block row, with empty ones in place of those of this rank's own block."""
+def gathered_tensors(row: Block, own: Block) -> list[Tensor]:
+    """The tensors of a block row that its rank's own block does not have: what was gathered. An
+    empty tensor stands for each of the others."""
     nothing = own.x.features.new_empty(0)
-    both = zip(row.flat()[:TENSORS], own.flat()[:TENSORS], strict=True)
+    both = zip(row.flat()[:TENSOR_COUNT], own.flat()[:TENSOR_COUNT], strict=True)
     return [nothing.new_empty(0) if t is None or t is mine else t for t, mine in both]
 
 
-def with_tensors_beside(own: Block, beside: Sequence[Tensor]) -> Block:
-    """The block row again, from this rank's own block and `tensors_beside`."""
+def with_gathered_tensors(own: Block, beside: Sequence[Tensor]) -> Block:
+    """Rebuilds the block row from this rank's own block and the result of `gathered_tensors`."""
     flat = own.flat()
-    both = zip(flat[:TENSORS], beside, strict=True)
-    block, _ = Block.of((*(t if t.numel() else mine for mine, t in both), *flat[TENSORS:]))
+    both = zip(flat[:TENSOR_COUNT], beside, strict=True)
+    block, _ = Block.of((*(t if t.numel() else mine for mine, t in both), *flat[TENSOR_COUNT:]))
     return block
 
 

@@ -1,5 +1,5 @@
-"""The shards of compiled losses: a pretended one for fakes, and the forward's, made again, for the
-backward."""
+"""The shards of compiled losses. A fake gets a shard that exchanges nothing; the backward gets the
+forward's shard, rebuilt from what the forward saved."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class Pretended(Shard):
 
 
 def exchanged_needs(shard: Shard) -> Tensor:
-    """The fields of a shard of even sizes that a backward could only learn by an exchange. They lie
-    on the CPU, so that reading them does not wait for a device."""
+    """The fields `NEEDS` of a shard, as a tensor that the forward saves: without it the backward
+    would have to exchange them again. It is on the CPU, so that reading it does not wait for a
+    device."""
     needs = [int(getattr(shard, name)) for name in NEEDS]
     return torch.tensor(needs, dtype=torch.int64, device="cpu")
 
@@ -62,7 +63,7 @@ def pretended_shard(trace: Trace, n: int, live: Sequence[int] | None = None) -> 
     return _even(Pretended, trace, 0, n, live, (True, True, True))
 
 
-def shard_again(trace: Trace, n: int, live: Sequence[int] | None, needs: Tensor) -> Shard:
+def rebuilt_shard(trace: Trace, n: int, live: Sequence[int] | None, needs: Tensor) -> Shard:
     group = group_of(group_named(trace.group))
     rank = 0 if group is None else dist.get_rank(group)
     return _even(Shard, trace, rank, n, live, map(bool, needs.tolist()), group)

@@ -200,7 +200,9 @@ def test_rows_match_by_card_arithmetic_and_sizes(fresh: pytest.MonkeyPatch) -> N
         return choose(None, dtype, logits, d) == "cuda"
 
     assert chosen(Row(("cuda",)))
-    assert chosen(Row(("cuda",), products="half")) and not chosen(Row(("cuda",), products="tf32"))
+    assert chosen(Row(("cuda",), arithmetic="half")) and not chosen(
+        Row(("cuda",), arithmetic="tf32")
+    )
     assert chosen(Row(("cuda",), capability=((9, 0), (10, 0))))
     assert not chosen(Row(("cuda",), capability=((8, 0), (9, 0))))
     by_size, by_d = Row(("cuda",), logits=(256, 1024)), Row(("cuda",), d=(0, 512))

@@ -144,7 +144,7 @@ def test_mistakes_between_the_sweeps_are_named(gpu_engine: str) -> None:
         weigh(gpu_engine, block, state[:, :5], positive, weights)
     with pytest.raises(RuntimeError, match="kept must come from a sweep of the same features"):
         weigh(gpu_engine, block, state, positive, weights, kept=torch.zeros(5))
-    with pytest.raises(RuntimeError, match=r"state must be \(2, L\) and positive \(L\) or a div"):
+    with pytest.raises(RuntimeError, match=r"state must be \(2, L\) and positive \(P\), P a div"):
         operator("finish", gpu_engine)(state, positive[:3], block.scale, None, "softmax")
     with pytest.raises(ValueError, match="swept and weighed in one go"):
         operator("sweep_and_weigh", gpu_engine)(*block.arguments, weights.gain, True, True, False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.pretended_card import CUDA, backends, nothing_known, pretend
 
-from fastclip.engine import preference
+from fastclip.engine import arithmetic, preference
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None, 
         else:
             monkeypatch.setenv("FASTCLIP_FP32", asked)
         torch.backends.cuda.matmul.fp32_precision = precision
-        preference.fp32.cache_clear()
+        arithmetic.fp32.cache_clear()
 
     yield configure
     torch.backends.cuda.matmul.fp32_precision = before
-    preference.fp32.cache_clear()
+    arithmetic.fp32.cache_clear()
 
 
 def test_split_products_are_opt_in(
@@ -34,16 +34,16 @@ def test_split_products_are_opt_in(
     it."""
     for asked, first in ((None, "cuda"), ("", "cuda"), ("ieee", "cuda"), ("split", "triton")):
         settings(asked)
-        products = preference.products_of(torch.float32)
+        products = arithmetic.arithmetic_of(torch.float32)
         assert products == ("split" if asked == "split" else "ieee")
-        assert preference.products_of(torch.bfloat16) == "half"
+        assert arithmetic.arithmetic_of(torch.bfloat16) == "half"
         rows = [row for row in preference.TABLE if row.takes(products, (9, 0))]
         assert preference.order(rows, 1000, 512)[0] == first
     settings("split", "tf32")
-    assert preference.products_of(torch.float32) == "tf32"
+    assert arithmetic.arithmetic_of(torch.float32) == "tf32"
     settings("split")
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert preference.products_of(torch.float32) == "ieee"
+    assert arithmetic.arithmetic_of(torch.float32) == "ieee"
 
 
 def test_an_unknown_setting_is_an_error(settings: Callable[[str | None, str], None]) -> None:
@@ -51,11 +51,11 @@ def test_an_unknown_setting_is_an_error(settings: Callable[[str | None, str], No
     with pytest.raises(
         ValueError, match=r"^FASTCLIP_FP32 must be one of 'split', 'ieee', got 'bf16'$"
     ):
-        preference.products_of(torch.float32)
+        arithmetic.arithmetic_of(torch.float32)
 
 
 def test_split_fp32_features_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preference, "fp32", lambda: "split")
+    monkeypatch.setattr(arithmetic, "fp32", lambda: "split")
     with nothing_known() as patch:
         pretend(patch, (9, 0), "3.7.1")
         assert backends.choose(None, CUDA, torch.float32, 1000, 512) == "triton"

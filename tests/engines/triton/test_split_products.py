@@ -30,7 +30,7 @@ from support.losses import LOSSES
 from support.pretended_card import backends
 from support.triton_case import needs_engine
 
-from fastclip.engine import preference
+from fastclip.engine import arithmetic
 
 CORES = {"hopper": tensor_core.HOPPER, "ampere": tensor_core.AMPERE}
 SPECIAL = (
@@ -44,7 +44,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits fp32 features into parts, and lets no block be small: all kernels are launched."""
     from fastclip.triton_kernels import plan
 
-    monkeypatch.setattr(preference, "fp32", lambda: "split")
+    monkeypatch.setattr(arithmetic, "fp32", lambda: "split")
     monkeypatch.setattr(plan, "SMALL_PAIRS", 0)
 
 
