@@ -7,14 +7,14 @@
 #                             core, at most four (`--maxprocesses`)
 #   make PIP_ARGS='--index-url URL' test     takes the packages from another index
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
-#   make test-oldest          tests what depends on torch's internals, with the oldest supported torch
+#   make test-oldest          tests the parts that use torch's internals, with the oldest supported torch
 #   make gpu                  checks and times fastclip on this machine's GPU, with the running python3
 #                             and its torch, without .venv; eight minutes
 #   make gpu AGAIN=1          continues with the tiles that won; four minutes
 #   make gpu BUNDLE=folder    uses the result of `make gpu-bundle` on a machine without a card
 #   make gpu-bundle PYTHON=python3.12        makes gpu-bundle/, for torch 2.11 and Hopper cards
 #   make emulated             tests losses and operators on the CUDA engine, emulated; minutes
-#   make test-cuda            tests what compiles for minutes, such as the tensor-core kernels
+#   make test-cuda            runs the tests that compile for minutes, such as the tensor-core kernels'
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -98,7 +98,7 @@ clean:
 .venv-oldest/packages: .requirements-oldest.txt
 .venv/packages .venv-oldest/packages:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python >= 3.10: make PYTHON=...")'
-	@echo 'Making $(@D) from $<. Where torch is built for CUDA this takes several GB.'
+	@echo 'Making $(@D) from $<. If torch is built for CUDA this takes several GB.'
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/pip install --progress-bar off $(PIP_ARGS) -r $< \
 	  | { grep --line-buffered -E 'Downloading .*([0-9]{2}\.[0-9] MB|GB)\)' || true; }

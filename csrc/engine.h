@@ -1,8 +1,10 @@
-// The plain arguments of both engines: pointers, sizes and flags for the wanted outputs. No torch here.
+// Plain arguments, without torch: Side, which both C++ engines use, and Problem, the CPU engine's (the CUDA engine's is
+// cuda::Block).
 //
 // Letters: x (M, D) and y (N, D) are the features, i is a row, j is a column. The product t_ij is <x_i, y_j> times
-// factor_x_i and factor_y_j (a factor is 1 / norm, or 1). The logit s_ij is scale * t_ij + bias + the key_bias of its
-// line. The own positive of row i is column i + offset, if that column lies in the block.
+// factor_x_i and factor_y_j (a factor is 1 / norm, or 1). The logit s_ij is scale * t_ij + bias + key_bias of column j
+// (of row i, if the CPU engine has exchanged x and y). The own positive of row i is column i + offset, if that column
+// lies in the block.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +18,8 @@ constexpr double kClampedFactor = 0.9999e12;
 enum class Kind : int {};
 enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
 
-// T, the type of a tile's arithmetic, is double for double features and float for all others. A pointer to T is a void
-// pointer here, with T in its comment.
+// T, the type of a tile's arithmetic, is double for double features and float for all others. Pointers to T are void
+// pointers here, and their comments say T. The CUDA engine takes float for T, except in Lines, where it takes double.
 
 // Statistics of one side's lines over one set of pairs, and the coefficients of these pairs' weights.
 struct Lines {
@@ -34,8 +36,8 @@ struct Side {
   int64_t stride = 0;            // between rows, in elements
   const void* factor = nullptr;  // T (rows): 1 / norm, or null for features taken as they are
 
-  const int32_t* ids = nullptr;      // (rows), on both sides or none: pairs of equal ids are no negatives
-  const void* threshold = nullptr;   // T (rows), on both or none: a pair whose t exceeds it is no negative of the line
+  const int32_t* ids = nullptr;      // (rows), on both sides or none: pairs of equal ids are not negatives
+  const void* threshold = nullptr;   // T (rows), on both sides or none: the line's negatives have t <= threshold
   const double* key_bias = nullptr;  // (rows), on one side at most: added to the logits of a line
   double* key_bias_sum = nullptr;    // weigh: (rows) out, sums of the weights; null if not wanted
 
@@ -71,14 +73,14 @@ struct Problem {
 
   void* kept = nullptr;     // T, products of the first rows, without the factors
   int64_t kept_rows = 0;    // strips that lie wholly in these rows are kept
-  bool kept_ready = false;  // kept products are read; else they are written
+  bool kept_ready = false;  // true: the engine reads `kept`; false: it writes `kept`
 
   // True if every pair except own positives is a negative of both its lines, and no line has a bias.
   bool is_plain() const { return !x.ids && !x.threshold && !x.key_bias && !y.key_bias; }
 
   int64_t cache_bytes = 1 << 20;  // size of a core's own cache (L2)
   bool brgemm = false;            // products use oneDNN's batch-reduce GEMM, else BLAS
-  bool half_products = false;     // products take bf16 operands as they are, else widened to fp32
+  bool half_products = false;     // products take bf16 operands as they are; else these are widened to fp32
 };
 
 // The CPU engine, compiled once per instruction set.

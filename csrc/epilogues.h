@@ -6,11 +6,13 @@
 // Here t = <x_i, y_j> times the factors of both lines, t * k.scale + k.bias is the logit in log2 units, and m is the
 // shift of the row or the column. A third function finishes a line whose own positive has the logit s:
 //   finish(shift, sum, s)   the line's loss, its coefficient a_i or b_j, and the weight dL/ds of the positive
-// Only fused losses (fastclip.clip_loss, siglip_loss) call it, but the operator is compiled for every kind. A pair's
-// loss is half its row's plus half its column's. A new kind is such a struct and an entry in `Kinds`.
+// Only fused losses (fastclip.clip_loss, siglip_loss) call `finish`, but the operator is compiled for every kind, so
+// each needs one. A pair's loss is half its row's loss plus half its column's. To add a kind, add a struct with these
+// three functions and an entry in `Kinds`.
 //
-// Nothing in this file includes torch, allocates, or branches on data: on the CPU each function is one sequence of
-// vector instructions for 4, 8 or 16 pairs, on a GPU straight-line code for one.
+// This file does not include torch, allocate, or branch on data. On the CPU, fold and activation are one sequence of
+// vector instructions for 4, 8 or 16 pairs in float; in double (2, 4 or 8 pairs) they call the C library for each pair.
+// On a GPU they are straight-line code for one pair. finish is scalar code in double.
 #pragma once
 
 #include <cmath>
@@ -46,8 +48,9 @@ constexpr double kLn2 = 0.6931471805599453;
 // a rounded scale alone has a relative error of 2^-24, which at a logit of 144 (scale 100) is an error of 6e-6 in the
 // exponential.
 //
-// Biased: lines have biases of their own, held as numbers or vectors of type Bias. Kinds with a shift subtract the
-// integral part of a line's bias, `whole`, from the shift, which loses no digit; other kinds add it to `bias`.
+// Biased: lines have biases of their own, held as numbers or vectors of type Bias. A line's bias has an integral part,
+// LineBias::whole, and a remainder, `part`. In kinds with a shift, `whole` is subtracted from the shift, which is exact
+// since both are integral, and `bias_low` is the remainder. In other kinds `bias` contains `whole`.
 template <class T, class Bias = T, bool Biased = false>
 struct Affine {
   using Scalar = T;
@@ -105,7 +108,8 @@ struct Log1p {
   FASTCLIP_INLINE double operator()(double v) const { return log1p(v); }
 };
 
-// Adding this to |l| < 2^22 rounds it to an integer r and leaves r + 127, the exponent of 2^r, in the lowest bits.
+// If |l| < 2^22, l + kRounder is rounded to an integer plus kRounder: with r the integer, the lowest bits of the sum
+// are r + 127, the exponent field of 2^r.
 constexpr float kRounder = 12582912.f + 127.f;
 
 // 2^(r + f) for z = r + kRounder and |f| <= 1/2 (a little more is harmless). The minimax polynomial has a relative
@@ -205,13 +209,13 @@ struct Line {
 
 FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(z > 0 ? -z : z)); }
 
-// A line's sum is that of its pairs' exponentials, relative to m; its finish is CLIP's two-way softmax
+// A line's sum is the sum of the exponentials of its pairs, relative to m. finish is CLIP's two-way softmax loss
 // (arXiv 2103.00020). A bias common to all logits is left out: it adds the same to each log-sum-exp and each positive.
 struct Softmax {
   static constexpr const char* kName = "softmax";
   static constexpr bool kHasShift = true;           // sums are relative to shifts, and weights depend on sums
   static constexpr bool kIsLinear = false;          // `finish` returns coefficients of 1: weights need no state
-  static constexpr bool kNegatesPositives = false;  // positives by id fold with negated logits; not with kHasShift
+  static constexpr bool kNegatesPositives = false;  // positives by id fold negated logits; must be false if kHasShift
   template <class V, class K>
   static FASTCLIP_INLINE V fold(V t, const K& k, V m) {
     return exp2_relative(t, k, m);
@@ -230,7 +234,7 @@ struct Softmax {
   }
 };
 
-// A line's sum is that of softplus(s) over its pairs; its finish is SigLIP's pairwise sigmoid (arXiv 2303.15343).
+// A line's sum is the sum of softplus(s) of its pairs. finish is SigLIP's pairwise sigmoid loss (arXiv 2303.15343).
 struct Sigmoid {
   static constexpr const char* kName = "sigmoid";
   static constexpr bool kHasShift = false;
@@ -264,7 +268,7 @@ struct KindList {
     int place = 0;
     ((place++ == int(kind) ? f(Entries()) : void()), ...);
   }
-  // Calls f(place, name) for every kind.
+  // Calls f(kind, name) for every kind; the kind is its index in the list.
   template <class Function>
   static void each_name(Function f) {
     int place = 0;

@@ -1,5 +1,5 @@
-// The Python module: build information, threads, work space, and the rate of the engine's matrix product. Loading it
-// registers the operators.
+// The Python module fastclip._C. Loading it registers the operators. Its functions return build information, the number
+// of threads used and the rate of the CPU engine's matrix product, and free the work space.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>

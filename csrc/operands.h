@@ -1,4 +1,5 @@
-// Checks and conversions of tensors for both engines: dtypes, kinds, layouts that products can read, matching shapes.
+// Checks and conversions of the operators' tensors, for both C++ engines: dtypes, kinds, layouts that products can
+// read, shapes that fit each other.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -63,8 +64,8 @@ inline void check_scalars(const BlockArguments& block) {
   if (block.bias) check_one_element("bias", *block.bias);
 }
 
-// Checks two optional vectors, one element for each line of their side. If `type` is given, both vectors or neither
-// must be there.
+// Checks two optional vectors, one element for each line of their side. If `type` is given, they must have it, and
+// either both are given or none.
 inline void check_lines(const char* rule, const OptionalTensor& x, const OptionalTensor& y, int64_t m, int64_t n,
                         std::optional<at::ScalarType> type) {
   const auto fits = [&](const OptionalTensor& t, int64_t lines) {

@@ -28,8 +28,8 @@ inline double number(const char* name, const at::Tensor& value) {
   return value.item<double>();
 }
 
-// A problem and the tensors that its pointers point into. The longer tower supplies the rows, since threads share out
-// rows. `swapped`: x and y have changed places.
+// A problem and the tensors that its pointers point into. Work is divided among threads by rows, so the longer side
+// becomes the rows. `swapped`: the caller's x is problem.y, and its y is problem.x.
 struct Call {
   Problem problem;
   at::Tensor x, y;

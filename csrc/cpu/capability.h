@@ -1,4 +1,4 @@
-// The capabilities of this machine's CPU: the engine's instruction set and its matrix product.
+// The choices that depend on this machine's CPU: the engine's instruction set, its matrix product, the cache size.
 #pragma once
 
 #include <ATen/Context.h>
@@ -66,8 +66,8 @@ inline bool machine_has_half_products() {
   return has;
 }
 
-// The size of a core's own cache (L2). It counts as 1 MiB if the machine reports less (AMD's Zen 3: 512 KiB) or, as
-// virtual machines may, none; and as 4 MiB if it reports more.
+// The size of a core's own cache (L2), between 1 MiB and 4 MiB. Less is taken as 1 MiB (AMD's Zen 3 has 512 KiB; a
+// virtual machine may report 0), and more as 4 MiB.
 inline int64_t core_cache_bytes() {
   static const int64_t bytes = [] {
     int64_t told = 0;

@@ -14,8 +14,9 @@ FASTCLIP_INLINE V<T> where(const typename Counted<T>::Mask& mask, const V<T>& va
   return mask ? value : V<T>{};
 }
 
-// Adds a tile's pairs to the state, with one shift for all lines. Weigh: also writes the weights, of a linear kind. Its
-// coefficients are 1, and (a_i + b_j) / 2 is 1: the caller halves the gain of a later weigh, but not of this one.
+// Adds a tile's pairs to the state, with one shift for all lines. Weigh: also writes the weights; only for linear
+// kinds, whose coefficients a_i and b_j are 1. A pair's weight is activation * (a_i + b_j) / 2. Here (a_i + b_j) / 2 =
+// 1 is already applied; weigh_tile applies a_i + b_j, and its caller halves the gain.
 template <class Kind, template <class> class Pairs, bool Weigh, class T>
 void fold_tile(const Tile<T>& tile) {
   const int64_t lanes = tile.lanes;
@@ -53,14 +54,14 @@ void fold_tile(const Tile<T>& tile) {
   for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
 }
 
-// The shift to compute with: a line without pairs, whose shift is -inf, may take any number.
+// Returns the shift for the computation: 0 for a line without pairs, whose shift is -inf (any finite number would do).
 template <class T>
 FASTCLIP_INLINE T usable(double shift) {
   return shift == -std::numeric_limits<double>::infinity() ? T(0) : T(shift);
 }
 
-// Adds a tile's pairs to the state with running maxima: each row, and each column of this tile, has the largest of its
-// own logits as its shift, rounded up to an integer so that exp2_relative stays exact. Right at any scale.
+// Adds a tile's pairs to the state with running maxima, which works at any scale: the shift of each row, and of each
+// column of this tile, is the largest of its own logits, rounded up to an integer so that exp2_relative stays exact.
 template <class Kind, template <class> class Pairs, class T>
 void fold_tile_running(const Tile<T>& tile) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
@@ -141,8 +142,8 @@ void weigh_tile(const Tile<T>& tile) {
       if constexpr (!OneShift) {
         V<T> ma;
         load(lines.row_shifts + i, ma);
-        // Excluded pairs may overflow: their logits may exceed a line's shift by any amount. They are masked
-        // afterwards.
+        // The logit of an excluded pair may exceed the line's shift by any amount, and its exponential may overflow, so
+        // such pairs are masked after the exponential.
         w = where<T>(counted.by_row, Kind::activation(t, k, pairs.shift(ma, i)) * a) +
             where<T>(counted.by_column, Kind::activation(t, k, pairs.shift(mb, i)) * b);
       } else if constexpr (P::kApart) {

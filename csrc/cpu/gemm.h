@@ -1,7 +1,8 @@
 // The CPU engine's matrix product on row-major operands that fit a core's cache: C (m, n) = A (m, k) B (k, n), or +=.
 //
-// float and bf16 use oneDNN's batch-reduce GEMM through torch if the machine supports it. Double always uses at::mm, as
-// every dtype does on other machines. The B operand of a bf16 product has rows 2r and 2r + 1 interleaved ("VNNI").
+// float and bf16 products use oneDNN's batch-reduce GEMM through torch if the machine supports it. Otherwise float
+// products use at::mm, and there are no bf16 products. Double products always use at::mm. The B operand of a bf16
+// product has rows 2r and 2r + 1 interleaved ("VNNI").
 #pragma once
 
 #include <ATen/ATen.h>

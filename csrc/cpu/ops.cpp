@@ -1,7 +1,7 @@
-// The torch front of the CPU engine: fastclip's operators on CPU tensors.
+// fastclip's operators on CPU tensors: they allocate results, run the CPU engine, and decide from a sweep's results
+// whether one shift was enough.
 //
-// Schemas, fakes and the choice of an engine are in Python; fastclip/engine/operators.py documents the arguments. This
-// file allocates results, runs the engine, and decides from a sweep's results whether one shift was enough.
+// Schemas, fakes and the choice of an engine are in Python; fastclip/engine/operators.py documents the arguments.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -38,8 +38,9 @@ double highest_bias(const Side& side) {
   return highest == -std::numeric_limits<double>::infinity() ? 0 : highest;
 }
 
-// Sets the shift of all lines. The exponential of the largest possible logit becomes 2^above: large enough for the sum
-// of the smallest row to stay within fp32, small enough for a sum over 2^27 columns not to overflow.
+// Sets the shift of all lines so that the exponential of the largest possible logit is 2^above. `above` is large enough
+// that the sum of the smallest row does not underflow fp32, and small enough that a sum over 2^27 columns does not
+// overflow.
 void set_shift(Call& call, const OptionalTensor& bound) {
   Problem& p = call.problem;
   const bool wide = p.dtype == Dtype::kDouble;
@@ -78,7 +79,7 @@ class Occupied {
   const int64_t others_, offset_;
 };
 
-// True if one shift was enough for a set of pairs. A sum below `least` may have lost terms that count.
+// True if one shift was enough for a set of pairs. In a sum below `least`, terms that matter may have underflowed.
 bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occupied& occupied) {
   const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
   for (int64_t i = 0; i < side.rows; i++)
@@ -127,7 +128,7 @@ void settle(double* shift, double* sum, int64_t lines) {
     if (std::isinf(shift[q]) && shift[q] < 0) {
       shift[q] = 0;  // no pairs
     } else if (!(sum[q] >= 0x1p-100 && sum[q] <= 0x1p127)) {
-      sum[q] = NAN;  // relative to its largest term; logits beyond 1e9 exceed the dtype's precision
+      sum[q] = NAN;  // a sum is relative to its largest term, so only logits beyond fp32's precision (1e9) get here
     }
   }
 }
@@ -165,8 +166,9 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
   TORCH_CHECK(lines > 0 && state.size(0) == 2 && state.is_contiguous() && state.scalar_type() == at::kDouble &&
                   positive.is_contiguous() && positive.scalar_type() == at::kDouble && period > 0 &&
                   lines % period == 0,
-              "state must be (2, L) and positive (P), P a divisor of L, contiguous float64, got ", state.sizes(), " and ",
-              positive.sizes());
+              "state must be (2, L) and positive (P), P a divisor of L, contiguous float64, got ", state.sizes(), " ",
+              state.scalar_type(), ", strides ", state.strides(), ", and ", positive.sizes(), " ",
+              positive.scalar_type(), ", strides ", positive.strides());
   const Kind found = kind_of(kind);
   const double k = number("scale", scale), k0 = bias ? number("bias", *bias) : 0.0;
   Tensor losses = at::empty({lines}, state.options()), coefficients = at::empty({lines}, state.options()),
@@ -177,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
                 *const q = weights.mutable_data_ptr<double>();
   at::parallel_for(0, lines, 2048, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      PORTABLE::Line line{NAN, NAN, NAN};  // initialised, since the compiler cannot know that for_kind calls it
+      PORTABLE::Line line{NAN, NAN, NAN};  // the compiler does not see that for_kind always calls the function
       PORTABLE::for_kind(found, [&](auto entry) {
         line = entry.finish(shift[i], shift[lines + i], k * t[i % period] + (entry.kHasShift ? 0. : k0));
       });
@@ -220,7 +222,7 @@ Tensor totals_of(const Call& call) {
   return totals;
 }
 
-// Adds the weights of the own positives to each column's sum of weights, which the tiles made without them.
+// Adds the weights of the own positives to the columns' sums of weights; the sums of tiles leave them out.
 void add_own_positives(const Call& call, int64_t offset, const double* weight, double* sums) {
   for (int64_t i = 0; i < call.m; i++)
     if (i + offset >= 0 && i + offset < call.n) sums[i + offset] += weight[i];

@@ -1,7 +1,7 @@
 // The sets of pairs that the CPU engine folds and weighs: which pairs belong to a set, and the map from t to their
 // logits.
 //
-// A set object is made for each column of a tile and called once for each register of rows.
+// An object of such a class stands for one column of a tile. Its functions are called for each register of rows.
 #pragma once
 
 #include "tile.h"
@@ -39,8 +39,8 @@ struct Plain {
   }
 };
 
-// Options of a block. Functions are compiled for ids alone, for thresholds alone, and for all options together, any of
-// which may then be absent.
+// Options of a block, as bits. Functions are compiled for no option, for ids alone, for thresholds alone, and for
+// kEverything, in which each option may be absent: its pointers are then null.
 enum Option : unsigned { kIds = 1, kThresholds = 2, kBiases = 4, kEverything = 7 };
 
 // The pairs that remain after ids and thresholds or, with Positives, the pairs of equal ids. Logits include the biases

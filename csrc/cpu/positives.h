@@ -7,8 +7,8 @@ namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
 namespace {
 
-// The weight dL/ds of the own positive (i, j = i + offset). When both sweeps run in one go, it is computed from the
-// product just made.
+// The weight dL/ds of the own positive (i, j = i + offset). If both sweeps run in one go, the sweep has just stored its
+// t, and the weight is computed from it.
 template <class T>
 T positive_weight(const Problem& p, int64_t i, int64_t j) {
   const int64_t q = p.positive_of_y ? j : i;

@@ -17,11 +17,12 @@ namespace {
 
 constexpr int64_t kMostCols = 256;
 
-// The rows of a strip and, below, the columns of a tile. There must be enough strips for all threads, and each must be
-// large enough to repay its transposition and its additions to v. A strip's data must also fit its core's L2 cache: at
-// D = 512 and 2 MiB, 256 rows take 5 % less time than 128. bf16 products are so fast that the additions cost relatively
-// more, so their strips are larger. Nothing here depends on the number of threads, and so the order of sums does not
-// either. Rows do not depend on the product or the instruction set, and so the layout of kept products does not.
+// strip_rows returns the rows of a strip, tile_cols the columns of a tile. There must be enough strips for all threads,
+// and each must be large enough to repay its transposition and its additions to v. A strip's data must also fit its
+// core's L2 cache: at D = 512 and 2 MiB, 256 rows take 5 % less time than 128. bf16 products are so fast that the
+// additions cost relatively more, so bf16 strips are larger. Neither function depends on the number of threads, so the
+// order of sums does not depend on it either. strip_rows does not depend on the product or the instruction set, so
+// neither does the layout of kept products.
 int64_t strip_rows(const Problem& p, int64_t row_bytes) {
   const int64_t fit = p.cache_bytes / 4 / row_bytes / 64 * 64;
   const int64_t most = p.dtype == Dtype::kBFloat16 ? 512 : std::clamp<int64_t>(fit, 128, 256);

@@ -22,12 +22,12 @@ void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
   const bool project = p.project && side.factor;
   T scale = T(p.gain * p.scale);
   const T factor = side.factor ? static_cast<const T*>(side.factor)[row] : T(1);
-  // A norm below 1e-12 was clamped: the features were divided by a constant, and there is no projection.
+  // A norm below 1e-12 was clamped to 1e-12: the division was by a constant, so its Jacobian has no projection.
   const bool clamped = factor >= T(kClampedFactor);
   const In* const x = static_cast<const In*>(side.features) + row * side.stride;
   char* const base = static_cast<char*>(side.gradient);
   if (project) scale *= factor;
-  // 1e12 times anything overflows fp16, so a zero row has a zero gradient there instead of an infinite one.
+  // A gradient times 1e12 would overflow fp16, so a zero row gets a zero gradient there instead of an infinite one.
   if (project && clamped && (std::is_same_v<In, at::Half> || side.gradient_dtype == Dtype::kHalf)) scale = 0;
   if (project && !clamped) {
     double along = 0;

@@ -1,8 +1,9 @@
 // A caching allocator for large CPU buffers, in huge pages.
 //
-// The operating system clears every fresh page. This takes an eighth of the loss's time for the gradient of a
-// 256 x 32,768 block and a twentieth for the kept products of a square block; pages of 4 KiB would double both. The
-// products and gradients that one step frees are therefore cached for the next, as in a GPU's caching allocator.
+// The operating system clears every fresh page. For the gradient of a 256 x 32,768 block the clearing takes an eighth
+// of the loss's time, and for the kept products of a square block a twentieth; with pages of 4 KiB it would take twice
+// as long. The products and gradients that one step frees are therefore cached for the next, as in a GPU's caching
+// allocator.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -84,7 +85,8 @@ class Workspace {
       const std::lock_guard<std::mutex> lock(mutex_);
       size_t idle = 0;
       for (const Buffer& b : idle_) idle += b.size;
-      // If all places are taken, the smallest buffer is freed.
+      // The buffer replaces the smallest idle one (an empty place has 0 bytes) if it is larger and the idle buffers
+      // then stay within kMostIdle. The one of the two that is not kept is freed.
       Buffer& least = *std::min_element(idle_.begin(), idle_.end(), smaller);
       if (smaller(least, buffer) && idle - least.size + buffer.size <= kMostIdle) std::swap(least, buffer);
     }

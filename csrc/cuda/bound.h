@@ -1,8 +1,8 @@
 // The shift m that all lines share in the first sweep of a kind with a shift, in log2 units, computed on the device.
 //
-// If m is the same for all lines, one exponential exp2(logit - m) serves both the row and the column of a pair. The
-// exponential of the largest possible logit becomes 2^above: large enough for the sum of the smallest row to stay
-// within fp32, small enough for a sum over 2^27 columns not to overflow.
+// If m is the same for all lines, a pair's row and column need one exponential only, exp2(logit - m). m is chosen so
+// that the exponential of the largest possible logit is 2^above: `above` is large enough that the sum of the smallest
+// row does not underflow fp32, and small enough that a sum over 2^27 columns does not overflow.
 #pragma once
 
 #include "device.h"
@@ -23,8 +23,8 @@ inline int64_t norm_blocks(const Features& f) {
   return f.factor ? 0 : blocks < kMostNormBlocks ? blocks : kMostNormBlocks;
 }
 
-// The largest squared norm of each thread block's rows, those of x first. It is infinite if it overflows: then one
-// shift is not enough, and the flag is set.
+// Writes the largest squared norm of each thread block's rows, those of x first. A norm that overflows is infinite;
+// then shift_kernel sets the flag, since one shift is not enough.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     longest_kernel(Features x, Features y, int64_t blocks_x, int64_t width, float* squares) {
@@ -80,8 +80,8 @@ static __global__ void __launch_bounds__(kThreads)
   const double top = fabs(value_of(scale, 1)) * largest * (kLog2E * (1 + 1e-5));
   // Every row has a pair in the column of the largest bias, whose logit is at least -top plus that bias.
   const double above = fmin(fmax(2 * top - 120, 0.), 100.);
-  // Integral, so that it differs from any other shift by a power of two. Beyond 2^24 it is rounded, but there one shift
-  // is not enough anyway.
+  // m is integral, so that exponentials relative to m and to any other integral shift differ by a power of two. Beyond
+  // 2^24 it is rounded, but there one shift is not enough anyway.
   const float m = float(ceil(top - above) + (bias > -INFINITY ? double(bias) : 0.));
   *shift = m;
   // A shift that is not finite is wrong even for a line without pairs.

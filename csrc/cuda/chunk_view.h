@@ -1,6 +1,6 @@
-// The arguments of one launch of the CUDA engine: a chunk of a block, the partial sums of its lines, and the operands
-// of its pairs' weights. They are plain pointers to device memory, shared by the kernels that read products from memory
-// and by those that make products on tensor cores.
+// The arguments of one launch of the CUDA engine: a chunk of a block, the partial sums of its lines, and the shifts and
+// coefficients of its pairs' weights. All are plain pointers to device memory. The kernels that read products from
+// memory and those that compute products on tensor cores take the same arguments.
 #pragma once
 
 #include "engine.h"
@@ -39,12 +39,13 @@ struct Folding {
 // The second sweep: w_ij = activation(t, k, m) * (a_i + b_j) of the negatives, 0 for positives.
 struct PairWeights {
   const float *shift_x = nullptr, *shift_y = nullptr;  // of rows, of columns; null for a kind without a shift
-  const int32_t* differ = nullptr;                     // not 0: shifts differ, and each pair needs two exponentials:
-                                                       // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j
-  const float *a = nullptr, *b = nullptr;              // null in a linear kind's single sweep: 1 for a_i + b_j
+  // If *differ is not 0, shifts differ between lines and each pair needs two exponentials:
+  // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j.
+  const int32_t* differ = nullptr;
+  const float *a = nullptr, *b = nullptr;  // null if a linear kind runs both sweeps in one go: then a_i + b_j is 1
   void* out = nullptr;  // (rows, columns) of the view's dtype, or null if no gradient is wanted
   int64_t stride_out = 0;
-  bool spread = true;       // out = w * enlarged * factor_x_i * factor_y_j, else w * enlarged
+  bool spread = true;       // true: out = w * enlarged * factor_x_i * factor_y_j; false: out = w * enlarged
   float enlarged = 1;       // a power of two
   bool to_tf32 = false;     // fp32 weights are rounded to nearest tf32
   float* totals = nullptr;  // (2, parts): sums of w, then sums of w * t

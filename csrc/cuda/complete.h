@@ -5,8 +5,10 @@
 //   g_i = product_i * shrink / factor_i + p_i * partner^_i
 //   dx_i = gain * scale * factor_i * (g_i - x^_i <x^_i, g_i>)
 //
-// x^ is x times its factor. Without projection, dx_i = gain * scale * g_i. Each warp completes a row; the cost is
-// O((M + N) D).
+// product_i is row i of the product of weights and features, p_i the weight of the own positive, and partner_i the
+// other tower's row of that positive; x^ and partner^ are features times their factors. If the weights do not carry the
+// factors (spread is false), product_i is not divided by factor_i. Without projection, dx_i = gain * scale * g_i. Each
+// warp completes one row, and the cost is O((M + N) D).
 #pragma once
 
 #include "bound.h"
@@ -92,7 +94,7 @@ __device__ __forceinline__ void complete_row(const Completion& c, int64_t row, i
     for (int q = 0; q < kAtOnce; q++) {
       if (c.project) g[q] -= unit[q] * factor * along;
       g[q] *= multiplier;
-      // 1e12 times anything overflows fp16, so a zero row gets a zero gradient instead of an infinite one.
+      // A gradient times 1e12 would overflow fp16, so a zero row gets a zero gradient there instead of an infinite one.
       if (c.clamped_is_zero && clamped) g[q] = 0;
     }
     switch (c.gradient_dtype) {

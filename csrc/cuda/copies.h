@@ -1,5 +1,6 @@
-// Copies of features that a product cannot take as they are: rounded to tf32, since tensor cores would truncate, or
-// normalised fp16, since fp16 weights lack the range to carry the factors.
+// Copies of features that a product cannot take as they are. float32 features are rounded to tf32, since tensor cores
+// would truncate them. fp16 features are multiplied by their factors, since fp16 weights times the factors would leave
+// fp16's range.
 #pragma once
 
 #include "bound.h"

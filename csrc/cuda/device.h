@@ -1,5 +1,5 @@
-// The basis of the CUDA engine's kernels: kinds of statistic, conversions of numbers, reductions over a warp, and the
-// launch of kernels.
+// Tools of the CUDA engine's kernels: the kinds of statistic compiled for CUDA, conversions of numbers, reductions over
+// a warp, and, on the host, the launch of kernels.
 #pragma once
 
 #include <cuda_bf16.h>

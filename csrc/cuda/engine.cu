@@ -1,8 +1,9 @@
 // The CUDA engine: a library makes the matrix products of chunks, and the engine's kernels do the rest.
 //
-// One kernel reads the products of a chunk and folds them (epilogue.h), or turns them into weights, which are operands
-// of two more products. finalise.h adds up partial sums to states, maxima.h makes the states anew if one shift was not
-// enough, and complete.h turns products of weights into gradients.
+// One kernel (epilogue.h) reads the products of a chunk, and either folds them into partial sums or turns them into
+// weights; two more products multiply the weights with the features. finalise.h adds partial sums up to states,
+// maxima.h computes the states again if one shift was not enough, and complete.h turns the last products into
+// gradients.
 #include "first_sweep.h"
 #include "second_sweep.h"
 
@@ -47,7 +48,7 @@ void sweep_and_weigh(const Block& block, double* positive, const Weighing& weigh
     throw std::invalid_argument(
         "a block that is swept and weighed in one go must have no ids, thresholds or key_bias");
   Work w(block, library);
-  w.b.fused = false;  // no fused kernel both folds and weighs, and two kernels would make the products twice
+  w.b.fused = false;  // no fused kernel both folds and weighs; two fused kernels would compute the products twice
   Sweeping sweeping;
   sweeping.positive = positive;
   FirstSweep first(w, chunks_of(w.m(), w.n(), 0), sweeping);

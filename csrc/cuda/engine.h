@@ -1,11 +1,11 @@
 // The CUDA engine's plain arguments, and the interface of the library that gives it memory and matrix products. No
-// header of torch is included, since nvcc compiles the engine without torch; and none of CUDA, since the C++ compiler
-// compiles ops.cpp without CUDA.
+// header of torch is included, since nvcc compiles the engine without torch. No header of CUDA is included, since the
+// C++ compiler compiles ops.cpp, which includes this file, without CUDA.
 //
-// Letters as in engine.h. Every pointer is to device memory. Nothing here waits for the device: decisions that depend
-// on data (the shift, whether it was enough, whether one exponential serves row and column) are made on the device, so
-// every call can be captured in a CUDA graph. Launches go to the given stream of the current device. A launch that
-// fails throws std::runtime_error with the kernel's name and the block's shape.
+// The letters are those of ../engine.h. All pointers are to device memory. No function waits for the device. Decisions
+// that depend on data (the shift, whether it was enough, whether one exponential serves row and column) are made on the
+// device, so every call can be captured in a CUDA graph. Launches go to the given stream of the current device. A
+// launch that fails throws std::runtime_error with the kernel's name and the block's shape.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,9 @@
-// The epilogue of products in memory: reads a tile of t_ij once, and folds it into one number for each of its rows and
-// columns, or weighs it, or both. Positives by id fold into sums of their own.
+// The kernel that reads a tile of products t_ij from memory once. It folds the tile into one number for each of its
+// rows and columns, or writes the weights of its pairs, or both. Positives by id have sums of their own.
 //
-// A warp processes one row after another, 256 columns of each: a lane holds twice four neighbours. Row sums are reduced
-// by shuffles. Column sums stay in registers until the end, when those of all warps are added in order.
+// A warp processes one row after another, 256 columns of each: a lane has two groups of four neighbouring columns. Row
+// sums are reduced by shuffles. Column sums stay in registers until the end; then the sums of all warps are added in
+// order.
 #pragma once
 
 #include <type_traits>
@@ -63,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
   LineWeight column[kFours][4] = {};
   typename Options::Line column_line[kFours][4] = {};
   typename Options::Bias bias[kFours][4] = {};
-  // With All: the columns' sums of positives by id, their sums of weights, and the operands of positives' weights.
+  // With options All: the columns' sums over positives by id, their sums of weights, and the coefficients and shifts
+  // for the weights of positives by id.
   float positive_sum[kFours][4] = {}, weight_sum[kFours][4] = {};
   LineWeight column_positive[kFours][4] = {};
 #pragma unroll

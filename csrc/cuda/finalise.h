@@ -6,9 +6,9 @@
 namespace fastclip {
 namespace cuda {
 
-// The range of a line's sum for which one shift is enough. At kLeast, the terms that were flushed to zero lie below
-// fp32's resolution of the sum. Above kLargest the coefficient, 1 / sum, comes close to floats that are flushed to
-// zero.
+// One shift is enough for a line whose sum lies between these two. In a sum of at least kLeast, terms that were flushed
+// to zero are below fp32's resolution of the sum. If the sum exceeds kLargest, the coefficient, 1 / sum, is close to
+// the floats that are flushed to zero.
 constexpr double kLeast = 0x1p-78, kLargest = 0x1p125;
 
 // The rows or columns of a chunk, and the memory of their states. A line's sums over several chunks add up in its
@@ -41,8 +41,8 @@ __device__ __forceinline__ double add_up(const PartLines& lines, int64_t l) {
   return sum;
 }
 
-// Adds up the lines' sums and sets their shifts. With a shift, sets the flag if the sum of an occupied line is out of
-// range: a sum so small may have lost terms that count.
+// Adds up the lines' sums and sets their shifts. For a kind with a shift, sets the flag if the sum of an occupied line
+// is outside kLeast .. kLargest.
 static __global__ void __launch_bounds__(kThreads)
     sums_kernel(PartLines rows, PartLines columns, Occupied rows_occupied, Occupied columns_occupied,
                 const float* shift, int32_t* flag) {
@@ -64,7 +64,7 @@ static __global__ void __launch_bounds__(kThreads) weight_sums_kernel(PartLines 
   if (index < columns.count) add_up(columns, index);
 }
 
-// The states of lines, and the fp32 operands that the second sweep makes of them.
+// The shifts and coefficients of lines, and the fp32 copies of them that the second sweep reads.
 struct StateLines {
   const double *shift = nullptr, *coefficient = nullptr;
   int64_t count = 0;

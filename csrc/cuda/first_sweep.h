@@ -1,5 +1,5 @@
-// The host side of the first sweep: the shift, the sums of each chunk, and the sweep with running maxima, which acts if
-// one shift was not enough.
+// The host side of the first sweep. It launches the kernels for the shift and for the sums of each chunk, and the sweep
+// with running maxima, which does nothing on the device if one shift was enough.
 #pragma once
 
 #include "finalise.h"

@@ -1,11 +1,11 @@
-// The sweep with running maxima, which is right at any scale. It is always launched after the sweep with one shift, and
-// returns at once unless the flag says that one shift was not enough. The host never learns which of the two made the
-// states.
+// The sweep with running maxima, which works at any scale. It is always launched after the sweep with one shift, and
+// returns at once unless the flag says that one shift was not enough. The host does not know which of the two sweeps
+// wrote the states.
 //
-// A thread block owns 64 lines and visits all their pairs, so that it needs no partial sums. It makes the products
+// A thread block owns 64 lines and visits all their pairs, so it needs no partial sums. It computes the products
 // itself, without tensor cores, since a library's product cannot depend on a flag on the device. Each pair's product is
-// made twice, once by the block of its row and once by the block of its column. Training takes this path only if
-// features are not normalised or the scale exceeds about 110.
+// computed twice, by the thread block of its row and by that of its column. Training takes this path only if features
+// are not normalised or the scale exceeds about 110.
 #pragma once
 
 #include <type_traits>
@@ -18,10 +18,10 @@ namespace cuda {
 
 constexpr int kLines = 64;               // of a thread block
 constexpr int kDepth = 16;               // elements of D per step
-constexpr int kSide = 4;                 // a thread has kSide lines by kSide pairs of each
+constexpr int kSide = 4;                 // a thread computes kSide x kSide pairs: kSide lines, kSide pairs of each
 constexpr int kAcross = kLines / kSide;  // threads that share a line
 static_assert(kAcross * kAcross == kThreads, "a thread holds kSide x kSide pairs");
-// A sum relative to its own largest term is at least this, unless its logits exceed the dtype's precision.
+// The sum of a line relative to its own largest term is smaller than this only if its logits exceed fp32's precision.
 constexpr double kLeastRelative = 0x1p-100;
 
 // The states of one side's lines; those of positives by id are null if there are none.

@@ -1,8 +1,8 @@
-// The torch front of the CUDA engine: fastclip's operators on CUDA tensors. fastclip/engine/operators.py documents the
+// fastclip's operators on CUDA tensors, which run the CUDA engine. fastclip/engine/operators.py documents the
 // arguments.
 //
-// Nothing here reads from the device or waits for it. With FASTCLIP_EMULATED the engine is compiled for the CPU and
-// runs on CPU tensors, for tests.
+// No function reads from the device or waits for it. With FASTCLIP_EMULATED the engine is compiled for the CPU and runs
+// on CPU tensors, for tests.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/from_blob.h>
@@ -18,7 +18,7 @@
 namespace fastclip {
 namespace {
 
-// True for float64 features: the plain PyTorch engine serves them. This has nothing to do with plain blocks (is_plain).
+// True for float64 features, which the plain PyTorch engine takes. The name is unrelated to plain blocks (is_plain).
 bool is_plain_engines(const BlockArguments& b) { return b.x.features.scalar_type() == at::kDouble; }
 
 template <class Result, class... Flattened, class... Rest>
@@ -168,8 +168,7 @@ TORCH_LIBRARY_IMPL(fastclip, Autograd, m) {
 
 }  // namespace fastclip
 
-// For tests, which cut small blocks into several chunks: sets the shape of chunks, and returns the earlier one in
-// place.
+// For tests, which cut small blocks into several chunks: exchanges the largest shape of a chunk with *rows x *columns.
 extern "C" [[gnu::visibility("default")]] void fastclip_cuda_swap_chunk_shape(int64_t* rows, int64_t* columns) {
   std::swap(*rows, fastclip::cuda::chunk_shape().rows);
   std::swap(*columns, fastclip::cuda::chunk_shape().columns);

@@ -1,8 +1,8 @@
-// The options that decide which pairs count for their lines, and as what (ids, thresholds, positives by id), and biases
-// of columns.
+// The options of a block: ids, thresholds and positives by id, which decide whether a pair is a negative or a positive
+// of its lines, and biases of columns.
 //
-// Kernels that visit pairs are compiled for three types of options. Plain has none and costs nothing. Ids excludes
-// pairs at the cost of a comparison. All has every option; absent ones get neutral values.
+// Kernels that visit pairs are compiled for three types of options. Plain has no options and costs nothing. Ids
+// excludes pairs at the cost of a comparison. All has every option; absent options have neutral values.
 #pragma once
 
 #include "device.h"
@@ -19,8 +19,9 @@ struct Counts {
   bool mine, other, positive;
 };
 
-// A type of options loads what it needs of a line (Line, and of a column Bias), and tells the roles of a pair. is_pair:
-// the pair lies in the block and is no own positive.
+// Each type of options has: Line, the numbers it needs of a line, loaded by row() and column(); Bias, the bias of a
+// column, loaded by bias(); and counts(), which returns the roles of a pair. is_pair: the pair lies in the block and is
+// not an own positive.
 struct Plain {
   static constexpr bool kHasAll = false;
   struct Line {};
@@ -114,13 +115,13 @@ struct LineWeight {
   float coefficient, shift;
 };
 
-// Chooses by value: a choice between addresses would put both into local memory.
+// Chooses by value: with a choice between two addresses, the compiler would put both objects into local memory.
 __device__ __forceinline__ LineWeight choose(bool first, LineWeight a, LineWeight b) {
   return {first ? a.coefficient : b.coefficient, first ? a.shift : b.shift};
 }
 
-// The weight of a pair that may count for one of its lines only. `mine` and `other` are the lines' coefficients and
-// shifts for negatives or for positives by id, whichever the pair is.
+// The weight of a pair that may count for one of its lines only. `mine` and `other` are the coefficients and shifts of
+// the two lines: for positives by id if the pair is one, else for negatives.
 template <class Statistic, class K>
 __device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<float>& bias, const Counts& counts,
                                            const LineWeight& mine, const LineWeight& other, bool two_shifts) {

@@ -13,8 +13,8 @@ class SecondSweep {
   // also_fold: both sweeps run in one go; the weights need no state.
   SecondSweep(Work& work, const Weighing& weighing, bool also_fold) : w(work), weighing_(weighing), fold_(also_fold) {
     const bool half = w.b.dtype == Dtype::kHalf;
-    // Weights are at most 2, since the caller scales coefficients. Times 2^13 they are at most 2^14 in fp16, which has
-    // no numbers below 6e-8.
+    // fp16 has no numbers below 6e-8, so weights are multiplied by 2^13 in fp16. They are at most 2, since the caller
+    // scales the coefficients, so the products are at most 2^14, and fp16's largest number is about 2^16.
     weights_.enlarged = half ? 8192.f : 1.f;
     weights_.spread = !half;
     weights_.to_tf32 = w.b.tf32;
@@ -46,7 +46,7 @@ class SecondSweep {
     }
   }
 
-  // The last steps. When both sweeps run in one go, they have to wait for the positives' weights.
+  // The last steps. If both sweeps run in one go, they come after the weights of the positives are known.
   void complete_rows(const float* product, int64_t first, int64_t rows) const {
     complete(w.b.x, w.b.y, product, first, rows, w.b.offset, false);
   }
@@ -64,7 +64,8 @@ class SecondSweep {
   }
 
  private:
-  // x and y are the lines of both sides, for negatives or for positives by id.
+  // Launches the kernel that converts the states x and y (of one set: negatives, or positives by id) to fp32, into
+  // `to`.
   void set_operands(const Lines& x, const Lines& y, PairWeights& to) {
     const bool has_shifts = CUDA::has_shift(w.b.kind);
     const int64_t lines = w.m() + w.n();

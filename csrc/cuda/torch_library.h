@@ -1,7 +1,7 @@
-// The CUDA engine's library on torch: memory, matrix products, the current stream.
+// The CUDA engine's Library, built on torch: memory, matrix products, and the current stream.
 //
-// Memory and products come from ATen, the stream from a C function of libtorch_cuda. So neither CUDA's headers nor
-// torch's CUDA headers, which include these, are needed.
+// Memory and products come from ATen, and the stream from a C function of libtorch_cuda. Therefore this file needs
+// neither CUDA's headers nor torch's CUDA headers, which include them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -105,7 +105,7 @@ cuda::Stream current_stream([[maybe_unused]] const Tensor& x) {
   return static_cast<cuda::Stream>(stream);
 }
 
-// Makes the features' device current, and keeps autograd and the caller's autocast from the engine's own products.
+// Makes the features' device the current one, and switches autograd and autocast off for the engine's own products.
 class Scope {
  public:
   explicit Scope(const Tensor& x) : device_(x.device()), autocast_(c10::autocast_dispatch_keyset) {}

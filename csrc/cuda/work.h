@@ -1,4 +1,4 @@
-// The host side of a block: its operands, its chunks, and their products.
+// A block on the host: its features in the form that products take, its chunks, and the products of a chunk.
 #pragma once
 
 #include "chunks.h"
@@ -89,8 +89,8 @@ class Work {
     return {data, rows, b.width, side.stride, 1, b.dtype};
   }
 
-  // The products x y^T of a chunk, in the memory of kept ones or in the buffer. Kept products that are ready are not
-  // made again.
+  // Computes the products x y^T of a chunk, into the memory of the kept products or into the buffer. If they are kept
+  // and `ready`, they are not computed again. Returns where they are.
   Products products(const Chunk& c, float* kept, float* buffer, bool ready) {
     Products products{buffer, stride_of(c.columns), true};
     if (c.kept) products = {kept + c.row * n() + c.column, n(), n() % 4 == 0 && is_multiple(kept + c.column, 16)};

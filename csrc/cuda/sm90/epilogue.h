@@ -1,8 +1,9 @@
 // The common part of the two fused epilogues: the places of a thread's pairs in a tile, the vectors of their rows and
 // columns, the mask of negatives, and the visitor that CUTLASS calls.
 //
-// The visitor has the interface of cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp. It replaces a tree of
-// CUTLASS's own nodes, which mask every pair in their sums, and keep the sums of 128 columns in local memory.
+// The visitor has the interface of cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp. It is written by hand
+// because CUTLASS's own nodes would apply the mask to every pair of every tile, and would keep the sums of 128 columns
+// in local memory.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -29,8 +30,8 @@ struct Layout {
 };
 
 // The layout of wgmma's accumulator: pair q of a fragment lies in the thread's first or second row, which are 8 apart,
-// and in the column of slot(q). Slots 2k and 2k + 1 are neighbouring columns; each next two are 8 columns further.
-// Checked against CuTe below.
+// and in the column of slot(q). Slots 2k and 2k + 1 are neighbouring columns; slots 2k + 2 and 2k + 3 are 8 columns
+// further. lies_as_expected checks this against CuTe.
 constexpr int second_row(int q) { return q / 2 % 2; }
 constexpr int slot(int q) { return q / 4 * 2 + q % 2; }
 constexpr int column_of_slot(int s) { return s / 2 * 8 + s % 2; }
@@ -54,8 +55,8 @@ struct Vector {
   float absent;
 };
 
-// A thread's share of a tile, with kVectors numbers of each of its rows and columns; the factor is the first. Those of
-// rows stay in registers. Those of columns stay in shared memory, and each piece's are loaded from there.
+// A thread's share of a tile, with kVectors numbers for each of its rows and columns; the first number is the factor.
+// The numbers of rows stay in registers. Those of columns stay in shared memory, from which each piece loads its own.
 template <class Layout, int kVectors>
 struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
   struct Storage {
@@ -68,7 +69,7 @@ struct Share : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
     static_assert(lies_as_expected<Layout, decltype(arguments.tCcD.layout())>(), "not wgmma's accumulator");
     tile_m = cute::get<0>(arguments.tile_coord_mnkl);
     tile_n = cute::get<1>(arguments.tile_coord_mnkl);
-    // Residues are counted from the thread's first pair to the last of the view.
+    // CUTLASS's residues count the rows and columns from the thread's first pair to the end of the view.
     rows_left = cute::get<0>(arguments.residue_tCcD);
     columns_left = cute::get<1>(arguments.residue_tCcD);
     first_row = int(view.rows) - rows_left;

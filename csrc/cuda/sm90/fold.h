@@ -1,7 +1,8 @@
 // The first sweep's epilogue: a tile's negatives fold into one number for each of its rows and columns.
 //
-// There are no atomics. A row of the tile belongs to four lanes. A column belongs to eight lanes of every warp: lanes
-// exchange halves of their sums until each holds one whole column of a piece; shared memory joins the warps' sums.
+// There are no atomics. Four lanes share a row of the tile. Eight lanes of every warp share a column: they exchange
+// halves of their sums until each lane has the sums of whole columns of a piece. The warps' sums are then added through
+// shared memory.
 #pragma once
 
 #include "epilogue.h"
@@ -10,8 +11,8 @@ namespace fastclip {
 namespace cuda {
 namespace fused {
 
-// A lane passes half of its 2 * kHalf sums to the lane that differs in `bit`, and adds the sums it receives to the
-// others.
+// Each lane passes half of its 2 * kHalf sums to the lane whose index differs in `bit`, and adds the sums it receives
+// to its other half.
 template <int kHalf, int kSums>
 __device__ __forceinline__ void exchange(float (&sum)[kSums], int lane, int bit) {
   const bool upper = lane & bit;
@@ -132,7 +133,7 @@ struct Fold : Share<Layout, 1> {
   }
 
  private:
-  // A row has at most one positive. It is selected first and then stored, which needs few branches.
+  // A row has at most one positive: t is selected among all pairs first and stored once, which needs few branches.
   template <class Accumulator>
   __device__ __forceinline__ void write_positives(const Accumulator& accumulator, int band, int piece) const {
     CUTLASS_PRAGMA_UNROLL

@@ -53,8 +53,9 @@ struct Product {
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
 };
 
-// The edge of the squares in which tiles run, so that those that share features run while these are in L2. The grid is
-// rounded up to whole squares, so the edge is the largest that adds few tiles.
+// Tiles run in squares, so that the features that the tiles of a square share stay in L2. Returns the edge of the
+// squares, in tiles. The grid is rounded up to whole squares, so the edge is the largest that adds at most 1/16 more
+// tiles in each direction.
 inline int square_edge(int64_t tiles_m, int64_t tiles_n) {
   for (int edge = 8; edge > 1; edge /= 2)
     if (tiles_of(tiles_m, edge) * edge * 16 <= tiles_m * 17 && tiles_of(tiles_n, edge) * edge * 16 <= tiles_n * 17)
@@ -62,8 +63,8 @@ inline int square_edge(int64_t tiles_m, int64_t tiles_n) {
   return 1;
 }
 
-// Calls f with the kind and the dtype of a view, or throws if tensor maps cannot describe it: without asserts CUTLASS
-// only writes to stderr and launches all the same.
+// Calls f with the kind and the dtype of a view, or throws if tensor maps cannot describe the view. CUTLASS does not
+// throw there: without asserts it writes to stderr and launches the kernel all the same.
 template <class Function>
 void for_kernel(const char* name, const ChunkView& view, Function f) {
   if (!fused_serves(view)) throw std::invalid_argument(std::string(name) + " does not serve this chunk");

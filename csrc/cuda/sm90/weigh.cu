@@ -20,7 +20,7 @@ void weigh(const ChunkView& view, const PairWeights& weights) {
 }  // namespace fused
 
 void fused_weigh(const ChunkView& view, const PairWeights& weights) {
-  if (!fused_writes(weights)) throw std::invalid_argument("fused_weigh was not given rows on 16 bytes to write to");
+  if (!fused_writes(weights)) throw std::invalid_argument("fused_weigh needs rows of `out` that begin on 16 bytes");
   fused::for_kernel("fused_weigh", view, [&](auto statistic, auto element) {
     fused::weigh<decltype(statistic), decltype(element)>(view, weights);
   });
