@@ -9,7 +9,7 @@
 #include <string_view>
 
 #include "engine.h"
-#include "epilogues.h"
+#include "kinds.h"
 #include "torch_args.h"
 
 namespace fastclip {
@@ -29,15 +29,15 @@ inline Dtype dtype_of(at::ScalarType type) {
   }
 }
 
-inline Kind kind_of(std::string_view name) {
+inline KindIndex kind_of(std::string_view name) {
   int found = -1;
-  PORTABLE::Kinds::each_name([&](Kind kind, const char* own) {
+  PORTABLE::Kinds::each_name([&](KindIndex kind, const char* own) {
     if (name == own) found = int(kind);
   });
-  if (found >= 0) return Kind(found);
+  if (found >= 0) return KindIndex(found);
   std::string known;
   PORTABLE::Kinds::each_name(
-      [&](Kind, const char* own) { known += (known.empty() ? "'" : ", '") + std::string(own) + "'"; });
+      [&](KindIndex, const char* own) { known += (known.empty() ? "'" : ", '") + std::string(own) + "'"; });
   TORCH_CHECK_VALUE(false, "kind must be one of ", known, ", got '", name, "'");
 }
 
@@ -121,8 +121,7 @@ inline void check_statistics(const BlockArguments& block, const WeighArguments& 
 inline void check_in_one_go(const BlockArguments& block, bool is_linear) {
   TORCH_CHECK_VALUE(is_linear, "kind must have weights that need no state, to be swept and weighed in one go, got '",
                     block.kind, "'");
-  TORCH_CHECK(block.is_plain(),
-              "a block that is swept and weighed in one go must have no ids, thresholds or key_bias");
+  TORCH_CHECK(block.is_plain(), "a block that is swept and weighed in one go must have no ids, thresholds or key_bias");
 }
 
 }  // namespace fastclip

@@ -19,7 +19,7 @@ apart for accuracy: when training succeeds `softmax - 1` cancels, `-R / (R + P)`
 sum of the negatives' exponentials, P the exponential of the positive.
 
 The plain PyTorch engine serves every kind. A compiled engine serves those whose two functions it
-has under the same name (`csrc/epilogues.h`, `triton_kernels/epilogues.py`).
+has under the same name (`csrc/kinds.h`, `triton_kernels/kinds.py`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ On the host:
     configurations.py  tile sizes, warps, stages, slices for each architecture; candidates
     launch.py          the one place to launch from, on the features' device
     kept.py            the layout of the tensor that a first sweep keeps
-    epilogues.py       every kind, as functions that kernels apply to a tile of logits
+    kinds.py           every kind, as functions that kernels apply to a tile of logits
+    constants.py       numbers that kernels and host code share
 
 On the device, in `kernels/`:
 

@@ -19,7 +19,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from .epilogues import INTERPRETED
+from .constants import INTERPRETED
 
 AUTOTUNE = "FASTCLIP_TRITON_AUTOTUNE"
 

@@ -17,9 +17,9 @@ from fastclip.kinds import kind_of
 from . import launch, plan
 from .complete import Completion
 from .configurations import Config
-from .epilogues import epilogue_of
 from .kept import Kept
 from .kernels.finalise import finish_kernel
+from .kinds import functions_of
 from .launch import LANES, on_its_device
 from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
@@ -106,7 +106,7 @@ def finish(
     launch.launch(
         finish_kernel, cdiv(lines, LANES), state, positive.contiguous(), scale,
         None if kind_of(kind).has_shift else bias, *results, lines, positive.numel(),
-        state.stride(0), FINISH=epilogue_of(kind).finish, LANES=LANES,
+        state.stride(0), FINISH=functions_of(kind).finish, LANES=LANES,
     )  # fmt: skip
     return results
 

@@ -18,7 +18,7 @@ from fastclip.engine import arithmetic
 from fastclip.engine.block import Block
 
 from .configurations import SHARED_MEMORY, Config
-from .epilogues import INTERPRETED
+from .constants import INTERPRETED
 
 # Numbers that one program of a kernel over lines or totals takes at a time.
 LANES = 1024

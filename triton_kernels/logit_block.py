@@ -13,9 +13,10 @@ from fastclip.kinds import kind_of
 
 from . import configurations, launch, plan
 from .configurations import Config
-from .epilogues import LOG2E, epilogue_of
+from .constants import LOG2E
 from .kept import Kept
 from .kernels import bf16_parts, split_product, tf32
+from .kinds import functions_of
 from .launch import COLUMNS, ROWS, takes_split, takes_tf32
 from .plan import Chunk, cdiv
 
@@ -26,7 +27,7 @@ class LogitBlock:
     def __init__(self, block: Block) -> None:
         x, y = block.x.features, block.y.features
         self.m, self.n, self.d = *block.sizes(), x.shape[1]
-        self.kind, self.epilogue = kind_of(block.kind), epilogue_of(block.kind)
+        self.kind, self.device_functions = kind_of(block.kind), functions_of(block.kind)
         self.is_plain, self.same_id_positive = block.is_plain, block.same_id_positive
         self.tf32, self.split = takes_tf32(x), takes_split(x)
         self.x, self.y = (self._rows(t) for t in (x, y))
@@ -135,9 +136,9 @@ class LogitBlock:
     @property
     def functions(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels that fold and weigh."""
-        epilogue = self.epilogue
+        own = self.device_functions
         return {
-            "FOLD": epilogue.fold, "ACTIVATION": epilogue.activation, "SAME_ID": self.same_id
+            "FOLD": own.fold, "ACTIVATION": own.activation, "SAME_ID": self.same_id
         }  # fmt: skip
 
     def offset_of(self, chunk: Chunk) -> int:
@@ -214,7 +215,7 @@ class LogitBlock:
     @property
     def kernel_of_keeping(self) -> str:
         """The kernel that folds and keeps weights."""
-        return "kept" if self.is_plain and self.epilogue.is_light else "heavy kept"
+        return "kept" if self.is_plain and self.device_functions.is_light else "heavy kept"
 
     @property
     def kernel_of_weights(self) -> str:
@@ -223,7 +224,7 @@ class LogitBlock:
             return "small"
         if not self.is_plain:
             return "heavy"
-        return "weigh" if self.epilogue.is_light else "both"
+        return "weigh" if self.device_functions.is_light else "both"
 
     def config(
         self, kernel: str, run: Callable[[Config], object] | None = None, how: str = ""

@@ -129,7 +129,7 @@ def sweep_maxima(
             sweep.maxima_kernel, programs, *block.features(chunk), block.logits(chunk), flag,
             None if positive is None else positive[chunk.row_slice], partial, chunk.rows,
             chunk.columns, block.width, *block.strides, block.offset_of(chunk),
-            FOLD=block.epilogue.fold, SAME_ID=block.same_id, GROUP=config.group,
+            FOLD=block.device_functions.fold, SAME_ID=block.same_id, GROUP=config.group,
             **block.tiles(config),
         )  # fmt: skip
         for index in range(block.folds):

@@ -201,7 +201,7 @@ class Weighing:
             block.logits(chunk), *self.lines.shifts_of(chunk), unless,
             *self.lines.coefficients_of(chunk), weights, totals, sums, chunk.rows, chunk.columns,
             block.width, *block.strides, self._stride(weights), block.offset_of(chunk),
-            ACTIVATION=block.epilogue.activation, SAME_ID=block.same_id, GROUP=config.group,
+            ACTIVATION=block.device_functions.activation, SAME_ID=block.same_id, GROUP=config.group,
             **self.constants, **block.tiles(config),
         )  # fmt: skip
 

@@ -3,23 +3,20 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <atomic>
 #include <deque>
-#include <optional>
-#include <string_view>
 
-#include "../engine.h"
-#include "../epilogues.h"
+#include "../kinds.h"
 #include "../operands.h"
 #include "capability.h"
+#include "problem.h"
 
 namespace fastclip {
 
 // Threads that took part in the last operator.
 inline std::atomic<int> threads_used{0};
 
-inline at::ScalarType statistic_of(const at::Tensor& x) {
+inline at::ScalarType accumulation_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
@@ -50,17 +47,17 @@ struct Call {
     problem.bias = block.bias && !has_shift() ? number("bias", *block.bias) : 0.0;
     problem.same_id_positive = block.same_id_positive;
     problem.offset = swapped ? -block.offset : block.offset;
-    problem.positive_of_y = swapped;
+    problem.positives_by_column = swapped;
     problem.cache_bytes = core_cache_bytes();
     problem.brgemm = brgemm_wanted();
-    problem.half_products = problem.brgemm && machine_has_half_products();
-    set_side(first(), x, block.x);
-    set_side(second(), y, block.y);
-    if (block.key_bias) second().key_bias = held(*block.key_bias, at::kDouble).const_data_ptr<double>();
+    problem.bf16_products = problem.brgemm && machine_has_bf16_products();
+    set_side(side_of_x(), x, block.x);
+    set_side(side_of_y(), y, block.y);
+    if (block.key_bias) side_of_y().key_bias = held(*block.key_bias, at::kDouble).const_data_ptr<double>();
   }
 
-  Side& first() { return swapped ? problem.y : problem.x; }
-  Side& second() { return swapped ? problem.x : problem.y; }
+  Side& side_of_x() { return swapped ? problem.y : problem.x; }
+  Side& side_of_y() { return swapped ? problem.x : problem.y; }
 
   void run() { threads_used = capability().run(problem); }
 
@@ -75,7 +72,7 @@ struct Call {
   static int64_t lines(const at::Tensor& x) { return x.dim() == 2 ? x.size(0) : 0; }
 
   void set_side(Side& side, const at::Tensor& features, const SideArguments& given) {
-    const auto statistic = statistic_of(x);
+    const auto statistic = accumulation_type(x);
     set_features(side, features, given.factor ? held(*given.factor, statistic) : at::Tensor());
     if (given.ids) side.ids = held(*given.ids, at::kInt).const_data_ptr<int32_t>();
     if (given.threshold) side.threshold = held(*given.threshold, statistic).const_data_ptr();

@@ -13,7 +13,7 @@
 #include <unistd.h>
 #endif
 
-#include "../engine.h"
+#include "problem.h"
 
 namespace fastclip {
 
@@ -50,7 +50,7 @@ inline bool machine_has_brgemm() {
 }
 
 // True if torch can multiply bf16 operands as they are. A trial product decides, since torch has no query for it.
-inline bool machine_has_half_products() {
+inline bool machine_has_bf16_products() {
   static const bool has = [] {
     alignas(64) at::BFloat16 a[32 * 32], b[32 * 32];
     alignas(64) float c[32 * 32];

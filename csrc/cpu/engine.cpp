@@ -9,8 +9,6 @@
 // Strips update a tile's column statistics and v one after another: at each tile, strip k waits until strip k - 1 has
 // left it. The order of every sum is therefore the same for any number of threads, nothing is added atomically, and
 // besides the outputs the engine needs only a few MiB per thread.
-#include "../engine.h"
-
 #include <ATen/Parallel.h>
 
 #include <atomic>
@@ -19,12 +17,14 @@
 #include <mutex>
 #include <thread>
 
+#include "complete_row.h"
 #include "fold.h"
 #include "gemm.h"
+#include "norms.h"
 #include "pack.h"
 #include "positives.h"
+#include "problem.h"
 #include "row_strip.h"
-#include "rows.h"
 #include "tile_columns.h"
 
 namespace fastclip {
@@ -150,8 +150,8 @@ class Engine {
     tile.totals = totals_.get() + 2 * b.k;
     tile.shift = T(p_.shift);
     if (p_.fold) {
-      tile.positive = p_.positive + (p_.positive_of_y ? begin : b.begin);
-      tile.positive_of_col = p_.positive_of_y;
+      tile.positive = p_.positive + (p_.positives_by_column ? begin : b.begin);
+      tile.positives_by_column = p_.positives_by_column;
     }
     set_lines(tile.negatives, b, p_.x.negatives, y.negatives, b.negatives, begin, columns.shift[0], columns.sum[0]);
     if (p_.same_id_positive)
@@ -223,7 +223,7 @@ class Engine {
          p_.width);
     add_positives_to_columns(p_, b, begin, tile.cols, v);
     if (b.k == count_ - 1)
-      for (int64_t c = 0; c < tile.cols; c++) finish_row<In>(p_, p_.y, begin + c, v + c * p_.width);
+      for (int64_t c = 0; c < tile.cols; c++) complete_row<In>(p_, p_.y, begin + c, v + c * p_.width);
   }
 
   // u_strip += w^T y_tile
@@ -242,7 +242,7 @@ class Engine {
     if (p_.weigh) add_positives_to_totals(p_, b, totals_.get() + 2 * b.k);
     if (!u_wanted(p_)) return;
     add_positives_to_rows(p_, b);
-    for (int64_t i = 0; i < b.rows; i++) finish_row<In>(p_, p_.x, b.begin + i, b.u + i * p_.width);
+    for (int64_t i = 0; i < b.rows; i++) complete_row<In>(p_, p_.x, b.begin + i, b.u + i * p_.width);
   }
 
   void transform(const Tile<T>& tile) const {
@@ -316,7 +316,7 @@ int run(Problem& problem) {
     case Dtype::kHalf:
       return Engine<at::Half, float, float>(problem).run();
     case Dtype::kBFloat16:
-      if (problem.half_products) return Engine<at::BFloat16, at::BFloat16, float>(problem).run();
+      if (problem.bf16_products) return Engine<at::BFloat16, at::BFloat16, float>(problem).run();
       return Engine<at::BFloat16, float, float>(problem).run();
   }
   return 0;

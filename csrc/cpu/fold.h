@@ -28,27 +28,27 @@ void fold_tile(const Tile<T>& tile) {
     const Column<T> column(tile, c);
     if constexpr (!Pairs<T>::kPositives) column.note_positive(tile, c);
     const Pairs<T> pairs(tile, column, c);
-    V<T> sum{}, total{}, moment{};
+    V<T> sum{}, sum_w{}, sum_wt{};
     for (int64_t i = 0; i < lanes; i += kWidth<T>) {
-      V<T> t, factor, counts, line;
-      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, line);
+      V<T> t, factor, counts, row_sums;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, row_sums);
       t = t * factor;
       const auto& k = pairs.template map<Kind>(i);
       const Counted<T> counted = pairs.counted(t, counts, i);
       const V<T> value = Kind::fold(t, k, pairs.shift(m, i));
       sum += where<T>(counted.by_column, value);
-      store<T>(row + i, line + where<T>(counted.by_row, value));
+      store<T>(row + i, row_sums + where<T>(counted.by_row, value));
       if constexpr (Weigh) {
         const V<T> w = where<T>(counted.by_row, Kind::activation(t, k, m));
-        total += w;
-        moment += w * t;
+        sum_w += w;
+        sum_wt += w * t;
         store<T>(tile.w + c * lanes + i, w);
       }
     }
-    lines.col_sum[c] = total_of<T>(sum);
+    lines.col_sum[c] = sum_of_lanes<T>(sum);
     if constexpr (Weigh) {
-      tile.totals[0].add(total_of<T>(total));
-      tile.totals[1].add(total_of<T>(moment) * column.factor);
+      tile.totals[0].add(sum_of_lanes<T>(sum_w));
+      tile.totals[1].add(sum_of_lanes<T>(sum_wt) * column.factor);
     }
   }
   for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
@@ -56,7 +56,7 @@ void fold_tile(const Tile<T>& tile) {
 
 // Returns the shift for the computation: 0 for a line without pairs, whose shift is -inf (any finite number would do).
 template <class T>
-FASTCLIP_INLINE T usable(double shift) {
+FASTCLIP_INLINE T finite_shift(double shift) {
   return shift == -std::numeric_limits<double>::infinity() ? T(0) : T(shift);
 }
 
@@ -76,15 +76,16 @@ void fold_tile_running(const Tile<T>& tile) {
     const Pairs<T> pairs(tile, column, c);
     V<T> highest = number_of<T>(kLowest);
     for (int64_t i = 0; i < lanes; i += kWidth<T>) {
-      V<T> t, factor, counts, line;
-      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(largest + i, line);
+      V<T> t, factor, counts, before;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts),
+          load(largest + i, before);
       t = t * factor;
       const Counted<T> counted = pairs.counted(t, counts, i);
       const V<T> all = t * pairs.template map<Kind>(i).scale + pairs.bias(i);
       const V<T> l = counted.by_column ? all : number_of<T>(kLowest);
       const V<T> of_row = counted.by_row ? all : number_of<T>(kLowest);
       highest = l < highest ? highest : l;
-      store<T>(largest + i, of_row < line ? line : of_row);
+      store<T>(largest + i, of_row < before ? before : of_row);
     }
     T lane[kWidth<T>];
     store<T>(lane, highest);
@@ -96,24 +97,24 @@ void fold_tile_running(const Tile<T>& tile) {
       lines.row_shift[i] = now;
       if (lines.row_sum[i] != 0) lines.row_sum[i] *= std::exp2(before - now);
     }
-    largest[i] = usable<T>(lines.row_shift[i]);
+    largest[i] = finite_shift<T>(lines.row_shift[i]);
   }
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
     const Pairs<T> pairs(tile, column, c);
-    const V<T> m = number_of<T>(usable<T>(lines.col_shift[c]));
+    const V<T> m = number_of<T>(finite_shift<T>(lines.col_shift[c]));
     V<T> sum{};
     for (int64_t i = 0; i < lanes; i += kWidth<T>) {
-      V<T> t, factor, counts, line, shift;
-      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, line);
+      V<T> t, factor, counts, row_sums, shift;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, row_sums);
       load(largest + i, shift);
       t = t * factor;
       const auto& k = pairs.template map<Kind>(i);
       const Counted<T> counted = pairs.counted(t, counts, i);
       sum += where<T>(counted.by_column, Kind::fold(t, k, pairs.shift(m, i)));
-      store<T>(row + i, line + where<T>(counted.by_row, Kind::fold(t, k, pairs.shift(shift, i))));
+      store<T>(row + i, row_sums + where<T>(counted.by_row, Kind::fold(t, k, pairs.shift(shift, i))));
     }
-    lines.col_sum[c] = total_of<T>(sum);
+    lines.col_sum[c] = sum_of_lanes<T>(sum);
   }
   for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
 }
@@ -132,7 +133,7 @@ void weigh_tile(const Tile<T>& tile) {
     const Column<T> column(tile, c);
     const P pairs(tile, column, c);
     const V<T> b = number_of<T>(lines.b[c]), mb = number_of<T>(lines.col_shifts[c]);
-    V<T> total{}, moment{};
+    V<T> sum_w{}, sum_wt{};
     for (int64_t i = 0; i < lanes; i += kWidth<T>) {
       V<T> t, factor, counts, a, w;
       load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(lines.a + i, a);
@@ -153,8 +154,8 @@ void weigh_tile(const Tile<T>& tile) {
         w = where<T>(counted.by_row, Kind::activation(t, k, pairs.shift(mb, i)) * (a + b));
       }
       if constexpr (P::kPositives && Kind::kNegatesPositives) w = -w;
-      total += w;
-      moment += w * t;
+      sum_w += w;
+      sum_wt += w * t;
       if constexpr (P::kPositives) {
         V<T> others;
         load(tile.w + c * lanes + i, others);
@@ -164,16 +165,16 @@ void weigh_tile(const Tile<T>& tile) {
       }
       if constexpr (P::kBiased) {
         if (tile.row_weights) {
-          V<T> line;
-          load(row + i, line);
-          store<T>(row + i, line + w);
+          V<T> row_sums;
+          load(row + i, row_sums);
+          store<T>(row + i, row_sums + w);
         }
       }
     }
-    tile.totals[0].add(total_of<T>(total));
-    tile.totals[1].add(total_of<T>(moment) * column.factor);
+    tile.totals[0].add(sum_of_lanes<T>(sum_w));
+    tile.totals[1].add(sum_of_lanes<T>(sum_wt) * column.factor);
     if constexpr (P::kBiased)
-      if (tile.col_weights) tile.col_weights[c] += total_of<T>(total);
+      if (tile.col_weights) tile.col_weights[c] += sum_of_lanes<T>(sum_w);
   }
   if constexpr (P::kBiased)
     if (tile.row_weights)

@@ -11,7 +11,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../epilogues.h"
+#include "../kinds.h"
 #include "call.h"
 #include "workspace.h"
 
@@ -25,7 +25,7 @@ using PORTABLE::kLog2E;
 // Allocates memory for `keep` rows of products.
 Tensor allocate_kept(const Call& call, int64_t keep) {
   const int64_t rows = std::min(keep, (call.problem.x.rows + 15) / 16 * 16);
-  const auto options = call.x.options().dtype(statistic_of(call.x));
+  const auto options = call.x.options().dtype(accumulation_type(call.x));
   return Workspace::take({rows * call.problem.y.rows}, options);
 }
 
@@ -56,7 +56,7 @@ void set_shift(Call& call, const OptionalTensor& bound) {
   const double top = std::abs(p.scale) * largest * kLog2E * (1 + 1e-5);
   const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
   const double above = std::min(std::max(0.0, 2 * top - depth), headroom);
-  p.shift = std::ceil(top + highest_bias(call.second()) * kLog2E - above);
+  p.shift = std::ceil(top + highest_bias(call.side_of_y()) * kLog2E - above);
   if (!wide && double(float(p.shift)) != p.shift)
     p.shift = std::nextafterf(float(p.shift), std::numeric_limits<float>::infinity());
 }
@@ -91,7 +91,7 @@ bool states_hold(Call& call, const OptionalTensor& occupied, int64_t offset) {
   const Problem& p = call.problem;
   // With a shift that is not finite even a line without pairs is wrong.
   if (!std::isfinite(p.shift)) return false;
-  const Side &x = call.first(), &y = call.second();
+  const Side &x = call.side_of_x(), &y = call.side_of_y();
   const int64_t lines = call.m + call.n;
   for (int64_t set = 0; set < (p.same_id_positive ? 2 : 1); set++) {
     const Occupied of_x(occupied, set, lines, 0, call.n, offset), of_y(occupied, set, lines, call.m, call.m, -offset);
@@ -115,15 +115,15 @@ Swept allocate_states(Call& call) {
     x.sum = state + lines, y.sum = state + lines + call.m;
     state += 2 * lines;
   };
-  set(call.first().negatives, call.second().negatives);
-  if (sets == 2) set(call.first().positives, call.second().positives);
+  set(call.side_of_x().negatives, call.side_of_y().negatives);
+  if (sets == 2) set(call.side_of_x().positives, call.side_of_y().positives);
   call.problem.positive = out.positive.mutable_data_ptr<double>();
   std::fill_n(call.problem.positive, call.m, NAN);
   return out;
 }
 
 // Ends a sweep with running maxima: lines without pairs get the shift 0, unusable sums become NaN.
-void settle(double* shift, double* sum, int64_t lines) {
+void end_running_maxima(double* shift, double* sum, int64_t lines) {
   for (int64_t q = 0; q < lines; q++) {
     if (std::isinf(shift[q]) && shift[q] < 0) {
       shift[q] = 0;  // no pairs
@@ -153,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& block, const Opti
     call.run();
     const int64_t lines = call.m + call.n;
     double* state = out.state.mutable_data_ptr<double>();
-    for (int64_t set = 0; set < out.state.size(0) / 2; set++, state += 2 * lines) settle(state, state + lines, lines);
+    for (int64_t set = 0; set < out.state.size(0) / 2; set++, state += 2 * lines)
+      end_running_maxima(state, state + lines, lines);
   }
   return {out.state, out.positive, kept};
 }
@@ -169,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
               "state must be (2, L) and positive (P), P a divisor of L, contiguous float64, got ", state.sizes(), " ",
               state.scalar_type(), ", strides ", state.strides(), ", and ", positive.sizes(), " ",
               positive.scalar_type(), ", strides ", positive.strides());
-  const Kind found = kind_of(kind);
+  const KindIndex found = kind_of(kind);
   const double k = number("scale", scale), k0 = bias ? number("bias", *bias) : 0.0;
   Tensor losses = at::empty({lines}, state.options()), coefficients = at::empty({lines}, state.options()),
          weights = at::empty({lines}, state.options());
@@ -179,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
                 *const q = weights.mutable_data_ptr<double>();
   at::parallel_for(0, lines, 2048, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      PORTABLE::Line line{NAN, NAN, NAN};  // the compiler does not see that for_kind always calls the function
+      PORTABLE::FinishedLine line{NAN, NAN, NAN};  // the compiler does not see that for_kind always calls the function
       PORTABLE::for_kind(found, [&](auto entry) {
         line = entry.finish(shift[i], shift[lines + i], k * t[i % period] + (entry.kHasShift ? 0. : k0));
       });
@@ -205,13 +206,13 @@ Gradients allocate_gradients(Call& call, bool needs_x, bool needs_y, at::ScalarT
     side.gradient = needed ? gradient.data_ptr() : nullptr;
     side.gradient_dtype = dtype_of(gradient.scalar_type());
   };
-  set(call.first(), out.u, needs_x);
-  set(call.second(), out.v, needs_y);
+  set(call.side_of_x(), out.u, needs_x);
+  set(call.side_of_y(), out.v, needs_y);
   const Tensor& columns = call.swapped ? out.u : out.v;
   if (columns.numel() > 0)
-    out.accumulator = columns.scalar_type() == statistic_of(call.x)
+    out.accumulator = columns.scalar_type() == accumulation_type(call.x)
                           ? columns
-                          : Workspace::take(columns.sizes(), options.dtype(statistic_of(call.x)));
+                          : Workspace::take(columns.sizes(), options.dtype(accumulation_type(call.x)));
   if (out.accumulator.defined()) call.problem.y.accumulator = out.accumulator.data_ptr();
   return out;
 }
@@ -235,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
   check_statistics(block, given, call.m, call.n);
   TORCH_CHECK(given.state.is_contiguous(), "state must be contiguous, got strides ", given.state.strides());
   Gradients out = allocate_gradients(call, given.needs_x, given.needs_y, given.dtype_x, given.dtype_y);
-  const auto statistic = statistic_of(call.x);
+  const auto statistic = accumulation_type(call.x);
   const double* const m = given.state.const_data_ptr<double>();
   const Tensor& coefficients = call.held(given.coefficients, statistic);
   const auto set = [&](int64_t place, Lines& x, Lines& y) {
@@ -247,8 +248,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
     x.coefficients = at(coefficients, place * lines), y.coefficients = at(coefficients, place * lines + call.m);
     for (int64_t q = 0; q < lines; q++) p.one_shift = p.one_shift && m[2 * place * lines + q] == m[0];
   };
-  set(0, call.first().negatives, call.second().negatives);
-  if (p.same_id_positive) set(1, call.first().positives, call.second().positives);
+  set(0, call.side_of_x().negatives, call.side_of_y().negatives);
+  if (p.same_id_positive) set(1, call.side_of_x().positives, call.side_of_y().positives);
   p.positive_weight = call.held(given.positive_weight, at::kDouble).const_data_ptr<double>();
   p.positive = const_cast<double*>(call.held(given.positive, at::kDouble).const_data_ptr<double>());
   p.gain = number("gain", given.gain);
@@ -264,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
   if (given.needs_key_bias) {
     // Only the kernels of biased blocks sum weights.
     TORCH_CHECK(block.key_bias, "a gradient of key_bias needs key_bias, got None");
-    call.second().key_bias_sum = key_bias.mutable_data_ptr<double>();
+    call.side_of_y().key_bias_sum = key_bias.mutable_data_ptr<double>();
   }
   call.run();
   if (given.needs_key_bias) {
@@ -279,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sweep_and_weigh(const BlockAr
   Call call(block);
   Problem& p = call.problem;
   check_in_one_go(block, PORTABLE::is_linear(p.kind));
-  const auto statistic = statistic_of(call.x);
+  const auto statistic = accumulation_type(call.x);
   Swept swept = allocate_states(call);
   Gradients out = allocate_gradients(call, needs_x, needs_y, statistic, statistic);
   p.gain = number("gain", gain);

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../epilogues.h"
+#include "../kinds.h"
 
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {

@@ -11,7 +11,7 @@ namespace {
 // t, and the weight is computed from it.
 template <class T>
 T positive_weight(const Problem& p, int64_t i, int64_t j) {
-  const int64_t q = p.positive_of_y ? j : i;
+  const int64_t q = p.positives_by_column ? j : i;
   if (!p.fold) return T(p.positive_weight[q]);
   const double s = p.scale * p.positive[q] + p.bias;
   T weight = 0;
@@ -44,7 +44,7 @@ void add_positives_to_totals(const Problem& p, const RowStrip<In, Op, T>& b, Sum
   for_each_positive(p, b, [&](int64_t i, int64_t j) {
     const double weight = positive_weight<T>(p, i, j);
     totals[0].add(weight);
-    totals[1].add(weight * p.positive[p.positive_of_y ? j : i]);
+    totals[1].add(weight * p.positive[p.positives_by_column ? j : i]);
   });
 }
 

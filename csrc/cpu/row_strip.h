@@ -5,10 +5,10 @@
 #include <limits>
 #include <type_traits>
 
-#include "../engine.h"
 #include "arena.h"
 #include "gemm.h"
 #include "pack.h"
+#include "problem.h"
 #include "tile.h"
 
 namespace fastclip {

@@ -11,7 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../epilogues.h"
+#include "../kinds.h"
 
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
@@ -54,7 +54,7 @@ struct Tile {
 
   T shift;           // fold: the shift of all lines
   double* positive;  // fold: t of the own positives, at lane i or at column c
-  bool positive_of_col;
+  bool positives_by_column;
   TileLines<T> negatives{}, positives{};  // positives by id
 
   T* w;         // (cols, lanes); may be t itself
@@ -92,7 +92,7 @@ class Column {
   // Stores t of the own positive, if it lies in the tile.
   FASTCLIP_INLINE void note_positive(const Tile<T>& tile, int64_t c) const {
     if (lane_ >= 0)
-      tile.positive[tile.positive_of_col ? c : lane_] = double(t[lane_]) * tile.row_factor[lane_] * factor;
+      tile.positive[tile.positives_by_column ? c : lane_] = double(t[lane_]) * tile.row_factor[lane_] * factor;
   }
 
  private:
@@ -128,7 +128,7 @@ FASTCLIP_INLINE void store(T* p, const V<T>& v) {
 
 // The sum of a register's lanes, in a fixed order.
 template <class T>
-FASTCLIP_INLINE double total_of(const V<T>& v) {
+FASTCLIP_INLINE double sum_of_lanes(const V<T>& v) {
   T lanes[kWidth<T>];
   memcpy(lanes, &v, sizeof v);
   for (int64_t half = kWidth<T> / 2; half > 0; half /= 2)

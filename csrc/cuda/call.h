@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <initializer_list>
-#include <utility>
 
 #include "../operands.h"
 #include "engine.h"

@@ -15,7 +15,7 @@ struct ChunkView {
   int64_t rows = 0, columns = 0, width = 0;
   int64_t stride_x = 0, stride_y = 0;
   Dtype dtype = Dtype::kFloat;
-  Kind kind{};
+  KindIndex kind{};
   const float *factor_x = nullptr, *factor_y = nullptr;  // or null
   Scalar scale, bias;                                    // bias.at may be null
   int64_t offset = 0;
@@ -39,11 +39,11 @@ struct Folding {
 // The second sweep: w_ij = activation(t, k, m) * (a_i + b_j) of the negatives, 0 for positives.
 struct PairWeights {
   const float *shift_x = nullptr, *shift_y = nullptr;  // of rows, of columns; null for a kind without a shift
-  // If *differ is not 0, shifts differ between lines and each pair needs two exponentials:
+  // If *shifts_differ is not 0, shifts differ between lines and each pair needs two exponentials:
   // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j.
-  const int32_t* differ = nullptr;
+  const int32_t* shifts_differ = nullptr;
   const float *a = nullptr, *b = nullptr;  // null if a linear kind runs both sweeps in one go: then a_i + b_j is 1
-  void* out = nullptr;  // (rows, columns) of the view's dtype, or null if no gradient is wanted
+  void* out = nullptr;                     // (rows, columns) of the view's dtype, or null if no gradient is wanted
   int64_t stride_out = 0;
   bool spread = true;       // true: out = w * enlarged * factor_x_i * factor_y_j; false: out = w * enlarged
   float enlarged = 1;       // a power of two

@@ -82,10 +82,7 @@ __device__ __forceinline__ void complete_row(const Completion& c, int64_t row, i
     along = clamped ? 0.f : warp_sum(along);
   }
   const float multiplier = c.project ? gain * factor : gain;
-  char* const gradient = static_cast<char*>(c.gradient) + row * c.width *
-                                                              (c.gradient_dtype == Dtype::kDouble  ? 8
-                                                               : c.gradient_dtype == Dtype::kFloat ? 4
-                                                                                                   : 2);
+  char* const gradient = static_cast<char*>(c.gradient) + row * c.width * size_of(c.gradient_dtype);
   for (int64_t d = lane * kAtOnce; d < c.width; d += kWarp * kAtOnce) {
     float g[kAtOnce], unit[kAtOnce] = {};
     gradient_at(d, g);

@@ -13,7 +13,7 @@
 
 #define FASTCLIP_CAPABILITY CUDA
 #define FASTCLIP_CUDA_MATH 1
-#include "../epilogues.h"
+#include "../kinds.h"
 
 namespace fastclip {
 namespace cuda {
@@ -48,9 +48,9 @@ template <>
 __device__ __forceinline__ __half narrow<__half>(float v) {
   return __float2half_rn(v);
 }
-template <>
-__device__ __forceinline__ double narrow<double>(float v) {
-  return v;
+
+__host__ __device__ __forceinline__ int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
 
 // Four neighbours in one access; the address must be a multiple of 4 * sizeof(T), at most 16.
@@ -88,9 +88,9 @@ __device__ __forceinline__ double value_of(const Scalar& s, double absent) {
   }
 }
 
-template <class Statistic>
+template <class Kind>
 __device__ __forceinline__ Affine<float> affine(const Scalar& scale, const Scalar& bias) {
-  return {value_of(scale, 1) * kLog2E, Statistic::kHasShift ? 0. : value_of(bias, 0) * kLog2E};
+  return {value_of(scale, 1) * kLog2E, Kind::kHasShift ? 0. : value_of(bias, 0) * kLog2E};
 }
 
 // Rounds to nearest even; tensor cores would truncate.
@@ -112,8 +112,6 @@ __device__ __forceinline__ float warp_max(float v, int lanes = kWarp) {
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
-
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
 
 inline const void* advance(const void* features, int64_t elements, Dtype dtype) {
   return static_cast<const char*>(features) + elements * size_of(dtype);
@@ -139,13 +137,13 @@ void for_features(Dtype dtype, Function f) {
 }
 
 // A launch, as its error message describes it: the kernel, and the size of the block of logits.
-struct Place {
+struct LaunchLabel {
   const char* kernel;
   int64_t rows, columns, width;
   Stream stream;
 };
 
-inline void check(cudaError_t error, const Place& place) {
+inline void check(cudaError_t error, const LaunchLabel& place) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // clears the error, which the next call would report again
   throw std::runtime_error(std::string(place.kernel) + " failed on " + std::to_string(place.rows) + " x " +
@@ -154,7 +152,7 @@ inline void check(cudaError_t error, const Place& place) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const Place& place, void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) {
+void launch(const LaunchLabel& place, void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) {
   if (blocks < 1 || blocks > INT32_MAX) check(cudaErrorInvalidConfiguration, place);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));

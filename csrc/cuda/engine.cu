@@ -45,8 +45,7 @@ void sweep_and_weigh(const Block& block, double* positive, const Weighing& weigh
   if (!CUDA::is_linear(block.kind))
     throw std::invalid_argument("kind must have weights that need no state, to be swept and weighed in one go");
   if (!block.is_plain())
-    throw std::invalid_argument(
-        "a block that is swept and weighed in one go must have no ids, thresholds or key_bias");
+    throw std::invalid_argument("a block that is swept and weighed in one go must have no ids, thresholds or key_bias");
   Work w(block, library);
   w.b.fused = false;  // no fused kernel both folds and weighs; two fused kernels would compute the products twice
   Sweeping sweeping;

@@ -52,7 +52,7 @@ struct Block {
   Side x, y;
   int64_t width = 0;            // D
   Dtype dtype = Dtype::kFloat;  // kFloat, kBFloat16 or kHalf
-  Kind kind{};
+  KindIndex kind{};
   bool same_id_positive = false;
   Scalar scale, bias;  // bias.at may be null
   int64_t offset = 0;
@@ -80,7 +80,7 @@ void sweep(const Block& block, const Sweeping& sweeping, Library& library);
 // The arguments of finish, which turns the states of lines (rows or columns) into losses, coefficients and weights of
 // positives. Line l has positive l % period.
 struct Finishing {
-  Kind kind{};
+  KindIndex kind{};
   int64_t count = 0, period = 0;
   const double *shift = nullptr, *sum = nullptr, *positive = nullptr;
   Scalar scale, bias;

@@ -39,7 +39,7 @@ __device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], fl
 }
 
 // Out: the dtype of the written weights, or void if none are written.
-template <class Statistic, class Options, bool kFold, bool kWeigh, class Out>
+template <class Kind, class Options, bool kFold, bool kWeigh, class Out>
 __global__ void __launch_bounds__(kThreads)
     epilogue_kernel(ChunkView view, Products products, Folding folding, PairWeights weights, Options options) {
   constexpr bool kWrites = !std::is_void_v<Out>, kHasAll = Options::kHasAll;
@@ -51,13 +51,13 @@ __global__ void __launch_bounds__(kThreads)
   const int columns = int(view.columns - first_column < kTileColumns ? view.columns - first_column : kTileColumns);
   const auto column_of = [lane](int four, int q) { return (four * kWarp + lane) * 4 + q; };
 
-  const Affine<float> k = affine<Statistic>(view.scale, view.bias);
+  const Affine<float> k = affine<Kind>(view.scale, view.bias);
   float m = 0;
   bool two_shifts = false;
   if (kFold && folding.shift) m = *folding.shift;
   if (kWeigh && weights.shift_x) {
     m = *weights.shift_x;
-    two_shifts = *weights.differ != 0;
+    two_shifts = *weights.shifts_differ != 0;
   }
 
   float factor_y[kFours][4], column_sum[kFours][4] = {};
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
       factor_y[four][q] = inside && view.factor_y ? view.factor_y[j] : 1.f;
       if (inside) {
         column_line[four][q] = options.column(j);
-        bias[four][q] = options.template bias<Statistic>(j, k);
+        bias[four][q] = options.template bias<Kind>(j, k);
       }
       if constexpr (kWeigh) {
         if (inside && weights.b) column[four][q].coefficient = weights.b[j];
@@ -126,11 +126,11 @@ __global__ void __launch_bounds__(kThreads)
         const float spread = factor_x * factor_y[four][q];
         t[q] *= spread;
         const Counts counts = options.counts(line, column_line[four][q], t[q], c0 + q < columns && c0 + q != positive);
-        const bool is_negative = counts.mine || counts.other || counts.positive;
-        const auto& own = affine_of<Statistic>(k, bias[four][q], counts.positive);
+        const bool counts_for_any = counts.mine || counts.other || counts.positive;
+        const auto& own = affine_of<Kind>(k, bias[four][q], counts.positive);
         if (kFold && c0 + q == positive && folding.positive) folding.positive[i] = t[q];
         if constexpr (kFold) {
-          const float e = is_negative ? Statistic::fold(t[q], own, shift_of<Statistic>(m, bias[four][q])) : 0.f;
+          const float e = counts_for_any ? Kind::fold(t[q], own, shift_of<Kind>(m, bias[four][q])) : 0.f;
           if constexpr (kHasAll) {
             row_sum += counts.mine ? e : 0.f, column_sum[four][q] += counts.other ? e : 0.f;
             row_positive_sum += counts.positive ? e : 0.f, positive_sum[four][q] += counts.positive ? e : 0.f;
@@ -143,19 +143,19 @@ __global__ void __launch_bounds__(kThreads)
           float w;
           if constexpr (kHasAll) {
             const LineWeight &c = mine_positive, &d = column_positive[four][q];
-            w = weight_as<Statistic>(t[q], own, bias[four][q], counts, choose(counts.positive, c, mine),
+            w = weight_by_role<Kind>(t[q], own, bias[four][q], counts, choose(counts.positive, c, mine),
                                      choose(counts.positive, d, other), two_shifts);
             weight_sum[four][q] += w;
           } else {
-            w = Statistic::activation(t[q], own, mine.shift);
+            w = Kind::activation(t[q], own, mine.shift);
             if (two_shifts)
-              w = w * mine.coefficient + Statistic::activation(t[q], own, other.shift) * other.coefficient;
+              w = w * mine.coefficient + Kind::activation(t[q], own, other.shift) * other.coefficient;
             else
               w *= mine.coefficient + other.coefficient;
-            w = is_negative ? w : 0.f;
+            w = counts_for_any ? w : 0.f;
           }
           sum_w += w;
-          sum_wt += is_negative ? w * t[q] : 0.f;
+          sum_wt += counts_for_any ? w * t[q] : 0.f;
           if constexpr (kWrites) {
             written[q] = w * weights.enlarged;
             if (weights.spread) written[q] *= spread;

@@ -98,13 +98,13 @@ static __global__ void __launch_bounds__(kThreads)
   totals[blockIdx.x] = sum;
 }
 
-template <class Statistic>
+template <class Kind>
 __global__ void __launch_bounds__(kThreads) finish_kernel(Finishing lines) {
   const int64_t l = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (l >= lines.count) return;
-  const double bias = Statistic::kHasShift ? 0. : value_of(lines.bias, 0);
+  const double bias = Kind::kHasShift ? 0. : value_of(lines.bias, 0);
   const double s = value_of(lines.scale, 1) * lines.positive[l % lines.period] + bias;
-  const CUDA::Line line = Statistic::finish(lines.shift[l], lines.sum[l], s);
+  const CUDA::FinishedLine line = Kind::finish(lines.shift[l], lines.sum[l], s);
   lines.losses[l] = line.loss;
   lines.coefficients[l] = line.coefficient;
   lines.weights[l] = line.positive_weight;

@@ -75,10 +75,10 @@ class FirstSweep {
     for_features(w.b.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       CUDA::for_kind(w.b.kind, [&](auto statistic) {
-        using Statistic = decltype(statistic);
-        if constexpr (Statistic::kHasShift)
+        using Kind = decltype(statistic);
+        if constexpr (Kind::kHasShift)
           w.with_options(w.whole(), [&](auto options) {
-            launch(w.place("maxima_kernel"), maxima_kernel<T, Statistic, decltype(options)>, maxima_blocks(x, y), x, y,
+            launch(w.place("maxima_kernel"), maxima_kernel<T, Kind, decltype(options)>, maxima_blocks(x, y), x, y,
                    w.b.width, w.b.scale, w.b.bias, w.b.offset, static_cast<const int32_t*>(flag_), sweeping_.positive,
                    states_of(w.b.x), states_of(w.b.y), options);
           });

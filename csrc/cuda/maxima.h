@@ -45,11 +45,11 @@ __device__ __forceinline__ void stage(const Features& f, int64_t first, int64_t 
   }
 }
 
-template <class T, class Statistic, class Options>
+template <class T, class Kind, class Options>
 __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
     maxima_kernel(Features x, Features y, int64_t width, Scalar scale, Scalar bias, int64_t offset, const int32_t* flag,
                   double* positive, States rows, States columns, Options options) {
-  static_assert(!Statistic::kNegatesPositives, "shifts are the largest of logits with their own sign");
+  static_assert(!Kind::kNegatesPositives, "shifts are the largest of logits with their own sign");
   if (*flag == 0) return;
   const int64_t blocks_x = cdiv(x.rows, kLines);
   const bool is_row = int64_t(blockIdx.x) < blocks_x;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
   const int64_t own_offset = is_row ? offset : -offset;
   const int64_t first = (blockIdx.x - (is_row ? 0 : blocks_x)) * kLines;
   const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
-  const Affine<float> k = affine<Statistic>(scale, bias);
+  const Affine<float> k = affine<Kind>(scale, bias);
   const auto line_of = [&](bool of_row, int64_t l) { return of_row ? options.row(l) : options.column(l); };
 
   __shared__ float a[kDepth][kLines + 1], b[kDepth][kLines + 1];
@@ -102,14 +102,14 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
           if (others.factor) t[p][q] *= others.factor[other];
           const bool is_own = other == line + own_offset;
           if (is_own && is_row) positive[line] = t[p][q];  // from these products, so that it ties with its duplicates
-          of_column[q] = options.template bias<Statistic>(is_row ? other : line, k);
+          of_column[q] = options.template bias<Kind>(is_row ? other : line, k);
           counts = options.counts(line_of(is_row, line), line_of(!is_row, other), t[p][q], !is_own);
         }
         counted[0][q] = counts.mine;
         if constexpr (Options::kHasAll) counted[1][q] = counts.positive;
 #pragma unroll
         for (int set = 0; set < kSets; set++)
-          if (counted[set][q]) tops[set] = fmaxf(tops[set], t[p][q] * k.scale - shift_of<Statistic>(0.f, of_column[q]));
+          if (counted[set][q]) tops[set] = fmaxf(tops[set], t[p][q] * k.scale - shift_of<Kind>(0.f, of_column[q]));
       }
 #pragma unroll
       for (int set = 0; set < kSets; set++) {
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
 #pragma unroll
         for (int q = 0; q < kSide; q++)
           if (counted[set][q])
-            part += Statistic::fold(t[p][q], affine_of<Statistic>(k, of_column[q], set == 1),
-                                    shift_of<Statistic>(m == -INFINITY ? 0.f : m, of_column[q]));
+            part += Kind::fold(t[p][q], affine_of<Kind>(k, of_column[q], set == 1),
+                               shift_of<Kind>(m == -INFINITY ? 0.f : m, of_column[q]));
         sum[set][p] += warp_sum(part, kAcross);
       }
     }

@@ -4,14 +4,10 @@
 // No function reads from the device or waits for it. With FASTCLIP_EMULATED the engine is compiled for the CPU and runs
 // on CPU tensors, for tests.
 #include <ATen/ATen.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/from_blob.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 
 #include "call.h"
 

@@ -28,7 +28,7 @@ struct Plain {
   struct Bias {};
   __device__ __forceinline__ Line row(int64_t) const { return {}; }
   __device__ __forceinline__ Line column(int64_t) const { return {}; }
-  template <class Statistic>
+  template <class Kind>
   __device__ __forceinline__ Bias bias(int64_t, const Affine<float>&) const {
     return {};
   }
@@ -75,11 +75,11 @@ struct All {
     return {ids_y ? ids_y[j] : 1, threshold_y ? threshold_y[j] : INFINITY};
   }
   // The bias of a column, which includes the bias of all logits.
-  template <class Statistic>
+  template <class Kind>
   __device__ __forceinline__ Bias bias(int64_t j, const Affine<float>& k) const {
     if (biases) return biases[j];
     Bias b;
-    b.whole = Statistic::kHasShift ? 0.f : k.bias, b.part = Statistic::kHasShift ? 0.f : k.bias_low;
+    b.whole = Kind::kHasShift ? 0.f : k.bias, b.part = Kind::kHasShift ? 0.f : k.bias_low;
     return b;
   }
   __device__ __forceinline__ Counts counts(Line mine, Line other, float t, bool is_pair) const {
@@ -91,23 +91,23 @@ struct All {
 };
 
 // The arguments k and m of fold and activation for one pair.
-template <class Statistic>
+template <class Kind>
 __device__ __forceinline__ const Affine<float>& affine_of(const Affine<float>& k, Plain::Bias, bool) {
   return k;
 }
-template <class Statistic>
+template <class Kind>
 __device__ __forceinline__ BiasedAffine affine_of(const Affine<float>& k, const LineBias<float>& bias,
                                                   bool is_positive) {
-  const BiasedAffine biased(k.scale, k.scale_low, Statistic::kHasShift ? 0.f : bias.whole, bias.part);
-  return Statistic::kNegatesPositives && is_positive ? biased.negated() : biased;
+  const BiasedAffine biased(k.scale, k.scale_low, Kind::kHasShift ? 0.f : bias.whole, bias.part);
+  return Kind::kNegatesPositives && is_positive ? biased.negated() : biased;
 }
-template <class Statistic>
+template <class Kind>
 __device__ __forceinline__ float shift_of(float m, Plain::Bias) {
   return m;
 }
-template <class Statistic>
+template <class Kind>
 __device__ __forceinline__ float shift_of(float m, const LineBias<float>& bias) {
-  return Statistic::kHasShift ? m - bias.whole : m;
+  return Kind::kHasShift ? m - bias.whole : m;
 }
 
 // A line's coefficient and shift, from which the weights of its pairs are made.
@@ -122,11 +122,11 @@ __device__ __forceinline__ LineWeight choose(bool first, LineWeight a, LineWeigh
 
 // The weight of a pair that may count for one of its lines only. `mine` and `other` are the coefficients and shifts of
 // the two lines: for positives by id if the pair is one, else for negatives.
-template <class Statistic, class K>
-__device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<float>& bias, const Counts& counts,
-                                           const LineWeight& mine, const LineWeight& other, bool two_shifts) {
+template <class Kind, class K>
+__device__ __forceinline__ float weight_by_role(float t, const K& k, const LineBias<float>& bias, const Counts& counts,
+                                                const LineWeight& mine, const LineWeight& other, bool two_shifts) {
   const auto activation = [&](const LineWeight& line) {
-    return Statistic::activation(t, k, shift_of<Statistic>(line.shift, bias));
+    return Kind::activation(t, k, shift_of<Kind>(line.shift, bias));
   };
   const bool is_mine = counts.mine || counts.positive, is_other = counts.other || counts.positive;
   const float first = activation(mine);
@@ -137,18 +137,18 @@ __device__ __forceinline__ float weight_as(float t, const K& k, const LineBias<f
   else
     w = first * ((is_mine ? mine.coefficient : 0.f) + (is_other ? other.coefficient : 0.f));
   w = is_mine || is_other ? w : 0.f;
-  return Statistic::kNegatesPositives && counts.positive ? -w : w;
+  return Kind::kNegatesPositives && counts.positive ? -w : w;
 }
 
 // Converts key_bias, plus the common bias in kinds that use one, to the columns' biases, and finds the largest finite
 // one of each thread block.
-template <class Statistic>
+template <class Kind>
 __global__ void __launch_bounds__(kThreads)
     biases_kernel(const double* key_bias, int64_t columns, Scalar bias, LineBias<float>* biases, float* largest) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   float most = -INFINITY;
   if (j < columns) {
-    const LineBias<float> of_column(key_bias[j] + (Statistic::kHasShift ? 0. : value_of(bias, 0)));
+    const LineBias<float> of_column(key_bias[j] + (Kind::kHasShift ? 0. : value_of(bias, 0)));
     biases[j] = of_column;
     if (fabsf(of_column.whole) < INFINITY) most = of_column.whole;
   }

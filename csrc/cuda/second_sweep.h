@@ -12,15 +12,15 @@ class SecondSweep {
  public:
   // also_fold: both sweeps run in one go; the weights need no state.
   SecondSweep(Work& work, const Weighing& weighing, bool also_fold) : w(work), weighing_(weighing), fold_(also_fold) {
-    const bool half = w.b.dtype == Dtype::kHalf;
+    const bool is_fp16 = w.b.dtype == Dtype::kHalf;
     // fp16 has no numbers below 6e-8, so weights are multiplied by 2^13 in fp16. They are at most 2, since the caller
     // scales the coefficients, so the products are at most 2^14, and fp16's largest number is about 2^16.
-    weights_.enlarged = half ? 8192.f : 1.f;
-    weights_.spread = !half;
+    weights_.enlarged = is_fp16 ? 8192.f : 1.f;
+    weights_.spread = !is_fp16;
     weights_.to_tf32 = w.b.tf32;
     x_operand_ = w.b.x, y_operand_ = w.b.y;
-    if (half && wants_y() && w.b.x.factor) w.replace(x_operand_, w.copy_of(w.b.x, w.b.x.factor, false));
-    if (half && wants_x() && w.b.y.factor) w.replace(y_operand_, w.copy_of(w.b.y, w.b.y.factor, false));
+    if (is_fp16 && wants_y() && w.b.x.factor) w.replace(x_operand_, w.copy_of(w.b.x, w.b.x.factor, false));
+    if (is_fp16 && wants_x() && w.b.y.factor) w.replace(y_operand_, w.copy_of(w.b.y, w.b.y.factor, false));
     if (!fold_) set_operands(w.b.x.negatives, w.b.y.negatives, weights_);
     if (w.b.same_id_positive) set_operands(w.b.x.positives, w.b.y.positives, positives_);
     totals_ = allocate<double>(w.library(), 2);
@@ -82,7 +82,7 @@ class SecondSweep {
     launch(w.place("operands_kernel"), operands_kernel, cdiv(lines, kThreads), of(x, w.m(), 0), of(y, w.n(), w.m()),
            static_cast<const double*>(w.b.x.negatives.shifts), differ_);
     to.a = coefficients, to.b = coefficients + w.m();
-    to.differ = differ_;
+    to.shifts_differ = differ_;
     if (has_shifts) to.shift_x = shifts, to.shift_y = shifts + w.m();
   }
 
@@ -160,14 +160,14 @@ class SecondSweep {
 #endif
     const Products products = w.products(c, const_cast<float*>(weighing_.kept), products_, true);
     CUDA::for_kind(w.b.kind, [&](auto statistic) {
-      using Statistic = decltype(statistic);
+      using Kind = decltype(statistic);
       const auto run = [&](auto* type) {
         using Out = std::remove_pointer_t<decltype(type)>;
-        if constexpr (Statistic::kIsLinear)
-          if (fold_) return launch_epilogue<Statistic, true, true, Out>(w, view, products, folding, weights, Plain());
+        if constexpr (Kind::kIsLinear)
+          if (fold_) return launch_epilogue<Kind, true, true, Out>(w, view, products, folding, weights, Plain());
         w.with_options(c, [&](auto options) {
           add_positives(options, c);
-          launch_epilogue<Statistic, false, true, Out>(w, view, products, folding, weights, options);
+          launch_epilogue<Kind, false, true, Out>(w, view, products, folding, weights, options);
         });
       };
       if (weights.out)
@@ -221,7 +221,7 @@ class SecondSweep {
   Weighing weighing_;
   bool fold_;
   Side x_operand_, y_operand_;
-  PairWeights weights_, positives_;  // positives_ has shifts, coefficients and `differ` only
+  PairWeights weights_, positives_;  // positives_ has shifts, coefficients and `shifts_differ` only
   int32_t* differ_ = nullptr;
   float* key_bias_ = nullptr;
   float *products_ = nullptr, *product_x_ = nullptr, *product_y_ = nullptr;

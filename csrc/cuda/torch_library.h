@@ -5,10 +5,15 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <array>
+#include <atomic>
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "engine.h"

@@ -30,7 +30,7 @@ class Work {
   int64_t m() const { return b.x.rows; }
   int64_t n() const { return b.y.rows; }
   Library& library() { return library_; }
-  Place place(const char* kernel) const { return {kernel, m(), n(), b.width, b.stream}; }
+  LaunchLabel place(const char* kernel) const { return {kernel, m(), n(), b.width, b.stream}; }
 
   static Features features_of(const Side& side) {
     return {side.features, side.rows, side.stride, static_cast<const float*>(side.factor)};
@@ -132,7 +132,7 @@ class Work {
  private:
   bool is_sm_90() const {
     int device = 0, major = 0, minor = 0;
-    const Place here = place("cudaDeviceGetAttribute");
+    const LaunchLabel here = place("cudaDeviceGetAttribute");
     check(cudaGetDevice(&device), here);
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), here);
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), here);
@@ -153,11 +153,11 @@ class Work {
   float* largest_biases_ = nullptr;
 };
 
-template <class Statistic, bool kFold, bool kWeigh, class Out, class Options>
+template <class Kind, bool kFold, bool kWeigh, class Out, class Options>
 void launch_epilogue(const Work& w, const ChunkView& view, const Products& products, const Folding& folding,
                      const PairWeights& weights, const Options& options) {
-  launch(w.place("epilogue_kernel"), epilogue_kernel<Statistic, Options, kFold, kWeigh, Out>, epilogue_blocks(view),
-         view, products, folding, weights, options);
+  launch(w.place("epilogue_kernel"), epilogue_kernel<Kind, Options, kFold, kWeigh, Out>, epilogue_blocks(view), view,
+         products, folding, weights, options);
 }
 
 }  // namespace cuda

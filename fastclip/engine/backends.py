@@ -200,7 +200,7 @@ def _has_kind(engine: str, kind: str) -> bool:
     if engine == "triton":
         if _availability(engine, None) != AVAILABLE:
             return False
-        return kind in importlib.import_module("fastclip.triton_kernels.epilogues").EPILOGUES
+        return kind in importlib.import_module("fastclip.triton_kernels.kinds").KINDS
     return kind in _COMPILED_KINDS
 
 

@@ -47,8 +47,8 @@ def pretend(
     fake = types.SimpleNamespace(__version__=triton, runtime=runtime) if triton else None
     patch.setitem(sys.modules, "triton", fake)
     # The module that lists the Triton engine's kinds cannot import a pretended Triton.
-    epilogues = types.SimpleNamespace(EPILOGUES=COMPILED_KINDS)
-    patch.setitem(sys.modules, "fastclip.triton_kernels.epilogues", epilogues)
+    kinds = types.SimpleNamespace(KINDS=COMPILED_KINDS)
+    patch.setitem(sys.modules, "fastclip.triton_kernels.kinds", kinds)
     patch.setattr(backends, "_COMPILED_KINDS", COMPILED_KINDS)
     cuda = {"version": "13.0", "architectures": list(compiled_for)} if compiled_for else False
     info = {"cuda": cuda, "why_no_cuda": "there is no nvcc on PATH"}

@@ -9,7 +9,7 @@ low enough for a sum over 2^27 columns not to overflow.
 import triton
 import triton.language as tl
 
-from ..epilogues import LOG2E
+from ..constants import LOG2E
 
 
 @triton.jit(do_not_specialize=["M", "N"])

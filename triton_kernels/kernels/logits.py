@@ -8,7 +8,7 @@ costs nothing.
 import triton
 import triton.language as tl
 
-from ..epilogues import INTERPRETED, LOG2E
+from ..constants import INTERPRETED, LOG2E
 
 FACTOR_X, FACTOR_Y = tl.constexpr(0), tl.constexpr(1)
 SCALE, BIAS = tl.constexpr(2), tl.constexpr(3)

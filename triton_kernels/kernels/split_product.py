@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..configurations import NARROW
-from ..epilogues import INTERPRETED
+from ..constants import INTERPRETED
 
 # Operands are padded to a multiple of this many features, or to NARROW: every step along them is
 # whole.

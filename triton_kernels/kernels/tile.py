@@ -15,7 +15,7 @@ last step along D; it has none if the step divides D.
 import triton
 import triton.language as tl
 
-from ..epilogues import INTERPRETED
+from ..constants import INTERPRETED
 from .split_product import add_product
 
 

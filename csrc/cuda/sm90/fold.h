@@ -33,7 +33,7 @@ __device__ __forceinline__ float sum_of(const float* v) {
   }
 }
 
-template <class Statistic, class Element_, class Layout>
+template <class Kind, class Element_, class Layout>
 struct Fold : Share<Layout, 1> {
   using Element = Element_;
   using Base = Share<Layout, 1>;
@@ -46,7 +46,7 @@ struct Fold : Share<Layout, 1> {
   struct Uniform {
     Uniform() = default;
     __device__ __forceinline__ explicit Uniform(const Arguments& arguments)
-        : k(affine<Statistic>(arguments.view.scale, arguments.view.bias)),
+        : k(affine<Kind>(arguments.view.scale, arguments.view.bias)),
           m(arguments.folding.shift ? *arguments.folding.shift : 0.f) {}
     Affine<float> k;
     float m;
@@ -70,7 +70,7 @@ struct Fold : Share<Layout, 1> {
     cutlass::Array<float, Layout::kFragment> e;
     CUTLASS_PRAGMA_UNROLL
     for (int q = 0; q < Layout::kFragment; q++)
-      e[q] = Statistic::fold(this->product(accumulator, q, band), uniform.k, uniform.m);
+      e[q] = Kind::fold(this->product(accumulator, q, band), uniform.k, uniform.m);
     if (!this->is_plain) {
       CUTLASS_PRAGMA_UNROLL
       for (int q = 0; q < Layout::kFragment; q++)

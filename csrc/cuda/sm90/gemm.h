@@ -77,7 +77,7 @@ void for_kernel(const char* name, const ChunkView& view, Function f) {
 template <class Kernel>
 void launch(const char* name, const ChunkView& view, const typename Kernel::EpilogueArguments& epilogue) {
   using Element = typename Kernel::ElementA;
-  const Place place = {name, view.rows, view.columns, view.width, view.stream};
+  const LaunchLabel place = {name, view.rows, view.columns, view.width, view.stream};
   int device = 0, processors = 0;
   check(cudaGetDevice(&device), place);
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), place);

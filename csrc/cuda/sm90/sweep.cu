@@ -9,9 +9,9 @@ namespace fused {
 
 using SweepLayout = Layout<kSweepTile>;
 
-template <class Statistic, class Element>
+template <class Kind, class Element>
 void sweep(const ChunkView& view, const Folding& folding) {
-  using Kernel = typename Product<Fold<Statistic, Element, SweepLayout>, SweepLayout, void>::Kernel;
+  using Kernel = typename Product<Fold<Kind, Element, SweepLayout>, SweepLayout, void>::Kernel;
   launch<Kernel>("fused_sweep", view, {{view, folding}, nullptr, {}, nullptr, {}});
 }
 

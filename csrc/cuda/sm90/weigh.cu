@@ -9,9 +9,9 @@ namespace fused {
 
 using WeighLayout = Layout<kWeighTile>;
 
-template <class Statistic, class Element>
+template <class Kind, class Element>
 void weigh(const ChunkView& view, const PairWeights& weights) {
-  using Kernel = typename Product<Weigh<Statistic, Element, WeighLayout>, WeighLayout, Element>::Kernel;
+  using Kernel = typename Product<Weigh<Kind, Element, WeighLayout>, WeighLayout, Element>::Kernel;
   launch<Kernel>(
       "fused_weigh", view,
       {{view, weights}, nullptr, {}, static_cast<Element*>(weights.out), {weights.stride_out, cute::_1{}, 0}});

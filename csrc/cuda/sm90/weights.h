@@ -7,10 +7,10 @@ namespace fastclip {
 namespace cuda {
 namespace fused {
 
-template <class Statistic, class Element_, class Layout>
-struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
+template <class Kind, class Element_, class Layout>
+struct Weigh : Share<Layout, Kind::kHasShift ? 4 : 3> {
   using Element = Element_;
-  using Base = Share<Layout, Statistic::kHasShift ? 4 : 3>;
+  using Base = Share<Layout, Kind::kHasShift ? 4 : 3>;
   enum { kFactor, kCoefficient, kSpread, kShift };  // of a line; a kind without a shift has no shifts
 
   struct Arguments {
@@ -21,8 +21,8 @@ struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
   struct Uniform {
     Uniform() = default;
     __device__ __forceinline__ explicit Uniform(const Arguments& arguments)
-        : k(affine<Statistic>(arguments.view.scale, arguments.view.bias)),
-          two_shifts(Statistic::kHasShift && *arguments.weights.differ != 0) {}
+        : k(affine<Kind>(arguments.view.scale, arguments.view.bias)),
+          two_shifts(Kind::kHasShift && *arguments.weights.shifts_differ != 0) {}
     Affine<float> k;
     bool two_shifts;
   };
@@ -40,7 +40,7 @@ struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
     const Vector spread_x = {weights.spread ? view.factor_x : nullptr, 1.f};
     const Vector spread_y = {weights.spread ? view.factor_y : nullptr, 1.f};
     // Absent coefficients are 1 for rows and 0 for columns.
-    if constexpr (Statistic::kHasShift)
+    if constexpr (Kind::kHasShift)
       this->fetch({{view.factor_x, 1.f}, {weights.a, 1.f}, spread_x, {weights.shift_x, 0.f}},
                   {{view.factor_y, 1.f}, {weights.b, 0.f}, spread_y, {weights.shift_y, 0.f}});
     else
@@ -78,14 +78,14 @@ struct Weigh : Share<Layout, Statistic::kHasShift ? 4 : 3> {
       const float a = this->row[kCoefficient][r], b = this->column[kCoefficient][s];
       const float t = this->product(accumulator, q, band);
       float w;
-      if constexpr (Statistic::kHasShift) {
-        w = Statistic::activation(t, k, this->row[kShift][r]);
+      if constexpr (Kind::kHasShift) {
+        w = Kind::activation(t, k, this->row[kShift][r]);
         if (!kSimple && uniform.two_shifts)
-          w = w * a + Statistic::activation(t, k, this->column[kShift][s]) * b;
+          w = w * a + Kind::activation(t, k, this->column[kShift][s]) * b;
         else
           w *= a + b;
       } else {
-        w = Statistic::activation(t, k, 0.f) * (a + b);
+        w = Kind::activation(t, k, 0.f) * (a + b);
       }
       if (!kSimple && !this->is_negative(q, band, piece)) w = 0;
       sum_w += w;

@@ -6,8 +6,8 @@
 #include <algorithm>
 
 #include "case.h"
-#include "epilogues.h"
 #include "judge.h"
+#include "kinds.h"
 #include "library.h"
 
 namespace driver {
@@ -15,9 +15,9 @@ namespace driver {
 namespace cuda = fastclip::cuda;
 using cuda::Block;
 
-inline fastclip::Kind kind_of(const std::string& name) {
-  fastclip::Kind found{-1};
-  fastclip::PORTABLE::Kinds::each_name([&](fastclip::Kind kind, const char* own) {
+inline fastclip::KindIndex kind_of(const std::string& name) {
+  fastclip::KindIndex found{-1};
+  fastclip::PORTABLE::Kinds::each_name([&](fastclip::KindIndex kind, const char* own) {
     if (name == own) found = kind;
   });
   return found;

@@ -67,10 +67,10 @@ cuda::ChunkView view_of(const Pairs& p, const double* scale, const double* bias)
 // One tile more than needed, since schedulers round the number of tiles up.
 int rounded_up(int64_t lines, int lines_of_tile) { return int(cuda::tiles_of(lines, lines_of_tile)) + 1; }
 
-template <class Statistic, class Element, const cuda::FusedTile& kTile>
+template <class Kind, class Element, const cuda::FusedTile& kTile>
 Errors sweep(const Pairs& p) {
   using Layout = fused::Layout<kTile>;
-  using Work = fused::Fold<Statistic, Element, Layout>;
+  using Work = fused::Fold<Kind, Element, Layout>;
   const cuda::ChunkView view = view_of(p, &p.scale, &p.bias);
   const int64_t tiles_m = cuda::fused_column_parts(view), tiles_n = cuda::fused_row_parts(view);
   const int64_t line = 3;  // an arbitrary stride
@@ -132,16 +132,16 @@ Errors sweep(const Pairs& p) {
   return e;
 }
 
-template <class Statistic, class Element, const cuda::FusedTile& kTile>
+template <class Kind, class Element, const cuda::FusedTile& kTile>
 Errors weigh(const Pairs& p, bool spread, float enlarged) {
   using Layout = fused::Layout<kTile>;
-  using Work = fused::Weigh<Statistic, Element, Layout>;
+  using Work = fused::Weigh<Kind, Element, Layout>;
   constexpr double kLeastNormal = std::is_same_v<Element, cutlass::half_t> ? 0x1p-14 : 0;
   const cuda::ChunkView view = view_of(p, &p.scale, &p.bias);
   const int64_t tiles_n = cuda::tiles_of(p.columns, Layout::kColumns), parts = cuda::fused_total_parts(view);
-  int32_t differ = 0;
-  for (const float m : p.shift_x) differ |= m != p.shift_x[0];
-  for (const float m : p.shift_y) differ |= m != p.shift_x[0];
+  int32_t shifts_differ = 0;
+  for (const float m : p.shift_x) shifts_differ |= m != p.shift_x[0];
+  for (const float m : p.shift_y) shifts_differ |= m != p.shift_x[0];
   struct Results {
     Guarded<float> out, totals;
   };
@@ -150,7 +150,7 @@ Errors weigh(const Pairs& p, bool spread, float enlarged) {
     typename Work::Arguments arguments{view, {}};
     cuda::PairWeights& weights = arguments.weights;
     weights.shift_x = pointer(p.shift_x), weights.shift_y = pointer(p.shift_y);
-    weights.differ = &differ;
+    weights.shifts_differ = &shifts_differ;
     weights.a = pointer(p.a), weights.b = pointer(p.b);
     weights.spread = spread, weights.enlarged = enlarged;
     weights.totals = r.totals.data(), weights.total_parts = parts;
@@ -216,10 +216,10 @@ Errors run_case(char** given) {
     }
   }
   const auto run = [&](auto statistic, auto element) {
-    using Statistic = decltype(statistic);
+    using Kind = decltype(statistic);
     using Element = decltype(element);
-    if (sweeps == "sweep") return sweep<Statistic, Element, cuda::kSweepTile>(p);
-    return weigh<Statistic, Element, cuda::kWeighTile>(p, !is_half, is_half ? 8192.f : 1.f);
+    if (sweeps == "sweep") return sweep<Kind, Element, cuda::kSweepTile>(p);
+    return weigh<Kind, Element, cuda::kWeighTile>(p, !is_half, is_half ? 8192.f : 1.f);
   };
   const auto with_kind = [&](auto element) {
     return p.is_softmax ? run(kinds::Softmax(), element) : run(kinds::Sigmoid(), element);

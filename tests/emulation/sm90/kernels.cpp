@@ -55,7 +55,7 @@ __attribute__((visibility("default"))) void fused_weigh(const ChunkView& view, c
   if (!fused_writes(weights) || weights.total_parts != fused_total_parts(view))
     throw std::invalid_argument("the engine expects other weights or totals");
   emulated_weighs++;
-  emulated_differ += *weights.differ != 0;
+  emulated_differ += *weights.shifts_differ != 0;
   for_kernel(view, [&](auto statistic, auto element) {
     using Element = decltype(element);
     using Layout = fused::Layout<kWeighTile>;

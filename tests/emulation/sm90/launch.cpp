@@ -8,7 +8,7 @@
 #include <string>
 
 #include "cuda/sm90/api.h"
-#include "epilogues.h"
+#include "kinds.h"
 #include "mock.h"
 
 namespace cuda = fastclip::cuda;
@@ -39,8 +39,9 @@ bool same(const cuda::Folding& a, const cuda::Folding& b) {
   return a.shift == b.shift && a.positive == b.positive && same(a.rows, b.rows) && same(a.columns, b.columns);
 }
 bool same(const cuda::PairWeights& a, const cuda::PairWeights& b) {
-  return a.shift_x == b.shift_x && a.shift_y == b.shift_y && a.differ == b.differ && a.a == b.a && a.b == b.b &&
-         a.spread == b.spread && a.enlarged == b.enlarged && a.totals == b.totals && a.total_parts == b.total_parts;
+  return a.shift_x == b.shift_x && a.shift_y == b.shift_y && a.shifts_differ == b.shifts_differ && a.a == b.a &&
+         a.b == b.b && a.spread == b.spread && a.enlarged == b.enlarged && a.totals == b.totals &&
+         a.total_parts == b.total_parts;
 }
 
 // The epilogue's arguments begin with the view, wherever they lie among the kernel's.
@@ -78,7 +79,7 @@ int main(int count, char** given) {
   is_sweep = std::string(given[1]) == "sweep";
   view.rows = std::atoll(given[2]), view.columns = std::atoll(given[3]), view.width = std::atoll(given[4]);
   view.stride_x = std::atoll(given[5]), view.stride_y = std::atoll(given[6]);
-  fastclip::PORTABLE::Kinds::each_name([&](fastclip::Kind kind, const char* name) {
+  fastclip::PORTABLE::Kinds::each_name([&](fastclip::KindIndex kind, const char* name) {
     if (std::string(given[8]) == name) view.kind = kind;
   });
   view.dtype = std::string(given[9]) == "bf16" ? fastclip::Dtype::kBFloat16 : fastclip::Dtype::kHalf;
@@ -92,7 +93,7 @@ int main(int count, char** given) {
   folding.rows = {address<float>(0xa0000), cuda::fused_row_parts(view), 1, view.rows};
   folding.columns = {address<float>(0xb0000), cuda::fused_column_parts(view), 5, 7};
   weights.shift_x = address<float>(0xc0000), weights.shift_y = address<float>(0xd0000);
-  weights.differ = address<int32_t>(0xe0000);
+  weights.shifts_differ = address<int32_t>(0xe0000);
   weights.a = address<float>(0xf0004), weights.b = address<float>(0x100008);
   weights.out = address<void>(0x110000), weights.stride_out = std::atoll(given[7]);
   weights.spread = false, weights.enlarged = 8192;

@@ -105,7 +105,7 @@ def test_each_combination_is_used_and_right(
     assert info["capability"] == capability.upper()
     assert info["product"] == product
     # Only brgemm takes operands in half precision.
-    assert info["half_products"] == (INFO["half_products"] and product == "brgemm")
+    assert info["bf16_products"] == (INFO["bf16_products"] and product == "brgemm")
     assert info["threads"] == 2
     assert report["examined"] == 2 * 4 * 5 * 2 * 5
     assert not report["failures"], "\n".join(report["failures"])
@@ -132,7 +132,7 @@ def test_an_unknown_product_is_one_error(script: str) -> None:
 def test_an_empty_setting_means_the_default() -> None:
     done = run(STATE_BUILD, FASTCLIP_CPU="")
     assert done.returncode == 0, done.stderr
-    unset = {k: v for k, v in INFO.items() if k not in ("threads", "product", "half_products")}
+    unset = {k: v for k, v in INFO.items() if k not in ("threads", "product", "bf16_products")}
     found = json.loads(done.stdout)
     assert {k: found[k] for k in unset} == unset
 

@@ -1,10 +1,8 @@
-// Operations of the CPU engine on whole rows: the largest norm of features, and the last step of a gradient.
+// The last step of a gradient: from the complete sum of a row to its gradient.
 #pragma once
 
-#include <ATen/Parallel.h>
-
-#include "../engine.h"
 #include "pack.h"
+#include "problem.h"
 
 namespace fastclip {
 namespace FASTCLIP_CAPABILITY {
@@ -17,7 +15,7 @@ void store_row(const T* g, T scale, int64_t width, Out* out) {
 // Writes one row of a gradient from its complete sum g: applies gain and scale, the normalisation's Jacobian, and the
 // output's dtype. Overwrites g.
 template <class In, class T>
-void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
+void complete_row(const Problem& p, const Side& side, int64_t row, const T* g) {
   const int64_t width = p.width;
   const bool project = p.project && side.factor;
   T scale = T(p.gain * p.scale);
@@ -48,32 +46,6 @@ void finish_row(const Problem& p, const Side& side, int64_t row, const T* g) {
     case Dtype::kHalf:
       return store_row(g, scale, width, reinterpret_cast<at::Half*>(base) + row * width);
   }
-}
-
-template <class T, class In>
-T squared_norm(const In* x, int64_t width) {
-  T square = 0;
-#pragma omp simd reduction(+ : square)
-  for (int64_t d = 0; d < width; d++) {
-    const T v = cast_to<T>(x[d]);
-    square += v * v;
-  }
-  return square;
-}
-
-template <class In, class T>
-double largest_norm_of(const Side& side, int64_t width) {
-  const In* const x = static_cast<const In*>(side.features);
-  return at::parallel_reduce(
-      0, side.rows, at::divup(1 << 15, width), 0.0,
-      [&](int64_t begin, int64_t end, double largest) {
-        for (int64_t i = begin; i < end; i++) {
-          const double square = squared_norm<T>(x + i * side.stride, width);
-          if (!(square <= largest)) largest = square;  // NaN stays
-        }
-        return largest;
-      },
-      [](double a, double b) { return a <= b ? b : a; });
 }
 
 }  // namespace FASTCLIP_CAPABILITY

@@ -6,21 +6,18 @@
 
 x is the logit in log2 units, less the shift of all lines or of its own line (`logits.py`); a kind
 without a shift has the shift 0. The kernels do the masking, the positives and the sums. A new kind
-needs three such functions and an `Epilogue`, besides its entry in `fastclip.kinds`; no kernel
-changes. The same functions in C++ are in `csrc/epilogues.h`.
+needs three such functions and an entry in `KINDS`, besides its entry in `fastclip.kinds`; no kernel
+changes. The same functions in C++ are in `csrc/kinds.h`.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from .constants import INTERPRETED, LN2, LOG2E
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(2.0**-1022)  # float64's least normal number
 
 
@@ -92,7 +89,7 @@ def sigmoid_finish(shift, sum, s):
     return sum + softplus(-s), tl.full(sum.shape, 1.0, tl.float64), -1 / (1 + tl.exp(s))
 
 
-class Epilogue(NamedTuple):
+class DeviceFunctions(NamedTuple):
     """The functions of a kind."""
 
     fold: Any
@@ -102,14 +99,14 @@ class Epilogue(NamedTuple):
     is_light: bool = False
 
 
-EPILOGUES = {
-    "softmax": Epilogue(softmax_fold, softmax_fold, softmax_finish, is_light=True),
-    "sigmoid": Epilogue(sigmoid_fold, sigmoid_activation, sigmoid_finish),
+KINDS = {
+    "softmax": DeviceFunctions(softmax_fold, softmax_fold, softmax_finish, is_light=True),
+    "sigmoid": DeviceFunctions(sigmoid_fold, sigmoid_activation, sigmoid_finish),
 }
 
 
-def epilogue_of(name: str) -> Epilogue:
-    """Returns a kind's epilogue; raises ValueError if this engine has none of that name."""
-    if name not in EPILOGUES:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, EPILOGUES))}, got {name!r}")
-    return EPILOGUES[name]
+def functions_of(name: str) -> DeviceFunctions:
+    """Returns the functions of a kind; raises ValueError if this engine has none of that name."""
+    if name not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {name!r}")
+    return KINDS[name]

@@ -203,7 +203,7 @@ FASTCLIP_INLINE void magnitude(V t, const K& k, V& l, V& u) {
   }
 }
 
-struct Line {
+struct FinishedLine {
   double loss, coefficient, positive_weight;
 };
 
@@ -226,7 +226,7 @@ struct Softmax {
   }
   // The loss is log(1 + R / P), computed in the log domain, since R or P may not be representable. The weights use the
   // sums themselves.
-  static FASTCLIP_INLINE Line finish(double shift, double sum, double s) {
+  static FASTCLIP_INLINE FinishedLine finish(double shift, double sum, double s) {
     const double sum_and_positive = sum + exp2(s * kLog2E - shift);
     const double total =
         sum_and_positive < 2.3e-308 ? 2.3e-308 : sum_and_positive;  // no negatives, positive underflows
@@ -254,7 +254,7 @@ struct Sigmoid {
     magnitude(t, k, l, u);
     return (l > T(0) ? V{} + T(1) : u) / (u + T(1));
   }
-  static FASTCLIP_INLINE Line finish(double, double sum, double s) {
+  static FASTCLIP_INLINE FinishedLine finish(double, double sum, double s) {
     return {sum + softplus(-s), 1., -1 / (1 + exp(s))};
   }
 };
@@ -264,7 +264,7 @@ template <class... Entries>
 struct KindList {
   // Calls f, a host function, with the kind at an index.
   template <class Function>
-  static inline __attribute__((always_inline)) void call(Kind kind, Function f) {
+  static inline __attribute__((always_inline)) void call(KindIndex kind, Function f) {
     int place = 0;
     ((place++ == int(kind) ? f(Entries()) : void()), ...);
   }
@@ -272,27 +272,27 @@ struct KindList {
   template <class Function>
   static void each_name(Function f) {
     int place = 0;
-    (f(Kind(place++), Entries::kName), ...);
+    (f(KindIndex(place++), Entries::kName), ...);
   }
 };
 using Kinds = KindList<Softmax, Sigmoid>;
 
 template <class Function>
-inline __attribute__((always_inline)) void for_kind(Kind kind, Function f) {
+inline __attribute__((always_inline)) void for_kind(KindIndex kind, Function f) {
   Kinds::call(kind, f);
 }
 
 // A trait, such as kHasShift, of a kind that is known at run time only.
 template <class Function>
-inline bool trait_of(Kind kind, Function f) {
+inline bool trait_of(KindIndex kind, Function f) {
   bool value = false;
   for_kind(kind, [&](auto entry) { value = f(entry); });
   return value;
 }
-inline bool has_shift(Kind kind) {
+inline bool has_shift(KindIndex kind) {
   return trait_of(kind, [](auto entry) { return decltype(entry)::kHasShift; });
 }
-inline bool is_linear(Kind kind) {
+inline bool is_linear(KindIndex kind) {
   return trait_of(kind, [](auto entry) { return decltype(entry)::kIsLinear; });
 }
 
