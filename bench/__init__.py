@@ -4,6 +4,8 @@
     cases.py      the cases to measure (losses, shapes, dtypes, scales) and their inputs
     methods/      the methods compared, and the matmul passes that each needs
         registry.py      every method: how it is made for a case
+        step.py          a step of a method, also as a CUDA graph
+        passes.py        the passes that methods need
         dense.py         the losses in plain PyTorch
         on_contrast.py   the losses written on `fastclip.contrast`
         open_clip.py     open_clip's losses, even if the installed torchvision does not load

@@ -134,7 +134,7 @@ def on_the_device(device: torch.device) -> Iterator[None]:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def chunks_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the plain PyTorch engine cut small blocks, too, into several chunks."""
     monkeypatch.setattr(torch_engine, "CHUNK", 1 << 10)
 

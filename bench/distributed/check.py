@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..losses import loss_of
 from ..measure.timing import Timing
 from ..methods import registry
+from ..methods.passes import bytes_of_kept_products, passes_of_two_sweeps
 from ..scale import model
 from .cases import Case
 from .methods import GATHERED, GATHERED_RECOMPUTED, RING, RING_RECOMPUTED
@@ -29,8 +30,8 @@ def passes(case: Case, method: str) -> float:
     if makes_gradients_at_once(case, method):
         return 3.0
     rows_by_all = case.b, case.ranks * case.b
-    kept = registry.kept_products(*rows_by_all, GATHERED, "cpu")
-    return registry.passes_of_two_sweeps(*rows_by_all, kept)
+    kept = bytes_of_kept_products(*rows_by_all, GATHERED, "cpu")
+    return passes_of_two_sweeps(*rows_by_all, kept)
 
 
 def small_exchanges(case: Case, method: str) -> int:

@@ -21,7 +21,7 @@ GATHERED, RING = "fastclip", "fastclip ring"
 GATHERED_RECOMPUTED, RING_RECOMPUTED = "fastclip budget=0", "fastclip ring budget=0"
 
 
-def of(loss: str, timed: bool = True) -> tuple[str, ...]:
+def names_of(loss: str, timed: bool = True) -> tuple[str, ...]:
     """The names of a loss's methods. The first is the baseline of the others.
 
     Kept products are up to b B numbers (B: all ranks' pairs), within the budget, and hide all other
@@ -37,7 +37,7 @@ def make(loss: str, method: str, rank: int, ranks: int) -> LossFunction:
     Raises:
         Unavailable: with the reason.
     """
-    every = of(loss, timed=False)
+    every = names_of(loss, timed=False)
     if method not in every:
         raise Unavailable(f"{loss} has no method {method!r}: {', '.join(every)}")
     if rival := loss_of(loss).rivals.get(method):

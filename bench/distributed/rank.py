@@ -23,7 +23,7 @@ from ..measure.memory import WARM_UP_PAIRS, peak_bytes
 from ..measure.timing import Run, Timing, host_clock, interleaved
 from ..measure.traffic import Traffic
 from ..measure.truth import relative_error
-from ..methods.registry import Step, make_step
+from ..methods.step import Step, make_step
 from . import methods
 from .cases import Case, own_inputs
 

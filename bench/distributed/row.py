@@ -16,10 +16,10 @@ def committed() -> list[Path]:
 
 
 @dataclass
-class Row(results.Where):
+class Row(results.Provenance):
     """One method on one case. A number that was not measured is None, an empty cell in the file.
 
-    Machine: as in `results.Where`; `threads` are those of each rank.
+    Machine: as in `results.Provenance`; `threads` are those of each rank.
 
     Case: `loss`, `ranks`, `b` pairs per rank, `d`, `dtype` as in `cases.Case`; `method` as in
     `methods.py`.

@@ -49,7 +49,9 @@ def run(plan: list[Case], options: Options, wanted: list[str] | None = None) -> 
 
 
 def taking_part(case: Case, wanted: list[str] | None) -> tuple[str, ...]:
-    return tuple(name for name in methods.of(case.loss, case.timed) if not wanted or name in wanted)
+    return tuple(
+        name for name in methods.names_of(case.loss, case.timed) if not wanted or name in wanted
+    )
 
 
 def measure_case(
@@ -104,7 +106,7 @@ def _set(row: Row, case: Case, method: str, found: list[rank.Measured]) -> None:
         1e3 * seconds for seconds in (timing.median, timing.low, timing.high)
     )
     row.rounds = timing.rounds
-    rival = methods.of(case.loss)[0]
+    rival = methods.names_of(case.loss)[0]
     if rival in first.times:
         row.over_open_clip = first.times[rival].median / timing.median
     for column, name in (

@@ -121,7 +121,7 @@ def _times(rows: list[Row]) -> str:
     table_rows = []
     for case in _cases(rows):
         loss, dtype, b, _ = case
-        for method in methods.of(loss):
+        for method in methods.names_of(loss):
             if own := _pick(rows, case, method):
                 cells = [own.get(count, Row()) for count in ranks]
                 table_rows.append(
@@ -135,7 +135,7 @@ def _times(rows: list[Row]) -> str:
 
 
 def _time_and_ratio(row: Row) -> str:
-    if row.over_open_clip is None or row.method == methods.of(row.loss)[0]:
+    if row.over_open_clip is None or row.method == methods.names_of(row.loss)[0]:
         return duration(row.ms)
     return f"{duration(row.ms)} ({times(row.over_open_clip)})"
 
@@ -145,7 +145,9 @@ def _against_ranks(rows: list[Row]) -> str:
     parts = []
     for case in _cases(row for row in rows if row.ms is None and row.peak_mib is not None):
         loss, dtype, b, d = case
-        every = {method: _pick(rows, case, method) for method in methods.of(loss, timed=False)}
+        every = {
+            method: _pick(rows, case, method) for method in methods.names_of(loss, timed=False)
+        }
         ranks = sorted({count for own in every.values() for count in own})
         table_rows = []
         for method, own in every.items():

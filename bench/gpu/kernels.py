@@ -13,6 +13,7 @@ from ..cases import Case, make_inputs
 from ..losses import LOSSES
 from ..measure.timing import wait_for
 from ..methods import registry
+from ..methods.step import make_step
 from ..report import results
 from . import figures
 
@@ -26,7 +27,7 @@ MOST, WIDTH = 12, 60
 
 def times(case: Case, method: str, device: str) -> list[tuple[str, int, float]]:
     """Name, launches and total milliseconds of each kernel of a step, the longest first."""
-    step = registry.make_step(case, method, make_inputs(case, device))
+    step = make_step(case, method, make_inputs(case, device))
     for _ in range(2):
         step()
     wait_for(device)

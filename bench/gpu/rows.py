@@ -45,7 +45,7 @@ def case_key(case: Case) -> tuple[object, ...]:
 
 def remaining(plan: list[Case], done: list[results.Row], without: list[str]) -> list[Case]:
     """The cases and methods that are left to measure, given the rows of this run."""
-    lost = {row.method for row in done if row.note.startswith(runner.LOST)} | set(without)
+    lost = {row.method for row in done if row.note.startswith(runner.LOST_NOTE)} | set(without)
     known = {row.key for row in done if row.ms is not None or row.note}
     left = []
     for case in plan:
@@ -76,13 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
     plan = remaining(cases.GROUPS[options.group](), done, options.without)
     chosen = runner.Options(
         path, SECONDS[options.group], options.device, at_most=0.9 * steps.seconds_left(),
-        patience=PATIENCE, give_up=lambda: os._exit(steps.LOST),
+        patience=PATIENCE, give_up=lambda: os._exit(steps.LOST_STATUS),
     )  # fmt: skip
     try:
         rows = runner.run(plan, chosen)
     except runner.DeviceLost as error:
         print(f"device lost: {error}", flush=True)
-        return steps.LOST
+        return steps.LOST_STATUS
     rows = of_group(done + rows, options.group)
     broken = failures(rows)
     for row in broken:

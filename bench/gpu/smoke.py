@@ -50,14 +50,14 @@ JUDGES = {
 @contextlib.contextmanager
 def engine_of(label: str, tiles: Path | None) -> Iterator[str]:
     """The backend of a label such as "triton" or "cuda tf32", in the mode of its second word."""
-    backend, _, kind = label.partition(" ")
+    backend, _, mode = label.partition(" ")
     settings = {
         "fused": registry.fused_tiles,
         "split": fp32.split,
         "tf32": partial(fp32.precision, "tf32"),
         "winners": lambda: winners.applied(winners.better_of(tiles)),
     }
-    with settings.get(kind, contextlib.nullcontext)():
+    with settings.get(mode, contextlib.nullcontext)():
         yield backend
 
 
@@ -77,7 +77,7 @@ def work(label: str, loss: str, dtype: str, device: str, path: Path, tiles: Path
             try:
                 wait_for(device)
             except RuntimeError:  # all later checks would fail as well
-                return steps.LOST
+                return steps.LOST_STATUS
     return 0
 
 

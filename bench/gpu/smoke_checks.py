@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..losses import loss_of
 from ..measure.truth import Truth
-from ..methods import registry
+from ..methods.step import captured
 
 if TYPE_CHECKING:
     from fastclip import LineStatistics
@@ -176,7 +176,7 @@ def judge_rerun(problem: Problem, engine: str) -> dict[str, object]:
 
 def judge_graph(problem: Problem, engine: str) -> dict[str, object]:
     leaves = problem.leaves()
-    replay = registry.captured(partial(problem.step, engine, leaves), problem.device)
+    replay = captured(partial(problem.step, engine, leaves), problem.device)
     return _same(problem.step(engine, leaves), replay())
 
 

@@ -18,7 +18,7 @@ from . import figures, process
 
 COLUMNS = ("step", "status", "seconds", "note")
 # The exit status of a process that has lost the device and should be run again.
-LOST = 75
+LOST_STATUS = 75
 MOST_RUNS = 4
 # Seconds held back from the last step: to kill it, if necessary, and for the report.
 RESERVE = process.GRACE + 5
@@ -107,7 +107,7 @@ def commanded(
                 "FASTCLIP_BENCH_BEGAN": session.began, "FASTCLIP_BENCH_RUN": str(number), **more,
             }  # fmt: skip
             ended = process.run(command(session), left, session.say, environment)
-            if ended.code != LOST or session.clock() - began > seconds - 10:
+            if ended.code != LOST_STATUS or session.clock() - began > seconds - 10:
                 break
             session.say(f"{name}: the device is lost to this process; once more, in a new one")
         spent = session.clock() - began

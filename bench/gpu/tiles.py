@@ -23,8 +23,9 @@ import torch
 
 from ..cases import Case, make_inputs
 from ..losses import LOSSES, loss_of
+from ..measure.runner import DeviceLost
 from ..measure.timing import CLOCKS, wait_for
-from ..methods.registry import bytes_of_everything
+from ..methods.passes import bytes_of_everything
 from ..report import results
 from . import figures, process, steps
 
@@ -170,10 +171,6 @@ class Candidates:
         print(f"{key[-1]}: {told}; the table's {own}", flush=True)
 
 
-class DeviceLost(Exception):
-    """A candidate has made the device unusable for this process."""
-
-
 def compile_share(index: int, of: int, device: str) -> None:
     """Compiles every `of`-th candidate into Triton's cache, by running it on a small block."""
 
@@ -230,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         with choosing(found.choose):
             all_steps(N, D, options.device)
     except DeviceLost:
-        return steps.LOST
+        return steps.LOST_STATUS
     ran = sum(bool(row["rounds"]) for row in found.rows.values())
     print(f"{ran} of {len(found.rows)} candidates timed; in {FILE}")
     return 0 if ran else 1

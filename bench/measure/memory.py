@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from ..cases import Case, make_inputs
-from ..methods.registry import make_step
+from ..methods.step import make_step
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP_PAIRS = 64

@@ -21,7 +21,9 @@ import torch
 
 from ..cases import LARGEST_TRUTH, Case, Inputs, make_inputs
 from ..losses import loss_of
-from ..methods.registry import METHODS, Step, Unavailable, kept_bytes, make_step
+from ..methods.passes import kept_bytes
+from ..methods.registry import METHODS, Unavailable
+from ..methods.step import Step, make_step
 from ..report import results
 from ..report.results import Row
 from . import memory, progress
@@ -31,7 +33,7 @@ from .truth import Truth, relative_error
 MIB = 2**20
 SECOND_WARM_UP_BELOW = 1.0  # seconds
 # The prefix of a row's note if no later process should try the method again.
-LOST = "device lost: "
+LOST_NOTE = "device lost: "
 
 
 class DeviceLost(Exception):
@@ -114,7 +116,7 @@ def measure_case(
         tell(method, "warming up")
 
         def hung(method: str = method) -> None:
-            note = f"{LOST}no answer within {options.patience:g} s"
+            note = f"{LOST_NOTE}no answer within {options.patience:g} s"
             lost = replace(_blank(case, method, shared), note=note)
             keep(list({**rows, method: lost}.values()))
             options.give_up()
@@ -195,7 +197,7 @@ def _go_on_if_alive(
             torch.cuda.empty_cache()
     except RuntimeError as error:
         if culprit:
-            rows[culprit].note = f"{LOST}{rows[culprit].note}"[:200]
+            rows[culprit].note = f"{LOST_NOTE}{rows[culprit].note}"[:200]
         keep(list(rows.values()))
         raise DeviceLost(_first_line(error)) from error
 

@@ -93,11 +93,11 @@ class Traffic(TorchDispatchMode):
 
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
         names = [argument.name for argument in func._schema.arguments]
-        kind, position, rule = _OPERATORS[func._schema.name.removeprefix("c10d::")]
+        exchange, position, rule = _OPERATORS[func._schema.name.removeprefix("c10d::")]
         group = dist.ProcessGroup.unbox(args[names.index("process_group")])
         is_root = "root_rank" in names and args[names.index("root_rank")] == group.rank()
         if sent := round(rule(_bytes(args[position]), group.size(), is_root)):
-            self.sent[kind] += sent
+            self.sent[exchange] += sent
 
 
 def _bytes(held: Any) -> int:

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 @dataclass
-class Where:
+class Provenance:
     """The machine and the software that a row was measured with.
 
     `machine` (the file's name), `cpu` (or GPU), `threads` of a process (0 on a GPU), `capability`
@@ -43,7 +43,7 @@ class Where:
 
 
 @dataclass
-class Row(Where):
+class Row(Provenance):
     """One method on one case. A number that was not measured is None, an empty cell in the file.
 
     Case: `loss`, `m`, `n`, `d`, `dtype`, `data`, `scale`, `mode` as in `cases.Case`; `method`. A
@@ -104,53 +104,55 @@ class Row(Where):
         return (self.loss, *shape, self.dtype, self.data, self.scale, self.mode, self.method)
 
 
-R = TypeVar("R", bound=Where)  # one type of row; it has a `key`
+R = TypeVar("R", bound=Provenance)  # one type of row; it has a `key`
 
 
-def columns(kind: type[R]) -> list[str]:
-    return [field.name for field in fields(kind)]
+def columns(row_class: type[R]) -> list[str]:
+    return [field.name for field in fields(row_class)]
 
 
-def holds(path: Path, kind: type[R]) -> bool:
-    """True if the file has the columns of that kind of row."""
+def holds(path: Path, row_class: type[R]) -> bool:
+    """True if the file has the columns of that class of row."""
     with path.open(newline="") as file:
-        return next(csv.reader(file), None) == columns(kind)
+        return next(csv.reader(file), None) == columns(row_class)
 
 
-def read(path: Path, kind: type[R] = Row) -> list[R]:
+def read(path: Path, row_class: type[R] = Row) -> list[R]:
     """Reads the rows of a file.
 
     Raises:
-        ValueError: if its columns are not those of `kind`.
+        ValueError: if its columns are not those of `row_class`.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        expected, got = columns(kind), reader.fieldnames
+        expected, got = columns(row_class), reader.fieldnames
         if got != expected:
             raise ValueError(f"{path}: expected the columns {expected}, got {got}")
-        types = get_type_hints(kind)
+        types = get_type_hints(row_class)
         return [
-            kind(**{name: _parse(types[name], text) for name, text in cells.items()})
+            row_class(**{name: _parse(types[name], text) for name, text in cells.items()})
             for cells in reader
         ]
 
 
-def _parse(kind: object, text: str) -> object:
-    if kind is str:
+def _parse(type_: object, text: str) -> object:
+    if type_ is str:
         return text
     if text == "":
         return None
-    return int(text) if kind in (int, int | None) else float(text)
+    return int(text) if type_ in (int, int | None) else float(text)
 
 
-def write(path: Path, rows: Iterable[R], kind: type[R] = Row) -> None:
+def write(path: Path, rows: Iterable[R], row_class: type[R] = Row) -> None:
     """Replaces the file atomically, so that an interrupted run leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns(kind))
-        writer.writerows([_format(getattr(row, name)) for name in columns(kind)] for row in rows)
+        writer.writerow(columns(row_class))
+        writer.writerows(
+            [_format(getattr(row, name)) for name in columns(row_class)] for row in rows
+        )
     partial.replace(path)
 
 
@@ -165,7 +167,7 @@ def merge(old: Iterable[R], new: Iterable[R]) -> list[R]:
     return list(merged.values())
 
 
-def machine_row(device: str = "cpu", kind: type[R] = Row) -> R:
+def machine_row(device: str = "cpu", row_class: type[R] = Row) -> R:
     """A row with only the machine's columns."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = device == "cuda"
@@ -174,7 +176,7 @@ def machine_row(device: str = "cpu", kind: type[R] = Row) -> R:
     name = re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "cpu"
     if device == "cpu":
         name = f"{name}-{_instructions()}-{cores}core"
-    return kind(
+    return row_class(
         machine=name,
         cpu=model,
         threads=0 if on_gpu else torch.get_num_threads(),

@@ -69,20 +69,6 @@ def report(rows: list[Row]) -> str:
     return "\n\n".join(parts + _skipped(rows))
 
 
-def brief(rows: list[Row]) -> str:
-    """One line for each row that was measured, narrow enough for a terminal."""
-    header = ["case", "scale", "method", "time", "x dense", "of limit", "MiB", "dx", "note"]
-    table_rows = [
-        [
-            f"{row.loss} {row.m}x{row.n} {row.dtype}", f"{row.scale:g}", row.method,
-            duration(row.ms), times(row.over_dense), percent(row.fraction),
-            mebibytes(row.peak_mib), error(row.err_dx), row.note[:40],
-        ]
-        for row in rows if row.mode != "skipped"
-    ]  # fmt: skip
-    return markdown(header, table_rows)
-
-
 def _title(row: Row) -> str:
     shape = f"{row.m} x {row.n}" if row.m != row.n else f"N = {row.n}"
     mode = "forward and backward" if row.mode == "both" else "forward"

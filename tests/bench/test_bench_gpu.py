@@ -14,6 +14,7 @@ from bench.gpu import cases, fp32
 from bench.losses import LOSSES
 from bench.measure import memory, timing
 from bench.methods import registry
+from bench.methods.step import captured, make_step
 from bench.report import goals, results
 from fastclip.engine import arithmetic
 
@@ -164,8 +165,8 @@ def test_kept_products_count_as_memory_and_save_a_pass():
         for name in ("fastclip", "fastclip triton kept", "fastclip cuda kept")
     }
     assert passes == {"fastclip": 4.0, "fastclip triton kept": 3.0, "fastclip cuda kept": 3.0}
-    assert registry.kept_bytes(clip, "fastclip triton kept", "cuda") == 2 * 64 * 64
-    assert registry.kept_bytes(clip, "fastclip cuda kept", "cuda") == 4 * 64 * 64
+    assert passes.kept_bytes(clip, "fastclip triton kept", "cuda") == 2 * 64 * 64
+    assert passes.kept_bytes(clip, "fastclip cuda kept", "cuda") == 4 * 64 * 64
     # On a card a sigmoid loss's gradients always wait for the backward.
     siglip = replace(clip, loss="siglip")
     assert registry.METHODS["fastclip"].passes(siglip, "cuda") == 3.0
@@ -189,7 +190,7 @@ def test_a_methods_setting_holds_while_it_runs_and_no_longer(monkeypatch):
     monkeypatch.setitem(registry.METHODS, "plain", plain)
     inputs = make_inputs(TINY)
     for name in ("fastclip cuda fused", "plain"):
-        registry.make_step(TINY, name, inputs)()
+        make_step(TINY, name, inputs)()
     assert seen[0] == "fused" and seen[1] in (None, "library")
 
 
@@ -222,10 +223,10 @@ def test_a_replayed_step_returns_what_it_captured(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     steps = iter(range(100))
-    replay = registry.captured(lambda: next(steps), "cuda")
+    replay = captured(lambda: next(steps), "cuda")
     assert (replay(), replay(), len(replays)) == (3, 3, 2), "three runs before the captured one"
     with pytest.raises(registry.Unavailable, match="need a CUDA device"):
-        registry.captured(lambda: None, "cpu")
+        captured(lambda: None, "cpu")
 
 
 def test_goals_of_a_card():

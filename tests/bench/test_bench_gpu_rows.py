@@ -102,7 +102,7 @@ def test_a_method_that_hangs_ends_its_process_and_is_not_tried_again(tmp_path):
         return done.returncode, {row.method: row for row in results.read(path)}
 
     code, found = ended()
-    assert code == steps.LOST and found["memeff"].note == "device lost: no answer within 5 s"
+    assert code == steps.LOST_STATUS and found["memeff"].note == "device lost: no answer within 5 s"
     code, found = ended()
     assert code == 0 and found["dense"].ms is not None and found["memeff"].ms is None
 

@@ -204,7 +204,7 @@ def test_loss_tests_that_are_cut_are_not_a_failure(tmp_path, order):
 
 
 def test_a_process_that_loses_its_device_is_started_again(tmp_path, order):
-    codes = iter([steps.LOST, steps.LOST, 0])
+    codes = iter([steps.LOST_STATUS, steps.LOST_STATUS, 0])
     numbers = []
 
     def run(command, seconds, say, environment):

@@ -57,15 +57,8 @@ def test_goals_are_reached_missed_or_not_measured():
     assert not set(verdicts(rows_of_a_case(capability="sm_90"))) & {g.text for g in goals.CPU_GOALS}
 
 
-def test_the_brief_table_has_a_line_for_each_row_that_ran():
-    rows = rows_of_a_case()
-    rows[1] = replace(rows[1], ms=None, note="OutOfMemoryError: 33 GiB asked for, 20 are there")
-    header, _, *lines = table.brief(rows).splitlines()
-    assert len(lines) == 3 and "memeff" not in table.brief(rows)
-    assert "clip 8192x8192 float32" in lines[2] and "1.25 s" in lines[2] and "90 %" in lines[2]
-    assert "OutOfMemoryError" in lines[1]
-    assert all(len(line) == len(header) < 160 for line in lines)
-    assert ", 2 threads, AVX512" in table.provenance(rows)
+def test_provenance_names_threads_or_the_card():
+    assert ", 2 threads, AVX512" in table.provenance(rows_of_a_case())
     on_gpu = rows_of_a_case(threads=0, capability="sm_90")[:1]
     assert "Test CPU, sm_90; torch" in table.provenance(on_gpu)
 

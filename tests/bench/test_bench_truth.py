@@ -14,6 +14,7 @@ from bench.cases import CONTRAST, Case
 from bench.losses import LOSSES, loss_of
 from bench.measure import truth
 from bench.methods import dense, rectangular, registry
+from bench.methods.step import make_step
 from fastclip import reference
 
 
@@ -97,14 +98,14 @@ def test_every_method_computes_the_same_loss_and_gradients(loss, method, monkeyp
     case = replace(TINY, loss=loss, m=37, n=37, methods=(method,))
     inputs = cases.make_inputs(case)
     try:
-        step = registry.make_step(case, method, inputs)
+        step = make_step(case, method, inputs)
     except (registry.Unavailable, ImportError) as reason:
         pytest.skip(f"{method}: {reason}")
     true = loss_of(loss).truth(inputs.x, inputs.y, inputs.scale, inputs.bias)
     got = step()
     for value, expected in zip(got, (true.loss, true.dx, true.dy, true.dscale), strict=False):
         assert truth.relative_error(value, expected) < 2e-5
-    forward = registry.make_step(replace(case, mode="forward"), method, inputs)()
+    forward = make_step(replace(case, mode="forward"), method, inputs)()
     assert len(forward) == 1 and not forward[0].requires_grad
     assert truth.relative_error(forward[0], true.loss) < 2e-5
 

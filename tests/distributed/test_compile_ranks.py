@@ -4,7 +4,6 @@ All tests share one pool of three ranks; worlds of two ranks are groups within i
 """
 
 import shutil
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -18,13 +17,6 @@ from fastclip import distributed
 from fastclip.distributed.calls import ContrastCall, LossCall
 from fastclip.distributed.compiled import call as compiled_call
 from fastclip.distributed.gradient_mode import GradientMode
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    pool = Ranks(3)
-    yield pool
-    pool.close()
 
 
 def assert_like_eager(three: Ranks, cases: list[Case], allowed: float = 1e-6) -> None:

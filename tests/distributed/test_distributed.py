@@ -83,11 +83,11 @@ def run(ranks: Ranks, case: Case, **options: Any) -> dict[str, Any]:
 def test_the_mean_over_ranks_equals_one_process(ranks: Ranks, loss: str, ring: bool) -> None:
     wrong = []
     for precision, sizes in product(("float64", "float32", "bfloat16"), (EVEN, UNEVEN)):
-        for kind, scale, normalize in (
+        for batch_name, scale, normalize in (
             ("random", 14.3, False), ("lengths", 14.3, True), ("separated", 100.0, False),
             ("dominating", 1e3, False),
         ):  # fmt: skip
-            case = Case(loss, sizes[size_of(ranks)], precision, kind, scale, normalize)
+            case = Case(loss, sizes[size_of(ranks)], precision, batch_name, scale, normalize)
             wrong += mistakes(case, run(ranks, case, ring=ring, uneven=sizes is UNEVEN))
     assert not wrong, "\n".join(wrong)
 
@@ -145,7 +145,7 @@ def test_live_slices_add_up(ranks: Ranks, loss: str, ring: bool) -> None:
     """Micro-batches sum to the whole batch. On uneven batches their sizes differ between ranks."""
     wrong = []
     for sizes, normalize in ((EVEN, False), (MIXED, True)):
-        case = Case(loss, sizes[size_of(ranks)], kind="lengths", normalize=normalize)
+        case = Case(loss, sizes[size_of(ranks)], batch_name="lengths", normalize=normalize)
         found = ranks.run(accumulated, case, {"ring": ring, "uneven": sizes is MIXED})
         wrong += mistakes(case, joined(found))
     assert not wrong, "\n".join(wrong)

@@ -24,14 +24,6 @@ from support.ranks.processes import Ranks
 import fastclip
 from fastclip import distributed
 
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    pool = Ranks(4)
-    yield pool
-    pool.close()
-
-
 # Rows and columns by world size.
 EVEN = {1: (7,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
 UNEVEN = {1: (7,), 2: (5, 2), 3: (4, 0, 5), 4: (3, 1, 0, 6)}

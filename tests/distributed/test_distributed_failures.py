@@ -1,26 +1,9 @@
 """A mismatch between ranks raises the same error on every rank, naming ranks and sizes."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.ranks import failures
 from support.ranks.processes import Failed, Ranks
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    pool = Ranks(3)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    pool = Ranks(4)
-    yield pool
-    pool.close()
-
 
 MISMATCHES = {
     "sizes": (

@@ -1,25 +1,9 @@
 """Losses across ranks under DDP and FSDP2, the bytes that ranks send and the memory they hold."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.ranks import training
 from support.ranks.processes import Ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    pool = Ranks(3)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from support.block_operators import make_weights, operator, sweep, weigh
 from support.dense_block import DENSE_KINDS, DTYPES, Block, accumulator, make_block
 from support.dense_truth import Dense, assert_gradients, assert_states
 
-pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
+pytestmark = pytest.mark.usefixtures("on_the_device", "chunks_of_plain_pytorch")
 
 
 @everywhere

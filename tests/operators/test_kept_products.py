@@ -26,7 +26,7 @@ from support.dense_truth import Dense, assert_gradients, assert_states
 import fastclip
 from fastclip.engine.kept import rows_to_keep
 
-pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
+pytestmark = pytest.mark.usefixtures("on_the_device", "chunks_of_plain_pytorch")
 
 
 @compiled_only

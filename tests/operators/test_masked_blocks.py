@@ -16,7 +16,7 @@ from support.masked_cases import OPTIONS, check_masked, masked_blocks
 
 from fastclip.engine.kept import rows_to_keep
 
-pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
+pytestmark = pytest.mark.usefixtures("on_the_device", "chunks_of_plain_pytorch")
 
 for_every_option = pytest.mark.parametrize("options", OPTIONS)
 

@@ -14,7 +14,7 @@ import fastclip
 from fastclip import contrast, kinds
 from fastclip.engine import operators
 
-# The code of docs/adding-a-loss.md.
+# The kind of docs/adding-a-loss.md.
 MODULE = '''
 import torch.nn.functional as F
 

@@ -12,7 +12,7 @@ from support.dense_block import DENSE_KINDS, DTYPES, LOG2E, make_block
 from support.dense_truth import Dense, assert_gradients, logarithms
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("on_the_device", "small_chunks")
+pytestmark = pytest.mark.usefixtures("on_the_device", "chunks_of_plain_pytorch")
 
 
 def merged(states: list[Tensor], kind: str) -> Tensor:

@@ -30,19 +30,9 @@ def make_weights(state: Tensor, m: int, gain: float = -0.7, seed: int = 1) -> We
     return Weights(coefficients, positive, torch.tensor(gain, dtype=torch.float64))
 
 
-def weigh(
-    engine: str,
-    block: Block,
-    state: Tensor,
-    positive: Tensor,
-    weights: Weights,
-    kept: Tensor | None = None,
-    needs: tuple[bool, bool] = (True, True),
-    project: bool = False,
-    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = weigh_all(engine, block, state, positive, weights, kept, needs, project, dtypes)
-    return results[:3]
+def weigh(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dx, dy and (dbias, dscale); the arguments are those of `weigh_all`."""
+    return weigh_all(*arguments, **options)[:3]
 
 
 def weigh_all(

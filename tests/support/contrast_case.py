@@ -71,7 +71,10 @@ class Evaluated:
         **options: Any,
     ) -> None:  # fmt: skip
         p, scalar = problem, torch.float64 if dtype == torch.float64 else torch.float32
-        leaf = lambda value, kind: torch.tensor(value, dtype=kind, device=device).requires_grad_()  # noqa: E731
+
+        def leaf(value: Any, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(value, dtype=dtype, device=device).requires_grad_()
+
         self.leaves = {
             "dx": leaf(p.x, dtype), "dy": leaf(p.y, dtype), "dscale": leaf(p.scale, scalar),
             "dbias": leaf(p.bias, scalar),

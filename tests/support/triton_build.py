@@ -72,7 +72,7 @@ class Driver:
 class Case(NamedTuple):
     """A step that the engine is taken through; every kernel that it launches is compiled."""
 
-    loss: str
+    kind: str
     arithmetic: str
     d: int
     normalize: bool = False
@@ -82,20 +82,20 @@ class Case(NamedTuple):
     masked: bool = False  # every option of a block
 
     def __str__(self) -> str:
-        words = [self.loss, self.arithmetic, f"D={self.d}"]
+        words = [self.kind, self.arithmetic, f"D={self.d}"]
         flags = ("one_go", "small", "kept", "masked")
         words += ["factors" if self.normalize else "unit", *(f for f in flags if getattr(self, f))]
         return " ".join(words)
 
 
 def cases() -> Iterator[Case]:
-    for loss, arithmetic in itertools.product(("softmax", "sigmoid"), DTYPES):
-        yield Case(loss, arithmetic, 768, True, one_go=loss == "sigmoid")
-    for loss in ("softmax", "sigmoid"):
-        yield Case(loss, "bf16", 768)
-        yield Case(loss, "bf16", 768, True, kept=True)
-        yield Case(loss, "bf16", 768, True, one_go=loss == "sigmoid", small=True)
-        yield Case(loss, "bf16", 768, True, masked=True)
+    for kind, arithmetic in itertools.product(("softmax", "sigmoid"), DTYPES):
+        yield Case(kind, arithmetic, 768, True, one_go=kind == "sigmoid")
+    for kind in ("softmax", "sigmoid"):
+        yield Case(kind, "bf16", 768)
+        yield Case(kind, "bf16", 768, True, kept=True)
+        yield Case(kind, "bf16", 768, True, one_go=kind == "sigmoid", small=True)
+        yield Case(kind, "bf16", 768, True, masked=True)
     yield Case("softmax", "fp16", 768, True, kept=True)
     yield Case("sigmoid", "bf16", 768, one_go=True)
     yield Case("softmax", "bf16", 24)
@@ -111,7 +111,7 @@ FEW = (Case("softmax", "bf16", 768, True), Case("sigmoid", "bf16", 768, True, on
 
 def run(case: Case) -> None:
     """Takes the engine through one step. Its results are garbage."""
-    loss, arithmetic, d, normalize, one_go, small, kept, masked = case
+    kind, arithmetic, d, normalize, one_go, small, kept, masked = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
     settings.fp32 = lambda: "split" if arithmetic == "split" else "ieee"
     plan.SMALL_PAIRS = 1 << 23 if small else 0
@@ -122,14 +122,14 @@ def run(case: Case) -> None:
     scale, bias, gain = torch.ones(()), torch.zeros(()), torch.ones((), dtype=torch.float64)
     block = Block(
         Side(x, factor, *options), Side(y, factor, *options), scale, bias,
-        torch.zeros(n) if masked else None, kind=loss, same_id_positive=masked,
+        torch.zeros(n) if masked else None, kind=kind, same_id_positive=masked,
     )  # fmt: skip
     if one_go:
         engine.sweep_and_weigh(block, gain, True, True, normalize)
         return
     statistics = SweepResults(*engine.sweep(block, None, None, 512 if kept else 0))
     state, positive, _ = statistics
-    engine.finish(state[:2], positive, scale, bias, loss)
+    engine.finish(state[:2], positive, scale, bias, kind)
     coefficients = state[1::2] if masked else state[1]
     wanted = Wanted(True, True, masked, normalize, x.dtype, x.dtype)
     engine.weigh(block, statistics, Upstream(coefficients, positive, gain), wanted)
@@ -234,27 +234,27 @@ def build_candidates() -> list[dict[str, Any]]:
         "kept": ("sweep_kernel", [normal._replace(kept=True)]),
         "weigh": ("weigh_kernel", [plain, normal, normal._replace(arithmetic="fp16")]),
         "both": (
-            "weigh_kernel", [c._replace(loss="sigmoid", one_go=True) for c in (plain, normal)]
+            "weigh_kernel", [c._replace(kind="sigmoid", one_go=True) for c in (plain, normal)]
         ),
     }  # fmt: skip
-    return [row for kind in tried for row in _candidates_of(kind, *tried[kind])]
+    return [row for name in tried for row in _candidates_of(name, *tried[name])]
 
 
-def _candidates_of(kind: str, wanted: str, cases: list[Case]) -> list[dict[str, Any]]:
+def _candidates_of(name: str, wanted: str, cases: list[Case]) -> list[dict[str, Any]]:
     table, rows = configurations.TABLE["sm_90"], []
-    default = table[kind, "half", "wide"]
+    default = table[name, "half", "wide"]
 
     def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         if kernel.__name__ == wanted:
             compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
-            row = {"kind": kind, "config": config, "shared": compiled.metadata.shared}
+            row = {"kernel": name, "config": config, "shared": compiled.metadata.shared}
             rows.append({**row, **resources(compiled, 1)})
             raise Compiled
 
     launch.launch = compile_only
-    every = (c._replace(group=8) for c in configurations.candidates(default, kind))
+    every = (c._replace(group=8) for c in configurations.candidates(default, name))
     for config in dict.fromkeys(every):
-        chosen = {**table, (kind, "half", "wide"): config}
+        chosen = {**table, (name, "half", "wide"): config}
         configurations._table = lambda device, chosen=chosen: chosen
         for case in cases:
             with contextlib.suppress(Compiled):

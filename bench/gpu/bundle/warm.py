@@ -17,7 +17,7 @@ import torch
 from ...cases import CONTRAST, SCALES, Case, Inputs
 from ...losses import loss_of
 from ...methods import on_contrast
-from ...methods.registry import bytes_of_everything
+from ...methods.passes import bytes_of_everything
 from .. import cases, figures, fp32, smoke, smoke_checks, tiles
 from . import pretended
 

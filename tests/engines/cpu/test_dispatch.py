@@ -42,12 +42,12 @@ failures, examined = [], 0
 for name, loss in {"clip": clip_loss, "siglip": siglip_loss}.items():
     for precision in ("float64", "float32", "bfloat16", "float16"):
         # One shift and running maxima; several strips and tiles; odd D; products in pieces.
-        for kind, scale, n, d in (
+        for batch_name, scale, n, d in (
             ("random", 14.3, 131, 7), ("dominating", 100.0, 97, 35), ("separated", 14.3, 90, 131),
             ("lengths", 14.3, 97, 33), ("long_duplicates", 1e4, 131, 24),
         ):
-            normalize = kind == "lengths"
-            case = (*batch(kind, n, d), scale, -3.0, PRECISIONS[precision])
+            normalize = batch_name == "lengths"
+            case = (*batch(batch_name, n, d), scale, -3.0, PRECISIONS[precision])
             exact = truth(name, *case, normalize=normalize)
             for budget in (0, None):
                 results = evaluate(
@@ -62,7 +62,7 @@ for name, loss in {"clip": clip_loss, "siglip": siglip_loss}.items():
                     examined += 1
                     if not mistake <= allowed + 1e-15:
                         failures.append(
-                            f"{name} {precision} {kind} {budget} {quantity}: {mistake:.2e}, "
+                            f"{name} {precision} {batch_name} {budget} {quantity}: {mistake:.2e}, "
                             f"allowed {allowed:.2e}"
                         )
 print(json.dumps({"info": fastclip.build_info(), "failures": failures, "examined": examined}))

@@ -82,7 +82,6 @@ def test_kernels_stay_in_registers(setup: SimpleNamespace) -> None:
     assert not bad, bad
 
 
-@needs_nvcc
 def test_spills_are_parsed_from_the_log() -> None:
     """The log is that of two kernels that spill."""
     log = (

@@ -120,7 +120,7 @@ def test_the_order_follows_the_arithmetic(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(None, dtype) == first
-        backends._AVAILABILITY["triton" if first == "triton" else "cuda", 0] = "it is ill"
+        backends._AVAILABILITY[first, 0] = "it is ill"
         assert choose(None, dtype) == second
 
 
@@ -266,17 +266,16 @@ def test_torch_compile_sees_a_constant(fresh: pytest.MonkeyPatch) -> None:
     assert len(graphs) == 1
 
 
-def test_importing_and_asking_does_not_initialise_cuda() -> None:
+def test_importing_does_not_initialise_cuda() -> None:
+    """Importing asks nothing of a card: a forked process may import fastclip."""
     code = (
-        "import torch, fastclip\n"
-        "reason = fastclip.backends()['cuda']\n"
-        "assert torch.cuda.is_available() or not torch.cuda.is_initialized()\n"
-        "print(reason)"
+        "import torch\n"
+        "def refuse(*arguments): raise AssertionError('CUDA was asked')\n"
+        "torch.cuda._lazy_init = torch.cuda.is_available = refuse\n"
+        "import fastclip, fastclip.distributed, fastclip.loss"
     )
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip()
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["torch", "reference"])

@@ -41,22 +41,22 @@ def shapes(rows: int, columns: int) -> dict[str, tuple[int, int, int]]:
     }
 
 
-HALVES = {name: DTYPES[name] for name in ("float32", "bfloat16", "float16")}
+GPU_DTYPES = {name: DTYPES[name] for name in ("float32", "bfloat16", "float16")}
 FACTORS = ((False, False), (True, False), (False, True), (True, True))
 
 
 @pytest.mark.parametrize("shape", shapes(0, 0))
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_block(gpu_engine: str, kind: str, dtype: str, shape: str) -> None:
     """There are three offsets, each with its factors. A kind, dtype and shape meet two of them; the
     one left out differs between kinds, so a dtype and shape meet all three."""
     m, n, d = shapes(*tile_of(gpu_engine))[shape]
-    turn = [*KINDS].index(kind) + [*HALVES].index(dtype) + [*shapes(0, 0)].index(shape)
+    turn = [*KINDS].index(kind) + [*GPU_DTYPES].index(dtype) + [*shapes(0, 0)].index(shape)
     cases = [*zip((0, -5, n - 1 - m // 4), FACTORS[1:], strict=True)]
     del cases[turn % 3]
     for offset, factors in cases:
-        block = make_block(m, n, d, HALVES[dtype], kind=kind, offset=offset, factors=factors)
+        block = make_block(m, n, d, GPU_DTYPES[dtype], kind=kind, offset=offset, factors=factors)
         check(gpu_engine, block, what=f"{offset=}, {factors=}")
 
 
@@ -71,13 +71,13 @@ def test_blocks_without_positives(gpu_engine: str, kind: str, side: str, beyond:
     assert sweep(gpu_engine, block)[1].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
 def test_both_sweeps_in_one_go(
     gpu_engine: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for factors in FACTORS:
         block = make_block(
-            *enlarged(40, 65), 24, HALVES[dtype], kind="sigmoid", offset=-5, factors=factors,
+            *enlarged(40, 65), 24, GPU_DTYPES[dtype], kind="sigmoid", offset=-5, factors=factors,
             bias=-10.0,
         )  # fmt: skip
         check_in_one_go(gpu_engine, block, what=f"{factors=}")
@@ -110,7 +110,7 @@ def test_only_what_is_needed(gpu_engine: str, needs: tuple[bool, bool]) -> None:
     assert len(products) == expected
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_change_nothing(
     gpu_engine: str, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -119,7 +119,7 @@ def test_chunks_change_nothing(
     has_switch = DENSE_KINDS[kind].has_shift and dtype == "bfloat16"
     for scale in (14.3, 1e4) if has_switch else (14.3,):
         block = make_block(
-            *enlarged(70, 67), 16, HALVES[dtype], kind=kind, offset=3, factors=(True, True),
+            *enlarged(70, 67), 16, GPU_DTYPES[dtype], kind=kind, offset=3, factors=(True, True),
             scale=scale,
         )  # fmt: skip
         with small_chunks(gpu_engine, monkeypatch):
@@ -194,7 +194,7 @@ def test_gradients_in_any_dtype(gpu_engine: str, dtype_x: str, dtype_y: str) -> 
     assert_gradients(dense, exact, results)
 
 
-@pytest.mark.parametrize("out", HALVES)
+@pytest.mark.parametrize("out", GPU_DTYPES)
 def test_features_shorter_than_epsilon_are_not_projected(gpu_engine: str, out: str) -> None:
     """Their norm was clamped. In fp16 their gradient, of order 1e12, is 0 instead of infinite."""
     block = make_block(*enlarged(40, 33), 24, kind="sigmoid", factors=(True, True))

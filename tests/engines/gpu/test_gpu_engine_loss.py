@@ -19,16 +19,16 @@ from fastclip.loss import clip_loss
 # One shift may overflow before the switch redoes the sweep: only the final result counts.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SCALES = (0.0, 1e-3, 1.0, 14.3, 100.0, 112.3, 1e4)
-KINDS = ("random", "separated", "duplicates", "cone", "negative", "dominating", "lengths")
+BATCH_NAMES = ("random", "separated", "duplicates", "cone", "negative", "dominating", "lengths")
 BIAS = -3.0
 
 
 def check(
-    engine: str, loss: str, kind: str, precision: str, scale: float, n: int = 33, d: int = 24,
+    engine: str, loss: str, batch_name: str, precision: str, scale: float, n: int = 33, d: int = 24,
     reduction: str = "mean", normalize: bool = False, memory_budget: int = 0,
 ) -> None:  # fmt: skip
     p = PRECISIONS[precision]
-    case = (*batch(kind, n, d), scale, BIAS, p)
+    case = (*batch(batch_name, n, d), scale, BIAS, p)
     upstream = np.float64(1)
     if reduction == "none":  # of any sign, some zero
         upstream = np.random.default_rng(7).normal(size=n).astype(np.float32).astype(np.float64)
@@ -40,7 +40,7 @@ def check(
     ours = evaluate(LOSSES[loss], *case, DEVICE, **options, **extra)
     for name in QUANTITIES:
         eps = allowance(name, exact, p, ours[name].dtype)
-        what = f"{name}, {kind}, {reduction}, {normalize=}"
+        what = f"{name}, {batch_name}, {reduction}, {normalize=}"
         assert_accurate(ours[name], theirs[name], getattr(exact, name), eps, what)
 
 
@@ -54,7 +54,7 @@ def test_is_at_least_as_accurate_as_plain_torch(
     turn = zlib.crc32(f"{loss} {precision} {scale}".encode())
     for step in range(2):
         check(
-            gpu_engine, loss, KINDS[(turn + 3 * step) % len(KINDS)], precision, scale,
+            gpu_engine, loss, BATCH_NAMES[(turn + 3 * step) % len(BATCH_NAMES)], precision, scale,
             reduction=("mean", "none")[(turn + step) % 2], normalize=(turn // 2 + step) % 2 == 0,
         )  # fmt: skip
 

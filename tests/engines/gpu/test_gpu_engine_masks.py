@@ -25,7 +25,7 @@ from support.triton_case import needs_engine
 from fastclip import contrast
 
 pytestmark = pytest.mark.usefixtures("on_the_device", "half_products")
-HALVES = ("float32", "bfloat16", "float16")
+GPU_DTYPES = ("float32", "bfloat16", "float16")
 ALL = "everything"
 
 
@@ -40,7 +40,7 @@ def masked(engine: str, options: str, turn: int = 0, columns: int = 100, **other
     """Returns a block of another dtype, offset and normalisation at each turn. Some of its tiles
     are plain; with so few features many products exceed a threshold."""
     size = several_tiles(engine) if engine == "cuda" else enlarged(40, columns)
-    dtype, offset = DTYPES[HALVES[turn % 3]], [*OFFSETS.values()][turn % 3]
+    dtype, offset = DTYPES[GPU_DTYPES[turn % 3]], [*OFFSETS.values()][turn % 3]
     others = {"factors": (turn % 2 == 1, turn % 4 > 1), "offset": offset, **others}
     return make_masked_block(*size, 8, dtype, **{**OPTIONS[options], **others})
 

@@ -76,8 +76,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} at {case[1]}")
 def test_shifts(gpu_engine: str, case: tuple) -> None:
-    kind, scale, enough = case
-    state = check(gpu_engine, kind(scale))
+    make, scale, enough = case
+    state = check(gpu_engine, make(scale))
     assert torch.equal(state[0], state[0].round()), "exponents are exact for integers alone"
     assert has_one_shift(state) == enough
 

@@ -206,10 +206,10 @@ CASES = [
 
 
 def mistakes_of(
-    loss: str, kind: str, scale: float, n: int, d: int, device: torch.device
+    loss: str, batch_name: str, scale: float, n: int, d: int, device: torch.device
 ) -> dict[str, str]:
     """Returns the errors in value and gradients that exceed those of plain torch in fp32."""
-    case, found = (*batch(kind, n, d), scale, -3.0, PRECISIONS["float32"]), {}
+    case, found = (*batch(batch_name, n, d), scale, -3.0, PRECISIONS["float32"]), {}
     exact = truth(loss, *case)
     theirs = evaluate(plain(loss), *case, device)
     engine = functools.partial(LOSSES[loss], backend="triton")
@@ -224,14 +224,14 @@ def mistakes_of(
 
 
 @needs_engine
-@pytest.mark.parametrize("loss, kind, scale", CASES)
+@pytest.mark.parametrize("loss, batch_name, scale", CASES)
 @pytest.mark.usefixtures("split")
 def test_losses_are_as_accurate_as_in_fp32(
-    modelled: Callable[[tensor_core.Core], None], loss: str, kind: str, scale: float,
+    modelled: Callable[[tensor_core.Core], None], loss: str, batch_name: str, scale: float,
     device: torch.device,
 ) -> None:  # fmt: skip
     modelled(tensor_core.HOPPER)
-    assert not mistakes_of(loss, kind, scale, 33, 96, device)
+    assert not mistakes_of(loss, batch_name, scale, 33, 96, device)
 
 
 @needs_engine

@@ -153,7 +153,7 @@ def test_tile_candidates_fit_a_card_too(rows: list[dict]) -> None:
     """The tiles that are timed against the table's spill at most four registers."""
     from fastclip.triton_kernels.configurations import SHAPES, SHARED_MEMORY
 
-    assert {row["kind"] for row in rows} == {*SHAPES}
+    assert {row["kernel"] for row in rows} == {*SHAPES}
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY["sm_90"], row
         assert row["stack"] <= 16 and row["wgmma"] and "16x" not in row["stores"], row

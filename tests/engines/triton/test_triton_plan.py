@@ -46,13 +46,13 @@ def test_every_pair_is_in_one_chunk(m: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "interpreter"])
-@pytest.mark.parametrize("kind", ["sweep", "weigh", "both"])
-def test_every_tile_is_plain_or_of_the_edges(kind: str, architecture: str) -> None:
+@pytest.mark.parametrize("kernel", ["sweep", "weigh", "both"])
+def test_every_tile_is_plain_or_of_the_edges(kernel: str, architecture: str) -> None:
     """By the kernels' own arithmetic every tile is taken once, for any offset, and a plain tile is
     whole and has no positive."""
     from fastclip.triton_kernels.plan import Chunk
 
-    bm, bn, *_ = config(kind, architecture)
+    bm, bn, *_ = config(kernel, architecture)
     sizes = [(3 * bm, 5 * bn), (3 * bm + 1, 2 * bn - 1), (bm - 1, 4 * bn), (6 * bm, bn), (1, 1)]
     for m, n in sizes:
         chunk = Chunk(0, m, 0, n, bm, bn)
@@ -219,9 +219,9 @@ def test_candidates_of_a_card() -> None:
     """Candidates are high and wide tiles, two programs a processor, other stages, orders, loads."""
     from fastclip.triton_kernels.configurations import candidates
 
-    for kind in ("sweep", "weigh"):
-        found = candidates(config(kind), kind)
-        assert found[0] == config(kind) and len(set(found)) == len(found)
+    for kernel in ("sweep", "weigh"):
+        found = candidates(config(kernel), kernel)
+        assert found[0] == config(kernel) and len(set(found)) == len(found)
         shapes = {(c.bm, c.bn, c.warps) for c in found}
         assert shapes >= {(256, 128, 8), (128, 256, 8), (128, 128, 4)}
         assert {c.stages for c in found} == {3, 4} and {c.group for c in found} == {4, 8, 16}

@@ -33,7 +33,7 @@ class Case(NamedTuple):
     loss: str
     sizes: tuple[int, ...]
     precision: str = "float64"
-    kind: str = "random"
+    batch_name: str = "random"
     scale: float = 14.3
     normalize: bool = False
     upstream: tuple[float, ...] | None = None
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
     @property
     def towers(self) -> tuple[np.ndarray, np.ndarray]:
-        return batch(self.kind, sum(self.sizes), self.width)
+        return batch(self.batch_name, sum(self.sizes), self.width)
 
     def part(self, rank: int) -> slice:
         start = sum(self.sizes[:rank])

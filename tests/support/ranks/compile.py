@@ -63,8 +63,8 @@ def loss_of(case: Case, rank: int) -> Callable[..., Tensor]:
     """A function of all inputs. Classes hold the group as an attribute; functions take it."""
     group = None if case.ranks == dist.get_world_size() else group_of(case.ranks)
     if case.name in ("ClipLoss", "SigLipLoss"):
-        kind = {"ClipLoss": ClipLoss, "SigLipLoss": SigLipLoss}[case.name]
-        module = kind(rank=rank, world_size=case.ranks, process_group=group, **case.options)
+        loss_class = {"ClipLoss": ClipLoss, "SigLipLoss": SigLipLoss}[case.name]
+        module = loss_class(rank=rank, world_size=case.ranks, process_group=group, **case.options)
         return lambda x, y, scale, bias, key_bias: module(x, y, scale, bias)
     call = functools.partial(
         getattr(distributed, case.name), process_group=group, **(case.options or {})

@@ -1,0 +1,98 @@
+"""The passes that methods need, and the bytes of products that they keep for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..cases import CONTRAST, Case
+from ..losses import loss_of
+
+
+def bytes_of_everything(case: Case) -> int:
+    """A memory budget that no engine can exceed: one fp32 number per pair."""
+    long, short = max(case.m, case.n), min(case.m, case.n)
+    return 4 * (long + 16) * short
+
+
+def budget_of_method(method: str, device: str) -> int:
+    """The bytes of products that fastclip may keep: its default, or 0."""
+    from fastclip.engine.checks import budget_of
+
+    return 0 if method == "fastclip budget=0" else budget_of(None, torch.device(device))
+
+
+def _keeps_everything(case: Case, method: str) -> bool:
+    kept = method.endswith(" kept") and case.mode != "forward"
+    return kept and not loss_of(case.loss).in_one_go
+
+
+def _in_one_go(case: Case, method: str) -> bool:
+    """True if one sweep suffices. A loss on `contrast` takes two, whatever its kind."""
+    return loss_of(case.loss).in_one_go and method not in CONTRAST
+
+
+def bytes_of_kept_products(m: int, n: int, method: str, device: str) -> int:
+    """Bytes of the rows of products that the budget keeps between two sweeps; only whole rows are
+    kept. The PyTorch engine keeps none, and GPU engines keep none by default."""
+    from fastclip.engine.kept import rows_to_keep
+
+    if method == "fastclip torch" or device != "cpu":
+        return 0
+    return rows_to_keep(m, n, 4, budget_of_method(method, device)) * min(m, n) * 4
+
+
+def passes_of_two_sweeps(m: int, n: int, kept: int) -> float:
+    """The passes of two sweeps; the second reuses the `kept` bytes of products."""
+    return 4.0 - min(1.0, kept / (4 * m * n))
+
+
+def kept_bytes(case: Case, method: str, device: str) -> int:
+    """How many bytes of its memory budget a method uses: 0 for all but fastclip.
+
+    A loss computed in one go keeps float32 gradients if the features have another dtype; any other
+    loss keeps products.
+    """
+    if not method.startswith("fastclip") or case.mode == "forward":
+        return 0
+    if _keeps_everything(case, method):
+        # For half-precision features the Triton engine keeps weights in half precision.
+        return case.m * case.n * (2 if case.half and "triton" in method else 4)
+    if _in_one_go(case, method):
+        waiting = (case.m + case.n) * case.d * 4
+        return (
+            waiting
+            if case.dtype == "bfloat16" and waiting <= budget_of_method(method, device)
+            else 0
+        )
+    return bytes_of_kept_products(case.m, case.n, method, device)
+
+
+def passes_of_fastclip(case: Case, device: str, method: str) -> float:
+    if case.mode == "forward":
+        return 1.0
+    if _keeps_everything(case, method):
+        return 3.0
+    kept = kept_bytes(case, method, device)
+    if _in_one_go(case, method):
+        # The forward computes the gradients, too, if they may be held until the backward; on GPUs
+        # they always may.
+        return 3.0 if kept or case.dtype != "bfloat16" or device != "cpu" else 4.0
+    return passes_of_two_sweeps(case.m, case.n, kept)
+
+
+def passes(forward: float, both: float) -> Callable[[Case, str], float]:
+    def count(case: Case, device: str) -> float:
+        return forward if case.mode == "forward" else both
+
+    return count
+
+
+def passes_a_direction(both: float) -> Callable[[Case, str], float]:
+    """The passes of losses that compute their logits again for each direction."""
+
+    def count(case: Case, device: str) -> float:
+        return loss_of(case.loss).directions * (1.0 if case.mode == "forward" else both)
+
+    return count
