@@ -35,7 +35,7 @@ class Options:
 def run(plan: list[Case], options: Options, wanted: list[str] | None = None) -> list[Row]:
     """Measures every case of `plan` with the methods wanted, or all; returns the new rows, which
     are also in the CSV."""
-    where = results.machine_row(kind=Row)
+    where = results.machine_row(row_class=Row)
     old = results.read(options.path, Row) if options.path.exists() else []
     rows: list[Row] = []
     chosen = {case: taking_part(case, wanted) for case in plan}

@@ -160,11 +160,11 @@ def test_inputs_are_made_on_the_device(monkeypatch):
 
 def test_kept_products_count_as_memory_and_save_a_pass():
     clip = Case("clip", 64, 64, 16, "bfloat16", 14.3)
-    passes = {
+    counted = {
         name: registry.METHODS[name].passes(clip, "cuda")
         for name in ("fastclip", "fastclip triton kept", "fastclip cuda kept")
     }
-    assert passes == {"fastclip": 4.0, "fastclip triton kept": 3.0, "fastclip cuda kept": 3.0}
+    assert counted == {"fastclip": 4.0, "fastclip triton kept": 3.0, "fastclip cuda kept": 3.0}
     assert passes.kept_bytes(clip, "fastclip triton kept", "cuda") == 2 * 64 * 64
     assert passes.kept_bytes(clip, "fastclip cuda kept", "cuda") == 4 * 64 * 64
     # On a card a sigmoid loss's gradients always wait for the backward.

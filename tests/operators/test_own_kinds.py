@@ -113,6 +113,16 @@ def test_a_kinds_name_can_be_registered_once(module: ModuleType) -> None:
             name = "softmax"
 
 
+def test_a_kind_with_a_shift_may_not_negate_positives() -> None:
+    class Negating(kinds.Softmax):
+        name = "negating"
+        negates_positives = True
+
+    with pytest.raises(ValueError, match="with a shift must not negate positives, got 'negating'"):
+        kinds.register(Negating)
+    assert "negating" not in kinds.KINDS
+
+
 def test_an_unknown_kind_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"kind must be one of 'softmax', 'sigmoid', got 'cubic'"):
         kinds.kind_of("cubic")

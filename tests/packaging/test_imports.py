@@ -1,6 +1,8 @@
 """The import graph of modules has no cycle, and packages form layers."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +89,8 @@ def test_packages_form_layers() -> None:
         if None not in (layer(module), layer(other)) and layer(other) > layer(module)
     ]
     assert upwards == []
+
+
+def test_public_modules_are_attributes_of_the_package() -> None:
+    code = "import fastclip; fastclip.reference.clip_loss, fastclip.distributed.clip_loss"
+    subprocess.run([sys.executable, "-c", code], check=True)
