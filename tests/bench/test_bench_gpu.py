@@ -13,7 +13,7 @@ from bench.cases import CONTRAST, SCALES, Case, make_inputs
 from bench.gpu import cases, fp32
 from bench.losses import LOSSES
 from bench.measure import memory, timing
-from bench.methods import registry
+from bench.methods import passes, registry
 from bench.methods.step import captured, make_step
 from bench.report import goals, results
 from fastclip.engine import arithmetic
