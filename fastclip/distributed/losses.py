@@ -45,8 +45,8 @@ def clip_loss(
         logit_scale, logit_bias: the same on all ranks.
         process_group: the ranks that share the batch; None: all processes.
         ring: True sends texts around a ring, both ways at once, instead of gathering them. A rank
-            then holds at most four ranks' texts, O(b D) instead of O(B D). Texts travel twice, in the
-            forward and in the backward.
+            then holds at most four ranks' texts, O(b D) instead of O(B D). Texts travel twice: in
+            the forward and in the backward.
         uneven: batches may differ in size from rank to rank. A rank without pairs takes part and
             gets 0. Sizes are exchanged at every step, which waits for the device on GPUs.
         live: (start, stop) of this rank's pairs, as in `fastclip.clip_loss`; the same on all ranks
