@@ -89,7 +89,7 @@ gpu-bundle: $(if $(filter .venv-bundle/%,$(BUNDLE_PYTHON)),.venv-bundle/packages
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-bundle gpu-bundle build dist demo *.egg-info fastclip/_C.* \
+	rm -rf .venv .venv-oldest .venv-bundle gpu-bundle build dist demo *.egg-info fastclip/_C*.so \
 	  .pytest_cache .ruff_cache .hypothesis
 	find fastclip triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 

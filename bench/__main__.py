@@ -76,7 +76,7 @@ def _add_measuring(made: argparse.ArgumentParser, full: str | None = None) -> No
     made.add_argument(
         "--list", action="store_true", help="list cases and methods without measuring"
     )
-    made.add_argument("--seconds", type=float, help="time for the rounds of one case")
+    made.add_argument("--seconds", type=float, help="seconds for the rounds of one case")
     made.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
     made.add_argument(
         "--csv", type=Path, metavar="FILE", help="the file to write (default: in bench/results)"

@@ -7,8 +7,8 @@ On the host:
 
     engine.py          the operators
     logit_block.py     a block's operands and their layout
-    sweep.py           the first sweep: the shift, launches over chunks, their sums
-    weigh.py           the second sweep: chunks of weights, two library products for each
+    first_sweep.py     the first sweep: the shift, launches over chunks, their sums
+    second_sweep.py    the second sweep: chunks of weights, two library products for each
     complete.py        the end of the second sweep: products become gradients
     plan.py            chunks, buffers, memory and traffic, as plain arithmetic
     configurations.py  tile sizes, warps, stages, slices for each architecture; candidates

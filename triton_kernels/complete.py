@@ -9,7 +9,7 @@ from . import launch
 from .kernels import complete
 from .launch import COLUMNS, LANES, ROWS
 from .plan import Chunk, cdiv
-from .weigh import LastChunk, Weighing
+from .second_sweep import LastChunk, Weighing
 
 
 class Completion:

@@ -17,14 +17,14 @@ from fastclip.kinds import kind_of
 from . import launch, plan
 from .complete import Completion
 from .configurations import Config
+from .first_sweep import add_moments, add_sums, run_sweep, shift_of, sweep_maxima
 from .kept import Kept
 from .kernels.finalise import finish_kernel
 from .kinds import functions_of
 from .launch import LANES, on_its_device
 from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
-from .sweep import add_moments, add_sums, run_sweep, shift_of, sweep_maxima
-from .weigh import Weighing
+from .second_sweep import Weighing
 
 
 @on_its_device

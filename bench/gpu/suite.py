@@ -21,7 +21,7 @@ def _files(*patterns: str) -> tuple[str, ...]:
 
 # Tests that need a card; then the losses' own tests, which compile thousands of small kernels.
 GROUPS = {
-    "card": _files("gpu", "gpu_large", "gpu_engine_*", "split_products", "errors"),
+    "card": _files("gpu", "gpu_large", "gpu_engine_*", "split_*", "errors"),
     "losses": _files(
         "determinism", "gradients_requested", "shapes", "parts_of_a_block", "kept_products",
         "blocks", "accuracy",

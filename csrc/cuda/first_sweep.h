@@ -69,7 +69,7 @@ class FirstSweep {
     if (positive_partials_) add_sums(c, positive_partials_, w.b.x.positives, w.b.y.positives, 1);
   }
 
-  // Launches the kernel that, if the flag is set, makes the states anew with a shift for each line.
+  // Launches the kernel that computes the states again if the flag is set, with a shift for each line.
   void sweep_maxima() {
     const Features x = Work::features_of(w.b.x), y = Work::features_of(w.b.y);
     for_features(w.b.dtype, [&](auto* type) {

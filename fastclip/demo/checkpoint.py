@@ -72,7 +72,7 @@ class Checkpoint:
             raise ValueError(f"settings must be those of {self.path}: {wanted}, got {got}")
         return state
 
-    def moved(self, state: Mapping[str, Any]) -> str:
+    def place_changes(self, state: Mapping[str, Any]) -> str:
         """Returns in words how `place` differs from that of `state`; empty if it does not."""
         return ", ".join(
             f"{state['place'].get(name)} {name} before, {value} now"

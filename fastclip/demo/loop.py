@@ -125,7 +125,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             model.clamp_logit_scale()
-            batch_loss, stopping = workers.account(value, stop_requested())
+            batch_loss, stopping = workers.over_all_ranks(value, stop_requested())
             run.losses.append(batch_loss)
             run.scales.append(model.logit_scale.exp().item())
             run.seconds = spent + time.perf_counter() - started

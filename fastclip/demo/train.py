@@ -27,7 +27,7 @@ from . import emoji as emoji_data
 from .checkpoint import Checkpoint
 from .command_line import checked_device, parser, writable_folder
 from .emoji.batches import Batches
-from .emoji.evaluate import Score, as_json, evaluate, held_out
+from .emoji.evaluate import Score, as_json, evaluate, held_out_features
 from .emoji.split import Split, split
 from .interrupt import interruptible
 from .loop import IMPLEMENTATIONS, Run, loss_of, train
@@ -81,7 +81,7 @@ def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
     return "\n".join(lines)
 
 
-def learn(
+def train_and_evaluate(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path,
     checkpoint: Checkpoint, state: dict[str, Any] | None,
 ) -> tuple[CLIP, dict[str, dict[str, Score]]]:  # fmt: skip
@@ -103,7 +103,7 @@ def learn(
         f"{ranks}{threads} thread{'s' if threads > 1 else ''}"
     )
     if state is not None:
-        moved = checkpoint.moved(state)
+        moved = checkpoint.place_changes(state)
         rounding = f"; the curve is now the same up to rounding: {moved}" if moved else ""
         say(f"continues after step {len(state['run']['losses'])} of {args.steps}{rounding}")
     run = runs[first]
@@ -145,7 +145,7 @@ def learn(
     return model, scores
 
 
-def show(
+def write_results(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path, model: CLIP,
     scores: dict[str, dict[str, Score]], started: float,
 ) -> None:  # fmt: skip
@@ -153,7 +153,7 @@ def show(
     from .emoji.figure import draw  # importing matplotlib takes a second
 
     runs = {name: run for name, run in runs.items() if run.losses}
-    held = held_out(model, task.emoji, task.split, task.encode)
+    held = held_out_features(model, task.emoji, task.split, task.encode)
     draw(args.out / "demo.png", {name: r.losses for name, r in runs.items()}, task.emoji, held)
     seconds = time.perf_counter() - started
     results = {
@@ -209,9 +209,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             except (OSError, ValueError) as error:
                 options.error(str(error))
             started = time.perf_counter()
-            model, scores = learn(args, task, runs, weights, checkpoint, state)
+            model, scores = train_and_evaluate(args, task, runs, weights, checkpoint, state)
         if workers.first:
-            show(args, task, runs, weights, model, scores, started)
+            write_results(args, task, runs, weights, model, scores, started)
             if args.checkpoint_every or state is not None:
                 checkpoint.remove()
     except KeyboardInterrupt:

@@ -149,7 +149,7 @@ class Workers:
         sum(output.sum() for output in outputs.values()).backward()
         return wrapped
 
-    def account(self, value: Tensor, stop_requested: bool) -> tuple[float, bool]:
+    def over_all_ranks(self, value: Tensor, stop_requested: bool) -> tuple[float, bool]:
         """Returns the loss of the whole batch, and whether a stop was requested on any rank."""
         if self.size == 1:
             return value.item(), stop_requested

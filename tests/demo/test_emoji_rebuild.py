@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastclip.demo import emoji as emoji_data
-from fastclip.demo.emoji import COLUMNS, SIZE, VENDORS, read_sheet
+from fastclip.demo.emoji import SHEET_COLUMNS, SIZE, VENDORS, read_sheet
 from fastclip.demo.emoji.rebuild import (
     VERSION,
     captions,
@@ -134,12 +134,12 @@ def test_short_names_shared_by_two_groups_are_dropped() -> None:
 
 
 def test_a_sheet_holds_drawings_row_by_row(tmp_path: Path) -> None:
-    drawings = np.zeros((COLUMNS + 1, 4, SIZE, SIZE), np.uint8)
-    drawings[:, 0, 0, 0] = np.arange(COLUMNS + 1)
+    drawings = np.zeros((SHEET_COLUMNS + 1, 4, SIZE, SIZE), np.uint8)
+    drawings[:, 0, 0, 0] = np.arange(SHEET_COLUMNS + 1)
     drawings[:, 3] = 255
     emoji_data.write_sheet(tmp_path / "sheet.png", drawings)
     with Image.open(tmp_path / "sheet.png") as image:
-        assert image.size == (COLUMNS * SIZE, 2 * SIZE)
+        assert image.size == (SHEET_COLUMNS * SIZE, 2 * SIZE)
         assert image.getpixel((3 * SIZE, 0)) == (3, 0, 0, 255)
-        assert image.getpixel((0, SIZE)) == (COLUMNS, 0, 0, 255)
-    assert np.array_equal(read_sheet(tmp_path / "sheet.png", COLUMNS + 1), drawings)
+        assert image.getpixel((0, SIZE)) == (SHEET_COLUMNS, 0, 0, 255)
+    assert np.array_equal(read_sheet(tmp_path / "sheet.png", SHEET_COLUMNS + 1), drawings)

@@ -66,8 +66,8 @@ def test_all_ranks_get_the_first_ranks_result_or_error(two: Ranks) -> None:
 
 
 def test_a_stop_requested_on_one_rank_stops_all(two: Ranks) -> None:
-    for stopped, account in two.run(demo_task.stop_requested_on_the_last_rank):
-        assert stopped == 1 and account == (0.5, True)
+    for stopped, found in two.run(demo_task.stop_requested_on_the_last_rank):
+        assert stopped == 1 and found == (0.5, True)
 
 
 def test_a_lone_worker_has_no_group() -> None:

@@ -110,7 +110,7 @@ def siglip_shares(s: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.softplus(-signs * (s + bias)).sum(1)
 
 
-# What each pair adds to its rank's loss, from scaled similarities; in SigLIP its row's terms.
+# Each pair's term in its rank's loss, from scaled similarities. SigLIP's is the sum of its row.
 SHARES = {"clip": clip_shares, "siglip": siglip_shares}
 
 

@@ -125,7 +125,7 @@ def test_a_process_never_holds_the_matrix(
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
 @pytest.mark.skipif(fastclip.backends()["cpu"] != "available", reason="only the C++ engine keeps")
-@pytest.mark.parametrize("sizes", [(N, N), (N // 2, N), (N, N // 2, N - 100, N)], ids=str)
+@pytest.mark.parametrize("sizes", [(N,), (N, N), (N // 2, N), (N, N // 2, N - 100, N)], ids=str)
 def test_a_process_grows_by_no_more_than_the_budget(
     sizes: tuple[int, ...], device: torch.device, tmp_path: Path
 ) -> None:

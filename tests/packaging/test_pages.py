@@ -126,7 +126,7 @@ def test_links_resolve(page: Path) -> None:
 
 
 # Torch, Python and the shell read these; our code only sets or passes them on.
-PASSED_ON = {"OMP_NUM_THREADS", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "CC", "PATH",
+PASSED_ON = {"OMP_NUM_THREADS", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "PATH",
              "PIP_BREAK_SYSTEM_PACKAGES", "PIP_DISABLE_PIP_VERSION_CHECK", "SHELL"}  # fmt: skip
 
 
@@ -140,6 +140,8 @@ def variables() -> set[str]:
         text = path.read_text()
         found |= set(re.findall(r"(?:environ|getenv)[^\n]{0,12}?[\"']([A-Z][A-Z_0-9]+)[\"']", text))
         found |= set(re.findall(r"[\"'](FASTCLIP_[A-Z_0-9]+)[\"']", text))
+        if "torchelastic" in text:  # reads a list of torchrun's variables
+            found |= set(re.findall(r"\"((?:LOCAL_)?(?:RANK|WORLD_SIZE)|TORCHELASTIC_\w+)\"", text))
     makefile = (ROOT / "Makefile").read_text()
     found |= set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE))
     found |= set(re.findall(r"\$\(if \$\(([A-Z_]+)\)", makefile))

@@ -56,7 +56,7 @@ def curve_and_state(
 
 
 def stop_requested_on_the_last_rank(rank: int, size: int) -> tuple[int, tuple[float, bool]]:
-    """Returns the step after which this rank stops (0: it does not) and the result of `account`."""
+    """Returns the step after which this rank stops (0: none), and `over_all_ranks`'s result."""
     workers, run = Workers(rank, size), Run()
     last = rank == size - 1
     model, stream = replace(small(), workers=workers).start(0, 8)
@@ -70,7 +70,7 @@ def stop_requested_on_the_last_rank(rank: int, size: int) -> tuple[int, tuple[fl
         stopped = len(run.losses)
     else:
         stopped = 0
-    return stopped, workers.account(torch.tensor(float(rank)), last)
+    return stopped, workers.over_all_ranks(torch.tensor(float(rank)), last)
 
 
 def bucket_layouts(rank: int, size: int, steps: int) -> list[list[tuple[int, ...]]]:

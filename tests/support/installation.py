@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BUILT_FROM = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 SOURCE_FOLDERS = ("csrc", "fastclip", "triton_kernels")
-MADE_HERE = shutil.ignore_patterns("_C.*", "__pycache__")
+MADE_HERE = shutil.ignore_patterns("_C*.so", "__pycache__")
 
 
 USE_THE_LOSS = """

@@ -1,8 +1,7 @@
 """The second sweep: computes weights w_ij = activation(s_ij) * (a_i + b_j) of a tile's negatives,
 and those of its positives by id, with c_i + d_j. Stores them for two library products, and sums
-them for the gradients of scale and bias.
-
-Own positives are left out. Their terms are the largest ones, and `complete.py` adds them in fp32.
+them for the gradients of scale and bias. Own positives are left out: their terms are the largest
+ones, and `complete.py` adds them in fp32.
 
 The stored weight is `w_ij * ENLARGED * factor_x_i * factor_y_j`. With these factors in it (SPREAD)
 the products take the features as they are, and nothing normalised is stored; `complete.py` then
@@ -12,9 +11,8 @@ weights are at most 2, and it would lose those below 6e-8 and blur those below 6
 
 `weigh_kernel` takes the plain tiles and `weigh_edges_kernel` all others, both with one shift or
 none; `weigh_apart_kernel` takes any tile, with a shift for each line; `weigh_kept_kernel` reads
-weights that the first sweep kept. Several of them are launched for a chunk, and flags that the
-device has set decide which one works: one flag says whether all shifts are equal, the other whether
-the kept weights are valid.
+weights that the first sweep kept. Several of them are launched for a chunk, and two flags of the
+device decide which one works: that all shifts are equal, and that the kept weights are valid.
 
 Kernels take the shifts and coefficients of rows and of columns for negatives and, with the suffix
 _SAME, for positives by id. Each is None if the block has none. SAME_ID means the same as in the

@@ -23,5 +23,5 @@ def pytest_collection_finish(session: Any) -> None:
         own = getattr(dense_truth, name)
         # Test modules have imported the function by its name.
         for module in list(sys.modules.values()):
-            if vars(module).get(name) is own:
+            if getattr(module, "__dict__", {}).get(name) is own:
                 setattr(module, name, lambda *arguments, **options: None)

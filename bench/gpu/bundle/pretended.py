@@ -7,7 +7,6 @@ does not work under TRITON_INTERPRET.
 from __future__ import annotations
 
 import atexit
-import importlib
 import os
 import shlex
 import shutil
@@ -97,9 +96,9 @@ def _skip_products() -> None:
     torch.mm = torch.matmul = torch.Tensor.__matmul__ = torch.Tensor.mm = product
     torch.addmm = lambda total, a, b, **options: product(a, b, **options)
     # On a CPU `accumulate` first copies its operands to fp32, half a gigabyte each.
-    # The package has a function of this name, which hides the module.
-    weigh = importlib.import_module("fastclip.triton_kernels.weigh")
-    _replace(weigh, "accumulate", lambda *arguments, **options: None)
+    from fastclip.triton_kernels import second_sweep
+
+    _replace(second_sweep, "accumulate", lambda *arguments, **options: None)
 
 
 def _compile_only() -> None:

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 TOKENIZER = FOLDER / "tokenizer.json"
 VENDORS = ("google", "twitter")
 SIZE = 32  # side of a drawing, in pixels
-COLUMNS = 44  # drawings in a row of a sheet
+SHEET_COLUMNS = 44  # drawings in a row of a sheet
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def read_sheet(path: Path, count: int) -> np.ndarray:
     with Image.open(path) as image:
         sheet = np.asarray(image.convert("RGBA"))
     rows = sheet.shape[0] // SIZE
-    tiles = sheet.reshape(rows, SIZE, COLUMNS, SIZE, 4).transpose(0, 2, 4, 1, 3)
-    return tiles.reshape(rows * COLUMNS, 4, SIZE, SIZE)[:count]
+    tiles = sheet.reshape(rows, SIZE, SHEET_COLUMNS, SIZE, 4).transpose(0, 2, 4, 1, 3)
+    return tiles.reshape(rows * SHEET_COLUMNS, 4, SIZE, SIZE)[:count]
 
 
 def write_sheet(path: Path, drawings: np.ndarray) -> None:
     """Writes a sheet that `read_sheet` reads. Unused places are transparent."""
-    rows = -(-len(drawings) // COLUMNS)
-    tiles = np.zeros((rows * COLUMNS, 4, SIZE, SIZE), np.uint8)
+    rows = -(-len(drawings) // SHEET_COLUMNS)
+    tiles = np.zeros((rows * SHEET_COLUMNS, 4, SIZE, SIZE), np.uint8)
     tiles[: len(drawings)] = drawings
-    sheet = tiles.reshape(rows, COLUMNS, 4, SIZE, SIZE).transpose(0, 3, 1, 4, 2)
-    Image.fromarray(sheet.reshape(rows * SIZE, COLUMNS * SIZE, 4)).save(path, optimize=True)
+    sheet = tiles.reshape(rows, SHEET_COLUMNS, 4, SIZE, SIZE).transpose(0, 3, 1, 4, 2)
+    Image.fromarray(sheet.reshape(rows * SIZE, SHEET_COLUMNS * SIZE, 4)).save(path, optimize=True)

@@ -91,7 +91,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out(model: CLIP, emoji: Emoji, split: Split, encode: Encode) -> HeldOut:
+def held_out_features(model: CLIP, emoji: Emoji, split: Split, encode: Encode) -> HeldOut:
     """Returns the features of every held-out concept in every vendor's drawing."""
     concepts = tuple(split.members[group][0] for group in split.held_out)
     images = tuple(
@@ -116,7 +116,7 @@ def evaluate(
     other = retrieval(
         [features(model, emoji, concepts, vendors)], names(model, emoji, concepts, encode)
     )
-    held = held_out(model, emoji, split, encode)
+    held = held_out_features(model, emoji, split, encode)
 
     classes = class_features(model, encode, CATEGORY_WORDS)
     labels = list(CATEGORY_WORDS)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from . import launch, plan
 from .configurations import Config
+from .first_sweep import add_columns, add_sums
 from .kept import Kept
 from .kernels import finalise, split_gradients
 from .kernels import weigh as weight_kernels
 from .launch import LANES
 from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
-from .sweep import add_columns, add_sums
 
 # The tile of a program that multiplies kept weights by their coefficients.
 KEPT_TILE = {"BM": 16, "BN": 256}
