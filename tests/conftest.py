@@ -27,10 +27,8 @@ except ImportError:
 
 import functools
 import importlib.util
-import inspect
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -39,53 +37,11 @@ from support import dense_truth, judge
 import fastclip
 from fastclip.engine import torch_engine
 
-
-def hasten_interpreter() -> None:
-    """Lets Triton's interpreter search its language for builtins once.
-
-    It searches at every call of a function from a kernel, and replaces those that it finds until
-    the kernel ends. The search took a third of the time of this engine's tests.
-    """
-    from triton.language import core
-    from triton.runtime import interpreter
-
-    @functools.cache
-    def builtins_of(package: Any) -> list[str]:
-        members = inspect.getmembers(package)
-        return [name for name, member in members if core.is_builtin(member)]
-
-    def patch(package: Any, builder: object, scope: Any) -> None:
-        for name in builtins_of(package):
-            member = getattr(package, name)
-            if core.is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, scope)
-
-    interpreter._patch_builtin = patch
-
-
-def mend_interpreter() -> None:
-    """Lets Triton's interpreter run loops with NumPy 2.4.
-
-    Before 3.7 Triton represents a scalar as an array of shape (1,), which `int` no longer accepts.
-    `item` accepts arrays of one element.
-    """
-    from triton.runtime import interpreter
-
-    patch_language = interpreter._patch_lang_tensor
-
-    def patch(tensor: type, scope: Any) -> None:
-        patch_language(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch
-
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    import triton
+    from support import interpreter
 
-    hasten_interpreter()
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        mend_interpreter()
+    interpreter.hasten()
+    interpreter.mend()
 
 TESTED = os.environ.get("FASTCLIP_TEST_DEVICE", "cpu")
 DEVICE = torch.device("cpu" if TESTED == "emulated" else TESTED)

@@ -126,7 +126,7 @@ def test_links_resolve(page: Path) -> None:
 
 
 # Torch, Python and the shell read these; our code only sets or passes them on.
-PASSED_ON = {"OMP_NUM_THREADS", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "PATH",
+PASSED_ON = {"OMP_NUM_THREADS", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "CC", "PATH",
              "PIP_BREAK_SYSTEM_PACKAGES", "PIP_DISABLE_PIP_VERSION_CHECK", "SHELL"}  # fmt: skip
 
 
@@ -161,8 +161,8 @@ def test_every_variable_is_on_the_page_of_the_environment() -> None:
     found = variables()
     assert {"FASTCLIP_GPU", "FASTCLIP_CPU", "FASTCLIP_CUDA", "PIP_ARGS", "AGAIN"} <= found
     assert found - listed == set(), "not on the page"
-    # torch reads this one, and the CPU engine follows torch.
-    assert listed - found == {"ATEN_CPU_CAPABILITY"}, "nothing reads it"
+    # Torch reads the first one, and the CPU engine follows torch; Triton reads the second.
+    assert listed - found == {"ATEN_CPU_CAPABILITY", "CC"}, "nothing reads it"
 
 
 def test_generated_tables_are_those_of_the_committed_rows(tmp_path: Path) -> None:
