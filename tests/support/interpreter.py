@@ -32,29 +32,29 @@ def _replace_builtins_once() -> None:
             if tl.core.is_builtin(member):
                 interpreter._patch_attr(package, name, member, builder, scope)
 
-    replace, replaced = interpreter._patch_lang, set()
+    replace, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    launches: list[set[str]] = []  # the packages whose builtins the running launch has replaced
 
     def replace_once(function: Any) -> Any:
-        names = {"tl": tl, "core": tl.core}
+        if not launches:
+            return replace(function)
         packages = {
-            name for name, package in names.items()
+            name for name, package in (("tl", tl), ("core", tl.core))
             if any(value is package for value in function.__globals__.values())
         }  # fmt: skip
-        if packages <= replaced:
-            return None  # a function that a kernel calls; the result is not used
-        is_launch = not replaced
-        replaced.update(packages)
-        scope = replace(function)
-        if is_launch:
-            restore = scope.restore
+        if packages <= launches[-1]:
+            return None  # a function that the kernel calls: the interpreter uses no result
+        launches[-1].update(packages)
+        return replace(function)
 
-            def end() -> None:
-                replaced.clear()
-                restore()
+    def launch(*arguments: Any, **options: Any) -> Any:
+        launches.append(set())
+        try:
+            return run(*arguments, **options)
+        finally:
+            launches.pop()
 
-            scope.restore = end
-        return scope
-
+    interpreter.GridExecutor.__call__ = launch
     interpreter._patch_builtin, interpreter._patch_lang = replace_in, replace_once
 
 
