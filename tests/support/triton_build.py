@@ -32,6 +32,7 @@ from triton.runtime import driver
 
 from fastclip.engine import arithmetic as settings
 from fastclip.engine.block import Block, Side, SweepResults, Upstream, Wanted
+from fastclip.kinds import KINDS, kind_of
 from fastclip.triton_kernels import configurations, engine, launch, plan
 
 # The compiler's target for each card, and the name of its table and of its shared memory limit.
@@ -89,12 +90,12 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    for kind, arithmetic in itertools.product(("softmax", "sigmoid"), DTYPES):
-        yield Case(kind, arithmetic, 768, True, one_go=kind == "sigmoid")
-    for kind in ("softmax", "sigmoid"):
+    for kind, arithmetic in itertools.product(KINDS, DTYPES):
+        yield Case(kind, arithmetic, 768, True, one_go=kind_of(kind).is_linear)
+    for kind in KINDS:
         yield Case(kind, "bf16", 768)
         yield Case(kind, "bf16", 768, True, kept=True)
-        yield Case(kind, "bf16", 768, True, one_go=kind == "sigmoid", small=True)
+        yield Case(kind, "bf16", 768, True, one_go=kind_of(kind).is_linear, small=True)
         yield Case(kind, "bf16", 768, True, masked=True)
     yield Case("softmax", "fp16", 768, True, kept=True)
     yield Case("sigmoid", "bf16", 768, one_go=True)
