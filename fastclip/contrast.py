@@ -9,23 +9,26 @@ from .engine.block import NO_POSITIVES
 from .engine.checks import budget_of, check_contrast
 from .engine.dense_statistics import dense_contrast
 from .engine.dtypes import product_dtype
+from .engine.line_formulas import Request
 from .engine.line_statistics import StatisticsInputs, StatisticsOptions, block_of, line_statistics
 from .kinds import LineStatistics
 
 
 def contrast(
     x: Tensor,  # (M, D)
-    y: Tensor,  # (N, D)
+    y: Tensor | None,  # (N, D)
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
     offset: int | None = 0,
-    ids: tuple[Tensor, Tensor] | None = None,
+    labels: Tensor | None = None,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
     same_id: str = "ignore",
     false_negative_margin: Tensor | float | None = None,
     key_bias: Tensor | None = None,
     rows: bool = True,
     columns: bool = True,
+    means: bool = False,
     kind: str = "softmax",
     normalize: bool = False,
     backend: str | None = None,
@@ -52,22 +55,29 @@ def contrast(
 
     Args:
         x, y: (M, D), (N, D), float64, float32, bfloat16 or float16, any strides. Mixed dtypes
-            promote and autocast applies as in `clip_loss`.
+            promote and autocast applies as in `clip_loss`. y may be None: x is contrasted with
+            itself, the pairs of a feature with itself are left out, and only rows are returned.
         logit_scale: already exponentiated; a number or a tensor of one element.
         logit_bias: a number or a tensor of one element, added to all logits; None: 0.
         offset: the own positive of row i is column i + offset, if there is such a column; None: no
             row has an own positive.
-        ids: (x_ids (M), y_ids (N)), integers. A pair with equal ids is not a negative.
+        labels: (M), integers: the column of each row's own positive, in place of offset. Several
+            rows may share a column.
+        ids: (x_ids (M), y_ids (N)), integers. A pair with equal ids is not a negative. One tensor
+            (M) if y is None. With labels a row must have the id of its own positive.
         same_id: "ignore" leaves pairs with equal ids out; "positive" makes them positives of their
             row and their column, beside the own positives.
         false_negative_margin: a number or a tensor of one element, in units of the similarity
             `<x_i, y_j>`, after `normalize` and before the scale. A line (a row or a column) leaves
             out each negative whose similarity exceeds that of the line's own positive by more than
             the margin. At margin 0 duplicates of the positive stay. A line without an own positive
-            keeps all its negatives. No gradient flows through the comparison.
+            keeps all its negatives, and with labels all columns do. No gradient flows through the
+            comparison.
         key_bias: (N), floating point, added to the logits of each column, with a gradient; -inf
             takes a column out.
         rows, columns: which statistics to compute; the others are None.
+        means: also return the mean logit of each line's pairs and, with same_id="positive", of its
+            positives: for label smoothing, and for losses with several positives.
         kind: "softmax" for log-sum-exps, "sigmoid" for sums of softplus. `fastclip.kinds` explains
             how to add a kind.
         normalize: divide rows of x and y by max(norm, 1e-12) first, fused.
@@ -76,37 +86,40 @@ def contrast(
 
     Returns:
         `LineStatistics`: rows (M), columns (N), positives (M), and with `same_id="positive"`
-        row_positives (M), column_positives (N). They are float64: at scale 100 float32 statistics
+        row_positives (M), column_positives (N); further fields with `means`. They are float64: at
+        scale 100 float32 statistics
         would make the gradients less accurate than dense float32 logits do. They are differentiable
         once, with respect to x, y, logit_scale, logit_bias and key_bias. The statistic of a line
         without pairs is -inf (sigmoid: 0) and has no gradient.
 
     Raises:
-        TypeError: features, ids or key_bias that are not tensors or have another dtype; an offset
-            that is not an int; a scale, bias or margin that is not a number.
+        TypeError: features, labels, ids or key_bias that are not tensors or have another dtype; an
+            offset that is not an int; a scale, bias or margin that is not a number.
         ValueError: shapes or devices that do not fit, an empty side, an unknown kind, same_id or
             backend, same_id="positive" without ids, neither rows nor columns, a memory_budget that
-            is not an int >= 0, an offset beyond 2^62.
+            is not an int >= 0, an offset beyond 2^62, options that need y without it; on CPUs
+            labels that are not columns, or whose ids differ.
         RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
             derivative.
     """
-    scale, bias, ids, margin = check_contrast(
-        x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, offset=offset,
+    of_itself = y is None
+    y, scale, bias, ids, margin = check_contrast(
+        x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels, offset=offset,
         same_id=same_id, rows=rows, columns=columns, kind=kind,
     )  # fmt: skip
-    y = y if y is not x else y.view_as(y)  # an autograd Function needs distinct tensor objects
     dtype = product_dtype(x, y)
     engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1], kind)
     inputs = StatisticsInputs(x, y, scale, bias, key_bias)
-    is_positive = same_id == "positive"
     if engine == "reference":
         return dense_contrast(
-            x, y, scale, bias, offset=offset, ids=ids, same_id=same_id,
-            false_negative_margin=margin, key_bias=key_bias, rows=rows, columns=columns, kind=kind,
-            normalize=normalize,
+            x, None if of_itself else y, scale, bias, offset=offset, labels=labels, ids=ids,
+            same_id=same_id, false_negative_margin=margin, key_bias=key_bias, rows=rows,
+            columns=columns, means=means, kind=kind, normalize=normalize,
         )  # fmt: skip
     budget = budget_of(memory_budget, x.device)
-    options = StatisticsOptions(engine, dtype, normalize, bool(rows), bool(columns), budget)
+    columns = bool(columns) and not of_itself
+    request = Request(bool(rows), columns, same_id == "positive", bool(means), of_itself)
+    options = StatisticsOptions(engine, dtype, normalize, budget, request)
     offset = NO_POSITIVES if offset is None else offset
-    block = block_of(inputs, ids, margin, offset, kind, is_positive, options)
-    return line_statistics(inputs, block, options)
+    block = block_of(inputs, ids, margin, offset, labels, kind, options)
+    return line_statistics(inputs, block, labels, options)

@@ -141,14 +141,23 @@ class LineStatistics(NamedTuple):
 
     rows (M), columns (N): the log-sum-exp of each line's negatives, -inf without any; with
         `kind="sigmoid"` the sum of their softplus, 0 without any. None if not wanted.
-    positives (M): the logit of each row's own positive; NaN for a row without one.
+    positives (M): the logit of each row's own positive; NaN for a row without one. None for a
+        block of one set of features against itself.
     row_positives (M), column_positives (N): with `same_id="positive"` the log-sum-exp of each
         line's positives, the own one included; with `kind="sigmoid"` the sum of softplus of their
         negated logits. Otherwise None.
+    row_means (M), column_means (N): with `means=True` the mean logit of each line's pairs: its
+        negatives, its own positive and its positives by id. Otherwise None.
+    row_positive_means (M), column_positive_means (N): with `means=True` and `same_id="positive"`
+        the mean logit of each line's positives; NaN for a line without any. Otherwise None.
     """
 
     rows: Tensor | None
     columns: Tensor | None
-    positives: Tensor
+    positives: Tensor | None
     row_positives: Tensor | None = None
     column_positives: Tensor | None = None
+    row_means: Tensor | None = None
+    column_means: Tensor | None = None
+    row_positive_means: Tensor | None = None
+    column_positive_means: Tensor | None = None

@@ -7,6 +7,7 @@ the operators of compiled ones (`compiled/`) begin here.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from ..engine.block import NO_POSITIVES
 from ..engine.checks import budget_of, check_contrast, check_features, check_live, scalar
 from ..engine.dtypes import product_dtype
 from ..engine.fused_loss import LossInputs, LossOptions
+from ..engine.line_formulas import Request
 from ..engine.line_statistics import StatisticsInputs, StatisticsOptions
 from ..kinds import KINDS, kind_of
 from .agreement import agree, agree_on_sides, announce_failure, check_world, ranks_of
@@ -52,12 +54,15 @@ class ContrastCall(NamedTuple):
     same_id: str
     rows: bool
     columns: bool
+    means: bool
+    of_itself: bool  # y is x
     kind: str
     normalize: bool
     ring: bool
     uneven: bool
     backend: str | None
     memory_budget: int | None
+    loss: str = ""  # the loss that calls, with its options: the same on all ranks
     dtype: torch.dtype | None = None
 
 
@@ -89,7 +94,7 @@ def begin_contrast(
 ) -> tuple[StatisticsInputs, StatisticsTask]:
     """Checks the arguments of `contrast` and agrees with the other ranks.
 
-    given: x, y, scale, bias, key_bias, ids, margin.
+    given: x, y, scale, bias, key_bias, ids, margin, labels.
     """
     inputs, task, must_match = _or_announce(checked_contrast, given, process_group, call)
     shard = agree_on_sides(
@@ -149,30 +154,39 @@ def checked_loss(
 def checked_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> CheckedContrast:
-    x, y, _, _, key_bias, *_ = given
-    scale, bias, ids, margin = check_contrast(
-        *given, offset=call.offset, same_id=call.same_id, rows=call.rows, columns=call.columns,
-        kind=call.kind, may_be_empty=call.uneven,
+    x, y, *others, labels = given
+    y, scale, bias, ids, margin = check_contrast(
+        x, None if call.of_itself else y, *others, labels, offset=call.offset,
+        same_id=call.same_id, rows=call.rows, columns=call.columns, kind=call.kind,
+        may_be_empty=call.uneven,
     )  # fmt: skip
+    key_bias = others[2]
     dtype = call.dtype or product_dtype(x, y)
-    positive = call.same_id == "positive"
+    request = request_of(call)
     must_match: dict[str, int | torch.dtype] = {
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
-        "same_id": int(positive), "ids": int(ids is not None),
+        "ids": int(ids is not None), "labels": int(labels is not None),
         "false_negative_margin": int(margin is not None), "offset=None": int(call.offset is None),
-        "rows": int(call.rows), "columns": int(call.columns), "logit_bias": int(bias is not None),
-        "dtype of products": dtype,
+        "rows": int(request.rows), "columns": int(request.columns), "means": int(request.means),
+        "same_id": int(request.same_id_positive), "y=None": int(request.of_itself),
+        "logit_bias": int(bias is not None), "dtype of products": dtype,
     }  # fmt: skip
+    if call.loss:
+        must_match[f"loss with its options (here {call.loss})"] = zlib.crc32(call.loss.encode())
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
-    options = StatisticsOptions(
-        engine, dtype, call.normalize, bool(call.rows), bool(call.columns), budget
-    )
+    options = StatisticsOptions(engine, dtype, call.normalize, budget, request)
     offset = NO_POSITIVES if call.offset is None else call.offset
     task = StatisticsTask(
-        options, ids, margin, offset, call.kind, positive, PLACEHOLDER_SHARD, call.ring
+        options, ids, labels, margin, offset, call.kind, PLACEHOLDER_SHARD, call.ring
     )
     return CheckedContrast(StatisticsInputs(x, y, scale, bias, key_bias), task, must_match)
+
+
+def request_of(call: ContrastCall) -> Request:
+    columns = bool(call.columns) and not call.of_itself
+    positive = call.same_id == "positive"
+    return Request(bool(call.rows), columns, positive, bool(call.means), call.of_itself)
 
 
 # Stands in a task for the shard until the ranks have agreed.

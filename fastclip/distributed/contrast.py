@@ -17,17 +17,19 @@ from .sharded_statistics import sharded_statistics
 
 def contrast(
     x: Tensor,  # (m, D)
-    y: Tensor,  # (n, D)
+    y: Tensor | None,  # (n, D)
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
     offset: int | None = 0,
-    ids: tuple[Tensor, Tensor] | None = None,
+    labels: Tensor | None = None,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
     same_id: str = "ignore",
     false_negative_margin: Tensor | float | None = None,
     key_bias: Tensor | None = None,
     rows: bool = True,
     columns: bool = True,
+    means: bool = False,
     kind: str = "softmax",
     normalize: bool = False,
     process_group: dist.ProcessGroup | None = None,
@@ -48,33 +50,44 @@ def contrast(
     the mean of the ranks' losses.
 
     Args:
-        x, y: (m, D), (n, D), this rank's rows and columns; m and n may differ.
+        x, y: (m, D), (n, D), this rank's rows and columns; m and n may differ. With y=None all
+            ranks' features are contrasted with themselves.
         offset: the own positive of row i is this rank's column i + offset, if the rank has that
             column; None: no row has an own positive, on any rank.
+        labels: (m), for each row one of this rank's columns.
         ids: (x_ids (m), y_ids (n)) of this rank's lines. They are compared across ranks.
         false_negative_margin: applies to a rank's lines with its own positives and margin.
         key_bias: (n), for this rank's columns. Its gradient is the sum over all ranks.
         process_group, ring, uneven: as in `clip_loss`. With `uneven` a rank may have no rows, no
             columns, or neither.
-        logit_scale, logit_bias, same_id, rows, columns, kind, normalize: the same on all ranks.
-            These, backend and memory_budget are as in `fastclip.contrast`.
+        logit_scale, logit_bias, same_id, rows, columns, means, kind, normalize: the same on all
+            ranks. These, backend and memory_budget are as in `fastclip.contrast`.
 
     Every rank must run backward through at least one of its statistics, since the others' gradients
     wait for it. A rank without pairs can use `c.rows.sum()`.
 
     Bytes that a rank sends (B columns of all ranks, E bytes a feature element): features and
     gradients as in `clip_loss`, with n in place of b; at most 56 * B for states and coefficients,
-    40 * B more with `same_id="positive"`, 8 * B for ids, 4 * B for a margin, 16 * B for key_bias.
+    40 * B more with `same_id="positive"`, 8 * B for ids and labels, 4 * B for a margin, 16 * B for
+    key_bias; with `means` and ids, 16 * B * D in the forward and 32 * B * D in the backward.
 
     Bytes that a rank holds: as in `clip_loss`. If only some of its rows have their positive among
     its columns, `4 B D` more while gathered gradients are concatenated.
 
     Raises, on every rank: as `fastclip.contrast`, and ValueError and RuntimeError as `clip_loss`.
     """
-    given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin)
+    given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels)
     call = ContrastCall(
-        offset, same_id, rows, columns, kind, normalize, ring, uneven, backend, memory_budget
-    )
+        offset, same_id, rows, columns, means, y is None, kind, normalize, ring, uneven, backend,
+        memory_budget,
+    )  # fmt: skip
+    return contrast_of(given, process_group, call)
+
+
+def contrast_of(
+    given: tuple[Any, ...], process_group: dist.ProcessGroup | None, call: ContrastCall
+) -> LineStatistics:
+    """The entry of every call of `contrast` across ranks."""
     if torch.compiler.is_compiling() and takes_contrast(given, process_group, call):
         return traced_contrast(given, process_group, call)
     return _eager_contrast(given, process_group, call)

@@ -17,12 +17,17 @@ from torch import Tensor
 from ..engine import pairs
 from ..engine.autograd import cast, differentiates, refuse_second_derivative, scalar_like
 from ..engine.block import Block, Side, Upstream
+from ..engine.dtypes import state_dtype
+from ..engine.group_sums import Groups
 from ..engine.line_formulas import (
+    Request,
     as_line_statistics,
+    means_upstream,
     statistics_from_states,
     upstream_of,
     wanted_statistics,
 )
+from ..engine.line_means import LineGroups, LineMeans, by_label, one_group
 from ..engine.line_statistics import StatisticsInputs, StatisticsOptions, block_of
 from ..kinds import LineStatistics, kind_of
 from .block_row import (
@@ -44,10 +49,10 @@ class StatisticsTask(NamedTuple):
 
     options: StatisticsOptions
     ids: tuple[Tensor, Tensor] | None
+    labels: Tensor | None
     margin: Tensor | None
     offset: int
     kind: str
-    same_id_positive: bool
     shard: Shard  # the shard of columns
     ring: bool
 
@@ -57,24 +62,28 @@ def sharded_statistics(inputs: StatisticsInputs, task: StatisticsTask) -> LineSt
     if differentiates(*inputs):
         found = _ShardedStatistics.apply(*inputs, task)
     else:
-        found, *_ = forward(inputs, row_of(own_of(inputs, task), task), task.options, budget=0)
-    return wanted_statistics(found, task.same_id_positive, task.options.rows, task.options.columns)
+        row = row_of(own_of(inputs, task), task)
+        found, _ = forward(inputs, row, task.labels, task.options, budget=0)
+    return wanted_statistics(found, task.options.request)
 
 
 def own_of(inputs: StatisticsInputs, task: StatisticsTask) -> Block:
     """The block of own rows and own columns, without ids."""
-    return block_of(
-        inputs, None, task.margin, task.offset, task.kind, task.same_id_positive, task.options
-    )
+    own = block_of(inputs, None, task.margin, task.offset, task.labels, task.kind, task.options)
+    # Ids and labels are compared across ranks, see `row_of`.
+    return own._replace(x=own.x._replace(ids=None), y=own.y._replace(ids=None))
 
 
 def row_of(own: Block, task: StatisticsTask) -> BlockRow:
-    options = task.options
-    if task.ids is not None:
-        ids_x, ids_y = (ids.to(torch.int64) for ids in task.ids)
+    options, ids = task.options, task.ids
+    if task.labels is not None and ids is None:
+        columns = torch.arange(own.sizes()[1], device=task.labels.device) + task.shard.start
+        ids = (task.labels + task.shard.start, columns)
+    if ids is not None:
+        ids_x, ids_y = (side.to(torch.int64) for side in ids)
         own = own._replace(x=own.x._replace(ids=ids_x), y=own.y._replace(ids=ids_y))
     row = BlockRow.of(options.engine, columns_of(*own.sizes(), task), options.normalize, own)
-    if task.ids is None:
+    if ids is None:
         return row
     x, y = row.block.x, row.block.y
     codes = pairs.codes_of(x.ids, y.ids)
@@ -86,16 +95,19 @@ def columns_of(m: int, n: int, task: StatisticsTask) -> Gathered | Ring:
     if task.ring:
         return Ring(task.shard)
     # One offset serves all columns if every row or no row has its positive on this rank.
-    some = with_positive(m, n, task.offset)
+    some = with_positive(m, n, task.offset) if task.labels is None else 0
     return Gathered(task.shard, apart=task.shard.world_size > 1 and 0 < some < m)
 
 
 def _own_block(row: BlockRow) -> Block:
-    """The block of own rows and own columns, without the columns' factors, ids and thresholds,
-    which statistics do not need."""
+    """The block of own rows and own columns, without ids and thresholds, which statistics do not
+    need."""
     block, mine = row.block, row.shard.mine
-    key_bias = None if block.key_bias is None else block.key_bias[mine]
-    return block._replace(y=Side(row.columns.own(block.y.features)), key_bias=key_bias)
+    key_bias, factor = (
+        None if vector is None else vector[mine] for vector in (block.key_bias, block.y.factor)
+    )
+    y = Side(row.columns.own(block.y.features), factor)
+    return block._replace(x=Side(*block.x[:2]), y=y, key_bias=key_bias)
 
 
 def _own_lines(state: Tensor, row: BlockRow) -> Tensor:
@@ -104,22 +116,51 @@ def _own_lines(state: Tensor, row: BlockRow) -> Tensor:
 
 
 def forward(
-    inputs: StatisticsInputs, row: BlockRow, options: StatisticsOptions, budget: int
-) -> tuple[tuple[Tensor, ...], Swept]:
+    inputs: StatisticsInputs, row: BlockRow, labels: Tensor | None, options: StatisticsOptions,
+    budget: int,
+) -> tuple[tuple[Tensor, ...], Swept]:  # fmt: skip
     """Returns statistics, and the result of the sweep for `backward`."""
+    request = options.request
 
     def occupied(block: Block) -> Tensor | None:
         codes = row.rows + row.shard.batch
-        return pairs.occupied(block, codes, options.rows, options.columns)
+        return pairs.occupied(block, codes, request.rows, request.columns)
 
     with torch.no_grad():
         swept = sweep(row, slice(0, row.rows), budget, occupied)
-        if options.columns:
-            columns = swept.state[:, row.rows :]
+        columns = swept.state[:, row.rows :]
+        if request.columns:
             columns.copy_(merge_columns(columns, row.kind, row.shard))
+        elif request.of_itself:
+            # Each column is a row of its rank, where its state is complete.
+            of_rows = swept.state[:, : row.rows].movedim(-1, 0).contiguous()
+            columns.copy_(row.shard.gather(of_rows).movedim(0, -1))
         return statistics_from_states(
-            _own_block(row), _own_lines(swept.state, row), swept.positive, inputs.bias
+            _own_block(row),
+            _own_lines(swept.state, row),
+            swept.positive,
+            inputs.bias,
+            request,
+            _means_of(row, labels, request),
         ), swept
+
+
+def _means_of(row: BlockRow, labels: Tensor | None, request: Request) -> LineMeans | None:
+    """The means of own rows and own columns, over the pairs of all ranks."""
+    if labels is None and not request.means:
+        return None
+    shard, m, block = row.shard, row.rows, row.block
+    device = block.x.features.device
+    every = by_id = labelled = None
+    if request.means:
+        every = one_group(m, shard.rows, device, shard.sum)
+        if block.x.ids is not None:
+            rows, columns = pairs.numbers_of(block.x.ids, block.y.ids)
+            by_id = Groups(rows, columns[shard.mine], shard.batch, shard.sum)
+    if labels is not None:
+        labelled = by_label(labels, shard.rows)
+    own, groups = _own_block(row), LineGroups(every, by_id, labelled)
+    return LineMeans(own, groups, state_dtype(device), request.means, request.of_itself)
 
 
 class _ShardedStatistics(torch.autograd.Function):
@@ -130,10 +171,10 @@ class _ShardedStatistics(torch.autograd.Function):
         *tensors, task = arguments
         inputs = StatisticsInputs(*tensors)
         row = row_of(own_of(inputs, task), task)
-        found, swept = forward(inputs, row, task.options, task.options.memory_budget)
+        found, swept = forward(inputs, row, task.labels, task.options, task.options.memory_budget)
         ctx.row, ctx.options, ctx.found = row.without_tensors(), task.options, len(found)
         ctx.save_for_backward(
-            *inputs, *row.tensors, *found, swept.state, swept.positive, *swept.kept
+            *inputs, *row.tensors, task.labels, *found, swept.state, swept.positive, *swept.kept
         )
         return found
 
@@ -142,11 +183,12 @@ class _ShardedStatistics(torch.autograd.Function):
         count = len(StatisticsInputs._fields)
         inputs, saved = StatisticsInputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
         row, saved = ctx.row.with_tensors(saved[:TENSOR_COUNT]), saved[TENSOR_COUNT:]
+        labels, *saved = saved
         found, (state, positive, *kept) = saved[: ctx.found], saved[ctx.found :]
         swept = Swept(state, positive, tuple(kept))
         with torch.no_grad():
             gradients = backward(
-                inputs, row, ctx.options, found, swept, upstream, ctx.needs_input_grad
+                inputs, row, labels, ctx.options, found, swept, upstream, ctx.needs_input_grad
             )
         if torch.is_grad_enabled():
             gradients = refuse_second_derivative(gradients, *upstream, *inputs[:3])
@@ -157,7 +199,7 @@ def _gather_upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -
     """Returns the factors for a block row: the coefficients of columns are gathered."""
     shard, m = row.shard, row.rows
     coefficients, positive_weight, largest = own
-    if not options.columns:
+    if not (options.request.columns or options.request.of_itself):
         none = coefficients.new_zeros((*coefficients.shape[:-1], shard.batch))
         return own._replace(coefficients=torch.cat((coefficients[..., :m], none), -1))
     # Each rank's coefficients are relative to its largest; columns of all ranks need one unit.
@@ -169,14 +211,18 @@ def _gather_upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -
 
 
 def backward(
-    inputs: StatisticsInputs, row: BlockRow, options: StatisticsOptions, found: Sequence[Tensor],
-    swept: Swept, upstream: Sequence[Tensor], wanted: Sequence[bool],
+    inputs: StatisticsInputs, row: BlockRow, labels: Tensor | None, options: StatisticsOptions,
+    found: Sequence[Tensor], swept: Swept, upstream: Sequence[Tensor], wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Returns the gradients of the inputs for upstream gradients of the statistics."""
     shard, needs = row.shard, StatisticsInputs(*wanted[: len(StatisticsInputs._fields)])
-    found, given = (as_line_statistics(t, row.block.same_id_positive) for t in (found, upstream))
+    request = options.request
+    found, given = (as_line_statistics(t, request) for t in (found, upstream))
+    line_means, of_means = _means_of(row, labels, request), None
+    if line_means is not None:
+        of_means = line_means.factors(means_upstream(found, given, labels is not None))
     own, of_bias = upstream_of(
-        _own_block(row), inputs.bias, found, _own_lines(swept.state, row), given
+        _own_block(row), inputs.bias, found, _own_lines(swept.state, row), given, request, of_means
     )
     dx, dy, totals, dkey_bias = RowWeighing(row, swept, _gather_upstream(row, options, own)).run(
         needs.x, shard.needs_y, shard.needs_key_bias
@@ -184,8 +230,19 @@ def backward(
     if shard.needs_key_bias:
         dkey_bias = shard.scatter_sum(dkey_bias)
     dbias, dscale = totals.unbind()
+    if request.of_itself:
+        dbias, dscale = dbias / 2, dscale / 2
     if kind_of(row.block.kind).has_shift:
         dbias = of_bias
+    if of_means is not None:
+        more, more_key_bias = line_means.add_gradients(
+            of_means, dx if needs.x else None, dy if shard.needs_y else None
+        )
+        dscale = dscale + more
+        if shard.needs_key_bias:
+            dkey_bias = dkey_bias + more_key_bias
+        if not kind_of(row.block.kind).has_shift:
+            dbias = dbias + of_means.of_bias
     factor_y = row.block.y.factor
     factor_y = None if factor_y is None else factor_y[shard.mine]
     return [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import kind_of
-from .autograd import refuse_forward_mode
+from .autograd import is_traced, refuse_forward_mode
 from .dtypes import FLOATING
 
 # The meanings of equal ids.
@@ -93,8 +93,7 @@ def check_ids(
         raise TypeError(f"ids must be a pair of tensors (x_ids, y_ids), got {got}")
     for name, own, features in zip(("x_ids", "y_ids"), ids, (x, y), strict=True):
         _check_tensor(name, own)
-        if own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, got {own.dtype}")
+        _check_integers(name, own)
         _check_vector(name, own, "an id for each row of the features", features)
     return ids[0], ids[1]
 
@@ -111,6 +110,11 @@ def check_key_bias(key_bias: Tensor | None, y: Tensor) -> None:
 def _check_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {value.dtype}")
 
 
 def _check_floating(name: str, value: Tensor) -> None:
@@ -136,17 +140,74 @@ def check_offset(offset: int | None) -> None:
         raise ValueError(f"offset must be within 2^62 of 0, got {offset}")
 
 
+def check_labels(
+    labels: Tensor | None, ids: tuple[Tensor, Tensor] | None, offset: int | None, x: Tensor,
+    y: Tensor,
+) -> None:  # fmt: skip
+    """Checks the columns of the rows' own positives. Values are checked on CPUs only: reading them
+    elsewhere would wait for the device."""
+    if labels is None:
+        return
+    _check_tensor("labels", labels)
+    _check_integers("labels", labels)
+    _check_vector("labels", labels, "a column for each row of the features", x)
+    if offset != 0:
+        raise ValueError(f"labels take the place of offset, which must be 0, got {offset}")
+    # A fake tensor is a subclass.
+    if labels.device.type != "cpu" or is_traced() or type(labels) is not Tensor:
+        return
+    if labels.numel() == 0:
+        return
+    least, most = labels.aminmax()
+    if least < 0 or most >= y.shape[0]:
+        raise ValueError(
+            f"labels must be columns, 0 <= label < {y.shape[0]}, got {int(least)} to {int(most)}"
+        )
+    if ids is not None and (wrong := (ids[0] != ids[1][labels.long()]).nonzero()).numel():
+        row = int(wrong[0])
+        raise ValueError(
+            "a row and the key of its label must have one id, got "
+            f"{int(ids[0][row])} and {int(ids[1][labels[row]])} in row {row}"
+        )
+
+
+def _check_one_set(
+    offset: int | None, labels: Tensor | None, margin: Tensor | float | None,
+    key_bias: Tensor | None, rows: bool,
+) -> None:  # fmt: skip
+    """Checks the options of a block of one set of features against itself."""
+    absent = {"labels": labels, "false_negative_margin": margin, "key_bias": key_bias}
+    for name, value in absent.items():
+        if value is not None:
+            raise ValueError(f"{name} must be None without y: no row has a positive of its own")
+    if offset != 0 or not rows:
+        raise ValueError(
+            "without y the own pairs are left out and only rows are returned: offset must be 0 and "
+            f"rows True, got {offset} and {rows}"
+        )
+
+
 def check_contrast(
-    x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
-    key_bias: Tensor | None, ids: tuple[Tensor, Tensor] | None, margin: Tensor | float | None, *,
-    offset: int | None, same_id: str, rows: bool, columns: bool, kind: str,
-    may_be_empty: bool = False,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]:  # fmt: skip
-    """Checks the arguments of `contrast`, except backend and memory_budget; returns scale, bias,
+    x: Tensor, y: Tensor | None, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
+    key_bias: Tensor | None, ids: tuple[Tensor, Tensor] | Tensor | None,
+    margin: Tensor | float | None, labels: Tensor | None, *, offset: int | None, same_id: str,
+    rows: bool, columns: bool, kind: str, may_be_empty: bool = False,
+) -> tuple[
+    Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None
+]:  # fmt: skip
+    """Checks the arguments of `contrast`, except backend and memory_budget; returns y, scale, bias,
     ids and margin."""
-    check_sides(x, y, may_be_empty)
     check_offset(offset)
+    if y is None:
+        _check_one_set(offset, labels, margin, key_bias, rows)
+        # An autograd Function needs distinct tensor objects; all of the gradient is x's.
+        y = x.detach() if isinstance(x, Tensor) else x
+        ids = (ids, ids) if isinstance(ids, Tensor) else ids
+    elif y is x:
+        y = y.view_as(y)
+    check_sides(x, y, may_be_empty)
     ids = check_ids(ids, same_id, x, y)
+    check_labels(labels, ids, offset, x, y)
     check_key_bias(key_bias, y)
     kind_of(kind)
     if not (rows or columns):
@@ -156,7 +217,7 @@ def check_contrast(
     if margin is not None:
         margin = scalar("false_negative_margin", margin, x).detach()
     refuse_forward_mode(x, y, scale, bias, key_bias)
-    return scale, bias, ids, margin
+    return y, scale, bias, ids, margin
 
 
 def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:

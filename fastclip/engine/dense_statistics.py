@@ -11,17 +11,19 @@ from .dense import dense_logits
 
 def dense_contrast(
     x: Tensor,  # (M, D)
-    y: Tensor,  # (N, D)
+    y: Tensor | None,  # (N, D)
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
     offset: int | None = 0,
-    ids: tuple[Tensor, Tensor] | None = None,
+    labels: Tensor | None = None,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
     same_id: str = "ignore",
     false_negative_margin: Tensor | float | None = None,
     key_bias: Tensor | None = None,
     rows: bool = True,
     columns: bool = True,
+    means: bool = False,
     kind: str = "softmax",
     normalize: bool = False,
     backend: str | None = None,
@@ -32,6 +34,10 @@ def dense_contrast(
     Args, Returns, Raises: as `fastclip.contrast`; backend and memory_budget are ignored. Logits are
     float32, or float64 if either side is.
     """
+    of_itself = y is None
+    y = x if of_itself else y
+    ids = (ids, ids) if isinstance(ids, Tensor) else ids
+    columns = columns and not of_itself
     logits = dense_logits(x, y, logit_scale, logit_bias, normalize)
     t = dense_logits(x.detach(), y.detach(), 1.0, None, normalize)
     if key_bias is not None:
@@ -39,11 +45,13 @@ def dense_contrast(
     m, n = logits.shape
     i, j = torch.arange(m, device=x.device)[:, None], torch.arange(n, device=x.device)
     own = i + offset == j if offset is not None else torch.zeros_like(t, dtype=torch.bool)
+    if labels is not None:
+        own = labels[:, None] == j
     same = own if ids is None else (ids[0][:, None] == ids[1]) | own
     by_row = by_column = ~same
     if false_negative_margin is not None:
         similarity = torch.where(own, t, -torch.inf)
-        for dim in (1, 0):
+        for dim in (1, 0) if labels is None else (1,):
             # A line without an own positive has no limit.
             limit = similarity.amax(dim, keepdim=True)
             limit = torch.where(limit == -torch.inf, torch.inf, limit + false_negative_margin)
@@ -54,17 +62,36 @@ def dense_contrast(
     found = kind_of(kind)
     positives = torch.where(own, logits, 0).sum(1)
     positives = torch.where(own.any(1), positives, torch.nan).double()
-    by_id: list[Tensor | None] = [None, None]
-    if same_id == "positive":
-        sign = -1 if found.negates_positives else 1
-        by_id = [_statistic(found, sign * logits, same, dim) for dim in (1, 0)]
-    return LineStatistics(
+    statistics = LineStatistics(
         _statistic(found, logits, by_row, 1) if rows else None,
         _statistic(found, logits, by_column, 0) if columns else None,
-        positives,
-        by_id[0] if rows else None,
-        by_id[1] if columns else None,
+        None if of_itself else positives,
     )
+    # The pair of a feature with itself is no positive of its own.
+    positive = same & ~own if of_itself else same
+    if same_id == "positive":
+        sign = -1 if found.negates_positives else 1
+        by_id = [_statistic(found, sign * logits, positive, dim) for dim in (1, 0)]
+        statistics = statistics._replace(
+            row_positives=by_id[0] if rows else None, column_positives=by_id[1] if columns else None
+        )
+    if not means:
+        return statistics
+    counted = ~same if of_itself else ~same | own
+    by_name = {"means": counted | positive if same_id == "positive" else counted}
+    if same_id == "positive":
+        by_name["positive_means"] = positive
+    wanted = [("row", 1)] * rows + [("column", 0)] * columns
+    return statistics._replace(**{
+        f"{line}_{name}": _mean(logits, pairs, dim)
+        for name, pairs in by_name.items() for line, dim in wanted
+    })  # fmt: skip
+
+
+def _mean(logits: Tensor, counts: Tensor, dim: int) -> Tensor:
+    """The mean logit of each line over the pairs that count and are finite; NaN without any."""
+    counts = counts & (logits > -torch.inf)
+    return torch.where(counts, logits.double(), 0).sum(dim) / counts.sum(dim)
 
 
 def _statistic(kind: type[Kind], logits: Tensor, counts: Tensor, dim: int) -> Tensor:

@@ -17,30 +17,50 @@ from torch import Tensor
 from ..kinds import LN2, LOG2E, Kind, LineStatistics, kind_of
 from . import pairs
 from .block import Block, Upstream
+from .line_means import LineMeans, MeanFactors
 
 
-def wanted_statistics(
-    found: tuple[Tensor, ...], same_id_positive: bool, rows: bool, columns: bool
-) -> LineStatistics:
+class Request(NamedTuple):
+    """The statistics that a call of `contrast` asks for."""
+
+    rows: bool
+    columns: bool
+    same_id_positive: bool
+    means: bool
+    # y is x: pairs of a feature with itself do not count, and the columns are the rows.
+    of_itself: bool
+
+
+def names_of(request: Request) -> tuple[str, ...]:
+    """The fields of `LineStatistics` that are computed, in the order of their tensors. This is a
+    function: Dynamo of torch 2.10 cannot read properties of a named tuple."""
+    names = ("rows", "columns", "positives")
+    if request.same_id_positive:
+        names += ("row_positives", "column_positives")
+    if request.means:
+        names += ("row_means", "column_means")
+    if request.means and request.same_id_positive:
+        names += ("row_positive_means", "column_positive_means")
+    return names
+
+
+def wanted_statistics(found: Sequence[Tensor], request: Request) -> LineStatistics:
     """Names the results of `statistics_from_states`; None for those of an unwanted side."""
-    every = as_line_statistics(found, same_id_positive)
-    if not rows:
-        every = every._replace(rows=None, row_positives=None)
-    if not columns:
-        every = every._replace(columns=None, column_positives=None)
-    return every
+    every = as_line_statistics(found, request)
+    unwanted = [
+        name
+        for name in names_of(request)
+        if (name.startswith("row") and not request.rows)
+        or (name.startswith("column") and not request.columns)
+        or (name == "positives" and request.of_itself)
+    ]
+    return every._replace(**dict.fromkeys(unwanted))
 
 
-def number_of_statistics(same_id_positive: bool) -> int:
-    """The number of tensors that `statistics_from_states` returns; those of positives by id come
-    last."""
-    fields = LineStatistics._fields
-    return len(fields) if same_id_positive else fields.index("row_positives")
-
-
-def as_line_statistics(found: Sequence[Tensor], same_id_positive: bool) -> LineStatistics:
+def as_line_statistics(found: Sequence[Tensor], request: Request) -> LineStatistics:
     """Names the results of `statistics_from_states`, and drops those that may follow in `found`."""
-    return LineStatistics(*found[: number_of_statistics(same_id_positive)])
+    none = dict.fromkeys(LineStatistics._fields)
+    return LineStatistics(**{**none, **dict(zip(names_of(request), found, strict=False))})
 
 
 class States(NamedTuple):
@@ -62,10 +82,10 @@ def statistic(kind: type[Kind], states: States) -> Tensor:
 
 
 def statistics_from_states(
-    block: Block, state: Tensor, positive: Tensor, bias: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Returns the fields of `LineStatistics`, by-id positives only with same_id_positive. A side
-    may be empty."""
+    block: Block, state: Tensor, positive: Tensor, bias: Tensor | None, request: Request,
+    line_means: LineMeans | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Returns the fields of `LineStatistics` that `names_of` names. A side may be empty."""
     kind, (m, _) = kind_of(block.kind), block.sizes()
     dtype = state.dtype
     common = 0.0 if bias is None else bias.reshape(()).to(dtype)
@@ -75,15 +95,47 @@ def statistics_from_states(
     positives = positive * block.scale.reshape(()).to(dtype) + common
     if block.key_bias is not None:
         positives = positives + pairs.at_rows(block.key_bias.to(dtype), m, block.offset, 0)
-    found = (negatives[:m], negatives[m:], positives)
-    if not of_by_id:
-        return found
-    by_id, own = statistic(kind, *of_by_id) + moved, _Own(block, positives)
-    if kind.has_shift:
-        by_id = torch.logaddexp(by_id, torch.where(own.exists, own.logits, -torch.inf))
-    else:
-        by_id = by_id + torch.where(own.exists, kind.fold(own.log2, own.log2 * 0), 0)
-    return *found, by_id[:m], by_id[m:]
+    found = [negatives[:m], negatives[m:], positives]
+    if of_by_id:
+        by_id, own = statistic(kind, *of_by_id) + moved, _Own(block, positives)
+        if request.of_itself:
+            pass
+        elif kind.has_shift:
+            by_id = torch.logaddexp(by_id, torch.where(own.exists, own.logits, -torch.inf))
+        else:
+            by_id = by_id + torch.where(own.exists, kind.fold(own.log2, own.log2 * 0), 0)
+        found += [by_id[:m], by_id[m:]]
+    if line_means is not None:
+        means = line_means.values(positives, bias)
+        if line_means.groups.labelled is not None:
+            found[2] = line_means.labelled_logits(means.pop())
+        for of_lines in means:
+            found += [of_lines[:m], of_lines[m:]]
+    return tuple(found)
+
+
+def means_upstream(
+    found: LineStatistics, upstream: LineStatistics, labelled: bool
+) -> list[Tensor | None]:
+    """The upstream gradients (M + N) of the means that were found, in the order of
+    `LineMeans.values`; None for those without one."""
+    pairs_of = [("row_means", "column_means"), ("row_positive_means", "column_positive_means")]
+    pairs_of += [("positives", None)] if labelled else []
+    gradients: list[Tensor | None] = []
+    for of_rows, of_columns in pairs_of:
+        if getattr(found, of_rows) is None:
+            continue
+        # Gradients of the labelled pairs' logits belong to rows alone.
+        values = getattr(found, of_rows), getattr(found, of_columns or "columns")
+        given = [
+            None if name is None else getattr(upstream, name) for name in (of_rows, of_columns)
+        ]
+        gradients.append(
+            None if given[0] is None and given[1] is None
+            else torch.cat([torch.zeros_like(v) if g is None else g
+                            for v, g in zip(values, given, strict=True)])
+        )  # fmt: skip
+    return gradients
 
 
 class _Own:
@@ -105,7 +157,7 @@ class _Own:
 
 def upstream_of(
     block: Block, bias: Tensor | None, found: LineStatistics, state: Tensor,
-    upstream: LineStatistics,
+    upstream: LineStatistics, request: Request, of_means: MeanFactors | None,
 ) -> tuple[Upstream, Tensor | None]:  # fmt: skip
     """Returns the factors of pairs' weights for the upstream gradients of the statistics, and the
     gradient of a bias that the engine does not get. A side may be empty."""
@@ -114,9 +166,12 @@ def upstream_of(
         t if t is None else torch.zeros_like(t) if g is None else g.to(state.dtype)
         for t, g in zip(found, upstream, strict=True)
     ))  # fmt: skip
+    if request.of_itself:
+        # A pair's logit is in the row of each of its two features.
+        given = given._replace(columns=given.rows, column_positives=given.row_positives)
     negatives, *positives = states_of(state)
     _, inside = pairs.partners(m, n, block.offset, state.device)
-    of_own = torch.where(inside, given.positives, 0)
+    of_own = torch.where(inside & (not request.of_itself), given.positives, 0)
     of_lines = torch.cat((given.rows, given.columns))
     every = [of_lines]
     coefficients = [of_lines]
@@ -145,8 +200,15 @@ def upstream_of(
         else:
             share = share * kind.activation(own.log2, own.log2 * 0)
         coefficients.append(of_lines)
-        share = torch.where(own.exists, share, 0)
+        share = torch.where(own.exists & (not request.of_itself), share, 0)
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
+    if of_means is not None:
+        of_own = of_own + of_means.own
+        total = total + of_means.own.sum()
+    if request.of_itself:
+        total = total / 2
+    if of_means is not None:
+        total = total + of_means.of_bias
     # The largest upstream gradient goes into the gain, so that weights are of order 1.
     largest = torch.cat([of_own, *every, of_own.new_zeros(1)]).abs().amax()
     divisor = torch.where(largest > 0, largest, 1)

@@ -6,13 +6,14 @@ weighs once. `line_formulas.py` has the formulas between these sweeps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kinds import LineStatistics
+from ..kinds import LineStatistics, kind_of
 from . import operators, pairs
 from .autograd import (
     as_inputs,
@@ -25,15 +26,18 @@ from .autograd import (
     with_inputs,
     without_inputs,
 )
-from .block import Block, Side, SweepResults, Wanted
-from .dtypes import accumulation_dtype
+from .block import NO_POSITIVES, Block, Side, SweepResults, Wanted
+from .dtypes import accumulation_dtype, state_dtype
 from .kept import KEPT_BY
 from .line_formulas import (
+    Request,
     as_line_statistics,
+    means_upstream,
     statistics_from_states,
     upstream_of,
     wanted_statistics,
 )
+from .line_means import LineMeans, local_groups
 from .tiny_norms import EPS
 
 
@@ -43,9 +47,16 @@ class StatisticsOptions(NamedTuple):
     engine: str
     dtype: torch.dtype  # of the products
     normalize: bool
-    rows: bool
-    columns: bool
     memory_budget: int
+    request: Request
+
+    def flat(self) -> tuple[Any, ...]:
+        return *self[:-1], *self.request
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> StatisticsOptions:
+        count = len(cls._fields) - 1
+        return cls(*flat[:count], Request(*flat[count:]))
 
 
 class StatisticsInputs(NamedTuple):
@@ -60,60 +71,81 @@ class StatisticsInputs(NamedTuple):
 
 def block_of(
     inputs: StatisticsInputs, ids: tuple[Tensor, Tensor] | None, margin: Tensor | None, offset: int,
-    kind: str, same_id_positive: bool, options: StatisticsOptions,
+    labels: Tensor | None, kind: str, options: StatisticsOptions,
 ) -> Block:  # fmt: skip
-    """The block of the inputs, without gradients."""
+    """The block of the inputs, without gradients. With labels (M), the columns of the rows' own
+    positives, ids keep these pairs out of the negatives."""
     with torch.no_grad():
         x, y = (side_of(t, options.dtype, options.normalize) for t in inputs[:2])
+        if labels is not None:
+            ids = ids or (labels, torch.arange(y.features.shape[0], device=labels.device))
+            offset = NO_POSITIVES
         if ids is not None:
             codes = pairs.codes_of(*ids)
             x, y = x._replace(ids=codes[0]), y._replace(ids=codes[1])
         if margin is not None:
-            limits = pairs.thresholds(x, y, offset, margin)
+            limits = pairs.thresholds(x, y, offset, labels, margin)
             x, y = x._replace(threshold=limits[0]), y._replace(threshold=limits[1])
         bias = bias_of(inputs.bias, kind)
-        return Block(x, y, inputs.scale, bias, inputs.key_bias, offset, kind, same_id_positive)
+        positive = options.request.same_id_positive
+        return Block(x, y, inputs.scale, bias, inputs.key_bias, offset, kind, positive)
 
 
 def line_statistics(
-    inputs: StatisticsInputs, block: Block, options: StatisticsOptions
+    inputs: StatisticsInputs, block: Block, labels: Tensor | None, options: StatisticsOptions
 ) -> LineStatistics:
-    """The statistics of the inputs' block, differentiable in the inputs."""
+    """The statistics of the inputs' block, differentiable in the inputs. labels (M): the columns of
+    the rows' own positives, if the block has no offset of them."""
+    request = options.request
     with torch.no_grad():
-        occupied = pairs.occupied(block, sum(block.sizes()), options.rows, options.columns)
+        occupied = pairs.occupied(block, sum(block.sizes()), request.rows, request.columns)
     if differentiates(*inputs):
         if is_traced():
             flat = without_inputs(block).flat()
-            found = _TracedStatistics.apply(*inputs, *flat, occupied, *options)
+            found = _TracedStatistics.apply(*inputs, *flat, occupied, labels, *options.flat())
         else:
-            found = _LineStatistics.apply(*inputs, block, occupied, options)
+            found = _LineStatistics.apply(*inputs, block, occupied, labels, options)
     else:
-        state, positive, _ = operators.sweep(options.engine, block, occupied=occupied)
-        found = statistics_from_states(block, state, positive, inputs.bias)
-    return wanted_statistics(found, block.same_id_positive, options.rows, options.columns)
+        found, _ = _forward(inputs, block, occupied, labels, options, keeps=False)
+    return wanted_statistics(found, request)
+
+
+def _means_of(block: Block, labels: Tensor | None, request: Request) -> LineMeans | None:
+    if labels is None and not request.means:
+        return None
+    groups, dtype = local_groups(block, labels, request.means), state_dtype(block.scale.device)
+    return LineMeans(block, groups, dtype, request.means, request.of_itself)
 
 
 def _forward(
-    inputs: StatisticsInputs, block: Block, occupied: Tensor | None, options: StatisticsOptions
-) -> tuple[tuple[Tensor, ...], SweepResults]:
-    keep = KEPT_BY[options.engine].keep(block, options.memory_budget)
+    inputs: StatisticsInputs, block: Block, occupied: Tensor | None, labels: Tensor | None,
+    options: StatisticsOptions, keeps: bool = True,
+) -> tuple[tuple[Tensor, ...], SweepResults]:  # fmt: skip
+    keep = KEPT_BY[options.engine].keep(block, options.memory_budget) if keeps else 0
     statistics = operators.sweep(options.engine, block, occupied=occupied, keep=keep)
-    return statistics_from_states(
-        block, statistics.state, statistics.positive, inputs.bias
-    ), statistics
+    state, request = statistics.state, options.request
+    if request.of_itself:
+        # Each column is a row; weights need its shift.
+        m = block.sizes()[0]
+        state = torch.cat((state[:, :m], state[:, :m]), 1)
+    found = statistics_from_states(
+        block, state, statistics.positive, inputs.bias, request, _means_of(block, labels, request)
+    )
+    return found, statistics._replace(state=state)
 
 
 def _save(
     ctx: Any,
     inputs: StatisticsInputs,
     block: Block,
+    labels: Tensor | None,
     options: StatisticsOptions,
     output: tuple[Tensor, ...],
 ) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = options
     ctx.block_options = block.offset, block.kind, block.same_id_positive
-    ctx.save_for_backward(*inputs, *block.x, *block.y, *output)
+    ctx.save_for_backward(*inputs, *block.x, *block.y, labels, *output)
 
 
 def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
@@ -127,8 +159,10 @@ def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
         sides.append(Side(*saved[: len(Side._fields)]))
         saved = saved[len(Side._fields) :]
     block = Block(*sides, inputs.scale, None, None, *ctx.block_options)
+    labels, *output = saved
     with torch.no_grad():
-        gradients = _gradients(ctx, inputs, with_inputs(block, *inputs[2:]), saved, upstream)
+        block = with_inputs(block, *inputs[2:])
+        gradients = _gradients(ctx, inputs, block, labels, output, upstream)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         sources = [g for g in upstream if g is not None]
         gradients = refuse_second_derivative(gradients, *sources, *inputs[:3])
@@ -140,14 +174,15 @@ class _LineStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *inputs, block, occupied, options = arguments
-        found, statistics = _forward(StatisticsInputs(*inputs), block, occupied, options)
-        _save(ctx, StatisticsInputs(*inputs), block, options, (*found, *statistics))
+        *inputs, block, occupied, labels, options = arguments
+        inputs = StatisticsInputs(*inputs)
+        found, statistics = _forward(inputs, block, occupied, labels, options)
+        _save(ctx, inputs, block, labels, options, (*found, *statistics))
         return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, upstream), None, None, None
+        return *_backward(ctx, upstream), None, None, None, None
 
 
 class _TracedStatistics(torch.autograd.Function):
@@ -163,53 +198,74 @@ class _TracedStatistics(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        inputs, block, _, options = _unpacked(arguments)
+        inputs, block, _, labels, options = _unpacked(arguments)
         ctx.mark_non_differentiable(*output[-len(SweepResults._fields) :])
-        _save(ctx, inputs, block, options, output)
+        _save(ctx, inputs, block, labels, options, output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        others = Block.COUNT + 1 + len(ctx.options)
+        others = Block.COUNT + 2 + len(ctx.options.flat())
         return *_backward(ctx, upstream), *(None for _ in range(others))
 
 
 def _unpacked(
     arguments: tuple[Any, ...],
-) -> tuple[StatisticsInputs, Block, Tensor | None, StatisticsOptions]:
+) -> tuple[StatisticsInputs, Block, Tensor | None, Tensor | None, StatisticsOptions]:
     count = len(StatisticsInputs._fields)
-    block, (occupied, *options) = Block.of(arguments[count:])
+    block, (occupied, labels, *options) = Block.of(arguments[count:])
     inputs = StatisticsInputs(*arguments[:count])
-    return inputs, with_inputs(block, *inputs[2:]), occupied, StatisticsOptions(*options)
+    block = with_inputs(block, *inputs[2:])
+    return inputs, block, occupied, labels, StatisticsOptions.of(options)
 
 
 def _gradients(
     ctx: Any,
     inputs: StatisticsInputs,
     block: Block,
-    output: tuple[Tensor, ...],
+    labels: Tensor | None,
+    output: Sequence[Tensor],
     upstream: tuple[Any, ...],
 ) -> list[Tensor | None]:
     needs = StatisticsInputs(*ctx.needs_input_grad[: len(StatisticsInputs._fields)])
     *found, state, positive, kept = output
-    found, given = (as_line_statistics(t, block.same_id_positive) for t in (found, upstream))
-    if all(g is None for g in given._replace(positives=None)) and not is_traced():
+    options, request = ctx.options, ctx.options.request
+    found, given = (as_line_statistics(t, request) for t in (found, upstream))
+    if (
+        all(g is None for g in given._replace(positives=None))
+        and labels is None
+        and not is_traced()
+    ):
         of_own = given.positives
         return (
             [None] * len(needs)
             if of_own is None
             else _own_positives_backward(ctx, inputs, block, of_own)
         )
-    coefficients, of_bias = upstream_of(block, inputs.bias, found, state, given)
-    options = ctx.options
+    line_means, of_means = _means_of(block, labels, request), None
+    if line_means is not None:
+        of_means = line_means.factors(means_upstream(found, given, labels is not None))
+    coefficients, of_bias = upstream_of(block, inputs.bias, found, state, given, request, of_means)
+    dtypes = inputs.x.dtype, inputs.y.dtype
+    if of_means is not None:
+        dtypes = (accumulation_dtype(block.x.features),) * 2
     dx, dy, totals, dkey_bias = operators.weigh(
         options.engine, block, SweepResults(state, positive, kept), coefficients,
-        Wanted(needs.x, needs.y, needs.key_bias, options.normalize, inputs.x.dtype, inputs.y.dtype),
+        Wanted(needs.x, needs.y, needs.key_bias, options.normalize, *dtypes),
     )  # fmt: skip
-    if of_bias is not None:
-        _, of_scale = totals
-        totals = torch.stack((of_bias, of_scale))
+    dbias, dscale = totals.unbind()
+    if request.of_itself:
+        dbias, dscale = dbias / 2, dscale / 2
+    if kind_of(block.kind).has_shift:
+        dbias = of_bias
+    if of_means is not None:
+        more, more_key_bias = line_means.add_gradients(
+            of_means, dx if needs.x else None, dy if needs.y else None
+        )
+        dscale, dkey_bias = dscale + more, dkey_bias + more_key_bias if needs.key_bias else None
+        if not kind_of(block.kind).has_shift:
+            dbias = dbias + of_means.of_bias
     return [
-        *as_inputs((dx, dy, totals), inputs[:-1], needs[:-1]),
+        *as_inputs((dx, dy, torch.stack((dbias, dscale))), inputs[:-1], needs[:-1]),
         cast(dkey_bias, inputs.key_bias.dtype) if needs.key_bias else None,
     ]
 

@@ -51,13 +51,29 @@ def codes_of(ids_x: Tensor, ids_y: Tensor) -> tuple[Tensor, Tensor]:
     return codes[:m], codes[m:]
 
 
-def own_products(x: Side, y: Side, offset: int) -> Tensor:
-    """Returns (M): t of each row's own positive, infinite for a row without one."""
+def numbers_of(codes_x: Tensor, codes_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps codes to int64 numbers below N that only depend on the codes of y (N), so that ranks
+    with different x get the same numbers. Rows whose code no column has get N."""
+    n = codes_y.shape[0]
+    ordered, places = codes_y.sort()
+    numbers = torch.zeros_like(places)
+    numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    at = torch.searchsorted(ordered, codes_x).clamp_max(n - 1)
+    of_rows = torch.where(ordered[at] == codes_x, numbers[at], n)
+    return of_rows, torch.zeros_like(numbers).scatter(0, places, numbers)
+
+
+def own_products(x: Side, y: Side, offset: int, labels: Tensor | None = None) -> Tensor:
+    """Returns (M): t of each row's own positive, infinite for a row without one. labels (M): the
+    columns of the own positives, in place of offset."""
     m, n = x.features.shape[0], y.features.shape[0]
     columns, inside = partners(m, n, offset, x.features.device)
+    if labels is not None:
+        columns, inside = labels.long(), torch.ones_like(inside)
     dtype = accumulation_dtype(x.features)
     # The usual block needs no copy of y.
-    partner = y.features if offset == 0 and m == n else y.features[columns]
+    plain = offset == 0 and m == n and labels is None
+    partner = y.features if plain else y.features[columns]
     t = (x.features.to(dtype) * partner.to(dtype)).sum(1)
     if x.factor is not None:
         t = t * x.factor
@@ -66,8 +82,11 @@ def own_products(x: Side, y: Side, offset: int) -> Tensor:
     return torch.where(inside, t, torch.inf)
 
 
-def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest t that a negative may have in each row and column.
+def thresholds(
+    x: Side, y: Side, offset: int, labels: Tensor | None, margin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The largest t that a negative may have in each row and column. With labels, which several
+    rows may share, columns have no limit.
 
     Duplicates of the own positive stay, however the products are rounded.
     """
@@ -75,7 +94,7 @@ def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, T
     if m == 0 or n == 0:
         dtype = accumulation_dtype(x.features)
         return tuple(x.features.new_full((k,), torch.inf, dtype=dtype) for k in (m, n))
-    t = own_products(x, y, offset)
+    t = own_products(x, y, offset, labels)
     longest = [
         1.0 if side.factor is not None
         else torch.linalg.vector_norm(side.features, dim=1, dtype=t.dtype).amax()
@@ -87,6 +106,8 @@ def thresholds(x: Side, y: Side, offset: int, margin: Tensor) -> tuple[Tensor, T
         rounding += 2.0**-10
     rounding = rounding * longest[0] * longest[1]
     of_rows = t + margin.to(t.dtype).reshape(()) + rounding
+    if labels is not None:
+        return of_rows, of_rows.new_full((n,), torch.inf)
     return of_rows, at_columns(of_rows, n, offset, torch.inf)
 
 

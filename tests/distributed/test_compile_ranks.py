@@ -192,9 +192,11 @@ def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         call = LossCall("sigmoid", GradientMode(), False, True, None, None, None, None)
         compiled_call.traced_loss((*inputs, None), None, call)
     else:
-        call = ContrastCall(0, "positive", True, True, "softmax", True, False, False, None, None)
+        call = ContrastCall(
+            0, "positive", True, True, True, False, "softmax", True, False, False, None, None
+        )
         ids = torch.arange(5) // 2
-        others = None, torch.randn(5), (ids, ids), 0.1
+        others = None, torch.randn(5), (ids, ids), 0.1, None
         compiled_call.traced_contrast((*inputs, *others), None, call)
     monkeypatch.undo()
     ((arguments,),) = [called]

@@ -16,10 +16,10 @@ from torch import Tensor
 from ...engine.checks import scalar
 from ...engine.compile_marks import constant_in_graphs
 from ...engine.dtypes import product_dtype
-from ...engine.line_formulas import number_of_statistics, wanted_statistics
+from ...engine.line_formulas import wanted_statistics
 from ...kinds import LineStatistics
 from ..agreement import group_named, ranks_of
-from ..calls import ContrastCall, LossCall, engine_of
+from ..calls import ContrastCall, LossCall, engine_of, request_of
 from . import contrast as _contrast  # noqa: F401 -- defines the operators
 from .loss import TracedOptions
 from .rank_operator import Trace
@@ -65,11 +65,12 @@ def takes_loss(
 def takes_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> bool:
-    x, y, scale, bias, key_bias, ids, margin = given
-    pair = () if ids is None else ids
+    x, y, scale, bias, key_bias, ids, margin, labels = given
+    pair = () if ids is None else (ids, ids) if isinstance(ids, Tensor) else ids
     return (
         not call.uneven
-        and _is_plain_tensor(x, False) and _is_plain_tensor(y, False) and _is_plain_tensor(key_bias)
+        and _is_plain_tensor(x, False) and _is_plain_tensor(y, call.of_itself)
+        and _is_plain_tensor(key_bias) and _is_plain_tensor(labels)
         and scale is not None and _is_scalar(scale) and _is_scalar(bias) and _is_scalar(margin)
         and _is_group(process_group)
         and isinstance(pair, (tuple, list)) and len(pair) in (0, 2)
@@ -143,7 +144,9 @@ def traced_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> LineStatistics:
     """`distributed.contrast`, as an operator."""
-    x, y, scale, bias, key_bias, ids, margin = given
+    x, y, scale, bias, key_bias, ids, margin, labels = given
+    y = x.detach() if call.of_itself else y
+    ids = (ids, ids.clone()) if isinstance(ids, Tensor) else ids
     scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
     margin = _tensor("false_negative_margin", margin, x)
     margin = None if margin is None else margin.detach()
@@ -151,12 +154,11 @@ def traced_contrast(
     dtype = product_dtype(x, y)
     inputs = x, y, scale, bias, key_bias
     options = call._replace(
-        rows=bool(call.rows), columns=bool(call.columns), normalize=bool(call.normalize),
-        ring=bool(call.ring), dtype=dtype,
+        rows=bool(call.rows), columns=bool(call.columns), means=bool(call.means),
+        normalize=bool(call.normalize), ring=bool(call.ring), dtype=dtype,
     )  # fmt: skip
     trace = _trace(inputs, process_group, call, dtype)
-    found = torch.ops.fastclip.rank_contrast(*inputs, x_ids, y_ids, margin, *options, *trace)
-    positive = call.same_id == "positive"
-    return wanted_statistics(
-        tuple(found[: number_of_statistics(positive)]), positive, options.rows, options.columns
+    found = torch.ops.fastclip.rank_contrast(
+        *inputs, x_ids, y_ids, margin, labels, *options, *trace
     )
+    return wanted_statistics(found, request_of(options))

@@ -11,12 +11,12 @@ from torch import Tensor
 from ...engine.block import NO_POSITIVES, Block
 from ...engine.dtypes import state_dtype
 from ...engine.kept import KEPT_BY
-from ...engine.line_formulas import number_of_statistics
+from ...engine.line_formulas import names_of
 from ...engine.line_statistics import StatisticsInputs, StatisticsOptions
 from .. import sharded_statistics
 from ..agreement import group_named
 from ..block_row import TENSOR_COUNT, BlockRow, Swept
-from ..calls import ContrastCall, begin_contrast, checked_contrast
+from ..calls import ContrastCall, begin_contrast, checked_contrast, request_of
 from ..sharded_statistics import StatisticsTask
 from .rank_operator import (
     Trace,
@@ -35,11 +35,12 @@ from .shards import check_ranks, exchanged_needs, pretended_shard, rebuilt_shard
 
 # The fields of `ContrastCall`, in its order.
 _SCHEMA = (
-    "int? offset, str same_id, bool rows, bool columns, str kind, bool normalize, bool ring,"
-    " bool uneven, str? backend, int? memory_budget, ScalarType dtype"
+    "int? offset, str same_id, bool rows, bool columns, bool means, bool of_itself, str kind,"
+    " bool normalize, bool ring, bool uneven, str? backend, int? memory_budget, str loss,"
+    " ScalarType dtype"
 )
 _INPUTS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? key_bias"
-_OTHERS = "Tensor? x_ids, Tensor? y_ids, Tensor? margin"
+_OTHERS = "Tensor? x_ids, Tensor? y_ids, Tensor? margin, Tensor? labels"
 
 
 def _contrast_results(inputs: StatisticsInputs, task: StatisticsTask, trace: Trace) -> list[Tensor]:
@@ -48,7 +49,7 @@ def _contrast_results(inputs: StatisticsInputs, task: StatisticsTask, trace: Tra
     # The shapes of kept products would depend on the rank's number if columns visit apart.
     apart = not task.ring and row.columns.apart
     budget = task.options.memory_budget if trace.saves and not apart else 0
-    found, swept = sharded_statistics.forward(inputs, row, task.options, budget)
+    found, swept = sharded_statistics.forward(inputs, row, task.labels, task.options, budget)
     found = separate_memory(found)
     if not trace.saves:
         return found
@@ -70,10 +71,10 @@ def _without_margin(own: Block) -> Block:
 
 
 def _given(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], ContrastCall, Trace]:
-    """Splits the arguments after the inputs into ids and margin, the options, the trace."""
-    x_ids, y_ids, margin, *rest = arguments
+    """Splits the arguments after the inputs into ids, margin and labels, the options, the trace."""
+    x_ids, y_ids, margin, labels, *rest = arguments
     call, trace = split(ContrastCall, rest)
-    return (None if x_ids is None else (x_ids, y_ids), margin), call, trace
+    return (None if x_ids is None else (x_ids, y_ids), margin, labels), call, trace
 
 
 def _rank_contrast(*arguments: Any) -> list[Tensor]:
@@ -95,7 +96,7 @@ def _fake_rank_contrast(*arguments: Any) -> list[Tensor]:
     except (TypeError, ValueError):
         m, n = (t.shape[0] if t.dim() else 1 for t in arguments[:2])
         dtype = state_dtype(arguments[0].device)
-        sizes = (m, n, m, m, n)[: number_of_statistics(call.same_id == "positive")]
+        sizes = [n if "column" in name else m for name in names_of(request_of(call))]
         return [arguments[0].new_empty((size,), dtype=dtype) for size in sizes]
     task = checked.task._replace(shard=pretended_shard(trace, checked.inputs.y.shape[0]))
     return _contrast_results(checked.inputs, task, trace)
@@ -103,20 +104,17 @@ def _fake_rank_contrast(*arguments: Any) -> list[Tensor]:
 
 def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
     count = len(StatisticsInputs._fields)
-    inputs, (found, saved, *rest) = StatisticsInputs(*arguments[:count]), arguments[count:]
+    inputs, (labels, found, saved, *rest) = StatisticsInputs(*arguments[:count]), arguments[count:]
     call, trace = split(ContrastCall, rest)
     needs, beside, (state, positive, *kept) = (
         saved[0],
         saved[1 : TENSOR_COUNT + 1],
         saved[TENSOR_COUNT + 1 :],
     )
-    options = StatisticsOptions(
-        trace.engine, call.dtype, call.normalize, call.rows, call.columns, 0
-    )
+    options = StatisticsOptions(trace.engine, call.dtype, call.normalize, 0, request_of(call))
     offset = NO_POSITIVES if call.offset is None else call.offset
     shard = rebuilt_shard(trace, inputs.y.shape[0], None, needs)
-    positive_ids = call.same_id == "positive"
-    task = StatisticsTask(options, None, None, offset, call.kind, positive_ids, shard, call.ring)
+    task = StatisticsTask(options, None, labels, None, offset, call.kind, shard, call.ring)
     own = sharded_statistics.own_of(inputs, task)
     columns = sharded_statistics.columns_of(*own.sizes(), task)
     row = BlockRow(trace.engine, columns, call.normalize, with_gathered_tensors(own, beside))
@@ -125,7 +123,7 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
         kept = [nothing] * columns.visits
     swept = Swept(state, positive, tuple(kept))
     gradients = sharded_statistics.backward(
-        inputs, row, options, found, swept, upstream, trace.needs
+        inputs, row, labels, options, found, swept, upstream, trace.needs
     )
     return requested(gradients)
 
@@ -140,10 +138,11 @@ def _contrast_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor
     found, saved = list(output[: ctx.results]), list(output[ctx.results :])
     # All ranks must make the same exchanges, whichever statistics each of them uses.
     given = [torch.zeros_like(t) if g is None else g for t, g in zip(found, upstream, strict=False)]
-    options = ctx.arguments[_OTHERS.count(",") + 1 :]
+    others = _OTHERS.count(",") + 1
+    labels, options = ctx.arguments[others - 1], ctx.arguments[others:]
     with torch.no_grad():
         gradients = torch.ops.fastclip.rank_contrast_backward(
-            given, *inputs, found, saved, *options
+            given, *inputs, labels, found, saved, *options
         )
     needs = Trace(*options[-len(Trace._fields) :]).needs
     sources = (*(g for g in upstream if g is not None), *inputs[:3])
@@ -152,7 +151,7 @@ def _contrast_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor
 
 def _results_of_contrast(arguments: tuple[Any, ...]) -> int:
     _, call, _ = _given(arguments)
-    return number_of_statistics(call.same_id == "positive")
+    return len(names_of(request_of(call)))
 
 
 define(
@@ -161,8 +160,8 @@ define(
 )  # fmt: skip
 define(
     "rank_contrast_backward",
-    f"(Tensor[] upstream, {_INPUTS}, Tensor[] statistics, Tensor[] saved, {_SCHEMA},"
-    f" {Trace.SCHEMA}) -> Tensor[]",
+    f"(Tensor[] upstream, {_INPUTS}, Tensor? labels, Tensor[] statistics, Tensor[] saved,"
+    f" {_SCHEMA}, {Trace.SCHEMA}) -> Tensor[]",
     _rank_contrast_backward, _fake_rank_contrast_backward,
 )  # fmt: skip
 register_backward(

@@ -1,0 +1,74 @@
+"""Sums of features over groups of lines: the linear part of statistics, O((M + N) D).
+
+The sum of a row's logits over the columns of a group is `scale * <x_i, sum of y_j>`. The work goes
+in chunks of D, so that the groups' sums take a few MiB however many groups there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .block import Block
+
+# Bytes of one chunk of float64 sums and operands.
+CHUNK = 16 << 20
+
+
+class Groups(NamedTuple):
+    """Rows and columns in groups. Across ranks, rows and columns are a rank's own, and numbers of
+    groups mean the same on all ranks."""
+
+    of_rows: Tensor  # (M) int64 in [0, count]; count: a row without a group
+    of_columns: Tensor  # (N) int64 in [0, count)
+    count: int
+    over_ranks: Callable[[Tensor], Tensor]  # sums over ranks, in place
+
+    def of_every_row(self, values: Tensor) -> Tensor:
+        """Sums values of columns (N, C) over each row's group: (M, C)."""
+        return self._sums(self.of_columns, values)[self.of_rows]
+
+    def of_every_column(self, values: Tensor) -> Tensor:
+        """Sums values of rows (M, C) over each column's group: (N, C)."""
+        return self._sums(self.of_rows, values)[self.of_columns]
+
+    def _sums(self, groups: Tensor, values: Tensor) -> Tensor:
+        sums = values.new_zeros((self.count + 1, values.shape[1]))
+        if values.device.type == "cuda":
+            # It sorts, so that sums do not depend on the order of threads. On CPUs it would.
+            sums.index_put_((groups,), values, accumulate=True)
+        else:
+            sums.index_add_(0, groups, values)
+        return self.over_ranks(sums)
+
+
+class Chunk(NamedTuple):
+    """Some of the columns of x (M, C) and y (N, C), normalised, in the state's dtype. dx and dy are
+    where their gradients go, or None."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor | float
+    place: slice | None  # of the features' columns; None: the chunk of key_bias
+
+
+def chunks(block: Block, alive: Tensor | None, groups: int, dtype: torch.dtype) -> Iterator[Chunk]:
+    """Cuts the block's features into chunks. The last one stands for key_bias: it is a feature of
+    y, and x has a 1 there."""
+    (m, n), width = block.sizes(), block.x.features.shape[1]
+    step = max(1, CHUNK // (8 * (groups + m + n + 1)))
+    for start in range(0, width, step):
+        place = slice(start, min(start + step, width))
+        sides = []
+        for side in (block.x, block.y):
+            features = side.features[:, place].to(dtype)
+            sides.append(features if side.factor is None else features * side.factor[:, None])
+        yield Chunk(*sides, block.scale.reshape(()).to(dtype), place)
+    if block.key_bias is not None:
+        bias = block.key_bias.to(dtype)[:, None]
+        if alive is not None:
+            bias = torch.where(alive, bias, 0)
+        yield Chunk(bias.new_ones((m, 1)), bias, 1.0, None)
