@@ -4,15 +4,21 @@ Each builds the full matrix of logits and lets autograd keep what it needs, so m
 N^2. They have the signatures of the fused losses (without `live`), run on any device in any
 floating dtype, and can be differentiated any number of times.
 
-    fastclip.reference.clip_loss     fastclip.clip_loss
-    fastclip.reference.siglip_loss   fastclip.siglip_loss
-    fastclip.reference.contrast      fastclip.contrast
+    fastclip.reference.clip_loss       fastclip.clip_loss
+    fastclip.reference.siglip_loss     fastclip.siglip_loss
+    fastclip.reference.info_nce        fastclip.loss.info_nce
+    fastclip.reference.supcon_loss     fastclip.loss.supcon_loss
+    fastclip.reference.nt_xent_loss    fastclip.loss.nt_xent_loss
+    fastclip.reference.contrast        fastclip.contrast
 
 `backend="reference"` of a fused loss runs these.
 """
 
 from .engine.dense_statistics import dense_contrast as contrast
 from .loss.clip import dense_clip_loss as clip_loss
+from .loss.info_nce import dense_info_nce as info_nce
+from .loss.nt_xent import dense_nt_xent_loss as nt_xent_loss
 from .loss.siglip import dense_siglip_loss as siglip_loss
+from .loss.supcon import dense_supcon_loss as supcon_loss
 
-__all__ = ["clip_loss", "contrast", "siglip_loss"]
+__all__ = ["clip_loss", "contrast", "info_nce", "nt_xent_loss", "siglip_loss", "supcon_loss"]

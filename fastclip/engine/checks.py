@@ -1,11 +1,12 @@
 """Checks of the tensors and options that a user passes, and the values that follow from them.
 
-The choice of an engine (`backends.py`) and the entry of a loss (`loss/base.py`) check backend and
-reduction. An error states the rule, with what was expected, and what it got.
+The choice of an engine (`backends.py`) checks the backend. An error states the rule, with what was
+expected, and what it got.
 """
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..kinds import kind_of
 from .autograd import is_traced, refuse_forward_mode
 from .dtypes import FLOATING
+
+REDUCTIONS = ("none", "mean", "sum")
 
 # The meanings of equal ids.
 SAME_ID = ("ignore", "positive")
@@ -131,6 +134,43 @@ def _check_vector(name: str, vector: Tensor, rule: str, features: Tensor) -> Non
         raise ValueError(
             f"{name} must be on the features' device {features.device}, got {vector.device}"
         )
+
+
+def check_positives(x: Tensor, y: Tensor, offset: int | None, same_id: str) -> None:
+    """Checks that each row has an own positive, unless ids name the positives."""
+    check_sides(x, y, may_be_empty=True)
+    check_offset(offset)
+    if offset is None and same_id != "positive":
+        raise ValueError("offset must be an int unless same_id='positive', got None")
+    if offset is not None and not 0 <= offset <= y.shape[0] - x.shape[0]:
+        raise ValueError(
+            "each row must have its own positive, 0 <= offset <= N - M, got offset "
+            f"{offset}, M {x.shape[0]} and N {y.shape[0]}"
+        )
+
+
+def check_number(
+    name: str, value: float, least: float = -math.inf, below: float = math.inf
+) -> None:
+    """Checks a finite number with least <= number < below."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and least <= value < below):
+        raise ValueError(f"{name} must be finite and within [{least}, {below}), got {value}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_weights(weights: Tensor | None, x: Tensor) -> None:
+    """Checks the weights of the losses of rows."""
+    if weights is None:
+        return
+    _check_tensor("weights", weights)
+    _check_floating("weights", weights)
+    _check_vector("weights", weights, "a weight for each row of the features", x)
 
 
 def check_offset(offset: int | None) -> None:

@@ -42,6 +42,20 @@ def as_scalar(value: Tensor | float, like: Tensor) -> Tensor | float:
     return value.to(like).reshape(()) if isinstance(value, Tensor) else value
 
 
+def reduce_lines(
+    losses: Tensor, reduction: str, weights: Tensor | None, counts: Tensor | None = None
+) -> Tensor:
+    """The losses of lines (N) times their weights, their sum, or the weighted mean over the lines
+    that count; 0 if no line counts."""
+    factors = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
+    if counts is not None:
+        factors = factors * counts
+    if reduction != "mean":
+        return reduce_losses(losses * factors, reduction)
+    number = factors.sum()
+    return (losses * factors).sum() / torch.where(number == 0, 1, number)
+
+
 def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
     """The losses of pairs (N), their mean or their sum.
 

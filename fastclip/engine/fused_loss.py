@@ -31,8 +31,6 @@ from .block import Block, Side, SweepResults, Upstream, Wanted
 from .dtypes import state_dtype
 from .kept import KEPT_BY
 
-REDUCTIONS = ("none", "mean", "sum")
-
 
 class LossOptions(NamedTuple):
     """The options of one fused loss, checked, with the engine chosen."""

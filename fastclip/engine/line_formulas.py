@@ -173,12 +173,16 @@ def upstream_of(
     _, inside = pairs.partners(m, n, block.offset, state.device)
     of_own = torch.where(inside & (not request.of_itself), given.positives, 0)
     of_lines = torch.cat((given.rows, given.columns))
+    nothing = negatives.sums == 0
+    if kind.has_shift:
+        # A line without pairs has no gradient. Upstream may be NaN, from two such lines added.
+        of_lines = of_lines.masked_fill(nothing, 0)
     every = [of_lines]
     coefficients = [of_lines]
     # The gradient of a bias that is common to all logits.
-    total = of_lines.masked_fill(negatives.sums == 0, 0).sum() + of_own.sum()
+    total = of_lines.sum() + of_own.sum()
     if kind.has_shift:
-        coefficients = [torch.where(negatives.sums == 0, 0, of_lines / negatives.sums)]
+        coefficients = [torch.where(nothing, 0, of_lines / negatives.sums)]
     for states in positives:
         of_lines = torch.cat((given.row_positives, given.column_positives))
         every.append(of_lines)

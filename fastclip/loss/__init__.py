@@ -4,7 +4,18 @@
 """
 
 from .clip import clip_loss
+from .info_nce import info_nce
+from .nt_xent import nt_xent_loss
 from .open_clip import ClipLoss, SigLipLoss
 from .siglip import siglip_loss
+from .supcon import supcon_loss
 
-__all__ = ["ClipLoss", "SigLipLoss", "clip_loss", "siglip_loss"]
+__all__ = [
+    "ClipLoss",
+    "SigLipLoss",
+    "clip_loss",
+    "info_nce",
+    "nt_xent_loss",
+    "siglip_loss",
+    "supcon_loss",
+]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
 
+from ..contrast import contrast
 from ..distributed.gradient_mode import GradientMode
 from ..distributed.shard import shard_of_one
 from ..distributed.sharded_loss import sharded_loss
 from ..engine.backends import choose
-from ..engine.checks import budget_of, check_features, check_live, scalar
+from ..engine.checks import budget_of, check_features, check_live, check_reduction, scalar
 from ..engine.compile_marks import no_compile
 from ..engine.dtypes import product_dtype
-from ..engine.fused_loss import REDUCTIONS, LossOptions, fused_loss
+from ..engine.fused_loss import LossOptions, fused_loss
+from ..formulas.world import World
 
 
 def paired_loss(
@@ -25,8 +28,7 @@ def paired_loss(
     arguments, and the errors, are those of `clip_loss`."""
     check_features(x, y)
     y = y if y is not x else y.view_as(y)  # an autograd Function needs distinct tensor objects
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction)
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
     dtype = product_dtype(x, y)
@@ -46,6 +48,15 @@ def paired_loss(
         return dense(x, y, scale, bias, normalize=normalize, reduction=reduction)
     options = LossOptions(kind, engine, dtype, normalize, reduction, budget)
     return fused_loss(x, y, scale, bias, options)
+
+
+def one_process(normalize: bool, backend: str | None, memory_budget: int | None) -> World:
+    """The world of a loss in one process."""
+    return World(
+        functools.partial(
+            contrast, normalize=normalize, backend=backend, memory_budget=memory_budget
+        )
+    )
 
 
 @no_compile

@@ -1,0 +1,149 @@
+"""Cross-entropies of lines: InfoNCE with its variants, one way or both."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine.checks import check_number, check_positives, scalar
+from ..kinds import LineStatistics
+from .world import Reduction, World
+
+
+class InfoNCE(NamedTuple):
+    """The options of `fastclip.info_nce`."""
+
+    offset: int | None = 0
+    labels: Tensor | None = None
+    ids: tuple[Tensor, Tensor] | Tensor | None = None
+    same_id: str = "ignore"
+    false_negative_margin: Tensor | float | None = None
+    key_bias: Tensor | None = None
+    margin: float = 0.0
+    label_smoothing: float = 0.0
+    decoupled: bool = False
+    hardness: float = 0.0
+    symmetric: bool = False
+
+    def check(self, x: Tensor, y: Tensor | None) -> None:
+        """Checks the options that `contrast` does not know, and which go together."""
+        check_number("margin", self.margin)
+        check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        check_number("hardness", self.hardness, 0.0)
+        if y is not None and self.labels is None:
+            check_positives(x, y, self.offset, self.same_id)
+        together = {
+            "labels and symmetric=True": self.labels is not None and self.symmetric,
+            "label_smoothing and margin": self.label_smoothing and self.margin,
+            "label_smoothing and hardness": self.label_smoothing and self.hardness,
+            "label_smoothing and false_negative_margin":
+                self.label_smoothing and self.false_negative_margin is not None,
+            "hardness and same_id='positive'": self.hardness and self.same_id == "positive",
+            "symmetric=True and offset=None": self.symmetric and self.offset is None,
+        }  # fmt: skip
+        if found := [name for name, both in together.items() if both]:
+            raise ValueError(f"these options exclude each other, got both: {', '.join(found)}")
+
+
+def info_nce(
+    world: World, x: Tensor, y: Tensor | None, logit_scale: Tensor | float, options: InfoNCE,
+    reduction: Reduction,
+) -> Tensor:  # fmt: skip
+    """The loss of rows x (M, D) and keys y (N, D); y=None: x is contrasted with itself."""
+
+    def check() -> Tensor:
+        reduction.check(x)
+        options.check(x, y)
+        return scalar("logit_scale", logit_scale, x)
+
+    scale = world.guarded(check)
+    o = options
+    rows, whole = x, scale
+    if o.hardness:
+        # Negatives have the logits (scale + hardness) * t, with a constant hardness * t: gradients
+        # of features are those of scale * t.
+        whole = scale + o.hardness
+        rows = _WeighedGradient.apply(x, scale / whole)
+        y = _WeighedGradient.apply(y, scale / whole)
+    c = world.contrast(
+        rows, y, whole, offset=o.offset, labels=o.labels, ids=o.ids, same_id=o.same_id,
+        false_negative_margin=o.false_negative_margin, key_bias=o.key_bias, columns=o.symmetric,
+        means=bool(o.label_smoothing) or o.same_id == "positive",
+    )  # fmt: skip
+    positives = c.positives
+    if o.hardness:
+        positives = positives - o.hardness * _similarity(positives, whole, o)
+    losses, counts = _line_losses(o, scale, c.rows, positives, c.row_positives, _means(c, "row"))
+    if o.symmetric:
+        columns, by_id, *means = (
+            None if t is None else t[o.offset : o.offset + len(losses)]
+            for t in (c.columns, c.column_positives, *_means(c, "column"))
+        )
+        others, _ = _line_losses(o, scale, columns, positives, by_id, means)
+        losses = (losses + others) / 2
+    return reduction.of(losses, world, (x, x if y is None else y), counts)
+
+
+def _similarity(positives: Tensor, scale: Tensor, options: InfoNCE) -> Tensor:
+    """The own positives' t, without gradient, from their logits."""
+    logits = positives.detach()
+    if options.key_bias is not None:
+        columns = options.labels
+        if columns is None:
+            columns = torch.arange(len(logits), device=logits.device) + options.offset
+        logits = logits - options.key_bias.detach()[columns]
+    return logits / scale.detach()
+
+
+def _means(c: LineStatistics, line: str) -> tuple[Tensor | None, Tensor | None]:
+    return getattr(c, f"{line}_means"), getattr(c, f"{line}_positive_means")
+
+
+def _line_losses(
+    o: InfoNCE, scale: Tensor, negatives: Tensor, own: Tensor | None, by_id: Tensor | None,
+    means: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The losses of lines, and which lines count (None: all).
+
+    negatives, by_id: log-sum-exps; own: the own positives' logits. Positives stay apart from
+    negatives, because their difference would cancel.
+    """
+    of_pairs, positive = means
+    shift = scale.reshape(()).to(negatives.dtype) * o.margin if o.margin else 0.0
+    if by_id is None:
+        positive, counts = own - shift, None
+        gap = negatives - positive
+        losses = gap if o.decoupled else F.softplus(gap, threshold=60)
+    else:
+        counts = by_id > -torch.inf
+        negatives, by_id, positive = (
+            torch.where(counts, t, 0) for t in (negatives, by_id - shift, positive - shift)
+        )
+        losses = negatives if o.decoupled else torch.logaddexp(negatives, by_id)
+        losses = torch.where(counts, losses - positive, 0)
+    if o.label_smoothing:
+        smoothing = o.label_smoothing * (positive - of_pairs)
+        losses = losses + (smoothing if counts is None else torch.where(counts, smoothing, 0))
+    return losses, counts
+
+
+class _WeighedGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return g * factor.reshape(()).to(g.dtype), None

@@ -1,0 +1,17 @@
+"""SupCon: features with equal labels are positives of each other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .info_nce import InfoNCE, info_nce
+from .world import Reduction, World
+
+
+def supcon(
+    world: World, features: Tensor, labels: Tensor, logit_scale: Tensor | float, decoupled: bool,
+    reduction: Reduction,
+) -> Tensor:  # fmt: skip
+    """The loss of features (N, D): InfoNCE of one set against itself, with positives by label."""
+    options = InfoNCE(ids=labels, same_id="positive", decoupled=decoupled)
+    return info_nce(world, features, None, logit_scale, options, reduction)

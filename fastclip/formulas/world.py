@@ -1,0 +1,73 @@
+"""The world of a loss: one process, or ranks that share a batch; and reductions in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine.checks import check_reduction, check_weights
+from ..engine.dtypes import product_dtype
+from ..kinds import LineStatistics
+
+
+def _unchanged(value: Tensor) -> Tensor:
+    return value
+
+
+def _unguarded(check: Callable[[], Any]) -> Any:
+    return check()
+
+
+class World(NamedTuple):
+    """What a formula needs beside its inputs.
+
+    contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend,
+        memory_budget and the ranks' options already given.
+    guarded: calls a check of arguments; if it raises, all ranks raise.
+    total: sums a tensor over ranks, without a gradient.
+    """
+
+    contrast: Callable[..., LineStatistics]
+    guarded: Callable[[Callable[[], Any]], Any] = _unguarded
+    total: Callable[[Tensor], Tensor] = _unchanged
+    ranks: int = 1
+    even: bool = True  # all ranks have the same number of rows
+
+
+class Reduction(NamedTuple):
+    """How the losses of lines become one number. weights: (M), or None for ones."""
+
+    name: str = "mean"
+    weights: Tensor | None = None
+
+    def check(self, x: Tensor) -> None:
+        check_reduction(self.name)
+        check_weights(self.weights, x)
+
+    def of(
+        self, losses: Tensor, world: World, inputs: tuple[Tensor, Tensor],
+        counts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Reduces losses (M) of own lines. counts: bool (M), the lines that count; their losses are
+        0 else. The mean over ranks of the results is the result of one process."""
+        dtype = torch.float64 if product_dtype(*inputs) == torch.float64 else torch.float32
+        weights = self.weights if counts is None else counts.to(losses.dtype)
+        if self.weights is not None:
+            weights = self.weights.to(losses.dtype) * (1 if counts is None else weights)
+            losses = losses * weights
+        if self.name == "none":
+            return losses.to(dtype)
+        total = losses.sum() * world.ranks
+        if self.name == "sum":
+            return total.to(dtype)
+        if weights is None and world.even:
+            return (total / (losses.shape[0] * world.ranks)).to(dtype)
+        if weights is None:
+            weights = torch.ones_like(losses)
+        number = weights.sum()
+        number = number if world.ranks == 1 else world.total(number.detach().clone())
+        # Without any line that counts the loss is 0.
+        return (total / torch.where(number == 0, 1, number)).to(dtype)
