@@ -1,4 +1,4 @@
-"""CLIP's and SigLIP's losses, and `contrast`, for a batch that is spread over processes.
+"""The losses of `fastclip.loss`, and `contrast`, for a batch that is spread over processes.
 
 After DDP's mean over ranks, the gradients of towers, scale and bias equal those of one process on
 the concatenated batch. `fastclip.loss.ClipLoss` and `SigLipLoss` with `world_size > 1` use these.
@@ -25,7 +25,16 @@ graph if it has several losses. If SigLIP's texts are frozen on all ranks, a com
 """
 
 from .contrast import contrast
+from .family import info_nce, nt_xent_loss, supcon_loss
 from .gather_features import gather_features
 from .losses import clip_loss, siglip_loss
 
-__all__ = ["clip_loss", "contrast", "gather_features", "siglip_loss"]
+__all__ = [
+    "clip_loss",
+    "contrast",
+    "gather_features",
+    "info_nce",
+    "nt_xent_loss",
+    "siglip_loss",
+    "supcon_loss",
+]

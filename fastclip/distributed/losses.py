@@ -9,10 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..engine.compile_marks import no_compile
+from ..formulas.info_nce import InfoNCE, clip
+from ..formulas.siglip import siglip
+from ..formulas.world import Reduction, takes_lines
 from .calls import LossCall, begin_loss
 from .compiled.call import takes_loss, traced_loss
 from .gradient_mode import GradientMode
 from .sharded_loss import sharded_loss
+from .world import described, world_of_ranks
 
 
 def clip_loss(
@@ -21,7 +25,12 @@ def clip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    same_id: str = "ignore",
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
     normalize: bool = False,
+    reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
     ring: bool = False,
     uneven: bool = False,
@@ -43,6 +52,10 @@ def clip_loss(
     Args:
         image_features, text_features: (b, D), this rank's pairs, as in `fastclip.clip_loss`.
         logit_scale, logit_bias: the same on all ranks.
+        ids, same_id, label_smoothing, weights: as in `fastclip.clip_loss`, ids and weights of this
+            rank's pairs; ids are compared across ranks. reduction: "mean", "sum" (the mean over
+            ranks is the sum over all pairs) or "none", the losses of this rank's pairs. These take
+            the loss through `contrast`.
         process_group: the ranks that share the batch; None: all processes.
         ring: True sends texts around a ring, both ways at once, instead of gathering them. A rank
             then holds at most four ranks' texts, O(b D) instead of O(B D). Texts travel twice: in
@@ -81,6 +94,14 @@ def clip_loss(
             others there: they wait until the group's timeout.
         RuntimeError: a rank has died; raised within the group's timeout, by gloo or NCCL.
     """
+    options = {"ids": ids, "same_id": same_id, "label_smoothing": label_smoothing}
+    if reduction != "mean" or takes_lines(live, ids, label_smoothing, weights):
+        loss = described("clip_loss", **options, weights=weights, reduction=reduction)
+        world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
+        return clip(
+            world, image_features, text_features, logit_scale, logit_bias,
+            InfoNCE(**options, symmetric=True), Reduction(reduction, weights),
+        )  # fmt: skip
     return distributed_loss(
         "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
         GradientMode(ring=ring), uneven, normalize, backend, memory_budget, live,
@@ -93,7 +114,11 @@ def siglip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    same_id: str = "ignore",
+    weights: Tensor | None = None,
     normalize: bool = False,
+    reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
     ring: bool = False,
     uneven: bool = False,
@@ -113,6 +138,15 @@ def siglip_loss(
     held are the same, and `4 B D` more if the forward makes the gradients (gathered texts, float32
     or on GPUs): the backward scales them into a second tensor.
     """
+    if reduction != "mean" or takes_lines(live, ids, 0.0, weights):
+        loss = described(
+            "siglip_loss", ids=ids, same_id=same_id, weights=weights, reduction=reduction
+        )
+        world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
+        return siglip(
+            world, image_features, text_features, logit_scale, logit_bias, ids, same_id,
+            Reduction(reduction, weights),
+        )  # fmt: skip
     return distributed_loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
         GradientMode(ring=ring), uneven, normalize, backend, memory_budget, live,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.checks import check_number, check_positives, scalar
+from ..engine.checks import check_features, check_number, check_positives, scalar
 from ..kinds import LineStatistics
 from .world import Reduction, World
 
@@ -55,7 +55,7 @@ def info_nce(
     """The loss of rows x (M, D) and keys y (N, D); y=None: x is contrasted with itself."""
 
     def check() -> Tensor:
-        reduction.check(x)
+        reduction.check(x, world)
         options.check(x, y)
         return scalar("logit_scale", logit_scale, x)
 
@@ -85,6 +85,30 @@ def info_nce(
         others, _ = _line_losses(o, scale, columns, positives, by_id, means)
         losses = (losses + others) / 2
     return reduction.of(losses, world, (x, x if y is None else y), counts)
+
+
+def clip(
+    world: World, x: Tensor, y: Tensor, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None, options: InfoNCE, reduction: Reduction,
+) -> Tensor:  # fmt: skip
+    """The loss of pairs x, y (N, D), both ways. The bias cancels."""
+
+    def check() -> Tensor | None:
+        check_features(x, y, may_be_empty=True)
+        return None if logit_bias is None else scalar("logit_bias", logit_bias, x)
+
+    bias = world.guarded(check)
+    options = options._replace(ids=pair_of(options.ids))
+    loss = info_nce(world, x, y, logit_scale, options, reduction)
+    # The gradient of the bias is exactly 0, but not None.
+    return loss if bias is None else loss + 0 * bias.reshape(()).to(loss.dtype)
+
+
+def pair_of(
+    ids: tuple[Tensor, Tensor] | Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The ids of both sides; one tensor stands for both."""
+    return (ids, ids) if isinstance(ids, Tensor) else ids
 
 
 def _similarity(positives: Tensor, scale: Tensor, options: InfoNCE) -> Tensor:

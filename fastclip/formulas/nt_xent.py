@@ -22,7 +22,7 @@ def nt_xent(
             raise ValueError(
                 f"x1 and x2 must have one shape (N, D), got {tuple(x1.shape)} and {tuple(x2.shape)}"
             )
-        reduction.check(x1)
+        reduction.check(x1, world)
 
     world.guarded(check)
     # x2 against x1 is the transpose of the first block: its columns.

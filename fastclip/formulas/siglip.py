@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.checks import check_positives
+from ..engine.checks import check_features
+from .info_nce import pair_of
 from .world import Reduction, World
 
 
@@ -17,10 +18,11 @@ def siglip(
     """The loss of pairs x, y (N, D): half of the row's and half of the column's sum."""
 
     def check() -> None:
-        reduction.check(x)
-        check_positives(x, y, 0, same_id)
+        check_features(x, y, may_be_empty=True)
+        reduction.check(x, world)
 
     world.guarded(check)
+    ids = pair_of(ids)
     c = world.contrast(x, y, logit_scale, logit_bias, ids=ids, same_id=same_id, kind="sigmoid")
     losses = (c.rows + c.columns) / 2
     if c.row_positives is None:

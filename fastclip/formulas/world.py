@@ -28,13 +28,28 @@ class World(NamedTuple):
         memory_budget and the ranks' options already given.
     guarded: calls a check of arguments; if it raises, all ranks raise.
     total: sums a tensor over ranks, without a gradient.
+    gather: concatenates the ranks' rows, without a gradient.
     """
 
     contrast: Callable[..., LineStatistics]
     guarded: Callable[[Callable[[], Any]], Any] = _unguarded
     total: Callable[[Tensor], Tensor] = _unchanged
+    gather: Callable[[Tensor], Tensor] = _unchanged
     ranks: int = 1
     even: bool = True  # all ranks have the same number of rows
+
+
+def takes_lines(
+    live: tuple[int, int] | None, ids: Any, label_smoothing: float, weights: Tensor | None
+) -> bool:
+    """True for a loss that is written on line statistics, since the operators of fused losses do
+    not have its options."""
+    has = ids is not None or weights is not None or label_smoothing != 0
+    if has and live is not None:
+        raise ValueError(
+            f"live must be None with ids, label_smoothing or weights, got live={live!r}"
+        )
+    return has
 
 
 class Reduction(NamedTuple):
@@ -43,9 +58,12 @@ class Reduction(NamedTuple):
     name: str = "mean"
     weights: Tensor | None = None
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor, world: World) -> None:
         check_reduction(self.name)
         check_weights(self.weights, x)
+        if world.ranks > 1 and self.weights is not None and self.weights.requires_grad:
+            # The mean divides by the sum of all ranks' weights.
+            raise ValueError("weights must not require a gradient across ranks, got some that do")
 
     def of(
         self, losses: Tensor, world: World, inputs: tuple[Tensor, Tensor],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.dense import as_scalar, dense_logits, reduce_losses
-from .base import paired_loss
+from ..engine.dense import as_scalar, dense_logits, reduce_lines
+from ..formulas.info_nce import InfoNCE, clip, pair_of
+from ..formulas.world import Reduction, takes_lines
+from .base import one_process, paired_loss
+from .info_nce import dense_info_nce
 
 
 def clip_loss(
@@ -16,6 +21,10 @@ def clip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    same_id: str = "ignore",
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
     backend: str | None = None,
@@ -40,6 +49,13 @@ def clip_loss(
         logit_scale: already exponentiated; a number or a tensor of one element, 0-dim or [1].
         logit_bias: accepted because SigLIP models return one. It cancels, so its gradient is
             exactly 0.
+        ids: (image ids (N), text ids (N)), integers, or one tensor (N) for both. Pairs with equal
+            ids, such as duplicate captions, are no negatives.
+        same_id: "ignore" leaves these pairs out; "positive" makes them positives beside the own
+            pair: the loss of a line is the mean over its positives of log-sum-exp minus their logit
+            (UniCL, Yang et al., arXiv 2204.03610).
+        label_smoothing: as in `F.cross_entropy`, over the pairs that are not left out.
+        weights: (N), floating point: multiplies the pairs' losses; the mean divides by its sum.
         normalize: divide rows by max(norm, 1e-12) first, fused. Gradients are then those of the
             features before the division.
         reduction: "mean", "sum", or "none" for (N,) losses, half the row's plus half the column's
@@ -69,12 +85,23 @@ def clip_loss(
             that is not a number.
         ValueError: shapes or devices that do not fit, an empty batch, an unknown reduction, a
             backend that is unknown or cannot run here, a memory_budget that is not an int >= 0,
-            live pairs outside the batch, or `live` with reduction "none" or backend "reference".
+            live pairs outside the batch, or `live` with reduction "none", backend "reference", ids,
+            label_smoothing or weights.
         RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
             derivative.
     """
+    options = InfoNCE(ids=ids, same_id=same_id, label_smoothing=label_smoothing, symmetric=True)
+    if backend != "reference" and takes_lines(live, ids, label_smoothing, weights):
+        world = one_process(normalize, backend, memory_budget)
+        return clip(
+            world, image_features, text_features, logit_scale, logit_bias, options,
+            Reduction(reduction, weights),
+        )  # fmt: skip
+    dense = functools.partial(
+        dense_clip_loss, ids=ids, same_id=same_id, label_smoothing=label_smoothing, weights=weights
+    )
     return paired_loss(
-        "softmax", dense_clip_loss, image_features, text_features, logit_scale, logit_bias,
+        "softmax", dense, image_features, text_features, logit_scale, logit_bias,
         normalize, reduction, backend, memory_budget, live,
     )  # fmt: skip
 
@@ -85,6 +112,10 @@ def dense_clip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    same_id: str = "ignore",
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
     backend: str | None = None,
@@ -104,12 +135,19 @@ def dense_clip_loss(
     Raises:
         ValueError: an unknown reduction.
     """
-    logits = dense_logits(image_features, text_features, logit_scale, None, normalize)
-    labels = torch.arange(logits.shape[0], device=logits.device)
-    rows = F.cross_entropy(logits, labels, reduction="none")
-    columns = F.cross_entropy(logits.T, labels, reduction="none")
-    losses = (rows + columns) / 2
+    if ids is None:
+        logits = dense_logits(image_features, text_features, logit_scale, None, normalize)
+        labels = torch.arange(logits.shape[0], device=logits.device)
+        options = {"reduction": "none", "label_smoothing": label_smoothing}
+        rows = F.cross_entropy(logits, labels, **options)
+        columns = F.cross_entropy(logits.T, labels, **options)
+        losses = (rows + columns) / 2
+    else:
+        losses = dense_info_nce(
+            image_features, text_features, logit_scale, ids=pair_of(ids), same_id=same_id,
+            label_smoothing=label_smoothing, symmetric=True, normalize=normalize, reduction="none",
+        )  # fmt: skip
     if logit_bias is not None:
         # If the bias were added to the logits, its gradient would be a rounding error instead of 0.
         losses = losses + 0 * as_scalar(logit_bias, losses)
-    return reduce_losses(losses, reduction)
+    return reduce_lines(losses, reduction, weights)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.dense import dense_logits, reduce_losses
-from .base import paired_loss
+from ..engine.dense import dense_logits, reduce_lines
+from ..formulas.info_nce import pair_of
+from ..formulas.siglip import siglip
+from ..formulas.world import Reduction, takes_lines
+from .base import one_process, paired_loss
 
 
 def siglip_loss(
@@ -16,6 +21,9 @@ def siglip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    same_id: str = "ignore",
+    weights: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
     backend: str | None = None,
@@ -31,12 +39,22 @@ def siglip_loss(
     (Zhai et al., arXiv 2303.15343). Per pair, `reduction="none"` gives the positive's term plus
     half of the row's and half of the column's negatives.
 
+    With `same_id="positive"` every pair with equal ids has the label 1; the sum over all pairs is
+    divided by N as without ids.
+
     Args, Returns, Raises: as `clip_loss`; here `logit_bias` has a gradient. For a scalar reduction
     the forward makes the gradients, too, which saves a quarter of the work, and keeps them in
     float32 for the backward: on CPUs, for half features, only within `memory_budget`.
     """
+    if backend != "reference" and takes_lines(live, ids, 0.0, weights):
+        world = one_process(normalize, backend, memory_budget)
+        return siglip(
+            world, image_features, text_features, logit_scale, logit_bias, ids, same_id,
+            Reduction(reduction, weights),
+        )  # fmt: skip
+    dense = functools.partial(dense_siglip_loss, ids=ids, same_id=same_id, weights=weights)
     return paired_loss(
-        "sigmoid", dense_siglip_loss, image_features, text_features, logit_scale, logit_bias,
+        "sigmoid", dense, image_features, text_features, logit_scale, logit_bias,
         normalize, reduction, backend, memory_budget, live,
     )  # fmt: skip
 
@@ -47,6 +65,9 @@ def dense_siglip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    same_id: str = "ignore",
+    weights: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
     backend: str | None = None,
@@ -67,8 +88,16 @@ def dense_siglip_loss(
         ValueError: an unknown reduction.
     """
     logits = dense_logits(image_features, text_features, logit_scale, logit_bias, normalize)
-    labels = 2 * torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device) - 1
+    own = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
+    same = own
+    if ids is not None:
+        x_ids, y_ids = pair_of(ids)
+        same = own | (x_ids[:, None] == y_ids)
+    positives = same if same_id == "positive" else own
+    labels = 2 * positives.to(logits.dtype) - 1
     pairs = -F.logsigmoid(labels * logits)
+    if same_id == "ignore":
+        pairs = torch.where(same & ~own, 0, pairs)
     # Half of row i and half of column i: the positive is in both, so it counts once.
     losses = (pairs.sum(dim=1) + pairs.sum(dim=0)) / 2
-    return reduce_losses(losses, reduction)
+    return reduce_lines(losses, reduction, weights)

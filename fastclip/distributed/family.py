@@ -1,0 +1,98 @@
+"""The other losses of `fastclip.loss`, of a batch that is spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..formulas.info_nce import InfoNCE
+from ..formulas.info_nce import info_nce as _info_nce
+from ..formulas.nt_xent import nt_xent
+from ..formulas.supcon import supcon
+from ..formulas.world import Reduction
+from .world import described, world_of_ranks
+
+
+def info_nce(
+    queries: Tensor,  # (m, D)
+    keys: Tensor,  # (n, D)
+    logit_scale: Tensor | float,
+    *,
+    weights: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    process_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+    uneven: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """Returns this rank's share of `fastclip.loss.info_nce` of all ranks' queries and keys.
+
+    A rank has the queries' own keys: `offset` and `labels` count this rank's keys. The negatives
+    are all ranks' keys. The mean over ranks of the values is the value of one process, and so are
+    the gradients after DDP's mean. "none" returns the losses of this rank's queries.
+
+    Args: as `fastclip.loss.info_nce` (`options` are its other keywords), and process_group, ring
+    and uneven as in `clip_loss`. Options are the same on all ranks.
+
+    Raises, on every rank: as `fastclip.loss.info_nce` and `clip_loss`.
+    """
+    given = InfoNCE(**options)
+    loss = described("info_nce", **options, weights=weights, reduction=reduction)
+    world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
+    return _info_nce(world, queries, keys, logit_scale, given, Reduction(reduction, weights))
+
+
+def supcon_loss(
+    features: Tensor,  # (n, D)
+    labels: Tensor,  # (n)
+    logit_scale: Tensor | float,
+    *,
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    process_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+    uneven: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Returns this rank's share of `fastclip.loss.supcon_loss` of all ranks' features. Labels are
+    compared across ranks.
+
+    Args, Raises: as there, and process_group, ring and uneven as in `clip_loss`. Beside the bytes
+    that `contrast` sends, sums of features over labels take 16 * B * D in the forward and in the
+    backward (B features in all).
+    """
+    loss = described("supcon_loss", decoupled=decoupled, weights=weights, reduction=reduction)
+    world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
+    return supcon(world, features, labels, logit_scale, decoupled, Reduction(reduction, weights))
+
+
+def nt_xent_loss(
+    x1: Tensor,  # (n, D)
+    x2: Tensor,  # (n, D)
+    logit_scale: Tensor | float,
+    *,
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    process_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+    uneven: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Returns this rank's share of `fastclip.loss.nt_xent_loss` of all ranks' samples.
+
+    Args, Raises: as there, and process_group, ring and uneven as in `clip_loss`.
+    """
+    loss = described("nt_xent_loss", decoupled=decoupled, weights=weights, reduction=reduction)
+    world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
+    return nt_xent(world, x1, x2, logit_scale, decoupled, Reduction(reduction, weights))

@@ -1,0 +1,79 @@
+"""The world of a loss whose batch is spread over ranks, for the formulas of `fastclip.formulas`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..engine.compile_marks import no_compile
+from ..formulas.world import World
+from ..kinds import LineStatistics
+from .agreement import announce_failure, group_of, ranks_of
+from .calls import ContrastCall
+from .collectives import gather_rows
+from .compiled.total import total
+from .contrast import contrast_of
+
+
+def world_of_ranks(
+    loss: str, process_group: dist.ProcessGroup | None, ring: bool, uneven: bool, normalize: bool,
+    backend: str | None, memory_budget: int | None,
+) -> World:  # fmt: skip
+    """loss: its name and its options, which must be the same on all ranks."""
+
+    def contrast(
+        x: Tensor, y: Tensor | None, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None, *, offset: int | None = 0,
+        labels: Tensor | None = None, ids: Any = None, same_id: str = "ignore",
+        false_negative_margin: Tensor | float | None = None, key_bias: Tensor | None = None,
+        rows: bool = True, columns: bool = True, means: bool = False, kind: str = "softmax",
+    ) -> LineStatistics:  # fmt: skip
+        given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels)
+        call = ContrastCall(
+            offset, same_id, rows, columns, means, y is None, kind, normalize, ring, uneven,
+            backend, memory_budget, loss,
+        )  # fmt: skip
+        return contrast_of(given, process_group, call)
+
+    def guarded(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except (TypeError, ValueError, RuntimeError):
+            announce_failure(process_group)
+            raise
+
+    ranks = ranks_of(process_group)
+    return World(
+        contrast,
+        guarded,
+        functools.partial(total, process_group),
+        functools.partial(_gather, process_group, uneven),
+        ranks,
+        not uneven,
+    )
+
+
+@no_compile
+def _gather(process_group: dist.ProcessGroup | None, uneven: bool, x: Tensor) -> Tensor:
+    group, ranks = group_of(process_group), ranks_of(process_group)
+    if ranks == 1:
+        return x
+    sizes = (x.shape[0],) * ranks
+    if uneven:
+        own = torch.tensor(sizes[:1], device=x.device)
+        sizes = tuple(gather_rows(own, (1,) * ranks, group).tolist())
+    return gather_rows(x.detach(), sizes, group)
+
+
+def described(name: str, **options: Any) -> str:
+    """A loss with its options; for tensors only that they are given."""
+    parts = (
+        f"{key}={'given' if isinstance(value, (Tensor, tuple)) else repr(value)}"
+        for key, value in options.items()
+    )
+    return f"{name}({', '.join(parts)})"

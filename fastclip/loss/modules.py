@@ -1,0 +1,151 @@
+"""The losses as modules: options are given once, and a call may be across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import distributed
+from .info_nce import info_nce
+from .nt_xent import nt_xent_loss
+from .supcon import supcon_loss
+
+
+class _Loss(nn.Module):
+    """A loss without parameters or buffers.
+
+    Args:
+        normalize, reduction, backend, memory_budget: as in the loss's function.
+        across_ranks: True computes this rank's share of the loss of all ranks' batches; the mean
+            over ranks is the loss of the whole batch.
+        process_group, ring, uneven: as in `fastclip.distributed.clip_loss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+        memory_budget: int | None = None,
+        across_ranks: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        ring: bool = False,
+        uneven: bool = False,
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.reduction = reduction
+        self.backend = backend
+        self.memory_budget = memory_budget
+        self.across_ranks = across_ranks
+        self.process_group = process_group
+        self.ring = ring
+        self.uneven = uneven
+
+    def _call(self, function: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
+        """Calls a function of `fastclip.loss`, or the one of its name across ranks."""
+        options |= {
+            "normalize": self.normalize, "reduction": self.reduction, "backend": self.backend,
+            "memory_budget": self.memory_budget,
+        }  # fmt: skip
+        if self.across_ranks:
+            function = getattr(distributed, function.__name__)
+            options |= {
+                "process_group": self.process_group, "ring": self.ring, "uneven": self.uneven
+            }  # fmt: skip
+        return function(*inputs, **options)
+
+
+class InfoNCELoss(_Loss):
+    """`fastclip.loss.info_nce` as a module. Its keyword options are those of `info_nce` that do not
+    depend on the batch, and those of every loss: normalize, reduction, backend, memory_budget,
+    across_ranks, process_group, ring, uneven."""
+
+    def __init__(
+        self,
+        *,
+        margin: float = 0.0,
+        label_smoothing: float = 0.0,
+        decoupled: bool = False,
+        hardness: float = 0.0,
+        symmetric: bool = False,
+        same_id: str = "ignore",
+        false_negative_margin: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.margin = margin
+        self.label_smoothing = label_smoothing
+        self.decoupled = decoupled
+        self.hardness = hardness
+        self.symmetric = symmetric
+        self.same_id = same_id
+        self.false_negative_margin = false_negative_margin
+
+    def forward(
+        self,
+        queries: Tensor,  # (M, D)
+        keys: Tensor,  # (N, D)
+        logit_scale: Tensor | float,
+        *,
+        offset: int | None = 0,
+        labels: Tensor | None = None,
+        ids: tuple[Tensor, Tensor] | None = None,
+        key_bias: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        return self._call(
+            info_nce, queries, keys, logit_scale, offset=offset, labels=labels, ids=ids,
+            same_id=self.same_id, false_negative_margin=self.false_negative_margin,
+            key_bias=key_bias, margin=self.margin, label_smoothing=self.label_smoothing,
+            decoupled=self.decoupled, hardness=self.hardness, weights=weights,
+            symmetric=self.symmetric,
+        )  # fmt: skip
+
+
+class SupConLoss(_Loss):
+    """`fastclip.loss.supcon_loss` as a module. Its keyword options beside `decoupled` are those of
+    every loss: normalize, reduction, backend, memory_budget, across_ranks, process_group, ring,
+    uneven."""
+
+    def __init__(self, *, decoupled: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.decoupled = decoupled
+
+    def forward(
+        self,
+        features: Tensor,  # (N, D)
+        labels: Tensor,  # (N)
+        logit_scale: Tensor | float,
+        *,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        return self._call(
+            supcon_loss, features, labels, logit_scale, decoupled=self.decoupled, weights=weights
+        )
+
+
+class NTXentLoss(_Loss):
+    """`fastclip.loss.nt_xent_loss` as a module. Its keyword options beside `decoupled` are those of
+    every loss: normalize, reduction, backend, memory_budget, across_ranks, process_group, ring,
+    uneven."""
+
+    def __init__(self, *, decoupled: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.decoupled = decoupled
+
+    def forward(
+        self,
+        x1: Tensor,  # (N, D)
+        x2: Tensor,  # (N, D)
+        logit_scale: Tensor | float,
+        *,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        return self._call(
+            nt_xent_loss, x1, x2, logit_scale, decoupled=self.decoupled, weights=weights
+        )
