@@ -1,5 +1,6 @@
 // The kernel that reads a tile of products t_ij from memory once. It folds the tile into one number for each of its
-// rows and columns, or writes the weights of its pairs, or both. Positives by id have sums of their own.
+// rows and columns, or writes the weights of its pairs, or both. Positives by id have sums of their own; a kind with
+// levels, which has no such positives, has numbers of pairs instead.
 //
 // A warp processes one row after another, 256 columns of each: a lane has two groups of four neighbouring columns. Row
 // sums are reduced by shuffles. Column sums stay in registers until the end; then the sums of all warps are added in
@@ -61,6 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   float factor_y[kFours][4], column_sum[kFours][4] = {};
+  float level_y[kFours][4] = {}, column_above[kFours][4] = {};  // of a kind with levels
   LineWeight column[kFours][4] = {};
   typename Options::Line column_line[kFours][4] = {};
   typename Options::Bias bias[kFours][4] = {};
@@ -80,6 +82,8 @@ __global__ void __launch_bounds__(kThreads)
         column_line[four][q] = options.column(j);
         bias[four][q] = options.template bias<Kind>(j, k);
       }
+      if constexpr (kFold && Kind::kHasLevels)
+        if (inside) level_y[four][q] = float(folding.levels_y[j]);
       if constexpr (kWeigh) {
         if (inside && weights.b) column[four][q].coefficient = weights.b[j];
         if (inside && two_shifts) column[four][q].shift = weights.shift_y[j];
@@ -99,7 +103,8 @@ __global__ void __launch_bounds__(kThreads)
     const int positive = partner >= 0 && partner < columns ? int(partner) : -1;
     const float factor_x = view.factor_x ? view.factor_x[i] : 1.f;
     const typename Options::Line line = options.row(i);
-    float row_sum = 0, row_positive_sum = 0;
+    float row_sum = 0, row_positive_sum = 0, row_above = 0, level_x = 0;
+    if constexpr (kFold && Kind::kHasLevels) level_x = float(folding.levels_x[i]);
     LineWeight mine = {1, m}, mine_positive = {0, m};
     if constexpr (kWeigh) {
       if (weights.a) mine.coefficient = weights.a[i];
@@ -129,7 +134,12 @@ __global__ void __launch_bounds__(kThreads)
         const bool counts_for_any = counts.mine || counts.other || counts.positive;
         const auto& own = affine_of<Kind>(k, bias[four][q], counts.positive);
         if (kFold && c0 + q == positive && folding.positive) folding.positive[i] = t[q];
-        if constexpr (kFold) {
+        if constexpr (kFold && Kind::kHasLevels) {
+          row_sum += counts.mine ? Kind::fold(t[q], own, level_x) : 0.f;
+          row_above += counts.mine ? Kind::activation(t[q], own, level_x) : 0.f;
+          column_sum[four][q] += counts.other ? Kind::fold(t[q], own, level_y[four][q]) : 0.f;
+          column_above[four][q] += counts.other ? Kind::activation(t[q], own, level_y[four][q]) : 0.f;
+        } else if constexpr (kFold) {
           const float e = counts_for_any ? Kind::fold(t[q], own, shift_of<Kind>(m, bias[four][q])) : 0.f;
           if constexpr (kHasAll) {
             row_sum += counts.mine ? e : 0.f, column_sum[four][q] += counts.other ? e : 0.f;
@@ -180,6 +190,7 @@ __global__ void __launch_bounds__(kThreads)
         if (lane == 0) to.data[i * to.line + tile_n * to.part] = sum;
       };
       write_row(row_sum, folding.rows);
+      if constexpr (Kind::kHasLevels) write_row(row_above, folding.rows_above);
       if constexpr (kHasAll)
         if (options.rows.data) write_row(row_positive_sum, options.rows);
     }
@@ -189,6 +200,10 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kFold) {
     __shared__ float shared[kWarps][kTileColumns];
     write_columns(column_sum, shared, folding.columns, tile_m, j, view.columns);
+    if constexpr (Kind::kHasLevels) {
+      __syncthreads();
+      write_columns(column_above, shared, folding.columns_above, tile_m, j, view.columns);
+    }
     if constexpr (kHasAll)
       if (options.columns.data) {
         __syncthreads();
