@@ -29,14 +29,15 @@ struct Partials {
   int64_t line = 1, part = 0;
 };
 
-// The first sweep: sums of fold(t, k, m) over the negatives of each row and column, and t of the positives. A kind with
-// levels has its own m for each line, and also counts the negatives above it.
+// The first sweep: sums of fold(t, k, m) over the negatives of each row and column, and t of the positives. In a kind
+// with levels, m is the level of the row or of the column.
 struct Folding {
-  const float* shift = nullptr;                           // m of all lines; null for a kind without a shift
-  const double *levels_x = nullptr, *levels_y = nullptr;  // of rows, of columns; null for a kind without levels
+  const float* shift = nullptr;  // m of all lines; null for a kind without a shift
+  const double *level_x = nullptr, *level_y = nullptr;
   double* positive = nullptr;  // (rows) of the view; only rows with a positive in the view are written
   Partials rows, columns;
-  Partials rows_above, columns_above;  // with levels
+  // Null, or sums over positives by id; with levels the numbers of negatives above them.
+  Partials second_rows, second_columns;
 };
 
 // The second sweep: w_ij = activation(t, k, m) * (a_i + b_j) of the negatives, 0 for positives.

@@ -16,8 +16,8 @@ class FirstSweep {
     int64_t most = 0;
     for (const Chunk& c : chunks) most = std::max(most, partials_of(c));
     partials_ = allocate<float>(w.library(), most);
-    if (w.b.same_id_positive) positive_partials_ = allocate<float>(w.library(), most);
-    if (CUDA::has_levels(w.b.kind)) above_partials_ = allocate<float>(w.library(), most);
+    has_levels_ = CUDA::has_levels(w.b.kind);
+    if (w.b.same_id_positive || has_levels_) second_partials_ = allocate<float>(w.library(), most);
   }
 
   void set_shift() {
@@ -41,10 +41,11 @@ class FirstSweep {
     f.shift = shift_;
     f.positive = sweeping_.positive + c.row;
     f.rows = rows_of(c, partials_), f.columns = columns_of(c, partials_);
-    if (above_partials_) {
-      f.levels_x = static_cast<const double*>(w.b.x.negatives.shifts) + c.row;
-      f.levels_y = static_cast<const double*>(w.b.y.negatives.shifts) + c.column;
-      f.rows_above = rows_of(c, above_partials_), f.columns_above = columns_of(c, above_partials_);
+    if (second_partials_)
+      f.second_rows = rows_of(c, second_partials_), f.second_columns = columns_of(c, second_partials_);
+    if (has_levels_) {
+      f.level_x = static_cast<const double*>(w.b.x.negatives.shifts) + c.row;
+      f.level_y = static_cast<const double*>(w.b.y.negatives.shifts) + c.column;
     }
     return f;
   }
@@ -61,9 +62,6 @@ class FirstSweep {
     const Products products = w.products(c, sweeping_.kept, buffer, false);
     CUDA::for_kind(w.b.kind, [&](auto statistic) {
       w.with_options(c, [&](auto options) {
-        if constexpr (options.kHasAll)
-          if (positive_partials_)
-            options.rows = rows_of(c, positive_partials_), options.columns = columns_of(c, positive_partials_);
         launch_epilogue<decltype(statistic), true, false, void>(w, view, products, folding, {}, options);
       });
     });
@@ -72,13 +70,13 @@ class FirstSweep {
 
   void add_sums(const Chunk& c) {
     Lines x = w.b.x.negatives, y = w.b.y.negatives;
-    if (above_partials_) {
-      add_above(lines_of_rows(c, above_partials_, nullptr, x.shift));
-      add_above(lines_of_columns(c, above_partials_, nullptr, y.shift));
+    if (has_levels_) {
+      add_above(lines_of_rows(c, second_partials_, nullptr, x.shift));
+      add_above(lines_of_columns(c, second_partials_, nullptr, y.shift));
       x.shift = y.shift = nullptr;
     }
     add_sums(c, partials_, x, y, 0);
-    if (positive_partials_) add_sums(c, positive_partials_, w.b.x.positives, w.b.y.positives, 1);
+    if (w.b.same_id_positive) add_sums(c, second_partials_, w.b.x.positives, w.b.y.positives, 1);
   }
 
   // Launches the kernel that computes the states again if the flag is set, with a shift for each line.
@@ -143,8 +141,9 @@ class FirstSweep {
 
   Work& w;
   Sweeping sweeping_;
-  float *partials_ = nullptr, *positive_partials_ = nullptr, *above_partials_ = nullptr, *shift_ = nullptr;
+  float *partials_ = nullptr, *second_partials_ = nullptr, *shift_ = nullptr;
   int32_t* flag_ = nullptr;
+  bool has_levels_ = false;
 };
 
 }  // namespace cuda
