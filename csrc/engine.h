@@ -23,9 +23,9 @@ enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
 
 // Statistics of one side's lines over one set of pairs, and the coefficients of these pairs' weights.
 struct Lines {
-  double* shift = nullptr;             // sweep: (rows) out, in log2 units
+  double* shift = nullptr;             // sweep: (rows) out, in log2 units; with levels, how many pairs lie above
   double* sum = nullptr;               // sweep: (rows) out, sums of fold over the pairs
-  const void* shifts = nullptr;        // weigh: T (rows)
+  const void* shifts = nullptr;        // weigh: T (rows); with levels these, for the sweep, too
   const void* coefficients = nullptr;  // weigh: T (rows)
 };
 

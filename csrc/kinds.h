@@ -4,11 +4,12 @@
 //   fold(t, k, m)        what a pair adds to the sums of its row and of its column
 //   activation(t, k, m)  the pair's weight dL/ds, up to the factor (a_i + b_j) of its row and column
 // Here t = <x_i, y_j> times the factors of both lines, t * k.scale + k.bias is the logit in log2 units, and m is the
-// shift of the row or the column. A third function finishes a line whose own positive has the logit s:
+// shift of the row or the column, or its level in a kind with levels. A third function finishes a line whose own
+// positive has the logit s:
 //   finish(shift, sum, s)   the line's loss, its coefficient a_i or b_j, and the weight dL/ds of the positive
 // Only fused losses (fastclip.clip_loss, siglip_loss) call `finish`, but the operator is compiled for every kind, so
-// each needs one. A pair's loss is half its row's loss plus half its column's. To add a kind, add a struct with these
-// three functions and an entry in `Kinds`.
+// each needs one (NoFinish in a kind with levels, which the operator refuses). A pair's loss is half its row's loss
+// plus half its column's. To add a kind, add a struct with these three functions and an entry in `Kinds`.
 //
 // This file does not include torch, allocate, or branch on data. On the CPU, fold and activation are one sequence of
 // vector instructions for 4, 8 or 16 pairs in float; in double (2, 4 or 8 pairs) they call the C library for each pair.
@@ -203,8 +204,23 @@ FASTCLIP_INLINE void magnitude(V t, const K& k, V& l, V& u) {
   }
 }
 
+// The logit in log2 units, less m. The product is subtracted from with one rounding, so the error near a level is that
+// of t, of m and of the bias.
+template <class V, class K>
+FASTCLIP_INLINE V relative(V t, const K& k, V m) {
+  const V low = t * k.scale_low + k.bias_low;
+  if constexpr (sizeof(typename K::Scalar) == sizeof(double))
+    return (t * k.scale - (m - k.bias)) + low;
+  else
+    return product_minus(t, k.scale, m - k.bias) + low;
+}
+
 struct FinishedLine {
   double loss, coefficient, positive_weight;
+};
+
+struct NoFinish {
+  static FASTCLIP_INLINE FinishedLine finish(double, double, double) { return {NAN, NAN, NAN}; }
 };
 
 FASTCLIP_INLINE double softplus(double z) { return (z > 0 ? z : 0.) + log1p(exp(z > 0 ? -z : z)); }
@@ -216,6 +232,7 @@ struct Softmax {
   static constexpr bool kHasShift = true;           // sums are relative to shifts, and weights depend on sums
   static constexpr bool kIsLinear = false;          // `finish` returns coefficients of 1: weights need no state
   static constexpr bool kNegatesPositives = false;  // positives by id fold negated logits; must be false if kHasShift
+  static constexpr bool kHasLevels = false;  // the caller gives each line's m; then all other traits must be false
   template <class V, class K>
   static FASTCLIP_INLINE V fold(V t, const K& k, V m) {
     return exp2_relative(t, k, m);
@@ -240,6 +257,7 @@ struct Sigmoid {
   static constexpr bool kHasShift = false;
   static constexpr bool kIsLinear = true;
   static constexpr bool kNegatesPositives = true;
+  static constexpr bool kHasLevels = false;
   template <class V, class K>
   static FASTCLIP_INLINE V fold(V t, const K& k, V) {
     using T = typename K::Scalar;
@@ -259,6 +277,27 @@ struct Sigmoid {
   }
 };
 
+// A line's sum is the sum of how far its pairs lie above the line's level. The comparisons keep a NaN.
+struct Hinge : NoFinish {
+  static constexpr const char* kName = "hinge";
+  static constexpr bool kHasShift = false;
+  static constexpr bool kIsLinear = false;
+  static constexpr bool kNegatesPositives = false;
+  static constexpr bool kHasLevels = true;
+  template <class V, class K>
+  static FASTCLIP_INLINE V fold(V t, const K& k, V m) {
+    using T = typename K::Scalar;
+    const V l = relative(t, k, m);
+    return (l < T(0) ? V{} : l) * T(kLn2);
+  }
+  template <class V, class K>
+  static FASTCLIP_INLINE V activation(V t, const K& k, V m) {
+    using T = typename K::Scalar;
+    const V l = relative(t, k, m);
+    return l > T(0) ? V{} + T(1) : l <= T(0) ? V{} : l;
+  }
+};
+
 // The list of kinds, from which names and dispatch are derived.
 template <class... Entries>
 struct KindList {
@@ -275,7 +314,7 @@ struct KindList {
     (f(KindIndex(place++), Entries::kName), ...);
   }
 };
-using Kinds = KindList<Softmax, Sigmoid>;
+using Kinds = KindList<Softmax, Sigmoid, Hinge>;
 
 template <class Function>
 inline __attribute__((always_inline)) void for_kind(KindIndex kind, Function f) {
@@ -291,6 +330,9 @@ inline bool trait_of(KindIndex kind, Function f) {
 }
 inline bool has_shift(KindIndex kind) {
   return trait_of(kind, [](auto entry) { return decltype(entry)::kHasShift; });
+}
+inline bool has_levels(KindIndex kind) {
+  return trait_of(kind, [](auto entry) { return decltype(entry)::kHasLevels; });
 }
 inline bool is_linear(KindIndex kind) {
   return trait_of(kind, [](auto entry) { return decltype(entry)::kIsLinear; });

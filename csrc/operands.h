@@ -93,6 +93,8 @@ inline void check_block(const BlockArguments& block) {
   TORCH_CHECK(!key_bias || (key_bias->sizes() == at::IntArrayRef(n) && key_bias->is_floating_point()),
               "key_bias must be (N), floating point, got ", key_bias->sizes(), " ", key_bias->scalar_type());
   TORCH_CHECK(!block.same_id_positive || block.x.ids, "positives by id need ids_x and ids_y, got None");
+  TORCH_CHECK_VALUE(!(block.same_id_positive && PORTABLE::has_levels(kind_of(block.kind))),
+                    "a kind with levels must have no positives by id, got '", block.kind, "'");
   check_scalars(block);
 }
 
@@ -102,6 +104,24 @@ inline void check_occupied(const BlockArguments& block, const OptionalTensor& oc
                             occupied->scalar_type() == at::kBool),
               "occupied must be (1, M + N), with positives by id (2, M + N), bool, got ", occupied->sizes(), " ",
               occupied->scalar_type());
+}
+
+// Checks the levels of the lines, which kinds with levels need.
+inline void check_levels(const BlockArguments& block, const OptionalTensor& levels, int64_t lines) {
+  const auto got = [&] { return levels ? c10::str(levels->sizes(), " ", levels->scalar_type()) : "None"; };
+  if (!PORTABLE::has_levels(kind_of(block.kind))) {
+    TORCH_CHECK(!levels, "levels must be None for a kind without levels, got ", got());
+    return;
+  }
+  TORCH_CHECK(levels && levels->sizes() == at::IntArrayRef(lines) && levels->scalar_type() == at::kDouble,
+              "levels must be (M + N) float64 for a kind with levels, got ", got());
+}
+
+// Returns the index of a kind that can finish lines.
+inline KindIndex finished_kind_of(std::string_view name) {
+  const KindIndex kind = kind_of(name);
+  TORCH_CHECK_VALUE(!PORTABLE::has_levels(kind), "a kind with levels must not be finished, got '", name, "'");
+  return kind;
 }
 
 inline void check_statistics(const BlockArguments& block, const WeighArguments& weigh, int64_t m, int64_t n) {

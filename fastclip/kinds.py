@@ -10,7 +10,8 @@ kind is two functions of a pair's logit:
 
 Logits and shifts are in log2 units, `s * log2(e)`. The statistic is the sum itself or, for a kind
 with a shift, `log(sum) + shift`: exponentials are relative to the shift, which keeps them within
-range.
+range. A kind with levels gets a number of the caller's in place of the shift, one for each line:
+its statistic is a sum over the pairs above the line's level.
 
 A fused loss, such as `clip_loss`, needs a third function of its kind, `finish`. For a line whose
 own positive has logit s, in natural units, it returns the loss, the coefficient of the line and the
@@ -48,6 +49,15 @@ class Kind:
     is_linear = False
     # True: positives by id are folded with negated logits. Only for a kind without a shift.
     negates_positives = False
+    # True: the caller gives a level for each line, in log2 units. Activations are 1 or 0, and their
+    # sum, the number of a line's pairs above its level, is in the state: the derivative of the
+    # line's sum with respect to its level is minus that. Such a kind has no positives by id.
+    has_levels = False
+
+    @classmethod
+    def is_relative(cls) -> bool:
+        """True if fold and activation read their second argument, a number of the line."""
+        return cls.has_shift or cls.has_levels
 
     @classmethod
     def fold(cls, logit: Tensor, shift: Tensor) -> Tensor:
@@ -108,6 +118,25 @@ class Sigmoid(Kind):
         return sum + F.softplus(-s, threshold=60), torch.ones_like(sum), -torch.sigmoid(-s)
 
 
+class Hinge(Kind):
+    """The sum of how far a line's pairs lie above its level. Ranking losses (VSE++, Faghri et al.,
+    arXiv 1707.05612) sum it over negatives, with the own positive's logit plus a margin, or less
+    one, as the level."""
+
+    name = "hinge"
+    has_levels = True
+
+    @staticmethod
+    def fold(logit: Tensor, level: Tensor) -> Tensor:
+        return F.relu(logit - level) * LN2
+
+    @staticmethod
+    def activation(logit: Tensor, level: Tensor) -> Tensor:
+        # A NaN is neither above nor below, and stays NaN.
+        above = logit - level
+        return torch.where(above.isnan(), above, above > 0)
+
+
 KINDS: dict[str, type[Kind]] = {}
 
 
@@ -115,11 +144,17 @@ def register(kind: type[Kind]) -> type[Kind]:
     """Adds a kind under its name and returns the kind, so that it can be a decorator.
 
     Raises:
-        ValueError: another kind has that name; a kind with a shift that negates positives.
+        ValueError: another kind has that name; a kind with a shift that negates positives; a kind
+            with levels that has a shift, negates positives or is linear.
     """
     if kind.has_shift and kind.negates_positives:
         # Engines find the shifts of lines by their largest logits, without a sign.
         raise ValueError(f"a kind with a shift must not negate positives, got {kind.name!r}")
+    for trait in ("has_shift", "negates_positives", "is_linear"):
+        if kind.has_levels and getattr(kind, trait):
+            raise ValueError(
+                f"a kind with levels must have {trait} = False, got True for {kind.name!r}"
+            )
     if KINDS.setdefault(kind.name, kind) is not kind:
         raise ValueError(f"a kind's name must be its own, got {kind.name!r} for a second one")
     return kind
@@ -132,7 +167,7 @@ def kind_of(name: str) -> type[Kind]:
     return KINDS[name]
 
 
-for _kind in (Softmax, Sigmoid):
+for _kind in (Softmax, Sigmoid, Hinge):
     register(_kind)
 
 

@@ -17,7 +17,7 @@ from fastclip.kinds import kind_of
 from . import launch, plan
 from .complete import Completion
 from .configurations import Config
-from .first_sweep import add_moments, add_sums, run_sweep, shift_of, sweep_maxima
+from .first_sweep import add_moments, add_sums, run_sweep, shift_of, sweep_apart
 from .kept import Kept
 from .kernels.finalise import finish_kernel
 from .kinds import functions_of
@@ -29,19 +29,21 @@ from .second_sweep import Weighing
 
 @on_its_device
 def sweep(
-    block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int
+    block: Block, bound: Tensor | None, occupied: Tensor | None, levels: Tensor | None, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the first sweep. `kept.py` describes what it keeps; a small block keeps nothing."""
+    """Runs the first sweep. `kept.py` describes what it keeps; small blocks and kinds with levels
+    keep nothing."""
     kept_tensor = Weights.empty(block.x.features, block.y.features, keep)
     block = LogitBlock(block)
     state, positive = block.new_states()
     kept = block.kept(kept_tensor)
-    if block.is_small and block.kind.has_shift:
+    if block.has_own_numbers:
         config = block.config(block.kernel_of_lines)
-        layers = plan.MAXIMA_LAYERS * block.folds
+        layers = plan.APART_LAYERS * block.folds
         chunks = plan.sweep_chunks(block.n, config, layers, 0, block.m)
         partial = block.empty(layers * max(chunk.partials for chunk in chunks))
-        sweep_maxima(block, config, chunks, partial, state, positive, kept, None)
+        levels = None if levels is None else levels.contiguous()
+        sweep_apart(block, config, chunks, partial, state, positive, levels, kept, None)
     else:
         occupied = None if occupied is None else occupied.contiguous().view(torch.uint8)
         _sweep(block, bound, occupied, state, positive, kept)
@@ -58,16 +60,16 @@ def _sweep(
     shift = flag = None
     if block.kind.has_shift:
         shift, flag = shift_of(block, bound, kept)
-    maxima_config = block.config(block.kernel_of_lines)
-    layers, maxima_layers = plan.LAYERS * block.folds, plan.MAXIMA_LAYERS * block.folds
+    apart_config = block.config(block.kernel_of_lines)
+    layers, apart_layers = plan.LAYERS * block.folds, plan.APART_LAYERS * block.folds
 
     def prepare(config: Config, keep_config: Config) -> tuple[list[Chunk], list[Chunk], Tensor]:
         m, n = block.m, block.n
         chunks = plan.sweep_chunks(n, keep_config, plan.KEPT_LAYERS, 0, kept.rows, kept=True)
         chunks += plan.sweep_chunks(n, config, layers, kept.rows, m)
-        again = [] if flag is None else plan.sweep_chunks(n, maxima_config, maxima_layers, 0, m)
+        again = [] if flag is None else plan.sweep_chunks(n, apart_config, apart_layers, 0, m)
         sizes = [(plan.KEPT_LAYERS if c.kept else layers) * c.partials for c in chunks]
-        sizes += [maxima_layers * chunk.partials for chunk in again]
+        sizes += [apart_layers * chunk.partials for chunk in again]
         return chunks, again, block.empty(max(sizes))
 
     def first(config: Config) -> None:
@@ -78,7 +80,7 @@ def _sweep(
         chunks, _, partial = prepare(config, config)
         run_sweep(block, config, chunks[0], shift, positive, kept, partial)
 
-    keep_config = maxima_config
+    keep_config = apart_config
     if kept.rows:
         keep_config = block.config(block.kernel_of_keeping, first_kept, "keeping")
     config = keep_config
@@ -92,7 +94,7 @@ def _sweep(
         if chunk.kept:
             add_moments(block, chunk, partial, kept)
     if flag is not None:
-        sweep_maxima(block, maxima_config, again, partial, state, None, kept, flag)
+        sweep_apart(block, apart_config, again, partial, state, None, None, kept, flag)
 
 
 @on_its_device

@@ -112,30 +112,40 @@ def add_moments(block: LogitBlock, chunk: Chunk, partial: Tensor, kept: Kept) ->
     """Adds a chunk's sums of kept weights w and of w * t to the moments."""
     launch.launch(
         finalise.moments_kernel, _programs_of_lines(chunk), partial, kept.moments, kept.shift,
-        *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), LINES=LINES,
+        *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), FIRST=1, LINES=LINES,
         PARTIALS=PARTIALS,
     )  # fmt: skip
 
 
-def sweep_maxima(
+def sweep_apart(
     block: LogitBlock, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
-    positive: Tensor | None, kept: Kept, flag: Tensor | None,
+    positive: Tensor | None, levels: Tensor | None, kept: Kept, flag: Tensor | None,
 ) -> None:  # fmt: skip
-    """Makes states with a shift for each line. With a flag, this repeats a sweep, and works only if
-    the flag is set. Without a flag it is the only sweep, and stores the positives, too."""
+    """Makes states with a number of its own for each line: its level if levels are given, else its
+    shift. With a flag, this repeats a sweep, and works only if the flag is set. Without a flag it
+    is the only sweep, and stores the positives, too."""
     for chunk in chunks:
         programs = chunk.tiles if flag is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
+        of_lines = (None, None)
+        if levels is not None:
+            of_lines = levels[chunk.row_slice], levels[block.m :][chunk.column_slice]
         launch.launch(
-            sweep.maxima_kernel, programs, *block.features(chunk), block.logits(chunk), flag,
-            None if positive is None else positive[chunk.row_slice], partial, chunk.rows,
-            chunk.columns, block.width, *block.strides, block.offset_of(chunk),
-            FOLD=block.device_functions.fold, SAME_ID=block.same_id, GROUP=config.group,
-            **block.tiles(config),
+            sweep.sweep_apart_kernel, programs, *block.features(chunk), block.logits(chunk), flag,
+            *of_lines, None if positive is None else positive[chunk.row_slice], partial, chunk.rows,
+            chunk.columns, block.width, *block.strides, block.offset_of(chunk), **block.functions,
+            GROUP=config.group, **block.tiles(config),
         )  # fmt: skip
+        if levels is not None:
+            launch.launch(
+                finalise.moments_kernel, _programs_of_lines(chunk), partial, state, None,
+                *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), FIRST=0,
+                LINES=LINES, PARTIALS=PARTIALS,
+            )  # fmt: skip
+            continue
         for index in range(block.folds):
             launch.launch(
                 finalise.maxima_sums_kernel, _programs_of_lines(chunk),
-                partial[plan.MAXIMA_LAYERS * index * chunk.partials :], state[2 * index :], flag,
+                partial[plan.APART_LAYERS * index * chunk.partials :], state[2 * index :], flag,
                 kept.shift, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
                 LINES=LINES, PARTIALS=PARTIALS,
             )  # fmt: skip

@@ -1,13 +1,14 @@
-"""Every kind as three functions, which the kernels take as compile-time arguments.
+"""Every kind as functions, which the kernels take as compile-time arguments.
 
     fold(x)                 the term that a pair adds to the sums of its row and its column
     activation(x)           its weight dL/ds, up to the factor (a_i + b_j) of its row and column
     finish(shift, sum, s)   loss, coefficient and positive's weight of a line, in float64
 
-x is the logit in log2 units, less the shift of all lines or of its own line (`logits.py`); a kind
-without a shift has the shift 0. The kernels do the masking, the positives and the sums. A new kind
-needs three such functions and an entry in `KINDS`, besides its entry in `fastclip.kinds`; no kernel
-changes. The same functions in C++ are in `csrc/kinds.h`.
+x is the logit in log2 units, less the shift of all lines, or the shift or level of its own line
+(`logits.py`); a kind without either has the shift 0. The kernels do the masking, the positives and
+the sums. A new kind needs these functions, a kind with levels the first two, and an entry in
+`KINDS`, besides its entry in `fastclip.kinds`; no kernel changes. The same functions in C++ are in
+`csrc/kinds.h`.
 """
 
 from typing import Any, NamedTuple
@@ -89,12 +90,23 @@ def sigmoid_finish(shift, sum, s):
     return sum + softplus(-s), tl.full(sum.shape, 1.0, tl.float64), -1 / (1 + tl.exp(s))
 
 
+# The comparisons keep a NaN.
+@triton.jit
+def hinge_fold(x):
+    return tl.where(x < 0, 0.0, x) * LN2
+
+
+@triton.jit
+def hinge_activation(x):
+    return tl.where(x > 0, 1.0, tl.where(x <= 0, 0.0, x))
+
+
 class DeviceFunctions(NamedTuple):
     """The functions of a kind."""
 
     fold: Any
     activation: Any
-    finish: Any
+    finish: Any = None
     # True if it takes so few registers that the widest tile's weights do not spill.
     is_light: bool = False
 
@@ -102,6 +114,7 @@ class DeviceFunctions(NamedTuple):
 KINDS = {
     "softmax": DeviceFunctions(softmax_fold, softmax_fold, softmax_finish, is_light=True),
     "sigmoid": DeviceFunctions(sigmoid_fold, sigmoid_activation, sigmoid_finish),
+    "hinge": DeviceFunctions(hinge_fold, hinge_activation),
 }
 
 

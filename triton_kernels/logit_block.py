@@ -134,6 +134,12 @@ class LogitBlock:
         return 2 if self.same_id_positive else 1
 
     @property
+    def has_own_numbers(self) -> bool:
+        """True if no sweep uses one shift: each line has a level, or, in a small block of a kind
+        with a shift, a shift of its own."""
+        return self.kind.has_levels or (self.kind.has_shift and self.is_small)
+
+    @property
     def functions(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels that fold and weigh."""
         own = self.device_functions
@@ -204,7 +210,7 @@ class LogitBlock:
 
     @property
     def kernel_of_lines(self) -> str:
-        """The kernels that give each line a shift of its own."""
+        """The kernels in which each line has a number of its own."""
         return "tile" if self.is_plain and not self.is_small else "small"
 
     @property
@@ -241,10 +247,11 @@ class LogitBlock:
 
     def kept(self, kept: Tensor) -> Kept:
         """Returns views of what a first sweep has kept. Small blocks keep nothing. Neither do the
-        blocks that `engine.kept.Weights.keep` excludes: those with thresholds, with positives by id
-        or with a key_bias."""
+        blocks that `engine.kept.Weights.keep` excludes: those with thresholds, with positives by
+        id, with a key_bias or of a kind with levels."""
         keeps = self.sides[2] is None and self.largest_bias is None and not self.same_id_positive
-        return Kept.of(kept, self.m, self.n, self.x) if keeps and not self.is_small else Kept()
+        keeps = keeps and not self.is_small and not self.kind.has_levels
+        return Kept.of(kept, self.m, self.n, self.x) if keeps else Kept()
 
     def new_states(self) -> tuple[Tensor, Tensor]:
         """Returns room for the states, and for the positives: NaN for rows without one."""

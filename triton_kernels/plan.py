@@ -30,8 +30,8 @@ WEIGHT_ROWS = WEIGHT_COLUMNS = 11264
 # rows lie a multiple of COLUMN_UNIT elements apart.
 ROW_UNIT, COLUMN_UNIT = 128, 16
 # Partials of a line in each tile: its sum; if weights are kept, also the sums of w and of w * t; if
-# lines have shifts of their own, also its shift.
-LAYERS, KEPT_LAYERS, MAXIMA_LAYERS = 1, 3, 2
+# lines have numbers of their own, both numbers of its state.
+LAYERS, KEPT_LAYERS, APART_LAYERS = 1, 3, 2
 # The limit of a launch in one dimension.
 MOST_PROGRAMS = (1 << 31) - 1
 

@@ -49,19 +49,19 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class Lines:
-    """The shifts and coefficients of all lines, rows first, as the second sweep takes them: a and b
-    for negatives, c and d for positives by id. Coefficients are None in `sweep_and_weigh`, where
-    a_i + b_j is 1 for every pair. The device sets two flags: `one_shift` if all shifts are equal,
-    `kept_is_valid` if the kept weights may be used."""
+    """The shifts, or levels, and coefficients of all lines, rows first, as the second sweep takes
+    them: a and b for negatives, c and d for positives by id. Coefficients are None in
+    `sweep_and_weigh`, where a_i + b_j is 1 for every pair. The device sets two flags: `one_shift`
+    if all shifts are equal, `kept_is_valid` if the kept weights may be used."""
 
     def __init__(
         self, block: LogitBlock, state: Tensor, coefficients: Tensor | None, kept: Kept
     ) -> None:
         self.rows, self.lines = block.m, block.m + block.n
-        self.shifts = state[::2].contiguous() if block.kind.has_shift else None
+        self.shifts = state[::2].contiguous() if block.kind.is_relative() else None
         self.coefficients = self.in_float64 = coefficients
         self.one_shift = self.kept_is_valid = None
-        if coefficients is None or (block.is_small and kept.rows == 0):
+        if coefficients is None or block.has_own_numbers or (block.is_small and kept.rows == 0):
             return
         numbers = coefficients.numel()
         self.coefficients = block.empty(numbers)
@@ -141,7 +141,7 @@ class Weighing:
             x_operand, y_operand = block.operands
         self.x_operand, self.y_operand = x_operand, y_operand
         self.parts = 3 if block.split else 1
-        self._config_of_own_shifts = block.config(block.kernel_of_lines)
+        self._config_apart = block.config(block.kernel_of_lines)
 
     @staticmethod
     def _normalized(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -155,15 +155,14 @@ class Weighing:
     def weigh(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
         """Makes the weights of a chunk. If lines may have shifts of their own, all kernels that can
         make them are launched, and the device's flags decide which one works."""
-        has_shift = self.block.kind.has_shift
         if chunk.kept:
             self._weigh_from_kept(chunk, buffers.weights)
-        elif not (has_shift and self.block.is_small):
+        elif not self.block.has_own_numbers:
             self._weigh_with_one_shift(config, chunk, buffers)
-        if has_shift:
+        if self.block.kind.is_relative():
             lines = self.lines
             unless = lines.kept_is_valid if chunk.kept else lines.one_shift
-            self._weigh_with_own_shifts(chunk, buffers, unless)
+            self._weigh_apart(chunk, buffers, unless)
 
     def _weigh_with_one_shift(self, config: Config, chunk: Chunk, buffers: Buffers) -> None:
         """Launches the kernels that work if all shifts are equal, or if there are none."""
@@ -190,10 +189,10 @@ class Weighing:
                 **block.edge_tiles(config),
             )  # fmt: skip
 
-    def _weigh_with_own_shifts(self, chunk: Chunk, buffers: Buffers, unless: Tensor | None) -> None:
-        """Launches the kernel with a shift for each line, which works unless the flag is set."""
-        block, config = self.block, self._config_of_own_shifts
-        chunk = self._cut_for_own_shifts(chunk)
+    def _weigh_apart(self, chunk: Chunk, buffers: Buffers, unless: Tensor | None) -> None:
+        """Launches the kernel with a number for each line, which works unless the flag is set."""
+        block, config = self.block, self._config_apart
+        chunk = self._cut_apart(chunk)
         weights, totals, sums, _ = buffers
         programs = chunk.tiles if unless is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         launch.launch(
@@ -223,20 +222,22 @@ class Weighing:
         """Returns the distance between rows of weights, or between the parts of a split row."""
         return 0 if weights is None else weights.stride(0) // self.parts
 
-    def _cut_for_own_shifts(self, chunk: Chunk) -> Chunk:
-        """Returns the chunk, cut into tiles of the kernel with a shift for each line."""
-        config = self._config_of_own_shifts
+    def _cut_apart(self, chunk: Chunk) -> Chunk:
+        """Returns the chunk, cut into tiles of the kernel with a number for each line."""
+        config = self._config_apart
         return chunk._replace(bm=config.bm, bn=config.bn)
 
     def _cuts(self, chunk: Chunk) -> tuple[Tensor | None, Chunk | None, Chunk | None]:
         """Returns a flag and two versions of a chunk, cut into the tiles that write sums if the
         flag is set or absent, and if it is not set. None for a version: no tile writes sums."""
-        apart = self._cut_for_own_shifts(chunk)
-        if not self.block.kind.has_shift:
+        apart = self._cut_apart(chunk)
+        if not self.block.kind.is_relative():
             return None, None if chunk.kept else chunk, None
         if chunk.kept:  # its sums come from the kept moments
             return self.lines.kept_is_valid, None, apart
-        return (None, apart, None) if self.block.is_small else (self.lines.one_shift, chunk, apart)
+        if self.block.has_own_numbers:
+            return None, apart, None
+        return self.lines.one_shift, chunk, apart
 
     def totals_of(self, chunk: Chunk) -> tuple[Tensor | None, int, int]:
         """Returns a flag, and how many tiles write a chunk's totals if it is set, and if not."""

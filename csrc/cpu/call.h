@@ -42,6 +42,7 @@ struct Call {
     check_block(block);
     problem.dtype = dtype_of(x.scalar_type());
     problem.kind = kind_of(block.kind);
+    problem.has_levels = PORTABLE::has_levels(problem.kind);
     problem.width = x.size(1);
     problem.scale = number("scale", block.scale);
     problem.bias = block.bias && !has_shift() ? number("bias", *block.bias) : 0.0;

@@ -175,10 +175,8 @@ class Engine {
       out.row_shift = x.shift + b.begin, out.row_sum = x.sum + b.begin;
       out.col_shift = col_shift, out.col_sum = col_sum;
     }
-    if (weighs_by_state(p_)) {
-      out.a = rows.coefficients, out.b = static_cast<const T*>(y.coefficients) + begin;
-      out.row_shifts = rows.shifts, out.col_shifts = static_cast<const T*>(y.shifts) + begin;
-    }
+    if (y.coefficients) out.a = rows.coefficients, out.b = static_cast<const T*>(y.coefficients) + begin;
+    if (y.shifts) out.row_shifts = rows.shifts, out.col_shifts = static_cast<const T*>(y.shifts) + begin;
   }
 
   // t = y_tile x_strip^T, in pieces of D: one fp32 chain of 512 terms has twice the rounding error of four chains of
@@ -264,7 +262,10 @@ class Engine {
 
   template <class Kind, template <class> class Pairs>
   void apply(const Tile<T>& tile) const {
-    if (p_.fold && p_.weigh) {
+    if constexpr (Kind::kHasLevels) {
+      if constexpr (Pairs<T>::kPositives) return;
+      p_.fold ? fold_tile_with_levels<Kind, Pairs>(tile) : weigh_tile<Kind, Pairs, false>(tile);
+    } else if (p_.fold && p_.weigh) {
       if constexpr (Kind::kIsLinear && std::is_same_v<Pairs<T>, Plain<T>>) fold_tile<Kind, Pairs, true>(tile);
     } else if (p_.fold) {
       if constexpr (Kind::kHasShift)

@@ -35,7 +35,7 @@ void fold_tile(const Tile<T>& tile) {
       t = t * factor;
       const auto& k = pairs.template map<Kind>(i);
       const Counted<T> counted = pairs.counted(t, counts, i);
-      const V<T> value = Kind::fold(t, k, pairs.shift(m, i));
+      const V<T> value = Kind::fold(t, k, pairs.template shift<Kind>(m, i));
       sum += where<T>(counted.by_column, value);
       store<T>(row + i, row_sums + where<T>(counted.by_row, value));
       if constexpr (Weigh) {
@@ -60,6 +60,42 @@ FASTCLIP_INLINE T finite_shift(double shift) {
   return shift == -std::numeric_limits<double>::infinity() ? T(0) : T(shift);
 }
 
+// Adds a tile's pairs to the sums of their lines, each with a number m of its own. In a kind with levels it also counts
+// the pairs above them. row and above (lanes): the sums of rows, zero before.
+template <class Kind, template <class> class Pairs, class T, class Number>
+FASTCLIP_INLINE void fold_tile_apart(const Tile<T>& tile, const T* row_m, T* row, T* above, Number col_m) {
+  const int64_t lanes = tile.lanes;
+  const TileLines<T>& lines = Pairs<T>::lines(tile);
+  for (int64_t c = 0; c < tile.cols; c++) {
+    const Column<T> column(tile, c);
+    if constexpr (!Pairs<T>::kPositives) column.note_positive(tile, c);
+    const Pairs<T> pairs(tile, column, c);
+    const V<T> m = number_of<T>(col_m(c));
+    V<T> sum{}, count{};
+    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      V<T> t, factor, counts, row_sums, of_row;
+      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, row_sums);
+      load(row_m + i, of_row);
+      t = t * factor;
+      const auto& k = pairs.template map<Kind>(i);
+      const Counted<T> counted = pairs.counted(t, counts, i);
+      const V<T> of_column = pairs.template shift<Kind>(m, i);
+      of_row = pairs.template shift<Kind>(of_row, i);
+      sum += where<T>(counted.by_column, Kind::fold(t, k, of_column));
+      store<T>(row + i, row_sums + where<T>(counted.by_row, Kind::fold(t, k, of_row)));
+      if constexpr (Kind::kHasLevels) {
+        V<T> before;
+        load(above + i, before);
+        count += where<T>(counted.by_column, Kind::activation(t, k, of_column));
+        store<T>(above + i, before + where<T>(counted.by_row, Kind::activation(t, k, of_row)));
+      }
+    }
+    lines.col_sum[c] = sum_of_lanes<T>(sum);
+    if constexpr (Kind::kHasLevels) lines.col_shift[c] = sum_of_lanes<T>(count);
+  }
+  for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
+}
+
 // Adds a tile's pairs to the state with running maxima, which works at any scale: the shift of each row, and of each
 // column of this tile, is the largest of its own logits, rounded up to an integer so that exp2_relative stays exact.
 template <class Kind, template <class> class Pairs, class T>
@@ -72,7 +108,6 @@ void fold_tile_running(const Tile<T>& tile) {
   for (int64_t i = 0; i < lanes; i++) largest[i] = kLowest, row[i] = 0;
   for (int64_t c = 0; c < tile.cols; c++) {
     const Column<T> column(tile, c);
-    if constexpr (!Pairs<T>::kPositives) column.note_positive(tile, c);
     const Pairs<T> pairs(tile, column, c);
     V<T> highest = number_of<T>(kLowest);
     for (int64_t i = 0; i < lanes; i += kWidth<T>) {
@@ -99,24 +134,19 @@ void fold_tile_running(const Tile<T>& tile) {
     }
     largest[i] = finite_shift<T>(lines.row_shift[i]);
   }
-  for (int64_t c = 0; c < tile.cols; c++) {
-    const Column<T> column(tile, c);
-    const Pairs<T> pairs(tile, column, c);
-    const V<T> m = number_of<T>(finite_shift<T>(lines.col_shift[c]));
-    V<T> sum{};
-    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
-      V<T> t, factor, counts, row_sums, shift;
-      load(column.t + i, t), load(tile.row_factor + i, factor), load(tile.counts + i, counts), load(row + i, row_sums);
-      load(largest + i, shift);
-      t = t * factor;
-      const auto& k = pairs.template map<Kind>(i);
-      const Counted<T> counted = pairs.counted(t, counts, i);
-      sum += where<T>(counted.by_column, Kind::fold(t, k, pairs.shift(m, i)));
-      store<T>(row + i, row_sums + where<T>(counted.by_row, Kind::fold(t, k, pairs.shift(shift, i))));
-    }
-    lines.col_sum[c] = sum_of_lanes<T>(sum);
-  }
-  for (int64_t i = 0; i < tile.rows; i++) lines.row_sum[i] += row[i];
+  fold_tile_apart<Kind, Pairs>(tile, largest, row, static_cast<T*>(nullptr),
+                               [&](int64_t c) { return finite_shift<T>(lines.col_shift[c]); });
+}
+
+// Adds a tile's pairs to the state of a kind with levels: their numbers above the levels of their lines, and their
+// sums.
+template <class Kind, template <class> class Pairs, class T>
+void fold_tile_with_levels(const Tile<T>& tile) {
+  const TileLines<T>& lines = Pairs<T>::lines(tile);
+  T *const row = tile.scratch, *const above = row + tile.lanes;
+  for (int64_t i = 0; i < tile.lanes; i++) row[i] = above[i] = 0;
+  fold_tile_apart<Kind, Pairs>(tile, lines.row_shifts, row, above, [&](int64_t c) { return lines.col_shifts[c]; });
+  for (int64_t i = 0; i < tile.rows; i++) lines.row_shift[i] += above[i];
 }
 
 // Writes the weights dL/ds of a set of pairs, and zero for other pairs. Weights of positives by id are added to those
@@ -145,13 +175,14 @@ void weigh_tile(const Tile<T>& tile) {
         load(lines.row_shifts + i, ma);
         // The logit of an excluded pair may exceed the line's shift by any amount, and its exponential may overflow, so
         // such pairs are masked after the exponential.
-        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.shift(ma, i)) * a) +
-            where<T>(counted.by_column, Kind::activation(t, k, pairs.shift(mb, i)) * b);
+        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.template shift<Kind>(ma, i)) * a) +
+            where<T>(counted.by_column, Kind::activation(t, k, pairs.template shift<Kind>(mb, i)) * b);
       } else if constexpr (P::kApart) {
         const V<T> both = where<T>(counted.by_row, a) + where<T>(counted.by_column, b);
-        w = where<T>(counted.by_row | counted.by_column, Kind::activation(t, k, pairs.shift(mb, i)) * both);
+        w = where<T>(counted.by_row | counted.by_column,
+                     Kind::activation(t, k, pairs.template shift<Kind>(mb, i)) * both);
       } else {
-        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.shift(mb, i)) * (a + b));
+        w = where<T>(counted.by_row, Kind::activation(t, k, pairs.template shift<Kind>(mb, i)) * (a + b));
       }
       if constexpr (P::kPositives && Kind::kNegatesPositives) w = -w;
       sum_w += w;

@@ -133,11 +133,20 @@ void end_running_maxima(double* shift, double* sum, int64_t lines) {
   }
 }
 
+// Sets the levels of all lines, in the engine's dtype.
+void set_levels(Call& call, const Tensor& levels) {
+  const Tensor& held = call.held(levels, accumulation_type(call.x));
+  const char* const first = static_cast<const char*>(held.const_data_ptr());
+  call.side_of_x().negatives.shifts = first;
+  call.side_of_y().negatives.shifts = first + held.element_size() * call.m;
+}
+
 std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& block, const OptionalTensor& bound,
-                                         const OptionalTensor& occupied, int64_t keep) {
+                                         const OptionalTensor& occupied, const OptionalTensor& levels, int64_t keep) {
   TORCH_CHECK(keep >= 0, "keep must be a number of rows >= 0, got ", keep);
   Call call(block);
   check_occupied(block, occupied, call.m + call.n);
+  check_levels(block, levels, call.m + call.n);
   Problem& p = call.problem;
   Swept out = allocate_states(call);
   Tensor kept = allocate_kept(call, keep);
@@ -145,6 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& block, const Opti
   p.kept_rows = kept.numel() / p.y.rows;
   p.fold = true;
   if (call.has_shift()) set_shift(call, bound);
+  if (levels) set_levels(call, *levels);
   call.run();
   const OptionalTensor flags = occupied ? OptionalTensor(occupied->contiguous()) : std::nullopt;
   if (call.has_shift() && !states_hold(call, flags, block.offset)) {
@@ -170,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
               "state must be (2, L) and positive (P), P a divisor of L, contiguous float64, got ", state.sizes(), " ",
               state.scalar_type(), ", strides ", state.strides(), ", and ", positive.sizes(), " ",
               positive.scalar_type(), ", strides ", positive.strides());
-  const KindIndex found = kind_of(kind);
+  const KindIndex found = finished_kind_of(kind);
   const double k = number("scale", scale), k0 = bias ? number("bias", *bias) : 0.0;
   Tensor losses = at::empty({lines}, state.options()), coefficients = at::empty({lines}, state.options()),
          weights = at::empty({lines}, state.options());

@@ -31,7 +31,10 @@ struct Plain {
   FASTCLIP_INLINE const Affine<T>& map(int64_t) const {
     return k;
   }
-  FASTCLIP_INLINE V<T> shift(V<T> m, int64_t) const { return m; }
+  template <class Kind>
+  FASTCLIP_INLINE V<T> shift(V<T> m, int64_t) const {
+    return m;
+  }
   FASTCLIP_INLINE V<T> bias(int64_t) const { return V<T>{}; }
   FASTCLIP_INLINE Counted<T> counted(const V<T>&, const V<T>& counts, int64_t) const {
     const auto mask = counts != T(0);
@@ -86,8 +89,9 @@ class Selected {
       return kNegated ? k.negated() : k;
     }
   }
+  template <class Kind>
   FASTCLIP_INLINE V<T> shift(V<T> m, int64_t i) const {
-    if constexpr (kBiased) {
+    if constexpr (kBiased && Kind::kHasShift) {
       m -= bias_.whole;
       if (whole_) {
         V<T> whole;

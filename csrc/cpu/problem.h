@@ -19,6 +19,7 @@ struct Problem {
 
   double shift = 0;                  // sweep: the shift of all rows and columns, integral
   bool running_maxima = false;       // sweep: each row and column has its own shift instead
+  bool has_levels = false;           // sweep: each row and column has a level, in Lines::shifts
   double* positive = nullptr;        // t of the own positives: sweep writes it, weigh reads it
   bool positives_by_column = false;  // positive and positive_weight are indexed by the columns, not by the rows
 

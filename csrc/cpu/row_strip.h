@@ -36,13 +36,12 @@ int64_t tile_cols(const Problem& p, int64_t row_bytes, bool narrow) {
 
 inline bool u_wanted(const Problem& p) { return p.weigh && p.x.gradient; }
 inline bool v_wanted(const Problem& p) { return p.weigh && p.y.gradient; }
-inline bool weighs_by_state(const Problem& p) { return p.weigh && !p.fold; }
 template <class Op>
 int64_t depth(const Problem& p) {
   return round_up(p.width, kPair<Op>);
 }
 
-// Coefficients and shifts of a strip's rows, for the weights of a set of pairs.
+// Coefficients of a strip's rows, and their shifts or levels, for a set of pairs.
 template <class T>
 struct LaneLines {
   T *coefficients, *shifts;
@@ -137,12 +136,13 @@ class RowStrips {
 
   void open_lines(const RowStrip<In, Op, T>& b, const Lines& lines, LaneLines<T>& out) const {
     out = {arena.take<T>(b.lanes), arena.take<T>(b.lanes)};
-    spread(b, weighs_by_state(p_) ? lines.coefficients : nullptr, T(1), out.coefficients);
-    spread(b, weighs_by_state(p_) ? lines.shifts : nullptr, T(0), out.shifts);
+    spread(b, lines.coefficients, T(1), out.coefficients);
+    spread(b, lines.shifts, T(0), out.shifts);
   }
 
   void clear(const RowStrip<In, Op, T>& b, const Lines& lines) const {
-    std::fill_n(lines.shift + b.begin, b.rows, p_.running_maxima ? -std::numeric_limits<double>::infinity() : p_.shift);
+    const double shift = p_.running_maxima ? -std::numeric_limits<double>::infinity() : p_.shift;
+    std::fill_n(lines.shift + b.begin, b.rows, p_.has_levels ? 0. : shift);
     std::fill_n(lines.sum + b.begin, b.rows, 0.);
   }
 

@@ -34,10 +34,10 @@ using Integer = std::conditional_t<sizeof(T) == sizeof(double), int64_t, int32_t
 // Statistics of a tile's lines over one set of pairs, and the coefficients of these pairs' weights.
 template <class T>
 struct TileLines {
-  double *row_shift, *row_sum;  // fold
+  double *row_shift, *row_sum;  // fold; with levels the shifts are numbers of pairs
   double *col_shift, *col_sum;
-  const T *a, *b;  // weigh
-  const T *row_shifts, *col_shifts;
+  const T *a, *b;                    // weigh
+  const T *row_shifts, *col_shifts;  // weigh; with levels these
 };
 
 template <class T>

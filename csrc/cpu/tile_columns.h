@@ -18,9 +18,11 @@ inline void merge_states(const Problem& p, int64_t k, int64_t cols, const Lines&
                          const double* sum) {
   for (int64_t c = 0; c < cols; c++) {
     double &m = lines.shift[j0 + c], &s = lines.sum[j0 + c];
-    const double other = p.running_maxima ? shift[c] : p.shift;
+    const double other = p.running_maxima || p.has_levels ? shift[c] : p.shift;
     if (k == 0) {
       m = other, s = sum[c];
+    } else if (p.has_levels) {
+      m += other, s += sum[c];
     } else if (other == m || sum[c] == 0) {
       s += sum[c];
     } else if (s == 0) {

@@ -29,16 +29,20 @@ struct Partials {
   int64_t line = 1, part = 0;
 };
 
-// The first sweep: sums of fold(t, k, m) over the negatives of each row and column, and t of the positives.
+// The first sweep: sums of fold(t, k, m) over the negatives of each row and column, and t of the positives. In a kind
+// with levels, m is the level of the row or of the column.
 struct Folding {
   const float* shift = nullptr;  // m of all lines; null for a kind without a shift
-  double* positive = nullptr;    // (rows) of the view; only rows with a positive in the view are written
+  const double *level_x = nullptr, *level_y = nullptr;
+  double* positive = nullptr;  // (rows) of the view; only rows with a positive in the view are written
   Partials rows, columns;
+  // Null, or sums over positives by id; with levels the numbers of negatives above them.
+  Partials second_rows, second_columns;
 };
 
 // The second sweep: w_ij = activation(t, k, m) * (a_i + b_j) of the negatives, 0 for positives.
 struct PairWeights {
-  const float *shift_x = nullptr, *shift_y = nullptr;  // of rows, of columns; null for a kind without a shift
+  const float *shift_x = nullptr, *shift_y = nullptr;  // of rows, of columns: shifts, or levels, or null
   // If *shifts_differ is not 0, shifts differ between lines and each pair needs two exponentials:
   // activation(t, k, m_i) * a_i + activation(t, k, m_j) * b_j.
   const int32_t* shifts_differ = nullptr;

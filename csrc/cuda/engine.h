@@ -44,7 +44,7 @@ class Library {
 
 // A rectangular block of logits. The engine reads features, rows, stride, factor (fp32), ids and threshold (fp32) of
 // either Side, and key_bias of y. In the negatives of a Side, and with same_id_positive in its positives,
-//   sweep             writes shift and sum
+//   sweep             writes shift and sum; with levels it reads them from shifts, and writes numbers of pairs to shift
 //   weigh             reads shifts and coefficients, both float64
 //   sweep_and_weigh   writes shift and sum
 // weigh and sweep_and_weigh write `gradient` unless it is null; weigh also writes key_bias_sum of y unless it is null.

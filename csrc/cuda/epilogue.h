@@ -1,5 +1,6 @@
 // The kernel that reads a tile of products t_ij from memory once. It folds the tile into one number for each of its
-// rows and columns, or writes the weights of its pairs, or both. Positives by id have sums of their own.
+// rows and columns, or writes the weights of its pairs, or both. Positives by id have sums of their own; a kind with
+// levels, which has no such positives, has numbers of pairs instead.
 //
 // A warp processes one row after another, 256 columns of each: a lane has two groups of four neighbouring columns. Row
 // sums are reduced by shuffles. Column sums stay in registers until the end; then the sums of all warps are added in
@@ -43,6 +44,7 @@ template <class Kind, class Options, bool kFold, bool kWeigh, class Out>
 __global__ void __launch_bounds__(kThreads)
     epilogue_kernel(ChunkView view, Products products, Folding folding, PairWeights weights, Options options) {
   constexpr bool kWrites = !std::is_void_v<Out>, kHasAll = Options::kHasAll;
+  constexpr bool kHasSecond = kHasAll || Kind::kHasLevels;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t tiles_n = cdiv(view.columns, kTileColumns);
   const int64_t tile_m = blockIdx.x / tiles_n, tile_n = blockIdx.x % tiles_n;
@@ -61,12 +63,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   float factor_y[kFours][4], column_sum[kFours][4] = {};
+  float level_y[kFours][4] = {};  // in a kind with levels
   LineWeight column[kFours][4] = {};
   typename Options::Line column_line[kFours][4] = {};
   typename Options::Bias bias[kFours][4] = {};
-  // With options All: the columns' sums over positives by id, their sums of weights, and the coefficients and shifts
-  // for the weights of positives by id.
-  float positive_sum[kFours][4] = {}, weight_sum[kFours][4] = {};
+  // The columns' second sums. With options All also their sums of weights, and the coefficients and shifts for the
+  // weights of positives by id.
+  float second_sum[kFours][4] = {}, weight_sum[kFours][4] = {};
   LineWeight column_positive[kFours][4] = {};
 #pragma unroll
   for (int four = 0; four < kFours; four++)
@@ -80,6 +83,8 @@ __global__ void __launch_bounds__(kThreads)
         column_line[four][q] = options.column(j);
         bias[four][q] = options.template bias<Kind>(j, k);
       }
+      if constexpr (kFold && Kind::kHasLevels)
+        if (inside) level_y[four][q] = float(folding.level_y[j]);
       if constexpr (kWeigh) {
         if (inside && weights.b) column[four][q].coefficient = weights.b[j];
         if (inside && two_shifts) column[four][q].shift = weights.shift_y[j];
@@ -99,7 +104,8 @@ __global__ void __launch_bounds__(kThreads)
     const int positive = partner >= 0 && partner < columns ? int(partner) : -1;
     const float factor_x = view.factor_x ? view.factor_x[i] : 1.f;
     const typename Options::Line line = options.row(i);
-    float row_sum = 0, row_positive_sum = 0;
+    float row_sum = 0, row_second_sum = 0, level_x = 0;
+    if constexpr (kFold && Kind::kHasLevels) level_x = float(folding.level_x[i]);
     LineWeight mine = {1, m}, mine_positive = {0, m};
     if constexpr (kWeigh) {
       if (weights.a) mine.coefficient = weights.a[i];
@@ -129,11 +135,16 @@ __global__ void __launch_bounds__(kThreads)
         const bool counts_for_any = counts.mine || counts.other || counts.positive;
         const auto& own = affine_of<Kind>(k, bias[four][q], counts.positive);
         if (kFold && c0 + q == positive && folding.positive) folding.positive[i] = t[q];
-        if constexpr (kFold) {
+        if constexpr (kFold && Kind::kHasLevels) {
+          row_sum += counts.mine ? Kind::fold(t[q], own, level_x) : 0.f;
+          row_second_sum += counts.mine ? Kind::activation(t[q], own, level_x) : 0.f;
+          column_sum[four][q] += counts.other ? Kind::fold(t[q], own, level_y[four][q]) : 0.f;
+          second_sum[four][q] += counts.other ? Kind::activation(t[q], own, level_y[four][q]) : 0.f;
+        } else if constexpr (kFold) {
           const float e = counts_for_any ? Kind::fold(t[q], own, shift_of<Kind>(m, bias[four][q])) : 0.f;
           if constexpr (kHasAll) {
             row_sum += counts.mine ? e : 0.f, column_sum[four][q] += counts.other ? e : 0.f;
-            row_positive_sum += counts.positive ? e : 0.f, positive_sum[four][q] += counts.positive ? e : 0.f;
+            row_second_sum += counts.positive ? e : 0.f, second_sum[four][q] += counts.positive ? e : 0.f;
           } else {
             row_sum += e, column_sum[four][q] += e;
           }
@@ -180,8 +191,8 @@ __global__ void __launch_bounds__(kThreads)
         if (lane == 0) to.data[i * to.line + tile_n * to.part] = sum;
       };
       write_row(row_sum, folding.rows);
-      if constexpr (kHasAll)
-        if (options.rows.data) write_row(row_positive_sum, options.rows);
+      if constexpr (kHasSecond)
+        if (folding.second_rows.data) write_row(row_second_sum, folding.second_rows);
     }
   }
 
@@ -189,10 +200,10 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kFold) {
     __shared__ float shared[kWarps][kTileColumns];
     write_columns(column_sum, shared, folding.columns, tile_m, j, view.columns);
-    if constexpr (kHasAll)
-      if (options.columns.data) {
+    if constexpr (kHasSecond)
+      if (folding.second_columns.data) {
         __syncthreads();
-        write_columns(positive_sum, shared, options.columns, tile_m, j, view.columns);
+        write_columns(second_sum, shared, folding.second_columns, tile_m, j, view.columns);
       }
   }
   if constexpr (kWeigh && kHasAll) {

@@ -52,23 +52,23 @@ static __global__ void __launch_bounds__(kThreads)
   const PartLines lines = is_row ? rows : columns;
   const int64_t l = is_row ? index : index - rows.count, out = lines.first + l;
   const double sum = add_up(lines, l);
-  lines.shift[out] = shift ? *shift : 0.;
+  if (lines.shift) lines.shift[out] = shift ? *shift : 0.;
   if (shift == nullptr || !lines.ends) return;
   const bool is_occupied = is_row ? rows_occupied(out) : columns_occupied(out);
   if (is_occupied && !(sum >= kLeast && sum <= kLargest)) *flag = 1;
 }
 
-// Adds up the columns' sums of weights.
-static __global__ void __launch_bounds__(kThreads) weight_sums_kernel(PartLines columns) {
+// Adds up other numbers of lines: the columns' sums of weights, or how many pairs lie above levels.
+static __global__ void __launch_bounds__(kThreads) numbers_kernel(PartLines lines) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (index < columns.count) add_up(columns, index);
+  if (index < lines.count) add_up(lines, index);
 }
 
 // The shifts and coefficients of lines, and the fp32 copies of them that the second sweep reads.
 struct StateLines {
   const double *shift = nullptr, *coefficient = nullptr;
   int64_t count = 0;
-  float *shift_out = nullptr, *coefficient_out = nullptr;  // shift_out is null for a kind without a shift
+  float *shift_out = nullptr, *coefficient_out = nullptr;  // shift_out is null if lines have neither shifts nor levels
 };
 
 static __global__ void __launch_bounds__(kThreads)

@@ -16,7 +16,8 @@ class FirstSweep {
     int64_t most = 0;
     for (const Chunk& c : chunks) most = std::max(most, partials_of(c));
     partials_ = allocate<float>(w.library(), most);
-    if (w.b.same_id_positive) positive_partials_ = allocate<float>(w.library(), most);
+    has_levels_ = CUDA::has_levels(w.b.kind);
+    if (w.b.same_id_positive || has_levels_) second_partials_ = allocate<float>(w.library(), most);
   }
 
   void set_shift() {
@@ -40,6 +41,12 @@ class FirstSweep {
     f.shift = shift_;
     f.positive = sweeping_.positive + c.row;
     f.rows = rows_of(c, partials_), f.columns = columns_of(c, partials_);
+    if (second_partials_)
+      f.second_rows = rows_of(c, second_partials_), f.second_columns = columns_of(c, second_partials_);
+    if (has_levels_) {
+      f.level_x = static_cast<const double*>(w.b.x.negatives.shifts) + c.row;
+      f.level_y = static_cast<const double*>(w.b.y.negatives.shifts) + c.column;
+    }
     return f;
   }
 
@@ -55,9 +62,6 @@ class FirstSweep {
     const Products products = w.products(c, sweeping_.kept, buffer, false);
     CUDA::for_kind(w.b.kind, [&](auto statistic) {
       w.with_options(c, [&](auto options) {
-        if constexpr (options.kHasAll)
-          if (positive_partials_)
-            options.rows = rows_of(c, positive_partials_), options.columns = columns_of(c, positive_partials_);
         launch_epilogue<decltype(statistic), true, false, void>(w, view, products, folding, {}, options);
       });
     });
@@ -65,8 +69,14 @@ class FirstSweep {
   }
 
   void add_sums(const Chunk& c) {
-    add_sums(c, partials_, w.b.x.negatives, w.b.y.negatives, 0);
-    if (positive_partials_) add_sums(c, positive_partials_, w.b.x.positives, w.b.y.positives, 1);
+    Lines x = w.b.x.negatives, y = w.b.y.negatives;
+    if (has_levels_) {
+      add_above(lines_of_rows(c, second_partials_, nullptr, x.shift));
+      add_above(lines_of_columns(c, second_partials_, nullptr, y.shift));
+      x.shift = y.shift = nullptr;
+    }
+    add_sums(c, partials_, x, y, 0);
+    if (w.b.same_id_positive) add_sums(c, second_partials_, w.b.x.positives, w.b.y.positives, 1);
   }
 
   // Launches the kernel that computes the states again if the flag is set, with a shift for each line.
@@ -91,14 +101,25 @@ class FirstSweep {
 
   // set: 0 for negatives, 1 for positives by id.
   void add_sums(const Chunk& c, float* partials, const Lines& x, const Lines& y, int64_t set) {
-    const PartLines rows = {rows_of(c, partials),          c.rows,  c.row, c.column == 0,
-                            c.column + c.columns == w.n(), x.shift, x.sum};
-    const PartLines columns = {columns_of(c, partials), c.columns, c.column, c.row == 0,
-                               c.row + c.rows == w.m(), y.shift,   y.sum};
+    const PartLines rows = lines_of_rows(c, partials, x.shift, x.sum);
+    const PartLines columns = lines_of_columns(c, partials, y.shift, y.sum);
     const bool* const occupied = sweeping_.occupied ? sweeping_.occupied + set * (w.m() + w.n()) : nullptr;
     launch(w.place("sums_kernel"), sums_kernel, cdiv(c.rows + c.columns, kThreads), rows, columns,
            Occupied{occupied, w.n(), w.b.offset}, Occupied{occupied ? occupied + w.m() : nullptr, w.m(), -w.b.offset},
            static_cast<const float*>(shift_), flag_);
+  }
+
+  void add_above(const PartLines& lines) {
+    launch(w.place("numbers_kernel"), numbers_kernel, cdiv(lines.count, kThreads), lines);
+  }
+
+  PartLines lines_of_rows(const Chunk& c, float* partials, double* shift, double* sum) const {
+    const bool ends = c.column + c.columns == w.n();
+    return {rows_of(c, partials), c.rows, c.row, c.column == 0, ends, shift, sum};
+  }
+  PartLines lines_of_columns(const Chunk& c, float* partials, double* shift, double* sum) const {
+    const bool ends = c.row + c.rows == w.m();
+    return {columns_of(c, partials), c.columns, c.column, c.row == 0, ends, shift, sum};
   }
 
   Partials rows_of(const Chunk& c, float* partials) const { return {partials, tiles_of(c).across, 1, c.rows}; }
@@ -120,8 +141,9 @@ class FirstSweep {
 
   Work& w;
   Sweeping sweeping_;
-  float *partials_ = nullptr, *positive_partials_ = nullptr, *shift_ = nullptr;
+  float *partials_ = nullptr, *second_partials_ = nullptr, *shift_ = nullptr;
   int32_t* flag_ = nullptr;
+  bool has_levels_ = false;
 };
 
 }  // namespace cuda

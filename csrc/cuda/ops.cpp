@@ -27,13 +27,14 @@ Result call_plain(const char* name, Result (*)(Flattened...), const BlockArgumen
 }
 
 std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& arguments, const OptionalTensor& bound,
-                                         const OptionalTensor& occupied, int64_t keep) {
+                                         const OptionalTensor& occupied, const OptionalTensor& levels, int64_t keep) {
   if (is_plain_engines(arguments))
-    return call_plain("fastclip::sweep", &Flat<&sweep>::call, arguments, bound, occupied, keep);
+    return call_plain("fastclip::sweep", &Flat<&sweep>::call, arguments, bound, occupied, levels, keep);
   TORCH_CHECK(keep >= 0, "keep must be a number of rows >= 0, got ", keep);
   const Scope scope(arguments.x.features);
   Call call(arguments);
   check_occupied(arguments, occupied, call.m + call.n);
+  check_levels(arguments, levels, call.m + call.n);
   const Number most = bound ? Number("bound", *bound, call.x) : Number();
   const Tensor lines = occupied ? occupied->contiguous() : Tensor();
   check_device(call.x, {&lines});
@@ -42,6 +43,12 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& arguments, const 
   cuda::Sweeping sweeping;
   sweeping.bound = most.scalar;
   if (occupied) sweeping.occupied = lines.const_data_ptr<bool>();
+  const Tensor held = levels ? levels->contiguous() : Tensor();
+  if (levels) {
+    check_device(call.x, {&held});
+    call.block.x.negatives.shifts = held.const_data_ptr<double>();
+    call.block.y.negatives.shifts = held.const_data_ptr<double>() + call.m;
+  }
   sweeping.positive = out.positive.mutable_data_ptr<double>();
   sweeping.kept = kept.mutable_data_ptr<float>();
   sweeping.kept_rows = std::min(kept.numel() / call.n, call.m);
@@ -64,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& state, const Tensor& pos
   Tensor losses = at::empty({count}, state.options()), coefficients = at::empty_like(losses),
          weights = at::empty_like(losses);
   cuda::Finishing lines;
-  lines.kind = kind_of(kind);
+  lines.kind = finished_kind_of(kind);
   lines.count = count;
   lines.period = period;
   lines.shift = states.const_data_ptr<double>();

@@ -55,9 +55,7 @@ struct All {
   const LineBias<float>* biases = nullptr;                     // of the columns, or null
   bool same_id_positive = false;
 
-  // With positives by id: their sums (as in Folding), and their shifts and coefficients (c and d are a and b of
-  // PairWeights).
-  Partials rows, columns;
+  // With positives by id: their shifts and coefficients (c and d are a and b of PairWeights).
   const float *shift_x = nullptr, *shift_y = nullptr, *c = nullptr, *d = nullptr;
   Partials weights;  // the columns' sums of weights, or null
 

@@ -67,7 +67,7 @@ class SecondSweep {
   // Launches the kernel that converts the states x and y (of one set: negatives, or positives by id) to fp32, into
   // `to`.
   void set_operands(const Lines& x, const Lines& y, PairWeights& to) {
-    const bool has_shifts = CUDA::has_shift(w.b.kind);
+    const bool has_shifts = CUDA::has_shift(w.b.kind) || CUDA::has_levels(w.b.kind);
     const int64_t lines = w.m() + w.n();
     float* const coefficients = allocate<float>(w.library(), lines);
     float* const shifts = has_shifts ? allocate<float>(w.library(), lines) : nullptr;
@@ -141,7 +141,7 @@ class SecondSweep {
   void add_key_bias(const Chunk& c) const {
     const PartLines columns = {key_bias_of(c),          c.columns, c.column,          c.row == 0,
                                c.row + c.rows == w.m(), nullptr,   w.b.y.key_bias_sum};
-    launch(w.place("weight_sums_kernel"), weight_sums_kernel, cdiv(c.columns, kThreads), columns);
+    launch(w.place("numbers_kernel"), numbers_kernel, cdiv(c.columns, kThreads), columns);
   }
 
   void add_positives(Plain&, const Chunk&) const {}

@@ -22,8 +22,8 @@ class Work {
       if (b.tf32 && b.dtype == Dtype::kFloat) replace(*side, copy_of(*side, nullptr, true));
     b.tf32 = b.tf32 && b.dtype == Dtype::kFloat;
     b.offset = std::max(-m(), std::min(b.offset, n()));
-    // The fused kernels serve plain blocks only.
-    b.fused = b.fused && has_fused() && b.is_plain() && is_sm_90();
+    // The fused kernels serve plain blocks of kinds without levels.
+    b.fused = b.fused && has_fused() && b.is_plain() && !CUDA::has_levels(b.kind) && is_sm_90();
     if (b.y.key_bias) make_biases();
   }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kinds import kind_of
 from .block import Block
 
 # Rows are kept in multiples of UNIT, unless all are kept. The distance between kept rows of weights
@@ -110,9 +111,10 @@ class Weights:
         x, (m, n) = block.x.features, block.sizes()
         # A kept weight is one number for each pair. That is not enough with thresholds, where a
         # pair may count for one of its lines only, or with positives by id, which have coefficients
-        # of their own. The sums of weights that key_bias needs are not kept. float64 goes to the
-        # plain PyTorch engine, which keeps nothing.
+        # of their own, or with levels. The sums of weights that key_bias needs are not kept.
+        # float64 goes to the plain PyTorch engine, which keeps nothing.
         apart = block.x.threshold is not None or block.same_id_positive
+        apart = apart or kind_of(block.kind).has_levels
         if x.dtype == torch.float64 or apart or block.key_bias is not None:
             return 0
         affordable = (budget - Weights.header(m, n)) // Weights.row(x, n) // UNIT * UNIT

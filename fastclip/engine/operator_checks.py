@@ -72,11 +72,29 @@ def _block(block: Block) -> None:
         "positives by id need ids_x and ids_y", block.x.ids,
     )  # fmt: skip
     _one_element(scale=block.scale, bias=block.bias)
-    kind_of(block.kind)
+    _check(
+        not (kind_of(block.kind).has_levels and block.same_id_positive),
+        "a kind with levels must have no positives by id", block.kind, error=ValueError,
+    )  # fmt: skip
 
 
-def check_sweep(block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int) -> None:
+def _levels(block: Block, levels: Tensor | None) -> None:
+    if not kind_of(block.kind).has_levels:
+        _check(levels is None, "levels must be None for a kind without levels", levels)
+        return
+    _check(
+        levels is not None
+        and levels.shape == (sum(block.sizes()),)
+        and levels.dtype == state_dtype(levels.device),
+        "levels must be (M + N) float64 for a kind with levels", levels,
+    )  # fmt: skip
+
+
+def check_sweep(
+    block: Block, bound: Tensor | None, occupied: Tensor | None, levels: Tensor | None, keep: int
+) -> None:
     _block(block)
+    _levels(block, levels)
     _one_element(bound=bound)
     shape = (2 if block.same_id_positive else 1, sum(block.sizes()))
     _check(
@@ -96,7 +114,10 @@ def check_finish(
         "state must be (2, L) and positive (P), P a divisor of L, float64", state, positive,
     )  # fmt: skip
     _one_element(scale=scale, bias=bias)
-    kind_of(kind)
+    _check(
+        not kind_of(kind).has_levels, "a kind with levels must not be finished", kind,
+        error=ValueError,
+    )  # fmt: skip
 
 
 def check_weigh(

@@ -20,7 +20,7 @@ column.
     kind: a name in `kinds.KINDS`.
     same_id_positive: pairs with equal ids are positives of their row and their column.
 
-`sweep(BLOCK, bound, occupied, keep) -> state, positive, kept`
+`sweep(BLOCK, bound, occupied, levels, keep) -> state, positive, kept`
     Streams the logits once and returns the state of each line.
 
     bound: one element, an upper bound of `|t_ij|`, or None: the engine computes one.
@@ -28,11 +28,14 @@ column.
     the second row for lines that have any positives by id. Thresholds are not considered. None: the
     offset decides. If the sum of an occupied line is too small for the common shift, the engine
     recomputes it with a shift of its own.
+    levels: (M + N) float64 in log2 units, rows first; for a kind with levels, None for others. Such
+    a kind needs neither bound nor occupied, and takes no same_id_positive.
     keep: how many lines of the longer side to keep for `weigh`, with all their pairs (`kept.py`);
     `weigh` recomputes the rest.
 
     state (2, M + N), float64: rows first, then columns. softmax: shifts in log2 units, and sums of
-    `2^(s_ij * log2(e) - shift)` over the negatives; sigmoid: zeros, and sums of `softplus(s_ij)`.
+    `2^(s_ij * log2(e) - shift)` over the negatives; sigmoid: zeros, and sums of `softplus(s_ij)`;
+    hinge: how many negatives lie above the line's level, and sums of how far they do.
     With same_id_positive (4, M + N): the last two rows are the same for the positives by id without
     the own ones; there sigmoid sums `softplus(-s_ij)`.
     positive (M), float64: t of the own positives, NaN for a row without one.
@@ -56,6 +59,9 @@ column.
             a kind that negates them
         own positives: positive_weight
 
+    state: the sweep's; for a kind with levels, these take the place of the first row, and the
+    second is not read. In kinds with shifts or levels the activation is relative to each line's:
+    `activation(s_ij, i) * a_i + activation(s_ij, j) * b_j`.
     coefficients (M + N): a, then b; with same_id_positive (2, M + N): c, then d in the second row.
     positive_weight (M). gain: one element that multiplies all results.
     dx (M, D) = gain * scale * w @ (factor_y * y), dy (N, D) = gain * scale * w.T @ (factor_x * x),
@@ -88,7 +94,8 @@ from .dtypes import accumulation_dtype, state_dtype
 from .kept import KEPT_BY
 
 SCHEMAS = {
-    "sweep": f"({Block.SCHEMA}, Tensor? bound, Tensor? occupied, SymInt keep)"
+    "sweep": f"({Block.SCHEMA}, Tensor? bound, Tensor? occupied, Tensor? levels,"
+    " SymInt keep)"
     f" -> ({SweepResults.SCHEMA})",
     "finish": "(Tensor state, Tensor positive, Tensor scale, Tensor? bias, str kind)"
     " -> (Tensor losses, Tensor coefficients, Tensor weights)",
@@ -124,10 +131,10 @@ def _register_flops() -> None:
 
 def sweep(
     engine: str, block: Block, bound: Tensor | None = None, occupied: Tensor | None = None,
-    keep: int = 0,
+    keep: int = 0, levels: Tensor | None = None,
 ) -> SweepResults:  # fmt: skip
     _register_flops()
-    return SweepResults(*operator("sweep", engine)(*block.flat(), bound, occupied, keep))
+    return SweepResults(*operator("sweep", engine)(*block.flat(), bound, occupied, levels, keep))
 
 
 def weigh(
@@ -157,7 +164,9 @@ def _fake_statistics(block: Block) -> tuple[Tensor, Tensor]:
     return x.new_empty((rows, m + n), dtype=dtype), x.new_empty((m,), dtype=dtype)
 
 
-def _fake_sweep(engine: str, block: Block, bound: Any, occupied: Any, keep: int) -> SweepResults:
+def _fake_sweep(
+    engine: str, block: Block, bound: Any, occupied: Any, levels: Any, keep: int
+) -> SweepResults:
     kept = KEPT_BY[engine].empty(block.x.features, block.y.features, keep)
     return SweepResults(*_fake_statistics(block), kept)
 

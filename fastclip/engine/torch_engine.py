@@ -104,10 +104,17 @@ def _largest(logit: Tensor, dim: int) -> Tensor:
 
 
 def _add(
-    kind: type[Kind], logit: Tensor, counts: Tensor, dim: int, shift: Tensor, sums: Tensor
-) -> None:
-    """Adds a chunk's pairs to the states of its rows (dim 1) or columns (dim 0)."""
-    if kind.has_shift:
+    kind: type[Kind], logit: Tensor, counts: Tensor, dim: int, shift: Tensor, sums: Tensor,
+    levels: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Adds a chunk's pairs to the states of its rows (dim 1) or columns (dim 0), whose levels are
+    given in a kind with levels."""
+    if levels is not None:
+        level = levels.to(logit.dtype).unsqueeze(dim)
+        for total, function in ((shift, kind.activation), (sums, kind.fold)):
+            values = function(logit, level).masked_fill(~counts, 0)
+            total += values.sum(dim, dtype=total.dtype)
+    elif kind.has_shift:
         logit = torch.where(counts, logit, -torch.inf)
         here = _largest(logit, dim)
         found = kind.fold(logit, here.unsqueeze(dim)).sum(dim)
@@ -118,7 +125,7 @@ def _add(
 
 
 def sweep(
-    block: Block, bound: Tensor | None, occupied: Tensor | None, keep: int
+    block: Block, bound: Tensor | None, occupied: Tensor | None, levels: Tensor | None, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `sweep`. Each line has a shift of its own, so bound and occupied are not needed.
     Nothing is kept."""
@@ -131,13 +138,15 @@ def sweep(
     )
     positive = torch.full((m,), torch.nan, dtype=state.dtype, device=x.device)
     sign = -1 if kind.negates_positives else 1
+    of_rows, of_columns = (None, None) if levels is None else levels.split([m, n])
     for rows in chunked.chunks():
         t = chunked.t(rows)
         logit, pairs = chunked.logits(t), chunked.pairs(rows, t)
         _note_positives(positive[rows], chunked, t, rows.start + block.offset)
         by_row, by_column = state[:, :m][:, rows], state[:, m:]
-        _add(kind, logit, pairs.rows, 1, *by_row[:2])
-        _add(kind, logit, pairs.columns, 0, *by_column[:2])
+        here = None if of_rows is None else of_rows[rows]
+        _add(kind, logit, pairs.rows, 1, *by_row[:2], here)
+        _add(kind, logit, pairs.columns, 0, *by_column[:2], of_columns)
         if pairs.positives is not None:
             _add(kind, sign * logit, pairs.positives, 1, *by_row[2:])
             _add(kind, sign * logit, pairs.positives, 0, *by_column[2:])
@@ -185,7 +194,7 @@ def finish(
 
 
 class _Lines(NamedTuple):
-    """The shifts and coefficients of lines that weights are computed from."""
+    """The shifts, or levels, and the coefficients of lines that weights are computed from."""
 
     rows: tuple[Tensor, Tensor]  # shifts and coefficients (M)
     columns: tuple[Tensor, Tensor]  # (N)
@@ -202,7 +211,7 @@ class _Lines(NamedTuple):
         (row_shift, a), (column_shift, b) = self
         row_shift, a = row_shift[rows, None], a[rows, None]
         # Masks apply after the product, since pairs that do not count may exceed the shift by far.
-        if kind.has_shift:
+        if kind.is_relative():
             w = (kind.activation(logit, row_shift) * a).masked_fill_(~counts[0], 0)
             w += (kind.activation(logit, column_shift) * b).masked_fill_(~counts[1], 0)
             return w
@@ -306,7 +315,7 @@ def sweep_and_weigh(
     block: Block, gain: Tensor, needs_x: bool, needs_y: bool, project: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator `sweep_and_weigh`: plain PyTorch gains nothing by fusing the two."""
-    statistics = SweepResults(*sweep(block, None, None, 0))
+    statistics = SweepResults(*sweep(block, None, None, None, 0))
     m, n = block.sizes()
     state, positive, _ = statistics
     _, coefficients, weights = finish(state[:, :m], positive, block.scale, block.bias, block.kind)

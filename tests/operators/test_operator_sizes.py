@@ -19,6 +19,8 @@ M, N = 9, 7
 FACTORS = r"factor_x must be \(M\), factor_y \(N\)"
 STATES = r"state must be \(2, M \+ N\).*coefficients \(M \+ N\), positive and positive_weight \(M\)"
 KEPT = r"kept must come from a sweep of the same features"
+LEVELS = r"levels must be \(M \+ N\) float64 for a kind with levels, got"
+POSITIVES = r"a kind with levels must have no positives by id, got 'hinge'"
 FEATURES = r"x and y must be non-empty \(M, D\) and \(N, D\) of one dtype"
 LINES = r"state must be \(2, L\) and positive \(P\), P a divisor of L"
 
@@ -39,7 +41,7 @@ class Call:
         )
 
     def sweep(self, **changes: Any) -> object:
-        return sweep(self.engine, self._block(changes))
+        return sweep(self.engine, self._block(changes), levels=changes.get("levels"))
 
     def weigh(self, **changes: Any) -> object:
         block = self._block(changes)
@@ -61,8 +63,11 @@ class Call:
         )
 
     def finish(self, **changes: Any) -> object:
-        given = {"state": self.state[:, :M].contiguous(), "positive": self.positive} | changes
-        return operator("finish", self.engine)(*given.values(), self.block.scale, None, "softmax")
+        given = {
+            "state": self.state[:, :M].contiguous(), "positive": self.positive,
+            "scale": self.block.scale, "bias": None, "kind": "softmax",
+        }  # fmt: skip
+        return operator("finish", self.engine)(*(given | changes).values())
 
 
 def vectors(name: str, right: int, *operators: str) -> dict[str, tuple]:
@@ -81,8 +86,19 @@ def states(lines: int, rows: int = 2, dtype: torch.dtype = torch.float64) -> Cal
     return lambda: {"state": torch.ones(rows, lines, dtype=dtype)}
 
 
+def levels(count: int | None, kind: str = "hinge", dtype: torch.dtype = torch.float64) -> Callable:
+    return lambda: {
+        "levels": None if count is None else torch.zeros(count, dtype=dtype), "kind": kind
+    }  # fmt: skip
+
+
 def kept(count: int, dtype: torch.dtype = torch.float32, step: int = 1) -> Callable[[], dict]:
     return lambda: {"kept": torch.zeros(count * step, dtype=dtype)[::step]}
+
+
+def positives_by_id() -> dict[str, Any]:
+    ids = {"ids_x": torch.zeros(M, dtype=torch.int32), "ids_y": torch.zeros(N, dtype=torch.int32)}
+    return {"kind": "hinge", "same_id_positive": True, **ids}
 
 
 # By name: the operator, a pattern of the error, and the changed argument.
@@ -96,6 +112,15 @@ MISFITS = {
     "weigh: state too long": ("weigh", STATES, states(M + N + 1)),
     "weigh: state of one row": ("weigh", STATES, states(M + N, rows=1)),
     "weigh: state of float32": ("weigh", STATES, states(M + N, dtype=torch.float32)),
+    "sweep: levels too short": ("sweep", LEVELS, levels(M + N - 1)),
+    "sweep: one level": ("sweep", LEVELS, levels(1)),
+    "sweep: levels of float32": ("sweep", LEVELS, levels(M + N, dtype=torch.float32)),
+    "sweep: levels of no use": ("sweep", "levels must be None", levels(M + N, "softmax")),
+    "sweep: levels and positives by id": ("sweep", POSITIVES, positives_by_id),
+    "weigh: levels and positives by id": ("weigh", POSITIVES, positives_by_id),
+    "finish: levels": (
+        "finish", "levels must not be finished, got 'hinge'", lambda: {"kind": "hinge"},
+    ),
     "weigh: kept of float64": ("weigh", KEPT, kept(16 * N, torch.float64)),
     "weigh: kept of no whole rows": ("weigh", KEPT, kept(16 * N - 1)),
     "weigh: kept with strides": ("weigh", KEPT, kept(16 * N, step=2)),
@@ -119,7 +144,7 @@ SPOILT = {
         TypeError, r"float64, float32, bfloat16 or float16",
         lambda b: {"x": b.x.int(), "y": b.y.int()},
     ),
-    "kind": (ValueError, r"'softmax', 'sigmoid', got 'hinge'", lambda b: {"kind": "hinge"}),
+    "kind": (ValueError, r"'softmax', 'sigmoid', 'hinge', got 'none'", lambda b: {"kind": "none"}),
 }  # fmt: skip
 
 
@@ -145,6 +170,12 @@ def test_scalars_must_have_one_element(engine: str, name: str) -> None:
     two = torch.ones(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=f"{name} must have one element"):
         call.weigh(kind="sigmoid", **{name: two})
+
+
+def test_a_kind_with_levels_needs_them(engine: str) -> None:
+    block = make_block(M, N, 5, kind="hinge")
+    with pytest.raises(RuntimeError, match=f"{LEVELS} None"):
+        operator("sweep", engine)(*block.arguments, None, None, None, 0)
 
 
 def test_arguments_that_fit_are_accepted(engine: str) -> None:

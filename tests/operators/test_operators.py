@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_operators import make_weights, operator, sweep
-from support.dense_block import DENSE_KINDS, DTYPES, KINDS, Block, make_block
+from support.block_operators import levels_of, make_weights, operator, relative_to, sweep
+from support.dense_block import DENSE_KINDS, DTYPES, FINISHED, KINDS, Block, make_block
 from support.judge import error, numbers
 from support.losses import LOSSES
 from support.masked_block import make_masked_block, occupied
@@ -29,7 +29,7 @@ BLOCK = (
 IN_BLOCK = re.findall(r"(\w+)(?:,|$)", BLOCK)
 SCHEMAS = {
     "sweep": (
-        f"({BLOCK}, Tensor? bound, Tensor? occupied, SymInt keep)"
+        f"({BLOCK}, Tensor? bound, Tensor? occupied, Tensor? levels, SymInt keep)"
         " -> (Tensor state, Tensor positive, Tensor kept)"
     ),
     "finish": (
@@ -63,6 +63,8 @@ def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, t
     for kind in KINDS:
         if name == "sweep_and_weigh" and not DENSE_KINDS[kind].is_linear:
             continue
+        if name == "finish" and kind not in FINISHED:
+            continue
         for m, n, offset in ((20, 33, 4), (33, 20, -7), (6, 6, 100)):
             for factors in ((False, False), (True, False), (True, True)):
                 block = make_block(
@@ -73,7 +75,7 @@ def samples(name: str, engine: str, dtype: torch.dtype) -> Iterator[tuple[str, t
                 yield what, arguments(name, engine, block, factors)
     if name in ("sweep", "weigh"):
         for kind in KINDS:
-            for same_id_positive in (False, True):
+            for same_id_positive in (False, True)[: 1 if DENSE_KINDS[kind].has_levels else 2]:
                 block = make_masked_block(
                     20, 33, 5, dtype, kind=kind, offset=4, ids=6, margin=-0.2, key_bias=1.0,
                     same_id_positive=same_id_positive,
@@ -87,12 +89,13 @@ def arguments(name: str, engine: str, block: Block, needs: tuple[bool, bool]) ->
     keep = rows_to_keep(m, n, 8, 1 << 30) if engine == "cpu" else 0
     if name == "sweep":
         bound = torch.tensor(40.0, dtype=torch.float64) if needs[0] else None
-        return *block.arguments, bound, occupied(block), keep
+        return *block.arguments, bound, occupied(block), levels_of(block), keep
     state, positive, kept = sweep(engine, block, keep if needs[0] else 0)
     weights = make_weights(state, m)
     if name == "finish":
         return state[:, :m].contiguous(), positive, block.scale, block.bias, block.kind
     if name == "weigh":
+        state = relative_to(levels_of(block), state)
         return (
             *block.arguments, state, positive, kept, weights.coefficients, weights.positive_weight,
             weights.gain, *needs, block.key_bias is not None, needs[1], torch.bfloat16,

@@ -124,6 +124,16 @@ def test_a_kind_with_a_shift_may_not_negate_positives() -> None:
     assert "negating" not in kinds.KINDS
 
 
+@pytest.mark.parametrize("trait", ["has_shift", "negates_positives", "is_linear"])
+def test_a_kind_with_levels_has_no_other_trait(trait: str) -> None:
+    two = type("Two", (kinds.Hinge,), {"name": "two", trait: True})
+    with pytest.raises(ValueError, match=f"levels must have {trait} = False, got True for 'two'"):
+        kinds.register(two)
+    assert "two" not in kinds.KINDS
+
+
 def test_an_unknown_kind_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"kind must be one of 'softmax', 'sigmoid', got 'cubic'"):
+    with pytest.raises(
+        ValueError, match=r"kind must be one of 'softmax', 'sigmoid', 'hinge', got 'cubic'"
+    ):
         kinds.kind_of("cubic")

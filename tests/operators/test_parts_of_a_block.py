@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from support.block_cases import SMALL, blocks, for_every_kind, in_every_dtype
 from support.block_operators import make_weights, operator, sweep, weigh
-from support.dense_block import DENSE_KINDS, DTYPES, LOG2E, make_block
+from support.dense_block import DENSE_KINDS, DTYPES, FINISHED, LOG2E, make_block
 from support.dense_truth import Dense, assert_gradients, logarithms
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("on_the_device", "chunks_of_plain_pytorch")
+for_every_finished_kind = pytest.mark.parametrize("kind", FINISHED)
 
 
 def merged(states: list[Tensor], kind: str) -> Tensor:
@@ -46,7 +47,15 @@ def test_parts_add_up_to_the_block(
                 (whole._replace(x=whole.x[:cut]), slice(0, cut), slice(0, n)),
                 (whole._replace(x=whole.x[cut:], offset=offset + cut), slice(cut, m), slice(0, n)),
             ]
-        swept = [sweep(engine, block) for block, _, _ in parts]
+        lines = [
+            torch.cat([torch.arange(m)[rows], m + torch.arange(n)[columns]])
+            for _, rows, columns in parts
+        ]
+        levels = [None if dense.levels is None else dense.levels[index] for index in lines]
+        swept = [
+            sweep(engine, block, levels=given)
+            for (block, _, _), given in zip(parts, levels, strict=True)
+        ]
         (first, _, _), (second, _, _) = swept
         one, other = first.split([len(parts[0][0].x), len(parts[0][0].y)], 1)
         two, another = second.split([len(parts[1][0].x), len(parts[1][0].y)], 1)
@@ -58,7 +67,8 @@ def test_parts_add_up_to_the_block(
             columns = merged([other, another], kind)
         difference = torch.cat([rows, columns]) - dense.logarithms
         if not DENSE_KINDS[kind].has_shift:
-            difference = difference / dense.logarithms.clamp_min(1e-30)
+            size = dense.logarithms + (dense.above if dense.kind.has_levels else 0)
+            difference = difference / size.clamp_min(1e-30)
         assert (difference.abs() <= 2 * dense.arithmetic).all()
 
         state, positive, _ = sweep(engine, whole)
@@ -66,12 +76,13 @@ def test_parts_add_up_to_the_block(
         exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
         dx, dy = torch.zeros_like(exact.dx), torch.zeros_like(exact.dy)
         totals = torch.zeros(2, dtype=torch.float64)
-        for block, rows, columns in parts:
-            lines = torch.cat([torch.arange(m)[rows], m + torch.arange(n)[columns]])
+        for (block, rows, columns), index, given in zip(parts, lines, levels, strict=True):
             part = type(weights)(
-                weights.coefficients[lines], weights.positive_weight[rows], weights.gain
+                weights.coefficients[index], weights.positive_weight[rows], weights.gain
             )
-            gradients = weigh(engine, block, state[:, lines].contiguous(), positive[rows], part)
+            gradients = weigh(
+                engine, block, state[:, index].contiguous(), positive[rows], part, levels=given
+            )
             dx[rows] += gradients[0]
             dy[columns] += gradients[1]
             totals += gradients[2]
@@ -82,7 +93,7 @@ def test_parts_add_up_to_the_block(
 
 
 @in_every_dtype
-@for_every_kind
+@for_every_finished_kind
 def test_finish(engine: str, kind: str, dtype: str) -> None:
     """Finishes the rows and columns of a rectangular block whose positives lie in it."""
     for shape in SMALL:
@@ -116,7 +127,7 @@ def test_finish(engine: str, kind: str, dtype: str) -> None:
             torch.testing.assert_close(weights, weight, **tolerance)
 
 
-@for_every_kind
+@for_every_finished_kind
 def test_a_line_without_its_positive_does_not_change_the_others(engine: str, kind: str) -> None:
     block = make_block(20, 9, 6, kind=kind)
     state, positive, _ = sweep(engine, block)

@@ -28,15 +28,17 @@ DTYPES = {
 class DenseKind(NamedTuple):
     """The formulas of a kind of statistic, on logits in float64."""
 
-    # A line's statistic over its logits in a mask, in the units of `dense_truth.logarithms`.
+    # A line's statistic over its logits in a mask, in the units of `dense_truth.logarithms`. In a
+    # kind with levels these are already subtracted from the logits.
     statistic: Callable[[Tensor, Tensor, int], Tensor]
-    # The weight of a logit, given a line's shift in log2 units.
+    # The weight of a logit, given a line's shift, or level, in log2 units.
     activation: Callable[[Tensor, Tensor], Tensor]
     # The statistic in the same units, from a state's shift and sum.
     logarithm: Callable[[Tensor, Tensor], Tensor]
     has_shift: bool  # then bias cancels, and errors of a statistic are absolute
     is_linear: bool  # its weights need no state: one operator sweeps and weighs
     sign_of_positives: int  # by id: the sign of their logits and weights
+    has_levels: bool = False
 
 
 def _softplus_sum(s: Tensor, mask: Tensor, dim: int) -> Tensor:
@@ -60,8 +62,19 @@ DENSE_KINDS = {
         is_linear=True,
         sign_of_positives=-1,
     ),
+    "hinge": DenseKind(
+        lambda s, mask, dim: F.relu(s).masked_fill(~mask, 0).sum(dim),
+        lambda s, level: (s * LOG2E > level).double(),
+        lambda counts, sums: sums,
+        has_shift=False,
+        is_linear=False,
+        sign_of_positives=1,
+        has_levels=True,
+    ),
 }
 KINDS = tuple(DENSE_KINDS)
+# The kinds of fused losses.
+FINISHED = tuple(name for name, kind in DENSE_KINDS.items() if not kind.has_levels)
 
 
 class Block(NamedTuple):

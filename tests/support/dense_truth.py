@@ -6,15 +6,18 @@ It uses plain torch, without autograd and without any engine.
 from functools import cached_property
 
 import torch
-from support.dense_block import DENSE_KINDS, Block, Gradients, Weights, accumulator
+from support.dense_block import DENSE_KINDS, LOG2E, Block, Gradients, Weights, accumulator
 from support.judge import roundoff
 from torch import Tensor
 
 
 class Dense:
-    """The right results for a block: all logits in one matrix, and masks of it."""
+    """The right results for a block: all logits in one matrix, and masks of it.
 
-    def __init__(self, block: Block) -> None:
+    levels: those of a kind with levels, by default some that no logit is close to.
+    """
+
+    def __init__(self, block: Block, levels: Tensor | None = None) -> None:
         self.block, self.kind = block, DENSE_KINDS[block.kind]
         self.x, self.y = (
             features.double() * (1 if factor is None else factor.double()[:, None])
@@ -38,6 +41,9 @@ class Dense:
         if block.threshold_x is not None:
             self.by_row = self.by_row & ~(self.t > block.threshold_x.double()[:, None])
             self.by_column = self.by_column & ~(self.t > block.threshold_y.double())
+        self.levels = None
+        if self.kind.has_levels:
+            self.levels = self._levels() if levels is None else levels
 
     @cached_property
     def positive(self) -> Tensor:
@@ -55,13 +61,50 @@ class Dense:
         return torch.cat([negatives, self._statistics(s, self.is_same, self.is_same)])
 
     def _statistics(self, s: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-        statistic = self.kind.statistic
-        return torch.cat([statistic(s, by_row, 1), statistic(s, by_column, 0)])
+        statistic, row, column = self.kind.statistic, 0.0, 0.0
+        if self.levels is not None:
+            row, column = (self.levels / LOG2E).split([self.m, self.n])
+            row = row[:, None]
+        return torch.cat([statistic(s - row, by_row, 1), statistic(s - column, by_column, 0)])
+
+    def _levels(self) -> Tensor:
+        """Returns a level for each line, in log2 units: in the middle of the widest gap between two
+        logits near the line's median, so that rounding cannot decide which pairs lie above. Without
+        a gap all of a line's pairs lie above, or none."""
+        s = self.s * LOG2E
+        return torch.cat([self._gaps(s, self.by_row), self._gaps(s.T, self.by_column.T)])
+
+    def _gaps(self, s: Tensor, counts: Tensor) -> Tensor:
+        s = s.masked_fill(~counts, -torch.inf).sort(1, descending=True).values
+        size = s.isfinite().sum(1, keepdim=True)
+        s = torch.where(s.isfinite(), s, 0)
+        rank = torch.arange(1, s.shape[1])
+        near = (rank > size // 4) & (rank < size) & (rank <= size - size // 4)
+        gaps = torch.where(near, s[:, :-1] - s[:, 1:], -1.0)
+        gaps = torch.cat([gaps, torch.full((len(s), 1), -1.0, dtype=gaps.dtype)], 1)
+        widest, place = gaps.max(1, keepdim=True)
+        between = (s.gather(1, place) + s.gather(1, (place + 1).clamp_max(s.shape[1] - 1))) / 2
+        ends = torch.stack([s.amax(1) + 1, s.amin(1) - 1], 1)
+        end = ends.gather(1, torch.arange(len(s))[:, None] % 2)
+        return torch.where(widest > 8 * self.arithmetic, between, end).squeeze(1)
+
+    @cached_property
+    def above(self) -> Tensor:
+        """(M + N): how many pairs lie above the level of each line."""
+        row, column = self.levels.split([self.m, self.n])
+        s = self.s * LOG2E
+        return torch.cat(
+            [
+                ((s > row[:, None]) & self.by_row).sum(1),
+                ((s > column) & self.by_column).sum(0),
+            ]
+        ).double()
 
     def activations(self, state: Tensor, coefficients: Tensor) -> Tensor:
         """Returns (M, N), the weights of the pairs; 0 at own positives."""
         coefficients = coefficients.double().reshape(-1, self.m + self.n)
-        w = self._weights(self.s, state[0], coefficients[0], self.by_row, self.by_column)
+        shifts = state[0] if self.levels is None else self.levels
+        w = self._weights(self.s, shifts, coefficients[0], self.by_row, self.by_column)
         if not self.block.same_id_positive:
             return w
         sign, same = self.kind.sign_of_positives, self.is_same
@@ -161,6 +204,10 @@ def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "")
         assert torch.equal(state[1::2].flatten() == 0, absent), f"{what}: lines without pairs"
         # The truth, too, is a rounded float64 sum of a shift and a logarithm.
         difference = (lines - exact)[~absent].abs() - 1e-15 * exact[~absent].abs()
+    elif dense.kind.has_levels:
+        assert torch.equal(state[0], dense.above), f"{what}: pairs above their levels"
+        # The error of a pair's term is one of its logit.
+        difference = (lines - exact).abs() / (exact + dense.above).clamp_min(1e-30)
     else:
         difference = (lines - exact).abs() / exact.clamp_min(1e-30)
     assert (difference <= dense.arithmetic).all(), f"{what}: states off by {difference.max()}"

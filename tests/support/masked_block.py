@@ -22,12 +22,14 @@ def make_masked_block(
 ) -> Block:
     """Returns a block with `ids` different ids and thresholds `margin` above own positives.
 
-    `key_bias` is the size of the columns' biases, one of which is -inf.
+    `key_bias` is the size of the columns' biases, one of which is -inf. A kind with levels has no
+    positives by id: pairs with equal ids are then left out.
     """
     block = make_block(m, n, d, dtype, **options)
     seed, extra = options.get("seed", 0), {}
     if ids is not None:
         names = [(random_tensor(k, seed=seed + 7 * k).abs() * 1e4).int() % ids for k in (m, n)]
+        same_id_positive = same_id_positive and not DENSE_KINDS[block.kind].has_levels
         extra |= {"ids_x": names[0], "ids_y": names[1], "same_id_positive": same_id_positive}
     if margin is not None:
         dense = Dense(block)

@@ -11,7 +11,7 @@ import torch
 
 backends = importlib.import_module("fastclip.engine.backends")
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-COMPILED_KINDS = frozenset(("softmax", "sigmoid"))
+COMPILED_KINDS = frozenset(("softmax", "sigmoid", "hinge"))
 ALL_CARDS = ("sm_80", "sm_90", "sm_100", "compute_120")
 
 

@@ -102,11 +102,13 @@ def sums_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     PARTIAL, MOMENTS, KEPT_SHIFT, M, N, tiles_m, tiles_n, row_start, column_start, rows_total,
-    columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr, PARTIALS: tl.constexpr,
+    columns_total, fresh_rows, fresh_columns, is_last, FIRST: tl.constexpr, LINES: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up each line's sums of the kept w and of w * t, (2, rows_total + columns_total): the
-    second and the third layer of partials. Exponentials may reach 2^100: if w * t overflows, a NaN
-    in KEPT_SHIFT invalidates everything that was kept."""
+    """Adds up two numbers for each line, (2, rows_total + columns_total), whose layers of partials
+    begin with layer FIRST: the kept w and w * t, or how many pairs lie above the line's level and
+    how far. Exponentials may reach 2^100: if w * t overflows, a NaN in KEPT_SHIFT invalidates
+    everything that was kept."""
     is_row, line, base, out, length, count = lines_of_program(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
@@ -115,10 +117,12 @@ def moments_kernel(
     old = mask & (tl.where(is_row, fresh_rows, fresh_columns) == 0)
     for moment in tl.static_range(2):
         total = _sum_of_partials(
-            PARTIAL + (1 + moment) * layer + base, line, length, count, LINES, PARTIALS
+            PARTIAL + (FIRST + moment) * layer + base, line, length, count, LINES, PARTIALS
         )
-        if tl.max((mask & ((tl.abs(total) < float("inf")) == 0)).to(tl.int32), 0) > 0:
-            tl.store(KEPT_SHIFT, float("nan"))
+        if KEPT_SHIFT is not None:
+            overflows = mask & ((tl.abs(total) < float("inf")) == 0)
+            if tl.max(overflows.to(tl.int32), 0) > 0:
+                tl.store(KEPT_SHIFT, float("nan"))
         at = MOMENTS + moment * (rows_total + columns_total) + out
         tl.store(at, total + tl.load(at, mask=old, other=0.0), mask=mask)
 
@@ -138,9 +142,9 @@ def maxima_sums_kernel(
     rows_total, columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up partial sums that have shifts of their own. The shifts lie in a second layer, behind
-    all sums. With a FLAG this writes only if the flag is set; it then also invalidates the kept
-    weights, which are relative to the one shift."""
+    """Adds up partial sums that have shifts of their own. The shifts lie in the first layer, the
+    sums in the second. With a FLAG this writes only if the flag is set; it then also invalidates
+    the kept weights, which are relative to the one shift."""
     if is_set(FLAG, True) == 0:
         return
     if KEPT_SHIFT is not None:
@@ -148,7 +152,7 @@ def maxima_sums_kernel(
     is_row, line, base, out, length, count = lines_of_program(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
-    SHIFTS = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
+    SUMS = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
     index = tl.arange(0, PARTIALS)
     mask = line < length
     lines = rows_total + columns_total
@@ -160,8 +164,8 @@ def maxima_sums_kernel(
     for p in range(0, count, PARTIALS):
         at = base + (p + index).to(tl.int64)[:, None] * length + line[None, :]
         within = (p + index < count)[:, None] & mask[None, :]
-        sums = tl.load(PARTIAL + at, mask=within, other=0.0).to(tl.float64)
-        shifts = tl.load(SHIFTS + at, mask=within, other=float("-inf")).to(tl.float64)
+        sums = tl.load(SUMS + at, mask=within, other=0.0).to(tl.float64)
+        shifts = tl.load(PARTIAL + at, mask=within, other=float("-inf")).to(tl.float64)
         top = tl.max(shifts, 0)
         weight = power_of_two(shifts - top[None, :])
         weight = tl.where(shifts == float("-inf"), 1.0, weight)

@@ -1,18 +1,21 @@
 """The first sweep: folds each tile of logits into one number for each of its rows and columns.
 
 `sweep_kernel`, and `sweep_edges_kernel` for the tiles of the edges, use one shift for all pairs, or
-none, so that one exponential serves row and column. `maxima_kernel` gives every row and column of a
-tile a shift of its own, from its largest logit. For a kind with a shift, a large block always
-launches `maxima_kernel` after the others. It returns at once unless the device's flag says that one
-shift was too coarse, so the host never waits to learn which kernel did the work. A small block,
-whose time goes into launches, launches `maxima_kernel` alone. A kind without a shift never needs
+none, so that one exponential serves row and column. In `sweep_apart_kernel` every row and column
+has a number of its own.
+
+In a kind with levels this is the line's level, and `sweep_apart_kernel` is launched alone. In a
+kind with a shift it is the line's shift, from its largest logit in the tile: a large block always
+launches `sweep_apart_kernel` after the others. It returns at once unless the device's flag says
+that one shift was too coarse, so the host never waits to learn which kernel did the work. A small
+block, whose time goes into launches, launches `sweep_apart_kernel` alone. Other kinds never need
 that kernel.
 
 Both write partials, one number for each line of each tile: rows first, (tiles_n, M), then columns,
 (tiles_m, N). `finalise.py` adds them up in a fixed order. Positives by id have layers of partials
 of their own, computed like those of the negatives. SAME_ID is 0 if there are none, else the sign
-that their logits are folded with. `maxima_kernel` does not apply the sign: no kind with a shift
-negates its positives.
+that their logits are folded with. `sweep_apart_kernel` does not apply the sign: no kind with a
+shift negates its positives, and a kind with levels has none.
 
 The kernels have more than fifteen run-time parameters, since every launch takes the description of
 a whole block of logits.
@@ -28,6 +31,7 @@ from .logits import (
     affine,
     count_for_columns,
     count_for_rows,
+    load_lines,
     negatives,
     normalised,
     positives,
@@ -221,38 +225,52 @@ def _usable(shift):
 
 
 @triton.jit
-def _store_maxima(
-    PARTIAL, by_row, by_column, t, k, LOGITS, pid_m, pid_n, M, N, FOLD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+def _store_apart(
+    PARTIAL, by_row, by_column, t, k, LOGITS, LEVEL_X, LEVEL_Y, pid_m, pid_n, M, N,
+    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Stores two layers of partials of a tile: sums over the pairs that count, and their shifts."""
+    """Stores two layers of partials of a tile, one for each number of a state: shifts, and sums
+    over the pairs that count; or numbers of pairs above the lines' levels, and sums over these."""
     row = pid_m * BM
-    j = pid_n * BN + tl.arange(0, BN)
-    x = relative(t, k, 0.0, LOGITS, j, N, False)
-    shift = _shift_of_lines(tl.where(by_row, x, float("-inf")), 1)
-    other = _shift_of_lines(tl.where(by_column, x, float("-inf")), 0)
+    i, j = row + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
+    if LEVEL_X is None:
+        x = relative(t, k, 0.0, LOGITS, j, N, False)
+        first_x = _shift_of_lines(tl.where(by_row, x, float("-inf")), 1)
+        first_y = _shift_of_lines(tl.where(by_column, x, float("-inf")), 0)
+        own_x, own_y = _usable(first_x), _usable(first_y)
+    else:
+        own_x = load_lines(LEVEL_X, i, M, False).to(tl.float32)
+        own_y = load_lines(LEVEL_Y, j, N, False).to(tl.float32)
     # The masks apply after the exponential: the logit of a pair that does not count may exceed the
     # shift by any amount, and its exponential may be infinite.
-    x = relative(t, k, _usable(shift)[:, None], LOGITS, j, N, False)
+    x = relative(t, k, own_x[:, None], LOGITS, j, N, False)
     rows = tl.sum(tl.where(by_row, FOLD(x), 0.0), 1)
-    x = relative(t, k, _usable(other)[None, :], LOGITS, j, N, False)
+    if LEVEL_X is not None:
+        first_x = tl.sum(tl.where(by_row, ACTIVATION(x), 0.0), 1)
+    x = relative(t, k, own_y[None, :], LOGITS, j, N, False)
     columns = tl.sum(tl.where(by_column, FOLD(x), 0.0), 0)
-    SHIFTS = PARTIAL + partials(M, N, BM, BN)
-    store_rows(PARTIAL, rows, pid_n, row, M, BM, False)
-    store_rows(SHIFTS, shift, pid_n, row, M, BM, False)
+    if LEVEL_X is not None:
+        first_y = tl.sum(tl.where(by_column, ACTIVATION(x), 0.0), 0)
+    SUMS = PARTIAL + partials(M, N, BM, BN)
+    store_rows(PARTIAL, first_x, pid_n, row, M, BM, False)
+    store_rows(SUMS, rows, pid_n, row, M, BM, False)
     at = columns_of(pid_m, M, N, BN)
-    store_columns(PARTIAL + at, columns, j, N, False)
-    store_columns(SHIFTS + at, other, j, N, False)
+    store_columns(PARTIAL + at, first_y, j, N, False)
+    store_columns(SUMS + at, columns, j, N, False)
 
 
-@triton.jit(do_not_specialize=["M", "N", "offset"])
-def maxima_kernel(
-    X, Y, LOGITS, FLAG, POSITIVE, PARTIAL, M, N, D, stride_x, stride_y, offset, FOLD: tl.constexpr,
-    SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+@triton.jit(
+    do_not_specialize=["M", "N", "offset"],
+    do_not_specialize_on_alignment=["LEVEL_X", "LEVEL_Y"],
+)
+def sweep_apart_kernel(
+    X, Y, LOGITS, FLAG, LEVEL_X, LEVEL_Y, POSITIVE, PARTIAL, M, N, D, stride_x, stride_y, offset,
+    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Stores partial sums and, behind them in the same layout, the shifts that they are relative
-    to; also the positives if POSITIVE is given.
+    """Stores the partials of states whose lines have numbers of their own: levels, if given, else
+    shifts. Also stores the positives if POSITIVE is given.
 
     With a FLAG there are fewer programs than tiles: as a rule they return at once.
     """
@@ -273,10 +291,13 @@ def maxima_kernel(
         is_negative = negatives(LOGITS, i, j, M, N, offset, False)
         by_row = count_for_rows(is_negative, t, LOGITS, i, M, False)
         by_column = count_for_columns(is_negative, t, LOGITS, j, N, False)
-        _store_maxima(PARTIAL, by_row, by_column, t, k, LOGITS, pid_m, pid_n, M, N, FOLD, BM, BN)
+        _store_apart(
+            PARTIAL, by_row, by_column, t, k, LOGITS, LEVEL_X, LEVEL_Y, pid_m, pid_n, M, N, FOLD,
+            ACTIVATION, BM, BN,
+        )  # fmt: skip
         if SAME_ID != 0:
             same = positives(LOGITS, i, j, M, N, offset, False)
-            _store_maxima(
-                PARTIAL + 2 * partials(M, N, BM, BN), same, same, t, k, LOGITS, pid_m, pid_n, M, N,
-                FOLD, BM, BN,
+            _store_apart(
+                PARTIAL + 2 * partials(M, N, BM, BN), same, same, t, k, LOGITS, None, None, pid_m,
+                pid_n, M, N, FOLD, ACTIVATION, BM, BN,
             )  # fmt: skip

@@ -10,13 +10,13 @@ too small for factors: there the products take normalised copies. fp16 needs ENL
 weights are at most 2, and it would lose those below 6e-8 and blur those below 6e-5.
 
 `weigh_kernel` takes the plain tiles and `weigh_edges_kernel` all others, both with one shift or
-none; `weigh_apart_kernel` takes any tile, with a shift for each line; `weigh_kept_kernel` reads
-weights that the first sweep kept. Several of them are launched for a chunk, and two flags of the
-device decide which one works: that all shifts are equal, and that the kept weights are valid.
+none; `weigh_apart_kernel` takes any tile, with a shift, or a level, for each line;
+`weigh_kept_kernel` reads weights that the first sweep kept. Several are launched for a chunk, and
+two flags of the device decide which one works: all shifts are equal; the kept weights are valid.
 
 Kernels take the shifts and coefficients of rows and of columns for negatives and, with the suffix
 _SAME, for positives by id. Each is None if the block has none. SAME_ID means the same as in the
-first sweep; `weigh_apart_kernel` does not apply its sign, for the same reason as `maxima_kernel`.
+first sweep; `weigh_apart_kernel` does not apply its sign, like `sweep_apart_kernel`.
 
 The kernels have more than fifteen run-time parameters, since they take the description of a block
 of logits and the states of its lines.
@@ -285,7 +285,7 @@ def weigh_apart_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Weighs any tile with a shift for each line, which takes two exponentials a pair. Returns at
+    """Weighs any tile with a number for each line, which takes two activations a pair. Returns at
     once if UNLESS is set."""
     if is_set(UNLESS, False) != 0:
         return

@@ -63,14 +63,17 @@ inline int square_edge(int64_t tiles_m, int64_t tiles_n) {
   return 1;
 }
 
-// Calls f with the kind and the dtype of a view, or throws if tensor maps cannot describe the view. CUTLASS does not
-// throw there: without asserts it writes to stderr and launches the kernel all the same.
+// Calls f with the kind and the dtype of a view, or throws if the kind has levels or tensor maps cannot describe the
+// view. CUTLASS does not throw there: without asserts it writes to stderr and launches the kernel all the same.
 template <class Function>
 void for_kernel(const char* name, const ChunkView& view, Function f) {
-  if (!fused_serves(view)) throw std::invalid_argument(std::string(name) + " does not serve this chunk");
+  if (!fused_serves(view) || CUDA::has_levels(view.kind))
+    throw std::invalid_argument(std::string(name) + " does not serve this chunk");
   CUDA::for_kind(view.kind, [&](auto statistic) {
-    if (view.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
-    f(statistic, cutlass::bfloat16_t());
+    if constexpr (!decltype(statistic)::kHasLevels) {
+      if (view.dtype == Dtype::kHalf) return f(statistic, cutlass::half_t());
+      f(statistic, cutlass::bfloat16_t());
+    }
   });
 }
 

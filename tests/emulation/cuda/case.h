@@ -42,6 +42,7 @@ struct Case {
   bool quick = false;
 
   bool is_softmax() const { return kind == "softmax"; }
+  bool is_hinge() const { return kind == "hinge"; }
   bool is_plain() const { return ids == 0 && std::isnan(margin) && key_bias == 0 && !needs_key_bias; }
   int64_t sets() const { return same_id_positive ? 2 : 1; }
 };

@@ -51,6 +51,7 @@ class Run {
         scale(c.scale, c.scalar),
         bias(c.bias, c.scalar),
         truth(make()),
+        levels(truth.levels),
         states(2 * c.sets() * (c.m + c.n) * 8),
         positives(c.m * 8),
         kept(std::max<int64_t>(c.kept_rows * c.n, 1) * 4) {}
@@ -59,9 +60,9 @@ class Run {
   Numbers results() {
     cuda::chunk_shape() = {c.chunk_rows ? c.chunk_rows : 5632, c.chunk_columns ? c.chunk_columns : 11264};
     sweep();
-    finish();
+    if (!c.is_hinge()) finish();
     weigh();
-    if (!c.is_softmax() && c.is_plain()) sweep_and_weigh();
+    if (!c.is_softmax() && !c.is_hinge() && c.is_plain()) sweep_and_weigh();
     return written_;
   }
 
@@ -80,7 +81,7 @@ class Run {
     block.x.ids = ids_x.data, block.y.ids = ids_y.data, block.y.key_bias = key_bias.data;
     block.x.threshold = threshold_x.data, block.y.threshold = threshold_y.data;
     block.same_id_positive = c.same_id_positive;
-    return Truth(x.tower, y.tower, c.d, c.is_softmax(), scale.value, c.has_bias ? bias.value : 0, c.offset, masks);
+    return Truth(x.tower, y.tower, c.d, c.kind, scale.value, c.has_bias ? bias.value : 0, c.offset, masks);
   }
 
   int64_t lines() const { return c.m + c.n; }
@@ -91,7 +92,8 @@ class Run {
       fastclip::Lines &of_x = b.x.*set, &of_y = b.y.*set;
       of_x.shift = state, of_y.shift = state + c.m;
       of_x.sum = state + lines(), of_y.sum = state + lines() + c.m;
-      of_x.shifts = of_x.shift, of_y.shifts = of_y.shift;
+      of_x.shifts = levels.data ? levels.data : of_x.shift;
+      of_y.shifts = levels.data ? levels.data + c.m : of_y.shift;
       state += 2 * lines();
       if (!c.same_id_positive) break;
     }
@@ -134,6 +136,16 @@ class Run {
       const Numbers of_set = truth.states(of_positives);
       if (!of_positives || c.same_id_positive) exact.insert(exact.end(), of_set.begin(), of_set.end());
     }
+    if (c.is_hinge()) {
+      const Numbers above = truth.above();
+      judge.close(what + ": pairs above levels", shifts, above, 0);
+      // The error of a pair's term is one of its logit.
+      for (size_t l = 0; l < found.size(); l++) {
+        const double size = std::max(exact[l] + above[l], 1e-30);
+        found[l] /= size, exact[l] /= size;
+      }
+      return judge_states(what, found, exact, arithmetic(), 0);
+    }
     if (c.is_softmax())
       for (size_t l = 0; l < found.size(); l++) found[l] = std::log2(sums[l]) + shifts[l];
     // Up to this reach one shift is enough, and running maxima would be needlessly slow. Thresholds are exempt, since
@@ -142,10 +154,12 @@ class Run {
     const bool is_told = c.tells_occupied || c.is_plain();
     if (truth.reach <= (c.is_plain() ? 76 : 40) && std::isnan(c.margin) && is_told)
       judge.expect(is_one, what + ": more than one shift");
-    if (c.is_softmax())
-      judge.close(what + ": log2 of the state", found, exact, arithmetic(), 1e-15);
-    else
-      judge.close(what + ": state", found, exact, 1e-30, arithmetic());
+    judge_states(what, found, exact, c.is_softmax() ? arithmetic() : 1e-30, c.is_softmax() ? 1e-15 : arithmetic());
+  }
+
+  void judge_states(const std::string& what, const Numbers& found, const Numbers& exact, double allowed,
+                    double relative) {
+    judge.close(what + ": state, log2 of softmax's", found, exact, allowed, relative);
     const double terms = (8 + std::sqrt(double(c.d))) * roundoff(c.tf32 ? Dtype::kHalf : Dtype::kFloat);
     judge.close(what + ": positive", note(numbers_of(positives.data(), c.m, Dtype::kDouble)), truth.positives(),
                 terms * truth.largest_product);
@@ -272,6 +286,7 @@ class Run {
   Vector<double, double> key_bias;
   Block block;
   const Truth truth;
+  const Vector<double, double> levels;
   const Memory states, positives, kept;
   Numbers shifts, sums, written_, noted_;  // of both sets
 };

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "cuda/engine.h"
@@ -42,7 +43,7 @@ struct Gradients {
 class Truth {
  public:
   const int64_t m, n, width;
-  const bool is_softmax;
+  const bool is_softmax, is_hinge;
   const double scale, bias;
   const int64_t offset;
   const Masks masks;
@@ -50,12 +51,15 @@ class Truth {
   double largest_product, largest_logit;  // bounds: rounding errors in exponentials grow with them
   double reach;                           // a bound of logits, with the biases' range in place of their size
 
-  Truth(const Tower& x, const Tower& y, int64_t width, bool is_softmax, double scale, double bias, int64_t offset,
-        const Masks& masks)
+  Numbers levels;  // of a kind with levels: one for each line, in log2 units
+
+  Truth(const Tower& x, const Tower& y, int64_t width, const std::string& kind, double scale, double bias,
+        int64_t offset, const Masks& masks)
       : m(x.rows),
         n(y.rows),
         width(width),
-        is_softmax(is_softmax),
+        is_softmax(kind == "softmax"),
+        is_hinge(kind == "hinge"),
         scale(scale),
         bias(is_softmax ? 0. : bias),
         offset(offset),
@@ -70,6 +74,7 @@ class Truth {
     for (const double v : masks.key_bias)
       if (std::isfinite(v)) biases.push_back(v);
     reach = largest_logit = std::fabs(scale) * largest_product + std::fabs(this->bias);
+    if (is_hinge) choose_levels();
     if (biases.empty()) return;
     const auto [least, most] = std::minmax_element(biases.begin(), biases.end());
     largest_logit += std::max(std::fabs(*least), std::fabs(*most)), reach += *most - *least;
@@ -118,12 +123,23 @@ class Truth {
         }
   }
 
-  // States as one number for each line, rows first: log2 of the sum of exponentials, or the sum of softplus.
+  // How many pairs lie above each line's level.
+  Numbers above() const {
+    Numbers lines(size_t(m + n), 0.);
+    for_pairs(false, [&](int64_t, int64_t, int64_t l, double s) { lines[l] += is_above(s, l); });
+    return lines;
+  }
+
+  // States as one number for each line, rows first: log2 of the sum of exponentials, or the sum of softplus or of the
+  // distances above the level.
   Numbers states(bool of_positives) const {
     Numbers lines(size_t(m + n), 0.), top(size_t(m + n), -kInfinity);
     for_pairs(of_positives, [&](int64_t, int64_t, int64_t l, double s) { top[l] = std::max(top[l], s); });
     for_pairs(of_positives, [&](int64_t, int64_t, int64_t l, double s) {
-      if (s > -kInfinity) lines[l] += is_softmax ? std::exp(s - top[l]) : softplus(s);
+      if (is_hinge)
+        lines[l] += is_above(s, l) ? s - levels[l] / kLog2E : 0;
+      else if (s > -kInfinity)
+        lines[l] += is_softmax ? std::exp(s - top[l]) : softplus(s);
     });
     if (is_softmax)
       for (int64_t l = 0; l < m + n; l++) lines[l] = lines[l] > 0 ? (std::log(lines[l]) + top[l]) * kLog2E : -kInfinity;
@@ -153,7 +169,9 @@ class Truth {
       if (of_positives && !masks.same_id_positive) break;
       const int64_t first = of_positives ? m + n : 0;
       for_pairs(of_positives, [&](int64_t i, int64_t j, int64_t l, double s) {
-        const double activation = is_softmax ? std::exp2(s * kLog2E - shifts[first + l]) : sigmoid(s);
+        const double activation = is_softmax ? std::exp2(s * kLog2E - shifts[first + l])
+                                  : is_hinge ? is_above(s, l)
+                                             : sigmoid(s);
         w[i * n + j] += (of_positives && !is_softmax ? -1 : 1) * activation * coefficients[first + l];
       });
     }
@@ -190,6 +208,24 @@ class Truth {
   }
 
  private:
+  double is_above(double s, int64_t l) const { return s * kLog2E > levels[l] ? 1 : 0; }
+
+  // The level of a line lies in the widest gap between two of its middle logits, so that rounding cannot decide which
+  // pairs lie above it.
+  void choose_levels() {
+    std::vector<Numbers> logits(static_cast<size_t>(m + n));
+    for_pairs(false, [&](int64_t, int64_t, int64_t l, double s) {
+      if (s > -kInfinity) logits[l].push_back(s * kLog2E);
+    });
+    for (Numbers& s : logits) {
+      std::sort(s.begin(), s.end());
+      double level = s.empty() ? 0 : s.front() - 1, widest = 1e-5 * (1 + largest_logit);
+      for (size_t q = s.size() / 4 + 1; q < s.size() && q <= s.size() - s.size() / 4; q++)
+        if (s[q] - s[q - 1] > widest) widest = s[q] - s[q - 1], level = (s[q] + s[q - 1]) / 2;
+      levels.push_back(level);
+    }
+  }
+
   static Numbers unit(const Tower& tower, int64_t width) {
     Numbers numbers = tower.features;
     if (!tower.factor.empty())

@@ -175,14 +175,14 @@ def test_float64_takes_the_plain_engine_without_a_warning(
 def test_a_kind_without_kernels_takes_the_plain_engine(fresh: pytest.MonkeyPatch) -> None:
     """Without a warning. Asking for an engine by name is an error."""
     pretend(fresh, compiled_for=ALL_CARDS)
-    fresh.setitem(kinds.KINDS, "hinge", kinds.Sigmoid)
+    fresh.setitem(kinds.KINDS, "cubic", kinds.Sigmoid)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose(None, CUDA, HALF, 1000, 512, "hinge") == "torch"
-        assert backends.choose("torch", CUDA, HALF, 1000, 512, "hinge") == "torch"
+        assert backends.choose(None, CUDA, HALF, 1000, 512, "cubic") == "torch"
+        assert backends.choose("torch", CUDA, HALF, 1000, 512, "cubic") == "torch"
     for engine in ("cuda", "triton"):
-        with pytest.raises(ValueError, match=rf"^kind 'hinge' must be one that backend '{engine}'"):
-            backends.choose(engine, CUDA, HALF, 1000, 512, "hinge")
+        with pytest.raises(ValueError, match=rf"^kind 'cubic' must be one that backend '{engine}'"):
+            backends.choose(engine, CUDA, HALF, 1000, 512, "cubic")
 
 
 def test_the_table_always_has_an_answer() -> None:

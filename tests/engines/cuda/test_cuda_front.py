@@ -128,8 +128,8 @@ def test_operands_of_another_device_are_an_error() -> None:
         {"ids_x": ids, "ids_y": lines.int()}, {"threshold_x": meta, "threshold_y": lines},
         {"key_bias": meta[:7]},
     ):  # fmt: skip
-        call("sweep", *block._replace(**changes).arguments, None, None, 0)
-    call("sweep", *block.arguments, meta[0], None, 0)
+        call("sweep", *block._replace(**changes).arguments, None, None, None, 0)
+    call("sweep", *block.arguments, meta[0], None, None, 0)
     call("sweep", *block.arguments, None, torch.ones(1, 16, dtype=torch.bool, device="meta"), 0)
     between = [state, positive, kept, weights.coefficients, weights.positive_weight, weights.gain]
     for k in range(len(between)):
@@ -226,7 +226,7 @@ def test_options_that_do_not_fit_are_named_in_the_error(mistake: str) -> None:
     pattern, changes = MISTAKES[mistake]
     block = make_block(9, 7, 4)._replace(**changes)
     with pytest.raises(RuntimeError, match=pattern):
-        operator("sweep", "cuda")(*block.arguments, None, None, 0)
+        operator("sweep", "cuda")(*block.arguments, None, None, None, 0)
 
 
 def test_occupied_must_have_every_line() -> None:

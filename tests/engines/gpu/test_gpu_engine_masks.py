@@ -103,7 +103,7 @@ def test_lines_without_pairs_need_no_shift(gpu_engine: str, options: str) -> Non
         block.ids_x[2] = -7  # no column has this id
     assert not occupied(block).all()
     assert has_one_shift(sweep(gpu_engine, block)[0])
-    blind = operator("sweep", gpu_engine)(*block.arguments, None, None, 0)[0]
+    blind = operator("sweep", gpu_engine)(*block.arguments, None, None, None, 0)[0]
     if options != "one id":  # with one id no line has a pair, and shifts cannot differ
         assert not has_one_shift(blind)
     assert torch.equal(blind[1::2] == 0, sweep(gpu_engine, block)[0][1::2] == 0)

@@ -45,7 +45,7 @@ def test_they_agree_with_their_fakes(gpu_engine: str) -> None:
     gain = torch.ones((), dtype=torch.float64)
     state, positive, kept = sweep(gpu_engine, block, 16)
     arguments = {
-        "sweep": (*block.arguments, None, None, 16),
+        "sweep": (*block.arguments, None, None, None, 16),
         "finish": (state, positive, block.scale, None, "softmax"),
         "weigh": (
             *block.arguments, state, positive, kept, state[1].reciprocal(), positive, gain, True,
@@ -116,8 +116,8 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Block], Any]]] = {
         RuntimeError, "scale must have one element, got", lambda b: {"scale": b.x[0, :2]}
     ),
     "a kind of another name": (
-        ValueError, "kind must be one of 'softmax', 'sigmoid', got 'hinge'",
-        lambda b: {"kind": "hinge"},
+        ValueError, "kind must be one of 'softmax', 'sigmoid', 'hinge', got 'none'",
+        lambda b: {"kind": "none"},
     ),
     "integers": (
         TypeError, "features must be float64, float32, bfloat16 or float16",

@@ -19,8 +19,8 @@ on_each = pytest.mark.parametrize("build", BUILDS, ids=" ".join)
 
 TABLE_OF = {"sm_89": "sm_86", "gfx942": "default"}
 TILES = {
-    "sweep_kernel", "sweep_edges_kernel", "maxima_kernel", "weigh_kernel", "weigh_edges_kernel",
-    "weigh_apart_kernel",
+    "sweep_kernel", "sweep_edges_kernel", "sweep_apart_kernel", "weigh_kernel",
+    "weigh_edges_kernel", "weigh_apart_kernel",
 }  # fmt: skip
 OTHERS = {
     "longest_kernel", "shift_kernel", "sums_kernel", "moments_kernel", "maxima_sums_kernel",
@@ -111,7 +111,7 @@ def test_stores_are_wide(rows: list[dict], build: tuple[str, ...]) -> None:
         widths = row["stores"].split()
         writes_tiles = row["kernel"].startswith("weigh") or "again" not in row["case"]
         assert not any(width.startswith(("8x", "16x")) for width in widths), name(row)
-        if writes_tiles and row["kernel"] != "maxima_kernel":
+        if writes_tiles and row["kernel"] != "sweep_apart_kernel":
             assert "TMA" in widths or any(width.startswith("128x") for width in widths), name(row)
 
 
