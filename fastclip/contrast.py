@@ -30,6 +30,7 @@ def contrast(
     columns: bool = True,
     means: bool = False,
     kind: str = "softmax",
+    above: float | None = None,
     normalize: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
@@ -78,8 +79,11 @@ def contrast(
         rows, columns: which statistics to compute; the others are None.
         means: also return the mean logit of each line's pairs and, with same_id="positive", of its
             positives: for label smoothing, and for losses with several positives.
-        kind: "softmax" for log-sum-exps, "sigmoid" for sums of softplus. `fastclip.kinds` explains
-            how to add a kind.
+        kind: "softmax" for log-sum-exps, "sigmoid" for sums of softplus, "hinge" for sums of
+            hinges. `fastclip.kinds` explains how to add a kind.
+        above: for kind="hinge": a line's statistic is the sum of `relu(logit - level)` over its
+            negatives, and its level is the own positive's logit plus this number (with a gradient).
+            A line without an own positive has 0.
         normalize: divide rows of x and y by max(norm, 1e-12) first, fused.
         backend, memory_budget: as in `clip_loss`. The plain PyTorch engine serves kinds that the
             compiled engines do not have.
@@ -105,7 +109,7 @@ def contrast(
     of_itself = y is None
     y, scale, bias, ids, margin = check_contrast(
         x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels, offset=offset,
-        same_id=same_id, rows=rows, columns=columns, kind=kind,
+        same_id=same_id, rows=rows, columns=columns, kind=kind, above=above,
     )  # fmt: skip
     dtype = product_dtype(x, y)
     engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1], kind)
@@ -114,12 +118,12 @@ def contrast(
         return dense_contrast(
             x, None if of_itself else y, scale, bias, offset=offset, labels=labels, ids=ids,
             same_id=same_id, false_negative_margin=margin, key_bias=key_bias, rows=rows,
-            columns=columns, means=means, kind=kind, normalize=normalize,
+            columns=columns, means=means, kind=kind, above=above, normalize=normalize,
         )  # fmt: skip
     budget = budget_of(memory_budget, x.device)
     columns = bool(columns) and not of_itself
     request = Request(bool(rows), columns, same_id == "positive", bool(means), of_itself)
-    options = StatisticsOptions(engine, dtype, normalize, budget, request)
+    options = StatisticsOptions(engine, dtype, normalize, budget, above, request)
     offset = NO_POSITIVES if offset is None else offset
     block = block_of(inputs, ids, margin, offset, labels, kind, options)
     return line_statistics(inputs, block, labels, options)

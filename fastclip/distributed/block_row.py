@@ -133,10 +133,12 @@ Occupied = Callable[[Block], Tensor | None]
 
 
 def sweep(
-    row: BlockRow, rows: slice, budget: int, occupied: Occupied = lambda block: None
-) -> Swept:
+    row: BlockRow, rows: slice, budget: int, occupied: Occupied = lambda block: None,
+    levels: Tensor | None = None,
+) -> Swept:  # fmt: skip
     """Sweeps some own rows by all columns. budget: bytes of products that may be kept for the
-    second sweep. occupied: maps a visit's block to the operator's argument."""
+    second sweep. occupied: maps a visit's block to the operator's argument. levels: (m + B), for a
+    kind with levels."""
     m, shard = row.rows, row.shard
     bound = row.bound()
     x = row.block.x.features
@@ -153,13 +155,19 @@ def sweep(
             kept.append(x.new_empty(0))
             continue
         keep = KEPT_BY[row.engine].keep(block, budget * block.sizes()[1] // shard.batch)
-        found = operators.sweep(row.engine, block, bound, occupied(block), keep)
+        of_lines = None
+        if levels is not None:
+            of_lines = torch.cat((levels[:m][rows], levels[m:][visit.columns]))
+        found = operators.sweep(row.engine, block, bound, occupied(block), keep, of_lines)
         kept.append(found.kept)
         count = block.sizes()[0]
         of_columns[:, visit.columns] = found.state[:, count:]
         if visit.has_own:  # the first one
             of_rows.copy_(found.state[:, :count])
             positive[rows] = found.positive
+            continue
+        if levels is not None:
+            of_rows += found.state[:, :count]
             continue
         for k in range(0, len(state), 2):
             merge(*of_rows[k : k + 2], *found.state[k : k + 2, :count])
@@ -172,6 +180,8 @@ def merge_columns(state: Tensor, kind: type[Kind], shard: Shard) -> Tensor:
     Usually all shifts are the same number and only sums are added. If a rank had to take shifts of
     its own, powers of two relate them.
     """
+    if kind.has_levels:
+        return shard.sum(state.contiguous())
     shift, sums = state[::2], state[1::2]
     if kind.has_shift:
         absent = sums == 0

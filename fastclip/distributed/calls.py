@@ -57,6 +57,7 @@ class ContrastCall(NamedTuple):
     means: bool
     of_itself: bool  # y is x
     kind: str
+    above: float | None
     normalize: bool
     ring: bool
     uneven: bool
@@ -158,7 +159,7 @@ def checked_contrast(
     y, scale, bias, ids, margin = check_contrast(
         x, None if call.of_itself else y, *others, labels, offset=call.offset,
         same_id=call.same_id, rows=call.rows, columns=call.columns, kind=call.kind,
-        may_be_empty=call.uneven,
+        above=call.above, may_be_empty=call.uneven,
     )  # fmt: skip
     key_bias = others[2]
     dtype = call.dtype or product_dtype(x, y)
@@ -171,11 +172,13 @@ def checked_contrast(
         "same_id": int(request.same_id_positive), "y=None": int(request.of_itself),
         "logit_bias": int(bias is not None), "dtype of products": dtype,
     }  # fmt: skip
+    if call.above is not None:
+        must_match[f"above (here {call.above})"] = zlib.crc32(repr(float(call.above)).encode())
     if call.loss:
         must_match[f"loss with its options (here {call.loss})"] = zlib.crc32(call.loss.encode())
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
-    options = StatisticsOptions(engine, dtype, call.normalize, budget, request)
+    options = StatisticsOptions(engine, dtype, call.normalize, budget, call.above, request)
     offset = NO_POSITIVES if call.offset is None else call.offset
     task = StatisticsTask(
         options, ids, labels, margin, offset, call.kind, PLACEHOLDER_SHARD, call.ring

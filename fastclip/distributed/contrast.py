@@ -31,6 +31,7 @@ def contrast(
     columns: bool = True,
     means: bool = False,
     kind: str = "softmax",
+    above: float | None = None,
     normalize: bool = False,
     process_group: dist.ProcessGroup | None = None,
     ring: bool = False,
@@ -60,8 +61,8 @@ def contrast(
         key_bias: (n), for this rank's columns. Its gradient is the sum over all ranks.
         process_group, ring, uneven: as in `clip_loss`. With `uneven` a rank may have no rows, no
             columns, or neither.
-        logit_scale, logit_bias, same_id, rows, columns, means, kind, normalize: the same on all
-            ranks. These, backend and memory_budget are as in `fastclip.contrast`.
+        logit_scale, logit_bias, same_id, rows, columns, means, kind, above, normalize: the same on
+            all ranks. These, backend and memory_budget are as in `fastclip.contrast`.
 
     Every rank must run backward through at least one of its statistics, since the others' gradients
     wait for it. A rank without pairs can use `c.rows.sum()`.
@@ -78,8 +79,8 @@ def contrast(
     """
     given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels)
     call = ContrastCall(
-        offset, same_id, rows, columns, means, y is None, kind, normalize, ring, uneven, backend,
-        memory_budget,
+        offset, same_id, rows, columns, means, y is None, kind, above, normalize, ring, uneven,
+        backend, memory_budget,
     )  # fmt: skip
     return contrast_of(given, process_group, call)
 

@@ -26,6 +26,7 @@ from ..engine.line_formulas import (
     statistics_from_states,
     upstream_of,
     wanted_statistics,
+    with_levels,
 )
 from ..engine.line_means import LineGroups, LineMeans, by_label, one_group
 from ..engine.line_statistics import StatisticsInputs, StatisticsOptions, block_of
@@ -63,7 +64,7 @@ def sharded_statistics(inputs: StatisticsInputs, task: StatisticsTask) -> LineSt
         found = _ShardedStatistics.apply(*inputs, task)
     else:
         row = row_of(own_of(inputs, task), task)
-        found, _ = forward(inputs, row, task.labels, task.options, budget=0)
+        found, *_ = forward(inputs, row, task.labels, task.options, budget=0)
     return wanted_statistics(found, task.options.request)
 
 
@@ -118,16 +119,21 @@ def _own_lines(state: Tensor, row: BlockRow) -> Tensor:
 def forward(
     inputs: StatisticsInputs, row: BlockRow, labels: Tensor | None, options: StatisticsOptions,
     budget: int,
-) -> tuple[tuple[Tensor, ...], Swept]:  # fmt: skip
-    """Returns statistics, and the result of the sweep for `backward`."""
+) -> tuple[tuple[Tensor, ...], Swept, Tensor | None]:  # fmt: skip
+    """Returns statistics, and for `backward` the result of the sweep and the levels of own rows and
+    all columns (m + B), for a kind with levels."""
     request = options.request
 
     def occupied(block: Block) -> Tensor | None:
         codes = row.rows + row.shard.batch
         return pairs.occupied(block, codes, request.rows, request.columns)
 
+    levels = None
     with torch.no_grad():
-        swept = sweep(row, slice(0, row.rows), budget, occupied)
+        if row.kind.has_levels:
+            own = pairs.levels(_own_block(row), labels, inputs.bias, options.above)
+            levels = torch.cat((own[: row.rows], row.shard.gather(own[row.rows :])))
+        swept = sweep(row, slice(0, row.rows), budget, occupied, levels)
         columns = swept.state[:, row.rows :]
         if request.columns:
             columns.copy_(merge_columns(columns, row.kind, row.shard))
@@ -135,14 +141,18 @@ def forward(
             # Each column is a row of its rank, where its state is complete.
             of_rows = swept.state[:, : row.rows].movedim(-1, 0).contiguous()
             columns.copy_(row.shard.gather(of_rows).movedim(0, -1))
-        return statistics_from_states(
-            _own_block(row),
-            _own_lines(swept.state, row),
-            swept.positive,
-            inputs.bias,
-            request,
-            _means_of(row, labels, request),
-        ), swept
+        return (
+            statistics_from_states(
+                _own_block(row),
+                _own_lines(swept.state, row),
+                swept.positive,
+                inputs.bias,
+                request,
+                _means_of(row, labels, request),
+            ),
+            swept,
+            levels,
+        )
 
 
 def _means_of(row: BlockRow, labels: Tensor | None, request: Request) -> LineMeans | None:
@@ -171,11 +181,12 @@ class _ShardedStatistics(torch.autograd.Function):
         *tensors, task = arguments
         inputs = StatisticsInputs(*tensors)
         row = row_of(own_of(inputs, task), task)
-        found, swept = forward(inputs, row, task.labels, task.options, task.options.memory_budget)
-        ctx.row, ctx.options, ctx.found = row.without_tensors(), task.options, len(found)
-        ctx.save_for_backward(
-            *inputs, *row.tensors, task.labels, *found, swept.state, swept.positive, *swept.kept
+        found, swept, levels = forward(
+            inputs, row, task.labels, task.options, task.options.memory_budget
         )
+        ctx.row, ctx.options, ctx.found = row.without_tensors(), task.options, len(found)
+        of_sweep = swept.state, swept.positive, *swept.kept
+        ctx.save_for_backward(*inputs, *row.tensors, task.labels, levels, *found, *of_sweep)
         return found
 
     @staticmethod
@@ -183,12 +194,20 @@ class _ShardedStatistics(torch.autograd.Function):
         count = len(StatisticsInputs._fields)
         inputs, saved = StatisticsInputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
         row, saved = ctx.row.with_tensors(saved[:TENSOR_COUNT]), saved[TENSOR_COUNT:]
-        labels, *saved = saved
+        labels, levels, *saved = saved
         found, (state, positive, *kept) = saved[: ctx.found], saved[ctx.found :]
         swept = Swept(state, positive, tuple(kept))
         with torch.no_grad():
             gradients = backward(
-                inputs, row, labels, ctx.options, found, swept, upstream, ctx.needs_input_grad
+                inputs,
+                row,
+                labels,
+                levels,
+                ctx.options,
+                found,
+                swept,
+                upstream,
+                ctx.needs_input_grad,
             )
         if torch.is_grad_enabled():
             gradients = refuse_second_derivative(gradients, *upstream, *inputs[:3])
@@ -211,8 +230,9 @@ def _gather_upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -
 
 
 def backward(
-    inputs: StatisticsInputs, row: BlockRow, labels: Tensor | None, options: StatisticsOptions,
-    found: Sequence[Tensor], swept: Swept, upstream: Sequence[Tensor], wanted: Sequence[bool],
+    inputs: StatisticsInputs, row: BlockRow, labels: Tensor | None, levels: Tensor | None,
+    options: StatisticsOptions, found: Sequence[Tensor], swept: Swept, upstream: Sequence[Tensor],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Returns the gradients of the inputs for upstream gradients of the statistics."""
     shard, needs = row.shard, StatisticsInputs(*wanted[: len(StatisticsInputs._fields)])
@@ -220,10 +240,13 @@ def backward(
     found, given = (as_line_statistics(t, request) for t in (found, upstream))
     line_means, of_means = _means_of(row, labels, request), None
     if line_means is not None:
-        of_means = line_means.factors(means_upstream(found, given, labels is not None))
+        of_means = line_means.factors(
+            means_upstream(row.block, found, swept.state, given, labels is not None)
+        )
     own, of_bias = upstream_of(
         _own_block(row), inputs.bias, found, _own_lines(swept.state, row), given, request, of_means
     )
+    swept = swept._replace(state=with_levels(swept.state, levels))
     dx, dy, totals, dkey_bias = RowWeighing(row, swept, _gather_upstream(row, options, own)).run(
         needs.x, shard.needs_y, shard.needs_key_bias
     )

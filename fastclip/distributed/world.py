@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..engine.compile_marks import no_compile
-from ..formulas.world import World
+from ..formulas.world import Batch, World
 from ..kinds import LineStatistics
-from .agreement import announce_failure, group_of, ranks_of
+from .agreement import agree, announce_failure, group_of, ranks_of
 from .calls import ContrastCall
 from .collectives import gather_rows
 from .compiled.total import total
 from .contrast import contrast_of
+from .shard import Shard
 
 
 def world_of_ranks(
@@ -32,11 +34,12 @@ def world_of_ranks(
         labels: Tensor | None = None, ids: Any = None, same_id: str = "ignore",
         false_negative_margin: Tensor | float | None = None, key_bias: Tensor | None = None,
         rows: bool = True, columns: bool = True, means: bool = False, kind: str = "softmax",
+        above: float | None = None,
     ) -> LineStatistics:  # fmt: skip
         given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels)
         call = ContrastCall(
-            offset, same_id, rows, columns, means, y is None, kind, normalize, ring, uneven,
-            backend, memory_budget, loss,
+            offset, same_id, rows, columns, means, y is None, kind, above, normalize, ring,
+            uneven, backend, memory_budget, loss,
         )  # fmt: skip
         return contrast_of(given, process_group, call)
 
@@ -53,9 +56,37 @@ def world_of_ranks(
         guarded,
         functools.partial(total, process_group),
         functools.partial(_gather, process_group, uneven),
+        functools.partial(_gathered, process_group, uneven, loss),
         ranks,
         not uneven,
     )
+
+
+@no_compile
+def _gathered(
+    process_group: dist.ProcessGroup | None, uneven: bool, loss: str, x: Tensor, y: Tensor,
+    ids: tuple[Tensor, Tensor] | None, needs_x: bool,
+) -> Batch:  # fmt: skip
+    wants = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    must_match = {f"loss with its options (here {loss})": zlib.crc32(loss.encode())}
+    must_match["ids"] = int(ids is not None)
+    shard = agree(process_group, x, y, wants, uneven, **must_match)
+    x_ids, y_ids = (None, None) if ids is None else map(shard.gather, ids)
+    every_x = _Gathered.apply(x, shard, shard.needs_x) if needs_x else x
+    return Batch(every_x, _Gathered.apply(y, shard, shard.needs_y), x_ids, y_ids, shard.start)
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows of all ranks. Every rank takes part in the backward if any rank needs it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard, needed: bool) -> Tensor:
+        ctx.shard, ctx.needed = shard, needed
+        return shard.gather(x) if shard.world_size > 1 else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+        return (ctx.shard.scatter_sum(g) if ctx.needed else None), None, None
 
 
 @no_compile

@@ -211,6 +211,21 @@ def check_labels(
         )
 
 
+def check_above(above: float | None, kind: str, same_id: str, of_itself: bool) -> None:
+    """Checks the distance of levels above own positives, which a kind with levels needs."""
+    if not kind_of(kind).has_levels:
+        if above is not None:
+            raise ValueError(f"above must be None for kind {kind!r}, got {above!r}")
+        return
+    if above is None:
+        raise ValueError(f"kind {kind!r} needs above, the distance of levels above own positives")
+    check_number("above", above)
+    if same_id == "positive" or of_itself:
+        raise ValueError(
+            f"kind {kind!r} needs own positives alone: same_id must be 'ignore' and y be given"
+        )
+
+
 def _check_one_set(
     offset: int | None, labels: Tensor | None, margin: Tensor | float | None,
     key_bias: Tensor | None, rows: bool,
@@ -231,13 +246,14 @@ def check_contrast(
     x: Tensor, y: Tensor | None, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
     key_bias: Tensor | None, ids: tuple[Tensor, Tensor] | Tensor | None,
     margin: Tensor | float | None, labels: Tensor | None, *, offset: int | None, same_id: str,
-    rows: bool, columns: bool, kind: str, may_be_empty: bool = False,
+    rows: bool, columns: bool, kind: str, above: float | None = None, may_be_empty: bool = False,
 ) -> tuple[
     Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None
 ]:  # fmt: skip
     """Checks the arguments of `contrast`, except backend and memory_budget; returns y, scale, bias,
     ids and margin."""
     check_offset(offset)
+    check_above(above, kind, same_id, y is None)
     if y is None:
         _check_one_set(offset, labels, margin, key_bias, rows)
         # An autograd Function needs distinct tensor objects; all of the gradient is x's.
@@ -249,7 +265,6 @@ def check_contrast(
     ids = check_ids(ids, same_id, x, y)
     check_labels(labels, ids, offset, x, y)
     check_key_bias(key_bias, y)
-    kind_of(kind)
     if not (rows or columns):
         raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
     scale = scalar("logit_scale", logit_scale, x)

@@ -25,6 +25,7 @@ def dense_contrast(
     columns: bool = True,
     means: bool = False,
     kind: str = "softmax",
+    above: float | None = None,
     normalize: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
@@ -62,9 +63,18 @@ def dense_contrast(
     found = kind_of(kind)
     positives = torch.where(own, logits, 0).sum(1)
     positives = torch.where(own.any(1), positives, torch.nan).double()
+    levels: list[Tensor | None] = [None, None]
+    if found.has_levels:
+        # A line without an own positive has an infinite level.
+        exists = own.any(0) if labels is None else torch.zeros(n, dtype=torch.bool, device=x.device)
+        of_own = torch.where(own, logits, 0)
+        levels = [
+            torch.where(some, of_own.sum(dim, dtype=torch.float64) + above, torch.inf)
+            for dim, some in ((1, own.any(1)), (0, exists))
+        ]
     statistics = LineStatistics(
-        _statistic(found, logits, by_row, 1) if rows else None,
-        _statistic(found, logits, by_column, 0) if columns else None,
+        _statistic(found, logits, by_row, 1, levels[0]) if rows else None,
+        _statistic(found, logits, by_column, 0, levels[1]) if columns else None,
         None if of_itself else positives,
     )
     # The pair of a feature with itself is no positive of its own.
@@ -94,11 +104,14 @@ def _mean(logits: Tensor, counts: Tensor, dim: int) -> Tensor:
     return torch.where(counts, logits.double(), 0).sum(dim) / counts.sum(dim)
 
 
-def _statistic(kind: type[Kind], logits: Tensor, counts: Tensor, dim: int) -> Tensor:
+def _statistic(
+    kind: type[Kind], logits: Tensor, counts: Tensor, dim: int, levels: Tensor | None = None
+) -> Tensor:
     """The statistic of each line over the pairs that count; float64."""
     logits = logits.double() * LOG2E
     if not kind.has_shift:
-        return torch.where(counts, kind.fold(logits, torch.zeros_like(logits)), 0).sum(dim)
+        relative = torch.zeros_like(logits) if levels is None else levels.unsqueeze(dim) * LOG2E
+        return torch.where(counts, kind.fold(logits, relative), 0).sum(dim)
     logits = torch.where(counts, logits, -torch.inf)
     largest = logits.detach().amax(dim, keepdim=True)
     shift = torch.where(largest == -torch.inf, 0, largest)

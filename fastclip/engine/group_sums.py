@@ -36,13 +36,16 @@ class Groups(NamedTuple):
         return self._sums(self.of_rows, values)[self.of_columns]
 
     def _sums(self, groups: Tensor, values: Tensor) -> Tensor:
-        sums = values.new_zeros((self.count + 1, values.shape[1]))
-        if values.device.type == "cuda":
-            # It sorts, so that sums do not depend on the order of threads. On CPUs it would.
-            sums.index_put_((groups,), values, accumulate=True)
-        else:
-            sums.index_add_(0, groups, values)
-        return self.over_ranks(sums)
+        return self.over_ranks(sums_at(groups, values, self.count + 1))
+
+
+def sums_at(places: Tensor, values: Tensor, count: int) -> Tensor:
+    """Sums rows of values (L, C) that have the same place: (count, C), in a fixed order."""
+    sums = values.new_zeros((count, values.shape[1]))
+    if values.device.type == "cuda":
+        # It sorts, so that sums do not depend on the order of threads. On CPUs they would.
+        return sums.index_put_((places,), values, accumulate=True)
+    return sums.index_add_(0, places, values)
 
 
 class Chunk(NamedTuple):

@@ -115,10 +115,15 @@ def statistics_from_states(
 
 
 def means_upstream(
-    found: LineStatistics, upstream: LineStatistics, labelled: bool
+    block: Block, found: LineStatistics, state: Tensor, upstream: LineStatistics, labelled: bool
 ) -> list[Tensor | None]:
     """The upstream gradients (M + N) of the means that were found, in the order of
     `LineMeans.values`; None for those without one."""
+    if labelled and kind_of(block.kind).has_levels and upstream.rows is not None:
+        # The levels of rows follow the labelled pairs' logits, which are means.
+        share = of_levels(upstream.rows, state[:, : block.sizes()[0]])
+        own = upstream.positives
+        upstream = upstream._replace(positives=share if own is None else own + share)
     pairs_of = [("row_means", "column_means"), ("row_positive_means", "column_positive_means")]
     pairs_of += [("positives", None)] if labelled else []
     gradients: list[Tensor | None] = []
@@ -136,6 +141,17 @@ def means_upstream(
                             for v, g in zip(values, given, strict=True)])
         )  # fmt: skip
     return gradients
+
+
+def with_levels(state: Tensor, levels: Tensor | None) -> Tensor:
+    """The state that the second sweep takes."""
+    return state if levels is None else torch.stack((levels, state[1]))
+
+
+def of_levels(of_lines: Tensor, state: Tensor) -> Tensor:
+    """The gradient of each line's level, for upstream gradients of the line's statistic."""
+    # The first row of the state says how many pairs are above the level.
+    return -of_lines * state[0]
 
 
 class _Own:
@@ -183,6 +199,9 @@ def upstream_of(
     total = of_lines.sum() + of_own.sum()
     if kind.has_shift:
         coefficients = [torch.where(nothing, 0, of_lines / negatives.sums)]
+    if kind.has_levels:
+        share = torch.where(_Own(block, found.positives).exists, of_levels(of_lines, state), 0)
+        of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
     for states in positives:
         of_lines = torch.cat((given.row_positives, given.column_positives))
         every.append(of_lines)

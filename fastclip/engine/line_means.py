@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import pairs
-from .block import Block, Side
+from .block import Block
+from .feature_gradient import FeatureGradient
 from .group_sums import Chunk, Groups, chunks
-from .tiny_norms import CLAMPED
 
 
 class LineGroups(NamedTuple):
@@ -172,7 +172,7 @@ class LineMeans:
         m, n = self.block.sizes()
         sides = self.block.x, self.block.y
         both = zip(sides, (dx, dx if self.of_itself else dy), strict=True)
-        added = [None if d is None else _Gradient(side, d, self.dtype) for side, d in both]
+        added = [None if d is None else FeatureGradient(side, d, self.dtype) for side, d in both]
         dscale, dkey_bias = factors.own.new_zeros(()), factors.own.new_zeros(n)
         for chunk in self._chunks():
             y = self._masked(chunk.y)
@@ -197,31 +197,6 @@ class LineMeans:
                     if gradient is not None and chunk.place is not None:
                         gradient.project(unit, chunk.place)
         return dscale, dkey_bias
-
-
-class _Gradient:
-    """The gradient of one side's features, to which chunks of columns are added. The second loop
-    over the chunks applies the normalisation's Jacobian, `factor * (g - x^ <x^, g>)`."""
-
-    def __init__(self, side: Side, out: Tensor, dtype: torch.dtype) -> None:
-        self.out = out
-        self.along = out.new_zeros((out.shape[0], 1), dtype=dtype)
-        self.factor = None if side.factor is None else side.factor.to(dtype)[:, None]
-        if self.factor is not None:
-            self.clamped = self.factor >= CLAMPED
-            if side.features.dtype == torch.float16:
-                # 1e12 times anything overflows fp16, which gets 0 for a zero row.
-                self.factor = self.factor.masked_fill(self.clamped, 0)
-
-    def add(self, gradient: Tensor, unit: Tensor, place: slice) -> None:
-        if self.factor is not None:
-            self.along += (gradient * unit).sum(1, keepdim=True)
-            gradient = gradient * self.factor
-        self.out[:, place] += gradient.to(self.out.dtype)
-
-    def project(self, unit: Tensor, place: slice) -> None:
-        part = torch.where(self.clamped, 0, unit * self.along * self.factor)
-        self.out[:, place] -= part.to(self.out.dtype)
 
 
 def unchanged(sums: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from .line_formulas import (
     statistics_from_states,
     upstream_of,
     wanted_statistics,
+    with_levels,
 )
 from .line_means import LineMeans, local_groups
 from .tiny_norms import EPS
@@ -48,6 +49,7 @@ class StatisticsOptions(NamedTuple):
     dtype: torch.dtype  # of the products
     normalize: bool
     memory_budget: int
+    above: float | None  # for a kind with levels: the distance of levels above own positives
     request: Request
 
     def flat(self) -> tuple[Any, ...]:
@@ -67,6 +69,14 @@ class StatisticsInputs(NamedTuple):
     scale: Tensor  # one element
     bias: Tensor | None  # one element
     key_bias: Tensor | None  # (N)
+
+
+class Lines(NamedTuple):
+    """Vectors of lines beside a block's."""
+
+    occupied: Tensor | None  # as the operator `sweep` takes it
+    labels: Tensor | None  # (M): the columns of the rows' own positives
+    levels: Tensor | None  # (M + N), in log2 units
 
 
 def block_of(
@@ -99,14 +109,18 @@ def line_statistics(
     request = options.request
     with torch.no_grad():
         occupied = pairs.occupied(block, sum(block.sizes()), request.rows, request.columns)
+        levels = None
+        if kind_of(block.kind).has_levels:
+            levels = pairs.levels(block, labels, inputs.bias, options.above)
+    lines = Lines(occupied, labels, levels)
     if differentiates(*inputs):
         if is_traced():
             flat = without_inputs(block).flat()
-            found = _TracedStatistics.apply(*inputs, *flat, occupied, labels, *options.flat())
+            found = _TracedStatistics.apply(*inputs, *flat, *lines, *options.flat())
         else:
-            found = _LineStatistics.apply(*inputs, block, occupied, labels, options)
+            found = _LineStatistics.apply(*inputs, block, lines, options)
     else:
-        found, _ = _forward(inputs, block, occupied, labels, options, keeps=False)
+        found, _ = _forward(inputs, block, lines, options, keeps=False)
     return wanted_statistics(found, request)
 
 
@@ -118,18 +132,25 @@ def _means_of(block: Block, labels: Tensor | None, request: Request) -> LineMean
 
 
 def _forward(
-    inputs: StatisticsInputs, block: Block, occupied: Tensor | None, labels: Tensor | None,
-    options: StatisticsOptions, keeps: bool = True,
+    inputs: StatisticsInputs, block: Block, lines: Lines, options: StatisticsOptions,
+    keeps: bool = True,
 ) -> tuple[tuple[Tensor, ...], SweepResults]:  # fmt: skip
     keep = KEPT_BY[options.engine].keep(block, options.memory_budget) if keeps else 0
-    statistics = operators.sweep(options.engine, block, occupied=occupied, keep=keep)
+    statistics = operators.sweep(
+        options.engine, block, occupied=lines.occupied, keep=keep, levels=lines.levels
+    )
     state, request = statistics.state, options.request
     if request.of_itself:
         # Each column is a row; weights need its shift.
         m = block.sizes()[0]
         state = torch.cat((state[:, :m], state[:, :m]), 1)
     found = statistics_from_states(
-        block, state, statistics.positive, inputs.bias, request, _means_of(block, labels, request)
+        block,
+        state,
+        statistics.positive,
+        inputs.bias,
+        request,
+        _means_of(block, lines.labels, request),
     )
     return found, statistics._replace(state=state)
 
@@ -138,14 +159,14 @@ def _save(
     ctx: Any,
     inputs: StatisticsInputs,
     block: Block,
-    labels: Tensor | None,
+    lines: Lines,
     options: StatisticsOptions,
     output: tuple[Tensor, ...],
 ) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = options
     ctx.block_options = block.offset, block.kind, block.same_id_positive
-    ctx.save_for_backward(*inputs, *block.x, *block.y, labels, *output)
+    ctx.save_for_backward(*inputs, *block.x, *block.y, *lines[1:], *output)
 
 
 def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
@@ -159,10 +180,11 @@ def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
         sides.append(Side(*saved[: len(Side._fields)]))
         saved = saved[len(Side._fields) :]
     block = Block(*sides, inputs.scale, None, None, *ctx.block_options)
-    labels, *output = saved
+    labels, levels, *output = saved
     with torch.no_grad():
         block = with_inputs(block, *inputs[2:])
-        gradients = _gradients(ctx, inputs, block, labels, output, upstream)
+        lines = Lines(None, labels, levels)
+        gradients = _gradients(ctx, inputs, block, lines, output, upstream)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         sources = [g for g in upstream if g is not None]
         gradients = refuse_second_derivative(gradients, *sources, *inputs[:3])
@@ -174,15 +196,15 @@ class _LineStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *inputs, block, occupied, labels, options = arguments
+        *inputs, block, lines, options = arguments
         inputs = StatisticsInputs(*inputs)
-        found, statistics = _forward(inputs, block, occupied, labels, options)
-        _save(ctx, inputs, block, labels, options, (*found, *statistics))
+        found, statistics = _forward(inputs, block, lines, options)
+        _save(ctx, inputs, block, lines, options, (*found, *statistics))
         return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, upstream), None, None, None, None
+        return *_backward(ctx, upstream), None, None, None
 
 
 class _TracedStatistics(torch.autograd.Function):
@@ -198,31 +220,32 @@ class _TracedStatistics(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        inputs, block, _, labels, options = _unpacked(arguments)
+        inputs, block, lines, options = _unpacked(arguments)
         ctx.mark_non_differentiable(*output[-len(SweepResults._fields) :])
-        _save(ctx, inputs, block, labels, options, output)
+        _save(ctx, inputs, block, lines, options, output)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        others = Block.COUNT + 2 + len(ctx.options.flat())
+        others = Block.COUNT + len(Lines._fields) + len(ctx.options.flat())
         return *_backward(ctx, upstream), *(None for _ in range(others))
 
 
 def _unpacked(
     arguments: tuple[Any, ...],
-) -> tuple[StatisticsInputs, Block, Tensor | None, Tensor | None, StatisticsOptions]:
-    count = len(StatisticsInputs._fields)
-    block, (occupied, labels, *options) = Block.of(arguments[count:])
+) -> tuple[StatisticsInputs, Block, Lines, StatisticsOptions]:
+    count, vectors = len(StatisticsInputs._fields), len(Lines._fields)
+    block, others = Block.of(arguments[count:])
+    lines, options = Lines(*others[:vectors]), others[vectors:]
     inputs = StatisticsInputs(*arguments[:count])
     block = with_inputs(block, *inputs[2:])
-    return inputs, block, occupied, labels, StatisticsOptions.of(options)
+    return inputs, block, lines, StatisticsOptions.of(options)
 
 
 def _gradients(
     ctx: Any,
     inputs: StatisticsInputs,
     block: Block,
-    labels: Tensor | None,
+    lines: Lines,
     output: Sequence[Tensor],
     upstream: tuple[Any, ...],
 ) -> list[Tensor | None]:
@@ -232,7 +255,7 @@ def _gradients(
     found, given = (as_line_statistics(t, request) for t in (found, upstream))
     if (
         all(g is None for g in given._replace(positives=None))
-        and labels is None
+        and lines.labels is None
         and not is_traced()
     ):
         of_own = given.positives
@@ -241,15 +264,18 @@ def _gradients(
             if of_own is None
             else _own_positives_backward(ctx, inputs, block, of_own)
         )
-    line_means, of_means = _means_of(block, labels, request), None
+    line_means, of_means = _means_of(block, lines.labels, request), None
     if line_means is not None:
-        of_means = line_means.factors(means_upstream(found, given, labels is not None))
+        of_means = line_means.factors(
+            means_upstream(block, found, state, given, lines.labels is not None)
+        )
     coefficients, of_bias = upstream_of(block, inputs.bias, found, state, given, request, of_means)
     dtypes = inputs.x.dtype, inputs.y.dtype
     if of_means is not None:
         dtypes = (accumulation_dtype(block.x.features),) * 2
     dx, dy, totals, dkey_bias = operators.weigh(
-        options.engine, block, SweepResults(state, positive, kept), coefficients,
+        options.engine, block, SweepResults(with_levels(state, lines.levels), positive, kept),
+        coefficients,
         Wanted(needs.x, needs.y, needs.key_bias, options.normalize, *dtypes),
     )  # fmt: skip
     dbias, dscale = totals.unbind()

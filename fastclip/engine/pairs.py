@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kinds import LOG2E
 from . import arithmetic
 from .block import Block, Side
-from .dtypes import accumulation_dtype
+from .dtypes import accumulation_dtype, state_dtype
 
 
 def partners(m: int, n: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,28 @@ def own_products(x: Side, y: Side, offset: int, labels: Tensor | None = None) ->
     if y.factor is not None:
         t = t * y.factor[columns]
     return torch.where(inside, t, torch.inf)
+
+
+def levels(block: Block, labels: Tensor | None, bias: Tensor | None, above: float) -> Tensor:
+    """The levels of lines (M + N), in log2 units: the logit of the own positive plus `above`.
+    Infinite for lines without one and, with labels, which rows may share, for columns."""
+    m, n = block.sizes()
+    device, dtype = block.x.features.device, state_dtype(block.x.features.device)
+    if m == 0 or n == 0:
+        return torch.full((m + n,), torch.inf, dtype=dtype, device=device)
+    columns, inside = partners(m, n, block.offset, device)
+    if labels is not None:
+        columns, inside = labels.long(), torch.ones_like(inside)
+    t = own_products(block.x, block.y, block.offset, labels).to(dtype)
+    logits = torch.where(inside, t, 0) * block.scale.reshape(()).to(dtype)
+    if bias is not None:
+        logits = logits + bias.reshape(()).to(dtype)
+    if block.key_bias is not None:
+        logits = logits + block.key_bias.to(dtype)[columns]
+    of_rows = torch.where(inside, (logits + above) * LOG2E, torch.inf)
+    if labels is not None:
+        return torch.cat((of_rows, of_rows.new_full((n,), torch.inf)))
+    return torch.cat((of_rows, at_columns(of_rows, n, block.offset, torch.inf)))
 
 
 def thresholds(

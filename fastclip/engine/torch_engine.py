@@ -2,7 +2,7 @@
 
 It streams chunks of rows, so that no more than one chunk of the (M, N) matrix exists, in the
 forward and in the backward. It runs where no compiled engine can, and it is the shortest text to
-learn the algorithm from. `_ChunkedBlock` makes a chunk of t and its masks of pairs; the kind's
+learn the algorithm from. `ChunkedBlock` makes a chunk of t and its masks of pairs; the kind's
 `fold` and `activation` turn it into sums and weights.
 """
 
@@ -37,7 +37,7 @@ def _chunks(m: int, n: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, m)) for start in range(0, m, rows))
 
 
-class _ChunkedBlock:
+class ChunkedBlock:
     """A block of logits that is made in chunks of rows."""
 
     def __init__(self, block: Block) -> None:
@@ -131,7 +131,7 @@ def sweep(
     Nothing is kept."""
     if keep:
         raise ValueError(f"keep must be 0: the plain PyTorch engine keeps nothing, got {keep}")
-    chunked, kind = _ChunkedBlock(block), kind_of(block.kind)
+    chunked, kind = ChunkedBlock(block), kind_of(block.kind)
     x, (m, n) = block.x.features, block.sizes()
     state = torch.zeros(
         (4 if block.same_id_positive else 2, m + n), dtype=state_dtype(x.device), device=x.device
@@ -153,7 +153,7 @@ def sweep(
     return state, positive, x.new_empty((0,), dtype=chunked.dtype)
 
 
-def _note_positives(positive: Tensor, chunked: _ChunkedBlock, t: Tensor, offset: int) -> None:
+def _note_positives(positive: Tensor, chunked: ChunkedBlock, t: Tensor, offset: int) -> None:
     """Stores t of the chunk's own positives, its diagonal at `offset`."""
     if not -t.shape[0] < offset < t.shape[1]:
         return
@@ -226,7 +226,7 @@ def weigh(
     block: Block, statistics: SweepResults, upstream: Upstream, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `weigh`: a chunk's weights, their sums, and two products with the features."""
-    chunked, kind = _ChunkedBlock(block), kind_of(block.kind)
+    chunked, kind = ChunkedBlock(block), kind_of(block.kind)
     dtype, (m, n) = chunked.dtype, block.sizes()
     x, y, scale = block.x, block.y, block.scale
     state, positive, _ = statistics

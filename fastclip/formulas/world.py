@@ -21,6 +21,20 @@ def _unguarded(check: Callable[[], Any]) -> Any:
     return check()
 
 
+class Batch(NamedTuple):
+    """The pairs of all ranks, with gradients, and where this rank's own begin."""
+
+    x: Tensor
+    y: Tensor
+    x_ids: Tensor | None
+    y_ids: Tensor | None
+    start: int
+
+
+def _own_batch(x: Tensor, y: Tensor, ids: tuple[Tensor, Tensor] | None, needs_x: bool) -> Batch:
+    return Batch(x, y, *(ids or (None, None)), 0)
+
+
 class World(NamedTuple):
     """What a formula needs beside its inputs.
 
@@ -29,12 +43,15 @@ class World(NamedTuple):
     guarded: calls a check of arguments; if it raises, all ranks raise.
     total: sums a tensor over ranks, without a gradient.
     gather: concatenates the ranks' rows, without a gradient.
+    gathered: maps own pairs x, y and their ids to the batch of all ranks; x is only gathered if
+        needed.
     """
 
     contrast: Callable[..., LineStatistics]
     guarded: Callable[[Callable[[], Any]], Any] = _unguarded
     total: Callable[[Tensor], Tensor] = _unchanged
     gather: Callable[[Tensor], Tensor] = _unchanged
+    gathered: Callable[..., Batch] = _own_batch
     ranks: int = 1
     even: bool = True  # all ranks have the same number of rows
 
@@ -61,7 +78,8 @@ class Reduction(NamedTuple):
     def check(self, x: Tensor, world: World) -> None:
         check_reduction(self.name)
         check_weights(self.weights, x)
-        if world.ranks > 1 and self.weights is not None and self.weights.requires_grad:
+        divides = self.name == "mean" and world.ranks > 1
+        if divides and self.weights is not None and self.weights.requires_grad:
             # The mean divides by the sum of all ranks' weights.
             raise ValueError("weights must not require a gradient across ranks, got some that do")
 

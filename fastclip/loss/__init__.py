@@ -7,6 +7,7 @@ from .clip import clip_loss
 from .info_nce import info_nce
 from .nt_xent import nt_xent_loss
 from .open_clip import ClipLoss, SigLipLoss
+from .ranking import ranking_loss
 from .siglip import siglip_loss
 from .supcon import supcon_loss
 
@@ -16,6 +17,7 @@ __all__ = [
     "clip_loss",
     "info_nce",
     "nt_xent_loss",
+    "ranking_loss",
     "siglip_loss",
     "supcon_loss",
 ]

@@ -36,8 +36,8 @@ from .shards import check_ranks, exchanged_needs, pretended_shard, rebuilt_shard
 # The fields of `ContrastCall`, in its order.
 _SCHEMA = (
     "int? offset, str same_id, bool rows, bool columns, bool means, bool of_itself, str kind,"
-    " bool normalize, bool ring, bool uneven, str? backend, int? memory_budget, str loss,"
-    " ScalarType dtype"
+    " float? above, bool normalize, bool ring, bool uneven, str? backend, int? memory_budget,"
+    " str loss, ScalarType dtype"
 )
 _INPUTS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? key_bias"
 _OTHERS = "Tensor? x_ids, Tensor? y_ids, Tensor? margin, Tensor? labels"
@@ -49,13 +49,17 @@ def _contrast_results(inputs: StatisticsInputs, task: StatisticsTask, trace: Tra
     # The shapes of kept products would depend on the rank's number if columns visit apart.
     apart = not task.ring and row.columns.apart
     budget = task.options.memory_budget if trace.saves and not apart else 0
-    found, swept = sharded_statistics.forward(inputs, row, task.labels, task.options, budget)
+    found, swept, levels = sharded_statistics.forward(
+        inputs, row, task.labels, task.options, budget
+    )
     found = separate_memory(found)
     if not trace.saves:
         return found
     beside = gathered_tensors(_with_codes_apart(row.block), _without_margin(own))
     kept = () if apart else swept.kept
-    return [*found, exchanged_needs(task.shard), *beside, swept.state, swept.positive, *kept]
+    levels = swept.state.new_empty(0) if levels is None else levels
+    needs = exchanged_needs(task.shard)
+    return [*found, needs, *beside, levels, swept.state, swept.positive, *kept]
 
 
 def _with_codes_apart(block: Block) -> Block:
@@ -106,12 +110,14 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     count = len(StatisticsInputs._fields)
     inputs, (labels, found, saved, *rest) = StatisticsInputs(*arguments[:count]), arguments[count:]
     call, trace = split(ContrastCall, rest)
-    needs, beside, (state, positive, *kept) = (
+    needs, beside, (levels, state, positive, *kept) = (
         saved[0],
         saved[1 : TENSOR_COUNT + 1],
         saved[TENSOR_COUNT + 1 :],
     )
-    options = StatisticsOptions(trace.engine, call.dtype, call.normalize, 0, request_of(call))
+    options = StatisticsOptions(
+        trace.engine, call.dtype, call.normalize, 0, call.above, request_of(call)
+    )
     offset = NO_POSITIVES if call.offset is None else call.offset
     shard = rebuilt_shard(trace, inputs.y.shape[0], None, needs)
     task = StatisticsTask(options, None, labels, None, offset, call.kind, shard, call.ring)
@@ -123,7 +129,15 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
         kept = [nothing] * columns.visits
     swept = Swept(state, positive, tuple(kept))
     gradients = sharded_statistics.backward(
-        inputs, row, labels, options, found, swept, upstream, trace.needs
+        inputs,
+        row,
+        labels,
+        levels if levels.numel() else None,
+        options,
+        found,
+        swept,
+        upstream,
+        trace.needs,
     )
     return requested(gradients)
 

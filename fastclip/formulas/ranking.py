@@ -1,0 +1,72 @@
+"""Hinges of pairs: all negatives that come within a margin of the positive, or the hardest one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine.autograd import side_of
+from ..engine.block import Block
+from ..engine.checks import check_features, check_ids, check_number
+from ..engine.dtypes import product_dtype
+from ..engine.hardest import hardest
+from ..engine.pair_similarities import pair_similarities
+from ..engine.pairs import codes_of
+from .info_nce import pair_of
+from .world import Reduction, World
+
+Ids = tuple[Tensor, Tensor] | None
+
+
+def ranking(
+    world: World, x: Tensor, y: Tensor, margin: float, hardest_only: bool, symmetric: bool,
+    ids: tuple[Tensor, Tensor] | Tensor | None, normalize: bool, reduction: Reduction,
+) -> Tensor:  # fmt: skip
+    """The loss of pairs x, y (N, D): similarities have no scale."""
+    ids = pair_of(ids)
+
+    def check() -> None:
+        check_features(x, y, may_be_empty=not world.even)
+        check_ids(ids, "ignore", x, y)
+        check_number("margin", margin, 0.0)
+        reduction.check(x, world)
+
+    world.guarded(check)
+    if hardest_only:
+        losses = _of_hardest(world, x, y, margin, symmetric, ids, normalize)
+    else:
+        c = world.contrast(x, y, 1.0, ids=ids, kind="hinge", above=-margin, columns=symmetric)
+        losses = c.rows + c.columns if symmetric else c.rows
+    return reduction.of(losses, world, (x, y))
+
+
+def _of_hardest(
+    world: World, x: Tensor, y: Tensor, margin: float, symmetric: bool, ids: Ids, normalize: bool
+) -> Tensor:
+    """The losses of own pairs. Each line looks for its hardest negative in the batch of all ranks,
+    and only that pair has a gradient."""
+    dtype, batch = product_dtype(x, y), world.gathered(x, y, ids, symmetric)
+    own = torch.arange(len(x), device=x.device)
+    positives = pair_similarities(x, y, own, own, dtype, normalize)
+    in_one_sweep = batch.x is x
+
+    def search(a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, both: bool):
+        sides = [side_of(t.detach(), dtype, normalize) for t in (a, b)]
+        if of_a is not None:
+            codes = codes_of(of_a, of_b)
+            sides = [side._replace(ids=code) for side, code in zip(sides, codes, strict=True)]
+        return hardest(Block(*sides, x.new_ones(()), offset=batch.start), True, both)
+
+    def hinges(a: Tensor, b: Tensor, places: Tensor) -> Tensor:
+        exists = places >= 0
+        t = pair_similarities(a, b, own, places.clamp_min(0), dtype, normalize)
+        return torch.where(exists, F.relu(margin + t - positives), 0)
+
+    x_ids, y_ids = ids or (None, None)
+    with torch.no_grad():
+        of_rows, of_columns = search(x, batch.y, x_ids, batch.y_ids, symmetric and in_one_sweep)
+        if symmetric and not in_one_sweep:
+            of_columns, _ = search(y, batch.x, y_ids, batch.x_ids, False)
+    losses = hinges(x, batch.y, of_rows)
+    return losses + hinges(y, batch.x, of_columns) if symmetric else losses
