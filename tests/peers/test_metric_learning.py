@@ -82,16 +82,11 @@ def test_a_memory_of_batches(queued: int, case: Case, theirs: ModuleType) -> Non
 
     def ours(x: Tensor, t: Tensor) -> Tensor:
         c = contrast(
-            x, memory, t, offset=None, ids=(labels, memory_labels), same_id="positive",
+            x, memory, t, offset=None, ids=(labels, memory_labels), same_id="positive", means=True,
             columns=False, normalize=True,
         )  # fmt: skip
-        # The sum of a class's logits is a product with the sum of its features.
-        sums = torch.zeros(classes, d, dtype=x.dtype)
-        sums = sums.index_add(0, memory_labels, F.normalize(memory))
-        count = torch.bincount(memory_labels, minlength=classes)[labels]
-        positives = t * (F.normalize(x) * sums[labels]).sum(1) / count
-        some = count > 0
-        line = torch.logaddexp(c.rows[some], c.row_positives[some]) - positives[some]
-        return line.mean()
+        some = c.row_positives > -torch.inf
+        pairs = torch.logaddexp(c.rows[some], c.row_positives[some])
+        return (pairs - c.row_positive_means[some]).mean()
 
     assert_same(ours, expected, case.leaves(1))
