@@ -4,7 +4,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.peers import Case, assert_same, peer
 from torch import Tensor
 
