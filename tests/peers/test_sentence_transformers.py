@@ -91,7 +91,7 @@ def test_ranking_in_float32(case: Case, theirs: ModuleType) -> None:
     assert_same(
         lambda q, p, n: info_nce(q, torch.cat((p, n)), 20.0, normalize=True),
         lambda *given: ranking(theirs, given, 20.0),
-        leaves, rtol=2e-4, atol=1e-5,
+        leaves, rtol=2e-4, atol=5e-5,
     )  # fmt: skip
 
 
