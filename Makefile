@@ -8,6 +8,8 @@
 #   make PIP_ARGS='--index-url URL' test     takes the packages from another index
 #   make PYTHON=python3.12 test              makes .venv with another Python (after make clean)
 #   make test-oldest          tests the parts that use torch's internals, with the oldest supported torch
+#   make test-peers           compares losses with those of other libraries, which it installs in
+#                             .venv-peers
 #   make gpu                  checks and times fastclip on this machine's GPU, with the running python3
 #                             and its torch, without .venv; eight minutes
 #   make gpu AGAIN=1          continues with the tiles that won; four minutes
@@ -18,7 +20,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest test-cuda emulated bench lint format clean gpu gpu-bundle
+.PHONY: demo test test-oldest test-peers test-cuda emulated bench lint format clean gpu gpu-bundle
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -47,11 +49,16 @@ ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradient
 emulated: .venv/extension
 	FASTCLIP_TEST_DEVICE=emulated $(BIN)/$(PYTEST) $(call files,$(ON_ANY_ENGINE)) $(ARGS)
 
-# This environment has a copy of fastclip: an editable installation would put its extension into
-# fastclip/, over that of .venv, which is built for another torch.
+# These environments have a copy of fastclip: an editable installation would put its extension into
+# fastclip/, over that of .venv, which may be built for another torch.
 OLDEST := compile compile_ranks contrast contrast_transforms operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
 test-oldest: .venv-oldest/extension
 	.venv-oldest/bin/$(PYTEST) $(call files,$(OLDEST)) $(ARGS)
+
+# One file of LibAUC is needed; its package's requirements are for graphs and pictures.
+test-peers: .venv-peers/extension
+	.venv-peers/bin/pip --quiet install --no-deps $(PIP_ARGS) libauc==2.0.1
+	FASTCLIP_REQUIRE_PEERS=1 .venv-peers/bin/$(PYTEST) tests/peers $(ARGS)
 
 # Only CUTLASS's headers are needed; its package's requirements are for generating kernels. The tests
 # are skipped without the headers or nvcc.
@@ -89,14 +96,15 @@ gpu-bundle: $(if $(filter .venv-bundle/%,$(BUNDLE_PYTHON)),.venv-bundle/packages
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-bundle gpu-bundle build dist demo *.egg-info fastclip/_C*.so \
-	  .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-peers .venv-bundle gpu-bundle build dist demo *.egg-info \
+	  fastclip/_C*.so .pytest_cache .ruff_cache .hypothesis
 	find fastclip triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # Shows only pip's lines about large files; errors go to stderr, past the filter.
 .venv/packages: .requirements.txt
 .venv-oldest/packages: .requirements-oldest.txt
-.venv/packages .venv-oldest/packages:
+.venv-peers/packages: .requirements-peers.txt .requirements.txt
+.venv/packages .venv-oldest/packages .venv-peers/packages:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastclip needs Python >= 3.10: make PYTHON=...")'
 	@echo 'Making $(@D) from $<. If torch is built for CUDA this takes several GB.'
 	@$(PYTHON) -m venv --clear $(@D)
@@ -110,9 +118,9 @@ clean:
 	@touch $@
 
 # Removes an earlier copy in build/, which keeps modules that are gone.
-.venv-oldest/extension: .venv-oldest/packages setup.py pyproject.toml $(CSRC) \
+.venv-oldest/extension .venv-peers/extension: %/extension: %/packages setup.py pyproject.toml $(CSRC) \
   $(shell find fastclip triton_kernels -name '*.py')
-	@echo 'Building the extension for the oldest torch: a minute or two the first time.'
+	@echo 'Building the extension for $*: a minute or two the first time.'
 	@rm -rf build/lib*
-	@.venv-oldest/bin/pip --quiet $(filter-out --editable,$(INSTALL))
+	@$*/bin/pip --quiet $(filter-out --editable,$(INSTALL))
 	@touch $@

@@ -132,7 +132,7 @@ PASSED_ON = {"OMP_NUM_THREADS", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERE
 
 def variables() -> set[str]:
     """Returns the environment and make variables that the sources read or set."""
-    files = [ROOT / "setup.py", ROOT / "tests/conftest.py"]
+    files = [ROOT / "setup.py", ROOT / "tests/conftest.py", ROOT / "tests/support/peers.py"]
     for folder in ("fastclip", "triton_kernels", "csrc", "bench"):
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".h", ".cpp")]
     found: set[str] = set()
