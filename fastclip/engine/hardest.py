@@ -23,7 +23,7 @@ def hardest(block: Block, rows: bool, columns: bool) -> tuple[Tensor | None, Ten
     highest = torch.full((n,), -torch.inf, dtype=dtype, device=device)
     for chunk in chunked.chunks() if n else ():
         t = chunked.t(chunk)
-        t = torch.where(chunked.pairs(chunk, t).rows, t, -torch.inf)
+        t = torch.where(chunked.pairs(chunk, t, None).rows, t, -torch.inf)
         if rows:
             found, places = t.max(1)
             of_rows[chunk] = torch.where(found == -torch.inf, -1, places)

@@ -98,7 +98,7 @@ def block_of(
             x, y = x._replace(threshold=limits[0]), y._replace(threshold=limits[1])
         bias = bias_of(inputs.bias, kind)
         positive = options.request.same_id_positive
-        return Block(x, y, inputs.scale, bias, inputs.key_bias, offset, kind, positive)
+        return Block(x, y, inputs.scale, bias, inputs.key_bias, None, offset, kind, positive)
 
 
 def line_statistics(
@@ -179,7 +179,7 @@ def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
     for _ in range(2):
         sides.append(Side(*saved[: len(Side._fields)]))
         saved = saved[len(Side._fields) :]
-    block = Block(*sides, inputs.scale, None, None, *ctx.block_options)
+    block = Block(*sides, inputs.scale, None, None, None, *ctx.block_options)
     labels, levels, *output = saved
     with torch.no_grad():
         block = with_inputs(block, *inputs[2:])
