@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .engine.backends import choose
+from .engine.beside import Given
 from .engine.block import NO_POSITIVES
-from .engine.checks import budget_of, check_contrast
+from .engine.checks import budget_of
+from .engine.contrast_checks import check_contrast
 from .engine.dense_statistics import dense_contrast
 from .engine.dtypes import product_dtype
 from .engine.line_formulas import Request
@@ -31,6 +33,9 @@ def contrast(
     means: bool = False,
     kind: str = "softmax",
     above: float | None = None,
+    targets: tuple[Tensor, Tensor, Tensor | float] | None = None,
+    guide: tuple[Tensor, Tensor] | Tensor | None = None,
+    limits: Tensor | None = None,
     normalize: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
@@ -84,7 +89,17 @@ def contrast(
         above: for kind="hinge": a line's statistic is the sum of `relu(logit - level)` over its
             negatives, and its level is the own positive's logit plus this number (with a gradient).
             A line without an own positive has 0.
-        normalize: divide rows of x and y by max(norm, 1e-12) first, fused.
+        targets: (x' (M, D'), y' (N, D'), scale'), the features of a teacher, for distillation: the
+            expectation of each line's logits under the softmax of `scale' * x' @ y'.T` is also
+            returned. It is over all pairs of the line, own positives and those that ids or a margin
+            leave out included. The teacher gets no gradients. The CPU engine and the plain PyTorch
+            engine have targets and guides; on GPUs the latter serves them.
+        guide: (x' (M, D'), y' (N, D')), or x' alone if y is None: the margin and the limits are
+            compared with the similarities of these features (GISTEmbed, arXiv 2402.16829).
+        limits: (M), floating point, in place of the margin: a row leaves out negatives whose
+            similarity exceeds its limit. Columns keep all, unless y is None.
+        normalize: divide rows of x and y, and of targets or guide, by max(norm, 1e-12) first,
+            fused.
         backend, memory_budget: as in `clip_loss`. The plain PyTorch engine serves kinds that the
             compiled engines do not have.
 
@@ -107,23 +122,27 @@ def contrast(
             derivative.
     """
     of_itself = y is None
-    y, scale, bias, ids, margin = check_contrast(
-        x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels, offset=offset,
-        same_id=same_id, rows=rows, columns=columns, kind=kind, above=above,
+    given = Given(ids, false_negative_margin, labels, targets, guide, limits)
+    y, scale, bias, beside = check_contrast(
+        x, y, logit_scale, logit_bias, key_bias, given, offset=offset, same_id=same_id, rows=rows,
+        columns=columns, kind=kind, above=above,
     )  # fmt: skip
-    dtype = product_dtype(x, y)
-    engine = choose(backend, x.device, dtype, x.shape[0] * y.shape[0], x.shape[1], kind)
+    dtype, has_targets = product_dtype(x, y), beside.target_x is not None
+    logits = x.shape[0] * y.shape[0]
+    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind, has_targets)
     inputs = StatisticsInputs(x, y, scale, bias, key_bias)
     if engine == "reference":
         return dense_contrast(
             x, None if of_itself else y, scale, bias, offset=offset, labels=labels, ids=ids,
-            same_id=same_id, false_negative_margin=margin, key_bias=key_bias, rows=rows,
-            columns=columns, means=means, kind=kind, above=above, normalize=normalize,
+            same_id=same_id, false_negative_margin=beside.margin, key_bias=key_bias, rows=rows,
+            columns=columns, means=means, kind=kind, above=above, targets=targets, guide=guide,
+            limits=limits, normalize=normalize,
         )  # fmt: skip
     budget = budget_of(memory_budget, x.device)
     columns = bool(columns) and not of_itself
-    request = Request(bool(rows), columns, same_id == "positive", bool(means), of_itself)
+    teaches = beside.target_scale is not None
+    request = Request(bool(rows), columns, same_id == "positive", bool(means), teaches, of_itself)
     options = StatisticsOptions(engine, dtype, normalize, budget, above, request)
     offset = NO_POSITIVES if offset is None else offset
-    block = block_of(inputs, ids, margin, offset, labels, kind, options)
-    return line_statistics(inputs, block, labels, options)
+    block = block_of(inputs, beside, offset, kind, options)
+    return line_statistics(inputs, block, beside.labels, options)

@@ -185,6 +185,8 @@ class LineStatistics(NamedTuple):
         negatives, its own positive and its positives by id. Otherwise None.
     row_positive_means (M), column_positive_means (N): with `means=True` and `same_id="positive"`
         the mean logit of each line's positives; NaN for a line without any. Otherwise None.
+    row_expectations (M), column_expectations (N): with `targets`, the expectation of each line's
+        logits under the softmax of the teacher's. Otherwise None.
     """
 
     rows: Tensor | None
@@ -196,3 +198,5 @@ class LineStatistics(NamedTuple):
     column_means: Tensor | None = None
     row_positive_means: Tensor | None = None
     column_positive_means: Tensor | None = None
+    row_expectations: Tensor | None = None
+    column_expectations: Tensor | None = None

@@ -10,6 +10,7 @@ floating dtype, and can be differentiated any number of times.
     fastclip.reference.supcon_loss     fastclip.loss.supcon_loss
     fastclip.reference.nt_xent_loss    fastclip.loss.nt_xent_loss
     fastclip.reference.ranking_loss    fastclip.loss.ranking_loss
+    fastclip.reference.distill_loss    fastclip.loss.distill_loss
     fastclip.reference.contrast        fastclip.contrast
 
 `backend="reference"` of a fused loss runs these.
@@ -17,6 +18,7 @@ floating dtype, and can be differentiated any number of times.
 
 from .engine.dense_statistics import dense_contrast as contrast
 from .loss.clip import dense_clip_loss as clip_loss
+from .loss.distill import dense_distill_loss as distill_loss
 from .loss.info_nce import dense_info_nce as info_nce
 from .loss.nt_xent import dense_nt_xent_loss as nt_xent_loss
 from .loss.ranking import dense_ranking_loss as ranking_loss
@@ -26,6 +28,7 @@ from .loss.supcon import dense_supcon_loss as supcon_loss
 __all__ = [
     "clip_loss",
     "contrast",
+    "distill_loss",
     "info_nce",
     "nt_xent_loss",
     "ranking_loss",

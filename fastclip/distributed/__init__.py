@@ -25,16 +25,18 @@ graph if it has several losses. If SigLIP's texts are frozen on all ranks, a com
 """
 
 from .contrast import contrast
-from .family import info_nce, nt_xent_loss, supcon_loss
+from .family import distill_loss, info_nce, nt_xent_loss, ranking_loss, supcon_loss
 from .gather_features import gather_features
 from .losses import clip_loss, siglip_loss
 
 __all__ = [
     "clip_loss",
     "contrast",
+    "distill_loss",
     "gather_features",
     "info_nce",
     "nt_xent_loss",
+    "ranking_loss",
     "siglip_loss",
     "supcon_loss",
 ]

@@ -143,7 +143,7 @@ def sweep(
     bound = row.bound()
     x = row.block.x.features
     state = torch.zeros(
-        (4 if row.block.same_id_positive else 2, m + shard.batch),
+        (row.block.state_rows(), m + shard.batch),
         dtype=state_dtype(x.device), device=x.device,
     )  # fmt: skip
     of_rows, of_columns = state[:, :m][:, rows], state[:, m:]
@@ -169,27 +169,43 @@ def sweep(
         if levels is not None:
             of_rows += found.state[:, :count]
             continue
-        for k in range(0, len(state), 2):
-            merge(*of_rows[k : k + 2], *found.state[k : k + 2, :count])
+        for of_set in sets_of(len(state)):
+            mine, theirs = of_rows[of_set], found.state[of_set, :count]
+            merge(mine[0], mine[1:], theirs[0], theirs[1:])
     return Swept(state, positive, tuple(kept))
 
 
 def merge_columns(state: Tensor, kind: type[Kind], shard: Shard) -> Tensor:
-    """Merges the ranks' states of columns (2 or 4, B).
+    """Merges the ranks' states of columns (S, B).
 
     Usually all shifts are the same number and only sums are added. If a rank had to take shifts of
     its own, powers of two relate them.
     """
     if kind.has_levels:
         return shard.sum(state.contiguous())
-    shift, sums = state[::2], state[1::2]
-    if kind.has_shift:
-        absent = sums == 0
+    merged = state.clone()
+    of_shift = sets_of(len(state))
+    if not kind.has_shift:
+        # Only a teacher's weights have a shift.
+        of_shift = of_shift[-1:] if len(state) % 2 else []
+    for of_set in of_shift:
+        shift, sums = merged[of_set][0], merged[of_set][1:]
+        absent = sums[0] == 0
         top = shard.max(torch.where(absent, -torch.inf, shift))
         top = torch.where(top == -torch.inf, 0, top)
-        sums = torch.where(absent, 0, sums * (shift - top).exp2())
-        shift = top
-    return torch.stack((shift, shard.sum(sums.contiguous())), 1).flatten(0, 1)
+        sums.copy_(torch.where(absent, 0, sums * (shift - top).exp2()))
+        shift.copy_(top)
+    sums = [k for of_set in sets_of(len(state)) for k in range(of_set.start + 1, of_set.stop)]
+    merged[sums] = shard.sum(merged[sums])
+    return merged
+
+
+def sets_of(rows: int) -> list[slice]:
+    """The rows of a state for each set of pairs: a shift, then sums. The last set may be a
+    teacher's, with two sums."""
+    taught = 3 * (rows % 2)
+    sets = [slice(start, start + 2) for start in range(0, rows - taught, 2)]
+    return [*sets, slice(rows - 3, rows)] if taught else sets
 
 
 class RowWeighing(NamedTuple):

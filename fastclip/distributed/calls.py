@@ -18,7 +18,8 @@ from torch import Tensor
 from ..engine.autograd import refuse_forward_mode
 from ..engine.backends import choose
 from ..engine.block import NO_POSITIVES
-from ..engine.checks import budget_of, check_contrast, check_features, check_live, scalar
+from ..engine.checks import budget_of, check_features, check_live, scalar
+from ..engine.contrast_checks import check_contrast
 from ..engine.dtypes import product_dtype
 from ..engine.fused_loss import LossInputs, LossOptions
 from ..engine.line_formulas import Request
@@ -55,6 +56,8 @@ class ContrastCall(NamedTuple):
     rows: bool
     columns: bool
     means: bool
+    teaches: bool  # targets are given
+    guided: bool  # a guide is given
     of_itself: bool  # y is x
     kind: str
     above: float | None
@@ -95,7 +98,7 @@ def begin_contrast(
 ) -> tuple[StatisticsInputs, StatisticsTask]:
     """Checks the arguments of `contrast` and agrees with the other ranks.
 
-    given: x, y, scale, bias, key_bias, ids, margin, labels.
+    given: x, y, scale, bias, key_bias, and a `Given`.
     """
     inputs, task, must_match = _or_announce(checked_contrast, given, process_group, call)
     shard = agree_on_sides(
@@ -155,19 +158,18 @@ def checked_loss(
 def checked_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> CheckedContrast:
-    x, y, *others, labels = given
-    y, scale, bias, ids, margin = check_contrast(
-        x, None if call.of_itself else y, *others, labels, offset=call.offset,
-        same_id=call.same_id, rows=call.rows, columns=call.columns, kind=call.kind,
-        above=call.above, may_be_empty=call.uneven,
+    x, y, logit_scale, logit_bias, key_bias, others = given
+    y, scale, bias, beside = check_contrast(
+        x, None if call.of_itself else y, logit_scale, logit_bias, key_bias, others,
+        offset=call.offset, same_id=call.same_id, rows=call.rows, columns=call.columns,
+        kind=call.kind, above=call.above, may_be_empty=call.uneven,
     )  # fmt: skip
-    key_bias = others[2]
     dtype = call.dtype or product_dtype(x, y)
     request = request_of(call)
     must_match: dict[str, int | torch.dtype] = {
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
-        "ids": int(ids is not None), "labels": int(labels is not None),
-        "false_negative_margin": int(margin is not None), "offset=None": int(call.offset is None),
+        **{name: int(getattr(beside, field) is not None) for name, field in _OPTIONAL.items()},
+        "guide": int(beside.guided), "offset=None": int(call.offset is None),
         "rows": int(request.rows), "columns": int(request.columns), "means": int(request.means),
         "same_id": int(request.same_id_positive), "y=None": int(request.of_itself),
         "logit_bias": int(bias is not None), "dtype of products": dtype,
@@ -176,20 +178,30 @@ def checked_contrast(
         must_match[f"above (here {call.above})"] = zlib.crc32(repr(float(call.above)).encode())
     if call.loss:
         must_match[f"loss with its options (here {call.loss})"] = zlib.crc32(call.loss.encode())
-    engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
+    if beside.target_x is not None:
+        must_match["width of targets"] = beside.target_x.shape[1]
+    has_targets = beside.target_x is not None
+    engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind, has_targets)
     budget = budget_of(call.memory_budget, x.device)
     options = StatisticsOptions(engine, dtype, call.normalize, budget, call.above, request)
     offset = NO_POSITIVES if call.offset is None else call.offset
-    task = StatisticsTask(
-        options, ids, labels, margin, offset, call.kind, PLACEHOLDER_SHARD, call.ring
-    )
+    task = StatisticsTask(options, beside, offset, call.kind, PLACEHOLDER_SHARD, call.ring)
     return CheckedContrast(StatisticsInputs(x, y, scale, bias, key_bias), task, must_match)
 
 
 def request_of(call: ContrastCall) -> Request:
     columns = bool(call.columns) and not call.of_itself
     positive = call.same_id == "positive"
-    return Request(bool(call.rows), columns, positive, bool(call.means), call.of_itself)
+    return Request(
+        bool(call.rows), columns, positive, bool(call.means), call.teaches, call.of_itself
+    )
+
+
+# What ranks must have in common: that each of these is given.
+_OPTIONAL = {
+    "ids": "ids", "labels": "labels", "false_negative_margin": "margin", "limits": "limits",
+    "targets": "target_scale",
+}  # fmt: skip
 
 
 # Stands in a task for the shard until the ranks have agreed.
@@ -197,11 +209,12 @@ PLACEHOLDER_SHARD = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)
 
 
 def engine_of(
-    backend: str | None, x: Tensor, y: Tensor, ranks: int, dtype: torch.dtype, kind: str
-) -> str:
+    backend: str | None, x: Tensor, y: Tensor, ranks: int, dtype: torch.dtype, kind: str,
+    targets: bool = False,
+) -> str:  # fmt: skip
     """The engine for this rank's rows by all ranks' columns, assuming ranks of one size."""
     logits = x.shape[0] * y.shape[0] * ranks
-    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind)
+    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind, targets)
     if engine == "reference":
         raise ValueError("backend must be an engine across ranks, got the dense 'reference'")
     return engine

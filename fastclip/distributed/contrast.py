@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engine.beside import Given
 from ..engine.compile_marks import no_compile
 from ..kinds import LineStatistics
 from .calls import ContrastCall, begin_contrast
@@ -32,6 +33,9 @@ def contrast(
     means: bool = False,
     kind: str = "softmax",
     above: float | None = None,
+    targets: tuple[Tensor, Tensor, Tensor | float] | None = None,
+    guide: tuple[Tensor, Tensor] | Tensor | None = None,
+    limits: Tensor | None = None,
     normalize: bool = False,
     process_group: dist.ProcessGroup | None = None,
     ring: bool = False,
@@ -59,6 +63,8 @@ def contrast(
         ids: (x_ids (m), y_ids (n)) of this rank's lines. They are compared across ranks.
         false_negative_margin: applies to a rank's lines with its own positives and margin.
         key_bias: (n), for this rank's columns. Its gradient is the sum over all ranks.
+        targets, guide: (m, D'), (n, D'), of this rank's rows and columns. The columns' are
+            gathered, also with `ring`. limits: (m).
         process_group, ring, uneven: as in `clip_loss`. With `uneven` a rank may have no rows, no
             columns, or neither.
         logit_scale, logit_bias, same_id, rows, columns, means, kind, above, normalize: the same on
@@ -77,10 +83,13 @@ def contrast(
 
     Raises, on every rank: as `fastclip.contrast`, and ValueError and RuntimeError as `clip_loss`.
     """
-    given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels)
+    given = (
+        x, y, logit_scale, logit_bias, key_bias,
+        Given(ids, false_negative_margin, labels, targets, guide, limits),
+    )  # fmt: skip
     call = ContrastCall(
-        offset, same_id, rows, columns, means, y is None, kind, above, normalize, ring, uneven,
-        backend, memory_budget,
+        offset, same_id, rows, columns, means, targets is not None, guide is not None, y is None,
+        kind, above, normalize, ring, uneven, backend, memory_budget,
     )  # fmt: skip
     return contrast_of(given, process_group, call)
 

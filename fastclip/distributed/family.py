@@ -7,9 +7,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..formulas.distill import distill
 from ..formulas.info_nce import InfoNCE
 from ..formulas.info_nce import info_nce as _info_nce
 from ..formulas.nt_xent import nt_xent
+from ..formulas.ranking import ranking
 from ..formulas.supcon import supcon
 from ..formulas.world import Reduction
 from .world import described, world_of_ranks
@@ -96,3 +98,66 @@ def nt_xent_loss(
     loss = described("nt_xent_loss", decoupled=decoupled, weights=weights, reduction=reduction)
     world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
     return nt_xent(world, x1, x2, logit_scale, decoupled, Reduction(reduction, weights))
+
+
+def ranking_loss(
+    x: Tensor,  # (n, D)
+    y: Tensor,  # (n, D)
+    *,
+    margin: float = 0.2,
+    hardest: bool = False,
+    symmetric: bool = True,
+    ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    weights: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    process_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+    uneven: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Returns this rank's share of `fastclip.loss.ranking_loss` of all ranks' pairs.
+
+    Args, Raises: as there, and process_group, ring and uneven as in `clip_loss`. With `hardest`
+    the other side's features are gathered, of both sides if `symmetric`, also with `ring`.
+    """
+    loss = described(
+        "ranking_loss", margin=margin, hardest=hardest, symmetric=symmetric, ids=ids,
+        weights=weights, reduction=reduction,
+    )  # fmt: skip
+    world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
+    return ranking(
+        world, x, y, margin, hardest, symmetric, ids, normalize, Reduction(reduction, weights)
+    )
+
+
+def distill_loss(
+    x: Tensor,  # (n, D)
+    y: Tensor,  # (n, D)
+    logit_scale: Tensor | float,
+    teacher_x: Tensor,  # (n, D')
+    teacher_y: Tensor,  # (n, D')
+    teacher_scale: Tensor | float,
+    *,
+    symmetric: bool = True,
+    weights: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    process_group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+    uneven: bool = False,
+    backend: str | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Returns this rank's share of `fastclip.loss.distill_loss` of all ranks' features.
+
+    Args, Raises: as there, and process_group, ring and uneven as in `clip_loss`. The teacher's
+    columns are gathered, also with `ring`.
+    """
+    loss = described("distill_loss", symmetric=symmetric, weights=weights, reduction=reduction)
+    world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
+    return distill(
+        world, x, y, logit_scale, teacher_x, teacher_y, teacher_scale, symmetric,
+        Reduction(reduction, weights),
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..engine import pairs
 from ..engine.autograd import cast, differentiates, refuse_second_derivative, scalar_like
+from ..engine.beside import Beside
 from ..engine.block import Block, Side, Upstream
 from ..engine.dtypes import state_dtype
 from ..engine.group_sums import Groups
@@ -49,9 +50,7 @@ class StatisticsTask(NamedTuple):
     """All that a call of `distributed.contrast` needs beside the differentiable inputs."""
 
     options: StatisticsOptions
-    ids: tuple[Tensor, Tensor] | None
-    labels: Tensor | None
-    margin: Tensor | None
+    beside: Beside
     offset: int
     kind: str
     shard: Shard  # the shard of columns
@@ -64,22 +63,22 @@ def sharded_statistics(inputs: StatisticsInputs, task: StatisticsTask) -> LineSt
         found = _ShardedStatistics.apply(*inputs, task)
     else:
         row = row_of(own_of(inputs, task), task)
-        found, *_ = forward(inputs, row, task.labels, task.options, budget=0)
+        found, *_ = forward(inputs, row, task.beside.labels, task.options, budget=0)
     return wanted_statistics(found, task.options.request)
 
 
 def own_of(inputs: StatisticsInputs, task: StatisticsTask) -> Block:
     """The block of own rows and own columns, without ids."""
-    own = block_of(inputs, None, task.margin, task.offset, task.labels, task.kind, task.options)
+    own = block_of(inputs, task.beside._replace(ids=None), task.offset, task.kind, task.options)
     # Ids and labels are compared across ranks, see `row_of`.
     return own._replace(x=own.x._replace(ids=None), y=own.y._replace(ids=None))
 
 
 def row_of(own: Block, task: StatisticsTask) -> BlockRow:
-    options, ids = task.options, task.ids
-    if task.labels is not None and ids is None:
-        columns = torch.arange(own.sizes()[1], device=task.labels.device) + task.shard.start
-        ids = (task.labels + task.shard.start, columns)
+    options, (ids, _, labels, *_) = task.options, task.beside
+    if labels is not None and ids is None:
+        columns = torch.arange(own.sizes()[1], device=labels.device) + task.shard.start
+        ids = (labels + task.shard.start, columns)
     if ids is not None:
         ids_x, ids_y = (side.to(torch.int64) for side in ids)
         own = own._replace(x=own.x._replace(ids=ids_x), y=own.y._replace(ids=ids_y))
@@ -96,7 +95,7 @@ def columns_of(m: int, n: int, task: StatisticsTask) -> Gathered | Ring:
     if task.ring:
         return Ring(task.shard)
     # One offset serves all columns if every row or no row has its positive on this rank.
-    some = with_positive(m, n, task.offset) if task.labels is None else 0
+    some = with_positive(m, n, task.offset) if task.beside.labels is None else 0
     return Gathered(task.shard, apart=task.shard.world_size > 1 and 0 < some < m)
 
 
@@ -182,11 +181,11 @@ class _ShardedStatistics(torch.autograd.Function):
         inputs = StatisticsInputs(*tensors)
         row = row_of(own_of(inputs, task), task)
         found, swept, levels = forward(
-            inputs, row, task.labels, task.options, task.options.memory_budget
+            inputs, row, task.beside.labels, task.options, task.options.memory_budget
         )
         ctx.row, ctx.options, ctx.found = row.without_tensors(), task.options, len(found)
         of_sweep = swept.state, swept.positive, *swept.kept
-        ctx.save_for_backward(*inputs, *row.tensors, task.labels, levels, *found, *of_sweep)
+        ctx.save_for_backward(*inputs, *row.tensors, task.beside.labels, levels, *found, *of_sweep)
         return found
 
     @staticmethod

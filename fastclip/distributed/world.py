@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engine.beside import Given
 from ..engine.compile_marks import no_compile
 from ..formulas.world import Batch, World
 from ..kinds import LineStatistics
@@ -34,12 +35,14 @@ def world_of_ranks(
         labels: Tensor | None = None, ids: Any = None, same_id: str = "ignore",
         false_negative_margin: Tensor | float | None = None, key_bias: Tensor | None = None,
         rows: bool = True, columns: bool = True, means: bool = False, kind: str = "softmax",
-        above: float | None = None,
+        above: float | None = None, targets: Any = None, guide: Any = None,
+        limits: Tensor | None = None,
     ) -> LineStatistics:  # fmt: skip
-        given = (x, y, logit_scale, logit_bias, key_bias, ids, false_negative_margin, labels)
+        others = Given(ids, false_negative_margin, labels, targets, guide, limits)
+        given = (x, y, logit_scale, logit_bias, key_bias, others)
         call = ContrastCall(
-            offset, same_id, rows, columns, means, y is None, kind, above, normalize, ring,
-            uneven, backend, memory_budget, loss,
+            offset, same_id, rows, columns, means, targets is not None, guide is not None,
+            y is None, kind, above, normalize, ring, uneven, backend, memory_budget, loss,
         )  # fmt: skip
         return contrast_of(given, process_group, call)
 

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kinds import kind_of
-from .autograd import is_traced, refuse_forward_mode
 from .dtypes import FLOATING
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -56,13 +54,13 @@ def check_sides(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
 
 
 def _check_one(name: str, features: Tensor, shape: str) -> None:
-    _check_tensor(name, features)
+    check_tensor(name, features)
     if type(features) is not Tensor and type(features).__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: pass {name}.to_local() or "
             f"{name}.full_tensor()"
         )
-    _check_floating(name, features)
+    check_floating(name, features)
     if features.dim() != 2:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(features.shape)}")
 
@@ -95,9 +93,9 @@ def check_ids(
         got = f"{len(ids)} of them" if isinstance(ids, Sequence) else type(ids).__name__
         raise TypeError(f"ids must be a pair of tensors (x_ids, y_ids), got {got}")
     for name, own, features in zip(("x_ids", "y_ids"), ids, (x, y), strict=True):
-        _check_tensor(name, own)
-        _check_integers(name, own)
-        _check_vector(name, own, "an id for each row of the features", features)
+        check_tensor(name, own)
+        check_integers(name, own)
+        check_vector(name, own, "an id for each row of the features", features)
     return ids[0], ids[1]
 
 
@@ -105,27 +103,27 @@ def check_key_bias(key_bias: Tensor | None, y: Tensor) -> None:
     """Checks a bias for each column."""
     if key_bias is None:
         return
-    _check_tensor("key_bias", key_bias)
-    _check_floating("key_bias", key_bias)
-    _check_vector("key_bias", key_bias, "a bias for each column", y)
+    check_tensor("key_bias", key_bias)
+    check_floating("key_bias", key_bias)
+    check_vector("key_bias", key_bias, "a bias for each column", y)
 
 
-def _check_tensor(name: str, value: Tensor) -> None:
+def check_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def _check_integers(name: str, value: Tensor) -> None:
+def check_integers(name: str, value: Tensor) -> None:
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {value.dtype}")
 
 
-def _check_floating(name: str, value: Tensor) -> None:
+def check_floating(name: str, value: Tensor) -> None:
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
 
 
-def _check_vector(name: str, vector: Tensor, rule: str, features: Tensor) -> None:
+def check_vector(name: str, vector: Tensor, rule: str, features: Tensor) -> None:
     """Checks that a vector has a number for each of the features, on their device."""
     lines = features.shape[0]
     if vector.shape != (lines,):
@@ -168,9 +166,9 @@ def check_weights(weights: Tensor | None, x: Tensor) -> None:
     """Checks the weights of the losses of rows."""
     if weights is None:
         return
-    _check_tensor("weights", weights)
-    _check_floating("weights", weights)
-    _check_vector("weights", weights, "a weight for each row of the features", x)
+    check_tensor("weights", weights)
+    check_floating("weights", weights)
+    check_vector("weights", weights, "a weight for each row of the features", x)
 
 
 def check_offset(offset: int | None) -> None:
@@ -178,101 +176,6 @@ def check_offset(offset: int | None) -> None:
         raise TypeError(f"offset must be an int or None, got {type(offset).__name__}")
     if offset is not None and not -LARGEST_OFFSET <= offset <= LARGEST_OFFSET:
         raise ValueError(f"offset must be within 2^62 of 0, got {offset}")
-
-
-def check_labels(
-    labels: Tensor | None, ids: tuple[Tensor, Tensor] | None, offset: int | None, x: Tensor,
-    y: Tensor,
-) -> None:  # fmt: skip
-    """Checks the columns of the rows' own positives. Values are checked on CPUs only: reading them
-    elsewhere would wait for the device."""
-    if labels is None:
-        return
-    _check_tensor("labels", labels)
-    _check_integers("labels", labels)
-    _check_vector("labels", labels, "a column for each row of the features", x)
-    if offset != 0:
-        raise ValueError(f"labels take the place of offset, which must be 0, got {offset}")
-    # A fake tensor is a subclass.
-    if labels.device.type != "cpu" or is_traced() or type(labels) is not Tensor:
-        return
-    if labels.numel() == 0:
-        return
-    least, most = labels.aminmax()
-    if least < 0 or most >= y.shape[0]:
-        raise ValueError(
-            f"labels must be columns, 0 <= label < {y.shape[0]}, got {int(least)} to {int(most)}"
-        )
-    if ids is not None and (wrong := (ids[0] != ids[1][labels.long()]).nonzero()).numel():
-        row = int(wrong[0])
-        raise ValueError(
-            "a row and the key of its label must have one id, got "
-            f"{int(ids[0][row])} and {int(ids[1][labels[row]])} in row {row}"
-        )
-
-
-def check_above(above: float | None, kind: str, same_id: str, of_itself: bool) -> None:
-    """Checks the distance of levels above own positives, which a kind with levels needs."""
-    if not kind_of(kind).has_levels:
-        if above is not None:
-            raise ValueError(f"above must be None for kind {kind!r}, got {above!r}")
-        return
-    if above is None:
-        raise ValueError(f"kind {kind!r} needs above, the distance of levels above own positives")
-    check_number("above", above)
-    if same_id == "positive" or of_itself:
-        raise ValueError(
-            f"kind {kind!r} needs own positives alone: same_id must be 'ignore' and y be given"
-        )
-
-
-def _check_one_set(
-    offset: int | None, labels: Tensor | None, margin: Tensor | float | None,
-    key_bias: Tensor | None, rows: bool,
-) -> None:  # fmt: skip
-    """Checks the options of a block of one set of features against itself."""
-    absent = {"labels": labels, "false_negative_margin": margin, "key_bias": key_bias}
-    for name, value in absent.items():
-        if value is not None:
-            raise ValueError(f"{name} must be None without y: no row has a positive of its own")
-    if offset != 0 or not rows:
-        raise ValueError(
-            "without y the own pairs are left out and only rows are returned: offset must be 0 and "
-            f"rows True, got {offset} and {rows}"
-        )
-
-
-def check_contrast(
-    x: Tensor, y: Tensor | None, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
-    key_bias: Tensor | None, ids: tuple[Tensor, Tensor] | Tensor | None,
-    margin: Tensor | float | None, labels: Tensor | None, *, offset: int | None, same_id: str,
-    rows: bool, columns: bool, kind: str, above: float | None = None, may_be_empty: bool = False,
-) -> tuple[
-    Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None
-]:  # fmt: skip
-    """Checks the arguments of `contrast`, except backend and memory_budget; returns y, scale, bias,
-    ids and margin."""
-    check_offset(offset)
-    check_above(above, kind, same_id, y is None)
-    if y is None:
-        _check_one_set(offset, labels, margin, key_bias, rows)
-        # An autograd Function needs distinct tensor objects; all of the gradient is x's.
-        y = x.detach() if isinstance(x, Tensor) else x
-        ids = (ids, ids) if isinstance(ids, Tensor) else ids
-    elif y is x:
-        y = y.view_as(y)
-    check_sides(x, y, may_be_empty)
-    ids = check_ids(ids, same_id, x, y)
-    check_labels(labels, ids, offset, x, y)
-    check_key_bias(key_bias, y)
-    if not (rows or columns):
-        raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
-    scale = scalar("logit_scale", logit_scale, x)
-    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
-    if margin is not None:
-        margin = scalar("false_negative_margin", margin, x).detach()
-    refuse_forward_mode(x, y, scale, bias, key_bias)
-    return y, scale, bias, ids, margin
 
 
 def scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ def dense_contrast(
     means: bool = False,
     kind: str = "softmax",
     above: float | None = None,
+    targets: tuple[Tensor, Tensor, Tensor | float] | None = None,
+    guide: tuple[Tensor, Tensor] | Tensor | None = None,
+    limits: Tensor | None = None,
     normalize: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
@@ -40,7 +43,8 @@ def dense_contrast(
     ids = (ids, ids) if isinstance(ids, Tensor) else ids
     columns = columns and not of_itself
     logits = dense_logits(x, y, logit_scale, logit_bias, normalize)
-    t = dense_logits(x.detach(), y.detach(), 1.0, None, normalize)
+    compared = (x, y) if guide is None else (guide, guide) if isinstance(guide, Tensor) else guide
+    t = dense_logits(*(side.detach() for side in compared), 1.0, None, normalize)
     if key_bias is not None:
         logits = logits + key_bias.to(logits.dtype)
     m, n = logits.shape
@@ -63,6 +67,9 @@ def dense_contrast(
     found = kind_of(kind)
     positives = torch.where(own, logits, 0).sum(1)
     positives = torch.where(own.any(1), positives, torch.nan).double()
+    if limits is not None:
+        by_row = by_row & ~(t > limits[:, None])
+        by_column = by_column & ~(t > limits) if of_itself else by_column
     levels: list[Tensor | None] = [None, None]
     if found.has_levels:
         # A line without an own positive has an infinite level.
@@ -84,6 +91,17 @@ def dense_contrast(
         by_id = [_statistic(found, sign * logits, positive, dim) for dim in (1, 0)]
         statistics = statistics._replace(
             row_positives=by_id[0] if rows else None, column_positives=by_id[1] if columns else None
+        )
+    if targets is not None:
+        teacher = dense_logits(
+            *(side.detach() for side in targets[:2]), targets[2], None, normalize
+        )
+        expected = [
+            (teacher.double().softmax(dim) * logits.double()).sum(dim) if wanted else None
+            for dim, wanted in ((1, rows), (0, columns))
+        ]
+        statistics = statistics._replace(
+            row_expectations=expected[0], column_expectations=expected[1]
         )
     if not means:
         return statistics

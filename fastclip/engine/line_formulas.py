@@ -27,6 +27,7 @@ class Request(NamedTuple):
     columns: bool
     same_id_positive: bool
     means: bool
+    teaches: bool  # there are targets: expectations of the logits
     # y is x: pairs of a feature with itself do not count, and the columns are the rows.
     of_itself: bool
 
@@ -41,6 +42,8 @@ def names_of(request: Request) -> tuple[str, ...]:
         names += ("row_means", "column_means")
     if request.means and request.same_id_positive:
         names += ("row_positive_means", "column_positive_means")
+    if request.teaches:
+        names += ("row_expectations", "column_expectations")
     return names
 
 
@@ -70,9 +73,18 @@ class States(NamedTuple):
     sums: Tensor  # (L)
 
 
+class Taught(NamedTuple):
+    """The state of lines for a teacher's weights of all pairs."""
+
+    shift: Tensor  # (L), in log2 units
+    sums: Tensor  # (L): of the weights
+    sums_t: Tensor  # (L): of the weights times t
+
+
 def states_of(state: Tensor) -> list[States]:
-    """Splits a state into that of negatives and, if it has four rows, of positives by id."""
-    return [States(*one) for one in state.unflatten(0, (-1, 2))]
+    """Splits a state into that of negatives and, if it has one, that of positives by id."""
+    sets = state[: len(state) - 3 * (len(state) % 2)]
+    return [States(*one) for one in sets.unflatten(0, (-1, 2))]
 
 
 def statistic(kind: type[Kind], states: States) -> Tensor:
@@ -111,6 +123,10 @@ def statistics_from_states(
             found[2] = line_means.labelled_logits(means.pop())
         for of_lines in means:
             found += [of_lines[:m], of_lines[m:]]
+    if request.teaches:
+        _, sums, sums_t = Taught(*state[-3:])
+        expected = block.scale.reshape(()).to(dtype) * (sums_t / sums) + common
+        found += [expected[:m], expected[m:]]
     return tuple(found)
 
 
@@ -225,6 +241,11 @@ def upstream_of(
         coefficients.append(of_lines)
         share = torch.where(own.exists & (not request.of_itself), share, 0)
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
+    if request.teaches:
+        of_lines = torch.cat((given.row_expectations, given.column_expectations))
+        every.append(of_lines)
+        coefficients.append(of_lines / Taught(*state[-3:]).sums)
+        total = total + of_lines.sum()
     if of_means is not None:
         of_own = of_own + of_means.own
         total = total + of_means.own.sum()

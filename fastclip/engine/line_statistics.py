@@ -26,6 +26,7 @@ from .autograd import (
     with_inputs,
     without_inputs,
 )
+from .beside import Beside
 from .block import NO_POSITIVES, Block, Side, SweepResults, Wanted
 from .dtypes import accumulation_dtype, state_dtype
 from .kept import KEPT_BY
@@ -80,25 +81,52 @@ class Lines(NamedTuple):
 
 
 def block_of(
-    inputs: StatisticsInputs, ids: tuple[Tensor, Tensor] | None, margin: Tensor | None, offset: int,
-    labels: Tensor | None, kind: str, options: StatisticsOptions,
-) -> Block:  # fmt: skip
-    """The block of the inputs, without gradients. With labels (M), the columns of the rows' own
-    positives, ids keep these pairs out of the negatives."""
+    inputs: StatisticsInputs, beside: Beside, offset: int, kind: str, options: StatisticsOptions
+) -> Block:
+    """The block of the inputs, without gradients. With labels, ids keep the labelled pairs out of
+    the negatives."""
     with torch.no_grad():
         x, y = (side_of(t, options.dtype, options.normalize) for t in inputs[:2])
+        ids, labels = beside.ids, beside.labels
         if labels is not None:
             ids = ids or (labels, torch.arange(y.features.shape[0], device=labels.device))
             offset = NO_POSITIVES
         if ids is not None:
             codes = pairs.codes_of(*ids)
             x, y = x._replace(ids=codes[0]), y._replace(ids=codes[1])
-        if margin is not None:
-            limits = pairs.thresholds(x, y, offset, labels, margin)
+        compared = x, y
+        if beside.target_x is not None:
+            targets = [
+                side_of(t, options.dtype, options.normalize)
+                for t in (beside.target_x, beside.target_y)
+            ]
+            compared = targets if beside.guided else compared
+            x, y = (
+                side._replace(target=target.features, target_factor=target.factor)
+                for side, target in zip((x, y), targets, strict=True)
+            )
+        limits = _limits(compared, beside, offset, options.request)
+        if limits is not None:
             x, y = x._replace(threshold=limits[0]), y._replace(threshold=limits[1])
-        bias = bias_of(inputs.bias, kind)
-        positive = options.request.same_id_positive
-        return Block(x, y, inputs.scale, bias, inputs.key_bias, None, offset, kind, positive)
+        bias, positive = bias_of(inputs.bias, kind), options.request.same_id_positive
+        return Block(
+            x, y, inputs.scale, bias, inputs.key_bias, beside.target_scale, offset, kind, positive,
+            beside.guided,
+        )  # fmt: skip
+
+
+def _limits(
+    compared: Sequence[Side], beside: Beside, offset: int, request: Request
+) -> tuple[Tensor, Tensor] | None:
+    """The thresholds of rows and of columns, for the similarities of two sides."""
+    if beside.margin is not None:
+        return pairs.thresholds(*compared, offset, beside.labels, beside.margin)
+    if beside.limits is None:
+        return None
+    of_rows = beside.limits.to(accumulation_dtype(compared[0].features))
+    if request.of_itself:
+        return of_rows, of_rows.clone()
+    return of_rows, of_rows.new_full((compared[1].features.shape[0],), torch.inf)
 
 
 def line_statistics(
@@ -165,8 +193,8 @@ def _save(
 ) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = options
-    ctx.block_options = block.offset, block.kind, block.same_id_positive
-    ctx.save_for_backward(*inputs, *block.x, *block.y, *lines[1:], *output)
+    ctx.block_options = block.offset, block.kind, block.same_id_positive, block.guided
+    ctx.save_for_backward(*inputs, *block.x, *block.y, block.target_scale, *lines[1:], *output)
 
 
 def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
@@ -179,8 +207,8 @@ def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
     for _ in range(2):
         sides.append(Side(*saved[: len(Side._fields)]))
         saved = saved[len(Side._fields) :]
-    block = Block(*sides, inputs.scale, None, None, None, *ctx.block_options)
-    labels, levels, *output = saved
+    target_scale, labels, levels, *output = saved
+    block = Block(*sides, inputs.scale, None, None, target_scale, *ctx.block_options)
     with torch.no_grad():
         block = with_inputs(block, *inputs[2:])
         lines = Lines(None, labels, levels)

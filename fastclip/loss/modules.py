@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import distributed
 from .info_nce import info_nce
 from .nt_xent import nt_xent_loss
+from .ranking import ranking_loss
 from .supcon import supcon_loss
 
 
@@ -127,6 +128,38 @@ class SupConLoss(_Loss):
         return self._call(
             supcon_loss, features, labels, logit_scale, decoupled=self.decoupled, weights=weights
         )
+
+
+class RankingLoss(_Loss):
+    """`fastclip.loss.ranking_loss` as a module. Its keyword options beside margin, hardest and
+    symmetric are those of every loss: normalize, reduction, backend, memory_budget, across_ranks,
+    process_group, ring, uneven."""
+
+    def __init__(
+        self,
+        *,
+        margin: float = 0.2,
+        hardest: bool = False,
+        symmetric: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.margin = margin
+        self.hardest = hardest
+        self.symmetric = symmetric
+
+    def forward(
+        self,
+        x: Tensor,  # (N, D)
+        y: Tensor,  # (N, D)
+        *,
+        ids: tuple[Tensor, Tensor] | Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        return self._call(
+            ranking_loss, x, y, margin=self.margin, hardest=self.hardest,
+            symmetric=self.symmetric, ids=ids, weights=weights,
+        )  # fmt: skip
 
 
 class NTXentLoss(_Loss):

@@ -65,12 +65,17 @@ def takes_loss(
 def takes_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> bool:
-    x, y, scale, bias, key_bias, ids, margin, labels = given
+    x, y, scale, bias, key_bias, (ids, margin, labels, targets, guide, limits) = given
+    guide = (guide, guide) if isinstance(guide, Tensor) else guide
+    beside = (*(targets or ()), *(guide or ()), limits)
     pair = () if ids is None else (ids, ids) if isinstance(ids, Tensor) else ids
     return (
         not call.uneven
         and _is_plain_tensor(x, False) and _is_plain_tensor(y, call.of_itself)
         and _is_plain_tensor(key_bias) and _is_plain_tensor(labels)
+        and all(isinstance(t, (tuple, list, type(None))) for t in (targets, guide))
+        and len(targets or (0,) * 3) == 3 and len(guide or (0,) * 2) == 2
+        and all(_is_scalar(t) for t in beside)
         and scale is not None and _is_scalar(scale) and _is_scalar(bias) and _is_scalar(margin)
         and _is_group(process_group)
         and isinstance(pair, (tuple, list)) and len(pair) in (0, 2)
@@ -110,7 +115,8 @@ def _trace(
     engine = ""
     if x.dim() == y.dim() == 2:
         try:
-            engine = engine_of(call.backend, x, y, ranks, dtype, call.kind)
+            targets = isinstance(call, ContrastCall) and (call.teaches or call.guided)
+            engine = engine_of(call.backend, x, y, ranks, dtype, call.kind, targets)
         except (TypeError, ValueError):
             engine = ""
     needs = [t is not None and t.requires_grad for t in inputs]
@@ -144,13 +150,19 @@ def traced_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> LineStatistics:
     """`distributed.contrast`, as an operator."""
-    x, y, scale, bias, key_bias, ids, margin, labels = given
+    x, y, scale, bias, key_bias, (ids, margin, labels, targets, guide, limits) = given
     y = x.detach() if call.of_itself else y
     ids = (ids, ids.clone()) if isinstance(ids, Tensor) else ids
     scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
     margin = _tensor("false_negative_margin", margin, x)
     margin = None if margin is None else margin.detach()
     x_ids, y_ids = (None, None) if ids is None else ids
+    beside: tuple[Tensor | None, ...] = (None, None, None)
+    if targets is not None:
+        beside = (*(t.detach() for t in targets[:2]), _tensor("targets: scale'", targets[2], x))
+    elif guide is not None:
+        guide = (guide, guide.clone()) if isinstance(guide, Tensor) else guide
+        beside = (*(t.detach() for t in guide), None)
     dtype = product_dtype(x, y)
     inputs = x, y, scale, bias, key_bias
     options = call._replace(
@@ -159,6 +171,6 @@ def traced_contrast(
     )  # fmt: skip
     trace = _trace(inputs, process_group, call, dtype)
     found = torch.ops.fastclip.rank_contrast(
-        *inputs, x_ids, y_ids, margin, labels, *options, *trace
+        *inputs, x_ids, y_ids, margin, *beside, limits, labels, *options, *trace
     )
     return wanted_statistics(found, request_of(options))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...engine.beside import Beside, Given
 from ...engine.block import NO_POSITIVES, Block
 from ...engine.dtypes import state_dtype
 from ...engine.kept import KEPT_BY
@@ -35,12 +36,16 @@ from .shards import check_ranks, exchanged_needs, pretended_shard, rebuilt_shard
 
 # The fields of `ContrastCall`, in its order.
 _SCHEMA = (
-    "int? offset, str same_id, bool rows, bool columns, bool means, bool of_itself, str kind,"
-    " float? above, bool normalize, bool ring, bool uneven, str? backend, int? memory_budget,"
+    "int? offset, str same_id, bool rows, bool columns, bool means, bool teaches, bool guided,"
+    " bool of_itself, str kind, float? above, bool normalize, bool ring, bool uneven, str? backend,"
+    " int? memory_budget,"
     " str loss, ScalarType dtype"
 )
 _INPUTS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? key_bias"
-_OTHERS = "Tensor? x_ids, Tensor? y_ids, Tensor? margin, Tensor? labels"
+_OTHERS = (
+    "Tensor? x_ids, Tensor? y_ids, Tensor? margin, Tensor? x_target, Tensor? y_target,"
+    " Tensor? target_scale, Tensor? limits, Tensor? labels"
+)
 
 
 def _contrast_results(inputs: StatisticsInputs, task: StatisticsTask, trace: Trace) -> list[Tensor]:
@@ -49,13 +54,12 @@ def _contrast_results(inputs: StatisticsInputs, task: StatisticsTask, trace: Tra
     # The shapes of kept products would depend on the rank's number if columns visit apart.
     apart = not task.ring and row.columns.apart
     budget = task.options.memory_budget if trace.saves and not apart else 0
-    found, swept, levels = sharded_statistics.forward(
-        inputs, row, task.labels, task.options, budget
-    )
+    labels = task.beside.labels
+    found, swept, levels = sharded_statistics.forward(inputs, row, labels, task.options, budget)
     found = separate_memory(found)
     if not trace.saves:
         return found
-    beside = gathered_tensors(_with_codes_apart(row.block), _without_margin(own))
+    beside = gathered_tensors(_with_codes_apart(row.block), _without_beside(own))
     kept = () if apart else swept.kept
     levels = swept.state.new_empty(0) if levels is None else levels
     needs = exchanged_needs(task.shard)
@@ -70,15 +74,22 @@ def _with_codes_apart(block: Block) -> Block:
     return block._replace(x=x._replace(ids=x.ids.clone()), y=y._replace(ids=y.ids.clone()))
 
 
-def _without_margin(own: Block) -> Block:
-    return own._replace(x=own.x._replace(threshold=None), y=own.y._replace(threshold=None))
+def _without_beside(own: Block) -> Block:
+    """The block as the backward makes it: from the inputs alone."""
+    x, y = (side._replace(threshold=None, target=None, target_factor=None) for side in own[:2])
+    return own._replace(x=x, y=y, target_scale=None)
 
 
 def _given(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], ContrastCall, Trace]:
     """Splits the arguments after the inputs into ids, margin and labels, the options, the trace."""
-    x_ids, y_ids, margin, labels, *rest = arguments
-    call, trace = split(ContrastCall, rest)
-    return (None if x_ids is None else (x_ids, y_ids), margin, labels), call, trace
+    x_ids, y_ids, margin, *targets, limits, labels = arguments[: _OTHERS.count(",") + 1]
+    call, trace = split(ContrastCall, arguments[_OTHERS.count(",") + 1 :])
+    given = Given(None if x_ids is None else (x_ids, y_ids), margin, labels, limits=limits)
+    if targets[2] is not None:
+        given = given._replace(targets=tuple(targets))
+    if call.guided:
+        given = given._replace(guide=tuple(targets[:2]))
+    return given, call, trace
 
 
 def _rank_contrast(*arguments: Any) -> list[Tensor]:
@@ -87,7 +98,7 @@ def _rank_contrast(*arguments: Any) -> list[Tensor]:
     check_ranks(trace)
     inputs = leaves(arguments[:count], trace.needs)
     with torch.set_grad_enabled(trace.saves):
-        inputs, task = begin_contrast((*inputs, *others), group_named(trace.group), call)
+        inputs, task = begin_contrast((*inputs, others), group_named(trace.group), call)
     with torch.no_grad():
         return _contrast_results(inputs, task, trace)
 
@@ -96,7 +107,7 @@ def _fake_rank_contrast(*arguments: Any) -> list[Tensor]:
     count = len(StatisticsInputs._fields)
     others, call, trace = _given(arguments[count:])
     try:
-        checked = checked_contrast((*arguments[:count], *others), group_named(trace.group), call)
+        checked = checked_contrast((*arguments[:count], others), group_named(trace.group), call)
     except (TypeError, ValueError):
         m, n = (t.shape[0] if t.dim() else 1 for t in arguments[:2])
         dtype = state_dtype(arguments[0].device)
@@ -120,7 +131,8 @@ def _rank_contrast_backward(upstream: Sequence[Tensor], *arguments: Any) -> list
     )
     offset = NO_POSITIVES if call.offset is None else call.offset
     shard = rebuilt_shard(trace, inputs.y.shape[0], None, needs)
-    task = StatisticsTask(options, None, labels, None, offset, call.kind, shard, call.ring)
+    beside_own = Beside(labels=labels, guided=call.guided)
+    task = StatisticsTask(options, beside_own, offset, call.kind, shard, call.ring)
     own = sharded_statistics.own_of(inputs, task)
     columns = sharded_statistics.columns_of(*own.sizes(), task)
     row = BlockRow(trace.engine, columns, call.normalize, with_gathered_tensors(own, beside))

@@ -1,0 +1,222 @@
+"""open_clip's `ClipLoss`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...distributed import gather_features
+from ...distributed.agreement import check_world
+from ...distributed.gradient_mode import GradientMode
+from ...distributed.losses import distributed_loss
+from ...distributed.world import described, world_of_ranks
+from ...engine.compile_marks import constant_in_graphs
+from ...formulas.info_nce import InfoNCE, clip
+from ...formulas.world import Reduction, World
+from ..base import one_process
+from ..clip import clip_loss
+from .dense import open_clip_logits, overrides, refuse_live
+
+
+@functools.cache
+def _warn_of_direction() -> None:
+    warnings.warn(
+        "ClipLoss(local_loss=True, gather_with_grad=False) returns open_clip's gradient, which "
+        "leaves out what other ranks' losses contribute: it is not the gradient of the loss, and "
+        "even its direction is off; gather_with_grad=True is exact",
+        stacklevel=5,  # the caller of the module, past two frames of nn.Module
+    )
+
+
+# A graph cannot hold a warning.
+@constant_in_graphs
+def _warn_while_compiling() -> None:
+    _warn_of_direction()
+
+
+class ClipLoss(nn.Module):
+    """open_clip's `ClipLoss`, without parameters or buffers.
+
+    `get_logits` and `get_ground_truth` are dense, as in open_clip, for subclasses that call them.
+    If a subclass overrides one of them, the loss is the dense loss of what it returns.
+
+    Args:
+        local_loss, gather_with_grad: which value and which gradients a rank gets; see the table in
+            `fastclip.distributed`. True, True is exact; True, False warns once.
+        cache_labels: keep the labels of `get_ground_truth`.
+        rank, world_size: those of this process within `process_group`.
+        use_horovod: must be False.
+        process_group, ring, uneven: as in `fastclip.distributed.clip_loss`.
+        same_id, label_smoothing, normalize, reduction, backend, memory_budget: as in
+            `fastclip.clip_loss`.
+
+    Raises:
+        ValueError: use_horovod=True; at a call, a rank or world size that is not the group's, or
+            ids, label_smoothing or a reduction other than "mean" with `local_loss=True,
+            gather_with_grad=False`, and in a subclass that makes its own logits or labels.
+        RuntimeError: at a call, a world_size above 1 without an initialised process group.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        ring: bool = False,
+        uneven: bool = False,
+        same_id: str = "ignore",
+        label_smoothing: float = 0.0,
+        normalize: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("ClipLoss: use_horovod must be False, got True: use torch.distributed")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+        self.process_group = process_group
+        self.ring = ring
+        self.uneven = uneven
+        self.same_id = same_id
+        self.label_smoothing = label_smoothing
+        self.normalize = normalize
+        self.reduction = reduction
+        self.backend = backend
+        self.memory_budget = memory_budget
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """(num_logits,) int64: the index of each row's positive."""
+        labels = self.labels.get(device) if self.cache_labels else None
+        if labels is None or len(labels) != num_logits:
+            labels = torch.arange(num_logits, device=device, dtype=torch.long)
+            if self.world_size > 1 and self.local_loss:
+                labels += num_logits * self.rank
+            if self.cache_labels:
+                self.labels[device] = labels
+                self.prev_num_logits = num_logits
+        return labels
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Dense logits per image and per text: (N, N); across processes (b, B), this rank's rows,
+        with `local_loss`, and (B, B) without."""
+        if self.world_size == 1:
+            logits = open_clip_logits(image_features, text_features, logit_scale, logit_bias)
+            return logits, logits.T
+        images, texts = gather_features(
+            image_features, text_features, local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad, rank=self.rank, world_size=self.world_size,
+            process_group=self.process_group,
+        )  # fmt: skip
+        if not self.local_loss:
+            logits = open_clip_logits(images, texts, logit_scale, logit_bias)
+            return logits, logits.T
+        return (
+            open_clip_logits(image_features, texts, logit_scale, logit_bias),
+            open_clip_logits(text_features, images, logit_scale, logit_bias),
+        )
+
+    def forward(
+        self,
+        image_features: Tensor,  # (N, D)
+        text_features: Tensor,  # (N, D)
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        live: tuple[int, int] | None = None,
+        ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or `{"contrastive_loss": loss}`; live and ids as in `fastclip.clip_loss`."""
+        inputs = (image_features, text_features, logit_scale, logit_bias)
+        if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
+            if torch.compiler.is_compiling():
+                _warn_while_compiling()
+            else:
+                _warn_of_direction()
+        on_lines = ids is not None or self.label_smoothing or self.reduction != "mean"
+        if overrides(self, ClipLoss):
+            refuse_live(live)
+            self._refuse(on_lines or self.normalize, "a subclass that makes its own logits")
+            per_image, per_text = self.get_logits(*inputs)
+            labels = self.get_ground_truth(image_features.device, per_image.shape[0])
+            loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+        elif self.world_size > 1 and on_lines:
+            refuse_live(live)
+            options = InfoNCE(
+                ids=ids, same_id=self.same_id, label_smoothing=self.label_smoothing, symmetric=True
+            )
+            self._refuse(
+                self.local_loss and not self.gather_with_grad, "an inexact combination of options"
+            )
+            (loss,) = self._shares(
+                "ClipLoss",
+                lambda world: (clip(world, *inputs, options, Reduction(self.reduction)),),
+            )
+        elif self.world_size > 1:
+            mode = GradientMode(not self.local_loss, self.gather_with_grad, self.ring)
+            world = ("ClipLoss", self.rank, self.world_size)
+            loss = distributed_loss(
+                "softmax", *inputs, self.process_group, mode, self.uneven, self.normalize,
+                self.backend, self.memory_budget, live, world,
+            )  # fmt: skip
+        else:
+            loss = clip_loss(
+                *inputs, ids=ids, same_id=self.same_id, label_smoothing=self.label_smoothing,
+                normalize=self.normalize, reduction=self.reduction, backend=self.backend,
+                memory_budget=self.memory_budget, live=live,
+            )  # fmt: skip
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _refuse(self, given: object, where: str) -> None:
+        if given:
+            raise ValueError(
+                "ids, label_smoothing, normalize and a reduction other than 'mean' must be absent "
+                f"for {where}, got some"
+            )
+
+    def _shares(
+        self, name: str, losses: Callable[[World], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Calls formulas in one process or across ranks, with the values and gradients that
+        `local_loss` and `gather_with_grad` stand for."""
+        options = (self.normalize, self.backend, self.memory_budget)
+        if self.world_size == 1:
+            return losses(one_process(*options))
+        loss = described(name, reduction=self.reduction, local_loss=self.local_loss,
+                         gather_with_grad=self.gather_with_grad)  # fmt: skip
+        world = world_of_ranks(loss, self.process_group, self.ring, self.uneven, *options)
+        world.guarded(lambda: check_world(name, self.rank, self.world_size, self.process_group))
+        shares = losses(world)
+        if self.local_loss or self.reduction == "none":
+            return shares
+        # open_clip's value is that of all pairs. Without gather_with_grad its gradient is too small
+        # by the number of ranks.
+        part = 1.0 if self.gather_with_grad else 1 / world.ranks
+        return tuple(
+            world.total(share.detach()) / world.ranks + part * (share - share.detach())
+            for share in shares
+        )

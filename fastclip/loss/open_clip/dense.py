@@ -1,0 +1,27 @@
+"""What open_clip's classes share: their dense logits, and subclasses that make their own."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def overrides(loss: nn.Module, base: type[nn.Module], others: tuple[str, ...] = ()) -> bool:
+    """True if a subclass makes its own logits or labels, so that the loss must be dense."""
+    return any(
+        getattr(type(loss), name) is not getattr(base, name)
+        for name in ("get_logits", "get_ground_truth", *others)
+    )
+
+
+def open_clip_logits(
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
+) -> Tensor:
+    logits = logit_scale * x @ y.T
+    return logits if logit_bias is None else logits + logit_bias
+
+
+def refuse_live(live: tuple[int, int] | None) -> None:
+    if live is not None:
+        raise ValueError(
+            f"live must be None for a loss that makes its own logits or labels, got {live!r}"
+        )

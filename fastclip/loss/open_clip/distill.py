@@ -1,0 +1,67 @@
+"""open_clip's `DistillClipLoss`."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...formulas.distill import distill_clip
+from ...formulas.world import Reduction
+from .clip import ClipLoss
+from .dense import overrides
+
+
+class DistillClipLoss(ClipLoss):
+    """open_clip's `DistillClipLoss`: CLIP's loss, and the cross-entropy of both directions with the
+    teacher's softmax. One sweep over the student's and the teacher's logits computes both.
+
+    The constructor's arguments are those of `ClipLoss`. The teacher's features get no gradients.
+    With `local_loss=True, gather_with_grad=False`, whose gradient is not that of the loss, and in
+    subclasses that make their own logits or labels, the loss is dense.
+    """
+
+    def forward(
+        self,
+        image_features: Tensor,  # (N, D)
+        text_features: Tensor,  # (N, D)
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,  # (N, D')
+        dist_text_features: Tensor,  # (N, D')
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+        *,
+        logit_bias: Tensor | float | None = None,
+        dist_logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """(CLIP's loss, distillation loss), or `{"contrastive_loss": ..., "distill_loss": ...}`.
+        Biases cancel."""
+        student = image_features, text_features, logit_scale
+        teacher = dist_image_features, dist_text_features, dist_logit_scale
+        if overrides(self, ClipLoss) or (
+            self.world_size > 1 and self.local_loss and not self.gather_with_grad
+        ):
+            losses = self._dense(student, teacher)
+        else:
+            losses = self._shares(
+                "DistillClipLoss",
+                lambda world: distill_clip(world, *student, *teacher, Reduction(self.reduction)),
+            )
+        if logit_bias is not None:
+            zero = 0 * logit_bias if isinstance(logit_bias, Tensor) else 0
+            losses = tuple(loss + zero for loss in losses)
+        if output_dict:
+            return dict(zip(("contrastive_loss", "distill_loss"), losses, strict=True))
+        return losses
+
+    def _dense(
+        self, student: tuple[Tensor, Tensor, Tensor | float],
+        teacher: tuple[Tensor, Tensor, Tensor | float],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        own, taught = self.get_logits(*student), self.get_logits(*teacher)
+        labels = self.get_ground_truth(student[0].device, own[0].shape[0])
+        contrastive = sum(F.cross_entropy(logits, labels) for logits in own) / 2
+        distill = sum(
+            -(target.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+            for logits, target in zip(own, taught, strict=True)
+        ) / 2  # fmt: skip
+        return contrastive, distill

@@ -1,0 +1,172 @@
+"""open_clip's `SigLipLoss`."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import distributed
+from ...distributed import gather_features
+from ...distributed.agreement import check_world
+from ...distributed.gradient_mode import GradientMode
+from ...distributed.losses import distributed_loss
+from ..siglip import siglip_loss
+from .dense import open_clip_logits, overrides, refuse_live
+
+
+class SigLipLoss(nn.Module):
+    """open_clip's `SigLipLoss`, without parameters or buffers.
+
+    If a subclass overrides `get_logits`, `get_ground_truth` or `_loss`, the loss is the dense loss
+    of what they return, one rank's texts after another.
+
+    Args:
+        cache_labels: has no effect.
+        rank, world_size: those of this process within `process_group`.
+        dist_impl: how texts reach a rank: "bidir" (also None) and "shift" around a ring, "reduce"
+            and "gather" by an all-gather. Values and gradients are the same.
+        chunk_size: has no effect; memory is bounded without it.
+        process_group, uneven: as in `fastclip.distributed.siglip_loss`.
+        same_id, normalize, reduction, backend, memory_budget: as in `fastclip.siglip_loss`.
+
+    Raises:
+        ValueError: an unknown dist_impl, or a rank or world size that is not the group's.
+    """
+
+    DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        uneven: bool = False,
+        same_id: str = "ignore",
+        normalize: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        if self.dist_impl not in self.DIST_IMPLS:
+            raise ValueError(
+                f"dist_impl must be None or one of {self.DIST_IMPLS}, got {dist_impl!r}"
+            )
+        self.chunk_size = chunk_size
+        self.process_group = process_group
+        self.uneven = uneven
+        self.same_id = same_id
+        self.normalize = normalize
+        self.reduction = reduction
+        self.backend = backend
+        self.memory_budget = memory_budget
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """(num_logits, num_logits): 1 for positives, -1 for negatives."""
+        labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """Dense logits (N, N)."""
+        return open_clip_logits(image_features, text_features, logit_scale, logit_bias)
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """open_clip's hook: the loss of one block of texts. It is dense for other ranks' texts
+        (`negative_only`), and if a subclass makes its own logits or labels."""
+        if not negative_only and not overrides(self, SigLipLoss):
+            return siglip_loss(image_features, text_features, logit_scale, logit_bias)
+        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        n = image_features.shape[0]
+        labels = self.get_ground_truth(
+            image_features.device, image_features.dtype, n, negative_only=negative_only
+        )
+        return -F.logsigmoid(labels * logits).sum() / n
+
+    def _dense_across(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+    ) -> Tensor:
+        _, texts = gather_features(
+            image_features, text_features, gather_with_grad=True, rank=self.rank,
+            world_size=self.world_size, process_group=self.process_group,
+        )  # fmt: skip
+        loss = self._loss(image_features, text_features, logit_scale, logit_bias)
+        for rank, others in enumerate(texts.chunk(self.world_size)):
+            if rank != self.rank:
+                loss = loss + self._loss(
+                    image_features, others, logit_scale, logit_bias, negative_only=True
+                )
+        return loss
+
+    def forward(
+        self,
+        image_features: Tensor,  # (N, D)
+        text_features: Tensor,  # (N, D)
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+        live: tuple[int, int] | None = None,
+        ids: tuple[Tensor, Tensor] | Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or `{"contrastive_loss": loss}`; live and ids as in `fastclip.clip_loss`."""
+        inputs = (image_features, text_features, logit_scale, logit_bias)
+        ring = self.dist_impl in ("bidir", "shift")
+        options = {
+            "ids": ids, "same_id": self.same_id, "normalize": self.normalize,
+            "reduction": self.reduction, "backend": self.backend,
+            "memory_budget": self.memory_budget, "live": live,
+        }  # fmt: skip
+        if overrides(self, SigLipLoss, ("_loss",)):
+            refuse_live(live)
+            if ids is not None or self.normalize or self.reduction != "mean":
+                raise ValueError(
+                    "ids, normalize and a reduction other than 'mean' must be absent for a "
+                    "subclass that makes its own logits, got some"
+                )
+            across = self._dense_across if self.world_size > 1 else self._loss
+            loss = across(*inputs)
+        elif self.world_size > 1 and (ids is not None or self.reduction != "mean"):
+            check_world("SigLipLoss", self.rank, self.world_size, self.process_group)
+            loss = distributed.siglip_loss(
+                *inputs, process_group=self.process_group, ring=ring, uneven=self.uneven, **options
+            )
+        elif self.world_size > 1:
+            mode = GradientMode(ring=ring)
+            world = ("SigLipLoss", self.rank, self.world_size)
+            loss = distributed_loss(
+                "sigmoid", *inputs, self.process_group, mode, self.uneven, self.normalize,
+                self.backend, self.memory_budget, live, world,
+            )  # fmt: skip
+        else:
+            loss = siglip_loss(*inputs, **options)
+        return {"contrastive_loss": loss} if output_dict else loss
