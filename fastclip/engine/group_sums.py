@@ -36,13 +36,12 @@ class Groups(NamedTuple):
         return self._sums(self.of_rows, values)[self.of_columns]
 
     def _sums(self, groups: Tensor, values: Tensor) -> Tensor:
-        sums = values.new_zeros((self.count + 1, values.shape[1]))
+        # Not in place: under torch.vmap only the groups or only the values may have samples.
+        none = values.new_zeros((self.count + 1, values.shape[1]))
         if values.device.type == "cuda":
             # It sorts, so that sums do not depend on the order of threads. On CPUs it would.
-            sums.index_put_((groups,), values, accumulate=True)
-        else:
-            sums.index_add_(0, groups, values)
-        return self.over_ranks(sums)
+            return self.over_ranks(none.index_put((groups,), values, accumulate=True))
+        return self.over_ranks(none.index_add(0, groups, values))
 
 
 class Chunk(NamedTuple):
@@ -55,13 +54,18 @@ class Chunk(NamedTuple):
     place: slice | None  # of the features' columns; None: the chunk of key_bias
 
 
-def chunks(block: Block, alive: Tensor | None, groups: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def chunks(block: Block, alive: Tensor | None, lines: int, dtype: torch.dtype) -> Iterator[Chunk]:
     """Cuts the block's features into chunks. The last one stands for key_bias: it is a feature of
-    y, and x has a 1 there."""
-    (m, n), width = block.sizes(), block.x.features.shape[1]
-    step = max(1, CHUNK // (8 * (groups + m + n + 1)))
-    for start in range(0, width, step):
-        place = slice(start, min(start + step, width))
+    y, and x has a 1 there.
+
+    lines: the numbers of rows, columns and groups, added. Ranks exchange the sums of each chunk, so
+    all of them must pass the same number.
+    """
+    m, width = block.sizes()[0], block.x.features.shape[1]
+    # A graph holds the number of chunks, but not their widths: it serves other sizes, too.
+    count = min(width, -(-8 * width * (lines + 1) // CHUNK))
+    for k in range(count):
+        place = slice(width * k // count, width * (k + 1) // count)
         sides = []
         for side in (block.x, block.y):
             features = side.features[:, place].to(dtype)
