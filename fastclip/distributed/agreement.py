@@ -126,7 +126,8 @@ def agree_on_sides(
         process_group, ("x", x), ("y", y), sizes, needs, needs_any, uneven, must_match
     )
     columns = exchanged["number of columns"]
-    return _shard(group, exchanged, columns, tuple(slice(0, n) for n in columns))
+    shard = _shard(group, exchanged, columns, tuple(slice(0, n) for n in columns))
+    return shard._replace(most_rows=max(exchanged["number of rows"]))
 
 
 def _compared(

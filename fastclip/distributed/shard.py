@@ -40,6 +40,8 @@ class Shard(NamedTuple):
     needs_x: bool
     needs_y: bool
     needs_key_bias: bool = False
+    # For `contrast`, the largest number of rows of x on a rank; 0: all ranks have this rank's.
+    most_rows: int = 0
 
     @property
     def world_size(self) -> int:

@@ -169,7 +169,9 @@ def _means_of(row: BlockRow, labels: Tensor | None, request: Request) -> LineMea
     if labels is not None:
         labelled = by_label(labels, shard.rows)
     own, groups = _own_block(row), LineGroups(every, by_id, labelled)
-    return LineMeans(own, groups, state_dtype(device), request.means, request.of_itself)
+    # No rank has more groups than there are columns in all.
+    lines = max(m, shard.most_rows) + max(shard.sizes) + shard.batch
+    return LineMeans(own, groups, state_dtype(device), request.means, request.of_itself, lines)
 
 
 class _ShardedStatistics(torch.autograd.Function):

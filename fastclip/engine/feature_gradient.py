@@ -25,7 +25,7 @@ class FeatureGradient:
 
     def add(self, gradient: Tensor, unit: Tensor, place: slice) -> None:
         if self.factor is not None:
-            self.along += (gradient * unit).sum(1, keepdim=True)
+            self.along = self.along + (gradient * unit).sum(1, keepdim=True)
             gradient = gradient * self.factor
         self.out[:, place] += gradient.to(self.out.dtype)
 

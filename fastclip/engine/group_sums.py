@@ -41,11 +41,12 @@ class Groups(NamedTuple):
 
 def sums_at(places: Tensor, values: Tensor, count: int) -> Tensor:
     """Sums rows of values (L, C) that have the same place: (count, C), in a fixed order."""
-    sums = values.new_zeros((count, values.shape[1]))
+    # Not in place: under torch.vmap only the places or only the values may have samples.
+    none = values.new_zeros((count, values.shape[1]))
     if values.device.type == "cuda":
         # It sorts, so that sums do not depend on the order of threads. On CPUs they would.
-        return sums.index_put_((places,), values, accumulate=True)
-    return sums.index_add_(0, places, values)
+        return none.index_put((places,), values, accumulate=True)
+    return none.index_add(0, places, values)
 
 
 class Chunk(NamedTuple):
@@ -58,13 +59,18 @@ class Chunk(NamedTuple):
     place: slice | None  # of the features' columns; None: the chunk of key_bias
 
 
-def chunks(block: Block, alive: Tensor | None, groups: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def chunks(block: Block, alive: Tensor | None, lines: int, dtype: torch.dtype) -> Iterator[Chunk]:
     """Cuts the block's features into chunks. The last one stands for key_bias: it is a feature of
-    y, and x has a 1 there."""
-    (m, n), width = block.sizes(), block.x.features.shape[1]
-    step = max(1, CHUNK // (8 * (groups + m + n + 1)))
-    for start in range(0, width, step):
-        place = slice(start, min(start + step, width))
+    y, and x has a 1 there.
+
+    lines: the numbers of rows, columns and groups, added. Ranks exchange the sums of each chunk, so
+    all of them must pass the same number.
+    """
+    m, width = block.sizes()[0], block.x.features.shape[1]
+    # A graph holds the number of chunks, but not their widths: it serves other sizes, too.
+    count = min(width, -(-8 * width * (lines + 1) // CHUNK))
+    for k in range(count):
+        place = slice(width * k // count, width * (k + 1) // count)
         sides = []
         for side in (block.x, block.y):
             features = side.features[:, place].to(dtype)

@@ -51,20 +51,22 @@ class LineMeans:
     own rows and own columns; its means are over all ranks' pairs.
 
     of_itself: y is x, and no pair of a feature with itself counts.
+    lines: the numbers of rows, columns and groups, added (`group_sums.chunks`).
     """
 
     def __init__(
-        self, block: Block, groups: LineGroups, dtype: torch.dtype, means: bool, of_itself: bool
-    ) -> None:
+        self, block: Block, groups: LineGroups, dtype: torch.dtype, means: bool, of_itself: bool,
+        lines: int,
+    ) -> None:  # fmt: skip
         self.block, self.groups, self.dtype, self.of_itself = block, groups, dtype, of_itself
+        self.lines = lines
         m, n = block.sizes()
-        device = block.x.features.device
-        self.alive = None if block.key_bias is None else (block.key_bias > -torch.inf)[:, None]
-        _, inside = pairs.partners(m, n, block.offset, device)
-        alive = torch.ones(n, dtype=dtype, device=device)
+        self.alive = None if block.key_bias is None else (block.key_bias != -torch.inf)[:, None]
+        alive = torch.ones(n, dtype=dtype, device=block.x.features.device)
         if self.alive is not None:
             alive = self.alive[:, 0].to(dtype)
-        own = self._at_lines(torch.where(inside, pairs.at_rows(alive, m, block.offset, 0), 0))
+        self.own = pairs.at_rows(alive, m, block.offset, 0)  # (M): 1 for own pairs that count
+        own = self._at_lines(self.own)
         self.sets = list(self._sets(own, means))
         for place, kind in enumerate(groups):
             if kind is not None:
@@ -107,7 +109,7 @@ class LineMeans:
         return torch.cat((rows, alive * groups.of_every_column(ones)[:, 0]))
 
     def _chunks(self) -> Iterator[Chunk]:
-        return chunks(self.block, self.alive, max(g.count for g in self.groups.given), self.dtype)
+        return chunks(self.block, self.alive, self.lines, self.dtype)
 
     def _signs(self, one: _Set) -> list[int]:
         """The signs of the given groups."""
@@ -130,11 +132,12 @@ class LineMeans:
         totals = [positives.new_zeros(m + n, dtype=self.dtype) for _ in self.groups.given]
         for chunk in self._chunks():
             y = self._masked(chunk.y)
-            for total, groups in zip(totals, self.groups.given, strict=True):
-                total[:m] += (chunk.x * groups.of_every_row(y)).sum(1) * chunk.scale
-                total[m:] += (chunk.y * groups.of_every_column(chunk.x)).sum(1) * chunk.scale
+            for place, groups in enumerate(self.groups.given):
+                of_rows = (chunk.x * groups.of_every_row(y)).sum(1)
+                of_columns = (chunk.y * groups.of_every_column(chunk.x)).sum(1)
+                totals[place] = totals[place] + torch.cat((of_rows, of_columns)) * chunk.scale
         common = 0.0 if bias is None else bias.reshape(()).to(self.dtype)
-        own = self._at_lines(torch.where(positives.isfinite(), positives - common, 0))
+        own = self._at_lines(torch.where(self.own > 0, positives - common, 0))
         found = []
         for one in self.sets:
             terms = zip(self._signs(one), totals, strict=True)
@@ -176,17 +179,17 @@ class LineMeans:
         dscale, dkey_bias = factors.own.new_zeros(()), factors.own.new_zeros(n)
         for chunk in self._chunks():
             y = self._masked(chunk.y)
-            of_x, of_y = torch.zeros_like(chunk.x), torch.zeros_like(chunk.y)
+            of_x, of_y = 0.0, 0.0
             for groups, factor in zip(self.groups.given, factors.by_group, strict=True):
                 rows, columns = factor[:m, None], factor[m:, None]
                 by_row = rows * groups.of_every_row(y)
                 by_column = columns * groups.of_every_column(chunk.x)
-                of_x += by_row + groups.of_every_row(columns * chunk.y)
-                of_y += by_column + self._masked(groups.of_every_column(rows * chunk.x))
+                of_x = of_x + by_row + groups.of_every_row(columns * chunk.y)
+                of_y = of_y + by_column + self._masked(groups.of_every_column(rows * chunk.x))
                 if chunk.place is not None:
-                    dscale += (chunk.x * by_row).sum() + (chunk.y * by_column).sum()
+                    dscale = dscale + (chunk.x * by_row).sum() + (chunk.y * by_column).sum()
             if chunk.place is None:
-                dkey_bias += of_y[:, 0]
+                dkey_bias = of_y[:, 0]
                 continue
             for gradient, new, unit in zip(added, (of_x, of_y), chunk[:2], strict=True):
                 if gradient is not None:

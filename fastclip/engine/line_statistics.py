@@ -156,7 +156,8 @@ def _means_of(block: Block, labels: Tensor | None, request: Request) -> LineMean
     if labels is None and not request.means:
         return None
     groups, dtype = local_groups(block, labels, request.means), state_dtype(block.scale.device)
-    return LineMeans(block, groups, dtype, request.means, request.of_itself)
+    lines = sum(block.sizes()) + max(kind.count for kind in groups.given)
+    return LineMeans(block, groups, dtype, request.means, request.of_itself, lines)
 
 
 def _forward(

@@ -16,6 +16,8 @@ from torch import Tensor
 import fastclip
 from fastclip.kinds import LineStatistics
 
+SUMS = ("rows", "columns", "row_positives", "column_positives")
+
 # Each option alone, and all of them together.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -26,26 +28,47 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "positives by id alone": {"ids": 7, "same_id": "positive", "offset": None},
     "margin": {"margin": -0.2},
     "key bias": {"key_bias": 2.0},
+    "masked keys": {"key_bias": 2.0, "masked": 0.3, "means": True},
+    "means": {"means": True, "ids": 7, "offset": 2},
+    "means of positives": {"means": True, "ids": 7, "same_id": "positive", "offset": -3},
+    "labels": {"labels": True, "margin": -0.1},
+    "itself": {"of_itself": True, "means": True},
+    "itself and ids": {"of_itself": True, "means": True, "ids": 6},
+    "itself, positives by id": {
+        "of_itself": True, "means": True, "ids": 6, "same_id": "positive",
+    },
     "everything": {
         "ids": 9, "same_id": "positive", "margin": -0.1, "key_bias": 1.0, "offset": 3,
+        "means": True,
+    },
+    "everything, labels": {
+        "ids": 9, "same_id": "positive", "margin": -0.1, "key_bias": 1.0, "masked": 0.2,
+        "labels": True, "means": True,
     },
 }  # fmt: skip
 
 
 def make_problem(
     m: int, n: int, d: int, *, seed: int = 0, ids: int | None = None, key_bias: float | None = None,
+    masked: float = 0.0, labels: bool = False, of_itself: bool = False,
     dtype: torch.dtype = torch.float32, **options: Any,
 ) -> Problem:  # fmt: skip
     """Returns a problem whose own positives stand out.
 
     Features have unit length, or any length with `normalize`. `ids` is the number of different ids,
-    and `key_bias` the size of the biases.
+    `key_bias` the size of the biases and `masked` the share of keys that they take out. With
+    `of_itself` there is no y and n has no effect.
     """
     rng = np.random.default_rng(seed)
+    n = m if of_itself else n
     x, y = (rng.normal(size=(k, d)) for k in (m, n))
     x, y = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (x, y))
     offset = options.get("offset", 0)
-    if offset is not None:
+    columns = rng.integers(0, n, m) if labels else None
+    if columns is not None:
+        x = y[columns] + 0.5 * x
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    elif offset is not None:
         i = np.arange(max(0, -offset), max(0, -offset, min(m, n - offset)))
         y[i + offset] = x[i] + 0.5 * y[i + offset]
     if options.get("normalize"):
@@ -56,10 +79,13 @@ def make_problem(
     given: dict[str, Any] = {"scale": 14.3, "bias": -1.5} | options
     if ids is not None:
         # Ids differ by multiples of 2^40, so that their low 32 bits are equal.
-        given["ids"] = tuple(rng.integers(0, ids, k) * (1 << 40) - 5 for k in (m, n))
+        of_x, of_y = (rng.integers(0, ids, k) * (1 << 40) - 5 for k in (m, n))
+        of_x = of_y if of_itself else of_x if columns is None else of_y[columns]
+        given["ids"] = of_x, of_y
     if key_bias is not None:
         given["key_bias"] = rounded(key_bias * rng.normal(size=n), "float32")
-    return Problem(x, y, **given)
+        given["key_bias"][rng.random(n) < masked] = -np.inf
+    return Problem(x, None if of_itself else y, labels=columns, **given)
 
 
 class Evaluated:
@@ -76,19 +102,21 @@ class Evaluated:
             return torch.tensor(value, dtype=dtype, device=device).requires_grad_()
 
         self.leaves = {
-            "dx": leaf(p.x, dtype), "dy": leaf(p.y, dtype), "dscale": leaf(p.scale, scalar),
-            "dbias": leaf(p.bias, scalar),
+            "dx": leaf(p.x, dtype), "dy": None if p.y is None else leaf(p.y, dtype),
+            "dscale": leaf(p.scale, scalar), "dbias": leaf(p.bias, scalar),
+            "dkey_bias": None if p.key_bias is None else leaf(p.key_bias, scalar),
         }  # fmt: skip
-        if p.key_bias is not None:
-            self.leaves["dkey_bias"] = leaf(p.key_bias, scalar)
+        x, y, scale, bias, key_bias = self.leaves.values()
+        self.leaves = {name: t for name, t in self.leaves.items() if t is not None}
         ids = None
         if p.ids is not None:
             ids = tuple(torch.tensor(side, device=device) for side in p.ids)
-        x, y, scale, bias, *key_bias = self.leaves.values()
+        labels = None if p.labels is None else torch.tensor(p.labels, device=device)
         self.statistics = call(
-            x, y, scale, bias, offset=p.offset, ids=ids, same_id=p.same_id,
-            false_negative_margin=p.margin, key_bias=key_bias[0] if key_bias else None,
-            kind=p.kind, normalize=p.normalize, backend=engine, **options,
+            x, y, scale, bias, offset=p.offset, labels=labels,
+            ids=ids[0] if ids and p.y is None else ids, same_id=p.same_id,
+            false_negative_margin=p.margin, key_bias=key_bias, kind=p.kind, means=p.means,
+            normalize=p.normalize, backend=engine, **options,
         )  # fmt: skip
 
     def gradients(self, loss: Tensor) -> dict[str, NDArray]:
@@ -105,8 +133,9 @@ def check_statistics(
     problem: Problem, found: LineStatistics, dtype: torch.dtype, exact: Exact | None = None
 ) -> None:
     exact = exact or Exact(problem)
-    allowed = allowance(exact, dtype)
-    for name, truth in exact.statistics().items():
+    allowed, every = allowance(exact, dtype), exact.statistics()
+    assert {name for name in NAMES if getattr(found, name) is not None} == set(every)
+    for name, truth in every.items():
         value = getattr(found, name)
         assert value.dtype == torch.float64 and value.shape == truth.shape
         value = value.detach().cpu().numpy()
@@ -115,7 +144,8 @@ def check_statistics(
             value[~np.isfinite(truth)], truth[~np.isfinite(truth)], equal_nan=True
         )
         some = np.isfinite(truth)
-        size = np.abs(truth) if KINDS[problem.kind].is_relative and name != "positives" else 1.0
+        relative = KINDS[problem.kind].is_relative and name in SUMS
+        size = np.abs(truth) if relative else 1.0
         size = np.broadcast_to(np.maximum(size, 1e-30), truth.shape)[some]
         error = np.abs(value[some] - truth[some]) / size
         assert (error <= allowed * 4).all(), f"{name}: off by {error.max():.2e}, {allowed * 4:.2e}"
@@ -147,11 +177,16 @@ def allowance(exact: Exact, dtype: torch.dtype) -> float:
 
 
 def random_upstream(found: LineStatistics, seed: int = 3) -> dict[str, Tensor]:
-    """Returns upstream gradients of either sign, over many orders of magnitude."""
+    """Returns upstream gradients of either sign, over many orders of magnitude; 0 for a statistic
+    without a finite value."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(like: Tensor) -> Tensor:
         signed, sizes = torch.randn(2, *like.shape, generator=generator, dtype=torch.float64)
         return (signed * 10 ** (0.8 * sizes)).to(like.device)
 
-    return {name: numbers(value) for name in NAMES if (value := getattr(found, name)) is not None}
+    return {
+        name: torch.where(value.isfinite(), numbers(value), 0)
+        for name in NAMES
+        if (value := getattr(found, name)) is not None
+    }

@@ -41,6 +41,23 @@ def _softmax(s: NDArray, counts: NDArray, dim: int) -> NDArray:
     return np.exp(np.where(counts, exponent, -np.inf))
 
 
+def _members(s: NDArray, counts: NDArray, dim: int) -> tuple[NDArray, NDArray]:
+    """Returns the pairs that a mean counts, and how many these are in each line."""
+    counts = counts & (s > -np.inf)
+    return counts, counts.sum(dim, keepdims=True)
+
+
+def _mean(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    counts, number = _members(s, counts, dim)
+    with np.errstate(invalid="ignore"):
+        return (np.where(counts, s, 0).sum(dim, keepdims=True) / number).squeeze(dim)
+
+
+def _share(s: NDArray, counts: NDArray, dim: int) -> NDArray:
+    counts, number = _members(s, counts, dim)
+    return counts / np.maximum(number, 1)
+
+
 class Kind(NamedTuple):
     """Functions that return each line's statistic, and its derivative with respect to each logit.
 
@@ -57,22 +74,28 @@ KINDS = {
     "softmax": Kind(_log_sum_exp, _softmax, 1, is_relative=False),
     "sigmoid": Kind(_softplus_sum, _sigmoid, -1, is_relative=True),
 }
-NAMES = ("rows", "columns", "positives", "row_positives", "column_positives")
+MEAN = Kind(_mean, _share, 1, is_relative=False)
+NAMES = (
+    "rows", "columns", "positives", "row_positives", "column_positives", "row_means",
+    "column_means", "row_positive_means", "column_positive_means",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Problem:
     x: NDArray  # (M, D)
-    y: NDArray  # (N, D)
+    y: NDArray | None  # (N, D); None: x
     scale: float
     bias: float = 0.0
     key_bias: NDArray | None = None  # (N)
     offset: int | None = 0
+    labels: NDArray | None = None  # (M)
     ids: tuple[NDArray, NDArray] | None = None
     same_id: str = "ignore"
     margin: float | None = None
     kind: str = "softmax"
     normalize: bool = False
+    means: bool = False
 
     def with_sides(self, x: NDArray, y: NDArray) -> Problem:
         return replace(self, x=x, y=y)
@@ -81,7 +104,7 @@ class Problem:
 @dataclass(frozen=True)
 class Gradients:
     dx: NDArray
-    dy: NDArray
+    dy: NDArray | None
     dscale: NDArray
     dbias: NDArray
     dkey_bias: NDArray
@@ -93,41 +116,62 @@ class Exact:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        x, y = (np.asarray(side, np.float64) for side in (problem.x, problem.y))
-        self.raw = x, y
-        self.hats = [_unit(side) if problem.normalize else side for side in (x, y)]
+        self.of_itself = problem.y is None
+        sides = (problem.x, problem.x if self.of_itself else problem.y)
+        self.raw = [np.asarray(side, np.float64) for side in sides]
+        self.hats = [_unit(side) if problem.normalize else side for side in self.raw]
         self.t = self.hats[0] @ self.hats[1].T
-        m, n = self.t.shape
         self.s = problem.scale * self.t + problem.bias
         if problem.key_bias is not None:
             self.s = self.s + problem.key_bias
-        self.own = np.zeros((m, n), bool)
-        if problem.offset is not None:
-            i = np.arange(m)
-            inside = (i + problem.offset >= 0) & (i + problem.offset < n)
-            self.own[i[inside], i[inside] + problem.offset] = True
+        self.own = self._own()
         same = self.own.copy()
         if problem.ids is not None:
             same |= problem.ids[0][:, None] == problem.ids[1]
         by_row, by_column = ~same, ~same
         if problem.margin is not None:
             limit = np.where(self.own, self.t + problem.margin, -np.inf)
-            for dim, by_line in ((1, by_row), (0, by_column)):
+            # A column may be the label of several rows; it has no limit.
+            sides = ((1, by_row), (0, by_column)) if problem.labels is None else ((1, by_row),)
+            for dim, by_line in sides:
                 top = limit.max(dim, keepdims=True)
                 by_line &= ~(self.t > np.where(np.isfinite(top), top, np.inf))
+        # A feature is no positive of itself.
+        positive = same & ~self.own if self.of_itself else same
+        pairs = ~same if self.of_itself else ~same | self.own
         self.counts = {"rows": by_row, "columns": by_column}
         if problem.same_id == "positive":
-            self.counts |= {"row_positives": same, "column_positives": same}
+            self.counts |= {"row_positives": positive, "column_positives": positive}
+            pairs = pairs | positive
+        if problem.means:
+            self.counts |= {"row_means": pairs, "column_means": pairs}
+        if problem.means and problem.same_id == "positive":
+            self.counts |= {"row_positive_means": positive, "column_positive_means": positive}
+        if self.of_itself:
+            self.counts = {name: c for name, c in self.counts.items() if name.startswith("row")}
+
+    def _own(self) -> NDArray:
+        """The mask of own positives, or of the pairs of features with themselves."""
+        p, (m, n) = self.problem, self.t.shape
+        own, i = np.zeros((m, n), bool), np.arange(m)
+        if p.labels is not None:
+            own[i, p.labels] = True
+        elif p.offset is not None:
+            inside = (i + p.offset >= 0) & (i + p.offset < n)
+            own[i[inside], i[inside] + p.offset] = True
+        return own
 
     def statistics(self) -> dict[str, NDArray]:
         found = {name: self._value(name) for name in self.counts}
+        if self.of_itself:
+            return found
         positives = np.where(self.own, self.s, 0).sum(1)
         found["positives"] = np.where(self.own.any(1), positives, np.nan)
         return found
 
     def _line(self, name: str) -> tuple[Kind, int, int]:
         """Returns the kind, the sign of logits in the statistic, and the axis to sum over."""
-        kind = KINDS[self.problem.kind]
+        kind = MEAN if name.endswith("means") else KINDS[self.problem.kind]
         sign = kind.sign_of_positives if name.endswith("positives") else 1
         return kind, sign, 0 if name.startswith("column") else 1
 
@@ -152,13 +196,17 @@ class Exact:
                 part = np.expand_dims(g, dim) * self._derivative(name)
             w, size = w + part, size + np.abs(part)
         p, (xhat, yhat) = self.problem, self.hats
-        results, conditions = {}, {}
-        for name, weights, sizes, mine, other, raw in (
-            ("dx", w, size, xhat, yhat, self.raw[0]),
-            ("dy", w.T, size.T, yhat, xhat, self.raw[1]),
-        ):
-            d = p.scale * (weights @ other)
-            bound = abs(p.scale) * (sizes @ np.abs(other))
+        results: dict[str, NDArray | None] = {"dy": None}
+        conditions = {}
+        sides = [("dx", w, size, yhat), ("dy", w.T, size.T, xhat)]
+        found = [
+            (name, p.scale * (weights @ other), abs(p.scale) * (sizes @ np.abs(other)))
+            for name, weights, sizes, other in sides
+        ]
+        if self.of_itself:
+            (_, *of_rows), (_, *of_columns) = found
+            found = [("dx", *(a + b for a, b in zip(of_rows, of_columns, strict=True)))]
+        for (name, d, bound), mine, raw in zip(found, self.hats, self.raw, strict=False):
             if p.normalize:
                 lengths = np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), NORM_EPS)
                 d = (d - (d * mine).sum(1, keepdims=True) * mine) / lengths
@@ -180,7 +228,8 @@ class Exact:
         longest = [np.linalg.norm(side, axis=1).max() for side in self.hats]
         biases = abs(self.problem.bias)
         if self.problem.key_bias is not None:
-            biases += np.abs(self.problem.key_bias[np.isfinite(self.problem.key_bias)]).max()
+            finite = self.problem.key_bias[np.isfinite(self.problem.key_bias)]
+            biases += np.abs(finite).max(initial=0.0)
         return float(abs(self.problem.scale) * longest[0] * longest[1] + biases)
 
 
