@@ -72,7 +72,7 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
 
 def test_these_pages_have_code() -> None:
     assert {page.name for page in PAGES if code_of(page)} == {
-        "README.md", "adding-a-loss.md", "big-batches.md", "distributed.md"
+        "README.md", "adding-a-loss.md", "big-batches.md", "distributed.md", "losses.md"
     }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_losses_written_on_contrast_are_the_dense_ones() -> None:
     logits, diagonal = scale * x @ y.T, torch.arange(N)
     negatives = logits.masked_fill(torch.eye(N, dtype=torch.bool), -torch.inf)
     same = found["labels"][:, None] == found["labels"]
-    of_positives = logits.masked_fill(~same, -torch.inf).logsumexp(1)
+    of_positives = (logits * same).sum(1) / same.sum(1)
     signed = (1 - 2 * torch.eye(N)) * logits
     expected = {
         "clip": reference.clip_loss(x, y, scale),
@@ -96,6 +96,36 @@ def test_losses_written_on_contrast_are_the_dense_ones() -> None:
         torch.testing.assert_close(found[name].float(), value, rtol=1e-5, atol=1e-5)
         found[name].sum().backward(retain_graph=True)
     assert all(found[k].grad is not None for k in ("x", "y", "queue", "logit_scale"))
+
+
+def test_the_losses_of_the_page_of_losses_are_the_dense_ones() -> None:
+    page = (ROOT / "docs/losses.md").read_text()
+    found = names()
+    for code in code_of(ROOT / "docs/losses.md"):
+        exec(code, found)
+        if "def moco_loss" in code:
+            exec("first = bank.clone()\nfirst_loss = moco_loss(x, y)", found)
+    x, y, scale = (found[k].detach() for k in ("x", "y", "logit_scale"))
+    q, k = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    own = torch.arange(N)
+    with_batch = F.cross_entropy(q @ torch.cat((k, found["first"])).T / 0.2, own)
+    positive = (q * k).sum(1, keepdim=True)
+    alone = torch.cat((positive, q @ found["bank"].T), 1) * 5
+    logits, others = scale * x @ y.T, ~torch.eye(N, dtype=torch.bool)
+    within = [(scale * t @ t.T).masked_fill(~others, -torch.inf) for t in (x, y)]
+    every = torch.cat((logits, logits.T, *within), 1).logsumexp(1)
+    teacher = 10 * found["teacher_x"] @ found["teacher_y"].T
+    similarities = found["teacher_x"] @ found["teacher_y"].T
+    farther = (similarities > similarities.diagonal()[:, None]) & others
+    expected = {
+        "first_loss": with_batch,
+        "moco": F.cross_entropy(alone, own * 0),
+        "gte": (every - logits.diagonal()).mean(),
+        "distilled": -(teacher.softmax(1) * logits.log_softmax(1)).sum(1).mean(),
+        "guided": F.cross_entropy(logits.masked_fill(farther, -torch.inf), own),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].float(), value, rtol=1e-5, atol=1e-5)
 
 
 def test_the_readmes_losses_agree() -> None:
