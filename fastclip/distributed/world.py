@@ -36,7 +36,7 @@ def world_of_ranks(
         false_negative_margin: Tensor | float | None = None, key_bias: Tensor | None = None,
         rows: bool = True, columns: bool = True, means: bool = False, kind: str = "softmax",
         above: float | None = None, targets: Any = None, guide: Any = None,
-        limits: Tensor | None = None,
+        limits: Tensor | None = None, memory_budget: int | None = memory_budget,
     ) -> LineStatistics:  # fmt: skip
         others = Given(ids, false_negative_margin, labels, targets, guide, limits)
         given = (x, y, logit_scale, logit_bias, key_bias, others)
@@ -56,6 +56,7 @@ def world_of_ranks(
     ranks = ranks_of(process_group)
     return World(
         contrast,
+        memory_budget,
         guarded,
         functools.partial(total, process_group),
         functools.partial(_gather, process_group, uneven),

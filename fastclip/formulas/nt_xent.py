@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.checks import check_sides
+from ..engine.checks import budget_of, check_sides
 from .world import Reduction, World
 
 
@@ -16,20 +16,22 @@ def nt_xent(
 ) -> Tensor:  # fmt: skip
     """The loss of views x1, x2 (N, D): the mean of 2N lines."""
 
-    def check() -> None:
+    def check() -> int:
         check_sides(x1, x2, may_be_empty=True)
         if x1.shape != x2.shape:
             raise ValueError(
                 f"x1 and x2 must have one shape (N, D), got {tuple(x1.shape)} and {tuple(x2.shape)}"
             )
         reduction.check(x1, world)
+        # The three blocks share the budget.
+        return budget_of(world.memory_budget, x1.device) // 3
 
-    world.guarded(check)
+    budget = world.guarded(check)
     # x2 against x1 is the transpose of the first block: its columns.
-    between = world.contrast(x1, x2, logit_scale)
+    between = world.contrast(x1, x2, logit_scale, memory_budget=budget)
     losses = []
     for others, view in ((between.rows, x1), (between.columns, x2)):
-        within = world.contrast(view, None, logit_scale).rows
+        within = world.contrast(view, None, logit_scale, memory_budget=budget).rows
         gap = torch.logaddexp(others, within) - between.positives
         losses.append(gap if decoupled else F.softplus(gap, threshold=60))
     return reduction.of((losses[0] + losses[1]) / 2, world, (x1, x2))

@@ -38,8 +38,9 @@ def _own_batch(x: Tensor, y: Tensor, ids: tuple[Tensor, Tensor] | None, needs_x:
 class World(NamedTuple):
     """What a formula needs beside its inputs.
 
-    contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend,
-        memory_budget and the ranks' options already given.
+    contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend and the
+        ranks' options already given.
+    memory_budget: of the whole loss.
     guarded: calls a check of arguments; if it raises, all ranks raise.
     total: sums a tensor over ranks, without a gradient.
     gather: concatenates the ranks' rows, without a gradient.
@@ -48,6 +49,7 @@ class World(NamedTuple):
     """
 
     contrast: Callable[..., LineStatistics]
+    memory_budget: int | None
     guarded: Callable[[Callable[[], Any]], Any] = _unguarded
     total: Callable[[Tensor], Tensor] = _unchanged
     gather: Callable[[Tensor], Tensor] = _unchanged

@@ -52,11 +52,8 @@ def paired_loss(
 
 def one_process(normalize: bool, backend: str | None, memory_budget: int | None) -> World:
     """The world of a loss in one process."""
-    return World(
-        functools.partial(
-            contrast, normalize=normalize, backend=backend, memory_budget=memory_budget
-        )
-    )
+    options = {"normalize": normalize, "backend": backend, "memory_budget": memory_budget}
+    return World(functools.partial(contrast, **options), memory_budget)
 
 
 @no_compile
