@@ -120,7 +120,7 @@ def ranking_loss(
     """Returns this rank's share of `fastclip.loss.ranking_loss` of all ranks' pairs.
 
     Args, Raises: as there, and process_group, ring and uneven as in `clip_loss`. With `hardest`
-    the other side's features are gathered, of both sides if `symmetric`, also with `ring`.
+    both sides' features are gathered, also with `ring`.
     """
     loss = described(
         "ranking_loss", margin=margin, hardest=hardest, symmetric=symmetric, ids=ids,

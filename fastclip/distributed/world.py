@@ -69,15 +69,15 @@ def world_of_ranks(
 @no_compile
 def _gathered(
     process_group: dist.ProcessGroup | None, uneven: bool, loss: str, x: Tensor, y: Tensor,
-    ids: tuple[Tensor, Tensor] | None, needs_x: bool,
+    ids: tuple[Tensor, Tensor] | None,
 ) -> Batch:  # fmt: skip
     wants = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     must_match = {f"loss with its options (here {loss})": zlib.crc32(loss.encode())}
     must_match["ids"] = int(ids is not None)
     shard = agree(process_group, x, y, wants, uneven, **must_match)
     x_ids, y_ids = (None, None) if ids is None else map(shard.gather, ids)
-    every_x = _Gathered.apply(x, shard, shard.needs_x) if needs_x else x
-    return Batch(every_x, _Gathered.apply(y, shard, shard.needs_y), x_ids, y_ids, shard.start)
+    x, y = _Gathered.apply(x, shard, shard.needs_x), _Gathered.apply(y, shard, shard.needs_y)
+    return Batch(x, y, x_ids, y_ids, shard.start)
 
 
 class _Gathered(torch.autograd.Function):

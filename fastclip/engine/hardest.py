@@ -13,9 +13,9 @@ from .block import Block
 from .torch_engine import ChunkedBlock
 
 
-def hardest(block: Block, rows: bool, columns: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Returns for each row (M) the column, and for each column (N) the row, of its negative with
-    the largest t; the first one of equals. -1 for a line without negatives, None if not wanted."""
+def hardest(block: Block, columns: bool) -> list[Tensor]:
+    """Returns for each row (M) the column and, if `columns`, for each column (N) the row of its
+    negative with the largest t; the first one of equals, -1 for a line without negatives."""
     chunked, (m, n) = ChunkedBlock(block), block.sizes()
     device, dtype = block.x.features.device, chunked.dtype
     of_rows = torch.full((m,), -1, dtype=torch.int64, device=device)
@@ -24,13 +24,12 @@ def hardest(block: Block, rows: bool, columns: bool) -> tuple[Tensor | None, Ten
     for chunk in chunked.chunks() if n else ():
         t = chunked.t(chunk)
         t = torch.where(chunked.pairs(chunk, t, None).rows, t, -torch.inf)
-        if rows:
-            found, places = t.max(1)
-            of_rows[chunk] = torch.where(found == -torch.inf, -1, places)
+        found, places = t.max(1)
+        of_rows[chunk] = torch.where(found == -torch.inf, -1, places)
         if columns:
             found, places = t.max(0)
             # The first of equal rows stays. NaN counts as the largest, as in torch.
             larger = (found > highest) | (found.isnan() & ~highest.isnan())
             highest = torch.where(larger, found, highest)
             of_columns = torch.where(larger, places + chunk.start, of_columns)
-    return of_rows if rows else None, of_columns if columns else None
+    return [of_rows, of_columns] if columns else [of_rows]

@@ -45,28 +45,30 @@ def _of_hardest(
     world: World, x: Tensor, y: Tensor, margin: float, symmetric: bool, ids: Ids, normalize: bool
 ) -> Tensor:
     """The losses of own pairs. Each line looks for its hardest negative in the batch of all ranks,
-    and only that pair has a gradient."""
-    dtype, batch = product_dtype(x, y), world.gathered(x, y, ids, symmetric)
-    own = torch.arange(len(x), device=x.device)
-    positives = pair_similarities(x, y, own, own, dtype, normalize)
-    in_one_sweep = batch.x is x
+    and only that pair and the own one have a gradient."""
+    dtype, batch = product_dtype(x, y), world.gathered(x, y, ids)
+    x_ids, y_ids = ids or (None, None)
+    in_one_sweep = symmetric and batch.x is x
 
-    def search(a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, both: bool):
+    def search(a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None) -> list[Tensor]:
         sides = [side_of(t.detach(), dtype, normalize) for t in (a, b)]
         if of_a is not None:
             codes = codes_of(of_a, of_b)
             sides = [side._replace(ids=code) for side, code in zip(sides, codes, strict=True)]
-        return hardest(Block(*sides, x.new_ones(()), offset=batch.start), True, both)
+        return hardest(Block(*sides, x.new_ones(()), offset=batch.start), in_one_sweep)
 
-    def hinges(a: Tensor, b: Tensor, places: Tensor) -> Tensor:
-        exists = places >= 0
-        t = pair_similarities(a, b, own, places.clamp_min(0), dtype, normalize)
-        return torch.where(exists, F.relu(margin + t - positives), 0)
-
-    x_ids, y_ids = ids or (None, None)
     with torch.no_grad():
-        of_rows, of_columns = search(x, batch.y, x_ids, batch.y_ids, symmetric and in_one_sweep)
+        found = search(x, batch.y, x_ids, batch.y_ids)
         if symmetric and not in_one_sweep:
-            of_columns, _ = search(y, batch.x, y_ids, batch.x_ids, False)
-    losses = hinges(x, batch.y, of_rows)
-    return losses + hinges(y, batch.x, of_columns) if symmetric else losses
+            found += search(y, batch.x, y_ids, batch.x_ids)
+    # All pairs in one call: each call has gradients of both sides' size.
+    own = torch.arange(len(x), device=x.device) + batch.start
+    places = [own, *(lines.clamp_min(0) for lines in found)]
+    i = torch.cat([own, own, *places[2:]])
+    j = torch.cat([own, places[1], *([own] if symmetric else [])])
+    t = pair_similarities(batch.x, batch.y, i, j, dtype, normalize)
+    positives, *others = t.reshape(1 + len(found), len(x))
+    return sum(
+        torch.where(lines >= 0, F.relu(margin + t - positives), 0)
+        for lines, t in zip(found, others, strict=True)
+    )

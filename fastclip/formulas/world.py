@@ -31,21 +31,20 @@ class Batch(NamedTuple):
     start: int
 
 
-def _own_batch(x: Tensor, y: Tensor, ids: tuple[Tensor, Tensor] | None, needs_x: bool) -> Batch:
+def _own_batch(x: Tensor, y: Tensor, ids: tuple[Tensor, Tensor] | None) -> Batch:
     return Batch(x, y, *(ids or (None, None)), 0)
 
 
 class World(NamedTuple):
     """What a formula needs beside its inputs.
 
-    contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend and the
-        ranks' options already given.
+    contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend and
+        the ranks' options already given.
     memory_budget: of the whole loss.
     guarded: calls a check of arguments; if it raises, all ranks raise.
     total: sums a tensor over ranks, without a gradient.
     gather: concatenates the ranks' rows, without a gradient.
-    gathered: maps own pairs x, y and their ids to the batch of all ranks; x is only gathered if
-        needed.
+    gathered: maps own pairs x, y and their ids to the batch of all ranks.
     """
 
     contrast: Callable[..., LineStatistics]
