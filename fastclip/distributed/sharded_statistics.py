@@ -166,6 +166,7 @@ def _means_of(row: BlockRow, labels: Tensor | None, request: Request) -> LineMea
         if block.x.ids is not None:
             rows, columns = pairs.numbers_of(block.x.ids, block.y.ids)
             by_id = Groups(rows, columns[shard.mine], shard.batch, shard.sum)
+            by_id = by_id.without_own(block.offset)
     if labels is not None:
         labelled = by_label(labels, shard.rows)
     own, groups = _own_block(row), LineGroups(every, by_id, labelled)

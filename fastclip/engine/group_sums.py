@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import pairs
 from .block import Block
 
 # Bytes of one chunk of float64 sums and operands.
@@ -26,17 +27,35 @@ class Groups(NamedTuple):
     of_columns: Tensor  # (N) int64 in [0, count)
     count: int
     over_ranks: Callable[[Tensor], Tensor]  # sums over ranks, in place
+    # (M), (N): the column and the row of own pairs, which are left out; N and M: none.
+    own: tuple[Tensor, Tensor] | None = None
 
     def of_every_row(self, values: Tensor) -> Tensor:
         """Sums values of columns (N, C) over each row's group: (M, C)."""
-        return self._sums(self.of_columns, values)[self.of_rows]
+        found = self._sums(self.of_columns, values)[self.of_rows]
+        return found if self.own is None else found - _padded(values)[self.own[0]]
 
     def of_every_column(self, values: Tensor) -> Tensor:
         """Sums values of rows (M, C) over each column's group: (N, C)."""
-        return self._sums(self.of_rows, values)[self.of_columns]
+        found = self._sums(self.of_rows, values)[self.of_columns]
+        return found if self.own is None else found - _padded(values)[self.own[1]]
+
+    def without_own(self, offset: int) -> Groups:
+        """The groups without own pairs: the pair of row i and column i + offset, if both are in one
+        group. A line's sum over its own pair alone is then exactly 0."""
+        m, n = len(self.of_rows), len(self.of_columns)
+        same = self.of_rows == pairs.at_rows(self.of_columns, m, offset, -1)
+        rows, columns = (torch.arange(k, device=same.device) for k in (m, n))
+        of_rows = torch.where(same, pairs.at_rows(columns, m, offset, n), n)
+        of_columns = pairs.at_columns(torch.where(same, rows, m), n, offset, m)
+        return self._replace(own=(of_rows, of_columns))
 
     def _sums(self, groups: Tensor, values: Tensor) -> Tensor:
         return self.over_ranks(sums_at(groups, values, self.count + 1))
+
+
+def _padded(values: Tensor) -> Tensor:
+    return torch.cat((values, values.new_zeros((1, values.shape[1]))))
 
 
 def sums_at(places: Tensor, values: Tensor, count: int) -> Tensor:

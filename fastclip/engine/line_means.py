@@ -22,7 +22,7 @@ class LineGroups(NamedTuple):
     """The groups of a block's lines."""
 
     every: Groups | None = None  # all lines in one
-    by_id: Groups | None = None  # lines of equal ids
+    by_id: Groups | None = None  # lines of equal ids, without own pairs
     labelled: Groups | None = None  # a column, and the rows whose label it is
 
     @property
@@ -79,24 +79,17 @@ class LineMeans:
         """The sets whose means are wanted: a line's pairs, its positives, its labelled pair."""
         _, by_id, labelled = self.groups
         is_positive = self.block.same_id_positive
-        if means and (by_id is None or is_positive):
-            yield _Set((1, 0, 0), -own if self.of_itself else 0.0)
-        elif means and (labelled is not None or self.of_itself):
-            # The labelled pair has equal ids; a feature with itself has, too.
-            yield _Set((1, -1, int(labelled is not None)), 0.0)
-        elif means:
-            yield _Set((1, -1, 0), own * self._own_matches())
+        # Groups of equal ids leave out own pairs, but not labelled ones.
+        if means:
+            left_out = 0 if by_id is None or is_positive else -1
+            counts = int(labelled is not None and left_out != 0)
+            yield _Set((1, left_out, counts), -own if self.of_itself else 0.0)
         if means and is_positive:
-            own = -own if self.of_itself else own * (1 - self._own_matches())
-            yield _Set((0, 1, 0), own if labelled is None else 0.0)
+            # An own pair counts with its own logit: if it is the only positive, the terms of its
+            # weight cancel exactly.
+            yield _Set((0, 1, 0), 0.0 if self.of_itself else own)
         if labelled is not None:
             yield _Set((0, 0, 1), 0.0)
-
-    def _own_matches(self) -> Tensor:
-        """1 for lines whose own pair has equal ids, else 0."""
-        rows, columns, *_ = self.groups.by_id
-        same = rows == pairs.at_rows(columns, self.block.sizes()[0], self.block.offset, -1)
-        return self._at_lines(same.to(self.dtype))
 
     def _at_lines(self, values: Tensor) -> Tensor:
         """Values of rows, then those of the columns that have the rows' own positives."""
@@ -216,6 +209,7 @@ def local_groups(block: Block, labels: Tensor | None, means: bool) -> LineGroups
         every = one_group(m, n, device)
         if block.x.ids is not None:
             by_id = Groups(block.x.ids.long(), block.y.ids.long(), m + n, unchanged)
+            by_id = by_id.without_own(block.offset)
     if labels is not None:
         labelled = by_label(labels, n)
     return LineGroups(every, by_id, labelled)

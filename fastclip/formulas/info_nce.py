@@ -146,8 +146,11 @@ def _line_losses(
         negatives, by_id, positive = (
             torch.where(counts, t, 0) for t in (negatives, by_id - shift, positive - shift)
         )
-        losses = negatives if o.decoupled else torch.logaddexp(negatives, by_id)
-        losses = torch.where(counts, losses - positive, 0)
+        if o.decoupled:
+            losses = negatives - positive
+        else:
+            losses = F.softplus(negatives - by_id, threshold=60) + (by_id - positive)
+        losses = torch.where(counts, losses, 0)
     if o.label_smoothing:
         smoothing = o.label_smoothing * (positive - of_pairs)
         losses = losses + (smoothing if counts is None else torch.where(counts, smoothing, 0))
