@@ -12,7 +12,8 @@ from .engine.contrast_checks import check_contrast
 from .engine.dense_statistics import dense_contrast
 from .engine.dtypes import product_dtype
 from .engine.line_formulas import Request
-from .engine.line_statistics import StatisticsInputs, StatisticsOptions, block_of, line_statistics
+from .engine.line_statistics import line_statistics
+from .engine.statistics_call import StatisticsInputs, StatisticsOptions, block_of
 from .kinds import LineStatistics
 
 
@@ -105,10 +106,9 @@ def contrast(
 
     Returns:
         `LineStatistics`: rows (M), columns (N), positives (M), and with `same_id="positive"`
-        row_positives (M), column_positives (N); further fields with `means`. They are float64: at
-        scale 100 float32 statistics
-        would make the gradients less accurate than dense float32 logits do. They are differentiable
-        once, with respect to x, y, logit_scale, logit_bias and key_bias. The statistic of a line
+        row_positives (M), column_positives (N); further fields with `means` and `targets`. They are
+        float64: at scale 100 float32 statistics would make the gradients less accurate than dense
+        float32 logits do. They are differentiable once, with respect to x, y, logit_scale, logit_bias and key_bias. The statistic of a line
         without pairs is -inf (sigmoid: 0) and has no gradient.
 
     Raises:

@@ -23,7 +23,7 @@ from ..engine.contrast_checks import check_contrast
 from ..engine.dtypes import product_dtype
 from ..engine.fused_loss import LossInputs, LossOptions
 from ..engine.line_formulas import Request
-from ..engine.line_statistics import StatisticsInputs, StatisticsOptions
+from ..engine.statistics_call import StatisticsInputs, StatisticsOptions
 from ..kinds import KINDS, kind_of
 from .agreement import agree, agree_on_sides, announce_failure, check_world, ranks_of
 from .gradient_mode import GradientMode

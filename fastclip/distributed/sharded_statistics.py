@@ -30,7 +30,7 @@ from ..engine.line_formulas import (
     with_levels,
 )
 from ..engine.line_means import LineGroups, LineMeans, by_label, one_group
-from ..engine.line_statistics import StatisticsInputs, StatisticsOptions, block_of
+from ..engine.statistics_call import StatisticsInputs, StatisticsOptions, block_of
 from ..kinds import LineStatistics, kind_of
 from .block_row import (
     TENSOR_COUNT,

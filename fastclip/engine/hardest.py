@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .block import Block
-from .torch_engine import ChunkedBlock
+from .chunked_block import ChunkedBlock
 
 
 def hardest(block: Block, columns: bool) -> list[Tensor]:

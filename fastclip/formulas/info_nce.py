@@ -14,7 +14,7 @@ from .world import Reduction, World
 
 
 class InfoNCE(NamedTuple):
-    """The options of `fastclip.info_nce`."""
+    """The options of `fastclip.loss.info_nce`."""
 
     offset: int | None = 0
     labels: Tensor | None = None

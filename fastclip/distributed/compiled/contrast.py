@@ -13,7 +13,7 @@ from ...engine.block import NO_POSITIVES, Block
 from ...engine.dtypes import state_dtype
 from ...engine.kept import KEPT_BY
 from ...engine.line_formulas import names_of
-from ...engine.line_statistics import StatisticsInputs, StatisticsOptions
+from ...engine.statistics_call import StatisticsInputs, StatisticsOptions
 from .. import sharded_statistics
 from ..agreement import group_named
 from ..block_row import TENSOR_COUNT, BlockRow, Swept
