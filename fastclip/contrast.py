@@ -108,8 +108,9 @@ def contrast(
         `LineStatistics`: rows (M), columns (N), positives (M), and with `same_id="positive"`
         row_positives (M), column_positives (N); further fields with `means` and `targets`. They are
         float64: at scale 100 float32 statistics would make the gradients less accurate than dense
-        float32 logits do. They are differentiable once, with respect to x, y, logit_scale, logit_bias and key_bias. The statistic of a line
-        without pairs is -inf (sigmoid: 0) and has no gradient.
+        float32 logits do. They are differentiable once, with respect to x, y, logit_scale,
+        logit_bias and key_bias. The statistic of a line without pairs is -inf (sigmoid and hinge:
+        0) and has no gradient.
 
     Raises:
         TypeError: features, labels, ids or key_bias that are not tensors or have another dtype; an

@@ -99,7 +99,6 @@ def test_losses_written_on_contrast_are_the_dense_ones() -> None:
 
 
 def test_the_losses_of_the_page_of_losses_are_the_dense_ones() -> None:
-    page = (ROOT / "docs/losses.md").read_text()
     found = names()
     for code in code_of(ROOT / "docs/losses.md"):
         exec(code, found)
