@@ -204,8 +204,8 @@ FASTCLIP_INLINE void magnitude(V t, const K& k, V& l, V& u) {
   }
 }
 
-// The logit in log2 units, less m. The product is subtracted from with one rounding, so the error near a level is that
-// of t, of m and of the bias.
+// The logit in log2 units, less m. It is rounded only after m is subtracted, so the error of a logit near m is that of
+// t, of m and of the bias.
 template <class V, class K>
 FASTCLIP_INLINE V relative(V t, const K& k, V m) {
   const V low = t * k.scale_low + k.bias_low;
@@ -219,6 +219,7 @@ struct FinishedLine {
   double loss, coefficient, positive_weight;
 };
 
+// The finish of a kind with levels. The operator refuses such a kind.
 struct NoFinish {
   static FASTCLIP_INLINE FinishedLine finish(double, double, double) { return {NAN, NAN, NAN}; }
 };

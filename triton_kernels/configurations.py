@@ -50,7 +50,7 @@ SHARED_MEMORY = {
 
 
 KERNELS = (
-    "sweep", "kept", "weigh", "both", "heavy", "heavy kept", "gradient", "tile", "small",
+    "sweep", "kept", "weigh", "both", "heavy", "heavy kept", "gradient", "tile", "levels", "small",
 )  # fmt: skip
 Table = dict[tuple[str, str, str], Config]
 
@@ -66,7 +66,8 @@ def _table_of(
     another epilogue, in the second sweep or in one go with the first. "heavy" is any of these three
     on a block with masks. "kept" is a first sweep that keeps weights, "heavy kept" the same with
     masks or with an epilogue that is not light. "gradient" multiplies split weights with features.
-    "tile" is for lines that have shifts of their own, "small" for small blocks.
+    "tile" is for lines that have shifts of their own, "levels" for lines that have levels, "small"
+    for small blocks.
 
     Arithmetics: "half" (bf16 and fp16 on tensor cores), "tf32", "split" (fp32 in parts of bf16),
     "ieee" (fp32 on the ordinary cores).
@@ -106,6 +107,7 @@ TABLE: dict[str, Table] = {
         {
             "kept": Config(128, 128, 64, 8, 3, slices=4),
             "both": Config(128, 64, 64, 8, 3, slices=2),
+            "levels": Config(128, 64, 64, 8, 3),
             "tile": Config(128, 128, 64, 8, 3),
             "small": _SMALL,
         },
@@ -116,6 +118,7 @@ TABLE: dict[str, Table] = {
         {
             "kept": Config(128, 128, 32, 8, 3, slices=4),
             "both": Config(128, 64, 32, 8, 3, slices=2),
+            "levels": Config(128, 64, 32, 8, 3),
             "tile": Config(128, 128, 32, 8, 3),
             "small": _SMALL,
         },
@@ -134,6 +137,7 @@ TABLE: dict[str, Table] = {
             "both": Config(128, 128, 64, 4, 3, slices=4, descriptors=True),
             "heavy": Config(128, 128, 64, 8, 4, slices=4, descriptors=True),
             "heavy kept": Config(128, 128, 64, 8, 3, slices=2, descriptors=True),
+            "levels": Config(128, 64, 64, 8, 3),
             "tile": Config(128, 128, 64, 8, 3),
             "small": _SMALL,
         },
@@ -171,6 +175,7 @@ TABLE: dict[str, Table] = {
         {
             "kept": Config(128, 64, 32, 8, 2, slices=2),
             "both": Config(128, 64, 32, 8, 2),
+            "levels": Config(128, 64, 32, 8, 2),
             "tile": Config(128, 128, 32, 8, 2),
             "small": _SMALL,
         },

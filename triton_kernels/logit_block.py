@@ -216,7 +216,9 @@ class LogitBlock:
     @property
     def kernel_of_lines(self) -> str:
         """The kernels in which each line has a number of its own."""
-        return "tile" if self.is_plain and not self.is_small else "small"
+        if self.is_small or not self.is_plain:
+            return "small"
+        return "levels" if self.kind.has_levels else "tile"
 
     @property
     def kernel_of_sums(self) -> str:

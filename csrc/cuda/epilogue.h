@@ -44,7 +44,8 @@ template <class Kind, class Options, bool kFold, bool kWeigh, class Out>
 __global__ void __launch_bounds__(kThreads)
     epilogue_kernel(ChunkView view, Products products, Folding folding, PairWeights weights, Options options) {
   constexpr bool kWrites = !std::is_void_v<Out>, kHasAll = Options::kHasAll;
-  constexpr bool kHasSecond = kHasAll || Kind::kHasLevels;
+  constexpr bool kHasPositives = kHasAll && !Kind::kHasLevels;  // by id
+  constexpr bool kHasSecond = kHasPositives || Kind::kHasLevels;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t tiles_n = cdiv(view.columns, kTileColumns);
   const int64_t tile_m = blockIdx.x / tiles_n, tile_n = blockIdx.x % tiles_n;
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
       if constexpr (kWeigh) {
         if (inside && weights.b) column[four][q].coefficient = weights.b[j];
         if (inside && two_shifts) column[four][q].shift = weights.shift_y[j];
-        if constexpr (kHasAll) {
+        if constexpr (kHasPositives) {
           if (inside && options.d) column_positive[four][q].coefficient = options.d[j];
           if (inside && options.d && two_shifts) column_positive[four][q].shift = options.shift_y[j];
         }
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kWeigh) {
       if (weights.a) mine.coefficient = weights.a[i];
       if (two_shifts) mine.shift = weights.shift_x[i];
-      if constexpr (kHasAll) {
+      if constexpr (kHasPositives) {
         if (options.c) mine_positive.coefficient = options.c[i];
         if (options.c && two_shifts) mine_positive.shift = options.shift_x[i];
       }
@@ -153,9 +154,12 @@ __global__ void __launch_bounds__(kThreads)
           const LineWeight& other = column[four][q];
           float w;
           if constexpr (kHasAll) {
-            const LineWeight &c = mine_positive, &d = column_positive[four][q];
-            w = weight_by_role<Kind>(t[q], own, bias[four][q], counts, choose(counts.positive, c, mine),
-                                     choose(counts.positive, d, other), two_shifts);
+            LineWeight a = mine, b = other;
+            if constexpr (kHasPositives) {
+              a = choose(counts.positive, mine_positive, mine);
+              b = choose(counts.positive, column_positive[four][q], other);
+            }
+            w = weight_by_role<Kind>(t[q], own, bias[four][q], counts, a, b, two_shifts);
             weight_sum[four][q] += w;
           } else {
             w = Kind::activation(t[q], own, mine.shift);

@@ -237,26 +237,28 @@ def _store_apart(
         x = relative(t, k, 0.0, LOGITS, j, N, False)
         first_x = _shift_of_lines(tl.where(by_row, x, float("-inf")), 1)
         first_y = _shift_of_lines(tl.where(by_column, x, float("-inf")), 0)
-        own_x, own_y = _usable(first_x), _usable(first_y)
+        own = _usable(first_x)
     else:
-        own_x = load_lines(LEVEL_X, i, M, False).to(tl.float32)
-        own_y = load_lines(LEVEL_Y, j, N, False).to(tl.float32)
+        own = load_lines(LEVEL_X, i, M, False).to(tl.float32)
     # The masks apply after the exponential: the logit of a pair that does not count may exceed the
     # shift by any amount, and its exponential may be infinite.
-    x = relative(t, k, own_x[:, None], LOGITS, j, N, False)
+    x = relative(t, k, own[:, None], LOGITS, j, N, False)
     rows = tl.sum(tl.where(by_row, FOLD(x), 0.0), 1)
-    if LEVEL_X is not None:
+    if LEVEL_X is None:
+        own = _usable(first_y)
+    else:
         first_x = tl.sum(tl.where(by_row, ACTIVATION(x), 0.0), 1)
-    x = relative(t, k, own_y[None, :], LOGITS, j, N, False)
+        own = load_lines(LEVEL_Y, j, N, False).to(tl.float32)
+    x = relative(t, k, own[None, :], LOGITS, j, N, False)
     columns = tl.sum(tl.where(by_column, FOLD(x), 0.0), 0)
     if LEVEL_X is not None:
         first_y = tl.sum(tl.where(by_column, ACTIVATION(x), 0.0), 0)
     SUMS = PARTIAL + partials(M, N, BM, BN)
-    store_rows(PARTIAL, first_x, pid_n, row, M, BM, False)
     store_rows(SUMS, rows, pid_n, row, M, BM, False)
+    store_rows(PARTIAL, first_x, pid_n, row, M, BM, False)
     at = columns_of(pid_m, M, N, BN)
-    store_columns(PARTIAL + at, first_y, j, N, False)
     store_columns(SUMS + at, columns, j, N, False)
+    store_columns(PARTIAL + at, first_y, j, N, False)
 
 
 @triton.jit(

@@ -62,7 +62,9 @@ def products(block: Block, keep: int, rows: int, columns: int) -> tuple[int, int
     told = occupied(block)
     with cuda_case.chunks(rows, columns):
         with library_products() as first:
-            state, positive, kept = operator("sweep", "cuda")(*block.arguments, None, told, keep)
+            state, positive, kept = operator("sweep", "cuda")(
+                *block.arguments, None, told, None, keep
+            )
         weights = make_weights(state, len(block.x))
         with library_products() as second:
             weigh("cuda", block, state, positive, weights, kept)
@@ -130,7 +132,10 @@ def test_operands_of_another_device_are_an_error() -> None:
     ):  # fmt: skip
         call("sweep", *block._replace(**changes).arguments, None, None, None, 0)
     call("sweep", *block.arguments, meta[0], None, None, 0)
-    call("sweep", *block.arguments, None, torch.ones(1, 16, dtype=torch.bool, device="meta"), 0)
+    told = torch.ones(1, 16, dtype=torch.bool, device="meta")
+    call("sweep", *block.arguments, None, told, None, 0)
+    levels = torch.ones(16, dtype=torch.float64, device="meta")
+    call("sweep", *block._replace(kind="hinge").arguments, None, None, levels, 0)
     between = [state, positive, kept, weights.coefficients, weights.positive_weight, weights.gain]
     for k in range(len(between)):
         others = [*between[:k], between[k].to("meta"), *between[k + 1 :]]
@@ -174,7 +179,7 @@ def test_options_may_have_any_strides() -> None:
     expected = sweep("cuda", block)
     told = torch.stack((occupied(block),) * 2, 2)[..., 0]
     assert not told.is_contiguous() and not spread.ids_x.is_contiguous()
-    results = operator("sweep", "cuda")(*spread.arguments, None, told, 0)
+    results = operator("sweep", "cuda")(*spread.arguments, None, told, None, 0)
     for result, truth in zip(results, expected, strict=True):
         torch.testing.assert_close(result, truth, rtol=0, atol=0, equal_nan=True)
     state, positive, _ = expected
@@ -234,7 +239,7 @@ def test_occupied_must_have_every_line() -> None:
     rule = r"occupied must be \(1, M \+ N\), with positives by id \(2, M \+ N\), bool, got"
     for told in (torch.ones(1, 16, dtype=torch.bool), torch.ones(2, 16, dtype=torch.uint8)):
         with pytest.raises(RuntimeError, match=rule):
-            operator("sweep", "cuda")(*block.arguments, None, told, 0)
+            operator("sweep", "cuda")(*block.arguments, None, told, None, 0)
 
 
 def test_a_state_without_positives_by_id_is_an_error() -> None:

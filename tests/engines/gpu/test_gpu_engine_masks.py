@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from support import masked_cases
-from support.block_operators import make_weights, operator, sweep
+from support.block_operators import make_weights, operator, relative_to, sweep
 from support.dense_block import DENSE_KINDS, DTYPES, KINDS, Block
 from support.dense_truth import Dense, assert_gradients, has_one_shift
 from support.gpu_engine_case import enlarged, prepare, several_tiles, small_chunks, tf32_products
@@ -200,8 +200,9 @@ def test_masked_pairs_are_not_kept(gpu_engine: str, kind: str) -> None:
     dense = Dense(block)
     exact = dense.gradients(dense.activations(state, weights.coefficients), weights)
     found = operator("weigh", gpu_engine)(
-        *block.arguments, state, positive, kept, weights.coefficients, weights.positive_weight,
-        weights.gain, False, False, True, False, torch.float32, torch.float32,
+        *block.arguments, relative_to(dense.levels, state), positive, kept, weights.coefficients,
+        weights.positive_weight, weights.gain, False, False, True, False, torch.float32,
+        torch.float32,
     )[3]  # fmt: skip
     torch.testing.assert_close(found, exact.key_bias, rtol=1e-4, atol=1e-6)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.block_cases import offsets
-from support.dense_block import DTYPES, KINDS, make_block
+from support.dense_block import DTYPES, FINISHED, make_block
 from support.gpu_engine_case import check, check_in_one_go
 from support.triton_case import needs_engine
 
@@ -70,7 +70,7 @@ def test_a_kind_without_a_shift(dtype: str, launches: Counter) -> None:
 
 def test_nothing_is_kept(launches: Counter) -> None:
     """A small block does not use its budget: reading kept weights would take another launch."""
-    for kind in KINDS:
+    for kind in FINISHED:
         block = make_block(40, 50, 24, torch.bfloat16, kind=kind)
         check("triton", block, KEPT_BY["triton"].keep(Arguments.of(block.arguments)[0], 1 << 30))
     assert not launches["weigh_kept_kernel"] and not launches["moments_kernel"]
