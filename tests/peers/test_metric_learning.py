@@ -1,4 +1,4 @@
-"""Our losses are pytorch-metric-learning's losses: two views, labels, a memory of batches."""
+"""Our losses are pytorch-metric-learning's: two views, labels, a memory of batches, triplets."""
 
 from types import ModuleType
 
@@ -8,7 +8,7 @@ from support.peers import Case, assert_same, peer
 from torch import Tensor
 
 from fastclip import contrast
-from fastclip.loss import nt_xent_loss, supcon_loss
+from fastclip.loss import nt_xent_loss, ranking_loss, supcon_loss
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +89,37 @@ def test_a_memory_of_batches(queued: int, case: Case, theirs: ModuleType) -> Non
         return (pairs - c.row_positive_means[some]).mean()
 
     assert_same(ours, expected, case.leaves(1))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("hardest", [False, True])
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_triplets(
+    margin: float, hardest: bool, symmetric: bool, case: Case, theirs: ModuleType
+) -> None:
+    """Their triplets are each line's positive with each negative, or with the hardest one."""
+    ties = case.d == 1 or case.sort == "duplicates"
+    if ties and (hardest or not margin):
+        pytest.skip("which of equal similarities has the gradient depends on rounding")
+    distance = peer("pytorch_metric_learning.distances").CosineSimilarity()
+    miner = peer("pytorch_metric_learning.miners").BatchHardMiner(distance=distance)
+    triplets = theirs.TripletMarginLoss(
+        margin, distance=distance, triplets_per_anchor="all",
+        reducer=peer("pytorch_metric_learning.reducers").SumReducer(),
+    )  # fmt: skip
+    labels = torch.arange(case.n)
+
+    def expected(x: Tensor, y: Tensor) -> Tensor:
+        total = 0
+        for a, b in ((x, y), (y, x))[: 1 + symmetric]:
+            found = miner(a, labels, b, labels) if hardest else None
+            total = total + triplets(a, labels, found, b, labels)
+        return total / case.n
+
+    assert_same(
+        lambda x, y: ranking_loss(
+            x, y, margin=margin, hardest=hardest, symmetric=symmetric, normalize=True
+        ),
+        expected,
+        case.features(2),
+    )
