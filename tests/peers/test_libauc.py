@@ -16,7 +16,7 @@ from support.peers import Case, find
 from torch import Tensor
 
 from fastclip import contrast
-from fastclip.loss.global_clip import GlobalClipLoss
+from fastclip.loss import GlobalClipLoss
 
 TAU, GAMMA, SAMPLES = 0.2, 0.4, 150
 

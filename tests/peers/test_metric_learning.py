@@ -8,7 +8,7 @@ from support.peers import Case, assert_same, peer
 from torch import Tensor
 
 from fastclip import contrast
-from fastclip.loss import nt_xent_loss, ranking_loss, supcon_loss
+from fastclip.loss import SupConLoss, nt_xent_loss, ranking_loss, supcon_loss
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def test_labels(classes: int, case: Case, theirs: ModuleType) -> None:
     )
 
 
-def test_labels_in_float32(case: Case, theirs: ModuleType) -> None:
+def test_the_module_in_float32(case: Case, theirs: ModuleType) -> None:
     labels = torch.arange(case.n) % max(1, case.n // 3)
     if case.n < 17:
         pytest.skip("their loss of a batch without positives and negatives is 0")
     assert_same(
-        lambda x: supcon_loss(x, labels, 10.0, normalize=True),
+        lambda x: SupConLoss(normalize=True)(x, labels, 10.0),
         lambda x: theirs.SupConLoss(temperature=0.1)(x, labels),
         case.features(1, dtype=torch.float32),
         rtol=2e-4, atol=5e-5,
@@ -107,13 +107,14 @@ def test_triplets(
         margin, distance=distance, triplets_per_anchor="all",
         reducer=peer("pytorch_metric_learning.reducers").SumReducer(),
     )  # fmt: skip
-    labels = torch.arange(case.n)
+    # One object for both sides would mean that the sides are the same.
+    labels, of_others = torch.arange(case.n), torch.arange(case.n)
 
     def expected(x: Tensor, y: Tensor) -> Tensor:
         total = 0
         for a, b in ((x, y), (y, x))[: 1 + symmetric]:
-            found = miner(a, labels, b, labels) if hardest else None
-            total = total + triplets(a, labels, found, b, labels)
+            found = miner(a, labels, b, of_others) if hardest else None
+            total = total + triplets(a, labels, found, b, of_others)
         return total / case.n
 
     assert_same(
