@@ -6,7 +6,7 @@ those that the guide finds closer are left out.
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -91,27 +91,21 @@ def guided(
     relative: bool, anchors: bool, positives: bool,
 ) -> Tensor:  # fmt: skip
     """Returns the same loss, written on `contrast` with a guide."""
-    if "guide" not in inspect.signature(contrast).parameters:
-        pytest.skip("contrast takes no guide yet")
     own = (F.normalize(guides[0]) * F.normalize(guides[1])).sum(1)
-    thresholds = own - margin * (own.abs() if relative else 1)
-
-    def block(i: int, j: int, offset: int | None) -> Tensor:
-        y = columns[j] if i != j else None
-        guide = (guides[i], guides[j] if i != j else None, thresholds)
-        return contrast(
-            columns[i], y, scale, offset=offset, guide=guide, columns=False, normalize=True
-        )
-
-    c = block(0, 1, 0)
+    limits = own - margin * (own.abs() if relative else 1)
+    block = functools.partial(
+        contrast, logit_scale=scale, limits=limits, columns=False, normalize=True
+    )
+    (x, y, *negatives), (gx, gy, *of_negatives) = columns, guides
+    c = block(x, y, guide=(gx, gy))
     parts = [c.positives, c.rows]
-    parts += [block(0, 0, 0).rows] if anchors else []
-    parts += [block(1, 1, 0).rows] if positives else []
-    parts += [block(0, 2, None).rows] if len(columns) > 2 else []
-    total = parts[0]
-    for part in parts[1:]:
-        total = torch.logaddexp(total, part)
-    return (total - c.positives).mean()
+    parts += [block(x, None, guide=gx).rows] if anchors else []
+    parts += [block(y, None, guide=gy).rows] if positives else []
+    parts += [
+        block(x, n, guide=(gx, g), offset=None).rows
+        for n, g in zip(negatives, of_negatives, strict=True)
+    ]
+    return (functools.reduce(torch.logaddexp, parts) - c.positives).mean()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +119,8 @@ def test_a_guide_leaves_negatives_out(
     negatives: int, kept: tuple[bool, bool], strategy: str, margin: float, case: Case,
     theirs: ModuleType,
 ) -> None:  # fmt: skip
+    if case.sort == "duplicates" and not margin:
+        pytest.skip("similarities equal the threshold up to rounding")
     guides = [t.detach() for t in case.features(2 + negatives, d=case.d + 3)]
     assert_same(
         lambda *given: guided(given, guides, case.scale, margin, strategy == "relative", *kept),

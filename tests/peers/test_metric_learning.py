@@ -1,4 +1,4 @@
-"""Our losses are pytorch-metric-learning's losses: two views, labels, a memory of batches."""
+"""Our losses are pytorch-metric-learning's: two views, labels, a memory of batches, triplets."""
 
 from types import ModuleType
 
@@ -8,7 +8,7 @@ from support.peers import Case, assert_same, peer
 from torch import Tensor
 
 from fastclip import contrast
-from fastclip.loss import nt_xent_loss, supcon_loss
+from fastclip.loss import SupConLoss, nt_xent_loss, ranking_loss, supcon_loss
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,12 @@ def test_labels(classes: int, case: Case, theirs: ModuleType) -> None:
     )
 
 
-def test_labels_in_float32(case: Case, theirs: ModuleType) -> None:
+def test_the_module_in_float32(case: Case, theirs: ModuleType) -> None:
     labels = torch.arange(case.n) % max(1, case.n // 3)
     if case.n < 17:
         pytest.skip("their loss of a batch without positives and negatives is 0")
     assert_same(
-        lambda x: supcon_loss(x, labels, 10.0, normalize=True),
+        lambda x: SupConLoss(normalize=True)(x, labels, 10.0),
         lambda x: theirs.SupConLoss(temperature=0.1)(x, labels),
         case.features(1, dtype=torch.float32),
         rtol=2e-4, atol=5e-5,
@@ -89,3 +89,38 @@ def test_a_memory_of_batches(queued: int, case: Case, theirs: ModuleType) -> Non
         return (pairs - c.row_positive_means[some]).mean()
 
     assert_same(ours, expected, case.leaves(1))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("hardest", [False, True])
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_triplets(
+    margin: float, hardest: bool, symmetric: bool, case: Case, theirs: ModuleType
+) -> None:
+    """Their triplets are each line's positive with each negative, or with the hardest one."""
+    ties = case.d == 1 or case.sort == "duplicates"
+    if ties and (hardest or not margin):
+        pytest.skip("which of equal similarities has the gradient depends on rounding")
+    distance = peer("pytorch_metric_learning.distances").CosineSimilarity()
+    miner = peer("pytorch_metric_learning.miners").BatchHardMiner(distance=distance)
+    triplets = theirs.TripletMarginLoss(
+        margin, distance=distance, triplets_per_anchor="all",
+        reducer=peer("pytorch_metric_learning.reducers").SumReducer(),
+    )  # fmt: skip
+    # One object for both sides would mean that the sides are the same.
+    labels, of_others = torch.arange(case.n), torch.arange(case.n)
+
+    def expected(x: Tensor, y: Tensor) -> Tensor:
+        total = 0
+        for a, b in ((x, y), (y, x))[: 1 + symmetric]:
+            found = miner(a, labels, b, of_others) if hardest else None
+            total = total + triplets(a, labels, found, b, of_others)
+        return total / case.n
+
+    assert_same(
+        lambda x, y: ranking_loss(
+            x, y, margin=margin, hardest=hardest, symmetric=symmetric, normalize=True
+        ),
+        expected,
+        case.features(2),
+    )

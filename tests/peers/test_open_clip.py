@@ -19,14 +19,26 @@ def theirs() -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["DistillClipLoss", "CoCaLoss"])
-@pytest.mark.parametrize("method", ["__init__", "forward"])
-def test_parameters(name: str, method: str, theirs: ModuleType) -> None:
+def test_parameters(name: str, theirs: ModuleType) -> None:
     ours, wanted = (
-        [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-        for function in (getattr(getattr(m, name), method) for m in (fastclip.loss, theirs))
+        [(p.name, p.kind, p.default) for p in inspect.signature(kind.forward).parameters.values()]
+        for kind in (getattr(m, name) for m in (fastclip.loss, theirs))
     )
     assert ours[: len(wanted)] == wanted
     assert all(default is not inspect.Parameter.empty for *_, default in ours[len(wanted) :])
+
+
+@pytest.mark.parametrize("name", ["DistillClipLoss", "CoCaLoss"])
+def test_constructor_arguments_become_attributes(name: str, theirs: ModuleType) -> None:
+    names = list(inspect.signature(getattr(theirs, name)).parameters)
+    values = [*(2.0, 0.5, 7)[: len(names) - 6], True, True, True, 0, 1, False]
+    for arguments, keywords in ((values, {}), ((), dict(zip(names, values, strict=True)))):
+        ours, wanted = (getattr(m, name)(*arguments, **keywords) for m in (fastclip.loss, theirs))
+        for attribute, value in vars(wanted).items():
+            if not attribute.startswith("_"):
+                assert getattr(ours, attribute) == value, attribute
+        if name == "CoCaLoss":
+            assert ours.caption_loss.ignore_index == wanted.caption_loss.ignore_index
 
 
 def total(losses: tuple[Tensor, ...] | dict[str, Tensor]) -> Tensor:

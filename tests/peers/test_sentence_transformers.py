@@ -12,7 +12,7 @@ from support.peers import Case, assert_same, peer
 from torch import Tensor, nn
 
 from fastclip import contrast
-from fastclip.loss import info_nce
+from fastclip.loss import InfoNCELoss, info_nce
 
 DIRECTIONS = (
     ("query_to_doc",),
@@ -86,10 +86,10 @@ def test_ranking_of_dot_products(case: Case, theirs: ModuleType) -> None:
     )
 
 
-def test_ranking_in_float32(case: Case, theirs: ModuleType) -> None:
+def test_the_module_in_float32(case: Case, theirs: ModuleType) -> None:
     leaves = case.features(3, dtype=torch.float32)
     assert_same(
-        lambda q, p, n: info_nce(q, torch.cat((p, n)), 20.0, normalize=True),
+        lambda q, p, n: InfoNCELoss(normalize=True)(q, torch.cat((p, n)), 20.0),
         lambda *given: ranking(theirs, given, 20.0),
         leaves, rtol=2e-4, atol=5e-5,
     )  # fmt: skip
