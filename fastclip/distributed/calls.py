@@ -167,9 +167,10 @@ def checked_contrast(
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
         "ids": int(ids is not None), "labels": int(labels is not None),
         "false_negative_margin": int(margin is not None), "offset=None": int(call.offset is None),
-        "rows": int(request.rows), "columns": int(request.columns), "means": int(request.means),
-        "same_id": int(request.same_id_positive), "y=None": int(request.of_itself),
-        "logit_bias": int(bias is not None), "dtype of products": dtype,
+        "y=None": int(request.of_itself), "rows": int(request.rows),
+        "columns": int(request.columns), "means": int(request.means),
+        "same_id": int(request.same_id_positive), "logit_bias": int(bias is not None),
+        "dtype of products": dtype,
     }  # fmt: skip
     if call.loss:
         must_match[f"loss with its options (here {call.loss})"] = zlib.crc32(call.loss.encode())

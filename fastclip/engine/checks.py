@@ -153,8 +153,7 @@ def check_labels(
     _check_vector("labels", labels, "a column for each row of the features", x)
     if offset != 0:
         raise ValueError(f"labels take the place of offset, which must be 0, got {offset}")
-    # A fake tensor is a subclass.
-    if labels.device.type != "cpu" or is_traced() or type(labels) is not Tensor:
+    if not _is_readable(labels):
         return
     if labels.numel() == 0:
         return
@@ -169,6 +168,12 @@ def check_labels(
             "a row and the key of its label must have one id, got "
             f"{int(ids[0][row])} and {int(ids[1][labels[row]])} in row {row}"
         )
+
+
+def _is_readable(values: Tensor) -> bool:
+    """True if values can be read without waiting for a device."""
+    # A fake tensor is a subclass.
+    return values.device.type == "cpu" and not is_traced() and type(values) is Tensor
 
 
 def _check_one_set(
@@ -187,6 +192,14 @@ def _check_one_set(
         )
 
 
+def _check_ids_of_one_set(ids: tuple[Tensor, Tensor] | None) -> None:
+    """Values are checked on CPUs only, as for labels."""
+    if ids is None or ids[0] is ids[1] or not _is_readable(ids[0]):
+        return
+    if not torch.equal(*ids):
+        raise ValueError("without y ids must be one tensor, got two that differ")
+
+
 def check_contrast(
     x: Tensor, y: Tensor | None, logit_scale: Tensor | float, logit_bias: Tensor | float | None,
     key_bias: Tensor | None, ids: tuple[Tensor, Tensor] | Tensor | None,
@@ -198,7 +211,8 @@ def check_contrast(
     """Checks the arguments of `contrast`, except backend and memory_budget; returns y, scale, bias,
     ids and margin."""
     check_offset(offset)
-    if y is None:
+    of_itself = y is None
+    if of_itself:
         _check_one_set(offset, labels, margin, key_bias, rows)
         # An autograd Function needs distinct tensor objects; all of the gradient is x's.
         y = x.detach() if isinstance(x, Tensor) else x
@@ -207,6 +221,8 @@ def check_contrast(
         y = y.view_as(y)
     check_sides(x, y, may_be_empty)
     ids = check_ids(ids, same_id, x, y)
+    if of_itself:
+        _check_ids_of_one_set(ids)
     check_labels(labels, ids, offset, x, y)
     check_key_bias(key_bias, y)
     kind_of(kind)
