@@ -51,21 +51,21 @@ class LossCall(NamedTuple):
 class ContrastCall(NamedTuple):
     """The options of `distributed.contrast`, as the caller passed them."""
 
-    offset: int | None
-    same_id: str
-    rows: bool
-    columns: bool
-    means: bool
-    teaches: bool  # targets are given
-    guided: bool  # a guide is given
-    of_itself: bool  # y is x
-    kind: str
-    above: float | None
-    normalize: bool
-    ring: bool
-    uneven: bool
-    backend: str | None
-    memory_budget: int | None
+    offset: int | None = 0
+    same_id: str = "ignore"
+    rows: bool = True
+    columns: bool = True
+    means: bool = False
+    teaches: bool = False  # targets are given
+    guided: bool = False  # a guide is given
+    of_itself: bool = False  # y is x
+    kind: str = "softmax"
+    above: float | None = None
+    normalize: bool = False
+    ring: bool = False
+    uneven: bool = False
+    backend: str | None = None
+    memory_budget: int | None = None
     loss: str = ""  # the loss that calls, with its options: the same on all ranks
     dtype: torch.dtype | None = None
 

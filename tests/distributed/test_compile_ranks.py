@@ -17,6 +17,7 @@ from fastclip import distributed
 from fastclip.distributed.calls import ContrastCall, LossCall
 from fastclip.distributed.compiled import call as compiled_call
 from fastclip.distributed.gradient_mode import GradientMode
+from fastclip.engine.beside import Given
 
 
 def assert_like_eager(three: Ranks, cases: list[Case], allowed: float = 1e-6) -> None:
@@ -212,11 +213,9 @@ def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         call = LossCall("sigmoid", GradientMode(), False, True, None, None, None, None)
         compiled_call.traced_loss((*inputs, None), None, call)
     else:
-        call = ContrastCall(
-            0, "positive", True, True, True, False, "softmax", True, False, False, None, None
-        )
+        call = ContrastCall(same_id="positive", means=True, normalize=True)
         ids = torch.arange(5) // 2
-        others = None, torch.randn(5), (ids, ids), 0.1, None
+        others = None, torch.randn(5), Given((ids, ids), 0.1)
         compiled_call.traced_contrast((*inputs, *others), None, call)
     monkeypatch.undo()
     ((arguments,),) = [called]
