@@ -27,7 +27,7 @@ def clip_loss(
     *,
     ids: tuple[Tensor, Tensor] | Tensor | None = None,
     same_id: str = "ignore",
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,
     weights: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
@@ -138,7 +138,7 @@ def siglip_loss(
     held are the same, and `4 B D` more if the forward makes the gradients (gathered texts, float32
     or on GPUs): the backward scales them into a second tensor.
     """
-    if reduction != "mean" or takes_lines(live, ids, 0.0, weights):
+    if reduction != "mean" or takes_lines(live, ids, 0, weights):
         loss = described(
             "siglip_loss", ids=ids, same_id=same_id, weights=weights, reduction=reduction
         )

@@ -43,7 +43,7 @@ class Groups(NamedTuple):
     def without_own(self, offset: int) -> Groups:
         """The groups without own pairs: the pair of row i and column i + offset, if both are in one
         group. A line's sum over its own pair alone is then exactly 0."""
-        m, n = len(self.of_rows), len(self.of_columns)
+        m, n = self.of_rows.shape[0], self.of_columns.shape[0]
         same = self.of_rows == pairs.at_rows(self.of_columns, m, offset, -1)
         rows, columns = (torch.arange(k, device=same.device) for k in (m, n))
         of_rows = torch.where(same, pairs.at_rows(columns, m, offset, n), n)

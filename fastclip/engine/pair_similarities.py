@@ -30,7 +30,7 @@ class _PairSimilarities(torch.autograd.Function):
     ) -> Tensor:
         sides = [side_of(t, dtype, normalize) for t in (x, y)]
         found = torch.zeros(i.shape, dtype=state_dtype(x.device), device=x.device)
-        for _, of_x, of_y in _chunks(sides, len(i)):
+        for _, of_x, of_y in _chunks(sides, i.shape[0]):
             found += (of_x[i] * of_y[j]).sum(1)
         return found
 
@@ -60,14 +60,14 @@ def _gradients(
         FeatureGradient(side, out, g.dtype) if needed else None
         for side, out, needed in zip(sides, outs, needs, strict=False)
     ]
-    for place, of_x, of_y in _chunks(sides, len(i)):
+    for place, of_x, of_y in _chunks(sides, i.shape[0]):
         for gradient, unit, own, other, others in (
             (added[0], of_x, i, of_y, j), (added[1], of_y, j, of_x, i)
         ):  # fmt: skip
             if gradient is not None:
-                gradient.add(sums_at(own, g[:, None] * other[others], len(unit)), unit, place)
+                gradient.add(sums_at(own, g[:, None] * other[others], unit.shape[0]), unit, place)
     if normalize:
-        for place, of_x, of_y in _chunks(sides, len(i)):
+        for place, of_x, of_y in _chunks(sides, i.shape[0]):
             for gradient, unit in zip(added, (of_x, of_y), strict=True):
                 if gradient is not None:
                     gradient.project(unit, place)

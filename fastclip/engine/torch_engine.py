@@ -104,7 +104,7 @@ def merge(shift: Tensor, sum: Tensor, other_shift: Tensor, other_sum: Tensor) ->
     to its shift, (K, L); the first says if it has pairs. It serves chunks of rows, and the
     visits of a ring. States of different ranks are merged by all-reduce, with the same arithmetic
     (`distributed/block_row.merge_columns`)."""
-    shift_is_free, other_is_free = (t.reshape(-1, len(shift))[0] == 0 for t in (sum, other_sum))
+    shift_is_free, other_is_free = (t.reshape(-1, shift.shape[0])[0] == 0 for t in (sum, other_sum))
     top = torch.maximum(shift, other_shift)
     top = torch.where(shift_is_free, other_shift, top)
     top = torch.where(other_is_free & ~shift_is_free, shift, top)

@@ -16,16 +16,19 @@ from .world import Reduction, World
 class InfoNCE(NamedTuple):
     """The options of `fastclip.loss.info_nce`."""
 
+    # Defaults of numbers are ints here and in the functions: a graph for all sizes would take a
+    # float for a variable, and would be compiled again for each size when it decides a branch.
+
     offset: int | None = 0
     labels: Tensor | None = None
     ids: tuple[Tensor, Tensor] | Tensor | None = None
     same_id: str = "ignore"
     false_negative_margin: Tensor | float | None = None
     key_bias: Tensor | None = None
-    margin: float = 0.0
-    label_smoothing: float = 0.0
+    margin: float = 0
+    label_smoothing: float = 0
     decoupled: bool = False
-    hardness: float = 0.0
+    hardness: float = 0
     symmetric: bool = False
 
     def check(self, x: Tensor, y: Tensor | None) -> None:
@@ -79,7 +82,7 @@ def info_nce(
     losses, counts = _line_losses(o, scale, c.rows, positives, c.row_positives, _means(c, "row"))
     if o.symmetric:
         columns, by_id, *means = (
-            None if t is None else t[o.offset : o.offset + len(losses)]
+            None if t is None else t[o.offset : o.offset + losses.shape[0]]
             for t in (c.columns, c.column_positives, *_means(c, "column"))
         )
         others, _ = _line_losses(o, scale, columns, positives, by_id, means)
@@ -117,7 +120,7 @@ def _similarity(positives: Tensor, scale: Tensor, options: InfoNCE) -> Tensor:
     if options.key_bias is not None:
         columns = options.labels
         if columns is None:
-            columns = torch.arange(len(logits), device=logits.device) + options.offset
+            columns = torch.arange(logits.shape[0], device=logits.device) + options.offset
         logits = logits - options.key_bias.detach()[columns]
     return logits / scale.detach()
 

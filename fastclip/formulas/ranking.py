@@ -62,12 +62,12 @@ def _of_hardest(
         if symmetric and not in_one_sweep:
             found += search(y, batch.x, y_ids, batch.x_ids)
     # All pairs in one call: each call has gradients of both sides' size.
-    own = torch.arange(len(x), device=x.device) + batch.start
+    own = torch.arange(x.shape[0], device=x.device) + batch.start
     places = [own, *(lines.clamp_min(0) for lines in found)]
     i = torch.cat([own, own, *places[2:]])
     j = torch.cat([own, places[1], *([own] if symmetric else [])])
     t = pair_similarities(batch.x, batch.y, i, j, dtype, normalize)
-    positives, *others = t.reshape(1 + len(found), len(x))
+    positives, *others = t.reshape(1 + len(found), x.shape[0])
     return sum(
         torch.where(lines >= 0, F.relu(margin + t - positives), 0)
         for lines, t in zip(found, others, strict=True)

@@ -142,7 +142,7 @@ class GlobalClipLoss(nn.Module):
 
         scale = world.guarded(check)
         c = world.contrast(*inputs, scale if self.rho is not None else scale.detach())
-        pairs = torch.full_like(c.positives.new_zeros(1), len(indices) * world.ranks)
+        pairs = torch.full_like(c.positives.new_zeros(1), indices.shape[0] * world.ranks)
         if not world.even:
             pairs = world.total(pairs / world.ranks)
         losses: list[Tensor] = []

@@ -69,10 +69,10 @@ class InfoNCELoss(_Loss):
     def __init__(
         self,
         *,
-        margin: float = 0.0,
-        label_smoothing: float = 0.0,
+        margin: float = 0,
+        label_smoothing: float = 0,
         decoupled: bool = False,
-        hardness: float = 0.0,
+        hardness: float = 0,
         symmetric: bool = False,
         same_id: str = "ignore",
         false_negative_margin: float | None = None,

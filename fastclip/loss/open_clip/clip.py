@@ -76,7 +76,7 @@ class ClipLoss(nn.Module):
         ring: bool = False,
         uneven: bool = False,
         same_id: str = "ignore",
-        label_smoothing: float = 0.0,
+        label_smoothing: float = 0,
         normalize: bool = False,
         reduction: str = "mean",
         backend: str | None = None,
