@@ -170,9 +170,10 @@ def checked_contrast(
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
         **{name: int(getattr(beside, field) is not None) for name, field in _OPTIONAL.items()},
         "guide": int(beside.guided), "offset=None": int(call.offset is None),
-        "rows": int(request.rows), "columns": int(request.columns), "means": int(request.means),
-        "same_id": int(request.same_id_positive), "y=None": int(request.of_itself),
-        "logit_bias": int(bias is not None), "dtype of products": dtype,
+        "y=None": int(request.of_itself), "rows": int(request.rows),
+        "columns": int(request.columns), "means": int(request.means),
+        "same_id": int(request.same_id_positive), "logit_bias": int(bias is not None),
+        "dtype of products": dtype,
     }  # fmt: skip
     if call.above is not None:
         must_match[f"above (here {call.above})"] = zlib.crc32(repr(float(call.above)).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kinds import kind_of
@@ -37,10 +38,7 @@ def check_labels(
     check_vector("labels", labels, "a column for each row of the features", x)
     if offset != 0:
         raise ValueError(f"labels take the place of offset, which must be 0, got {offset}")
-    # A fake tensor is a subclass.
-    if labels.device.type != "cpu" or is_traced() or type(labels) is not Tensor:
-        return
-    if labels.numel() == 0:
+    if not _is_readable(labels) or labels.numel() == 0:
         return
     least, most = labels.aminmax()
     if least < 0 or most >= y.shape[0]:
@@ -53,6 +51,20 @@ def check_labels(
             "a row and the key of its label must have one id, got "
             f"{int(ids[0][row])} and {int(ids[1][labels[row]])} in row {row}"
         )
+
+
+def _check_ids_of_one_set(ids: tuple[Tensor, Tensor] | None) -> None:
+    """Values are checked on CPUs only, as for labels."""
+    if ids is None or ids[0] is ids[1] or not _is_readable(ids[0]):
+        return
+    if not torch.equal(*ids):
+        raise ValueError("without y ids must be one tensor, got two that differ")
+
+
+def _is_readable(values: Tensor) -> bool:
+    """True if values can be read without waiting for a device."""
+    # A fake tensor is a subclass.
+    return values.device.type == "cpu" and not is_traced() and type(values) is Tensor
 
 
 def check_above(above: float | None, kind: str, same_id: str, of_itself: bool) -> None:
@@ -117,6 +129,8 @@ def _beside(
         ids = (ids, ids) if isinstance(ids, Tensor) else ids
         guide = (guide, guide) if isinstance(guide, Tensor) else guide
     ids = check_ids(ids, same_id, x, y)
+    if of_itself:
+        _check_ids_of_one_set(ids)
     check_labels(given.labels, ids, offset, x, y)
     margin = given.margin
     if margin is not None:

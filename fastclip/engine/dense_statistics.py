@@ -106,6 +106,9 @@ def dense_contrast(
     if not means:
         return statistics
     counted = ~same if of_itself else ~same | own
+    # A key that key_bias takes out counts in no mean. NaN logits count.
+    alive = True if key_bias is None else key_bias != -torch.inf
+    counted, positive = counted & alive, positive & alive
     by_name = {"means": counted | positive if same_id == "positive" else counted}
     if same_id == "positive":
         by_name["positive_means"] = positive
@@ -117,8 +120,7 @@ def dense_contrast(
 
 
 def _mean(logits: Tensor, counts: Tensor, dim: int) -> Tensor:
-    """The mean logit of each line over the pairs that count and are finite; NaN without any."""
-    counts = counts & (logits > -torch.inf)
+    """The mean logit of each line over the pairs that count; NaN without any."""
     return torch.where(counts, logits.double(), 0).sum(dim) / counts.sum(dim)
 
 

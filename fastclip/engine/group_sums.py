@@ -87,7 +87,7 @@ def chunks(block: Block, alive: Tensor | None, lines: int, dtype: torch.dtype) -
     """
     m, width = block.sizes()[0], block.x.features.shape[1]
     # A graph holds the number of chunks, but not their widths: it serves other sizes, too.
-    count = min(width, -(-8 * width * (lines + 1) // CHUNK))
+    count = -(-width // max(1, CHUNK // (8 * (lines + 1))))
     for k in range(count):
         place = slice(width * k // count, width * (k + 1) // count)
         sides = []

@@ -271,59 +271,6 @@ def test_repeated_runs_are_bitwise_equal(engine: str, device: torch.device) -> N
             assert (one is two is None) or torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
 
 
-# ---- wrong arguments -----------------------------------------------------------------------------
-
-X, Y = torch.ones(4, 3), torch.ones(5, 3)
-IDS = torch.arange(4), torch.arange(5)
-REFUSED = {
-    "x no tensor": (TypeError, r"x must be a torch.Tensor, got list", {"x": [1.0]}),
-    "integers": (TypeError, r"y must be float64, .*, got torch.int64", {"y": Y.long()}),
-    "rank": (ValueError, r"x must be \(M, D\), got shape \(4,\)", {"x": X[:, 0]}),
-    "width": (ValueError, r"must have one width D, got \(4, 3\) and \(5, 2\)", {"y": Y[:, :2]}),
-    "empty": (ValueError, r"must not be empty", {"y": Y[:0]}),
-    "offset": (TypeError, r"offset must be an int or None, got float", {"offset": 1.0}),
-    "true offset": (TypeError, r"offset must be an int or None, got bool", {"offset": True}),
-    "one tensor of ids": (TypeError, r"ids must be a pair of tensors", {"ids": IDS[0]}),
-    "ids no tensor": (TypeError, r"y_ids must be a torch.Tensor", {"ids": (IDS[0], [1])}),
-    "real ids": (TypeError, r"x_ids must be integers, got torch.float32", {"ids": (X[:, 0], Y)}),
-    "few ids": (
-        ValueError, r"y_ids must have an id for each row.*\(5,\), got \(4,\)",
-        {"ids": (IDS[0], IDS[0])},
-    ),
-    "same_id": (ValueError, r"same_id must be one of .*, got 'ours'", {"same_id": "ours"}),
-    "positive without ids": (ValueError, r"same_id='positive' needs ids", {"same_id": "positive"}),
-    "margin": (
-        TypeError, r"false_negative_margin must be a number or a tensor",
-        {"false_negative_margin": "far"},
-    ),
-    "margins": (
-        ValueError, r"false_negative_margin must have one element",
-        {"false_negative_margin": torch.ones(4)},
-    ),
-    "key bias no tensor": (TypeError, r"key_bias must be a .*, got float", {"key_bias": 1.0}),
-    "key bias of rows": (
-        ValueError, r"key_bias must have a bias for each column.*\(5,\), got \(4,\)",
-        {"key_bias": torch.ones(4)},
-    ),
-    "integral key bias": (
-        TypeError, r"key_bias must be float64.*got torch.int64", {"key_bias": torch.arange(5)},
-    ),
-    "kind": (ValueError, r"kind must be one of 'softmax', 'sigmoid'.*, got 'far'", {"kind": "far"}),
-    "nothing": (ValueError, r"rows or columns must be wanted", {"rows": False, "columns": False}),
-    "backend": (ValueError, r"backend must be None or one of", {"backend": "warp"}),
-    "budget": (ValueError, r"memory_budget must be a number of bytes", {"memory_budget": -1}),
-    "scale": (ValueError, r"logit_scale must have one element", {"logit_scale": torch.ones(2)}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_wrong_arguments_are_refused(what: str) -> None:
-    error, pattern, change = REFUSED[what]
-    arguments = {"x": X, "y": Y, "logit_scale": 1.0} | change
-    with pytest.raises(error, match=pattern):
-        contrast(**arguments)
-
-
 @pytest.mark.parametrize("value", [1e30, float("inf")])
 def test_a_single_pair_has_no_negatives_even_if_norms_overflow(
     engine: str, device: torch.device, value: float

@@ -66,6 +66,22 @@ def test_statistics(three: Ranks) -> None:
     ])  # fmt: skip
 
 
+def test_labels_means_and_one_set(three: Ranks) -> None:
+    assert_like_eager(three, [
+        Case("contrast", {"means": True, "offset": 1}, ids=True, frozen=((1, "x"),)),
+        Case(
+            "contrast", {**EVERYTHING, "means": True, "ring": True}, ids=True, labels=True,
+            key_bias=True, wider=2, frozen=((0, "y"),),
+        ),
+        Case("contrast", {"kind": "sigmoid", "normalize": True}, ranks=3, labels=True),
+        Case("contrast", {"means": True, "kind": "sigmoid"}, of_itself=True),
+        Case(
+            "contrast", {"means": True, "same_id": "positive", "normalize": True}, ids=True,
+            ranks=3, of_itself=True, frozen=((0, "scale"),),
+        ),
+    ])  # fmt: skip
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor(three: Ranks) -> None:
     assert_like_eager(three, [
@@ -84,6 +100,9 @@ SHAPES = [
     Case("siglip_loss", {}, ranks=3, frozen=((0, "y"), (1, "y"), (2, "y"))),
     Case("contrast", {**EVERYTHING, "offset": 1}, ranks=3, ids=True, key_bias=True),
     Case("contrast", {**EVERYTHING, "ring": True}, ranks=3, ids=True),
+    Case("contrast", {**EVERYTHING, "means": True}, ranks=3, ids=True, labels=True, key_bias=True),
+    Case("contrast", {"means": True}, ranks=3, labels=True, wider=2),
+    Case("contrast", {"means": True, "same_id": "positive"}, ranks=3, ids=True, of_itself=True),
 ]
 
 
@@ -110,6 +129,7 @@ REFUSED = {
     "a backend": ("siglip_loss", {"backend": "other"}, "backend must be None or one of"),
     "a scale": ("clip_loss", {"scale": torch.ones(2)}, "logit_scale must have one element"),
     "an empty side": ("contrast", {"m": 0}, "the batch must not be empty"),
+    "labels": ("contrast", {"labels": torch.full((4,), 4)}, "labels must be columns, 0 <= label <"),
 }
 
 

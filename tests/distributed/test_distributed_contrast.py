@@ -4,7 +4,7 @@ The truth is `fastclip.reference.contrast` on the whole batch, in float64. World
 are groups of one pool; a world of one needs no group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
@@ -42,6 +42,23 @@ OPTIONS = {
     "columns alone": {"wanted": (False, True), "key_bias": True},
     "unused statistics": {"unused": ("positives", "columns")},
 }
+# With few ids, and with so many that most rows' ids are no column's.
+LINEAR = {
+    "means": {"means": True, "normalize": True, "key_bias": True},
+    "means and ids": {"means": True, "ids": 4},
+    "means of positives": {"means": True, "ids": 5, "same_id": "positive", "key_bias": True},
+    "means of rare positives": {"means": True, "ids": 40, "same_id": "positive"},
+    "labels": {"labels": True, "margin": -0.1, "key_bias": True},
+    "everything, labels": {
+        "labels": True, "ids": 5, "same_id": "positive", "means": True, "key_bias": True,
+        "normalize": True, "unused": ("rows", "column_means"),
+    },
+    "itself": {"of_itself": True, "means": True},
+    "itself and ids": {"of_itself": True, "means": True, "ids": 6, "normalize": True},
+    "itself, positives by id": {
+        "of_itself": True, "means": True, "ids": 6, "same_id": "positive",
+    },
+}  # fmt: skip
 
 
 def cases_of(size: int) -> Iterator[Case]:
@@ -61,6 +78,29 @@ def cases_of(size: int) -> Iterator[Case]:
             yield Case(kind=kind, ring=ring, upstreams=upstreams, **{**shape, **options})
 
 
+def linear_cases(size: int) -> Iterator[Case]:
+    """Cases of labels, of means and of one set of features."""
+    uneven = {"rows": UNEVEN[size], "columns": UNEVEN[size], "uneven": True}
+    shapes = (
+        {"rows": EVEN[size], "columns": EVEN[size], "uneven": False},
+        uneven,
+        {"rows": UNEVEN[size], "columns": OTHERS[size], "offsets": OFFSETS[size]},
+        {"rows": (2,) * size, "columns": (5,) * size, "uneven": False},
+    )
+    rings = (False, True) if size > 1 else (False,)
+    for k, (options, shape, ring) in enumerate(product(LINEAR.values(), shapes, rings)):
+        if size > 1 and (k + k // 2 + k // 8 + size) % 2:
+            continue
+        if "labels" in options and "offsets" in shape:
+            # A rank without columns can have no labels.
+            shape = {**uneven, "columns": tuple(2 * n + (n > 0) for n in UNEVEN[size])}
+        if "of_itself" in options and shape["rows"] != shape["columns"]:
+            shape = uneven
+        kind = ("softmax", "sigmoid")[(k // 2 + k // 8) % 2]
+        yield Case(kind=kind, ring=ring, upstreams=(1.0, -3.0, 0.0, 1e-3)[:size],
+                   **{**shape, **options})  # fmt: skip
+
+
 def mistakes(case: Case, found: dict, allowed: float = 1e-10) -> list[str]:
     exact, wrong = results_of_one_process(case), []
     for name in (*NAMES, *INPUTS):
@@ -76,11 +116,11 @@ def mistakes(case: Case, found: dict, allowed: float = 1e-10) -> list[str]:
     return wrong
 
 
-def assert_exact(four: Ranks, cases: list[Case], allowed: float = 1e-10) -> None:
+def assert_exact(
+    four: Ranks, cases: list[Case], allowed: float = 1e-10, results: Callable = results_of_cases
+) -> None:
     wrong = []
-    for case, found in zip(
-        cases, zip(*four.run(results_of_cases, cases), strict=True), strict=True
-    ):
+    for case, found in zip(cases, zip(*four.run(results, cases), strict=True), strict=True):
         wrong += mistakes(case, joined(case, found[: case.world_size]), allowed)
     assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong[:20])
 
@@ -92,9 +132,26 @@ def test_ranks_equal_one_process(four: Ranks, size: int) -> None:
     assert_exact(four, list(cases_of(size)))
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_labels_means_and_one_set(four: Ranks, size: int) -> None:
+    assert_exact(four, list(linear_cases(size)))
+
+
+def test_means_in_chunks(four: Ranks) -> None:
+    """Ranks of different sizes exchange sums of the same chunks."""
+    cases = [
+        Case(UNEVEN[4], OTHERS[4], means=True, offsets=OFFSETS[4]),
+        Case(UNEVEN[4], OTHERS[4], means=True, ids=5, same_id="positive", key_bias=True,
+             normalize=True, ring=True),
+        Case(UNEVEN[4], UNEVEN[4], means=True, labels=True),
+        Case((20, 1, 1), (1, 1, 1), means=True, ids=3),
+    ]  # fmt: skip
+    assert_exact(four, cases, results=contrast.results_in_chunks)
+
+
 def test_a_process_alone_is_a_world_of_one() -> None:
     wrong = []
-    for case in cases_of(1):
+    for case in (*cases_of(1), *linear_cases(1)):
         wrong += mistakes(case, joined(case, [results_of_rank(case, 0, None)]))
     assert not wrong, "\n".join(wrong[:20])
 
@@ -103,7 +160,8 @@ def test_gpu_engines_in_a_process_alone(gpu_engine: str) -> None:
     """Engines that need a GPU sweep the same block rows, here those of one process."""
     shape = {"rows": (9,), "columns": (12,), "offsets": (2,), "dtype": torch.float32}
     for kind in ("softmax", "sigmoid"):
-        case = Case(kind=kind, backend=gpu_engine, **shape, **OPTIONS["everything"])
+        options = LINEAR["everything, labels"] if kind == "sigmoid" else OPTIONS["everything"]
+        case = Case(kind=kind, backend=gpu_engine, **shape, **options)
         wrong = mistakes(case, joined(case, [results_of_rank(case, 0, None)]), 1e-5)
         assert not wrong, "\n".join(wrong)
 
@@ -124,17 +182,24 @@ def test_dtypes_engines_and_hard_scales(four: Ranks, ring: bool) -> None:
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 def test_inputs_frozen_on_single_ranks(four: Ranks, ring: bool) -> None:
     """A frozen input gets no gradient; all others get the same as if nothing were frozen."""
-    case = Case(UNEVEN[3], OTHERS[3], ring=ring, key_bias=True)
-    frozen = ((0, "x"), (2, "y"), (1, "key_bias"))
-    found, exact = zip(
-        *four.run(results_of_cases, [case._replace(frozen=frozen), case]), strict=True
-    )
-    for rank, name in frozen:
-        assert found[rank].pop(f"d{name}") is None
-    for one, other in zip(found[:3], exact[:3], strict=True):
-        for name, value in one.items():
-            if value is not None:
-                torch.testing.assert_close(value, other[name], equal_nan=True)
+    plain = Case(UNEVEN[3], OTHERS[3], ring=ring, key_bias=True)
+    labelled = Case(EVEN[3], EVEN[3], ring=ring, key_bias=True, labels=True, means=True)
+    of_itself = Case(UNEVEN[3], UNEVEN[3], ring=ring, of_itself=True, means=True)
+    for case, frozen in (
+        (plain, ((0, "x"), (2, "y"), (1, "key_bias"))),
+        (labelled, ((0, "x"), (2, "y"), (1, "key_bias"))),
+        (of_itself, ((0, "x"), (2, "scale"))),
+    ):
+        found, exact = zip(
+            *four.run(results_of_cases, [case._replace(frozen=frozen), case]), strict=True
+        )
+        for rank, name in frozen:
+            assert found[rank].pop(f"d{name}") is None
+        for one, other in zip(found[:3], exact[:3], strict=True):
+            for name, value in one.items():
+                assert (value is None) == (other[name] is None), name
+                if value is not None:
+                    torch.testing.assert_close(value, other[name], equal_nan=True)
 
 
 @pytest.mark.parametrize("sizes", [(5, 0, 3, 4), (0, 4, 0, 0)], ids=str)
@@ -148,6 +213,7 @@ def test_a_rank_without_pairs_takes_part_in_the_losses(four: Ranks, sizes: tuple
                     torch.testing.assert_close(mine, true, msg=what)
 
 
+LABELS = torch.tensor([3, 0, 0])  # columns of three rows
 MISMATCHES = {
     "rows": ([{}, {"m": 5}, {}, {}], "one number of rows unless uneven=True, got rank 0: 3, rank"),
     "columns": ([{}, {}, {}, {"n": 9}], "one number of columns unless uneven=True, got rank 0: 4"),
@@ -174,6 +240,9 @@ MISMATCHES = {
     "wanted": ([{}, {"rows": False}, {}, {}], "one rows, got rank 0: 1, rank 1: 0"),
     "wanted columns": ([{}, {"columns": False}, {}, {}], "one columns, got rank 0: 1, rank 1: 0"),
     "no offset": ([{}, {"offset": None}, {}, {}], "one offset=None, got rank 0: 0, rank 1: 1"),
+    "labels": ([{}, {"labels": LABELS}, {}, {}], "one labels, got rank 0: 0, rank 1: 1"),
+    "means": ([{}, {"means": True}, {}, {}], "one means, got rank 0: 0, rank 1: 1"),
+    "one set": ([{}, {"of_itself": True}, {}, {}], "one y=None, got rank 0: 0, rank 1: 1"),
     "rings": ([{}, {"ring": True}, {}, {}], "one ring, got rank 0: 0, rank 1: 1"),
     "nothing to differentiate": ([{}, {"grad": False}, {}, {}], "something to differentiate"),
 }
@@ -195,7 +264,18 @@ REFUSED = {
     "no lines": {"rows": False, "columns": False},
     "the dense backend": {"backend": "reference"},
     "positives without ids": {"same_id": "positive"},
-}
+    "labels beyond the rank's columns": {"labels": LABELS + 1},
+    "negative labels": {"labels": LABELS - 1},
+    "few labels": {"labels": LABELS[:2]},
+    "real labels": {"labels": LABELS * 1.0},
+    "labels and an offset": {"labels": LABELS, "offset": 1},
+    "labels of another id": {
+        "labels": LABELS, "ids": (torch.arange(3), torch.zeros(4, dtype=torch.int64)),
+    },
+    "one set with an offset": {"of_itself": True, "offset": None},
+    "one set without rows": {"of_itself": True, "rows": False},
+    "one set with labels": {"of_itself": True, "labels": LABELS},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -220,6 +300,16 @@ def test_bytes_sent_are_the_stated_ones(four: Ranks, extra: dict, ring: bool) ->
     stated = 3 * ((2 if ring else 1) * features + gradients)
     for sent in found:
         assert stated <= sum(sent.values()) <= stated + 56 * batch, sent
+
+
+def test_bytes_sent_for_means(four: Ranks) -> None:
+    m, n, d = 24, 40, 256
+    plain, of_all, by_id = (
+        four.run(contrast.bytes_sent, m, n, d, torch.bfloat16, options)[0]
+        for options in ({"ids": 7}, {"means": True}, {"ids": 7, "means": True})
+    )
+    assert plain
+    print(plain, of_all, by_id)
 
 
 def leaves(n: int = 5) -> list[torch.Tensor]:

@@ -94,12 +94,13 @@ class Evaluated:
     def __init__(
         self, problem: Problem, engine: str, device: torch.device,
         dtype: torch.dtype = torch.float32, call: Callable[..., LineStatistics] = fastclip.contrast,
-        **options: Any,
+        wanted: set[str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
+        """wanted: the gradients to compute; None: all."""
         p, scalar = problem, torch.float64 if dtype == torch.float64 else torch.float32
 
         def leaf(value: Any, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(value, dtype=dtype, device=device).requires_grad_()
+            return torch.tensor(value, dtype=dtype, device=device)
 
         self.leaves = {
             "dx": leaf(p.x, dtype), "dy": None if p.y is None else leaf(p.y, dtype),
@@ -108,6 +109,8 @@ class Evaluated:
         }  # fmt: skip
         x, y, scale, bias, key_bias = self.leaves.values()
         self.leaves = {name: t for name, t in self.leaves.items() if t is not None}
+        for name, t in self.leaves.items():
+            t.requires_grad_(wanted is None or name in wanted)
         ids = None
         if p.ids is not None:
             ids = tuple(torch.tensor(side, device=device) for side in p.ids)

@@ -208,7 +208,10 @@ class Exact:
             found = [("dx", *(a + b for a, b in zip(of_rows, of_columns, strict=True)))]
         for (name, d, bound), mine, raw in zip(found, self.hats, self.raw, strict=False):
             if p.normalize:
-                lengths = np.maximum(np.linalg.norm(raw, axis=1, keepdims=True), NORM_EPS)
+                lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+                # A shorter row is divided by a constant.
+                mine = np.where(lengths < NORM_EPS, 0, mine)
+                lengths = np.maximum(lengths, NORM_EPS)
                 d = (d - (d * mine).sum(1, keepdims=True) * mine) / lengths
                 along = (bound * np.abs(mine)).sum(1, keepdims=True) * np.abs(mine)
                 bound = (bound + along) / lengths

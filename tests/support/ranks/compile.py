@@ -39,6 +39,8 @@ class Case(NamedTuple):
     wider: int = 0  # the number of columns minus that of rows
     dtype: torch.dtype = torch.float32
     backend: str = "aot_eager"
+    labels: bool = False
+    of_itself: bool = False
 
 
 INPUTS = ("x", "y", "scale", "bias", "key_bias")
@@ -74,7 +76,14 @@ def loss_of(case: Case, rank: int) -> Callable[..., Tensor]:
 
     def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, key_bias: Tensor) -> Tensor:
         ids = tuple(torch.arange(len(t)) % 3 for t in (x, y)) if case.ids else None
-        found = call(x, y, scale, bias, ids=ids, key_bias=key_bias if case.key_bias else None)
+        labels = torch.arange(len(x)) * 2 % len(y) if case.labels else None
+        if ids is not None and case.labels:
+            ids = ids[1][labels], ids[1]
+        found = call(
+            x, None if case.of_itself else y, scale, bias, labels=labels,
+            ids=ids[0] if ids is not None and case.of_itself else ids,
+            key_bias=key_bias if case.key_bias else None,
+        )  # fmt: skip
         # Leaves out the positives, so that their upstream gradient is None.
         used = [t for name, t in found._asdict().items() if t is not None and name != "positives"]
         return sum((t * t).mean() for t in used)

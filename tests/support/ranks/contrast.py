@@ -6,6 +6,7 @@ Smaller worlds are groups within one pool, since starting a process takes longer
 import functools
 import itertools
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 
 from bench.measure.traffic import Traffic
 from fastclip import distributed, reference
+from fastclip.engine import group_sums
 from fastclip.kinds import LineStatistics
 
 WIDTH = 12
@@ -45,13 +47,16 @@ class Case(NamedTuple):
     frozen: tuple[tuple[int, str], ...] = ()  # on single ranks
     dtype: torch.dtype = torch.float64
     backend: str | None = None
+    labels: bool = False  # the own positives, in place of offsets
+    means: bool = False
+    of_itself: bool = False  # the columns are the rows
 
     @property
     def world_size(self) -> int:
         return len(self.rows)
 
     def part(self, name: str, rank: int) -> slice:
-        sizes = self.columns if name in ("y", "columns", "column_positives") else self.rows
+        sizes = self.columns if name == "y" or name.startswith("column") else self.rows
         return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
     @property
@@ -59,7 +64,8 @@ class Case(NamedTuple):
         rows, columns = self.wanted
         return {
             "same_id": self.same_id, "false_negative_margin": self.margin, "rows": rows,
-            "columns": columns, "kind": self.kind, "normalize": self.normalize,
+            "columns": columns, "means": self.means, "kind": self.kind,
+            "normalize": self.normalize,
         }  # fmt: skip
 
     def leaves(self) -> dict[str, Tensor]:
@@ -85,10 +91,27 @@ class Case(NamedTuple):
         if not self.ids:
             return None
         generator = torch.Generator().manual_seed(5)
-        return tuple(
+        of_rows, of_columns = (
             torch.randint(self.ids, (sum(sizes),), generator=generator) - 2
             for sizes in (self.rows, self.columns)
         )
+        if self.of_itself:
+            of_rows = of_columns
+        elif self.labels:
+            of_rows = of_columns[self.all_labels()]
+        return of_rows, of_columns
+
+    def all_labels(self) -> Tensor | None:
+        """The columns of the rows' own positives, numbered in the whole batch."""
+        if not self.labels:
+            return None
+        generator = torch.Generator().manual_seed(6)
+        found = [
+            torch.randint(n, (m,), generator=generator) + self.part("y", rank).start
+            for rank, (m, n) in enumerate(zip(self.rows, self.columns, strict=True))
+            if m
+        ]
+        return torch.cat(found)
 
     def offset(self, rank: int) -> int | None:
         return None if self.offsets is None else (self.offsets or (0,) * self.world_size)[rank]
@@ -108,7 +131,7 @@ class Case(NamedTuple):
 
     def upstream(self, name: str) -> Tensor:
         """The whole batch's upstream gradients of a statistic, of any sign."""
-        sizes = self.columns if name in ("columns", "column_positives") else self.rows
+        sizes = self.columns if name.startswith("column") else self.rows
         generator = torch.Generator().manual_seed(11 + NAMES.index(name))
         every = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
         every = every * (name not in self.unused)
@@ -121,11 +144,14 @@ class Case(NamedTuple):
 
 def _backward(case: Case, statistics: LineStatistics, rank: int | None) -> None:
     """Runs the backward with the case's upstream gradients; rank None: the whole batch's."""
-    used = [
-        (t, case.upstream(name)[slice(None) if rank is None else case.part(name, rank)])
-        for name, t in zip(NAMES, statistics, strict=True)
-        if t is not None and name not in case.unused
-    ]
+    used = []
+    for name, t in zip(NAMES, statistics, strict=True):
+        if t is None or name in case.unused:
+            continue
+        g = case.upstream(name)[slice(None) if rank is None else case.part(name, rank)]
+        if case.labels:  # the dense form differentiates a logit of -inf
+            g = torch.where(t.detach().isfinite(), g, 0)
+        used.append((t, g))
     torch.autograd.backward(*zip(*used, strict=True))
 
 
@@ -146,8 +172,10 @@ def results_of_one_process(case: Case) -> dict[str, Tensor | None]:
     x, y, scale, bias, key_bias = leaves = _leaves(case, None)
     # The dense form compares row number + offset with column numbers, so it accepts an offset for
     # each row.
+    ids, plain = case.all_ids(), not (case.labels or case.of_itself)
     statistics = reference.contrast(
-        x, y, scale, bias, offset=case.partners(), ids=case.all_ids(),
+        x, None if case.of_itself else y, scale, bias, offset=case.partners() if plain else 0,
+        labels=case.all_labels(), ids=ids[0] if case.of_itself and ids else ids,
         key_bias=key_bias if case.key_bias else None, **case.options,
     )  # fmt: skip
     _backward(case, statistics, None)
@@ -161,8 +189,12 @@ def results_of_rank(case: Case, rank: int, group: Any) -> dict[str, Tensor | Non
     ids = case.all_ids()
     if ids is not None:
         ids = ids[0][case.part("x", rank)], ids[1][case.part("y", rank)]
+    labels = case.all_labels()
+    if labels is not None:
+        labels = labels[case.part("x", rank)] - case.part("y", rank).start
     statistics = distributed.contrast(
-        x, y, scale, bias, offset=case.offset(rank), ids=ids,
+        x, None if case.of_itself else y, scale, bias, offset=case.offset(rank), labels=labels,
+        ids=ids[0] if case.of_itself and ids else ids,
         key_bias=key_bias if case.key_bias else None, process_group=group, ring=case.ring,
         uneven=case.uneven, backend=case.backend, **case.options,
     )  # fmt: skip
@@ -183,6 +215,12 @@ def results_of_cases(rank: int, world_size: int, cases: list[Case]) -> list[dict
         group = group_of(case.world_size)  # all ranks must make it, even those outside it
         found.append(results_of_rank(case, rank, group) if rank < case.world_size else None)
     return found
+
+
+def results_in_chunks(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any] | None]:
+    """The results of means in chunks of one to three features."""
+    with mock.patch.object(group_sums, "CHUNK", 1 << 10):
+        return results_of_cases(rank, world_size, cases)
 
 
 def joined(case: Case, found: list[dict[str, Any]]) -> dict[str, Tensor | None]:
@@ -234,6 +272,7 @@ def call(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
     m, n, width = own.pop("m", 3), own.pop("n", 4), own.pop("width", 6)
     dtype, grad = own.pop("dtype", torch.float32), own.pop("grad", True)
     x, y = (torch.ones(k, width, dtype=dtype, requires_grad=grad) for k in (m, n))
+    y = None if own.pop("of_itself", False) else y
     if own.pop("has_ids", False):
         own["ids"] = torch.zeros(m, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     if (of := own.pop("key_bias_dtype", None)) is not None:
@@ -256,6 +295,8 @@ def bytes_sent(
 ) -> dict[str, int]:
     """The bytes that this rank sends in a forward and a backward, by kind of exchange."""
     x, y = (torch.randn(k, d).to(dtype).requires_grad_() for k in (m, n))
+    if "ids" in options:
+        options["ids"] = tuple(torch.arange(k) % options["ids"] for k in (m, n))
     with Traffic() as traffic:
         found = distributed.contrast(x, y, 5.0, normalize=True, **options)
         sum(t.nan_to_num(0, 0, 0).sum() for t in found if t is not None).backward()
