@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.contrast_case import Evaluated, check_gradients, make_problem
-from support.statistics_oracle import KINDS, NAMES, Exact
+from support.statistics_oracle import KINDS, NAMES, Exact, Problem
 from torch import Tensor
 
 from fastclip import LineStatistics
@@ -58,18 +58,28 @@ problems = st.fixed_dictionaries(
         "offset": st.sampled_from([None, 0, 0, 0, 3, -11]),
         "ids": st.sampled_from([None, 1, 4, 1000]), "key_bias": st.sampled_from([None, 0.5, 6.0]),
         "margin": st.sampled_from([None, None, 0.05, -0.4]),
-        "same_id": st.sampled_from(["ignore", "positive"]),
+        "same_id": st.sampled_from(["ignore", "positive"]), "means": st.booleans(),
+        "masked": st.sampled_from([0.0, 0.0, 0.3, 1.0]),
+        "own": st.sampled_from(["offset", "offset", "labels", "itself"]),
     }
 )  # fmt: skip
 
 
-def write(statistics: dict[str, Tensor], offset: int | None, drawn: list[Term]) -> Tensor:
-    """Returns the sum of the terms whose statistics are all present."""
-    positives, total = statistics["positives"], torch.zeros((), dtype=torch.float64)
-    n = statistics["columns"].shape[0]
-    i = torch.arange(len(positives))
-    partner = i + (offset if offset is not None else n)
+def write(statistics: dict[str, Tensor], problem: Problem, drawn: list[Term]) -> Tensor:
+    """Returns the sum of the terms whose statistics are all present. Without y the terms take 0 for
+    a positive's logit."""
+    total, (m, n) = (
+        torch.zeros((), dtype=torch.float64),
+        (len(problem.x if side is None else side) for side in (problem.x, problem.y)),
+    )
+    i = torch.arange(m)
+    positives = statistics.get("positives", torch.zeros(m, dtype=torch.float64))
+    partner = i + (problem.offset if problem.offset is not None else n)
+    if problem.labels is not None:
+        partner = torch.from_numpy(problem.labels)
     inside = (partner >= 0) & (partner < n)
+    # The loss of a key that key_bias takes out is infinite.
+    inside = inside & positives.isfinite()
     own = {
         "row": (positives[inside], i[inside]), "column": (positives[inside], partner[inside]),
     }  # fmt: skip
@@ -90,7 +100,7 @@ def write(statistics: dict[str, Tensor], offset: int | None, drawn: list[Term]) 
 CANCELLING = {
     "m": 57, "n": 6, "d": 1, "seed": 0, "kind": "sigmoid", "scale": -5.0, "bias": 0.0,
     "normalize": False, "offset": 0, "ids": None, "key_bias": 6.0, "margin": None,
-    "same_id": "ignore",
+    "same_id": "ignore", "means": False, "masked": 0.0, "own": "offset",
 }  # fmt: skip
 
 
@@ -102,6 +112,13 @@ def test_any_loss(
 ) -> None:
     if options["ids"] is None:
         options = options | {"same_id": "ignore"}
+    own = options["own"]
+    if own != "offset":
+        options = options | {"offset": 0}
+    if own == "itself":
+        options = options | {"key_bias": None, "margin": None}
+    options = {k: v for k, v in options.items() if k != "own"}
+    options |= {"labels": own == "labels", "of_itself": own == "itself"}
     problem = make_problem(
         *(options[k] for k in "mnd"), **{k: v for k, v in options.items() if k not in "mnd"},
         dtype=torch.float64,
@@ -110,7 +127,7 @@ def test_any_loss(
     leaves = {
         name: torch.tensor(value, requires_grad=True) for name, value in exact.statistics().items()
     }
-    truth = write(leaves, problem.offset, drawn)
+    truth = write(leaves, problem, drawn)
     assume(truth.requires_grad)
     upstream = torch.autograd.grad(truth, list(leaves.values()), allow_unused=True)
     upstream = {
@@ -120,7 +137,7 @@ def test_any_loss(
     dtype = torch.float64
     evaluated = Evaluated(problem, engine, device, dtype)
     found = {k: v.cpu() for k, v in named(evaluated.statistics).items()}
-    value = write(found, problem.offset, drawn)
+    value = write(found, problem, drawn)
     torch.testing.assert_close(value, truth.detach(), rtol=1e-7, atol=1e-9)
     if value.requires_grad:
         check_gradients(problem, evaluated.gradients(value), upstream, dtype, exact)

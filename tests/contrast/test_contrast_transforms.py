@@ -26,25 +26,28 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def make_inputs(m: int, n: int, device: torch.device, seed: int = 0) -> list[Tensor]:
-    """Returns x, y, scale, bias, key_bias, and the ids of rows and columns."""
+    """Returns x, y, scale, bias, key_bias, the ids of rows and columns, and labels."""
     generator = torch.Generator().manual_seed(seed)
     sides = [torch.randn(k, D, generator=generator) for k in (m, n)]
     scalars = torch.tensor(1.5), torch.tensor(-1.0), torch.randn(n, generator=generator)
     leaves = [t.to(device).requires_grad_() for t in (*sides, *scalars)]
     ids = (torch.randint(0, 5, (k,), generator=generator).to(device) for k in (m, n))
-    return [*leaves, *ids]
+    return [*leaves, *ids, torch.randint(0, n, (m,), generator=generator).to(device)]
 
 
 def loss_of(options: str, **others: object) -> Callable[..., Tensor]:
     """Returns a loss of all statistics that `contrast` computes with these options."""
     given = dict(OPTIONS[options])
     has_ids, has_bias = given.pop("ids", None), given.pop("key_bias", None)
-    margin = given.pop("margin", None)
+    margin, has_labels = given.pop("margin", None), given.pop("labels", False)
+    of_itself, _ = given.pop("of_itself", False), given.pop("masked", None)
 
     def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, key_bias: Tensor,
-             x_ids: Tensor, y_ids: Tensor) -> Tensor:  # fmt: skip
+             x_ids: Tensor, y_ids: Tensor, labels: Tensor) -> Tensor:  # fmt: skip
+        ids = (y_ids[labels] if has_labels else x_ids, y_ids) if has_ids else None
         c = contrast(
-            x, y, scale, bias, ids=(x_ids, y_ids) if has_ids else None,
+            x, None if of_itself else y, scale, bias, labels=labels if has_labels else None,
+            ids=x_ids if of_itself and has_ids else ids,
             key_bias=key_bias if has_bias else None, false_negative_margin=margin, **given,
             **others,
         )  # fmt: skip
@@ -67,7 +70,18 @@ def test_one_graph_serves_every_size(
     options: str, kind: str, normalize: bool, engine: str, device: torch.device,
     fresh_compiler: None,
 ) -> None:  # fmt: skip
-    loss = loss_of(options, kind=kind, normalize=normalize, backend=engine)
+    check_graphs(loss_of(options, kind=kind, normalize=normalize, backend=engine), device)
+
+
+@pytest.mark.parametrize("options", ["everything, labels", "itself and ids"])
+def test_one_graph_serves_every_size_with_labels_and_means(
+    options: str, device: torch.device, fresh_compiler: None
+) -> None:
+    """With the default engine: tracing takes seconds, and is the same for all."""
+    check_graphs(loss_of(options, normalize=True), device)
+
+
+def check_graphs(loss: Callable[..., Tensor], device: torch.device) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
     graphs = []
@@ -95,11 +109,23 @@ def info_nce(c: LineStatistics) -> Tensor:
     return F.softplus(c.rows - c.positives).sum()
 
 
+def labelled(x: Tensor, y: Tensor, **others: object) -> Tensor:
+    ids = torch.arange(10, device=x.device) // 2
+    labels = 2 * torch.arange(10, device=x.device) % 10
+    c = contrast(
+        x, y, 2.0, labels=labels, ids=(ids[labels], ids), same_id="positive", means=True,
+        normalize=True, **others,
+    )  # fmt: skip
+    return info_nce(c) + c.row_means.sum() - c.column_positive_means.nan_to_num(0).sum()
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "clip": lambda x, y, **o: clip_loss(x, y, 2.0, **o),
     "clip, none": lambda x, y, **o: clip_loss(x, y, 2.0, reduction="none", **o).square().sum(),
     "siglip": lambda x, y, **o: siglip_loss(x, y, 2.0, -1.0, normalize=True, **o),
     "contrast": lambda x, y, **o: info_nce(contrast(x, y, 2.0, **o)),
+    "labels": lambda x, y, **o: labelled(x, y, **o),
+    "itself": lambda x, y, **o: contrast(x + y, None, 2.0, means=True, **o).row_means.sum(),
 }
 
 
@@ -122,6 +148,9 @@ def test_func_grad_and_vmap(loss: str, engine: str, device: torch.device) -> Non
     # All image batches share a text batch; gradients run within vmap, and vmap within a gradient.
     shared = torch.vmap(function, in_dims=(0, None))(x, y[0])
     torch.testing.assert_close(shared, torch.stack([function(a, y[0]) for a in x]))
+    by_x, by_y = torch.vmap(torch.func.grad(function, (0, 1)), in_dims=(0, None))(x, y[0])
+    for k, a in enumerate(x):
+        torch.testing.assert_close((by_x[k], by_y[k]), torch.func.grad(function, (0, 1))(a, y[0]))
     for one, other in zip(torch.vmap(torch.func.grad(function, (0, 1)))(x, y), each, strict=True):
         torch.testing.assert_close(one, other)
     outside = torch.func.grad(lambda x, y: torch.vmap(function)(x, y).sum(), (0, 1))(x, y)
@@ -147,8 +176,29 @@ def test_unsupported_derivatives_raise(loss: str, engine: str, device: torch.dev
         torch.func.grad(lambda x: torch.func.grad(function)(x).sum())(x)
 
 
+def test_vmap_over_labels_and_ids(engine: str, device: torch.device) -> None:
+    """Samples share features, or labels, or neither."""
+    inputs = make_inputs(6, 7, device)
+    x, y = (t.detach() for t in inputs[:2])
+    for options in ("everything, labels", "means of positives", "itself, positives by id"):
+        loss = loss_of(options, backend=engine)
+
+        def gradient(x: Tensor, y: Tensor, *integers: Tensor, loss: Callable = loss) -> tuple:
+            return torch.func.grad(loss, (0, 1))(x, y, *inputs[2:5], *integers)
+
+        others = make_inputs(6, 7, device, seed=1)[5:]
+        integers = [torch.stack(both) for both in zip(inputs[5:], others, strict=True)]
+        for features in ((x, y), (torch.stack((x, -x)), torch.stack((y, 2 * y)))):
+            dims = (None, None) if features[0] is x else (0, 0)
+            found = torch.vmap(gradient, in_dims=(*dims, 0, 0, 0))(*features, *integers)
+            for k in range(2):
+                one = (t if dims[0] is None else t[k] for t in features)
+                expected = gradient(*one, *(t[k] for t in integers))
+                torch.testing.assert_close(tuple(t[k] for t in found), expected)
+
+
 def test_fake_and_meta_tensors(engine: str) -> None:
-    for options in ("plain", "everything"):
+    for options in ("plain", "everything", "everything, labels", "itself, positives by id"):
         inputs = make_inputs(12, 15, torch.device("cpu"))
         expected = gradients(loss_of(options, backend=engine), inputs)
         with FakeTensorMode() as mode:
@@ -159,7 +209,7 @@ def test_fake_and_meta_tensors(engine: str) -> None:
     metas = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in inputs]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = gradients(loss_of("everything"), metas)
+        found = gradients(loss_of(options), metas)
     assert all(
         one.is_meta and one.shape == other.shape for one, other in zip(found, expected, strict=True)
     )
