@@ -48,7 +48,6 @@ def _of_hardest(
     and only that pair has a gradient."""
     dtype, batch = product_dtype(x, y), world.gathered(x, y, ids, symmetric)
     own = torch.arange(len(x), device=x.device)
-    positives = pair_similarities(x, y, own, own, dtype, normalize)
     in_one_sweep = batch.x is x
 
     def search(a: Tensor, b: Tensor, of_a: Tensor | None, of_b: Tensor | None, both: bool):
@@ -58,15 +57,24 @@ def _of_hardest(
             sides = [side._replace(ids=code) for side, code in zip(sides, codes, strict=True)]
         return hardest(Block(*sides, x.new_ones(()), offset=batch.start), True, both)
 
-    def hinges(a: Tensor, b: Tensor, places: Tensor) -> Tensor:
-        exists = places >= 0
-        t = pair_similarities(a, b, own, places.clamp_min(0), dtype, normalize)
-        return torch.where(exists, F.relu(margin + t - positives), 0)
-
     x_ids, y_ids = ids or (None, None)
-    with torch.no_grad():
+    # The caller's autocast would round the products of the search.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         of_rows, of_columns = search(x, batch.y, x_ids, batch.y_ids, symmetric and in_one_sweep)
         if symmetric and not in_one_sweep:
             of_columns, _ = search(y, batch.x, y_ids, batch.x_ids, False)
-    losses = hinges(x, batch.y, of_rows)
-    return losses + hinges(y, batch.x, of_columns) if symmetric else losses
+    places = (of_rows, of_columns) if symmetric else (of_rows,)
+    # One call for positives and negatives: their gradients nearly cancel if the features are alike,
+    # and must be added before they are rounded to the features' dtype.
+    i, j = [own, own], [own + batch.start, of_rows.clamp_min(0)]
+    if symmetric and in_one_sweep:
+        i, j = [*i, of_columns.clamp_min(0)], [*j, own]
+    found = pair_similarities(x, batch.y, torch.cat(i), torch.cat(j), dtype, normalize)
+    positives, *negatives = found.view(len(i), len(x)).unbind()
+    if symmetric and not in_one_sweep:
+        at = of_columns.clamp_min(0)
+        negatives.append(pair_similarities(y, batch.x, own, at, dtype, normalize))
+    return sum(
+        torch.where(place >= 0, F.relu(margin + t - positives), 0)
+        for place, t in zip(places, negatives, strict=True)
+    )
