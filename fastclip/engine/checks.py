@@ -153,7 +153,8 @@ def check_number(
     """Checks a finite number with least <= number < below."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and least <= value < below):
+    # Comparisons also work on numbers that a graph takes as inputs; `math.isfinite` does not.
+    if not (-math.inf < value < math.inf and least <= value < below):
         raise ValueError(f"{name} must be finite and within [{least}, {below}), got {value}")
 
 

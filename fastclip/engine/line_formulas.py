@@ -8,13 +8,14 @@ upstream gradient itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kinds import LN2, LOG2E, Kind, LineStatistics, kind_of
+from ..kinds import Kind, LineStatistics, kind_of
 from . import pairs
 from .block import Block, Upstream
 from .line_means import LineMeans, MeanFactors
@@ -90,7 +91,9 @@ def states_of(state: Tensor) -> list[States]:
 def statistic(kind: type[Kind], states: States) -> Tensor:
     """Returns the statistic of each line (L)."""
     shift, sums = states
-    return (torch.log2(sums) + shift) * LN2 if kind.has_shift else sums
+    # In a graph whose numbers are all dynamic a constant of a module would be an input, which two
+    # autograd Functions cannot share. This file therefore has no such constants.
+    return (torch.log2(sums) + shift) * math.log(2.0) if kind.has_shift else sums
 
 
 def statistics_from_states(
@@ -184,7 +187,7 @@ class _Own:
         self.logits = of_lines(positives, torch.nan)
         self.sign = -1 if kind_of(block.kind).negates_positives else 1
         # In log2 units, with the sign that the kind gives to positives.
-        self.log2 = self.logits * (self.sign * LOG2E)
+        self.log2 = self.logits * (self.sign * math.log2(math.e))
 
 
 def upstream_of(
@@ -232,7 +235,7 @@ def upstream_of(
             # This division is done in logarithms: an own positive may exceed the shift of the
             # other positives by far.
             common = 0.0 if bias is None else bias.reshape(()).to(state.dtype)
-            beside = torch.exp2(states.shift - (by_id - common) * LOG2E)
+            beside = torch.exp2(states.shift - (by_id - common) * math.log2(math.e))
             # The own positive of a column that key_bias takes out is -inf.
             share = of_lines * torch.exp(own.logits - by_id.masked_fill(nothing, 0))
             of_lines = torch.where(states.sums == 0, 0, of_lines * beside)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.checks import check_features, check_number, check_positives, scalar
+from ..engine.checks import check_features, check_number, check_positives, check_sides, scalar
+from ..engine.dtypes import state_dtype
 from ..kinds import LineStatistics
 from .world import Reduction, World
 
@@ -32,12 +33,14 @@ class InfoNCE(NamedTuple):
     symmetric: bool = False
 
     def check(self, x: Tensor, y: Tensor | None) -> None:
-        """Checks the options that `contrast` does not know, and which go together."""
+        """Checks the features, the options that `contrast` does not know, and which go together."""
+        if y is None or self.labels is not None:
+            check_sides(x, x if y is None else y, may_be_empty=True)
+        else:
+            check_positives(x, y, self.offset, self.same_id)
         check_number("margin", self.margin)
         check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
         check_number("hardness", self.hardness, 0.0)
-        if y is not None and self.labels is None:
-            check_positives(x, y, self.offset, self.same_id)
         together = {
             "labels and symmetric=True": self.labels is not None and self.symmetric,
             "label_smoothing and margin": self.label_smoothing and self.margin,
@@ -58,8 +61,8 @@ def info_nce(
     """The loss of rows x (M, D) and keys y (N, D); y=None: x is contrasted with itself."""
 
     def check() -> Tensor:
-        reduction.check(x, world)
         options.check(x, y)
+        reduction.check(x, world)
         return scalar("logit_scale", logit_scale, x)
 
     scale = world.guarded(check)
@@ -68,7 +71,7 @@ def info_nce(
     if o.hardness:
         # Negatives have the logits (scale + hardness) * t, with a constant hardness * t: gradients
         # of features are those of scale * t.
-        whole = scale + o.hardness
+        whole = scale.to(state_dtype(x.device)) + o.hardness
         rows = _WeighedGradient.apply(x, scale / whole)
         y = _WeighedGradient.apply(y, scale / whole)
     c = world.contrast(
@@ -118,9 +121,10 @@ def _similarity(positives: Tensor, scale: Tensor, options: InfoNCE) -> Tensor:
     """The own positives' t, without gradient, from their logits."""
     logits = positives.detach()
     if options.key_bias is not None:
-        columns = options.labels
-        if columns is None:
+        if options.labels is None:
             columns = torch.arange(logits.shape[0], device=logits.device) + options.offset
+        else:
+            columns = options.labels.long()
         logits = logits - options.key_bias.detach()[columns]
     return logits / scale.detach()
 
@@ -176,4 +180,5 @@ class _WeighedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
-        return g * factor.reshape(()).to(g.dtype), None
+        wide = torch.promote_types(g.dtype, torch.float32)
+        return (g.to(wide) * factor.reshape(()).to(wide)).to(g.dtype), None

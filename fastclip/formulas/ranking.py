@@ -57,11 +57,13 @@ def _of_hardest(
             sides = [side._replace(ids=code) for side, code in zip(sides, codes, strict=True)]
         return hardest(Block(*sides, x.new_ones(()), offset=batch.start), in_one_sweep)
 
-    with torch.no_grad():
+    # The caller's autocast would round the products of the search.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         found = search(x, batch.y, x_ids, batch.y_ids)
         if symmetric and not in_one_sweep:
             found += search(y, batch.x, y_ids, batch.x_ids)
-    # All pairs in one call: each call has gradients of both sides' size.
+    # All pairs in one call: a call has gradients of both sides' size, and those of positives and
+    # negatives nearly cancel if features are alike, so they are added before they are rounded.
     own = torch.arange(x.shape[0], device=x.device) + batch.start
     places = [own, *(lines.clamp_min(0) for lines in found)]
     i = torch.cat([own, own, *places[2:]])

@@ -9,7 +9,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed.world import world_of_ranks
-from ..engine.checks import check_features, check_ids, check_number, scalar
+from ..engine.autograd import is_traced
+from ..engine.checks import (
+    check_features,
+    check_integers,
+    check_number,
+    check_tensor,
+    check_vector,
+    scalar,
+)
 from ..formulas.world import Reduction, World
 from .base import one_process
 
@@ -137,7 +145,7 @@ class GlobalClipLoss(nn.Module):
 
         def check() -> Tensor:
             check_features(*inputs, may_be_empty=self.uneven)
-            check_ids((indices, indices), "ignore", *inputs)
+            self._check_indices(indices, image_features)
             return scalar("logit_scale", logit_scale, image_features)
 
         scale = world.guarded(check)
@@ -155,6 +163,20 @@ class GlobalClipLoss(nn.Module):
             losses.append(self._with_gradient(log_u, estimate, scale))
         loss = Reduction().of((losses[0] + losses[1]) / 2, world, inputs)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _check_indices(self, indices: Tensor, features: Tensor) -> None:
+        check_tensor("indices", indices)
+        check_integers("indices", indices)
+        check_vector("indices", indices, "a sample's number for each pair", features)
+        # Values are checked on CPUs only: reading them elsewhere would wait for the device.
+        if indices.device.type != "cpu" or is_traced() or indices.numel() == 0:
+            return
+        least, most = indices.aminmax()
+        if least < 0 or most >= self.data_size:
+            raise ValueError(
+                f"indices must be samples, 0 <= index < {self.data_size}, got {int(least)} to "
+                f"{int(most)}"
+            )
 
     def _averaged(self, log_g: Tensor, buffer: Tensor, indices: Tensor, world: World) -> Tensor:
         """Updates the averages of the batch's samples; returns their logarithms."""

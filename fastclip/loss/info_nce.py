@@ -75,9 +75,8 @@ def info_nce(
 
     Raises:
         TypeError, ValueError: as `fastclip.contrast`; a query without a key; options that exclude
-            each other: labels and symmetric; label_smoothing and margin, hardness or
-            false_negative_margin; hardness and `same_id="positive"`; labels, ids that are ignored
-            and label_smoothing.
+            each other: symmetric and labels or `offset=None`; label_smoothing and margin, hardness
+            or false_negative_margin; hardness and `same_id="positive"`.
         RuntimeError: as `clip_loss`.
     """
     options = InfoNCE(

@@ -15,7 +15,8 @@ class DistillClipLoss(ClipLoss):
     """open_clip's `DistillClipLoss`: CLIP's loss, and the cross-entropy of both directions with the
     teacher's softmax. One sweep over the student's and the teacher's logits computes both.
 
-    The constructor's arguments are those of `ClipLoss`. The teacher's features get no gradients.
+    The constructor's arguments are those of `ClipLoss`; label_smoothing must be 0. The teacher's
+    features get no gradients.
     With `local_loss=True, gather_with_grad=False`, whose gradient is not that of the loss, and in
     subclasses that make their own logits or labels, the loss is dense.
     """
@@ -37,9 +38,14 @@ class DistillClipLoss(ClipLoss):
         Biases cancel."""
         student = image_features, text_features, logit_scale
         teacher = dist_image_features, dist_text_features, dist_logit_scale
+        if self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing must be 0 for DistillClipLoss, got {self.label_smoothing}"
+            )
         if overrides(self, ClipLoss) or (
             self.world_size > 1 and self.local_loss and not self.gather_with_grad
         ):
+            self._refuse(self.normalize or self.reduction != "mean", "a dense DistillClipLoss")
             losses = self._dense(student, teacher)
         else:
             losses = self._shares(

@@ -7,11 +7,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import distributed
 from ...distributed import gather_features
 from ...distributed.agreement import check_world
 from ...distributed.gradient_mode import GradientMode
 from ...distributed.losses import distributed_loss
+from ...distributed.world import described, world_of_ranks
+from ...formulas.siglip import siglip
+from ...formulas.world import Reduction
 from ..siglip import siglip_loss
 from .dense import open_clip_logits, overrides, refuse_live
 
@@ -128,6 +130,13 @@ class SigLipLoss(nn.Module):
                 )
         return loss
 
+    def _check_call(self, live: tuple[int, int] | None) -> None:
+        if live is not None:
+            raise ValueError(
+                f"live must be None with ids or a reduction other than 'mean', got {live!r}"
+            )
+        check_world("SigLipLoss", self.rank, self.world_size, self.process_group)
+
     def forward(
         self,
         image_features: Tensor,  # (N, D)
@@ -156,10 +165,13 @@ class SigLipLoss(nn.Module):
             across = self._dense_across if self.world_size > 1 else self._loss
             loss = across(*inputs)
         elif self.world_size > 1 and (ids is not None or self.reduction != "mean"):
-            check_world("SigLipLoss", self.rank, self.world_size, self.process_group)
-            loss = distributed.siglip_loss(
-                *inputs, process_group=self.process_group, ring=ring, uneven=self.uneven, **options
-            )
+            name = described("SigLipLoss", same_id=self.same_id, reduction=self.reduction)
+            world = world_of_ranks(
+                name, self.process_group, ring, self.uneven, self.normalize, self.backend,
+                self.memory_budget,
+            )  # fmt: skip
+            world.guarded(lambda: self._check_call(live))
+            loss = siglip(world, *inputs, ids, self.same_id, Reduction(self.reduction))
         elif self.world_size > 1:
             mode = GradientMode(ring=ring)
             world = ("SigLipLoss", self.rank, self.world_size)
