@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import LOSSES, loss_of
+from .losses import FAMILY, LOSSES, loss_of
 
 DTYPES = ("float32", "bfloat16", "autocast")
 SCALES = (14.3, 100.0)  # an untrained CLIP's 1/0.07, and the scale of trained ones
@@ -22,8 +22,9 @@ SCALES = (14.3, 100.0)  # an untrained CLIP's 1/0.07, and the scale of trained o
 DENSE = ("open_clip", "dense", "compiled")
 STREAMED = ("fastclip", "fastclip budget=0", "fastclip torch")
 CONTRAST = ("fastclip contrast", "fastclip contrast ids", "fastclip contrast margin")
-PEERS = ("inf_cl", "liger", "memeff", "siglip_kernel")
+PEERS = tuple(name for loss in LOSSES.values() for name in loss.peers)
 METHODS = (*DENSE, "reference", "checkpoint", *STREAMED, *CONTRAST, *PEERS)
+FAMILY_PEERS = tuple(dict.fromkeys(name for loss in FAMILY.values() for name in loss.peers))
 
 C = TypeVar("C")
 
@@ -35,7 +36,7 @@ LARGEST_TRUTH = {"cpu": 16384, "cuda": 32768}
 class Case:
     """One entry of the plan, and the methods that are measured on it."""
 
-    loss: str  # of LOSSES
+    loss: str  # of LOSSES or FAMILY
     m: int  # rows, pairs
     n: int  # columns; the positive of row i is column i
     d: int
@@ -47,6 +48,7 @@ class Case:
     mode: str = "both"
     methods: tuple[str, ...] = METHODS
     memory: bool = False  # also measure peak memory
+    timed: bool = True  # False: measure nothing but memory
 
     @property
     def name(self) -> str:
@@ -71,17 +73,22 @@ class Case:
 
 @dataclass
 class Inputs:
-    """The arguments of a loss: x (M, D), y (N, D), one-element scale and bias, all leaves."""
+    """The inputs of a loss: x (M, D), y (N, D), one-element scale and bias, all leaves, or None if
+    the loss has none; and further ones, without gradients."""
 
     x: Tensor
-    y: Tensor
-    scale: Tensor
+    y: Tensor | None
+    scale: Tensor | None
     bias: Tensor | None
+    further: tuple[Tensor, ...] = ()
+
+    @property
+    def slots(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.y, self.scale, self.bias
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        found = (self.x, self.y, self.scale, self.bias)
-        return tuple(leaf for leaf in found if leaf is not None)
+        return tuple(leaf for leaf in self.slots if leaf is not None)
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
@@ -99,7 +106,11 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     x, y = (F.normalize(side, dim=1).to(dtype) for side in (x, y))
     # logit_scale and the bias are float32 parameters for any dtype of the towers.
     scale = torch.tensor(case.scale, device=device)
-    inputs = Inputs(x, y, scale, loss_of(case.loss).bias_on(device))
+    loss = loss_of(case.loss)
+    inputs = Inputs(
+        x, None if loss.one_side else y, scale if loss.scaled else None, loss.bias_on(device),
+        loss.further(case.n, case.d, generator),
+    )  # fmt: skip
     for leaf in inputs.leaves:
         leaf.requires_grad_()
     return inputs
@@ -151,6 +162,22 @@ def full() -> list[Case]:
     for n in (16384, 65536):
         cases += _square(n, methods=streaming, memory=True)
         cases += _square(n, dtype="bfloat16", methods=streaming, memory=True)
+    return cases
+
+
+def family() -> list[Case]:
+    """The other losses: with their peers, large, and at a size at which only memory is measured
+    and a dense loss needs 17 GB and more."""
+    cases: list[Case] = []
+    for name, loss in FAMILY.items():
+        few = ("dense", "compiled", *STREAMED[:2])
+        few = ("open_clip", *few) if loss.module else few
+        for n in (256, 2048):
+            methods = (*few, STREAMED[2], *loss.peers)
+            cases.append(Case(name, n, n, 512, "float32", SCALES[0], methods=methods, memory=True))
+        large = Case(name, 8192, 8192, 512, "float32", SCALES[0], methods=few, memory=True)
+        only_memory = {"methods": STREAMED[:1], "timed": False}
+        cases += [large, replace(large, m=65536, n=65536, **only_memory)]
     return cases
 
 
