@@ -48,7 +48,7 @@ def _nothing_further(n: int, d: int, generator: torch.Generator) -> tuple[Tensor
 
 class Loss(NamedTuple):
     """One loss of the benchmark. Its functions (fastclip's, dense, checkpointed, truth, those of
-    open_clip and of peers) take the same `arguments`."""
+    open_clip and of peers) take the same arguments; see `call`."""
 
     label: str  # in tables
     function: str  # of fastclip.loss, fastclip.reference and fastclip.distributed
@@ -59,6 +59,7 @@ class Loss(NamedTuple):
     arguments: Callable[[Inputs], tuple[Any, ...]] = _all_four
     # Makes the inputs beside features, scale and bias, for N columns of D features.
     further: Callable[[int, int, torch.Generator], tuple[Tensor, ...]] = _nothing_further
+    named: tuple[str, ...] = ()  # the names of further inputs that are keyword arguments
     one_side: bool = False  # True if features are contrasted with themselves: there is no y
     scaled: bool = True  # False if similarities have no scale: the scale of a case is not used
     bias: float | None = None  # the initial bias of training, if the loss has one
@@ -82,6 +83,11 @@ class Loss(NamedTuple):
     fused_passes: tuple[float, float] = (1, 4)
     floor: float = 2.0  # of FAMILY: the goal's times faster than the dense loss
     blocks: int = 1  # how many blocks of M x N products it may keep; each has the budget
+
+    def call(self, function: Callable[..., Any], inputs: Inputs) -> Any:
+        """Calls one of the loss's functions with the inputs of a case."""
+        keywords = dict(zip(self.named, inputs.further, strict=False))
+        return function(*self.arguments(inputs), **keywords)
 
     def of_fastclip(self, module: str = "loss") -> Callable[..., Tensor]:
         """The function of fastclip.loss, fastclip.reference or fastclip.distributed."""
@@ -160,11 +166,12 @@ FAMILY: dict[str, Loss] = {
     ),
     "clip_ids": Loss(
         "CLIP, duplicates ignored", "clip_loss", dense.dense_clip_ids, truth_of_lines.clip_ids,
-        arguments=lambda i: (i.x, i.y, i.scale, None, *i.further), further=_captions,
+        further=_captions, named=("ids",),
     ),
     "supcon": Loss(
         "SupCon", "supcon_loss", dense.dense_supcon, truth_of_lines.supcon,
         arguments=lambda i: (i.x, *i.further, i.scale), further=_labels, one_side=True,
+        fused_passes=(1, 3),
         peers={"metric_learning": Peer(peers.metric_learning_supcon, 1, 3)},
     ),
     "ranking": Loss(
@@ -180,11 +187,11 @@ FAMILY: dict[str, Loss] = {
         "NT-Xent, 2N views", "nt_xent_loss", dense.dense_nt_xent, truth_of_lines.nt_xent,
         arguments=_pair_and_scale,
         peers={
-            "lightly": Peer(peers.lightly, 4, 12),
+            "lightly": Peer(peers.lightly, 4, 12, normalises=True),
             # It multiplies every positive with every negative: 275 GB at N = 2048.
             "metric_learning": Peer(peers.metric_learning_nt_xent, 4, 12, most=256),
         },
-        dense_passes=(4, 12), fused_passes=(3, 12), blocks=3,
+        dense_passes=(4, 12), fused_passes=(3, 10), blocks=3,
     ),
     "distill": Loss(
         "distillation", "distill_loss", dense.dense_distill, truth_of_lines.distill,

@@ -139,7 +139,9 @@ def measure_case(
                 value = _warm_up(step, options.device)
             if options.errors and case.m * case.n <= LARGEST_TRUTH[options.device] ** 2:
                 tell(method, "error of")
-                _set_errors(row, value, _truth(case, inputs, shared))
+                peer = loss_of(case.loss).peers.get(method)
+                comparable = value[:1] if peer is not None and peer.normalises else value
+                _set_errors(row, comparable, _truth(case, inputs, shared))
             steps[method] = step
         except Exception as error:  # a method's failure is a result and does not end the run
             rows[method] = _failed(case, method, shared, error)
@@ -239,7 +241,7 @@ def _truth(case: Case, inputs: Inputs, shared: Run) -> Truth:
         shared.truths.clear()  # large, and only neighbours in the plan share one
         x, y = (None if t is None else t.detach().to(rounded) for t in (inputs.x, inputs.y))
         loss = loss_of(case.loss)
-        shared.truths[key] = loss.truth(*loss.arguments(replace(inputs, x=x, y=y)))
+        shared.truths[key] = loss.call(loss.truth, replace(inputs, x=x, y=y))
     return shared.truths[key]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 def import_module(name: str, needs: tuple[str, ...] = ("open_clip", "torchvision")) -> ModuleType:
-    """Imports `open_clip` or a module of it.
+    """Imports `open_clip` or a module of it, or another package that imports torchvision.
 
     Raises:
         ModuleNotFoundError: "<package> is not installed", for the first missing one of `needs`.

@@ -9,8 +9,8 @@
 
 Nothing is installed here; `make test-peers` makes .venv-peers, which has the last line's packages.
 They run with their defaults, except that memeff is asked for the gradient of its loss
-(`stable=False`) instead of a multiple of it, and that features are not normalised again. lightly
-always normalises, so that its gradient is that of the features before.
+(`stable=False`) instead of a multiple of it, and that features are not normalised again, which
+lightly always does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import open_clip
 
 if TYPE_CHECKING:
     from ..cases import Case
@@ -44,12 +46,14 @@ class Library(NamedTuple):
 
 class Peer(NamedTuple):
     """A library's loss. `make` takes the library's module; `forward` and `both` are the matmul
-    passes of its kernels, without and with a backward. It can take `most` rows."""
+    passes of its kernels, without and with a backward. It can take `most` rows. If it `normalises`
+    features, gradients are those of the features before, and have no truth."""
 
     make: Callable[[ModuleType, Case, str], LossFunction]
     forward: float
     both: float
     most: int | None = None
+    normalises: bool = False
 
 
 LIBRARIES: dict[str, Library] = {
@@ -91,7 +95,9 @@ def make(name: str, peer: Peer | None, case: Case, device: str) -> LossFunction:
     if peer.most is not None and case.m > peer.most:
         raise Missing(f"takes too much memory beyond N = {peer.most}")
     try:
-        module = importlib.import_module(library.module)
+        # Those that run on CPUs import torchvision, as open_clip does.
+        importer = open_clip if library.on_cpus else importlib
+        module = importer.import_module(library.module)
     except Exception as error:  # some probe the GPU on import, and fail with errors of any type
         raise Missing(f"does not import: {error}") from error
     return peer.make(module, case, device)

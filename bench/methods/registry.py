@@ -26,7 +26,7 @@ from .passes import (
     passes_of_peer,
 )
 
-# Takes the `arguments` of the case's loss.
+# Takes the arguments of the case's loss.
 LossFunction = Callable[..., Tensor]
 
 
@@ -60,7 +60,7 @@ def _dense(case: Case, device: str) -> LossFunction:
 def _checkpointed(case: Case, device: str) -> LossFunction:
     loss = loss_of(case.loss)
     if loss.checkpointed is None:
-        raise Unavailable(f"{loss.label} has no checkpointed form")
+        raise Unavailable("the loss has no checkpointed form")
     return loss.checkpointed
 
 
@@ -111,7 +111,7 @@ def _fastclip(
 def _on_contrast(case: Case, device: str, method: str) -> LossFunction:
     loss = loss_of(case.loss)
     if loss.on_lines is None:
-        raise Unavailable(f"{loss.label} is itself written on `contrast`")
+        raise Unavailable("the loss is itself written on `contrast`")
     return on_contrast.make(case, method, device, engine_of(device, None))
 
 

@@ -30,18 +30,18 @@ def make_step(case: Case, method: str, inputs: Inputs) -> Step:
     if not case.square and method.startswith("fastclip"):
         return _rectangular_step(case, method, inputs)
     loss = registry.METHODS[method].make(case, device)
-    arguments = loss_of(case.loss).arguments(inputs)
+    call = partial(loss_of(case.loss).call, loss, inputs)
     autocast = contextlib.nullcontext()
     if case.dtype == "autocast":
         autocast = torch.autocast(device, torch.bfloat16)
 
     def forward() -> tuple[Tensor | None, ...]:
         with torch.no_grad(), autocast:
-            return (loss(*arguments),)
+            return (call(),)
 
     def both() -> tuple[Tensor | None, ...]:
         with autocast:
-            value = loss(*arguments)
+            value = call()
         found = iter(torch.autograd.grad(value, inputs.leaves, allow_unused=True))
         return value.detach(), *(None if t is None else next(found) for t in inputs.slots)
 
