@@ -95,9 +95,10 @@ def make(name: str, peer: Peer | None, case: Case, device: str) -> LossFunction:
     if peer.most is not None and case.m > peer.most:
         raise Missing(f"takes too much memory beyond N = {peer.most}")
     try:
-        # Those that run on CPUs import torchvision, as open_clip does.
-        importer = open_clip if library.on_cpus else importlib
-        module = importer.import_module(library.module)
+        if library.on_cpus:  # these import torchvision, as open_clip does
+            module = open_clip.import_module(library.module, needs=("torchvision",))
+        else:
+            module = importlib.import_module(library.module)
     except Exception as error:  # some probe the GPU on import, and fail with errors of any type
         raise Missing(f"does not import: {error}") from error
     return peer.make(module, case, device)
