@@ -2,7 +2,8 @@
 
     losses.py     the registry of losses: everything that the benchmark must know about each.
                   CLIP and SigLIP are in every plan; `--family` measures the others
-    cases.py      the cases to measure (losses, shapes, dtypes, scales) and their inputs
+    case.py       a case (a loss, shape, dtype, scale) and its inputs
+    cases.py      the plans of cases
     methods/      the methods compared, and the matmul passes that each needs
         registry.py      every method: how it is made for a case
         step.py          a step of a method, also as a CUDA graph

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .case import Inputs
 from .measure import truth, truth_of_lines
 from .methods import dense, peers
 from .methods.open_clip import distillation
@@ -24,8 +25,6 @@ from .methods.peers import Peer
 
 if TYPE_CHECKING:
     from fastclip import LineStatistics
-
-    from .cases import Inputs
 
 
 _NONE: Mapping[str, Any] = MappingProxyType({})

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ..cases import LARGEST_TRUTH, Case, Inputs, make_inputs
+from ..case import Case, Inputs
+from ..cases import LARGEST_TRUTH, make_inputs
 from ..losses import loss_of
 from ..methods.passes import gradient_bytes, kept_bytes
 from ..methods.registry import METHODS, Unavailable

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..cases import CONTRAST, Case
+from ..case import Case
+from ..cases import CONTRAST
 from ..losses import loss_of
 
 

@@ -19,15 +19,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..case import Case
 from . import open_clip
-
-if TYPE_CHECKING:
-    from ..cases import Case
 
 LossFunction = Callable[..., Tensor]
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cases import Case
+from ..case import Case
 from ..losses import loss_of
 from . import on_contrast, open_clip, peers
 from .passes import (

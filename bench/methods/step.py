@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cases import STREAMED, Case, Inputs
+from ..case import Case, Inputs
+from ..cases import STREAMED
 from ..losses import LOSSES, loss_of
 from . import rectangular, registry
 from .passes import budget_of_method
