@@ -1,7 +1,9 @@
 """The benchmark of fastclip: `python -m bench --help`, from the root of the repository.
 
-    losses.py     the registry of losses: everything that the benchmark must know about each
-    cases.py      the cases to measure (losses, shapes, dtypes, scales) and their inputs
+    losses.py     the registry of losses: everything that the benchmark must know about each.
+                  CLIP and SigLIP are in every plan; `--family` measures the others
+    case.py       a case (a loss, shape, dtype, scale) and its inputs
+    cases.py      the plans of cases
     methods/      the methods compared, and the matmul passes that each needs
         registry.py      every method: how it is made for a case
         step.py          a step of a method, also as a CUDA graph
@@ -16,6 +18,7 @@
         timing.py        medians of interleaved runs, and the GEMM limit in the same run
         memory.py        peak memory; on a CPU in one process for each case and method
         truth.py         loss and gradients in float64, blockwise
+        truth_of_lines.py    the same of the family
         traffic.py       the bytes that a rank sends
         progress.py      the progress bar
     report/       that CSV: its columns, tables, goals and picture

@@ -18,6 +18,7 @@ EPILOG = """\
   python -m bench --quick                       a short run of two minutes, not in bench/results
   python -m bench --only 'clip 8192*float32*'   runs these cases again and replaces their rows
   python -m bench --list --full                 lists what would run and what cannot
+  python -m bench --family                      measures the losses other than CLIP and SigLIP
   python -m bench distributed --quick           measures losses across processes here
   python -m bench scale --tflops 400            models their time on thousands of GPUs
 
@@ -48,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
         name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         for name, text in COMMANDS.items()
     }
-    _add_measuring(of["run"], full="also N = 16384 and 65536, streaming only")
+    _add_measuring(
+        of["run"], full="also N = 16384 and 65536, streaming only",
+        family="InfoNCE, SupCon, NT-Xent, ranking, distillation, ...",
+    )  # fmt: skip
     _add_measuring(of["distributed"])
     of["run"].add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     of["run"].add_argument("--no-errors", action="store_true", help="leave out the errors")
@@ -65,12 +69,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _add_measuring(made: argparse.ArgumentParser, full: str | None = None) -> None:
-    """Adds the options of a command that measures. full: what its full plan adds, if it has one."""
+def _add_measuring(made: argparse.ArgumentParser, full: str = "", family: str = "") -> None:
+    """Adds the options of a command that measures. full, family: what these plans have, if the
+    command has them."""
     size = made.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="few and small cases, in minutes")
     if full:
         size.add_argument("--full", action="store_true", help=full)
+        size.add_argument("--family", action="store_true", help=f"instead {family}")
     made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="cases by name")
     made.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="methods by name")
     made.add_argument(
@@ -85,10 +91,12 @@ def _add_measuring(made: argparse.ArgumentParser, full: str | None = None) -> No
 
 def plan_of(options: argparse.Namespace) -> list[cases.Case]:
     """The cases that the options select; if there are none, an error says how to list them."""
-    unknown = [name for name in options.methods if name not in cases.METHODS]
+    known = (*cases.METHODS, *cases.FAMILY_PEERS)
+    unknown = [name for name in options.methods if name not in known]
     if unknown:
-        raise SystemExit(f"--methods: {unknown[0]!r} is none of {', '.join(cases.METHODS)}")
-    made = cases.quick() if options.quick else cases.full() if options.full else cases.standard()
+        raise SystemExit(f"--methods: {unknown[0]!r} is none of {', '.join(known)}")
+    chosen = (plan for plan in ("quick", "full", "family") if getattr(options, plan))
+    made = getattr(cases, next(chosen, "standard"))()
     plan = cases.select(made, options.only, options.methods)
     if not plan:
         raise SystemExit("no case matches; python -m bench --list names them")
@@ -97,7 +105,6 @@ def plan_of(options: argparse.Namespace) -> list[cases.Case]:
 
 def show_plan(plan: list[cases.Case], device: str) -> None:
     """Prints the cases, then every method with the reason why it cannot run, if there is one."""
-    from .losses import LOSSES
     from .methods.registry import METHODS, Unavailable
 
     for case in plan:
@@ -105,12 +112,13 @@ def show_plan(plan: list[cases.Case], device: str) -> None:
     print(f"\n{len(plan)} cases, {sum(len(case.methods) for case in plan)} rows. Methods:")
     for method in METHODS.values():
         reasons = []
-        for loss in LOSSES:
+        losses = dict.fromkeys(case.loss for case in plan)
+        for loss in losses:
             try:
                 method.make(cases.Case(loss, 64, 64, 64, "float32", 14.3), device)
             except (Unavailable, ImportError) as error:
                 reasons.append(str(error))
-        runs = len(reasons) < len(LOSSES)
+        runs = len(reasons) < len(losses)
         availability = "runs here" if runs else "; ".join(dict.fromkeys(reasons))
         print(f"  {method.name:24} {method.text:38} {availability}")
 

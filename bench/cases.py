@@ -1,4 +1,4 @@
-"""The cases of the benchmark: each is one loss on one shape, dtype, scale and mode.
+"""The plans of the benchmark: each case is one loss on one shape, dtype, scale and mode.
 
 Features are made here from a fixed seed. This file never runs a loss.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from .losses import LOSSES, loss_of
+from .case import Case, Inputs
+from .losses import FAMILY, LOSSES, loss_of
 
 DTYPES = ("float32", "bfloat16", "autocast")
 SCALES = (14.3, 100.0)  # an untrained CLIP's 1/0.07, and the scale of trained ones
@@ -22,66 +22,14 @@ SCALES = (14.3, 100.0)  # an untrained CLIP's 1/0.07, and the scale of trained o
 DENSE = ("open_clip", "dense", "compiled")
 STREAMED = ("fastclip", "fastclip budget=0", "fastclip torch")
 CONTRAST = ("fastclip contrast", "fastclip contrast ids", "fastclip contrast margin")
-PEERS = ("inf_cl", "liger", "memeff", "siglip_kernel")
+PEERS = tuple(name for loss in LOSSES.values() for name in loss.peers)
 METHODS = (*DENSE, "reference", "checkpoint", *STREAMED, *CONTRAST, *PEERS)
+FAMILY_PEERS = tuple(dict.fromkeys(name for loss in FAMILY.values() for name in loss.peers))
 
 C = TypeVar("C")
 
 # The largest batch compared with float64: on a CPU a larger one takes minutes. A GPU needs seconds.
 LARGEST_TRUTH = {"cpu": 16384, "cuda": 32768}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One entry of the plan, and the methods that are measured on it."""
-
-    loss: str  # of LOSSES
-    m: int  # rows, pairs
-    n: int  # columns; the positive of row i is column i
-    d: int
-    dtype: str  # of DTYPES; "autocast": float32 features under bfloat16 autocast
-    scale: float
-    data: str = "random"  # or "separated": y = x + small noise
-    # "both": forward and backward; "graph": the same, captured in a CUDA graph and replayed;
-    # "forward": the loss alone, under no_grad.
-    mode: str = "both"
-    methods: tuple[str, ...] = METHODS
-    memory: bool = False  # also measure peak memory
-
-    @property
-    def name(self) -> str:
-        """The name that `--only` is matched against."""
-        shape = f"{self.m}x{self.n}x{self.d}"
-        return f"{self.loss} {shape} {self.dtype} {self.data} {self.scale:g} {self.mode}"
-
-    @property
-    def half(self) -> bool:
-        """True if the matmuls take bfloat16 operands."""
-        return self.dtype != "float32"
-
-    @property
-    def square(self) -> bool:
-        return self.m == self.n
-
-    @property
-    def pass_flops(self) -> float:
-        """FLOPs of one pass: an (M, D) @ (D, N) matmul."""
-        return 2.0 * self.m * self.n * self.d
-
-
-@dataclass
-class Inputs:
-    """The arguments of a loss: x (M, D), y (N, D), one-element scale and bias, all leaves."""
-
-    x: Tensor
-    y: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        found = (self.x, self.y, self.scale, self.bias)
-        return tuple(leaf for leaf in found if leaf is not None)
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
@@ -99,7 +47,11 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     x, y = (F.normalize(side, dim=1).to(dtype) for side in (x, y))
     # logit_scale and the bias are float32 parameters for any dtype of the towers.
     scale = torch.tensor(case.scale, device=device)
-    inputs = Inputs(x, y, scale, loss_of(case.loss).bias_on(device))
+    loss = loss_of(case.loss)
+    inputs = Inputs(
+        x, None if loss.one_side else y, scale if loss.scaled else None, loss.bias_on(device),
+        loss.further(case.n, case.d, generator),
+    )  # fmt: skip
     for leaf in inputs.leaves:
         leaf.requires_grad_()
     return inputs
@@ -151,6 +103,22 @@ def full() -> list[Case]:
     for n in (16384, 65536):
         cases += _square(n, methods=streaming, memory=True)
         cases += _square(n, dtype="bfloat16", methods=streaming, memory=True)
+    return cases
+
+
+def family() -> list[Case]:
+    """The other losses: with their peers, large, and at a size at which only memory is measured
+    and a dense loss needs 17 GB and more."""
+    cases: list[Case] = []
+    for name, loss in FAMILY.items():
+        few = ("dense", "compiled", *STREAMED[:2])
+        few = ("open_clip", *few) if loss.module else few
+        for n in (256, 2048):
+            methods = (*few, STREAMED[2], *loss.peers)
+            cases.append(Case(name, n, n, 512, "float32", SCALES[0], methods=methods, memory=True))
+        large = Case(name, 8192, 8192, 512, "float32", SCALES[0], methods=few, memory=True)
+        only_memory = {"methods": STREAMED[:1], "timed": False}
+        cases += [large, replace(large, m=65536, n=65536, **only_memory)]
     return cases
 
 

@@ -1,24 +1,33 @@
 """The registry of losses: everything that the benchmark must know about a loss is a field of it.
 
-Functions of fastclip and classes of open_clip are given by name and imported when they are called,
-because `bench.gpu` starts before fastclip is installed.
+LOSSES are in every plan and on every page. FAMILY has a plan (`cases.family`) and a table of its
+own. Functions of fastclip and classes of open_clip are given by name and imported when they are
+called, because `bench.gpu` starts before fastclip is installed.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .measure import truth
-from .methods import dense
+from .case import Inputs
+from .measure import truth, truth_of_lines
+from .methods import dense, peers
+from .methods.open_clip import distillation
+from .methods.peers import Peer
 
 if TYPE_CHECKING:
     from fastclip import LineStatistics
+
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Rival(NamedTuple):
@@ -28,29 +37,61 @@ class Rival(NamedTuple):
     options: dict[str, Any]  # besides rank and world_size
 
 
+def _all_four(inputs: Inputs) -> tuple[Any, ...]:
+    return inputs.x, inputs.y, inputs.scale, inputs.bias
+
+
+def _nothing_further(n: int, d: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return ()
+
+
 class Loss(NamedTuple):
-    """One loss of the benchmark."""
+    """One loss of the benchmark. Its functions (fastclip's, dense, checkpointed, truth, those of
+    open_clip and of peers) take the same arguments; see `call`."""
 
     label: str  # in tables
     function: str  # of fastclip.loss, fastclip.reference and fastclip.distributed
-    module: str  # of open_clip.loss
-    kind: str  # of fastclip.kinds
-    on_lines: Callable[[LineStatistics], Tensor]  # the loss, written on `fastclip.contrast`
     dense: Callable[..., Tensor]
-    checkpointed: Callable[..., Tensor]
     truth: Callable[..., truth.Truth]
-    # open_clip's losses across processes, by method; the first is the baseline of all methods.
-    rivals: dict[str, Rival]
-    # Weights need no state: one sweep computes the loss and its gradients, and keeps no products.
-    in_one_go: bool
-    # How many logit matrices open_clip and the checkpointed loss compute: 2 if one per direction.
-    directions: int
+    options: Mapping[str, Any] = _NONE  # of `function`
+    # The positional arguments of the functions, from the inputs of a case.
+    arguments: Callable[[Inputs], tuple[Any, ...]] = _all_four
+    # Makes the inputs beside features, scale and bias, for N columns of D features.
+    further: Callable[[int, int, torch.Generator], tuple[Tensor, ...]] = _nothing_further
+    named: tuple[str, ...] = ()  # the names of further inputs that are keyword arguments
+    one_side: bool = False  # True if features are contrasted with themselves: there is no y
+    scaled: bool = True  # False if similarities have no scale: the scale of a case is not used
     bias: float | None = None  # the initial bias of training, if the loss has one
+    checkpointed: Callable[..., Tensor] | None = None
+    kind: str = "softmax"  # of fastclip.kinds
+    # The loss, written on `fastclip.contrast`, if it is not so itself.
+    on_lines: Callable[[LineStatistics], Tensor] | None = None
+    module: str | None = None  # of open_clip.loss
+    of_open_clip: Callable[[Any], Callable[..., Any]] = lambda loss: loss  # from the module
+    # How many logit matrices open_clip and the checkpointed loss compute: 2 if one per direction.
+    directions: int = 1
+    # open_clip's losses across processes, by method; the first is the baseline of all methods.
+    rivals: Mapping[str, Rival] = _NONE
+    peers: Mapping[str, Peer] = _NONE  # by library of peers.LIBRARIES
+    # Weights need no state: one sweep computes the loss and its gradients, and keeps no products.
+    in_one_go: bool = False
     rectangular: bool = False  # True if rectangular.py implements it
+    # Passes of 2 M N D FLOP, forward alone and with the backward: of the dense loss, and of
+    # fastclip's if it keeps nothing.
+    dense_passes: tuple[float, float] = (1, 3)
+    fused_passes: tuple[float, float] = (1, 4)
+    floor: float = 2.0  # of FAMILY: the goal's times faster than the dense loss
+    blocks: int = 1  # how many blocks of M x N products it may keep; each has the budget
+
+    def call(self, function: Callable[..., Any], inputs: Inputs) -> Any:
+        """Calls one of the loss's functions with the inputs of a case."""
+        keywords = dict(zip(self.named, inputs.further, strict=False))
+        return function(*self.arguments(inputs), **keywords)
 
     def of_fastclip(self, module: str = "loss") -> Callable[..., Tensor]:
         """The function of fastclip.loss, fastclip.reference or fastclip.distributed."""
-        return getattr(importlib.import_module(f"fastclip.{module}"), self.function)
+        function = getattr(importlib.import_module(f"fastclip.{module}"), self.function)
+        return partial(function, **self.options) if self.options else function
 
     def bias_on(self, device: str) -> Tensor | None:
         return None if self.bias is None else torch.tensor(self.bias, device=device)
@@ -66,29 +107,103 @@ def _siglip_on_lines(c: LineStatistics) -> Tensor:
 
 LOSSES: dict[str, Loss] = {
     "clip": Loss(
-        "CLIP", "clip_loss", "ClipLoss", "softmax", _clip_on_lines,
-        dense.dense_clip, dense.checkpointed_clip, truth.clip,
+        "CLIP", "clip_loss", dense.dense_clip, truth.clip,
+        checkpointed=dense.checkpointed_clip, on_lines=_clip_on_lines,
+        module="ClipLoss", directions=2,
         rivals={
             "open_clip": Rival(
                 "open_clip, local loss", {"local_loss": True, "gather_with_grad": True}
             )
         },
-        in_one_go=False, directions=2, rectangular=True,
+        peers={
+            "inf_cl": Peer(peers.inf_cl, 2, 10),
+            "liger": Peer(peers.liger, 2, 6),
+            "memeff": Peer(peers.memeff, 1, 5),
+        },
+        rectangular=True,
     ),
     "siglip": Loss(
-        "SigLIP", "siglip_loss", "SigLipLoss", "sigmoid", _siglip_on_lines,
-        dense.dense_siglip, dense.checkpointed_siglip, truth.siglip,
+        "SigLIP", "siglip_loss", dense.dense_siglip, truth.siglip,
+        bias=-10.0, checkpointed=dense.checkpointed_siglip,
+        kind="sigmoid", on_lines=_siglip_on_lines, module="SigLipLoss",
         rivals={
             "open_clip": Rival("open_clip, bidir", {"dist_impl": "bidir"}),  # its default
             "open_clip gather": Rival("open_clip gather", {"dist_impl": "gather"}),
         },
-        in_one_go=True, directions=1, bias=-10.0,
+        peers={"siglip_kernel": Peer(peers.siglip_kernel, 3, 3)},
+        in_one_go=True,
+    ),
+}  # fmt: skip
+
+
+def _pair_and_scale(inputs: Inputs) -> tuple[Any, ...]:
+    return inputs.x, inputs.y, inputs.scale
+
+
+def _captions(n: int, d: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """A caption's number for each pair: a quarter of the captions are in the batch twice or more,
+    and more than half of the pairs have such a caption."""
+    return (torch.randint(n, (n,), generator=generator, device=generator.device),)
+
+
+def _labels(n: int, d: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The class of each row; a class has eight rows on average."""
+    return (torch.randint(max(1, n // 8), (n,), generator=generator, device=generator.device),)
+
+
+def _teacher(n: int, d: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Normalised features of a teacher, of the student's width, and the scale of a trained one."""
+    features = torch.randn(2, n, d, generator=generator, device=generator.device)
+    return *F.normalize(features, dim=2).unbind(), torch.tensor(100.0, device=generator.device)
+
+
+FAMILY: dict[str, Loss] = {
+    "info_nce": Loss(
+        "InfoNCE", "info_nce", dense.dense_info_nce, truth_of_lines.info_nce,
+        arguments=_pair_and_scale,
+        peers={"sentence_transformers": Peer(peers.multiple_negatives, 1, 3)},
+    ),
+    "clip_ids": Loss(
+        "CLIP, duplicates ignored", "clip_loss", dense.dense_clip_ids, truth_of_lines.clip_ids,
+        further=_captions, named=("ids",),
+    ),
+    "supcon": Loss(
+        "SupCon", "supcon_loss", dense.dense_supcon, truth_of_lines.supcon,
+        arguments=lambda i: (i.x, *i.further, i.scale), further=_labels, one_side=True,
+        fused_passes=(1, 3),
+        peers={"metric_learning": Peer(peers.metric_learning_supcon, 1, 3)},
+    ),
+    "ranking": Loss(
+        "ranking, sum", "ranking_loss", dense.dense_ranking, truth_of_lines.ranking,
+        arguments=lambda i: (i.x, i.y), scaled=False,
+    ),
+    "ranking_hardest": Loss(
+        "ranking, hardest", "ranking_loss", dense.dense_ranking_hardest,
+        truth_of_lines.ranking_hardest, options={"hardest": True},
+        arguments=lambda i: (i.x, i.y), scaled=False, fused_passes=(1, 1), blocks=0,
+    ),
+    "nt_xent": Loss(
+        "NT-Xent, 2N views", "nt_xent_loss", dense.dense_nt_xent, truth_of_lines.nt_xent,
+        arguments=_pair_and_scale,
+        peers={
+            "lightly": Peer(peers.lightly, 4, 12, normalises=True),
+            # It multiplies every positive with every negative: 275 GB at N = 2048.
+            "metric_learning": Peer(peers.metric_learning_nt_xent, 4, 12, most=256),
+        },
+        dense_passes=(4, 12), fused_passes=(3, 10), blocks=3,
+    ),
+    "distill": Loss(
+        "distillation", "distill_loss", dense.dense_distill, truth_of_lines.distill,
+        arguments=lambda i: (i.x, i.y, i.scale, *i.further), further=_teacher,
+        module="DistillClipLoss", of_open_clip=distillation, directions=2,
+        dense_passes=(2, 4), fused_passes=(2, 6), floor=1.8,
     ),
 }  # fmt: skip
 
 
 def loss_of(name: str) -> Loss:
     """The registry's entry. Raises ValueError for an unknown name."""
-    if name not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {name!r}")
-    return LOSSES[name]
+    known = {**LOSSES, **FAMILY}
+    if name not in known:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, known))}, got {name!r}")
+    return known[name]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import cases
-from ..cases import Inputs
+from ..case import Inputs
 from ..losses import LOSSES
 
 SCALE = 14.3

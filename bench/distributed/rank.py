@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..cases import Inputs, make_inputs
+from ..case import Inputs
+from ..cases import make_inputs
 from ..losses import loss_of
 from ..measure.memory import WARM_UP_PAIRS, peak_bytes
 from ..measure.timing import Run, Timing, host_clock, interleaved

@@ -214,7 +214,7 @@ def _masked(
         *leaves, offset=2, ids=(ids, ids), same_id="positive", key_bias=key_bias,
         kind=loss_of(problem.loss).kind, normalize=problem.normalize,
     )  # fmt: skip
-    value = sum(t[t.isfinite()].sum() for t in found)
+    value = sum(t[t.isfinite()].sum() for t in found if t is not None)
     return value.detach(), *torch.autograd.grad(value, leaves)
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from ..cases import Case, make_inputs
+from ..case import Case
+from ..cases import make_inputs
 from ..methods.step import make_step
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from ..cases import LARGEST_TRUTH, Case, Inputs, make_inputs
+from ..case import Case, Inputs
+from ..cases import LARGEST_TRUTH, make_inputs
 from ..losses import loss_of
-from ..methods.passes import kept_bytes
+from ..methods.passes import gradient_bytes, kept_bytes
 from ..methods.registry import METHODS, Unavailable
 from ..methods.step import Step, make_step
 from ..report import results
@@ -132,12 +133,16 @@ def measure_case(
             _go_on_if_alive(options.device, rows, keep, method)
             continue
         rows[method] = row = _blank(case, method, shared)
+        if not case.timed:
+            continue
         try:
             with _watched(options.patience, hung):
                 value = _warm_up(step, options.device)
             if options.errors and case.m * case.n <= LARGEST_TRUTH[options.device] ** 2:
                 tell(method, "error of")
-                _set_errors(row, value, _truth(case, inputs, shared))
+                peer = loss_of(case.loss).peers.get(method)
+                comparable = value[:1] if peer is not None and peer.normalises else value
+                _set_errors(row, comparable, _truth(case, inputs, shared))
             steps[method] = step
         except Exception as error:  # a method's failure is a result and does not end the run
             rows[method] = _failed(case, method, shared, error)
@@ -235,8 +240,9 @@ def _truth(case: Case, inputs: Inputs, shared: Run) -> Truth:
     key = (case.loss, case.m, case.n, case.d, case.data, case.scale, rounded)
     if key not in shared.truths:
         shared.truths.clear()  # large, and only neighbours in the plan share one
-        x, y = inputs.x.detach().to(rounded), inputs.y.detach().to(rounded)
-        shared.truths[key] = loss_of(case.loss).truth(x, y, inputs.scale, inputs.bias)
+        x, y = (None if t is None else t.detach().to(rounded) for t in (inputs.x, inputs.y))
+        loss = loss_of(case.loss)
+        shared.truths[key] = loss.call(loss.truth, replace(inputs, x=x, y=y))
     return shared.truths[key]
 
 
@@ -264,8 +270,14 @@ def _set_times(case: Case, steps: dict[str, Step], rows: dict[str, Row], shared:
         row = rows[method]
         row.gflops = row.passes * case.pass_flops / timing.median / 1e9
         row.limit, row.limit_of, row.fraction = rate, limit.source, row.gflops / rate
-        if case.mode == "both" and not loss_of(case.loss).in_one_go:
+        if case.mode == "both" and _takes_four(case):
             row.fraction_of_4 = row.fraction * 4 / row.passes
+
+
+def _takes_four(case: Case) -> bool:
+    """True if two sweeps take four passes without kept products."""
+    loss = loss_of(case.loss)
+    return loss.fused_passes[1] == 4 and not loss.in_one_go
 
 
 def _set_time(row: Row, timing: Timing, times: dict[str, Timing]) -> None:
@@ -287,11 +299,9 @@ def _set_memory(case: Case, method: str, row: Row, shared: Run) -> None:
     row.note = row.note or reason
     if peak is None:
         return
-    bytes_each = 2 if case.dtype == "bfloat16" else 4
-    gradients = 0 if case.mode == "forward" else (case.m + case.n) * case.d * bytes_each
     kept = kept_bytes(case, method, shared.options.device)
     row.peak_mib, row.gradients_mib, row.budget_mib = (
-        size / MIB for size in (peak, gradients, kept)
+        size / MIB for size in (peak, gradient_bytes(case), kept)
     )
     row.rest_mib = max(0.0, row.peak_mib - row.gradients_mib - row.budget_mib)
 

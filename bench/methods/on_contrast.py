@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cases import CONTRAST, Case
+from ..case import Case
+from ..cases import CONTRAST
 from ..losses import loss_of
 
 

@@ -13,14 +13,17 @@ import importlib
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def import_module(name: str, needs: tuple[str, ...] = ("open_clip", "torchvision")) -> ModuleType:
-    """Imports `open_clip` or a module of it.
+    """Imports `open_clip` or a module of it, or another package that imports torchvision.
 
     Raises:
         ModuleNotFoundError: "<package> is not installed", for the first missing one of `needs`.
@@ -35,6 +38,17 @@ def import_module(name: str, needs: tuple[str, ...] = ("open_clip", "torchvision
             raise
         _declare_operators()
     return importlib.import_module(name)
+
+
+def distillation(loss: Any) -> Callable[..., Tensor]:
+    """The distillation part of open_clip's `DistillClipLoss`, without its contrastive part."""
+
+    def distilled(x: Tensor, y: Tensor, scale: Tensor, *teacher: Tensor) -> Tensor:
+        logits, targets = loss.get_logits(x, y, scale), loss.get_logits(*teacher)
+        both = (loss.dist_loss(t, s) for t, s in zip(targets, logits, strict=True))
+        return sum(both) / 2
+
+    return distilled
 
 
 def _declare_operators() -> None:

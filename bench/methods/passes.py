@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..cases import CONTRAST, Case
+from ..case import Case
+from ..cases import CONTRAST
 from ..losses import loss_of
 
 
@@ -43,9 +44,16 @@ def bytes_of_kept_products(m: int, n: int, method: str, device: str) -> int:
     return rows_to_keep(m, n, 4, budget_of_method(method, device)) * min(m, n) * 4
 
 
-def passes_of_two_sweeps(m: int, n: int, kept: int) -> float:
-    """The passes of two sweeps; the second reuses the `kept` bytes of products."""
-    return 4.0 - min(1.0, kept / (4 * m * n))
+def passes_of_two_sweeps(m: int, n: int, kept: int, both: float = 4.0, blocks: int = 1) -> float:
+    """The passes of two sweeps, `both` if nothing is kept; the second reuses the `kept` bytes of
+    products of so many blocks."""
+    return both - min(float(blocks), kept / (4 * m * n))
+
+
+def gradient_bytes(case: Case) -> int:
+    """The bytes of the gradients of the features."""
+    rows = case.m + (0 if loss_of(case.loss).one_side else case.n)
+    return 0 if case.mode == "forward" else rows * case.d * (2 if case.dtype == "bfloat16" else 4)
 
 
 def kept_bytes(case: Case, method: str, device: str) -> int:
@@ -66,33 +74,44 @@ def kept_bytes(case: Case, method: str, device: str) -> int:
             if case.dtype == "bfloat16" and waiting <= budget_of_method(method, device)
             else 0
         )
-    return bytes_of_kept_products(case.m, case.n, method, device)
+    return loss_of(case.loss).blocks * bytes_of_kept_products(case.m, case.n, method, device)
 
 
 def passes_of_fastclip(case: Case, device: str, method: str) -> float:
+    loss = loss_of(case.loss)
+    forward, both = loss.fused_passes
     if case.mode == "forward":
-        return 1.0
+        return forward
     if _keeps_everything(case, method):
-        return 3.0
+        return both - loss.blocks
     kept = kept_bytes(case, method, device)
     if _in_one_go(case, method):
         # The forward computes the gradients, too, if they may be held until the backward; on GPUs
         # they always may.
         return 3.0 if kept or case.dtype != "bfloat16" or device != "cpu" else 4.0
-    return passes_of_two_sweeps(case.m, case.n, kept)
+    return passes_of_two_sweeps(case.m, case.n, kept, both, loss.blocks)
 
 
-def passes(forward: float, both: float) -> Callable[[Case, str], float]:
+def passes_of_dense(case: Case, device: str) -> float:
+    forward, both = loss_of(case.loss).dense_passes
+    return forward if case.mode == "forward" else both
+
+
+def passes_of_peer(case: Case, device: str, name: str) -> float:
+    peer = loss_of(case.loss).peers.get(name)
+    if peer is None:
+        return 0.0
+    return peer.forward if case.mode == "forward" else peer.both
+
+
+def passes_a_direction(again: int) -> Callable[[Case, str], float]:
+    """The passes of losses that compute their logits for each direction, and `again` times in the
+    backward."""
+
     def count(case: Case, device: str) -> float:
-        return forward if case.mode == "forward" else both
-
-    return count
-
-
-def passes_a_direction(both: float) -> Callable[[Case, str], float]:
-    """The passes of losses that compute their logits again for each direction."""
-
-    def count(case: Case, device: str) -> float:
-        return loss_of(case.loss).directions * (1.0 if case.mode == "forward" else both)
+        loss = loss_of(case.loss)
+        forward, both = loss.dense_passes
+        passes = forward if case.mode == "forward" else both + again * forward
+        return loss.directions * passes
 
     return count

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cases import Inputs
+from ..case import Inputs
 
 
 @torch.no_grad()

@@ -15,12 +15,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cases import Case
+from ..case import Case
 from ..losses import loss_of
 from . import on_contrast, open_clip, peers
-from .passes import bytes_of_everything, passes, passes_a_direction, passes_of_fastclip
+from .passes import (
+    bytes_of_everything,
+    passes_a_direction,
+    passes_of_dense,
+    passes_of_fastclip,
+    passes_of_peer,
+)
 
-LossFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+# Takes the arguments of the case's loss.
+LossFunction = Callable[..., Tensor]
 
 
 # In place of a memory budget: enough bytes to keep every product of the case.
@@ -51,7 +58,10 @@ def _dense(case: Case, device: str) -> LossFunction:
 
 
 def _checkpointed(case: Case, device: str) -> LossFunction:
-    return loss_of(case.loss).checkpointed
+    loss = loss_of(case.loss)
+    if loss.checkpointed is None:
+        raise Unavailable("the loss has no checkpointed form")
+    return loss.checkpointed
 
 
 def _compiled(case: Case, device: str) -> LossFunction:
@@ -65,7 +75,10 @@ def _compiled(case: Case, device: str) -> LossFunction:
 
 
 def _open_clip(case: Case, device: str) -> LossFunction:
-    return getattr(open_clip.import_module("open_clip.loss"), loss_of(case.loss).module)()
+    loss = loss_of(case.loss)
+    if loss.module is None:
+        raise Unavailable(f"has no {case.loss} loss")
+    return loss.of_open_clip(getattr(open_clip.import_module("open_clip.loss"), loss.module)())
 
 
 # ---- fastclip ----------------------------------------------------------------------------------
@@ -96,6 +109,9 @@ def _fastclip(
 
 
 def _on_contrast(case: Case, device: str, method: str) -> LossFunction:
+    loss = loss_of(case.loss)
+    if loss.on_lines is None:
+        raise Unavailable("the loss is itself written on `contrast`")
     return on_contrast.make(case, method, device, engine_of(device, None))
 
 
@@ -115,15 +131,13 @@ def _reference(case: Case, device: str) -> LossFunction:
 
 
 def _peer(name: str) -> Method:
-    peer = peers.PEERS[name]
-
     def make(case: Case, device: str) -> LossFunction:
         try:
-            return peer.make(case, device)
+            return peers.make(name, loss_of(case.loss).peers.get(name), case, device)
         except peers.Missing as missing:
             raise Unavailable(str(missing)) from None
 
-    return Method(name, peer.text, make, passes(peer.forward, peer.both))
+    return Method(name, peers.LIBRARIES[name].text, make, partial(passes_of_peer, name=name))
 
 
 @contextlib.contextmanager
@@ -153,11 +167,11 @@ def _contrast(name: str, text: str) -> Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("open_clip", "open_clip's ClipLoss, SigLipLoss", _open_clip, passes_a_direction(3)),
-        Method("dense", "plain PyTorch, eager", _dense, passes(1, 3)),
-        Method("compiled", "the same under torch.compile", _compiled, passes(1, 3)),
-        Method("reference", "fastclip.reference, eager", _reference, passes(1, 3)),
-        Method("checkpoint", "chunks, each checkpointed", _checkpointed, passes_a_direction(4)),
+        Method("open_clip", "open_clip's class", _open_clip, passes_a_direction(0)),
+        Method("dense", "plain PyTorch, eager", _dense, passes_of_dense),
+        Method("compiled", "the same under torch.compile", _compiled, passes_of_dense),
+        Method("reference", "fastclip.reference, eager", _reference, passes_of_dense),
+        Method("checkpoint", "chunks, each checkpointed", _checkpointed, passes_a_direction(1)),
         _own("fastclip", "the default engine", None),
         _own("fastclip budget=0", "the same, nothing kept", None, 0),
         _own("fastclip torch", 'backend="torch"', "torch"),
@@ -169,6 +183,6 @@ METHODS: dict[str, Method] = {
         _own("fastclip triton kept", "the same, every product kept", "triton", EVERYTHING),
         _own("fastclip cuda kept", "the same, every product kept", "cuda", EVERYTHING),
         _own("fastclip cuda fused", "its own tensor-core kernels", "cuda", fused=True),
-        *(_peer(name) for name in peers.PEERS),
+        *(_peer(name) for name in peers.LIBRARIES),
     )
 }

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cases import STREAMED, Case, Inputs
+from ..case import Case, Inputs
+from ..cases import STREAMED
 from ..losses import LOSSES, loss_of
 from . import rectangular, registry
 from .passes import budget_of_method
@@ -21,7 +22,7 @@ Step = Callable[[], tuple["Tensor | None", ...]]
 
 def make_step(case: Case, method: str, inputs: Inputs) -> Step:
     """Returns a step: a function that computes the loss, then the gradients in the order of
-    `inputs.leaves`.
+    `inputs.slots`, with None for an input that the loss does not have.
 
     Raises:
         Unavailable, ImportError: with the reason why the method cannot run here or on this case.
@@ -30,19 +31,20 @@ def make_step(case: Case, method: str, inputs: Inputs) -> Step:
     if not case.square and method.startswith("fastclip"):
         return _rectangular_step(case, method, inputs)
     loss = registry.METHODS[method].make(case, device)
-    x, y, scale, bias = inputs.x, inputs.y, inputs.scale, inputs.bias
+    call = partial(loss_of(case.loss).call, loss, inputs)
     autocast = contextlib.nullcontext()
     if case.dtype == "autocast":
         autocast = torch.autocast(device, torch.bfloat16)
 
     def forward() -> tuple[Tensor | None, ...]:
         with torch.no_grad(), autocast:
-            return (loss(x, y, scale, bias),)
+            return (call(),)
 
     def both() -> tuple[Tensor | None, ...]:
         with autocast:
-            value = loss(x, y, scale, bias)
-        return value.detach(), *torch.autograd.grad(value, inputs.leaves, allow_unused=True)
+            value = call()
+        found = iter(torch.autograd.grad(value, inputs.leaves, allow_unused=True))
+        return value.detach(), *(None if t is None else next(found) for t in inputs.slots)
 
     step = forward if case.mode == "forward" else both
     if within := registry.METHODS[method].within:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..cases import SCALES
+from ..losses import FAMILY
 from .goal import Goal
 from .goals_cpu import CPU_GOALS
+from .goals_family import family_goals
 from .goals_gpu import GPU_GOALS
 from .markdown import markdown
-from .results import Row
+from .results import Row, of_losses
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class Judged:
     verdict: str
 
 
-def judged(rows: list[Row]) -> list[Judged]:
-    """The verdict on every goal for the device of the rows."""
+def judged(rows: list[Row], goals: list[Goal] | None = None) -> list[Judged]:
+    """The verdict on every goal; by default on those for the device of the rows."""
     found = []
-    for goal in GPU_GOALS if any(row.on_gpu for row in rows) else CPU_GOALS:
+    if goals is None:
+        goals = GPU_GOALS if any(row.on_gpu for row in rows) else CPU_GOALS
+    for goal in goals:
         figures = [goal.figure([row for row in rows if row.scale == scale]) for scale in SCALES]
         known = [pair for pair in zip(figures, goal.aims, strict=True) if pair[0] is not None]
         verdict = "missed" if known else "not measured"
@@ -38,10 +42,16 @@ def judged(rows: list[Row]) -> list[Judged]:
     return found
 
 
-def table_of(rows: list[Row]) -> str:
+def table_of_family(rows: list[Row]) -> str:
+    """The goals of the family as a Markdown table; empty if it was not measured."""
+    mine = of_losses(rows, FAMILY)
+    return table_of(mine, family_goals()) if mine else ""
+
+
+def table_of(rows: list[Row], goals: list[Goal] | None = None) -> str:
     """All goals as a Markdown table."""
     table_rows = []
-    for one in judged(rows):
+    for one in judged(rows, goals):
         goal = one.goal
         aims = [goal.form(aim) for aim in dict.fromkeys(goal.aims)]
         here = ["" if figure is None else goal.form(figure) for figure in one.figures]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from ..losses import LOSSES
 from .goal import Figure, Goal, pick, worst_of
 from .markdown import error, mebibytes, percent, times
-from .results import Row
+from .results import Row, of_losses
 
 # An error of the dense loss counts as at least this: a float32 result's own rounding.
 FLOAT32_EPS = 2.0**-23
@@ -43,7 +43,7 @@ def _rest(half: bool) -> Figure:
 
     def figure(rows: list[Row]) -> float | None:
         found = []
-        for row in pick(rows, "fastclip"):
+        for row in of_losses(pick(rows, "fastclip"), LOSSES):
             if (row.dtype != "float32") == half and row.rest_mib is not None:
                 allowed = 4 * row.n * row.d / 2**20 if half else 0.0
                 found.append(max(0.0, row.rest_mib - allowed))

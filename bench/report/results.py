@@ -167,6 +167,12 @@ def merge(old: Iterable[R], new: Iterable[R]) -> list[R]:
     return list(merged.values())
 
 
+def of_losses(rows: Iterable[R], losses: Iterable[str]) -> list[R]:
+    """The measured rows of these losses."""
+    wanted = set(losses)
+    return [row for row in rows if row.loss in wanted]
+
+
 def machine_row(device: str = "cpu", row_class: type[R] = Row) -> R:
     """A row with only the machine's columns."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

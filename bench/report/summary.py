@@ -19,7 +19,7 @@ GPU_SIZES = ((32768, 768), (65536, 768))
 
 def into_readme(readme: Path, paths: Iterable[Path]) -> None:
     """Replaces the text between the markers by the tables of the CSVs."""
-    files = [results.read(path) for path in paths]
+    files = [results.of_losses(results.read(path), LOSSES) for path in paths]
     on_gpu = [rows for rows in files if any(row.on_gpu for row in rows)]
     parts = [cpu(rows) for rows in files if rows not in on_gpu] + [gpu(rows) for rows in on_gpu]
     readme.write_text(between(readme, BEGIN, END, "\n\n".join(parts)))

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..cases import CONTRAST, DTYPES, PEERS, SCALES
-from ..losses import LOSSES, loss_of
+from ..losses import FAMILY, LOSSES, loss_of
 from ..methods.registry import METHODS
-from . import goals, results
+from . import family, goals, results
 from .markdown import duration, error, markdown, mebibytes, percent, three, times
 from .results import Row
 
@@ -59,6 +59,8 @@ def report(rows: list[Row]) -> str:
     parts = [f"# {rows[-1].machine}", provenance(rows)]
     if met := goals.table_of(rows):
         parts += ["## Goals", met]
+    if met := goals.table_of_family(rows):
+        parts += ["## Goals of the family", met]
     measured = [row for row in rows if row.mode != "skipped"]
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in measured:
@@ -121,7 +123,10 @@ def between(page: Path, begin: str, end: str, body: str) -> str:
 
 
 def essentials(rows: list[Row], path: Path) -> str:
-    """The tables for the page: one large batch, all sizes, errors, goals."""
+    """The tables for the page: one large batch, all sizes, errors, goals, the family."""
+    others = family.essentials(rows, provenance(results.of_losses(rows, FAMILY) or rows))
+    skipped = _skipped(rows)
+    rows = results.of_losses(rows, LOSSES)
     parts = [f"**{rows[-1].machine}**: {provenance(rows)}"]
     columns = (
         ', at scale 14.3 and at 100. MiB are beyond the inputs, gradients included. "Of limit" is '
@@ -152,7 +157,7 @@ def essentials(rows: list[Row], path: Path) -> str:
     picture = path.with_suffix(".png")
     if picture.exists():
         parts.append(f"![Time and memory against N](../bench/results/{picture.name})")
-    parts += _skipped(rows)
+    parts += others + skipped
     parts.append(f"All rows, with quartiles: `bench/results/{path.name}`; `make bench ARGS=table`.")
     return "\n\n".join(parts)
 

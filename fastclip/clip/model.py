@@ -27,7 +27,8 @@ METADATA_KEY = "fastclip_config"
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The sizes of a model. Pictures are RGB squares with a side of `image_size` pixels.
+    """The sizes of a model, and the initial scale and bias of its logits. Pictures are RGB squares
+    with a side of `image_size` pixels.
 
     Raises:
         ValueError: a size is not a positive integer, the patches do not tile the picture, or the
@@ -45,9 +46,13 @@ class CLIPConfig:
     text_width: int = 256
     text_layers: int = 1
     text_heads: int = 4
+    scale: float = 1 / 0.07
+    bias: float | None = None  # None: the model has no bias
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if field.name in ("scale", "bias"):
+                continue
             value = getattr(self, field.name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
@@ -102,8 +107,9 @@ class Tower(nn.Module):
 class CLIP(nn.Module):
     """Two towers that map pictures and captions to one D-dimensional space, and a learnt scale.
 
-    `logit_scale` is the logarithm of the scale. It starts at ln(1/0.07), as in the paper. Call
-    `clamp_logit_scale()` after each optimiser step to keep it at or below ln 100.
+    `logit_scale` is the logarithm of the scale. It starts at ln(1/0.07), as in the paper, unless
+    the configuration has another scale. Call `clamp_logit_scale()` after each optimiser step to
+    keep it at or below ln 100. `logit_bias`, for SigLIP, is there if the configuration has a bias.
 
     Pictures are pooled by one linear map of all patches, captions by their last token. The map
     replaces CLIP's class token. A class token starts as an average over the patches, without their
@@ -126,7 +132,9 @@ class CLIP(nn.Module):
             c.text_width, c.text_layers, c.text_heads, c.context_length, causal=True
         )
         self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(c.scale)))
+        if c.bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(c.bias)))
         self._initialise()
 
     @torch.no_grad()
@@ -184,12 +192,14 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Returns normalised features (B, D) and the exponentiated scale, by open_clip's names."""
-        return {
+        """Returns normalised features (B, D), the exponentiated scale, and the bias if there is
+        one, by open_clip's names."""
+        outputs = {
             "image_features": self.encode_image(images),
             "text_features": self.encode_text(tokens),
             "logit_scale": self.logit_scale.exp(),
         }
+        return outputs if self.config.bias is None else outputs | {"logit_bias": self.logit_bias}
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

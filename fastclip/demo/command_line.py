@@ -47,7 +47,7 @@ positive.__name__ = steps_or_never.__name__ = "whole number"
 rate_of_learning.__name__ = "number"
 
 
-def parser(implementations: Collection[str]) -> argparse.ArgumentParser:
+def parser(losses: Collection[str], implementations: Collection[str]) -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m fastclip.train",
         description="Train a small CLIP on 1,906 emoji drawn by two vendors, on the CPU, in "
@@ -80,6 +80,14 @@ def parser(implementations: Collection[str]) -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--loss",
+        choices=losses,
+        default="clip",
+        help="clip_ids: without the negatives that have an equal caption; info_nce: pictures pick "
+        "their captions, one way; ranking: VSE++'s, of the hardest negatives; global: with moving "
+        "averages of each drawing's negatives (default %(default)s)",
+    )
+    p.add_argument(
+        "--implementation",
         choices=implementations,
         default="fused",
         help="implementation of the loss to train with (default %(default)s)",

@@ -7,26 +7,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from .. import loss as fused
-from .. import reference as dense
 from ..cached import cached_step
 from ..clip.model import CLIP
 from .checkpoint import Checkpoint, restore
 from .emoji.batches import Batches
-from .workers import ALONE, Workers, dense_across, fused_across
-
-# The implementations of CLIP's loss by name, on one process and across ranks.
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "fused": fused.clip_loss,
-    "dense": dense.clip_loss,
-}
-ACROSS_RANKS = {"fused": fused_across, "dense": dense_across}
+from .losses import BatchLoss
+from .workers import ALONE, Workers
 
 
 @dataclass
@@ -64,17 +56,10 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def loss_of(name: str, workers: Workers, batch_size: int) -> Callable[..., Tensor]:
-    """Returns the loss of batches that are divided among the workers."""
-    if workers.size == 1:
-        return IMPLEMENTATIONS[name]
-    return ACROSS_RANKS[name](workers.sizes(batch_size))
-
-
 def train(
     model: CLIP,
     stream: Batches,
-    loss: Callable[..., Tensor],
+    loss: BatchLoss,
     run: Run,
     *,
     steps: int,
@@ -99,7 +84,7 @@ def train(
             KeyboardInterrupt at the end of that step.
     """
     optimizer = optimizer_for(model, lr)
-    parts = {"model": model, "optimizer": optimizer, "batches": stream, "run": run}
+    parts = {"model": model, "loss": loss, "optimizer": optimizer, "batches": stream, "run": run}
     if state is not None:
         restore(state, parts)
     saves = checkpoint is not None and checkpoint.every > 0 and workers.first
@@ -116,12 +101,12 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate(step, steps)
             optimizer.zero_grad()
-            pairs = batch.images, batch.tokens
+            pairs, of_batch = (batch.images, batch.tokens), partial(loss, batch)
             if micro_batch is None:
-                value = loss(**towers(*pairs))
+                value = of_batch(**towers(*pairs))
                 value.backward()
             else:
-                value = cached_step(towers, loss, *pairs, micro_batch=micro_batch)
+                value = cached_step(towers, of_batch, *pairs, micro_batch=micro_batch)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             model.clamp_logit_scale()

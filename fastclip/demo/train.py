@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,20 @@ from .emoji.batches import Batches
 from .emoji.evaluate import Score, as_json, evaluate, held_out_features
 from .emoji.split import Split, split
 from .interrupt import interruptible
-from .loop import IMPLEMENTATIONS, Run, loss_of, train
+from .loop import Run, train
+from .losses import IMPLEMENTATIONS, INITIAL, LOSSES, BatchLoss
 from .workers import ALONE, Workers
 
 # The options that determine the loss curve.
-DECISIVE = ("steps", "batch_size", "micro_batch", "lr", "loss", "seed")
+DECISIVE = ("steps", "batch_size", "micro_batch", "lr", "loss", "implementation", "seed")
 
 
 @dataclass(frozen=True)
 class Task:
-    """The inputs of a run apart from its options: data, split, tokenizer, model sizes, device."""
+    """The inputs of a run apart from its options: data, split, tokenizer, model sizes, device.
+
+    loss: the loss to train with, of LOSSES.
+    """
 
     emoji: emoji_data.Emoji
     split: Split
@@ -47,6 +51,7 @@ class Task:
     config: CLIPConfig
     device: torch.device
     workers: Workers = ALONE
+    loss: str = "clip"
 
     @classmethod
     def load(cls, device: torch.device | str = "cpu", workers: Workers = ALONE) -> "Task":
@@ -63,7 +68,14 @@ class Task:
         rows = self.workers.rows(batch_size)
         stream = Batches(self.emoji, self.split, self.encode, batch_size, seed, self.device, rows)
         torch.manual_seed(seed)
-        return CLIP(self.config).to(self.device), stream
+        config = replace(self.config, **INITIAL.get(self.loss, {}))
+        return CLIP(config).to(self.device), stream
+
+    def batch_loss(self, implementation: str, batch_size: int) -> BatchLoss:
+        """Returns the loss of this worker's share of the batches."""
+        samples = len(self.emoji.concepts) * len(emoji_data.VENDORS)
+        loss = BatchLoss(self.loss, implementation, samples, batch_size, self.workers)
+        return loss.to(self.device)
 
 
 def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
@@ -110,7 +122,7 @@ def train_and_evaluate(
     with interruptible(patient=workers.under_torchrun) as stop_requested:
         try:
             train(
-                model, stream, loss_of(first, workers, args.batch_size), run,
+                model, stream, task.batch_loss(first, args.batch_size), run,
                 label=f"{first} loss", workers=workers, checkpoint=checkpoint, state=state,
                 stop_requested=stop_requested, **schedule,
             )  # fmt: skip
@@ -136,7 +148,7 @@ def train_and_evaluate(
         )
         with interruptible(patient=workers.under_torchrun) as stop_requested:
             train(
-                twin, stream, loss_of(other, workers, args.batch_size), runs[other],
+                twin, stream, task.batch_loss(other, args.batch_size), runs[other],
                 stop=max(1, args.steps // 4), label=f"{other} loss", workers=workers,
                 stop_requested=stop_requested, **schedule,
             )  # fmt: skip
@@ -171,12 +183,13 @@ def write_results(
 
 def main(argv: Sequence[str] | None = None) -> None:
     workers = Workers.launched()
-    options = parser(IMPLEMENTATIONS)
+    options = parser(LOSSES, IMPLEMENTATIONS)
     options.quiet = workers.local_rank > 0
     args = options.parse_args(argv)
     weights = args.out / "clip.safetensors"
     # The chosen implementation comes first.
-    runs = {name: Run() for name in sorted(IMPLEMENTATIONS, key=lambda name: name != args.loss)}
+    first = args.implementation
+    runs = {name: Run() for name in sorted(IMPLEMENTATIONS, key=lambda name: name != first)}
     checkpoint = Checkpoint(
         args.out / "training.pt", {name: getattr(args, name) for name in DECISIVE},
         {"ranks": workers.size, "threads": torch.get_num_threads(), "device": args.device},
@@ -198,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             device = workers.device(args.device)
             # All ranks raise the same errors, except those about a GPU of their own.
             options.quiet &= device == args.device
-            task = Task.load(checked_device(device), workers)
+            task = replace(Task.load(checked_device(device), workers), loss=args.loss)
             options.quiet = workers.local_rank > 0
             task.start(args.seed, args.batch_size)
         except (OSError, ValueError) as error:
@@ -218,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if workers.under_torchrun:  # torchrun may send another one
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if workers.first:
-            run = runs[args.loss]
+            run = runs[first]
             kept = f"{weights} holds the model so far" if run.saved else "nothing was saved"
             if run.saved and checkpoint.every and checkpoint.path.is_file():
                 kept += f"; --resume continues from {checkpoint.path.name}"

@@ -12,17 +12,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import distributed
-from .. import reference as dense
 from ..clip.model import CLIP
 
 T = TypeVar("T")
@@ -160,26 +156,3 @@ class Workers:
 
 
 ALONE = Workers()
-
-
-def fused_across(sizes: list[int]) -> Callable[..., Tensor]:
-    """Returns the fused loss across ranks; `sizes` are the numbers of pairs on each."""
-    return partial(distributed.clip_loss, uneven=len(set(sizes)) > 1)
-
-
-def dense_across(sizes: list[int]) -> Callable[..., Tensor]:
-    """Returns the dense loss: every rank gathers the batch and makes the whole matrix."""
-    most = max(sizes)
-
-    def padded(x: Tensor) -> Tensor:  # all-gather needs equal sizes
-        return F.pad(x, (0, 0, 0, most - len(x)))
-
-    def whole(x: Tensor) -> Tensor:
-        return torch.cat([rows[:size] for rows, size in zip(x.split(most), sizes, strict=True)])
-
-    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        towers = padded(image_features), padded(text_features)
-        gathered = distributed.gather_features(*towers, gather_with_grad=True)
-        return dense.clip_loss(*(whole(x) for x in gathered), logit_scale)
-
-    return loss

@@ -41,7 +41,7 @@ ASKED = {
 
 @pytest.mark.parametrize("asked", ASKED)
 def test_an_unknown_loss_is_an_error_that_names_the_known_ones(asked):
-    with pytest.raises(ValueError, match="loss must be one of 'clip', 'siglip', got 'siglit'"):
+    with pytest.raises(ValueError, match=r"loss must be one of 'clip', 'siglip', .*, got 'siglit'"):
         ASKED[asked]("siglit")
 
 

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from support import demo_task
 
+import fastclip.loss
 from fastclip.clip.model import CLIP
 from fastclip.clip.zero_shot import class_features, classify
 from fastclip.demo.emoji.evaluate import CATEGORY_WORDS, evaluate, pictures
-from fastclip.demo.loop import IMPLEMENTATIONS, Run, optimizer_for, rate, train
+from fastclip.demo.loop import Run, optimizer_for, rate, train
 from fastclip.demo.train import Task, main
 
 RUN = [sys.executable, "-m", "fastclip.train"]
@@ -29,11 +30,8 @@ def task() -> Task:
     return demo_task.small()
 
 
-def trained(task: Task, loss: str, seed: int = 0, steps: int = 12, lr: float = 1e-3) -> Run:
-    model, stream = task.start(seed, batch_size=48)
-    run = Run()
-    train(model, stream, IMPLEMENTATIONS[loss], run, steps=steps, lr=lr)
-    return run
+def trained(task: Task, implementation: str, seed: int = 0, steps: int = 12) -> Run:
+    return demo_task.trained(task, 48, implementation=implementation, seed=seed, steps=steps)
 
 
 def test_fused_and_dense_curves_agree(task: Task) -> None:
@@ -56,7 +54,7 @@ def test_micro_batches_give_the_same_curve(task: Task) -> None:
         train(
             model,
             stream,
-            IMPLEMENTATIONS["fused"],
+            task.batch_loss("fused", 48),
             runs[-1],
             steps=6,
             lr=1e-3,
@@ -75,7 +73,7 @@ def test_it_learns_a_few_concepts_by_heart(task: Task) -> None:
     small = replace(task, split=replace(task.split, vendors=few))
     model, stream = small.start(0, batch_size=24)
     run = Run()
-    train(model, stream, IMPLEMENTATIONS["fused"], run, steps=120, lr=3e-3)
+    train(model, stream, small.batch_loss("fused", 24), run, steps=120, lr=3e-3)
     first, last = sum(run.losses[:5]) / 5, sum(run.losses[-5:]) / 5
     assert last < first / 4, (first, last)
     assert max(run.scales) <= 100.001
@@ -90,7 +88,7 @@ def test_the_scale_is_clamped_while_training(task: Task) -> None:
     model, stream = task.start(0, batch_size=8)
     torch.nn.init.constant_(model.logit_scale, 9.0)
     run = Run()
-    train(model, stream, IMPLEMENTATIONS["fused"], run, steps=1, lr=1e-3)
+    train(model, stream, task.batch_loss("fused", 8), run, steps=1, lr=1e-3)
     assert run.scales == pytest.approx([100.0])
 
 
@@ -199,12 +197,12 @@ def test_interrupting_before_the_first_step_saves_nothing(
         interrupt_at(next(starts))
         return start(self, seed, batch_size)
 
-    def loss(**_: object) -> torch.Tensor:
+    def loss(*_: object) -> torch.Tensor:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Task, "load", load)
     monkeypatch.setattr(Task, "start", interrupted_start)
-    monkeypatch.setitem(IMPLEMENTATIONS, "fused", loss)
+    monkeypatch.setattr(fastclip.loss, "clip_loss", loss)
     earlier = tmp_path / "clip.safetensors"
     earlier.write_bytes(b"an earlier run's")
     with pytest.raises(SystemExit) as stopped:
@@ -225,7 +223,8 @@ def test_interrupting_before_the_first_step_saves_nothing(
         (["--batch-size", "4000"], "batch size must be from 2 to 1588, got 4000"),
         (["--device", "toaster"], "cannot use device 'toaster': "),
         (["--device", "cuda:99"], "cannot use device 'cuda:99': "),
-        (["--loss", "dens"], "argument --loss: invalid choice: 'dens'"),
+        (["--loss", "klip"], "argument --loss: invalid choice: 'klip'"),
+        (["--implementation", "dens"], "argument --implementation: invalid choice: 'dens'"),
         (["--checkpoint-every", "-1"], "argument --checkpoint-every: must be at least 0, got -1"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--out", "FILE/below"], "FILE"),

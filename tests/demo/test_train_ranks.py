@@ -18,7 +18,7 @@ from support.ranks.processes import Ranks
 
 from fastclip.demo.checkpoint import Checkpoint
 from fastclip.demo.command_line import parser
-from fastclip.demo.loop import IMPLEMENTATIONS
+from fastclip.demo.losses import IMPLEMENTATIONS, LOSSES
 from fastclip.demo.train import DECISIVE, Task, main
 from fastclip.demo.workers import Workers
 
@@ -36,7 +36,9 @@ def two() -> Iterator[Ranks]:
 
 @pytest.mark.parametrize("batch_size", [32, 33], ids=["even", "uneven"])
 @pytest.mark.parametrize(
-    "options", [{}, {"micro_batch": 7}, {"loss": "dense"}], ids=["fused", "micro", "dense"]
+    "options",
+    [{}, {"micro_batch": 7}, {"implementation": "dense"}],
+    ids=["fused", "micro", "dense"],
 )
 def test_the_curve_of_one_process(two: Ranks, options: dict[str, Any], batch_size: int) -> None:
     options = {"steps": 8, **options}
@@ -113,7 +115,7 @@ def test_a_wrong_option_is_reported_in_one_line_by_the_first_rank(
 
 def checkpoint_of(command: list[str], out: Path, every: int = 0) -> tuple[Checkpoint, dict]:
     """Returns the demo's checkpoint for a command, and the options that determine its curve."""
-    args = vars(parser(IMPLEMENTATIONS).parse_args(command))
+    args = vars(parser(LOSSES, IMPLEMENTATIONS).parse_args(command))
     settings = {name: args[name] for name in DECISIVE}
     place = {"ranks": 2, "threads": 1, "device": "cpu"}
     del args["batch_size"]

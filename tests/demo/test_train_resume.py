@@ -13,9 +13,9 @@ import pytest
 import torch
 from support import demo_task
 
+import fastclip.loss
 from fastclip.demo.checkpoint import Checkpoint
 from fastclip.demo.emoji.batches import Batch, Batches
-from fastclip.demo.loop import IMPLEMENTATIONS
 from fastclip.demo.train import Task, main
 
 OPTIONS = ["--steps", "6", "--batch-size", "24", "--lr", "2e-3", "--no-compare"]
@@ -34,12 +34,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def interrupted_at(step: int, by: Callable[[], None]) -> Callable[..., torch.Tensor]:
     """Returns the fused loss, with a call of `by` before its value at a step."""
     calls = iter(range(1, 1 + step))
-    fused = IMPLEMENTATIONS["fused"]
+    fused = fastclip.loss.clip_loss
 
-    def loss(**outputs: torch.Tensor) -> torch.Tensor:
+    def loss(*inputs: torch.Tensor) -> torch.Tensor:
         if next(calls) == step:
             by()
-        return fused(**outputs)
+        return fused(*inputs)
 
     return loss
 
@@ -66,7 +66,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch, pytest.raises((SystemExit, MemoryError)):
-            patch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(step, by))
+            patch.setattr(fastclip.loss, "clip_loss", interrupted_at(step, by))
             main(command)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -89,7 +89,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
 def test_checkpoint_every_0_writes_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(3, die))
+    monkeypatch.setattr(fastclip.loss, "clip_loss", interrupted_at(3, die))
     with pytest.raises(MemoryError):
         main([*OPTIONS, "--checkpoint-every", "0", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["clip.safetensors"]
@@ -103,7 +103,11 @@ def test_checkpoint_every_0_writes_no_checkpoint(
             "settings must be those of FILE: lr 0.002, seed 0, got lr 0.001, seed 7",
         ),
         (["--micro-batch", "8"], "FILE: micro_batch None, got micro_batch 8"),
-        (["--loss", "dense"], "FILE: loss fused, got loss dense"),
+        (
+            ["--implementation", "dense"],
+            "FILE: implementation fused, got implementation dense",
+        ),
+        (["--loss", "siglip"], "FILE: loss clip, got loss siglip"),
     ],
 )
 def test_resuming_with_other_settings_is_reported_in_one_line(
@@ -111,7 +115,8 @@ def test_resuming_with_other_settings_is_reported_in_one_line(
 ) -> None:
     file = tmp_path / "training.pt"
     settings = {
-        "steps": 6, "batch_size": 24, "micro_batch": None, "lr": 2e-3, "loss": "fused", "seed": 0
+        "steps": 6, "batch_size": 24, "micro_batch": None, "lr": 2e-3, "loss": "clip",
+        "implementation": "fused", "seed": 0,
     }  # fmt: skip
     Checkpoint(file, settings, {}).save({})
     assert_one_line(tmp_path, options, message.replace("FILE", str(file)), capsys)
@@ -157,11 +162,11 @@ def test_a_restart_by_torchrun_resumes_by_itself(
         monkeypatch.setenv(name, value)
     for lr, fits in ("2e-3", True), ("1e-3", False):
         with monkeypatch.context() as patch:
-            patch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(3, die))
+            patch.setattr(fastclip.loss, "clip_loss", interrupted_at(3, die))
             with pytest.raises(MemoryError):
                 main([*OPTIONS, "--checkpoint-every", "1", "--out", str(tmp_path)])
             capsys.readouterr()
-            patch.setitem(IMPLEMENTATIONS, "fused", interrupted_at(1, die))
+            patch.setattr(fastclip.loss, "clip_loss", interrupted_at(1, die))
             with pytest.raises(MemoryError):
                 main([*OPTIONS, "--lr", lr, "--checkpoint-every", "1", "--out", str(tmp_path)])
         resumed = "continues after step 2" in capsys.readouterr().out

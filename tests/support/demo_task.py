@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from fastclip.demo.checkpoint import Checkpoint
-from fastclip.demo.loop import Run, loss_of, train
+from fastclip.demo.loop import Run, train
 from fastclip.demo.train import Task
 from fastclip.demo.workers import ALONE, Workers
 
@@ -30,12 +30,13 @@ def whole() -> Task:
 
 
 def trained(
-    task: Task, batch_size: int, *, workers: Workers = ALONE, loss: str = "fused", seed: int = 0,
-    lr: float = 1e-3, **options: Any,
+    task: Task, batch_size: int, *, workers: Workers = ALONE, loss: str = "clip",
+    implementation: str = "fused", seed: int = 0, lr: float = 1e-3, **options: Any,
 ) -> Run:  # fmt: skip
-    model, stream = replace(task, workers=workers).start(seed, batch_size)
+    task = replace(task, workers=workers, loss=loss)
+    model, stream = task.start(seed, batch_size)
     run = Run()
-    batch_loss = loss_of(loss, workers, batch_size)
+    batch_loss = task.batch_loss(implementation, batch_size)
     train(model, stream, batch_loss, run, lr=lr, workers=workers, **options)
     return run
 
@@ -59,8 +60,9 @@ def stop_requested_on_the_last_rank(rank: int, size: int) -> tuple[int, tuple[fl
     """Returns the step after which this rank stops (0: none), and `over_all_ranks`'s result."""
     workers, run = Workers(rank, size), Run()
     last = rank == size - 1
-    model, stream = replace(small(), workers=workers).start(0, 8)
-    loss = loss_of("fused", workers, 8)
+    task = replace(small(), workers=workers)
+    model, stream = task.start(0, 8)
+    loss = task.batch_loss("fused", 8)
     try:
         # There is one step: a rank that misses the request finishes instead of waiting forever.
         train(
@@ -76,7 +78,9 @@ def stop_requested_on_the_last_rank(rank: int, size: int) -> tuple[int, tuple[fl
 def bucket_layouts(rank: int, size: int, steps: int) -> list[list[tuple[int, ...]]]:
     """Returns for each step the parameters of each bucket, in the order of their reduction."""
     workers = Workers(rank, size)
-    model, stream = replace(small(), workers=workers).start(0, 8)
+    task = replace(small(), workers=workers)
+    model, stream = task.start(0, 8)
+    loss = task.batch_loss("fused", 8)
     wrapped = workers.wrap(model)
     places = {id(p): place for place, p in enumerate(model.parameters())}
     seen: list[list[tuple[int, ...]]] = []
@@ -89,7 +93,7 @@ def bucket_layouts(rank: int, size: int, steps: int) -> list[list[tuple[int, ...
     for _ in range(steps):
         seen.append([])
         batch = next(stream)
-        loss_of("fused", workers, 8)(**wrapped(batch.images, batch.tokens)).backward()
+        loss(batch, **wrapped(batch.images, batch.tokens)).backward()
     return seen
 
 

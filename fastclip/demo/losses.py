@@ -1,0 +1,106 @@
+"""The losses that the demo trains with: by name, fused or dense, on one process or across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import distributed
+from .. import loss as fused
+from .. import reference as dense
+from .emoji import VENDORS
+from .emoji.batches import Batch
+from .workers import ALONE, Workers
+
+
+class Pairs(NamedTuple):
+    """The numbers of pairs: captions have equal ones if they are equal; samples are drawings, all
+    different in a batch."""
+
+    captions: Tensor
+    samples: Tensor
+
+
+# Each takes the functions of `fastclip.loss`, or those that stand for them, and a batch.
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "clip": lambda of, pairs, x, y, scale: of("clip_loss")(x, y, scale),
+    "clip_ids": lambda of, pairs, x, y, scale: of("clip_loss")(x, y, scale, ids=pairs.captions),
+    "siglip": lambda of, pairs, x, y, scale, bias: of("siglip_loss")(x, y, scale, bias),
+    "info_nce": lambda of, pairs, x, y, scale: of("info_nce")(x, y, scale),
+    # The scale is not used. DDP needs a gradient of it.
+    "ranking": lambda of, pairs, x, y, scale: of("ranking_loss")(x, y, hardest=True) + 0 * scale,
+    "global": lambda of, pairs, x, y, scale: of("GlobalClipLoss")(x, y, scale, pairs.samples),
+}
+# The initial values that a model needs for a loss, as in open_clip.
+INITIAL: dict[str, dict[str, float]] = {"siglip": {"scale": 10.0, "bias": -10.0}}
+IMPLEMENTATIONS = ("fused", "dense")
+RHO = 6.5  # of the global loss, as in FastCLIP
+
+
+class BatchLoss(nn.Module):
+    """A loss of batches that are divided among the workers. It has buffers if the loss has.
+
+    Args:
+        samples: the number of drawings in the data set.
+    """
+
+    def __init__(
+        self, loss: str, implementation: str, samples: int, batch_size: int,
+        workers: Workers = ALONE,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.loss = LOSSES[loss]
+        self.dense = implementation == "dense"
+        self.sizes = workers.sizes(batch_size)
+        # The dense loss needs the whole batch on every rank.
+        self.rows = slice(None) if self.dense else workers.rows(batch_size)
+        self.across: dict[str, Any] = {}
+        if workers.size > 1 and not self.dense:
+            self.across = {"uneven": len(set(self.sizes)) > 1}
+        if loss == "global":
+            self.averages = fused.GlobalClipLoss(
+                samples, rho=RHO, backend="reference" if self.dense else None,
+                across_ranks=bool(self.across), **self.across,
+            )  # fmt: skip
+
+    def forward(
+        self, batch: Batch, image_features: Tensor, text_features: Tensor, **shared: Tensor
+    ) -> Tensor:
+        """The loss of a model's outputs for a batch; `shared` are the scale, and the bias if the
+        model has one."""
+        towers = image_features, text_features
+        if self.dense and len(self.sizes) > 1:
+            towers = self._whole(*towers)
+        pairs = self._pairs(batch, image_features.device)
+        return self.loss(self._function, pairs, *towers, *shared.values())
+
+    def _function(self, name: str) -> Callable[..., Tensor]:
+        if name == "GlobalClipLoss":
+            return self.averages
+        if self.across:
+            return partial(getattr(distributed, name), **self.across)
+        return getattr(dense if self.dense else fused, name)
+
+    def _pairs(self, batch: Batch, device: torch.device) -> Pairs:
+        numbers: dict[str, int] = {}
+        captions = [numbers.setdefault(caption, len(numbers)) for caption in batch.captions]
+        samples = [
+            len(VENDORS) * concept + vendor
+            for concept, vendor in zip(batch.concepts, batch.vendors, strict=True)
+        ]
+        return Pairs(*(torch.tensor(ids[self.rows]).to(device) for ids in (captions, samples)))
+
+    def _whole(self, *towers: Tensor) -> list[Tensor]:
+        """All ranks' rows, with gradients."""
+        most = max(self.sizes)
+        padded = (F.pad(x, (0, 0, 0, most - len(x))) for x in towers)  # sizes must be equal
+        gathered = distributed.gather_features(*padded, gather_with_grad=True)
+        return [
+            torch.cat([r[:size] for r, size in zip(x.split(most), self.sizes, strict=True)])
+            for x in gathered
+        ]
