@@ -76,6 +76,26 @@ inline void check_lines(const char* rule, const OptionalTensor& x, const Optiona
               got(y));
 }
 
+inline void check_targets(const BlockArguments& block) {
+  const OptionalTensor &x = block.x.target, &y = block.y.target;
+  const auto fits = [](const OptionalTensor& t, const at::Tensor& features) {
+    return !t || (t->dim() == 2 && t->size(0) == features.size(0) && t->numel() > 0 &&
+                  t->scalar_type() == features.scalar_type());
+  };
+  const auto got = [](const OptionalTensor& t) { return t ? c10::str(t->sizes(), " ", t->scalar_type()) : "None"; };
+  TORCH_CHECK(fits(x, block.x.features) && fits(y, block.y.features) && x.has_value() == y.has_value() &&
+                  (!x || x->size(1) == y->size(1)),
+              "target_x must be (M, D'), target_y (N, D') of the features' dtype, or both None, got ", got(x), " and ",
+              got(y));
+  check_lines("target_factor_x must be (M), target_factor_y (N)", block.x.target_factor, block.y.target_factor,
+              block.x.features.size(0), block.y.features.size(0), {});
+  TORCH_CHECK(x.has_value() == (block.guided != block.has_teacher()),
+              "targets must be a guide (guided) or a teacher (target_scale), not both, got ", got(x), ", ",
+              block.guided, " and ", got(block.target_scale));
+  TORCH_CHECK(!block.guided || block.x.threshold, "a guide needs threshold_x and threshold_y, got None");
+  if (block.target_scale) check_one_element("target_scale", *block.target_scale);
+}
+
 inline void check_block(const BlockArguments& block) {
   const at::Tensor &x = block.x.features, &y = block.y.features;
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type() &&
@@ -95,6 +115,7 @@ inline void check_block(const BlockArguments& block) {
   TORCH_CHECK(!block.same_id_positive || block.x.ids, "positives by id need ids_x and ids_y, got None");
   TORCH_CHECK_VALUE(!(block.same_id_positive && PORTABLE::has_levels(kind_of(block.kind))),
                     "a kind with levels must have no positives by id, got '", block.kind, "'");
+  check_targets(block);
   check_scalars(block);
 }
 
@@ -125,15 +146,15 @@ inline KindIndex finished_kind_of(std::string_view name) {
 }
 
 inline void check_statistics(const BlockArguments& block, const WeighArguments& weigh, int64_t m, int64_t n) {
-  const int64_t sets = block.same_id_positive ? 2 : 1, lines = m + n;
+  const int64_t rows = block.state_rows(), lines = m + n;
   const at::Tensor& coefficients = weigh.coefficients;
-  const bool fits = sets == 2 ? coefficients.sizes() == at::IntArrayRef({sets, lines})
-                              : coefficients.sizes() == at::IntArrayRef(lines);
+  const bool fits = rows > 2 ? coefficients.sizes() == at::IntArrayRef({rows / 2, lines})
+                             : coefficients.sizes() == at::IntArrayRef(lines);
   TORCH_CHECK(
-      weigh.state.sizes() == at::IntArrayRef({2 * sets, lines}) && weigh.state.scalar_type() == at::kDouble && fits &&
+      weigh.state.sizes() == at::IntArrayRef({rows, lines}) && weigh.state.scalar_type() == at::kDouble && fits &&
           weigh.positive.sizes() == at::IntArrayRef(m) && weigh.positive_weight.sizes() == at::IntArrayRef(m),
       "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M); with positives "
-      "by id state (4, M + N), coefficients (2, M + N), got ",
+      "by id state (4, M + N), coefficients (2, M + N); with a teacher 3 more rows and 1 more, got ",
       weigh.state.sizes(), " ", weigh.state.scalar_type(), ", ", coefficients.sizes(), ", ", weigh.positive.sizes(),
       ", ", weigh.positive_weight.sizes());
 }
@@ -141,7 +162,7 @@ inline void check_statistics(const BlockArguments& block, const WeighArguments& 
 inline void check_in_one_go(const BlockArguments& block, bool is_linear) {
   TORCH_CHECK_VALUE(is_linear, "kind must have weights that need no state, to be swept and weighed in one go, got '",
                     block.kind, "'");
-  TORCH_CHECK(block.is_plain(), "a block that is swept and weighed in one go must have no ids, thresholds or key_bias");
+  TORCH_CHECK(block.is_plain(), "a block that is swept and weighed in one go must have no ids, thresholds, key_bias or targets");
 }
 
 }  // namespace fastclip

@@ -13,18 +13,20 @@ using OptionalTensor = std::optional<at::Tensor>;
 // The rows or the columns of a block.
 struct SideArguments {
   const at::Tensor& features;
-  const OptionalTensor &factor, &ids, &threshold;
+  const OptionalTensor &factor, &ids, &threshold, &target, &target_factor;
 };
 
 struct BlockArguments {
   SideArguments x, y;
   const at::Tensor& scale;
-  const OptionalTensor &bias, &key_bias;
+  const OptionalTensor &bias, &key_bias, &target_scale;
   int64_t offset;
   std::string_view kind;
-  bool same_id_positive;
+  bool same_id_positive, guided;
 
-  bool is_plain() const { return !x.ids && !x.threshold && !key_bias; }
+  bool is_plain() const { return !x.ids && !x.threshold && !key_bias && !x.target; }
+  bool has_teacher() const { return target_scale.has_value(); }
+  int64_t state_rows() const { return (same_id_positive ? 4 : 2) + (has_teacher() ? 3 : 0); }
 };
 
 // The other arguments of `weigh`: the statistics from a sweep, coefficients made from their upstream gradients, and
@@ -42,18 +44,22 @@ struct Flat;
 template <class Result, class... Rest, Result (*function)(const BlockArguments&, Rest...)>
 struct Flat<function> {
   static Result call(const at::Tensor& x, const OptionalTensor& factor_x, const OptionalTensor& ids_x,
-                     const OptionalTensor& threshold_x, const at::Tensor& y, const OptionalTensor& factor_y,
-                     const OptionalTensor& ids_y, const OptionalTensor& threshold_y, const at::Tensor& scale,
-                     const OptionalTensor& bias, const OptionalTensor& key_bias, int64_t offset, std::string_view kind,
-                     bool same_id_positive, Rest... rest) {
-    return function({{x, factor_x, ids_x, threshold_x},
-                     {y, factor_y, ids_y, threshold_y},
+                     const OptionalTensor& threshold_x, const OptionalTensor& target_x,
+                     const OptionalTensor& target_factor_x, const at::Tensor& y, const OptionalTensor& factor_y,
+                     const OptionalTensor& ids_y, const OptionalTensor& threshold_y, const OptionalTensor& target_y,
+                     const OptionalTensor& target_factor_y, const at::Tensor& scale, const OptionalTensor& bias,
+                     const OptionalTensor& key_bias, const OptionalTensor& target_scale, int64_t offset,
+                     std::string_view kind, bool same_id_positive, bool guided, Rest... rest) {
+    return function({{x, factor_x, ids_x, threshold_x, target_x, target_factor_x},
+                     {y, factor_y, ids_y, threshold_y, target_y, target_factor_y},
                      scale,
                      bias,
                      key_bias,
+                     target_scale,
                      offset,
                      kind,
-                     same_id_positive},
+                     same_id_positive,
+                     guided},
                     rest...);
   }
 };

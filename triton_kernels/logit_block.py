@@ -25,6 +25,11 @@ class LogitBlock:
     """A rectangular block of logits as the kernels take it."""
 
     def __init__(self, block: Block) -> None:
+        if block.x.target is not None:
+            raise NotImplementedError(
+                "targets must be None in the Triton engine, which has none yet, got "
+                f"{tuple(block.x.target.shape)}"
+            )
         x, y = block.x.features, block.y.features
         self.m, self.n, self.d = *block.sizes(), x.shape[1]
         self.kind, self.device_functions = kind_of(block.kind), functions_of(block.kind)

@@ -40,6 +40,8 @@ struct Call {
         m(lines(x)),
         n(lines(y)) {
     check_block(block);
+    TORCH_CHECK_NOT_IMPLEMENTED(!block.x.target, "targets must be None in the CPU engine, which has none yet, got ",
+                                block.x.target->sizes());
     problem.dtype = dtype_of(x.scalar_type());
     problem.kind = kind_of(block.kind);
     problem.has_levels = PORTABLE::has_levels(problem.kind);

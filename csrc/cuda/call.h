@@ -59,6 +59,8 @@ struct Call {
 
   explicit Call(const BlockArguments& b) : x(strided(b.x.features)), y(strided(b.y.features)) {
     check_block(b);
+    TORCH_CHECK_NOT_IMPLEMENTED(!b.x.target, "targets must be None in the CUDA engine, which has none yet, got ",
+                                b.x.target->sizes());
     check_device(x, {&y});
     m = x.size(0), n = y.size(0);
     block.kind = kind_of(b.kind);

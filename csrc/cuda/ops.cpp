@@ -22,8 +22,9 @@ Result call_plain(const char* name, Result (*)(Flattened...), const BlockArgumen
   return c10::Dispatcher::singleton()
       .findSchemaOrThrow(name, "torch")
       .typed<Result(Flattened...)>()
-      .call(b.x.features, b.x.factor, b.x.ids, b.x.threshold, b.y.features, b.y.factor, b.y.ids, b.y.threshold, b.scale,
-            b.bias, b.key_bias, b.offset, b.kind, b.same_id_positive, rest...);
+      .call(b.x.features, b.x.factor, b.x.ids, b.x.threshold, b.x.target, b.x.target_factor, b.y.features, b.y.factor,
+            b.y.ids, b.y.threshold, b.y.target, b.y.target_factor, b.scale, b.bias, b.key_bias, b.target_scale,
+            b.offset, b.kind, b.same_id_positive, b.guided, rest...);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& arguments, const OptionalTensor& bound,

@@ -106,7 +106,7 @@ class BlockRow(NamedTuple):
         return self.shard.max(torch.stack(longest)).prod().to(dtype)
 
 
-_OPTION_COUNT = 3  # the number of a block's fields that are no tensors; they come last
+_OPTION_COUNT = 4  # the number of a block's fields that are no tensors; they come last
 # The number of tensors in a block, flat: those of both sides, scale and biases.
 TENSOR_COUNT = 2 * len(Side._fields) + len(Block._fields) - 2 - _OPTION_COUNT
 

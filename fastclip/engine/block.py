@@ -23,26 +23,37 @@ class Side(NamedTuple):
     factor: Tensor | None = None  # (L): 1 / norm; None: 1
     ids: Tensor | None = None  # (L) int32: pairs with equal ids are not negatives
     threshold: Tensor | None = None  # (L): negatives with a larger t are left out of the line
+    target: Tensor | None = None  # (L, D'): features of a second pair of towers, without gradients
+    target_factor: Tensor | None = None  # (L): their factor
 
 
 class Block(NamedTuple):
     """Logits `s_ij = scale * t_ij + bias + key_bias_j` with
-    `t_ij = <x_i, y_j> * factor_x_i * factor_y_j`."""
+    `t_ij = <x_i, y_j> * factor_x_i * factor_y_j`.
+
+    Targets have products t'_ij of their own. As a guide, they are compared with the thresholds in
+    the place of t_ij. As a teacher, with a scale, they give each line weights: the softmax of
+    `target_scale * t'_ij` over all its pairs.
+    """
 
     x: Side  # M rows
     y: Side  # N columns
     scale: Tensor  # one element
     bias: Tensor | None = None  # one element
     key_bias: Tensor | None = None  # (N)
+    target_scale: Tensor | None = None  # one element; None without a teacher
     offset: int = 0  # the own positive of row i is column i + offset, if the block has that column
     kind: str = "softmax"
     same_id_positive: bool = False  # pairs with equal ids are positives; else left out
+    guided: bool = False  # thresholds are compared with t'
 
     SCHEMA = (
         "Tensor x, Tensor? factor_x, Tensor? ids_x, Tensor? threshold_x,"
+        " Tensor? target_x, Tensor? target_factor_x,"
         " Tensor y, Tensor? factor_y, Tensor? ids_y, Tensor? threshold_y,"
-        " Tensor scale, Tensor? bias, Tensor? key_bias, int offset, str kind,"
-        " bool same_id_positive"
+        " Tensor? target_y, Tensor? target_factor_y,"
+        " Tensor scale, Tensor? bias, Tensor? key_bias, Tensor? target_scale,"
+        " int offset, str kind, bool same_id_positive, bool guided"
     )
     COUNT = SCHEMA.count(",") + 1  # of arguments
 
@@ -62,17 +73,26 @@ class Block(NamedTuple):
         `is_plain` may be a property, since no graph reads it."""
         return self.x.features.shape[0], self.y.features.shape[0]
 
+    def has_teacher(self) -> bool:
+        """True if the sweep also sums t with the weights of the targets."""
+        return self.target_scale is not None
+
+    def state_rows(self) -> int:
+        """The rows of a state: two for each set of pairs, three for a teacher."""
+        return (4 if self.same_id_positive else 2) + (3 if self.has_teacher() else 0)
+
     @property
     def is_plain(self) -> bool:
-        """True without ids, thresholds and key_bias: then every pair but the own positives is a
+        """True without ids, thresholds, key_bias and targets: then every pair but the own positives is a
         negative of its row and its column, and all logits have the same bias."""
-        return self.x.ids is None and self.x.threshold is None and self.key_bias is None
+        options = self.x.ids, self.x.threshold, self.key_bias, self.x.target
+        return all(option is None for option in options)
 
 
 class SweepResults(NamedTuple):
     """The results of `sweep`."""
 
-    state: Tensor  # (2, M + N), or (4, M + N) with same_id_positive: float64
+    state: Tensor  # (2, M + N), (4, M + N) with same_id_positive, 3 more with a teacher: float64
     positive: Tensor  # (M): t of the own positives
     kept: Tensor
 
@@ -82,7 +102,9 @@ class SweepResults(NamedTuple):
 class Upstream(NamedTuple):
     """The factors that multiply the activations in the weights of pairs."""
 
-    coefficients: Tensor  # (M + N): a, b; or (2, M + N): a, b, then c, d
+    coefficients: (
+        Tensor  # (M + N): a, b; or (2 or 3, M + N): a, b, then c, d, then those of targets
+    )
     positive_weight: Tensor  # (M)
     gain: Tensor  # one element
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .block import Block, SweepResults, Wanted
+from .block import Block, Side, SweepResults, Wanted
 from .kept import Products, Weights
 
 
@@ -21,9 +21,15 @@ def _pass(block: Block) -> int:
     return 2 * m * n * block.x.features.shape[1]
 
 
+def _target_pass(block: Block) -> int:
+    if block.x.target is None:
+        return 0
+    return _pass(block._replace(x=Side(block.x.target), y=Side(block.y.target)))
+
+
 def _sweep(*arguments: Any, **_: Any) -> int:
     block, _ = Block.of(arguments)
-    return _pass(block)
+    return _pass(block) + _target_pass(block)
 
 
 def _weigh(*arguments: Any, **_: Any) -> int:
@@ -33,7 +39,8 @@ def _weigh(*arguments: Any, **_: Any) -> int:
     kept_as = Weights if kept.dtype == torch.uint8 else Products
     x, y = block.x.features, block.y.features
     spared = 2 * kept_as.pairs(x, y, kept) * x.shape[1]
-    return _pass(block) * (1 + int(wanted.x) + int(wanted.y)) - spared
+    made = _pass(block) * (1 + int(wanted.x) + int(wanted.y)) + _target_pass(block)
+    return made - spared
 
 
 def _sweep_and_weigh(*arguments: Any, **_: Any) -> int:

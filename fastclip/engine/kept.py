@@ -111,9 +111,9 @@ class Weights:
         x, (m, n) = block.x.features, block.sizes()
         # A kept weight is one number for each pair. That is not enough with thresholds, where a
         # pair may count for one of its lines only, or with positives by id, which have coefficients
-        # of their own, or with levels. The sums of weights that key_bias needs are not kept.
-        # float64 goes to the plain PyTorch engine, which keeps nothing.
-        apart = block.x.threshold is not None or block.same_id_positive
+        # of their own, or with levels. The sums of weights that key_bias needs are not kept, nor
+        # are a teacher's. float64 goes to the plain PyTorch engine, which keeps nothing.
+        apart = block.x.threshold is not None or block.same_id_positive or block.has_teacher()
         apart = apart or kind_of(block.kind).has_levels
         if x.dtype == torch.float64 or apart or block.key_bias is not None:
             return 0

@@ -72,7 +72,9 @@ def block_of(
             limits = pairs.thresholds(x, y, offset, margin)
             x, y = x._replace(threshold=limits[0]), y._replace(threshold=limits[1])
         bias = bias_of(inputs.bias, kind)
-        return Block(x, y, inputs.scale, bias, inputs.key_bias, offset, kind, same_id_positive)
+        return Block(
+            x, y, inputs.scale, bias, inputs.key_bias, None, offset, kind, same_id_positive
+        )
 
 
 def line_statistics(
@@ -126,7 +128,7 @@ def _backward(ctx: Any, upstream: tuple[Any, ...]) -> list[Tensor | None]:
     for _ in range(2):
         sides.append(Side(*saved[: len(Side._fields)]))
         saved = saved[len(Side._fields) :]
-    block = Block(*sides, inputs.scale, None, None, *ctx.block_options)
+    block = Block(*sides, inputs.scale, None, None, None, *ctx.block_options)
     with torch.no_grad():
         gradients = _gradients(ctx, inputs, with_inputs(block, *inputs[2:]), saved, upstream)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -40,7 +40,7 @@ def _vectors(
         fits = fits and (vector is None or dtypes is None or vector.dtype in dtypes)
         _check(fits, rule, vector)
     both = [getattr(side, name) for side in sides]
-    if name != "factor":
+    if not name.endswith("factor"):
         _check((both[0] is None) == (both[1] is None), f"{rule}, or both None", *both)
 
 
@@ -62,6 +62,7 @@ def _block(block: Block) -> None:
         f"threshold_x must be (M), threshold_y (N), {accumulation_dtype(x)}", sides, "threshold",
         (accumulation_dtype(x),),
     )  # fmt: skip
+    _targets(block)
     key_bias = block.key_bias
     _check(
         key_bias is None or (key_bias.shape == (len(y),) and key_bias.dtype in FLOATING),
@@ -71,7 +72,7 @@ def _block(block: Block) -> None:
         not block.same_id_positive or block.x.ids is not None,
         "positives by id need ids_x and ids_y", block.x.ids,
     )  # fmt: skip
-    _one_element(scale=block.scale, bias=block.bias)
+    _one_element(scale=block.scale, bias=block.bias, target_scale=block.target_scale)
     _check(
         not (kind_of(block.kind).has_levels and block.same_id_positive),
         "a kind with levels must have no positives by id", block.kind, error=ValueError,
@@ -87,6 +88,32 @@ def _levels(block: Block, levels: Tensor | None) -> None:
         and levels.shape == (sum(block.sizes()),)
         and levels.dtype == state_dtype(levels.device),
         "levels must be (M + N) float64 for a kind with levels", levels,
+    )  # fmt: skip
+
+
+def _targets(block: Block) -> None:
+    sides = block.x, block.y
+    both = [side.target for side in sides]
+    lines = [
+        (
+            t.dim() == 2 and len(t) == len(side.features) and t.numel() > 0
+            and t.dtype == side.features.dtype
+        )
+        for t, side in zip(both, sides, strict=True) if t is not None
+    ]  # fmt: skip
+    _check(
+        all(lines) and (not lines or (len(lines) == 2 and both[0].shape[1] == both[1].shape[1])),
+        "target_x must be (M, D'), target_y (N, D') of the features' dtype, or both None", *both,
+    )  # fmt: skip
+    _vectors("target_factor_x must be (M), target_factor_y (N)", sides, "target_factor")
+    _check(
+        bool(lines) == (block.guided != block.has_teacher()),
+        "targets must be a guide (guided) or a teacher (target_scale), not both",
+        both[0], block.guided, block.target_scale,
+    )  # fmt: skip
+    _check(
+        not block.guided or block.x.threshold is not None,
+        "a guide needs threshold_x and threshold_y", block.x.threshold,
     )  # fmt: skip
 
 
@@ -129,15 +156,14 @@ def check_weigh(
     m, n = block.sizes()
     state, positive, kept = statistics
     coefficients, positive_weight, gain = upstream
-    shapes = ((2, m + n), (m + n,))
-    if block.same_id_positive:
-        shapes = ((4, m + n), (2, m + n))
-    fit = state.shape == shapes[0] and state.dtype == state_dtype(x.device)
-    fit = fit and coefficients.shape == shapes[1]
+    rows = block.state_rows()
+    fit = state.shape == (rows, m + n) and state.dtype == state_dtype(x.device)
+    fit = fit and coefficients.shape == ((rows // 2, m + n) if rows > 2 else (m + n,))
     _check(
         fit and positive.shape == (m,) and positive_weight.shape == (m,),
         "state must be (2, M + N) float64, coefficients (M + N), positive and positive_weight (M); "
-        "with positives by id state (4, M + N), coefficients (2, M + N)",
+        "with positives by id state (4, M + N), coefficients (2, M + N); with a teacher 3 more "
+        "rows and 1 more",
         state, coefficients, positive, positive_weight,
     )  # fmt: skip
     _check(
@@ -164,6 +190,7 @@ def check_sweep_and_weigh(
     )  # fmt: skip
     _check(
         block.is_plain,
-        "a block that is swept and weighed in one go must have no ids, thresholds or key_bias",
-        block.x.ids, block.x.threshold, block.key_bias,
+        "a block that is swept and weighed in one go must have no ids, thresholds, key_bias or "
+        "targets",
+        block.x.ids, block.x.threshold, block.key_bias, block.x.target,
     )  # fmt: skip

@@ -13,12 +13,21 @@ column.
     ids_x (M), ids_y (N): int32, or None. Pairs with equal ids are not negatives.
     threshold_x (M), threshold_y (N): in the dtype that t is accumulated in, or None. A negative
     with a larger t is left out of that line, but not of its other line.
+    target_x (M, D'), target_y (N, D'): features of a second pair of towers in the same dtype, or
+    None. `t'_ij = <target_x_i, target_y_j> * target_factor_x_i * target_factor_y_j`. They get no
+    gradients.
+    target_factor_x (M), target_factor_y (N): 1 / norm, or None for 1.
     scale, bias: one element each; bias may be None.
     key_bias (N): of a floating dtype, or None; -inf takes a column out.
+    target_scale: one element, which makes the targets a teacher: pair ij has the weight
+    `e'_ij = 2^(target_scale * t'_ij * log2(e) - shift')`. All pairs have one: own positives, pairs
+    with equal ids, pairs that a threshold or a key_bias leaves out.
     offset: the own positive of row i is column i + offset, if the block has that column. It is not
     a negative, whatever ids and thresholds say.
     kind: a name in `kinds.KINDS`.
     same_id_positive: pairs with equal ids are positives of their row and their column.
+    guided: the targets are a guide, without a target_scale: t'_ij is compared with the thresholds
+    in the place of t_ij.
 
 `sweep(BLOCK, bound, occupied, levels, keep) -> state, positive, kept`
     Streams the logits once and returns the state of each line.
@@ -37,7 +46,8 @@ column.
     `2^(s_ij * log2(e) - shift)` over the negatives; sigmoid: zeros, and sums of `softplus(s_ij)`;
     hinge: how many negatives lie above the line's level, and sums of how far they do.
     With same_id_positive (4, M + N): the last two rows are the same for the positives by id without
-    the own ones; there sigmoid sums `softplus(-s_ij)`.
+    the own ones; there sigmoid sums `softplus(-s_ij)`. A teacher adds three rows at the end:
+    shift', the sums of e'_ij, and those of `e'_ij * t_ij`.
     positive (M), float64: t of the own positives, NaN for a row without one.
     kept: opaque, for `weigh` on the same block.
 
@@ -58,11 +68,13 @@ column.
         positives by id: `activation(s_ij) * (c_i + d_j)`, or `-activation(-s_ij) * (c_i + d_j)` in
             a kind that negates them
         own positives: positive_weight
+        all pairs, in addition: `e'_ij * c'_i + e'_ij * d'_j`, each relative to its line's shift'
 
     state: the sweep's; for a kind with levels, these take the place of the first row, and the
     second is not read. In kinds with shifts or levels the activation is relative to each line's:
     `activation(s_ij, i) * a_i + activation(s_ij, j) * b_j`.
     coefficients (M + N): a, then b; with same_id_positive (2, M + N): c, then d in the second row.
+    A teacher adds a row at the end: c', then d'.
     positive_weight (M). gain: one element that multiplies all results.
     dx (M, D) = gain * scale * w @ (factor_y * y), dy (N, D) = gain * scale * w.T @ (factor_x * x),
     in dtype_x and dtype_y; (0, D) if not needed. `project` makes them gradients with respect to the
@@ -71,11 +83,12 @@ column.
     dkey_bias (N), float64: gain times the sums of w over the rows; (0) if not needed.
 
 `sweep_and_weigh(BLOCK, gain, needs_x, needs_y, project) -> state, positive, dx, dy, dbias_dscale`
-    Sweeps and weighs with `a_i + b_j = 1` a block without ids, thresholds and key_bias. dx and dy
-    are float32, or float64 for float64 features.
+    Sweeps and weighs with `a_i + b_j = 1` a block without ids, thresholds, key_bias and targets. dx
+    and dy are float32, or float64 for float64 features.
 
 Each engine is an overload of every operator: `torch.ops.fastclip.sweep.cpu` and `.cuda` (C++),
-`.torch` (`torch_engine.py`), `.triton` (`triton_kernels/`).
+`.torch` (`torch_engine.py`), `.triton` (`triton_kernels/`). Those not in `TARGETS_IN` raise for
+targets.
 """
 
 from __future__ import annotations
@@ -107,6 +120,9 @@ SCHEMAS = {
 
 # The overloads of every operator.
 ENGINES = ("cpu", "cuda", "torch", "triton")
+
+# The engines that take targets.
+TARGETS_IN = ("torch",)
 
 _library = torch.library.Library("fastclip", "DEF")
 
@@ -160,8 +176,7 @@ def _fake_statistics(block: Block) -> tuple[Tensor, Tensor]:
     m, n = block.sizes()
     x = block.x.features
     dtype = state_dtype(x.device)
-    rows = 4 if block.same_id_positive else 2
-    return x.new_empty((rows, m + n), dtype=dtype), x.new_empty((m,), dtype=dtype)
+    return x.new_empty((block.state_rows(), m + n), dtype=dtype), x.new_empty((m,), dtype=dtype)
 
 
 def _fake_sweep(

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kinds import LOG2E, Kind, kind_of
+from ..kinds import LOG2E, Kind, Softmax, kind_of
 from .block import Block, Side, SweepResults, Upstream, Wanted
 from .dtypes import accumulation_dtype, state_dtype
 from .tiny_norms import CLAMPED
 
-# Elements of a chunk: 8 MiB in fp32. Up to four such tensors exist at a time.
+# Elements of a chunk: 8 MiB in fp32. Up to four such tensors exist at a time, six with targets.
 CHUNK = 1 << 21
 
 
@@ -60,11 +60,23 @@ class _ChunkedBlock:
     def t(self, rows: slice) -> Tensor:
         """Products t (C, N) of a chunk of C rows."""
         x, y = self.block.x, self.block.y
-        t = _multiply(x.features[rows], y.features.T, self.dtype)
-        if x.factor is not None:
-            t *= x.factor[rows, None]
-        if y.factor is not None:
-            t *= y.factor
+        return self._products(rows, x.features, x.factor, y.features, y.factor)
+
+    def targets(self, rows: slice) -> Tensor | None:
+        """Products t' (C, N) of the targets, or None without them."""
+        x, y = self.block.x, self.block.y
+        if x.target is None:
+            return None
+        return self._products(rows, x.target, x.target_factor, y.target, y.target_factor)
+
+    def _products(
+        self, rows: slice, x: Tensor, factor_x: Tensor | None, y: Tensor, factor_y: Tensor | None
+    ) -> Tensor:
+        t = _multiply(x[rows], y.T, self.dtype)
+        if factor_x is not None:
+            t *= factor_x[rows, None]
+        if factor_y is not None:
+            t *= factor_y
         return t
 
     def logits(self, t: Tensor) -> Tensor:
@@ -72,7 +84,12 @@ class _ChunkedBlock:
         logit = t * self.scale.to(self.dtype)
         return logit if self.bias is None else logit + self.bias.to(logit.dtype)
 
-    def pairs(self, rows: slice, t: Tensor) -> _Pairs:
+    def teacher_logits(self, targets: Tensor) -> Tensor:
+        """The teacher's logits of t', in log2 units."""
+        scale = self.block.target_scale.reshape(()).to(self.scale.dtype) * LOG2E
+        return targets * scale.to(targets.dtype)
+
+    def pairs(self, rows: slice, t: Tensor, targets: Tensor | None) -> _Pairs:
         x, y = self.block.x, self.block.y
         partners = torch.arange(rows.start, rows.stop, device=t.device) + self.block.offset
         negatives = partners[:, None] != self.columns
@@ -83,6 +100,7 @@ class _ChunkedBlock:
             negatives = negatives & ~same
         if x.threshold is None:
             return _Pairs(negatives, negatives, positives)
+        t = targets if self.block.guided else t
         # A pair whose t is NaN counts, so that the results of its line become NaN.
         return _Pairs(
             negatives & ~(t > x.threshold[rows, None]), negatives & ~(t > y.threshold), positives
@@ -124,6 +142,14 @@ def _add(
         sums += folded.sum(dim, dtype=sums.dtype)
 
 
+def _add_expectation(logit: Tensor, t: Tensor, dim: int, shift: Tensor, sums: Tensor) -> None:
+    """Adds a chunk's weights by a teacher, and their sum with t, to the states of its lines."""
+    here = _largest(logit, dim)
+    e = Softmax.fold(logit, here.unsqueeze(dim))
+    found = torch.stack((e.sum(dim), (e * t).sum(dim)))
+    merge(shift, sums, here.to(shift.dtype), found.to(sums.dtype))
+
+
 def sweep(
     block: Block, bound: Tensor | None, occupied: Tensor | None, levels: Tensor | None, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,23 +159,24 @@ def sweep(
         raise ValueError(f"keep must be 0: the plain PyTorch engine keeps nothing, got {keep}")
     chunked, kind = _ChunkedBlock(block), kind_of(block.kind)
     x, (m, n) = block.x.features, block.sizes()
-    state = torch.zeros(
-        (4 if block.same_id_positive else 2, m + n), dtype=state_dtype(x.device), device=x.device
-    )
+    state = torch.zeros((block.state_rows(), m + n), dtype=state_dtype(x.device), device=x.device)
     positive = torch.full((m,), torch.nan, dtype=state.dtype, device=x.device)
     sign = -1 if kind.negates_positives else 1
     of_rows, of_columns = (None, None) if levels is None else levels.split([m, n])
     for rows in chunked.chunks():
-        t = chunked.t(rows)
-        logit, pairs = chunked.logits(t), chunked.pairs(rows, t)
+        t, targets = chunked.t(rows), chunked.targets(rows)
+        logit, pairs = chunked.logits(t), chunked.pairs(rows, t, targets)
         _note_positives(positive[rows], chunked, t, rows.start + block.offset)
         by_row, by_column = state[:, :m][:, rows], state[:, m:]
         here = None if of_rows is None else of_rows[rows]
         _add(kind, logit, pairs.rows, 1, *by_row[:2], here)
         _add(kind, logit, pairs.columns, 0, *by_column[:2], of_columns)
         if pairs.positives is not None:
-            _add(kind, sign * logit, pairs.positives, 1, *by_row[2:])
-            _add(kind, sign * logit, pairs.positives, 0, *by_column[2:])
+            _add(kind, sign * logit, pairs.positives, 1, *by_row[2:4])
+            _add(kind, sign * logit, pairs.positives, 0, *by_column[2:4])
+        if block.has_teacher():
+            for dim, lines in ((1, by_row), (0, by_column)):
+                _add_expectation(chunked.teacher_logits(targets), t, dim, lines[-3], lines[-2:])
     return state, positive, x.new_empty((0,), dtype=chunked.dtype)
 
 
@@ -168,11 +195,11 @@ def _note_positives(positive: Tensor, chunked: _ChunkedBlock, t: Tensor, offset:
 
 
 def merge(shift: Tensor, sum: Tensor, other_shift: Tensor, other_sum: Tensor) -> None:
-    """Merges a second set of states into the first, in place. It serves chunks of rows, and the
+    """Merges a second set of states into the first, in place. A line may have several sums relative
+    to its shift, (K, L); the first says if it has pairs. It serves chunks of rows, and the
     visits of a ring. States of different ranks are merged by all-reduce, with the same arithmetic
     (`distributed/block_row.merge_columns`)."""
-    shift_is_free = sum == 0
-    other_is_free = other_sum == 0
+    shift_is_free, other_is_free = (t.reshape(-1, len(shift))[0] == 0 for t in (sum, other_sum))
     top = torch.maximum(shift, other_shift)
     top = torch.where(shift_is_free, other_shift, top)
     top = torch.where(other_is_free & ~shift_is_free, shift, top)
@@ -230,7 +257,7 @@ def weigh(
     dtype, (m, n) = chunked.dtype, block.sizes()
     x, y, scale = block.x, block.y, block.scale
     state, positive, _ = statistics
-    shifts = state[::2].to(dtype)
+    shifts = state[: len(state) // 2 * 2 : 2].to(dtype)
     coefficients = upstream.coefficients.reshape(-1, m + n).to(dtype)
     lines = [_Lines.of(*both, m) for both in zip(shifts, coefficients, strict=True)]
     positive_weight = upstream.positive_weight.to(state.dtype)
@@ -246,9 +273,10 @@ def weigh(
     gain = upstream.gain.reshape(()).to(state.dtype)
     feature_gain = (gain * scale.reshape(())).to(dtype)
     x_operand, y_operand = (_scaled(side, narrow) for side in (x, y))
+    every = torch.ones((), dtype=torch.bool, device=device)
     for rows in chunked.chunks():
-        t = chunked.t(rows)
-        logit, pairs = chunked.logits(t), chunked.pairs(rows, t)
+        t, targets = chunked.t(rows), chunked.targets(rows)
+        logit, pairs = chunked.logits(t), chunked.pairs(rows, t, targets)
         w = lines[0].weights(kind, logit, rows, (pairs.rows, pairs.columns))
         if pairs.positives is not None:
             counts = pairs.positives, pairs.positives
@@ -256,6 +284,8 @@ def weigh(
                 w -= lines[1].weights(kind, -logit, rows, counts)
             else:
                 w += lines[1].weights(kind, logit, rows, counts)
+        if block.has_teacher():
+            w += lines[-1].weights(Softmax, chunked.teacher_logits(targets), rows, (every, every))
         totals[0] += w.sum(dtype=totals.dtype)
         totals[1] += (w * t).sum(dtype=totals.dtype)
         operand = (w * enlarged).to(x.features.dtype) if narrow else w

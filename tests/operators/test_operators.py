@@ -22,9 +22,10 @@ from fastclip.engine.kept import rows_to_keep
 
 # The schemas in full, because changing one breaks exported programs.
 BLOCK = (
-    "Tensor x, Tensor? factor_x, Tensor? ids_x, Tensor? threshold_x, Tensor y, Tensor? factor_y,"
-    " Tensor? ids_y, Tensor? threshold_y, Tensor scale, Tensor? bias, Tensor? key_bias, int offset,"
-    " str kind, bool same_id_positive"
+    "Tensor x, Tensor? factor_x, Tensor? ids_x, Tensor? threshold_x, Tensor? target_x,"
+    " Tensor? target_factor_x, Tensor y, Tensor? factor_y, Tensor? ids_y, Tensor? threshold_y,"
+    " Tensor? target_y, Tensor? target_factor_y, Tensor scale, Tensor? bias, Tensor? key_bias,"
+    " Tensor? target_scale, int offset, str kind, bool same_id_positive, bool guided"
 )
 IN_BLOCK = re.findall(r"(\w+)(?:,|$)", BLOCK)
 SCHEMAS = {

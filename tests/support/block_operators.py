@@ -30,12 +30,12 @@ def sweep(
 
 def relative_to(levels: Tensor | None, state: Tensor) -> Tensor:
     """Returns the state that `weigh` takes: with levels in place of the numbers of pairs."""
-    return state if levels is None else torch.stack([levels, state[1]])
+    return state if levels is None else torch.cat([levels[None], state[1:]])
 
 
 def make_weights(state: Tensor, m: int, gain: float = -0.7, seed: int = 1) -> Weights:
     """Returns coefficients that bring each line's weights to order 1, and weights of positives."""
-    sums = state[1::2]
+    sums = state[: len(state) // 2 * 2][1::2]  # those of a teacher are the last
     coefficients = torch.exp2(random_tensor(*sums.shape, seed=seed) / 3) / torch.where(
         sums > 1e-30, sums, 1
     )

@@ -94,14 +94,21 @@ class Block(NamedTuple):
     threshold_y: Tensor | None = None  # (N)
     key_bias: Tensor | None = None  # (N)
     same_id_positive: bool = False
+    target_x: Tensor | None = None  # (M, D'): of a guide or a teacher
+    target_y: Tensor | None = None  # (N, D')
+    target_factor_x: Tensor | None = None  # (M)
+    target_factor_y: Tensor | None = None  # (N)
+    target_scale: Tensor | None = None  # of a teacher
+    guided: bool = False
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The arguments in the order of the schemas."""
         return (
-            self.x, self.factor_x, self.ids_x, self.threshold_x, self.y, self.factor_y, self.ids_y,
-            self.threshold_y, self.scale, self.bias, self.key_bias, self.offset, self.kind,
-            self.same_id_positive,
+            self.x, self.factor_x, self.ids_x, self.threshold_x, self.target_x,
+            self.target_factor_x, self.y, self.factor_y, self.ids_y, self.threshold_y,
+            self.target_y, self.target_factor_y, self.scale, self.bias, self.key_bias,
+            self.target_scale, self.offset, self.kind, self.same_id_positive, self.guided,
         )  # fmt: skip
 
 
@@ -163,7 +170,7 @@ def random_tensor(*shape: int, seed: int) -> Tensor:
 class Weights:
     """Arguments of `weigh` besides the block, for which tests may choose any numbers."""
 
-    coefficients: Tensor  # (M + N); (2, M + N) with positives by id
+    coefficients: Tensor  # (M + N); (2, M + N) with positives by id; one more row with a teacher
     positive_weight: Tensor  # (M)
     gain: Tensor
 

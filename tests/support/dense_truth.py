@@ -7,7 +7,9 @@ from functools import cached_property
 
 import torch
 from support.dense_block import DENSE_KINDS, LOG2E, Block, Gradients, Weights, accumulator
+from support.dense_teacher import ROWS, Teacher, target_products
 from support.judge import roundoff
+from support.rounding import product_error, takes_tf32
 from torch import Tensor
 
 
@@ -39,8 +41,10 @@ class Dense:
         self.is_same = same
         self.by_row = self.by_column = ~self.is_positive & ~same
         if block.threshold_x is not None:
-            self.by_row = self.by_row & ~(self.t > block.threshold_x.double()[:, None])
-            self.by_column = self.by_column & ~(self.t > block.threshold_y.double())
+            compared = target_products(block) if block.guided else self.t
+            self.by_row = self.by_row & ~(compared > block.threshold_x.double()[:, None])
+            self.by_column = self.by_column & ~(compared > block.threshold_y.double())
+        self.teacher = None if block.target_scale is None else Teacher(block, self.t)
         self.levels = None
         if self.kind.has_levels:
             self.levels = self._levels() if levels is None else levels
@@ -101,10 +105,12 @@ class Dense:
         ).double()
 
     def activations(self, state: Tensor, coefficients: Tensor) -> Tensor:
-        """Returns (M, N), the weights of the pairs; 0 at own positives."""
+        """Returns (M, N), the weights of the pairs; without a teacher 0 at own positives."""
         coefficients = coefficients.double().reshape(-1, self.m + self.n)
         shifts = state[0] if self.levels is None else self.levels
         w = self._weights(self.s, shifts, coefficients[0], self.by_row, self.by_column)
+        if self.teacher is not None:
+            w += self.teacher.weights(state[-ROWS], coefficients[-1])
         if not self.block.same_id_positive:
             return w
         sign, same = self.kind.sign_of_positives, self.is_same
@@ -171,33 +177,23 @@ def _ratio(size: Tensor, result: Tensor) -> float:
     return float(size.norm() / result.norm()) if result.any() else 1.0
 
 
-def takes_tf32(x: Tensor) -> bool:
-    """Returns True if a GPU engine rounds these features, and weights, to tf32 in products."""
-    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def product_error(x: Tensor) -> float:
-    """Returns the error of <x_i, y_j> for unit features."""
-    d = x.shape[1]
-    terms = 8 + d**0.5
-    if x.is_cuda and (x.itemsize == 2 or takes_tf32(x)):
-        # Tensor cores truncate, so the errors of terms of one sign add up. Emulated on pairs that
-        # are alike: at most 0.1 D roundoffs on Ampere (8 products a step), 0.05 D on Hopper (16).
-        terms += d / 8
-    return terms * roundoff(accumulator(x.dtype))
-
-
 def has_one_shift(state: Tensor) -> bool:
-    """Returns True if one shift served all lines of a sweep."""
-    return bool((state[::2] == state[0, 0]).all())
+    """Returns True if one shift served all lines of a sweep. That of a teacher is its own."""
+    own = state[:-ROWS] if len(state) % 2 else state
+    teacher = state[len(own) :: ROWS]
+    return bool((own[::2] == state[0, 0]).all() and (teacher == teacher[:, :1]).all())
 
 
 def assert_states(dense: Dense, state: Tensor, positive: Tensor, what: str = "") -> None:
     """Asserts that the state and the positives of a sweep are right."""
     assert state.dtype == positive.dtype == torch.float64
-    sets = 2 if dense.block.same_id_positive else 1
-    assert state.shape == (2 * sets, dense.m + dense.n) and positive.shape == (dense.m,)
+    rows = (4 if dense.block.same_id_positive else 2) + ROWS * (dense.teacher is not None)
+    assert state.shape == (rows, dense.m + dense.n) and positive.shape == (dense.m,)
     assert state.isfinite().all(), what
+    if dense.teacher is not None:
+        bound = dense.longest[0] * dense.longest[1]
+        dense.teacher.assert_states(state[-ROWS:], _atol(dense), bound, what)
+        state = state[:-ROWS]
     lines, exact = logarithms(state, dense.block.kind), dense.logarithms
     if dense.kind.has_shift:
         absent = exact == -torch.inf
@@ -239,6 +235,7 @@ def assert_gradients(
     if takes_tf32(x):
         narrow = 2.0**-11
     names = ("dx", "dy", "totals", "key bias")
+    teachers = [] if dense.teacher is None else [dense.teacher]
     for name, result, truth, condition, needed in zip(
         names,
         results,
@@ -254,7 +251,8 @@ def assert_gradients(
         assert result.isfinite().all(), f"{what}: {name} is not finite"
         # Only the products that make dx and dy may take weights in half precision.
         weights = narrow if name in ("dx", "dy") else 0.0
-        allowed = condition * (dense.arithmetic + weights) + roundoff(result.dtype)
+        exponentials = max([dense.arithmetic, *(t.arithmetic for t in teachers)])
+        allowed = condition * (exponentials + weights) + roundoff(result.dtype)
         size = truth.norm()
         error = float((result.double() - truth).norm() / (size if size else 1))
         assert error <= allowed, f"{what}: {name} is off by {error:.2e}, allowed {allowed:.2e}"

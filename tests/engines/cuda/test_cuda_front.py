@@ -253,6 +253,6 @@ def test_a_state_without_positives_by_id_is_an_error() -> None:
 @pytest.mark.parametrize("changes", [IDS, LIMITS, {"key_bias": torch.zeros(7)}], ids=list)
 def test_both_sweeps_in_one_go_need_a_plain_block(changes: dict[str, Any]) -> None:
     block = make_block(9, 7, 4, kind="sigmoid")._replace(**changes)
-    rule = "swept and weighed in one go must have no ids, thresholds or key_bias"
+    rule = "swept and weighed in one go must have no ids, thresholds, key_bias or targets"
     with pytest.raises(RuntimeError, match=rule):
         operator("sweep_and_weigh", "cuda")(*block.arguments, torch.ones(()), True, True, False)
