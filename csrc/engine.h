@@ -25,8 +25,16 @@ enum class Dtype { kDouble, kFloat, kBFloat16, kHalf };
 struct Lines {
   double* shift = nullptr;             // sweep: (rows) out, in log2 units; with levels, how many pairs lie above
   double* sum = nullptr;               // sweep: (rows) out, sums of fold over the pairs
+  double* moment = nullptr;            // sweep: (rows) out, sums of e' * t; of a teacher only
   const void* shifts = nullptr;        // weigh: T (rows); with levels these, for the sweep, too
   const void* coefficients = nullptr;  // weigh: T (rows)
+};
+
+// Features as operands of products.
+struct Features {
+  const void* data = nullptr;    // (rows, D) of dtype, unit stride along D
+  int64_t stride = 0;            // between rows, in elements
+  const void* factor = nullptr;  // T (rows): 1 / norm, or null for features taken as they are
 };
 
 // One tower: its features, the pairs that count for its lines, and its outputs.
@@ -41,11 +49,14 @@ struct Side {
   const double* key_bias = nullptr;  // (rows), on one side at most: added to the logits of a line
   double* key_bias_sum = nullptr;    // weigh: (rows) out, sums of the weights; null if not wanted
 
-  Lines negatives, positives;  // positives by id
+  Features target;                      // of a guide or a teacher; width D' (CPU engine)
+  Lines negatives, positives, teacher;  // positives by id
 
   void* accumulator = nullptr;  // weigh: T (rows, D) work space of the column side; the gradient itself if dtypes agree
   void* gradient = nullptr;     // weigh: (rows, D) out of gradient_dtype, or null if not wanted
   Dtype gradient_dtype = Dtype::kFloat;
 };
+
+inline Features features_of(const Side& side) { return {side.features, side.stride, side.factor}; }
 
 }  // namespace fastclip

@@ -162,7 +162,8 @@ inline void check_statistics(const BlockArguments& block, const WeighArguments& 
 inline void check_in_one_go(const BlockArguments& block, bool is_linear) {
   TORCH_CHECK_VALUE(is_linear, "kind must have weights that need no state, to be swept and weighed in one go, got '",
                     block.kind, "'");
-  TORCH_CHECK(block.is_plain(), "a block that is swept and weighed in one go must have no ids, thresholds, key_bias or targets");
+  TORCH_CHECK(block.is_plain(),
+              "a block that is swept and weighed in one go must have no ids, thresholds, key_bias or targets");
 }
 
 }  // namespace fastclip

@@ -40,8 +40,6 @@ struct Call {
         m(lines(x)),
         n(lines(y)) {
     check_block(block);
-    TORCH_CHECK_NOT_IMPLEMENTED(!block.x.target, "targets must be None in the CPU engine, which has none yet, got ",
-                                block.x.target->sizes());
     problem.dtype = dtype_of(x.scalar_type());
     problem.kind = kind_of(block.kind);
     problem.has_levels = PORTABLE::has_levels(problem.kind);
@@ -56,6 +54,12 @@ struct Call {
     problem.bf16_products = problem.brgemm && machine_has_bf16_products();
     set_side(side_of_x(), x, block.x);
     set_side(side_of_y(), y, block.y);
+    if (block.x.target) {
+      problem.target_width = block.x.target->size(1);
+      problem.guided = block.guided;
+      problem.teacher.is_given = block.has_teacher();
+      if (block.has_teacher()) problem.teacher.scale = number("target_scale", *block.target_scale);
+    }
     if (block.key_bias) side_of_y().key_bias = held(*block.key_bias, at::kDouble).const_data_ptr<double>();
   }
 
@@ -77,6 +81,12 @@ struct Call {
   void set_side(Side& side, const at::Tensor& features, const SideArguments& given) {
     const auto statistic = accumulation_type(x);
     set_features(side, features, given.factor ? held(*given.factor, statistic) : at::Tensor());
+    if (given.target) {
+      Side target;  // as the target is laid out
+      set_features(target, held_.emplace_back(strided(*given.target)),
+                   given.target_factor ? held(*given.target_factor, statistic) : at::Tensor());
+      side.target = features_of(target);
+    }
     if (given.ids) side.ids = held(*given.ids, at::kInt).const_data_ptr<int32_t>();
     if (given.threshold) side.threshold = held(*given.threshold, statistic).const_data_ptr();
   }

@@ -20,7 +20,7 @@ namespace fastclip {
 struct Capability {
   const char* name;
   int (*run)(Problem&);
-  double (*largest_norm)(const Side&, const Problem&);
+  double (*largest_norm)(const Features&, int64_t rows, int64_t width, Dtype);
 };
 
 // The engine for this machine. It follows torch's own dispatch, so that ATEN_CPU_CAPABILITY governs both.

@@ -2,7 +2,7 @@
 //
 // The rows are cut into strips, the columns into tiles. A thread takes a strip, keeps its features (transposed), its
 // statistics and its gradient in its core's L2 cache, and visits the tiles in order:
-//     t = y_tile x_strip^T            one product
+//     t = y_tile x_strip^T            one product, and one more of the targets
 //     fold, or w = weights of t       fold.h
 //     v_tile += w x_strip             second product
 //     u_strip += w^T y_tile           third product
@@ -33,7 +33,8 @@ namespace {
 
 unsigned options_of(const Problem& p) {
   const bool has_biases = p.x.key_bias || p.y.key_bias || p.same_id_positive;
-  return (p.x.ids ? kIds : 0) | (p.x.threshold ? kThresholds : 0) | (has_biases ? kBiases : 0);
+  return (p.guided ? kGuide : 0) | (p.x.ids ? kIds : 0) | (p.x.threshold ? kThresholds : 0) |
+         (has_biases ? kBiases : 0);
 }
 
 template <class In, class Op, class T>
@@ -47,7 +48,7 @@ class Engine {
  public:
   explicit Engine(Problem& p)
       : p_(p),
-        tile_(tile_cols(p, p.width * int64_t(sizeof(T)), kNarrow)),
+        tile_(tile_cols(p, row_bytes<T>(p), kNarrow)),
         strips_(p, tile_),
         count_(strips_.count()),
         tiles_((p.y.rows + tile_ - 1) / tile_),
@@ -106,15 +107,27 @@ class Engine {
     int64_t stride;
   };
 
+  // Two operands of the first products: our features, or targets.
+  struct Towers {
+    Features y;
+    int64_t width;
+    const Op* transposed;  // those of the strip
+    Op* rows;              // room for those of a tile
+  };
+  Towers ours(const Strip& b) const { return {features_of(p_.y), p_.width, b.transposed, b.tile_rows}; }
+  Towers targets(const Strip& b) const { return {p_.y.target, p_.target_width, b.target_transposed, b.target_rows}; }
+
   void march(int64_t k) {
     const Strip strip = strips_.open(k);
     for (int64_t j = 0; j < tiles_; j++) {
       const int64_t begin = j * tile_, cols = std::min(tile_, p_.y.rows - begin);
-      const Operand y = tile_operand(strip, begin, cols);
+      const Operand y = tile_operand(ours(strip), begin, cols);
       TileColumns columns;
       Tile<T> tile = make_tile(strip, begin, cols, columns);
-      multiply(strip, tile, y);
+      if (!strip.kept || !p_.kept_ready) multiply(strip, ours(strip), cols, y, strip.products, tile.t);
+      if (p_.target_width) multiply_targets(strip, begin, cols);
       transform(tile);
+      if (p_.teacher.is_given) transform_by_teacher(teacher_tile(strip, begin, tile, columns));
 
       wait(j, k);
       merge_columns(p_, k, begin, cols, columns);
@@ -128,19 +141,22 @@ class Engine {
 
   const In* y_features(int64_t begin) const { return static_cast<const In*>(p_.y.features) + begin * p_.y.stride; }
 
-  Operand tile_operand(const Strip& b, int64_t begin, int64_t cols) const {
+  Operand tile_operand(const Towers& of, int64_t begin, int64_t cols) const {
+    const In* const y = static_cast<const In*>(of.y.data) + begin * of.y.stride;
+    const int64_t deep = depth<Op>(of.width);
     if constexpr (kDirect)
-      if (depth<Op>(p_) == p_.width) return {y_features(begin), p_.y.stride};
-    pack_rows<In, Op>(y_features(begin), p_.y.stride, cols, p_.width, b.tile_rows, depth<Op>(p_));
-    return {b.tile_rows, depth<Op>(p_)};
+      if (deep == of.width) return {y, of.y.stride};
+    pack_rows<In, Op>(y, of.y.stride, cols, of.width, of.rows, deep);
+    return {of.rows, deep};
   }
 
   Tile<T> make_tile(const Strip& b, int64_t begin, int64_t cols, TileColumns& columns) const {
     const Side& y = p_.y;
     Tile<T> tile;
     tile.t = b.kept ? static_cast<T*>(p_.kept) + b.begin * y.rows + begin * b.lanes : b.products;
-    // With positives by id, weights are made from t in two passes (negatives first), so w must not overwrite t.
-    tile.w = b.kept || p_.same_id_positive ? b.weights : b.products;
+    // With positives by id or a teacher, weights are made from t in several passes (negatives first), so w must not
+    // overwrite t.
+    tile.w = b.kept || p_.same_id_positive || p_.teacher.is_given ? b.weights : b.products;
     tile.lanes = b.lanes, tile.rows = b.rows, tile.cols = cols;
     tile.first_lane = begin - p_.offset - b.begin;
     tile.row_factor = b.factors;
@@ -148,14 +164,15 @@ class Engine {
     tile.scale_log2 = p_.scale * kLog2E, tile.bias_log2 = p_.bias * kLog2E;
     tile.counts = b.counts, tile.scratch = b.scratch;
     tile.totals = totals_.get() + 2 * b.k;
-    tile.shift = T(p_.shift);
+    tile.shift = T(p_.shift), tile.running_maxima = p_.running_maxima, tile.one_shift = p_.one_shift;
+    if (p_.guided) tile.other = target_products(b, begin);
     if (p_.fold) {
       tile.positive = p_.positive + (p_.positives_by_column ? begin : b.begin);
       tile.positives_by_column = p_.positives_by_column;
     }
-    set_lines(tile.negatives, b, p_.x.negatives, y.negatives, b.negatives, begin, columns.shift[0], columns.sum[0]);
+    set_lines(tile.negatives, b, p_.x.negatives, y.negatives, b.negatives, begin, columns.negatives);
     if (p_.same_id_positive)
-      set_lines(tile.positives, b, p_.x.positives, y.positives, b.positives, begin, columns.shift[1], columns.sum[1]);
+      set_lines(tile.positives, b, p_.x.positives, y.positives, b.positives, begin, columns.positives);
     tile.row_ids = b.ids, tile.row_threshold = b.thresholds;
     tile.row_bias_whole = b.bias_whole, tile.row_bias_part = b.bias_part;
     if (y.ids) tile.col_ids = y.ids + begin;
@@ -170,40 +187,66 @@ class Engine {
   }
 
   void set_lines(TileLines<T>& out, const Strip& b, const Lines& x, const Lines& y, const LaneLines<T>& rows,
-                 int64_t begin, double* col_shift, double* col_sum) const {
+                 int64_t begin, ColumnStates& columns) const {
     if (p_.fold) {
       out.row_shift = x.shift + b.begin, out.row_sum = x.sum + b.begin;
-      out.col_shift = col_shift, out.col_sum = col_sum;
+      out.col_shift = columns.shift, out.col_sum = columns.sum;
+      out.row_moment = x.moment ? x.moment + b.begin : nullptr, out.col_moment = columns.moment;
     }
     if (y.coefficients) out.a = rows.coefficients, out.b = static_cast<const T*>(y.coefficients) + begin;
     if (y.shifts) out.row_shifts = rows.shifts, out.col_shifts = static_cast<const T*>(y.shifts) + begin;
   }
 
+  void multiply_targets(const Strip& b, int64_t begin, int64_t cols) const {
+    const Towers of = targets(b);
+    multiply(b, of, cols, tile_operand(of, begin, cols), b.target_products, b.target_products);
+  }
+
+  Products<T> target_products(const Strip& b, int64_t begin) const {
+    const T* const factor = static_cast<const T*>(p_.y.target.factor);
+    return {b.target_products, b.target_factors, factor ? factor + begin : nullptr};
+  }
+
+  // The same tile with the teacher's products in the place of ours, and all its pairs as negatives.
+  Tile<T> teacher_tile(const Strip& b, int64_t begin, const Tile<T>& ours, TileColumns& columns) const {
+    Tile<T> tile = ours;
+    const Products<T> products = target_products(b, begin);
+    tile.t = products.t, tile.row_factor = products.row_factor, tile.col_factor = products.col_factor;
+    tile.other = {ours.t, ours.row_factor, ours.col_factor};
+    tile.first_lane = -kMostCols - 1;  // no own positives
+    tile.scale_log2 = p_.teacher.scale * kLog2E, tile.bias_log2 = 0;
+    tile.shift = T(p_.teacher.shift);
+    tile.running_maxima = p_.teacher.running_maxima, tile.one_shift = p_.teacher.one_shift;
+    set_lines(tile.negatives, b, p_.x.teacher, p_.y.teacher, b.teacher, begin, columns.teacher);
+    return tile;
+  }
+
   // t = y_tile x_strip^T, in pieces of D: one fp32 chain of 512 terms has twice the rounding error of four chains of
   // 128, and at scale 100 an error in t becomes a hundred times as large in the exponential. bf16 rounds more than that
   // and is faster in one piece.
-  void multiply(const Strip& b, const Tile<T>& tile, const Operand& y) const {
-    if (b.kept && p_.kept_ready) return;
-    const bool ragged = !p_.brgemm && tile.cols % kWhole != 0;
-    const int64_t cols = ragged ? round_up(tile.cols, kWhole) : tile.cols;
-    const Operand operand = ragged ? padded(b, y, tile.cols, cols) : y;
-    T* const t = ragged ? b.products : const_cast<T*>(tile.t);
-    for (int64_t d = 0, piece = kNarrow ? depth<Op>(p_) : kChain; d < depth<Op>(p_); d += piece)
-      gemm(p_.brgemm, d > 0, cols, b.lanes, std::min(piece, depth<Op>(p_) - d), operand.rows + d, operand.stride,
-           b.transposed + d * b.lanes, b.lanes, t, b.lanes);
-    if (t != tile.t) memcpy(const_cast<T*>(tile.t), t, sizeof(T) * tile.cols * b.lanes);
+  // room: for the products of a whole tile; it may be `out`.
+  void multiply(const Strip& b, const Towers& of, int64_t cols, const Operand& y, T* room, const T* out) const {
+    const bool ragged = !p_.brgemm && cols % kWhole != 0;
+    const int64_t whole = ragged ? round_up(cols, kWhole) : cols, deep = depth<Op>(of.width);
+    const Operand operand = ragged ? padded(of, y, cols, whole) : y;
+    T* const t = ragged ? room : const_cast<T*>(out);
+    for (int64_t d = 0, piece = kNarrow ? deep : kChain; d < deep; d += piece)
+      gemm(p_.brgemm, d > 0, whole, b.lanes, std::min(piece, deep - d), operand.rows + d, operand.stride,
+           of.transposed + d * b.lanes, b.lanes, t, b.lanes);
+    if (t != out) memcpy(const_cast<T*>(out), t, sizeof(T) * cols * b.lanes);
   }
 
   // BLAS may sum the last rows of a ragged product in another order (MKL on AMD does, with three rows), and a positive
   // would no longer tie with its duplicates. Operands are therefore padded with rows of zeros to a multiple of four.
   static constexpr int64_t kWhole = 4;
-  Operand padded(const Strip& b, const Operand& y, int64_t cols, int64_t whole) const {
+  static Operand padded(const Towers& of, const Operand& y, int64_t cols, int64_t whole) {
+    const int64_t deep = depth<Op>(of.width);
     for (int64_t c = 0; c < whole; c++)
       if (c >= cols)
-        std::fill_n(b.tile_rows + c * depth<Op>(p_), depth<Op>(p_), Op(0));
-      else if (y.rows != b.tile_rows)
-        std::copy_n(y.rows + c * y.stride, depth<Op>(p_), b.tile_rows + c * depth<Op>(p_));
-    return {b.tile_rows, depth<Op>(p_)};
+        std::fill_n(of.rows + c * deep, deep, Op(0));
+      else if (y.rows != of.rows)
+        std::copy_n(y.rows + c * y.stride, deep, of.rows + c * deep);
+    return {of.rows, deep};
   }
 
   // v_tile += w x_strip. The last strip completes the gradient.
@@ -254,11 +297,17 @@ class Engine {
         case kThresholds:
           return apply<Kind, Within>(tile);
         default:
-          apply<Kind, Negatives>(tile);
+          if (p_.guided)
+            apply<Kind, Guided>(tile);
+          else
+            apply<Kind, Negatives>(tile);
           if (p_.same_id_positive) apply<Kind, Positives>(tile);
       }
     });
   }
+
+  // A teacher's weights are those of a softmax, whatever our kind is.
+  void transform_by_teacher(const Tile<T>& tile) const { apply<Softmax, Taught>(tile); }
 
   template <class Kind, template <class> class Pairs>
   void apply(const Tile<T>& tile) const {
@@ -269,11 +318,11 @@ class Engine {
       if constexpr (Kind::kIsLinear && std::is_same_v<Pairs<T>, Plain<T>>) fold_tile<Kind, Pairs, true>(tile);
     } else if (p_.fold) {
       if constexpr (Kind::kHasShift)
-        if (p_.running_maxima) return fold_tile_running<Kind, Pairs>(tile);
+        if (tile.running_maxima) return fold_tile_running<Kind, Pairs>(tile);
       fold_tile<Kind, Pairs, false>(tile);
     } else {
       if constexpr (Kind::kHasShift)
-        if (!p_.one_shift) return weigh_tile<Kind, Pairs, false>(tile);
+        if (!tile.one_shift) return weigh_tile<Kind, Pairs, false>(tile);
       weigh_tile<Kind, Pairs, true>(tile);
     }
   }
@@ -294,16 +343,16 @@ class Engine {
 
 }  // namespace
 
-double largest_norm(const Side& side, const Problem& p) {
-  switch (p.dtype) {
+double largest_norm(const Features& x, int64_t rows, int64_t width, Dtype dtype) {
+  switch (dtype) {
     case Dtype::kDouble:
-      return std::sqrt(largest_norm_of<double, double>(side, p.width));
+      return std::sqrt(largest_norm_of<double, double>(x, rows, width));
     case Dtype::kFloat:
-      return std::sqrt(largest_norm_of<float, float>(side, p.width));
+      return std::sqrt(largest_norm_of<float, float>(x, rows, width));
     case Dtype::kHalf:
-      return std::sqrt(largest_norm_of<at::Half, float>(side, p.width));
+      return std::sqrt(largest_norm_of<at::Half, float>(x, rows, width));
     case Dtype::kBFloat16:
-      return std::sqrt(largest_norm_of<at::BFloat16, float>(side, p.width));
+      return std::sqrt(largest_norm_of<at::BFloat16, float>(x, rows, width));
   }
   return 0;
 }

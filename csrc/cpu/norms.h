@@ -21,13 +21,13 @@ T squared_norm(const In* x, int64_t width) {
 }
 
 template <class In, class T>
-double largest_norm_of(const Side& side, int64_t width) {
-  const In* const x = static_cast<const In*>(side.features);
+double largest_norm_of(const Features& features, int64_t rows, int64_t width) {
+  const In* const x = static_cast<const In*>(features.data);
   return at::parallel_reduce(
-      0, side.rows, at::divup(1 << 15, width), 0.0,
+      0, rows, at::divup(1 << 15, width), 0.0,
       [&](int64_t begin, int64_t end, double largest) {
         for (int64_t i = begin; i < end; i++) {
-          const double square = squared_norm<T>(x + i * side.stride, width);
+          const double square = squared_norm<T>(x + i * features.stride, width);
           if (!(square <= largest)) largest = square;  // NaN stays
         }
         return largest;

@@ -38,27 +38,37 @@ double highest_bias(const Side& side) {
   return highest == -std::numeric_limits<double>::infinity() ? 0 : highest;
 }
 
-// Sets the shift of all lines so that the exponential of the largest possible logit is 2^above. `above` is large enough
-// that the sum of the smallest row does not underflow fp32, and small enough that a sum over 2^27 columns does not
-// overflow.
-void set_shift(Call& call, const OptionalTensor& bound) {
-  Problem& p = call.problem;
+// An upper bound of the products of features.
+double bound_of(const Problem& p, const Features& x, const Features& y, int64_t width) {
+  const auto longest = [&](const Features& side, int64_t rows) {
+    return side.factor ? 1.0 : capability().largest_norm(side, rows, width, p.dtype);
+  };
+  return longest(x, p.x.rows) * longest(y, p.y.rows);
+}
+
+// Returns a shift of all lines for which the exponential of the largest possible logit is 2^above. `above` is large
+// enough that the sum of the smallest row does not underflow fp32, and small enough that a sum over 2^27 columns does
+// not overflow. largest: an upper bound of |t|.
+double common_shift(const Problem& p, double scale, double largest, double bias) {
   const bool wide = p.dtype == Dtype::kDouble;
-  double largest;
-  if (bound) {
-    largest = number("bound", *bound);
-  } else {
-    const auto norm = capability().largest_norm;
-    largest = (p.x.factor ? 1.0 : norm(p.x, p)) * (p.y.factor ? 1.0 : norm(p.y, p));
-  }
   // The margin covers the rounding of norms and products. The shift is rounded to one that T represents, since the
   // engine and the finish must use the same number.
-  const double top = std::abs(p.scale) * largest * kLog2E * (1 + 1e-5);
+  const double top = std::abs(scale) * largest * kLog2E * (1 + 1e-5);
   const double headroom = wide ? 900 : 100, depth = wide ? 1000 : 120;
   const double above = std::min(std::max(0.0, 2 * top - depth), headroom);
-  p.shift = std::ceil(top + highest_bias(call.side_of_y()) * kLog2E - above);
-  if (!wide && double(float(p.shift)) != p.shift)
-    p.shift = std::nextafterf(float(p.shift), std::numeric_limits<float>::infinity());
+  const double shift = std::ceil(top + bias * kLog2E - above);
+  return wide || double(float(shift)) == shift ? shift
+                                               : std::nextafterf(float(shift), std::numeric_limits<float>::infinity());
+}
+
+void set_shifts(Call& call, const OptionalTensor& bound) {
+  Problem& p = call.problem;
+  if (call.has_shift()) {
+    const double largest = bound ? number("bound", *bound) : bound_of(p, features_of(p.x), features_of(p.y), p.width);
+    p.shift = common_shift(p, p.scale, largest, highest_bias(call.side_of_y()));
+  }
+  if (p.teacher.is_given)
+    p.teacher.shift = common_shift(p, p.teacher.scale, bound_of(p, p.x.target, p.y.target, p.target_width), 0);
 }
 
 // The lines of one side that have pairs of one set, and therefore a sum above 0.
@@ -80,6 +90,7 @@ class Occupied {
 };
 
 // True if one shift was enough for a set of pairs. In a sum below `least`, terms that matter may have underflowed.
+template <class Occupied>
 bool sums_hold(const Problem& p, const Side& side, const Lines& lines, const Occupied& occupied) {
   const double least = std::exp2(p.dtype == Dtype::kDouble ? -900. : -78.);
   for (int64_t i = 0; i < side.rows; i++)
@@ -101,6 +112,13 @@ bool states_hold(Call& call, const OptionalTensor& occupied, int64_t offset) {
   return true;
 }
 
+// The same for a teacher, who weighs every pair.
+bool teacher_holds(const Problem& p) {
+  const auto every = [](int64_t) { return true; };
+  return std::isfinite(p.teacher.shift) && sums_hold(p, p.x, p.x.teacher, every) &&
+         sums_hold(p, p.y, p.y.teacher, every);
+}
+
 struct Swept {
   Tensor state, positive;
 };
@@ -108,7 +126,8 @@ struct Swept {
 Swept allocate_states(Call& call) {
   const auto options = call.x.options().dtype(at::kDouble);
   const int64_t sets = call.problem.same_id_positive ? 2 : 1, lines = call.m + call.n;
-  Swept out{at::empty({2 * sets, lines}, options), at::empty({call.m}, options)};
+  const int64_t rows = 2 * sets + (call.problem.teacher.is_given ? 3 : 0);
+  Swept out{at::empty({rows, lines}, options), at::empty({call.m}, options)};
   double* state = out.state.mutable_data_ptr<double>();
   const auto set = [&](Lines& x, Lines& y) {
     x.shift = state, y.shift = state + call.m;
@@ -117,6 +136,10 @@ Swept allocate_states(Call& call) {
   };
   set(call.side_of_x().negatives, call.side_of_y().negatives);
   if (sets == 2) set(call.side_of_x().positives, call.side_of_y().positives);
+  if (call.problem.teacher.is_given) {
+    set(call.side_of_x().teacher, call.side_of_y().teacher);
+    call.side_of_x().teacher.moment = state, call.side_of_y().teacher.moment = state + call.m;
+  }
   call.problem.positive = out.positive.mutable_data_ptr<double>();
   std::fill_n(call.problem.positive, call.m, NAN);
   return out;
@@ -153,18 +176,19 @@ std::tuple<Tensor, Tensor, Tensor> sweep(const BlockArguments& block, const Opti
   p.kept = kept.data_ptr();
   p.kept_rows = kept.numel() / p.y.rows;
   p.fold = true;
-  if (call.has_shift()) set_shift(call, bound);
+  set_shifts(call, bound);
   if (levels) set_levels(call, *levels);
   call.run();
   const OptionalTensor flags = occupied ? OptionalTensor(occupied->contiguous()) : std::nullopt;
-  if (call.has_shift() && !states_hold(call, flags, block.offset)) {
-    p.running_maxima = true;
+  p.running_maxima = call.has_shift() && !states_hold(call, flags, block.offset);
+  p.teacher.running_maxima = p.teacher.is_given && !teacher_holds(p);
+  if (p.running_maxima || p.teacher.running_maxima) {
     p.kept_ready = true;
     call.run();
-    const int64_t lines = call.m + call.n;
+    const int64_t lines = call.m + call.n, sets = p.same_id_positive ? 2 : 1;
     double* state = out.state.mutable_data_ptr<double>();
     for (int64_t set = 0; set < out.state.size(0) / 2; set++, state += 2 * lines)
-      end_running_maxima(state, state + lines, lines);
+      if (set < sets ? p.running_maxima : p.teacher.running_maxima) end_running_maxima(state, state + lines, lines);
   }
   return {out.state, out.positive, kept};
 }
@@ -256,10 +280,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& block, co
     const Tensor& shifts = call.held(given.state.select(0, 2 * place), statistic);
     x.shifts = at(shifts, 0), y.shifts = at(shifts, call.m);
     x.coefficients = at(coefficients, place * lines), y.coefficients = at(coefficients, place * lines + call.m);
-    for (int64_t q = 0; q < lines; q++) p.one_shift = p.one_shift && m[2 * place * lines + q] == m[0];
+    return m + 2 * place * lines;
   };
-  set(0, call.side_of_x().negatives, call.side_of_y().negatives);
-  if (p.same_id_positive) set(1, call.side_of_x().positives, call.side_of_y().positives);
+  const auto all_equal = [&](const double* shifts, double first) {
+    return std::all_of(shifts, shifts + lines, [&](double shift) { return shift == first; });
+  };
+  p.one_shift = all_equal(set(0, call.side_of_x().negatives, call.side_of_y().negatives), m[0]);
+  int64_t sets = 1;
+  if (p.same_id_positive)
+    p.one_shift &= all_equal(set(sets++, call.side_of_x().positives, call.side_of_y().positives), m[0]);
+  if (p.teacher.is_given) {
+    const double* const shifts = set(sets, call.side_of_x().teacher, call.side_of_y().teacher);
+    p.teacher.one_shift = all_equal(shifts, shifts[0]);
+  }
   p.positive_weight = call.held(given.positive_weight, at::kDouble).const_data_ptr<double>();
   p.positive = const_cast<double*>(call.held(given.positive, at::kDouble).const_data_ptr<double>());
   p.gain = number("gain", given.gain);

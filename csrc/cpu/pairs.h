@@ -20,11 +20,13 @@ struct Counted {
 template <class T>
 struct Plain {
   static constexpr bool kPositives = false;
+  static constexpr bool kTaught = false;
   static constexpr bool kApart = false;   // the masks of rows and of columns may differ
   static constexpr bool kBiased = false;  // lines may have biases, whose gradients are sums of weights
   const Affine<T>& k;
+  double factor;  // of the column, in the product that is weighed
 
-  FASTCLIP_INLINE Plain(const Tile<T>&, const Column<T>& column, int64_t) : k(column.k) {}
+  FASTCLIP_INLINE Plain(const Tile<T>&, const Column<T>& column, int64_t) : k(column.k), factor(column.factor) {}
   static const TileLines<T>& lines(const Tile<T>& tile) { return tile.negatives; }
 
   template <class Kind>
@@ -40,26 +42,50 @@ struct Plain {
     const auto mask = counts != T(0);
     return {mask, mask};
   }
+  // The product that is weighed, without the factor of its column.
+  FASTCLIP_INLINE V<T> weighed(const V<T>& t, int64_t) const { return t; }
+};
+
+// Every pair, in the tile of a teacher's products: our products are weighed. Weights are added to those of the other
+// sets.
+template <class T>
+struct Taught : Plain<T> {
+  static constexpr bool kTaught = true;
+  static constexpr bool kBiased = true;
+  const T *const t_of_column, *const row_factor;
+
+  FASTCLIP_INLINE Taught(const Tile<T>& tile, const Column<T>& column, int64_t c)
+      : Plain<T>(tile, column, c), t_of_column(tile.other.t + c * tile.lanes), row_factor(tile.other.row_factor) {
+    this->factor = tile.other.col_factor ? tile.other.col_factor[c] : T(1);
+  }
+  FASTCLIP_INLINE V<T> weighed(const V<T>&, int64_t i) const {
+    V<T> t, of_row;
+    load(t_of_column + i, t), load(row_factor + i, of_row);
+    return t * of_row;
+  }
 };
 
 // Options of a block, as bits. Functions are compiled for no option, for ids alone, for thresholds alone, and for
-// kEverything, in which each option may be absent: its pointers are then null.
-enum Option : unsigned { kIds = 1, kThresholds = 2, kBiases = 4, kEverything = 7 };
+// kEverything, in which each option may be absent: its pointers are then null. A guide adds its bit to kEverything.
+enum Option : unsigned { kIds = 1, kThresholds = 2, kBiases = 4, kEverything = 7, kGuide = 8 };
 
 // The pairs that remain after ids and thresholds or, with Positives, the pairs of equal ids. Logits include the biases
 // of their lines. Pointers are copied from the tile, because after each store to a tile the compiler would otherwise
 // reload them.
 template <class T, unsigned Options, bool Positives>
 class Selected {
-  static constexpr bool kMayLack = Options == kEverything;  // then the pointers of absent options are null
+  static constexpr bool kMayLack = (Options & kEverything) == kEverything;  // pointers of absent options are null
+  static constexpr bool kGuided = Options & kGuide;
 
  public:
   static constexpr bool kPositives = Positives;
+  static constexpr bool kTaught = false;
   static constexpr bool kApart = !Positives && (Options & kThresholds);
   static constexpr bool kBiased = Options & kBiases;
 
   FASTCLIP_INLINE Selected(const Tile<T>& tile, const Column<T>& column, int64_t c)
       : k_(column.k),
+        factor(column.factor),
         factor_(T(column.factor)),
         ids_(tile.row_ids),
         thresholds_(tile.row_threshold),
@@ -67,7 +93,13 @@ class Selected {
         part_(tile.row_bias_part),
         threshold_(tile.col_threshold ? tile.col_threshold[c] : T(0)),
         id_(tile.col_ids ? tile.col_ids[c] : 0),
-        bias_(tile.col_bias ? tile.col_bias[c] : 0.) {}
+        bias_(tile.col_bias ? tile.col_bias[c] : 0.) {
+    if constexpr (kGuided) {
+      guide_ = tile.other.t + c * tile.lanes;
+      row_factor_ = tile.other.row_factor;
+      guide_factor_ = tile.other.col_factor ? tile.other.col_factor[c] : T(1);
+    }
+  }
   static const TileLines<T>& lines(const Tile<T>& tile) { return Positives ? tile.positives : tile.negatives; }
 
   // The map includes the biases. For a kind with a shift it leaves out their integral parts, which shift() subtracts.
@@ -127,12 +159,23 @@ class Selected {
     if (kMayLack && !thresholds_) return {mask, mask};
     V<T> threshold;
     load(thresholds_ + i, threshold);
-    const V<T> whole = t * factor_;
+    const V<T> whole = compared(t, i);
     // A NaN counts, so that it makes its lines NaN.
     return {mask & ~(whole > threshold), mask & ~(whole > threshold_)};
   }
+  FASTCLIP_INLINE V<T> weighed(const V<T>& t, int64_t) const { return t; }
+
+  const double factor;
 
  private:
+  // The product that thresholds look at.
+  FASTCLIP_INLINE V<T> compared(const V<T>& t, int64_t i) const {
+    if constexpr (!kGuided) return t * factor_;
+    V<T> guide, of_row;
+    load(guide_ + i, guide), load(row_factor_ + i, of_row);
+    return guide * of_row * guide_factor_;
+  }
+
   const Affine<T> k_;
   const T factor_;
   const Integer<T>* const ids_;
@@ -140,6 +183,8 @@ class Selected {
   const T threshold_;
   const Integer<T> id_;
   const LineBias<T> bias_;
+  const T *guide_ = nullptr, *row_factor_ = nullptr;
+  T guide_factor_ = 1;
 };
 
 }  // namespace FASTCLIP_CAPABILITY

@@ -5,6 +5,15 @@
 
 namespace fastclip {
 
+// Targets with a scale: they weigh all pairs.
+struct Teacher {
+  bool is_given = false;
+  double scale = 0;
+  double shift = 0;  // like those of a Problem
+  bool running_maxima = false;
+  bool one_shift = true;
+};
+
 // The CPU engine's arguments: a block, and whether to sweep it (fold), to weigh it, or both. Strips are rows of x.
 struct Problem {
   Side x, y;
@@ -13,6 +22,9 @@ struct Problem {
   KindIndex kind{};
   bool same_id_positive = false;  // pairs of equal ids are positives; else they are excluded
   double scale = 1, bias = 0;
+  int64_t target_width = 0;  // D', 0 without targets
+  bool guided = false;       // thresholds are compared with the products of the targets
+  Teacher teacher;
   int64_t offset = 0;
   bool fold = false;   // sweep: make the states
   bool weigh = false;  // weigh: make gradients and totals
@@ -34,7 +46,7 @@ struct Problem {
   bool kept_ready = false;  // true: the engine reads `kept`; false: it writes `kept`
 
   // True if every pair except own positives is a negative of both its lines, and no line has a bias.
-  bool is_plain() const { return !x.ids && !x.threshold && !x.key_bias && !y.key_bias; }
+  bool is_plain() const { return !x.ids && !x.threshold && !x.key_bias && !y.key_bias && !target_width; }
 
   int64_t cache_bytes = 1 << 20;  // size of a core's own cache (L2)
   bool brgemm = false;            // products use oneDNN's batch-reduce GEMM, else BLAS
@@ -42,10 +54,10 @@ struct Problem {
 };
 
 // The CPU engine, compiled once per instruction set.
-#define FASTCLIP_DECLARE(capability)                                    \
-  namespace capability {                                                \
-  int run(Problem& problem); /* the number of threads that took part */ \
-  double largest_norm(const Side& side, const Problem& problem);        \
+#define FASTCLIP_DECLARE(capability)                                                \
+  namespace capability {                                                            \
+  int run(Problem& problem); /* the number of threads that took part */             \
+  double largest_norm(const Features& x, int64_t rows, int64_t width, Dtype dtype); \
   }
 FASTCLIP_DECLARE(DEFAULT)
 FASTCLIP_DECLARE(AVX2)

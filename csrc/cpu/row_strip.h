@@ -34,11 +34,21 @@ int64_t tile_cols(const Problem& p, int64_t row_bytes, bool narrow) {
   return 128 * row_bytes <= p.cache_bytes / 16 * 3 ? 128 : 64;
 }
 
+// The features of a strip's row, ours and targets.
+template <class T>
+int64_t row_bytes(const Problem& p) {
+  return (p.width + p.target_width) * int64_t(sizeof(T));
+}
+
 inline bool u_wanted(const Problem& p) { return p.weigh && p.x.gradient; }
 inline bool v_wanted(const Problem& p) { return p.weigh && p.y.gradient; }
 template <class Op>
+int64_t depth(int64_t width) {
+  return round_up(width, kPair<Op>);
+}
+template <class Op>
 int64_t depth(const Problem& p) {
-  return round_up(p.width, kPair<Op>);
+  return depth<Op>(p.width);
 }
 
 // Coefficients of a strip's rows, and their shifts or levels, for a set of pairs.
@@ -55,19 +65,21 @@ struct RowStrip {
   Op* transposed;  // operand of the first product
   Op* operand;     // operand of the second, unless the features themselves are
   T *factors, *counts, *scratch;
-  LaneLines<T> negatives, positives;
+  LaneLines<T> negatives, positives, teacher;
   Integer<T>* ids;  // null if the block has none, like the pointers up to bias_part
   T *thresholds, *bias_whole, *bias_part;
   T *products, *weights;  // of one tile
   Op *weights_v, *weights_u;
   Op *tile_rows, *tile_pairs;
-  T* u;  // (rows, D)
+  T* u;                                 // (rows, D)
+  Op *target_transposed, *target_rows;  // of targets, null without them
+  T *target_factors, *target_products;
 };
 
 template <class In, class Op, class T>
 class RowStrips {
  public:
-  RowStrips(const Problem& p, int64_t tile) : p_(p), rows_(strip_rows(p, p.width * int64_t(sizeof(T)))), tile_(tile) {}
+  RowStrips(const Problem& p, int64_t tile) : p_(p), rows_(strip_rows(p, row_bytes<T>(p))), tile_(tile) {}
 
   int64_t count() const { return (p_.x.rows + rows_ - 1) / rows_; }
 
@@ -80,9 +92,11 @@ class RowStrips {
     b.features = static_cast<const In*>(x.features) + b.begin * x.stride;
     b.kept = b.begin + b.lanes <= p_.kept_rows;
 
-    const int64_t lanes = b.lanes, width = p_.width;
-    arena.reset(sizeof(T) * (2 * tile_ * lanes + b.rows * width + 12 * lanes) +
-                sizeof(Op) * (2 * lanes * depth<Op>(p_) + 2 * tile_ * (lanes + depth<Op>(p_))) + 8192);
+    const int64_t lanes = b.lanes, width = p_.width, of_targets = depth<Op>(p_.target_width);
+    arena.reset(sizeof(T) * (3 * tile_ * lanes + b.rows * width + 16 * lanes) +
+                sizeof(Op) *
+                    (2 * lanes * depth<Op>(p_) + 2 * tile_ * (lanes + depth<Op>(p_)) + (lanes + tile_) * of_targets) +
+                8192);
     b.transposed = arena.take<Op>(depth<Op>(p_) * lanes);
     b.operand = arena.take<Op>(lanes * depth<Op>(p_));
     b.products = arena.take<T>(tile_ * lanes);
@@ -93,9 +107,11 @@ class RowStrips {
     b.tile_pairs = arena.take<Op>(tile_ * width);
     b.u = arena.take<T>(b.rows * width);
     for (T** const p : {&b.factors, &b.counts}) *p = arena.take<T>(lanes);
-    b.scratch = arena.take<T>(2 * lanes);
+    b.scratch = arena.take<T>(3 * lanes);
     for (int64_t i = 0; i < lanes; i++) b.counts[i] = i < b.rows;
     spread(b, x.factor, T(1), b.factors);
+    b.target_transposed = b.target_rows = nullptr, b.target_factors = b.target_products = nullptr;
+    if (p_.target_width) open_targets(b);
     open_lines(b, x.negatives, b.negatives);
     if (p_.same_id_positive) open_lines(b, x.positives, b.positives);
     b.ids = nullptr, b.thresholds = b.bias_whole = b.bias_part = nullptr;
@@ -121,6 +137,10 @@ class RowStrips {
     if (p_.fold) {
       clear(b, x.negatives);
       if (p_.same_id_positive) clear(b, x.positives);
+      if (p_.teacher.is_given) {
+        clear(b, x.teacher, p_.teacher.running_maxima, p_.teacher.shift);
+        std::fill_n(x.teacher.moment + b.begin, b.rows, 0.);
+      }
     }
     if (x.key_bias_sum) std::fill_n(x.key_bias_sum + b.begin, b.rows, 0.);
     return b;
@@ -140,9 +160,23 @@ class RowStrips {
     spread(b, lines.shifts, T(0), out.shifts);
   }
 
+  void open_targets(RowStrip<In, Op, T>& b) const {
+    const Features& x = p_.x.target;
+    const int64_t lanes = b.lanes, width = p_.target_width;
+    b.target_transposed = arena.take<Op>(depth<Op>(width) * lanes);
+    b.target_rows = arena.take<Op>(tile_ * depth<Op>(width));
+    b.target_products = arena.take<T>(tile_ * lanes);
+    spread(b, x.factor, T(1), b.target_factors = arena.take<T>(lanes));
+    if (p_.teacher.is_given) open_lines(b, p_.x.teacher, b.teacher);
+    pack_transposed<In, Op>(static_cast<const In*>(x.data) + b.begin * x.stride, x.stride, b.rows, width, lanes,
+                            b.target_transposed);
+  }
+
   void clear(const RowStrip<In, Op, T>& b, const Lines& lines) const {
-    const double shift = p_.running_maxima ? -std::numeric_limits<double>::infinity() : p_.shift;
-    std::fill_n(lines.shift + b.begin, b.rows, p_.has_levels ? 0. : shift);
+    clear(b, lines, p_.running_maxima, p_.has_levels ? 0. : p_.shift);
+  }
+  static void clear(const RowStrip<In, Op, T>& b, const Lines& lines, bool running_maxima, double shift) {
+    std::fill_n(lines.shift + b.begin, b.rows, running_maxima ? -std::numeric_limits<double>::infinity() : shift);
     std::fill_n(lines.sum + b.begin, b.rows, 0.);
   }
 

@@ -36,8 +36,17 @@ template <class T>
 struct TileLines {
   double *row_shift, *row_sum;  // fold; with levels the shifts are numbers of pairs
   double *col_shift, *col_sum;
+  double *row_moment, *col_moment;   // of a teacher
   const T *a, *b;                    // weigh
   const T *row_shifts, *col_shifts;  // weigh; with levels these
+};
+
+// Products of a tile's pairs.
+template <class T>
+struct Products {
+  const T* t = nullptr;           // (cols, lanes), without the factors
+  const T* row_factor = nullptr;  // (lanes)
+  const T* col_factor = nullptr;  // (cols), or null for ones
 };
 
 template <class T>
@@ -50,15 +59,20 @@ struct Tile {
   const T* col_factor;  // (cols), or null for ones
   double scale_log2, bias_log2;
   T* counts;   // (lanes): 1 for rows, 0 beyond, and 0 at the own positive of the current column
-  T* scratch;  // (2 lanes)
+  T* scratch;  // (3 lanes)
 
-  T shift;           // fold: the shift of all lines
-  double* positive;  // fold: t of the own positives, at lane i or at column c
+  T shift;              // fold: the shift of all lines
+  bool running_maxima;  // fold: each line has its own shift instead
+  bool one_shift;       // weigh: all shifts are equal
+  double* positive;     // fold: t of the own positives, at lane i or at column c
   bool positives_by_column;
   TileLines<T> negatives{}, positives{};  // positives by id
 
   T* w;         // (cols, lanes); may be t itself
   Sum* totals;  // sums of w and of w * t, without own positives
+
+  // A guide's products or, in the tile of a teacher's products, ours.
+  Products<T> other;
 
   // Null if the block has none.
   const Integer<T>* row_ids = nullptr;  // (lanes)
