@@ -83,8 +83,8 @@ class Block(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """True without ids, thresholds, key_bias and targets: then every pair but the own positives is a
-        negative of its row and its column, and all logits have the same bias."""
+        """True without ids, thresholds, key_bias and targets: then every pair but the own positives
+        is a negative of its row and its column, and all logits have the same bias."""
         options = self.x.ids, self.x.threshold, self.key_bias, self.x.target
         return all(option is None for option in options)
 
