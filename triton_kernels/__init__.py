@@ -7,8 +7,10 @@ On the host:
 
     engine.py          the operators
     logit_block.py     a block's operands and their layout
+    targets.py         the same of a block's targets
     first_sweep.py     the first sweep: the shift, launches over chunks, their sums
     second_sweep.py    the second sweep: chunks of weights, two library products for each
+    lines.py           shifts and coefficients of lines, for the second sweep
     complete.py        the end of the second sweep: products become gradients
     plan.py            chunks, buffers, memory and traffic, as plain arithmetic
     configurations.py  tile sizes, warps, stages, slices for each architecture; candidates
@@ -21,8 +23,10 @@ On the device, in `kernels/`:
 
     tile.py            a tile of <x_i, y_j>: its place, product, slices, stores
     logits.py          from products to logits; which pairs count
+    targets.py         the products of targets beside a tile's own
     sweep.py           the first sweep: folds a tile into sums of rows and columns, keeps weights
-    weigh.py           the second sweep: computes or reads the weights of a tile
+    weigh.py           the second sweep: computes the weights of a tile
+    weigh_kept.py        or reads those that were kept
     complete.py        from products of weights and features to gradients
     bound.py           the shift that all lines of a softmax sweep share
     finalise.py        from partial sums to float64 states, in a fixed order

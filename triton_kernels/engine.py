@@ -31,15 +31,15 @@ from .second_sweep import Weighing
 def sweep(
     block: Block, bound: Tensor | None, occupied: Tensor | None, levels: Tensor | None, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the first sweep. `kept.py` describes what it keeps; small blocks and kinds with levels
-    keep nothing."""
+    """Runs the first sweep. `kept.py` describes what it keeps; small blocks, kinds with levels and
+    blocks with targets keep nothing."""
     kept_tensor = Weights.empty(block.x.features, block.y.features, keep)
     block = LogitBlock(block)
     state, positive = block.new_states()
     kept = block.kept(kept_tensor)
     if block.has_own_numbers:
         config = block.config(block.kernel_of_lines)
-        layers = plan.APART_LAYERS * block.folds
+        layers = block.layers_apart
         chunks = plan.sweep_chunks(block.n, config, layers, 0, block.m)
         partial = block.empty(layers * max(chunk.partials for chunk in chunks))
         levels = None if levels is None else levels.contiguous()

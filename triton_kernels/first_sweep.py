@@ -121,9 +121,9 @@ def sweep_apart(
     block: LogitBlock, config: Config, chunks: list[Chunk], partial: Tensor, state: Tensor,
     positive: Tensor | None, levels: Tensor | None, kept: Kept, flag: Tensor | None,
 ) -> None:  # fmt: skip
-    """Makes states with a number of its own for each line: its level if levels are given, else its
-    shift. With a flag, this repeats a sweep, and works only if the flag is set. Without a flag it
-    is the only sweep, and stores the positives, too."""
+    """Makes states with a number of its own for each line: its level if levels are given, its
+    shift, or 0 in a kind without either. With a flag, this repeats a sweep, and works only if the
+    flag is set. Without a flag it is the only sweep, and stores the positives, too."""
     for chunk in chunks:
         programs = chunk.tiles if flag is None else min(chunk.tiles, plan.SELDOM_PROGRAMS)
         of_lines = (None, None)
@@ -131,21 +131,24 @@ def sweep_apart(
             of_lines = levels[chunk.row_slice], levels[block.m :][chunk.column_slice]
         launch.launch(
             sweep.sweep_apart_kernel, programs, *block.features(chunk), block.logits(chunk), flag,
-            *of_lines, None if positive is None else positive[chunk.row_slice], partial, chunk.rows,
+            *of_lines, *block.targets_of(chunk),
+            None if positive is None else positive[chunk.row_slice], partial, chunk.rows,
             chunk.columns, block.width, *block.strides, block.offset_of(chunk), **block.functions,
-            GROUP=config.group, **block.tiles(config),
+            SHIFTED=block.kind.has_shift, **block.apart_tiles(config),
         )  # fmt: skip
-        if levels is not None:
-            launch.launch(
-                finalise.moments_kernel, _programs_of_lines(chunk), partial, state, None,
-                *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk), FIRST=0,
-                LINES=LINES, PARTIALS=PARTIALS,
-            )  # fmt: skip
-            continue
-        for index in range(block.folds):
-            launch.launch(
-                finalise.maxima_sums_kernel, _programs_of_lines(chunk),
-                partial[plan.APART_LAYERS * index * chunk.partials :], state[2 * index :], flag,
-                kept.shift, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
-                LINES=LINES, PARTIALS=PARTIALS,
-            )  # fmt: skip
+        for index in range(block.folds + block.has_teacher):
+            is_teacher = index == block.folds
+            layers = partial[plan.APART_LAYERS * index * chunk.partials :]
+            if block.kind.has_shift or is_teacher:
+                launch.launch(
+                    finalise.maxima_sums_kernel, _programs_of_lines(chunk), layers,
+                    state[2 * index :], flag, kept.shift, *_lines(chunk), block.m, block.n,
+                    *_begins_and_ends(block, chunk), TAUGHT=is_teacher, LINES=LINES,
+                    PARTIALS=PARTIALS,
+                )  # fmt: skip
+            else:
+                launch.launch(
+                    finalise.moments_kernel, _programs_of_lines(chunk), layers, state[2 * index :],
+                    None, *_lines(chunk), block.m, block.n, *_begins_and_ends(block, chunk),
+                    FIRST=0, LINES=LINES, PARTIALS=PARTIALS,
+                )  # fmt: skip

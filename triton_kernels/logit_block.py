@@ -11,7 +11,7 @@ from torch import Tensor
 from fastclip.engine.block import Block
 from fastclip.kinds import kind_of
 
-from . import configurations, launch, plan
+from . import configurations, launch, plan, targets
 from .configurations import Config
 from .constants import LOG2E
 from .kept import Kept
@@ -19,28 +19,22 @@ from .kernels import bf16_parts, split_product, tf32
 from .kinds import functions_of
 from .launch import COLUMNS, ROWS, takes_split, takes_tf32
 from .plan import Chunk, cdiv
+from .targets import Targets
 
 
 class LogitBlock:
     """A rectangular block of logits as the kernels take it."""
 
     def __init__(self, block: Block) -> None:
-        if block.x.target is not None:
-            raise NotImplementedError(
-                "targets must be None in the Triton engine, which has none yet, got "
-                f"{tuple(block.x.target.shape)}"
-            )
         x, y = block.x.features, block.y.features
         self.m, self.n, self.d = *block.sizes(), x.shape[1]
         self.kind, self.device_functions = kind_of(block.kind), functions_of(block.kind)
         self.is_plain, self.same_id_positive = block.is_plain, block.same_id_positive
         self.tf32, self.split = takes_tf32(x), takes_split(x)
-        self.x, self.y = (self._rows(t) for t in (x, y))
+        self.x, self.y = (self.rows_of(t) for t in (x, y))
         # The operands of products, `depth` features long.
-        self.depth = split_product.padded(self.d) if self.split else self.d
-        self.operands = (self.x, self.y)
-        if self.split:
-            self.operands = (self._parts(self.x), self._parts(self.y))
+        self.depth = self.depth_of(self.d)
+        self.operands = tuple(self.operand_of(t, self.depth) for t in (self.x, self.y))
         self.factor_x, self.factor_y = (
             None if side.factor is None else side.factor.to(torch.float32).contiguous()
             for side in (block.x, block.y)
@@ -55,7 +49,9 @@ class LogitBlock:
             None if t is None else t.contiguous()
             for t in (block.x.ids, block.y.ids, block.x.threshold, block.y.threshold)
         )
-        self.unit = self._unit()
+        self.unit = self.unit_of(self.operands)
+        self.targets = None if block.x.target is None else Targets(self, block)
+        self.has_teacher = block.has_teacher()
         # All offsets beyond the block mean that no row has an own positive. The offset is clamped
         # to the block, so that it fits 32 bits and no second kernel is compiled for 64 bits.
         self.offset = max(-self.m, min(block.offset, self.n))
@@ -73,7 +69,7 @@ class LogitBlock:
         # If all are -inf, any finite number serves.
         return (high, low), bias.amax().clamp_min(-1e30)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def rows_of(self, x: Tensor) -> Tensor:
         """Returns features whose rows kernels can load, rounded to tf32 if products are tf32."""
         side_by_side = x.stride(1) == 1 or x.shape[1] == 1
         # Descriptors do not support overlapping rows, such as one row expanded.
@@ -88,19 +84,26 @@ class LogitBlock:
         )  # fmt: skip
         return rounded
 
-    def _parts(self, x: Tensor) -> Tensor:
-        """Returns features split into three bf16 parts."""
-        out = torch.empty(len(x), 3 * self.depth, dtype=torch.bfloat16, device=x.device)
+    def depth_of(self, width: int) -> int:
+        """Returns the length of an operand's rows."""
+        return split_product.padded(width) if self.split else width
+
+    def operand_of(self, x: Tensor, depth: int) -> Tensor:
+        """Returns the operand of products: the features, or their three bf16 parts."""
+        if not self.split:
+            return x
+        out = torch.empty(len(x), 3 * depth, dtype=torch.bfloat16, device=x.device)
         launch.launch(
             bf16_parts.to_parts_kernel, cdiv(len(x), ROWS), x, out, *x.shape, x.stride(0),
-            WIDTH=self.depth, ROWS=ROWS, BK=COLUMNS,
+            WIDTH=depth, ROWS=ROWS, BK=COLUMNS,
         )  # fmt: skip
         return out
 
-    def _unit(self) -> int:
-        """Returns the elements in 16 bytes if all rows of both operands begin on them, else 1."""
-        unit = 16 // self.operands[0].element_size()
-        for t in self.operands:
+    @staticmethod
+    def unit_of(operands: tuple[Tensor, ...]) -> int:
+        """Returns the elements in 16 bytes if all rows of the operands begin on them, else 1."""
+        unit = 16 // operands[0].element_size()
+        for t in operands:
             if t.data_ptr() % 16 or t.shape[1] % unit or t.stride(0) % unit:
                 return 1
         return unit
@@ -140,9 +143,33 @@ class LogitBlock:
 
     @property
     def has_own_numbers(self) -> bool:
-        """True if no sweep uses one shift: each line has a level, or, in a small block of a kind
-        with a shift, a shift of its own."""
-        return self.kind.has_levels or (self.kind.has_shift and self.is_small)
+        """True if no sweep uses one shift: each line has a level, or, in a block with targets or a
+        small block of a kind with a shift, a shift of its own."""
+        small = self.kind.has_shift and self.is_small
+        return self.kind.has_levels or self.targets is not None or small
+
+    @property
+    def is_relative(self) -> bool:
+        """True if the weights are relative to numbers of lines, which may all be 0."""
+        return self.kind.is_relative() or self.targets is not None
+
+    @property
+    def layers_apart(self) -> int:
+        """The partials of each line in a tile if lines have numbers of their own."""
+        return plan.APART_LAYERS * self.folds + (plan.TEACHER_LAYERS if self.has_teacher else 0)
+
+    def targets_of(self, chunk: Chunk) -> tuple[Any, ...]:
+        """Returns a chunk's TARGETS and TARGET_LOGITS."""
+        return targets.ABSENT if self.targets is None else self.targets.arguments(chunk)
+
+    def apart_tiles(self, config: Config) -> dict[str, Any]:
+        """Returns compile-time arguments of the kernels with a number for each line. A second
+        product takes registers, so such a kernel has more warps."""
+        tiles = {"GROUP": config.group, **self.tiles(config)}
+        if self.targets is None:
+            return tiles | targets.ABSENT_CONSTANTS
+        warps = max(config.warps, min(8, config.bm * config.bn // 512))
+        return {**tiles, **self.targets.constants(config), "num_warps": warps}
 
     @property
     def functions(self) -> dict[str, Any]:
@@ -255,9 +282,9 @@ class LogitBlock:
     def kept(self, kept: Tensor) -> Kept:
         """Returns views of what a first sweep has kept. Small blocks keep nothing. Neither do the
         blocks that `engine.kept.Weights.keep` excludes: those with thresholds, with positives by
-        id, with a key_bias or of a kind with levels."""
+        id, with a key_bias, with a teacher or of a kind with levels."""
         keeps = self.sides[2] is None and self.largest_bias is None and not self.same_id_positive
-        keeps = keeps and not self.is_small and not self.kind.has_levels
+        keeps = keeps and not self.is_small and not self.kind.has_levels and not self.targets
         return Kept.of(kept, self.m, self.n, self.x) if keeps else Kept()
 
     def new_states(self) -> tuple[Tensor, Tensor]:
@@ -265,4 +292,5 @@ class LogitBlock:
         positive = self.empty(self.m, dtype=torch.float64)
         if self.offset < 0 or self.m + self.offset > self.n:  # rows without a positive
             positive.fill_(torch.nan)
-        return self.empty(2 * self.folds, self.m + self.n, dtype=torch.float64), positive
+        rows = 2 * self.folds + (3 if self.has_teacher else 0)
+        return self.empty(rows, self.m + self.n, dtype=torch.float64), positive

@@ -32,6 +32,8 @@ ROW_UNIT, COLUMN_UNIT = 128, 16
 # Partials of a line in each tile: its sum; if weights are kept, also the sums of w and of w * t; if
 # lines have numbers of their own, both numbers of its state.
 LAYERS, KEPT_LAYERS, APART_LAYERS = 1, 3, 2
+# Those of a teacher: its shift, and the sums of e' and of e' * t.
+TEACHER_LAYERS = 3
 # The limit of a launch in one dimension.
 MOST_PROGRAMS = (1 << 31) - 1
 

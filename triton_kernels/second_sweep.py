@@ -12,9 +12,10 @@ from . import launch, plan
 from .configurations import Config
 from .first_sweep import add_columns, add_sums
 from .kept import Kept
-from .kernels import finalise, split_gradients
+from .kernels import finalise, split_gradients, weigh_kept
 from .kernels import weigh as weight_kernels
 from .launch import LANES
+from .lines import Lines
 from .logit_block import LogitBlock
 from .plan import Chunk, cdiv
 
@@ -46,50 +47,6 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
             raise
         # This torch has no addmm of half-precision operands that adds to fp32.
         out += torch.mm(a, b, out_dtype=out.dtype)
-
-
-class Lines:
-    """The shifts, or levels, and coefficients of all lines, rows first, as the second sweep takes
-    them: a and b for negatives, c and d for positives by id. Coefficients are None in
-    `sweep_and_weigh`, where a_i + b_j is 1 for every pair. The device sets two flags: `one_shift`
-    if all shifts are equal, `kept_is_valid` if the kept weights may be used."""
-
-    def __init__(
-        self, block: LogitBlock, state: Tensor, coefficients: Tensor | None, kept: Kept
-    ) -> None:
-        self.rows, self.lines = block.m, block.m + block.n
-        self.shifts = state[::2].contiguous() if block.kind.is_relative() else None
-        self.coefficients = self.in_float64 = coefficients
-        self.one_shift = self.kept_is_valid = None
-        if coefficients is None or block.has_own_numbers or (block.is_small and kept.rows == 0):
-            return
-        numbers = coefficients.numel()
-        self.coefficients = block.empty(numbers)
-        flags = block.empty(2, dtype=torch.int32)
-        launch.launch(
-            finalise.lines_kernel, cdiv(numbers, LANES) + 1, self.shifts, coefficients,
-            kept.shift, flags, self.coefficients, numbers, LANES=LANES,
-        )  # fmt: skip
-        if self.shifts is not None:
-            self.one_shift = flags[:1]
-        if kept.rows:
-            self.kept_is_valid = flags[1:]
-
-    def _of(self, values: Tensor | None, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        """Returns the values of a chunk's lines: for negatives the rows' and the columns', then for
-        positives by id."""
-        if values is None:
-            return (None,) * 4
-        columns = slice(self.rows + chunk.column_start, self.rows + chunk.column_stop)
-        sets = values.view(-1, self.lines)
-        found = [part for v in sets for part in (v[chunk.row_slice], v[columns])]
-        return *found, *(None,) * (4 - len(found))
-
-    def shifts_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        return self._of(self.shifts, chunk)
-
-    def coefficients_of(self, chunk: Chunk) -> tuple[Tensor | None, ...]:
-        return self._of(self.coefficients, chunk)
 
 
 class Buffers(NamedTuple):
@@ -159,7 +116,7 @@ class Weighing:
             self._weigh_from_kept(chunk, buffers.weights)
         elif not self.block.has_own_numbers:
             self._weigh_with_one_shift(config, chunk, buffers)
-        if self.block.kind.is_relative():
+        if self.block.is_relative:
             lines = self.lines
             unless = lines.kept_is_valid if chunk.kept else lines.one_shift
             self._weigh_apart(chunk, buffers, unless)
@@ -171,7 +128,7 @@ class Weighing:
         skipped = block.skipped(chunk)
         plain = chunk.plain_tiles(skipped)
         where = (*block.strides, self._stride(weights), block.offset_of(chunk), skipped)
-        coefficients = lines.coefficients_of(chunk)
+        coefficients = lines.coefficients_of(chunk)[:4]
         given = (block.logits(chunk), lines.shifts, lines.one_shift, *coefficients)
         constants = {**block.functions, **self.constants}
         if plain:
@@ -198,10 +155,10 @@ class Weighing:
         launch.launch(
             weight_kernels.weigh_apart_kernel, programs, *block.features(chunk),
             block.logits(chunk), *self.lines.shifts_of(chunk), unless,
-            *self.lines.coefficients_of(chunk), weights, totals, sums, chunk.rows, chunk.columns,
-            block.width, *block.strides, self._stride(weights), block.offset_of(chunk),
-            ACTIVATION=block.device_functions.activation, SAME_ID=block.same_id, GROUP=config.group,
-            **self.constants, **block.tiles(config),
+            *self.lines.coefficients_of(chunk), *block.targets_of(chunk), weights, totals, sums,
+            chunk.rows, chunk.columns, block.width, *block.strides, self._stride(weights),
+            block.offset_of(chunk), ACTIVATION=block.device_functions.activation,
+            SAME_ID=block.same_id, **self.constants, **block.apart_tiles(config),
         )  # fmt: skip
 
     def _weigh_from_kept(self, chunk: Chunk, weights: Tensor | None) -> None:
@@ -212,7 +169,7 @@ class Weighing:
         factors = block.logits(chunk)[:2]
         programs = cdiv(chunk.rows, KEPT_TILE["BM"]) * cdiv(chunk.columns, KEPT_TILE["BN"])
         launch.launch(
-            weight_kernels.weigh_kept_kernel, programs, kept, factors, self.lines.kept_is_valid,
+            weigh_kept.weigh_kept_kernel, programs, kept, factors, self.lines.kept_is_valid,
             *self.lines.coefficients_of(chunk)[:2], weights, chunk.rows, chunk.columns,
             kept.stride(0), self._stride(weights), PRECISION=block.precision, **self.constants,
             **KEPT_TILE,
@@ -231,7 +188,7 @@ class Weighing:
         """Returns a flag and two versions of a chunk, cut into the tiles that write sums if the
         flag is set or absent, and if it is not set. None for a version: no tile writes sums."""
         apart = self._cut_apart(chunk)
-        if not self.block.kind.is_relative():
+        if not self.block.is_relative:
             return None, None if chunk.kept else chunk, None
         if chunk.kept:  # its sums come from the kept moments
             return self.lines.kept_is_valid, None, apart

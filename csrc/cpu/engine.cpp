@@ -18,6 +18,7 @@
 #include <thread>
 
 #include "complete_row.h"
+#include "first_product.h"
 #include "fold.h"
 #include "gemm.h"
 #include "norms.h"
@@ -40,9 +41,9 @@ unsigned options_of(const Problem& p) {
 template <class In, class Op, class T>
 class Engine {
   using Strip = RowStrip<In, Op, T>;
+  using Product = FirstProduct<In, Op, T>;
   static constexpr bool kNarrow = sizeof(Op) < sizeof(T);  // bf16 products
   static constexpr bool kDirect = std::is_same_v<In, Op>;  // features are operands as they are
-  static constexpr int64_t kChain = 128;                   // terms in one chain of fp32 additions
   static constexpr int64_t kSpins = 1 << 15;               // about half a millisecond
 
  public:
@@ -101,30 +102,22 @@ class Engine {
     }
   }
 
-  // The rows of y in a tile, as an operand of products.
-  struct Operand {
-    const Op* rows;
-    int64_t stride;
-  };
-
-  // Two operands of the first products: our features, or targets.
-  struct Towers {
-    Features y;
-    int64_t width;
-    const Op* transposed;  // those of the strip
-    Op* rows;              // room for those of a tile
-  };
-  Towers ours(const Strip& b) const { return {features_of(p_.y), p_.width, b.transposed, b.tile_rows}; }
-  Towers targets(const Strip& b) const { return {p_.y.target, p_.target_width, b.target_transposed, b.target_rows}; }
+  Product ours(const Strip& b) const {
+    return {p_.brgemm, features_of(p_.y), p_.width, b.transposed, b.lanes, b.tile_rows};
+  }
+  Product of_targets(const Strip& b) const {
+    return {p_.brgemm, p_.y.target, p_.target_width, b.target_transposed, b.lanes, b.target_rows};
+  }
 
   void march(int64_t k) {
     const Strip strip = strips_.open(k);
     for (int64_t j = 0; j < tiles_; j++) {
       const int64_t begin = j * tile_, cols = std::min(tile_, p_.y.rows - begin);
-      const Operand y = tile_operand(ours(strip), begin, cols);
+      const Product product = ours(strip);
+      const Operand<Op> y = product.tile(begin, cols);
       TileColumns columns;
       Tile<T> tile = make_tile(strip, begin, cols, columns);
-      if (!strip.kept || !p_.kept_ready) multiply(strip, ours(strip), cols, y, strip.products, tile.t);
+      if (!strip.kept || !p_.kept_ready) product.multiply(y, cols, strip.products, const_cast<T*>(tile.t));
       if (p_.target_width) multiply_targets(strip, begin, cols);
       transform(tile);
       if (p_.teacher.is_given) transform_by_teacher(teacher_tile(strip, begin, tile, columns));
@@ -140,15 +133,6 @@ class Engine {
   }
 
   const In* y_features(int64_t begin) const { return static_cast<const In*>(p_.y.features) + begin * p_.y.stride; }
-
-  Operand tile_operand(const Towers& of, int64_t begin, int64_t cols) const {
-    const In* const y = static_cast<const In*>(of.y.data) + begin * of.y.stride;
-    const int64_t deep = depth<Op>(of.width);
-    if constexpr (kDirect)
-      if (deep == of.width) return {y, of.y.stride};
-    pack_rows<In, Op>(y, of.y.stride, cols, of.width, of.rows, deep);
-    return {of.rows, deep};
-  }
 
   Tile<T> make_tile(const Strip& b, int64_t begin, int64_t cols, TileColumns& columns) const {
     const Side& y = p_.y;
@@ -198,8 +182,8 @@ class Engine {
   }
 
   void multiply_targets(const Strip& b, int64_t begin, int64_t cols) const {
-    const Towers of = targets(b);
-    multiply(b, of, cols, tile_operand(of, begin, cols), b.target_products, b.target_products);
+    const Product product = of_targets(b);
+    product.multiply(product.tile(begin, cols), cols, b.target_products, b.target_products);
   }
 
   Products<T> target_products(const Strip& b, int64_t begin) const {
@@ -221,34 +205,6 @@ class Engine {
     return tile;
   }
 
-  // t = y_tile x_strip^T, in pieces of D: one fp32 chain of 512 terms has twice the rounding error of four chains of
-  // 128, and at scale 100 an error in t becomes a hundred times as large in the exponential. bf16 rounds more than that
-  // and is faster in one piece.
-  // room: for the products of a whole tile; it may be `out`.
-  void multiply(const Strip& b, const Towers& of, int64_t cols, const Operand& y, T* room, const T* out) const {
-    const bool ragged = !p_.brgemm && cols % kWhole != 0;
-    const int64_t whole = ragged ? round_up(cols, kWhole) : cols, deep = depth<Op>(of.width);
-    const Operand operand = ragged ? padded(of, y, cols, whole) : y;
-    T* const t = ragged ? room : const_cast<T*>(out);
-    for (int64_t d = 0, piece = kNarrow ? deep : kChain; d < deep; d += piece)
-      gemm(p_.brgemm, d > 0, whole, b.lanes, std::min(piece, deep - d), operand.rows + d, operand.stride,
-           of.transposed + d * b.lanes, b.lanes, t, b.lanes);
-    if (t != out) memcpy(const_cast<T*>(out), t, sizeof(T) * cols * b.lanes);
-  }
-
-  // BLAS may sum the last rows of a ragged product in another order (MKL on AMD does, with three rows), and a positive
-  // would no longer tie with its duplicates. Operands are therefore padded with rows of zeros to a multiple of four.
-  static constexpr int64_t kWhole = 4;
-  static Operand padded(const Towers& of, const Operand& y, int64_t cols, int64_t whole) {
-    const int64_t deep = depth<Op>(of.width);
-    for (int64_t c = 0; c < whole; c++)
-      if (c >= cols)
-        std::fill_n(of.rows + c * deep, deep, Op(0));
-      else if (y.rows != of.rows)
-        std::copy_n(y.rows + c * y.stride, deep, of.rows + c * deep);
-    return {of.rows, deep};
-  }
-
   // v_tile += w x_strip. The last strip completes the gradient.
   void add_to_columns(const Strip& b, const Tile<T>& tile, int64_t begin) const {
     const Op* w = nullptr;
@@ -257,7 +213,7 @@ class Engine {
       pack_weights(tile.w, b.lanes, tile.cols, b.factors, b.weights_v);
       w = b.weights_v;
     }
-    Operand x{b.operand, p_.width};
+    Operand<Op> x{b.operand, p_.width};
     if constexpr (kDirect && !kNarrow) x = {b.features, p_.x.stride};
     T* const v = static_cast<T*>(p_.y.accumulator) + begin * p_.width;
     gemm(p_.brgemm, b.k > 0, tile.cols, p_.width, kNarrow ? b.lanes : b.rows, w, b.lanes, x.rows, x.stride, v,
@@ -268,10 +224,10 @@ class Engine {
   }
 
   // u_strip += w^T y_tile
-  void add_to_rows(const Strip& b, const Tile<T>& tile, int64_t begin, const Operand& y_rows) const {
+  void add_to_rows(const Strip& b, const Tile<T>& tile, int64_t begin, const Operand<Op>& y_rows) const {
     const int64_t inner = round_up(tile.cols, kPair<Op>), stride = round_up(tile.cols, kLane);
     pack_weights_transposed(tile.w, b.lanes, tile.cols, tile.col_factor, b.weights_u, stride);
-    Operand y = y_rows;
+    Operand<Op> y = y_rows;
     if constexpr (kNarrow) {
       pack_pairs(y_features(begin), p_.y.stride, tile.cols, inner, p_.width, b.tile_pairs);
       y = {b.tile_pairs, p_.width};

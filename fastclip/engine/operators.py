@@ -122,7 +122,7 @@ SCHEMAS = {
 ENGINES = ("cpu", "cuda", "torch", "triton")
 
 # The engines that take targets.
-TARGETS_IN = ("cpu", "torch")
+TARGETS_IN = ("cpu", "torch", "triton")
 
 _library = torch.library.Library("fastclip", "DEF")
 

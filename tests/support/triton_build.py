@@ -81,12 +81,13 @@ class Case(NamedTuple):
     small: bool = False
     kept: bool = False
     masked: bool = False  # every option of a block
+    targets: str = ""  # "teacher" or "guide"
 
     def __str__(self) -> str:
         words = [self.kind, self.arithmetic, f"D={self.d}"]
         flags = ("one_go", "small", "kept", "masked")
         words += ["factors" if self.normalize else "unit", *(f for f in flags if getattr(self, f))]
-        return " ".join(words)
+        return " ".join([*words, *filter(None, [self.targets])])
 
 
 def cases() -> Iterator[Case]:
@@ -98,6 +99,10 @@ def cases() -> Iterator[Case]:
             yield Case(kind, "bf16", 768, True, kept=True)
         yield Case(kind, "bf16", 768, True, one_go=kind_of(kind).is_linear, small=True)
         yield Case(kind, "bf16", 768, True, masked=True)
+    for arithmetic in DTYPES:
+        yield Case("softmax", arithmetic, 768, True, targets="teacher")
+    yield Case("sigmoid", "bf16", 768, True, masked=True, targets="teacher")
+    yield Case("softmax", "bf16", 768, True, masked=True, targets="guide")
     yield Case("softmax", "fp16", 768, True, kept=True)
     yield Case("sigmoid", "bf16", 768, one_go=True)
     yield Case("softmax", "bf16", 24)
@@ -113,7 +118,7 @@ FEW = (Case("softmax", "bf16", 768, True), Case("sigmoid", "bf16", 768, True, on
 
 def run(case: Case) -> None:
     """Takes the engine through one step. Its results are garbage."""
-    kind, arithmetic, d, normalize, one_go, small, kept, masked = case
+    kind, arithmetic, d, normalize, one_go, small, kept, masked, targets = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if arithmetic == "tf32" else "ieee"
     settings.fp32 = lambda: "split" if arithmetic == "split" else "ieee"
     plan.SMALL_PAIRS = 1 << 23 if small else 0
@@ -121,11 +126,13 @@ def run(case: Case) -> None:
     x, y = torch.zeros(2, n, d, dtype=DTYPES[arithmetic]).unbind()
     factor, ids = torch.ones(n) if normalize else None, torch.zeros(n, dtype=torch.int32)
     options = (ids, torch.ones(n)) if masked else (None, None)
+    if targets:
+        options = (*options, x, factor)
     scale, bias, gain = torch.ones(()), torch.zeros(()), torch.ones((), dtype=torch.float64)
     block = Block(
         Side(x, factor, *options), Side(y, factor, *options), scale, bias,
-        torch.zeros(n) if masked else None, kind=kind,
-        same_id_positive=masked and not kind_of(kind).has_levels,
+        torch.zeros(n) if masked else None, scale if targets == "teacher" else None, kind=kind,
+        same_id_positive=masked and not kind_of(kind).has_levels, guided=targets == "guide",
     )  # fmt: skip
     if one_go:
         engine.sweep_and_weigh(block, gain, True, True, normalize)
@@ -135,7 +142,8 @@ def run(case: Case) -> None:
     state, positive, _ = statistics
     if levels is None:
         engine.finish(state[:2], positive, scale, bias, kind)
-    coefficients = state[1::2] if block.same_id_positive else state[1]
+    sums = state[: len(state) // 2 * 2][1::2]
+    coefficients = sums if len(sums) > 1 else sums[0]
     wanted = Wanted(True, True, masked, normalize, x.dtype, x.dtype)
     engine.weigh(block, statistics, Upstream(coefficients, positive, gain), wanted)
 

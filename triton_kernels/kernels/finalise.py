@@ -128,23 +128,25 @@ def moments_kernel(
 
 
 @triton.jit
-def _merge(shift, total, other_shift, other):
-    """Merges two states, each a sum relative to its shift; a state without terms has shift -inf."""
+def _merge(shift, other_shift):
+    """Returns the shift of two merged states and the factors of their sums; a state without terms
+    has shift -inf."""
     top = tl.maximum(shift, other_shift)
     mine = tl.where(shift == float("-inf"), 1.0, power_of_two(shift - top))
     theirs = tl.where(other_shift == float("-inf"), 1.0, power_of_two(other_shift - top))
-    return top, total * mine + other * theirs
+    return top, mine, theirs
 
 
 @triton.jit(do_not_specialize=SIZES)
 def maxima_sums_kernel(
     PARTIAL, STATE, FLAG, KEPT_SHIFT, M, N, tiles_m, tiles_n, row_start, column_start,
-    rows_total, columns_total, fresh_rows, fresh_columns, is_last, LINES: tl.constexpr,
-    PARTIALS: tl.constexpr,
+    rows_total, columns_total, fresh_rows, fresh_columns, is_last, TAUGHT: tl.constexpr,
+    LINES: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """Adds up partial sums that have shifts of their own. The shifts lie in the first layer, the
-    sums in the second. With a FLAG this writes only if the flag is set; it then also invalidates
-    the kept weights, which are relative to the one shift."""
+    sums in the second, and with TAUGHT second sums in the third. With a FLAG this writes only if
+    the flag is set; it then also invalidates the kept weights, which are relative to the one
+    shift."""
     if is_set(FLAG, True) == 0:
         return
     if KEPT_SHIFT is not None:
@@ -152,7 +154,8 @@ def maxima_sums_kernel(
     is_row, line, base, out, length, count = lines_of_program(
         M, N, tiles_m, tiles_n, row_start, column_start, rows_total, LINES
     )
-    SUMS = PARTIAL + tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
+    layer = tiles_n.to(tl.int64) * M + tiles_m.to(tl.int64) * N
+    SUMS = PARTIAL + layer
     index = tl.arange(0, PARTIALS)
     mask = line < length
     lines = rows_total + columns_total
@@ -161,6 +164,8 @@ def maxima_sums_kernel(
     total = tl.load(STATE + lines + out, mask=mask & (fresh == 0), other=0.0)
     shift = tl.load(STATE + out, mask=mask & (fresh == 0), other=0.0)
     shift = tl.where(total == 0, float("-inf"), shift)
+    if TAUGHT:
+        second = tl.load(STATE + 2 * lines + out, mask=mask & (fresh == 0), other=0.0)
     for p in range(0, count, PARTIALS):
         at = base + (p + index).to(tl.int64)[:, None] * length + line[None, :]
         within = (p + index < count)[:, None] & mask[None, :]
@@ -169,11 +174,17 @@ def maxima_sums_kernel(
         top = tl.max(shifts, 0)
         weight = power_of_two(shifts - top[None, :])
         weight = tl.where(shifts == float("-inf"), 1.0, weight)
-        shift, total = _merge(shift, total, top, tl.sum(sums * weight, 0))
+        shift, mine, theirs = _merge(shift, top)
+        total = total * mine + tl.sum(sums * weight, 0) * theirs
+        if TAUGHT:
+            sums = tl.load(SUMS + layer + at, mask=within, other=0.0).to(tl.float64)
+            second = second * mine + tl.sum(sums * weight, 0) * theirs
     absent = shift == float("-inf")
     if is_row | (is_last != 0):
         sound = absent | ((total >= LEAST_RELATIVE) & (total <= LARGEST))
         total = tl.where(sound, total, float("nan"))
+    if TAUGHT:
+        tl.store(STATE + 2 * lines + out, second, mask=mask)
     tl.store(STATE + lines + out, total, mask=mask)
     tl.store(STATE + out, tl.where(absent, 0.0, shift), mask=mask)
 

@@ -28,6 +28,18 @@ def load_lines(VALUES, i, M, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def row_values(VALUES, i, M, PLAIN: tl.constexpr):
+    """Loads a column of one fp32 number for each row."""
+    return load_lines(VALUES, i, M, PLAIN).to(tl.float32)[:, None]
+
+
+@triton.jit
+def column_values(VALUES, j, N, PLAIN: tl.constexpr):
+    """Loads a row of one fp32 number for each column."""
+    return load_lines(VALUES, j, N, PLAIN).to(tl.float32)[None, :]
+
+
+@triton.jit
 def normalised(t, LOGITS, i, j, M, N, PLAIN: tl.constexpr):
     """Returns t times the factors of its rows i and columns j, if there are any."""
     if LOGITS[FACTOR_X] is not None:

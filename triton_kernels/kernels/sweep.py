@@ -14,8 +14,11 @@ that kernel.
 Both write partials, one number for each line of each tile: rows first, (tiles_n, M), then columns,
 (tiles_m, N). `finalise.py` adds them up in a fixed order. Positives by id have layers of partials
 of their own, computed like those of the negatives. SAME_ID is 0 if there are none, else the sign
-that their logits are folded with. `sweep_apart_kernel` does not apply the sign: no kind with a
-shift negates its positives, and a kind with levels has none.
+that their logits are folded with.
+
+A block with targets has the products of these beside its own, and takes `sweep_apart_kernel` alone,
+in a kind without a shift, too: its lines then have the number 0. A teacher, who weighs all pairs by
+a softmax of its own, has three layers of partials at the end.
 
 The kernels have more than fifteen run-time parameters, since every launch takes the description of
 a whole block of logits.
@@ -24,9 +27,11 @@ a whole block of logits.
 import triton
 import triton.language as tl
 
+from ..kinds import softmax_fold
 from .flags import is_set
 from .logits import (
     IDS_X,
+    SCALE,
     THRESHOLD_X,
     affine,
     count_for_columns,
@@ -37,6 +42,7 @@ from .logits import (
     positives,
     relative,
 )
+from .targets import all_pairs, target_products
 from .tile import (
     described_product,
     edge_position,
@@ -226,14 +232,19 @@ def _usable(shift):
 
 @triton.jit
 def _store_apart(
-    PARTIAL, by_row, by_column, t, k, LOGITS, LEVEL_X, LEVEL_Y, pid_m, pid_n, M, N,
-    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTIAL, by_row, by_column, t, k, LOGITS, LEVEL_X, LEVEL_Y, WEIGHED, pid_m, pid_n, M, N,
+    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SHIFTED: tl.constexpr, NEGATED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Stores two layers of partials of a tile, one for each number of a state: shifts, and sums
-    over the pairs that count; or numbers of pairs above the lines' levels, and sums over these."""
+    """Stores two layers of partials of a tile, one for each number of a state: shifts, 0 unless
+    SHIFTED, and sums over the pairs that count; or numbers of pairs above the lines' levels, and
+    sums over these. With WEIGHED it stores a third, the sums of terms times WEIGHED."""
     row = pid_m * BM
     i, j = row + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
-    if LEVEL_X is None:
+    if LEVEL_X is None and not SHIFTED:
+        first_x, first_y = tl.zeros((BM,), tl.float32), tl.zeros((BN,), tl.float32)
+        own = first_x
+    elif LEVEL_X is None:
         x = relative(t, k, 0.0, LOGITS, j, N, False)
         first_x = _shift_of_lines(tl.where(by_row, x, float("-inf")), 1)
         first_y = _shift_of_lines(tl.where(by_column, x, float("-inf")), 0)
@@ -243,14 +254,22 @@ def _store_apart(
     # The masks apply after the exponential: the logit of a pair that does not count may exceed the
     # shift by any amount, and its exponential may be infinite.
     x = relative(t, k, own[:, None], LOGITS, j, N, False)
-    rows = tl.sum(tl.where(by_row, FOLD(x), 0.0), 1)
+    if NEGATED:
+        x = -x
+    term = tl.where(by_row, FOLD(x), 0.0)
+    rows = tl.sum(term, 1)
+    if WEIGHED is not None:
+        rows_weighed = tl.sum(term * WEIGHED, 1)
     if LEVEL_X is None:
         own = _usable(first_y)
     else:
         first_x = tl.sum(tl.where(by_row, ACTIVATION(x), 0.0), 1)
         own = load_lines(LEVEL_Y, j, N, False).to(tl.float32)
     x = relative(t, k, own[None, :], LOGITS, j, N, False)
-    columns = tl.sum(tl.where(by_column, FOLD(x), 0.0), 0)
+    if NEGATED:
+        x = -x
+    term = tl.where(by_column, FOLD(x), 0.0)
+    columns = tl.sum(term, 0)
     if LEVEL_X is not None:
         first_y = tl.sum(tl.where(by_column, ACTIVATION(x), 0.0), 0)
     SUMS = PARTIAL + partials(M, N, BM, BN)
@@ -259,6 +278,10 @@ def _store_apart(
     at = columns_of(pid_m, M, N, BN)
     store_columns(SUMS + at, columns, j, N, False)
     store_columns(PARTIAL + at, first_y, j, N, False)
+    if WEIGHED is not None:
+        THIRD = SUMS + partials(M, N, BM, BN)
+        store_rows(THIRD, rows_weighed, pid_n, row, M, BM, False)
+        store_columns(THIRD + at, tl.sum(term * WEIGHED, 0), j, N, False)
 
 
 @triton.jit(
@@ -266,13 +289,14 @@ def _store_apart(
     do_not_specialize_on_alignment=["LEVEL_X", "LEVEL_Y"],
 )
 def sweep_apart_kernel(
-    X, Y, LOGITS, FLAG, LEVEL_X, LEVEL_Y, POSITIVE, PARTIAL, M, N, D, stride_x, stride_y, offset,
-    FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    X, Y, LOGITS, FLAG, LEVEL_X, LEVEL_Y, TARGETS, TARGET_LOGITS, POSITIVE, PARTIAL, M, N, D,
+    stride_x, stride_y, offset, FOLD: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
+    SHIFTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    TARGET_EVEN: tl.constexpr, TARGET_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Stores the partials of states whose lines have numbers of their own: levels, if given, else
-    shifts. Also stores the positives if POSITIVE is given.
+    shifts. Also stores the positives if POSITIVE is given, and the partials of a teacher.
 
     With a FLAG there are fewer programs than tiles: as a rule they return at once.
     """
@@ -290,16 +314,32 @@ def sweep_apart_kernel(
         if POSITIVE is not None:
             store_positives(POSITIVE, t, row, column, M, N, offset, BM, BN)
         k = affine(LOGITS)
+        compared = t
+        if TARGETS is not None:
+            target = target_products(
+                TARGETS, TARGET_LOGITS, row, column, M, N, BM, BN, BK, TARGET_EVEN, PRECISION,
+                TARGET_UNIT,
+            )  # fmt: skip
+            if TARGET_LOGITS[SCALE] is None:
+                compared = target
         is_negative = negatives(LOGITS, i, j, M, N, offset, False)
-        by_row = count_for_rows(is_negative, t, LOGITS, i, M, False)
-        by_column = count_for_columns(is_negative, t, LOGITS, j, N, False)
+        by_row = count_for_rows(is_negative, compared, LOGITS, i, M, False)
+        by_column = count_for_columns(is_negative, compared, LOGITS, j, N, False)
         _store_apart(
-            PARTIAL, by_row, by_column, t, k, LOGITS, LEVEL_X, LEVEL_Y, pid_m, pid_n, M, N, FOLD,
-            ACTIVATION, BM, BN,
+            PARTIAL, by_row, by_column, t, k, LOGITS, LEVEL_X, LEVEL_Y, None, pid_m, pid_n, M, N,
+            FOLD, ACTIVATION, SHIFTED, False, BM, BN,
         )  # fmt: skip
         if SAME_ID != 0:
             same = positives(LOGITS, i, j, M, N, offset, False)
             _store_apart(
-                PARTIAL + 2 * partials(M, N, BM, BN), same, same, t, k, LOGITS, None, None, pid_m,
-                pid_n, M, N, FOLD, ACTIVATION, BM, BN,
+                PARTIAL + 2 * partials(M, N, BM, BN), same, same, t, k, LOGITS, None, None, None,
+                pid_m, pid_n, M, N, FOLD, ACTIVATION, SHIFTED, SAME_ID == -1, BM, BN,
+            )  # fmt: skip
+        if TARGETS is not None and TARGET_LOGITS[SCALE] is not None:
+            FIRST: tl.constexpr = 2 if SAME_ID == 0 else 4
+            every = all_pairs(i, j, M, N)
+            _store_apart(
+                PARTIAL + FIRST * partials(M, N, BM, BN), every, every, target,
+                affine(TARGET_LOGITS), TARGET_LOGITS, None, None, t, pid_m, pid_n, M, N,
+                softmax_fold, softmax_fold, True, False, BM, BN,
             )  # fmt: skip

@@ -10,13 +10,13 @@ too small for factors: there the products take normalised copies. fp16 needs ENL
 weights are at most 2, and it would lose those below 6e-8 and blur those below 6e-5.
 
 `weigh_kernel` takes the plain tiles and `weigh_edges_kernel` all others, both with one shift or
-none; `weigh_apart_kernel` takes any tile, with a shift, or a level, for each line;
+none; `weigh_apart_kernel` takes any tile, with a shift, or a level, for each line, and targets;
 `weigh_kept_kernel` reads weights that the first sweep kept. Several are launched for a chunk, and
 two flags of the device decide which one works: all shifts are equal; the kept weights are valid.
 
 Kernels take the shifts and coefficients of rows and of columns for negatives and, with the suffix
-_SAME, for positives by id. Each is None if the block has none. SAME_ID means the same as in the
-first sweep; `weigh_apart_kernel` does not apply its sign, like `sweep_apart_kernel`.
+_SAME, for positives by id, with _TAUGHT, for a teacher, whose weights of all pairs are added. Each
+is None if the block has none. SAME_ID means the same as in the first sweep.
 
 The kernels have more than fifteen run-time parameters, since they take the description of a block
 of logits and the states of its lines.
@@ -25,22 +25,26 @@ of logits and the states of its lines.
 import triton
 import triton.language as tl
 
+from ..kinds import softmax_fold
 from .bf16_parts import parts_of
 from .flags import is_set
 from .logits import (
     IDS_X,
+    SCALE,
     THRESHOLD_X,
     affine,
+    column_values,
     count_for_columns,
     count_for_rows,
-    load_lines,
     negatives,
     normalised,
     positives,
     relative,
+    row_values,
     without_own_positives,
 )
 from .sweep import columns_of, store_columns, store_rows
+from .targets import all_pairs, target_products
 from .tile import (
     described_product,
     edge_position,
@@ -52,16 +56,6 @@ from .tile import (
     store_positives,
     store_tile,
 )
-
-
-@triton.jit
-def _rows(VALUES, i, M, PLAIN: tl.constexpr):
-    return load_lines(VALUES, i, M, PLAIN).to(tl.float32)[:, None]
-
-
-@triton.jit
-def _columns(VALUES, j, N, PLAIN: tl.constexpr):
-    return load_lines(VALUES, j, N, PLAIN).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -114,18 +108,20 @@ def _weigh_slice(t, column, arguments, BM: tl.constexpr, BN: tl.constexpr):
     w = ACTIVATION(x)
     if LOGITS[THRESHOLD_X] is not None:
         is_negative = negatives(LOGITS, i, j, M, N, offset, PLAIN)
-        a, b = _rows(COEFFICIENTS[0], i, M, PLAIN), _columns(COEFFICIENTS[1], j, N, PLAIN)
+        a, b = row_values(COEFFICIENTS[0], i, M, PLAIN), column_values(COEFFICIENTS[1], j, N, PLAIN)
         by_column = tl.where(count_for_columns(is_negative, t, LOGITS, j, N, PLAIN), w * b, 0.0)
         w = tl.where(count_for_rows(is_negative, t, LOGITS, i, M, PLAIN), w * a, 0.0) + by_column
     else:
         if COEFFICIENTS[0] is not None:
-            w *= _rows(COEFFICIENTS[0], i, M, PLAIN) + _columns(COEFFICIENTS[1], j, N, PLAIN)
+            w *= row_values(COEFFICIENTS[0], i, M, PLAIN) + column_values(
+                COEFFICIENTS[1], j, N, PLAIN
+            )
         if not PLAIN or LOGITS[IDS_X] is not None:
             is_negative = negatives(LOGITS, i, j, M, N, offset, PLAIN)
             w = tl.where(is_negative, w, 0.0)
     if SAME_ID != 0:
         same = positives(LOGITS, i, j, M, N, offset, PLAIN)
-        a, b = _rows(COEFFICIENTS[2], i, M, PLAIN), _columns(COEFFICIENTS[3], j, N, PLAIN)
+        a, b = row_values(COEFFICIENTS[2], i, M, PLAIN), column_values(COEFFICIENTS[3], j, N, PLAIN)
         w += tl.where(same, SAME_ID * ACTIVATION(x * SAME_ID) * (a + b), 0.0)
     # w * t is 0 for pairs of weight 0: their t is finite if the features are.
     # A sum by rows first, in a sliced layout, would make the compiler for sm_100 abort.
@@ -192,12 +188,8 @@ def _weigh_tile(
 # Coefficients of columns begin at M + column, so their alignment depends on the batch, and kernels
 # must not be specialised on it. They stay out of tuples, whose members are always specialised.
 UNALIGNED = ["A", "B", "A_SAME", "B_SAME"]
-SHIFTS = [
-    "SHIFT_X",
-    "SHIFT_Y",
-    "SHIFT_X_SAME",
-    "SHIFT_Y_SAME",
-]
+APART = [*UNALIGNED, "A_TAUGHT", "B_TAUGHT", "SHIFT_X", "SHIFT_Y", "SHIFT_X_SAME", "SHIFT_Y_SAME"]
+APART += ["SHIFT_X_TAUGHT", "SHIFT_Y_TAUGHT"]
 
 
 @triton.jit(
@@ -265,25 +257,31 @@ def weigh_edges_kernel(
 
 @triton.jit
 def _apart(
-    t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr
+    t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr,
+    NEGATED: tl.constexpr,
 ):  # fmt: skip
     """Returns the terms of rows and of columns in the weights, each with the shift of its line."""
-    x = relative(t, k, _rows(SHIFT_X, i, M, False), LOGITS, j, N, False)
-    by_row = ACTIVATION(x) * _rows(A, i, M, False)
-    x = relative(t, k, _columns(SHIFT_Y, j, N, False), LOGITS, j, N, False)
-    return by_row, ACTIVATION(x) * _columns(B, j, N, False)
+    x = relative(t, k, row_values(SHIFT_X, i, M, False), LOGITS, j, N, False)
+    if NEGATED:
+        x = -x
+    by_row = ACTIVATION(x) * row_values(A, i, M, False)
+    x = relative(t, k, column_values(SHIFT_Y, j, N, False), LOGITS, j, N, False)
+    if NEGATED:
+        x = -x
+    return by_row, ACTIVATION(x) * column_values(B, j, N, False)
 
 
 @triton.jit(
     do_not_specialize=["M", "N", "offset"],
-    do_not_specialize_on_alignment=[*UNALIGNED, *SHIFTS],
+    do_not_specialize_on_alignment=APART,
 )
 def weigh_apart_kernel(
-    X, Y, LOGITS, SHIFT_X, SHIFT_Y, SHIFT_X_SAME, SHIFT_Y_SAME, UNLESS, A, B,
-    A_SAME, B_SAME, W, TOTALS, SUMS, M, N, D, stride_x, stride_y, stride_w, offset,
-    SPREAD: tl.constexpr, ENLARGED: tl.constexpr, ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    X, Y, LOGITS, SHIFT_X, SHIFT_Y, SHIFT_X_SAME, SHIFT_Y_SAME, SHIFT_X_TAUGHT, SHIFT_Y_TAUGHT,
+    UNLESS, A, B, A_SAME, B_SAME, A_TAUGHT, B_TAUGHT, TARGETS, TARGET_LOGITS, W, TOTALS, SUMS, M, N,
+    D, stride_x, stride_y, stride_w, offset, SPREAD: tl.constexpr, ENLARGED: tl.constexpr,
+    ACTIVATION: tl.constexpr, SAME_ID: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, TARGET_EVEN: tl.constexpr, TARGET_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Weighs any tile with a number for each line, which takes two activations a pair. Returns at
     once if UNLESS is set."""
@@ -299,23 +297,44 @@ def weigh_apart_kernel(
             X, Y, row, column, M, N, D, stride_x, stride_y, False, BM, BN, BK, EVEN, PRECISION, UNIT
         )
         t = normalised(t, LOGITS, i, j, M, N, False)
-        by_row, by_column = _apart(t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION)
+        compared = t
+        if TARGETS is not None:
+            target = target_products(
+                TARGETS, TARGET_LOGITS, row, column, M, N, BM, BN, BK, TARGET_EVEN, PRECISION,
+                TARGET_UNIT,
+            )  # fmt: skip
+            if TARGET_LOGITS[SCALE] is None:
+                compared = target
+        by_row, by_column = _apart(
+            t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION, False
+        )
         is_negative = negatives(LOGITS, i, j, M, N, offset, False)
         if LOGITS[THRESHOLD_X] is None:
             w = tl.where(is_negative, by_row + by_column, 0.0)
         else:
             # The two terms have masks of their own: the logit of a pair that does not count for a
             # line may exceed that line's shift by any amount.
-            w = tl.where(count_for_rows(is_negative, t, LOGITS, i, M, False), by_row, 0.0)
-            w += tl.where(count_for_columns(is_negative, t, LOGITS, j, N, False), by_column, 0.0)
+            of_rows = count_for_rows(is_negative, compared, LOGITS, i, M, False)
+            of_columns = count_for_columns(is_negative, compared, LOGITS, j, N, False)
+            w = tl.where(of_rows, by_row, 0.0) + tl.where(of_columns, by_column, 0.0)
         if SAME_ID != 0:
             by_row, by_column = _apart(
-                t, k, LOGITS, SHIFT_X_SAME, SHIFT_Y_SAME, A_SAME, B_SAME, i, j, M, N,
-                ACTIVATION,
+                t, k, LOGITS, SHIFT_X_SAME, SHIFT_Y_SAME, A_SAME, B_SAME, i, j, M, N, ACTIVATION,
+                SAME_ID == -1,
             )  # fmt: skip
             same = positives(LOGITS, i, j, M, N, offset, False)
-            w += tl.where(same, by_row + by_column, 0.0)
+            if SAME_ID == -1:
+                w -= tl.where(same, by_row + by_column, 0.0)
+            else:
+                w += tl.where(same, by_row + by_column, 0.0)
         here = without_own_positives(i, j, M, N, offset, False)
+        if A_TAUGHT is not None:
+            by_row, by_column = _apart(
+                target, affine(TARGET_LOGITS), TARGET_LOGITS, SHIFT_X_TAUGHT, SHIFT_Y_TAUGHT,
+                A_TAUGHT, B_TAUGHT, i, j, M, N, softmax_fold, False,
+            )  # fmt: skip
+            here = all_pairs(i, j, M, N)
+            w += tl.where(here, by_row + by_column, 0.0)
         sum_w, sum_wt = tl.sum(w), tl.sum(w * tl.where(here, t, 0.0))
         _store_totals(TOTALS, sum_w, sum_wt, pid_m, pid_n, M, N, BM, BN)
         if SUMS is not None:
@@ -325,26 +344,3 @@ def weigh_apart_kernel(
                 W, w, LOGITS, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED,
                 PRECISION, BM, BN,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["M", "N"], do_not_specialize_on_alignment=UNALIGNED)
-def weigh_kept_kernel(
-    KEPT, FACTORS, VALID, A, B, W, M, N, stride_kept, stride_w, SPREAD: tl.constexpr,
-    ENLARGED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Multiplies the weights that the first sweep has kept by (a_i + b_j) and stores them. Their
-    sums come from the moments that were kept with them. Returns at once unless VALID is set."""
-    if is_set(VALID, True) == 0:
-        return
-    tiles_n = tl.cdiv(N, BN)
-    pid_m = tl.program_id(0) // tiles_n
-    row, column = pid_m * BM, (tl.program_id(0) - pid_m * tiles_n) * BN
-    i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
-    mask = (i < M)[:, None] & (j // 8 < tl.cdiv(N, 8))[None, :]
-    w = tl.load(KEPT + i.to(tl.int64)[:, None] * stride_kept + j[None, :], mask=mask, other=0.0)
-    a, b = _rows(A, i, M, False), _columns(B, j, N, False)
-    w = w.to(tl.float32) * (a + b)
-    store_weights(
-        W, w, FACTORS, row, column, M, N, stride_w, False, False, SPREAD, ENLARGED, PRECISION, BM,
-        BN,
-    )  # fmt: skip
