@@ -93,8 +93,8 @@ def contrast(
         targets: (x' (M, D'), y' (N, D'), scale'), the features of a teacher, for distillation: the
             expectation of each line's logits under the softmax of `scale' * x' @ y'.T` is also
             returned. It is over all pairs of the line, own positives and those that ids or a margin
-            leave out included. The teacher gets no gradients. The CPU engine and the plain PyTorch
-            engine have targets and guides; on GPUs the latter serves them.
+            leave out included. The teacher gets no gradients. All engines but the CUDA C++ one have
+            targets and guides.
         guide: (x' (M, D'), y' (N, D')), or x' alone if y is None: the margin and the limits are
             compared with the similarities of these features (GISTEmbed, arXiv 2402.16829).
         limits: (M), floating point, in place of the margin: a row leaves out negatives whose

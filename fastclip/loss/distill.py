@@ -45,8 +45,7 @@ def distill_loss(
         weights: (M), floating point: multiplies the lines' losses; the mean divides by its sum.
         normalize: divide rows of all four by max(norm, 1e-12) first.
         reduction, memory_budget: as in `clip_loss`.
-        backend: as in `clip_loss`. The CPU engine and the plain PyTorch engine have targets; on
-            GPUs the latter serves them.
+        backend: as in `clip_loss`; all engines but the CUDA C++ one have targets.
 
     Returns, Raises: as `info_nce`.
     """
