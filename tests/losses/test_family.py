@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from support.family import CASES, Case, call, evaluate, given_options, of_batch, tensors
+from support.gpu_engine_case import prepare
 from support.judge import PRECISIONS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -54,14 +55,16 @@ def test_every_shape_and_reduction(name: str, engine: str, device: torch.device)
     case = CASES[name]
     options = itertools.product((1, 2, 3, 31), ("mean", "sum", "none"), (False, True))
     for n, reduction, normalize in options:
-        if n == 1 and case.option("decoupled"):
-            continue  # without negatives its loss is -inf
         given = of_batch(case, "random", n, D, 3.0)
         found = []
         for module, backend in ((loss, engine), (reference, None)):
             t = tensors(case, given, FLOAT64, device)
             value = call(case, module, t, reduction=reduction, normalize=normalize, backend=backend)
             assert value.shape == ((n,) if reduction == "none" else ())
+            if case.option("decoupled") and not value.isfinite().all():
+                # The dense gradient of a line without negatives is NaN.
+                found.append([value.detach()])
+                continue
             found.append([value.detach(), *gradients(case, t, value)])
         assert_same(*found, f"{n=}, {reduction}, {normalize=}")
 
@@ -156,11 +159,8 @@ def test_scales_and_weights_of_any_dtype(name: str, engine: str, device: torch.d
             assert error < 2e-5 + rough, f"{key}, {dtype}: {error:.1e}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["smoothing", "hardness", "labels", "positives by id", "supcon", "nt_xent", "ranking",
-     "hardest", "distill", "clip, ids", "siglip, positives"],
-)  # fmt: skip
+# The Python compiler alone: engines' own graphs are compiled in `tests/contrast`.
+@pytest.mark.parametrize("name", ["hardness", "supcon", "nt_xent", "ranking"])
 def test_one_graph_serves_all_batch_sizes(name: str, device: torch.device) -> None:
     case = CASES[name]
     torch._dynamo.reset()
@@ -168,10 +168,10 @@ def test_one_graph_serves_all_batch_sizes(name: str, device: torch.device) -> No
     def function(t: dict[str, Tensor]) -> Tensor:
         return call(case, loss, t)
 
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
     graphs = []
-    for n in (7, 12, 29):
+    for n in (7, 12):
         t = inputs_of(case, n, device)
         ours, eager = (
             [value.detach(), *gradients(case, t, value)]
@@ -183,7 +183,7 @@ def test_one_graph_serves_all_batch_sizes(name: str, device: torch.device) -> No
     assert graphs[-1] == graphs[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if not case.has_ties])
 def test_functional_gradients(name: str, engine: str, device: torch.device) -> None:
     case = CASES[name]
     t = inputs_of(case, 9, device)
@@ -240,8 +240,8 @@ def test_cached_step(name: str, device: torch.device) -> None:
     assert_same([p.grad for p in model.parameters()], list(exact), "cached step")
 
 
-N = 3072
-MATRIX = 4 * N * N  # bytes, in float32: 36 MiB
+N = 2048
+MATRIX = 4 * N * N  # bytes, in float32: 16 MiB
 MEMORY = [
     "both ways", "margin", "smoothing", "hardness", "labels", "false negatives", "positives by id",
     "supcon", "nt_xent", "ranking", "hardest", "distill", "clip, ids", "siglip, positives",
@@ -261,7 +261,7 @@ def allocated(case: Case, device: torch.device, backend: str) -> tuple[int, int]
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch_engine, "CHUNK", 1 << 18)
+    monkeypatch.setattr(torch_engine, "CHUNK", 1 << 16)
     yield
 
 
@@ -280,13 +280,14 @@ def test_the_profiler_catches_the_dense_twin(device: torch.device) -> None:
     assert largest >= MATRIX
 
 
-def test_engines_for_gpus(gpu_engine: str, device: torch.device) -> None:
-    """Interpreted or emulated without a GPU, on one case of each loss that they serve."""
+def test_triton(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted without a GPU, on one case of each loss that it serves."""
+    prepare("triton", device, monkeypatch)
     for name in ("both ways", "positives by id", "supcon", "nt_xent", "siglip, positives"):
         case = CASES[name]
         given = of_batch(case, "random", 9, D, 3.0)
         ours = evaluate(
-            case, loss, given, PRECISIONS["float32"], device, backend=gpu_engine, normalize=True
+            case, loss, given, PRECISIONS["float32"], device, backend="triton", normalize=True
         )
         exact = evaluate(case, reference, given, FLOAT64, device, normalize=True)
         for quantity, right in exact.items():

@@ -285,8 +285,7 @@ def test_false_negatives_are_those_of_gist(
     leaves: list[Tensor], engine: str, margin: float
 ) -> None:
     """With a margin of 0 every negative that is closer than the positive is left out."""
-    x, y, scale = leaves
-    t = (x @ y.T).detach()
+    t = (leaves[0] @ leaves[1].T).detach()
     out = (t > t.diagonal()[:, None] + margin) & off_diagonal(t)
     theirs = cross_entropy(logits_of(*leaves).masked_fill(out, -math.inf))
     ours = info_nce(*leaves, false_negative_margin=margin, backend=engine)
