@@ -38,8 +38,8 @@ def _own_batch(x: Tensor, y: Tensor, ids: tuple[Tensor, Tensor] | None, needs_x:
 class World(NamedTuple):
     """What a formula needs beside its inputs.
 
-    contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend and the
-        ranks' options already given.
+    contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend and
+        the ranks' options already given.
     memory_budget: of the whole loss.
     guarded: calls a check of arguments; if it raises, all ranks raise.
     total: sums a tensor over ranks, without a gradient.

@@ -160,7 +160,9 @@ def test_distillation(leaves: list[Tensor], engine: str) -> None:
     for module in (Dense(normalize=True), Dense(reduction="sum")):
         with pytest.raises(ValueError, match="must be absent for a dense DistillClipLoss"):
             module(x, y, scale, *teacher)
-    with pytest.raises(ValueError, match=r"label_smoothing must be 0 for DistillClipLoss, got 0\.1"):
+    with pytest.raises(
+        ValueError, match=r"label_smoothing must be 0 for DistillClipLoss, got 0\.1"
+    ):
         DistillClipLoss(label_smoothing=0.1)(x, y, scale, *teacher)
 
 
