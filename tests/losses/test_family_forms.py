@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip import contrast, reference
+from fastclip.engine import torch_engine
 from fastclip.loss import (
     clip_loss,
     distill_loss,
@@ -215,10 +216,12 @@ def test_frozen_word_vectors_are_devises(leaves: list[Tensor], engine: str) -> N
     assert_equal(ranking_loss(x, y, **options), theirs, leaves[:1])
 
 
+@pytest.mark.parametrize("chunk", [4, 1 << 21])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_first_of_equal_hardest_negatives_is_taken(
-    engine: str, symmetric: bool, device: torch.device
+    engine: str, symmetric: bool, chunk: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch_engine, "CHUNK", chunk)
     x = torch.eye(4, 4, dtype=torch.float64, device=device).requires_grad_()
     y = torch.ones(4, 4, dtype=torch.float64, device=device).requires_grad_()
     loss = ranking_loss(
