@@ -12,6 +12,7 @@ from ..engine.compile_marks import no_compile
 from ..formulas.info_nce import InfoNCE, clip
 from ..formulas.siglip import siglip
 from ..formulas.world import Reduction, takes_lines
+from .agreement import announce_failure
 from .calls import LossCall, begin_loss
 from .compiled.call import takes_loss, traced_loss
 from .gradient_mode import GradientMode
@@ -95,7 +96,7 @@ def clip_loss(
         RuntimeError: a rank has died; raised within the group's timeout, by gloo or NCCL.
     """
     options = {"ids": ids, "same_id": same_id, "label_smoothing": label_smoothing}
-    if reduction != "mean" or takes_lines(live, ids, label_smoothing, weights):
+    if reduction != "mean" or _takes_lines(process_group, live, ids, label_smoothing, weights):
         loss = described("clip_loss", **options, weights=weights, reduction=reduction)
         world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
         return clip(
@@ -138,7 +139,7 @@ def siglip_loss(
     held are the same, and `4 B D` more if the forward makes the gradients (gathered texts, float32
     or on GPUs): the backward scales them into a second tensor.
     """
-    if reduction != "mean" or takes_lines(live, ids, 0, weights):
+    if reduction != "mean" or _takes_lines(process_group, live, ids, 0, weights):
         loss = described(
             "siglip_loss", ids=ids, same_id=same_id, weights=weights, reduction=reduction
         )
@@ -151,6 +152,14 @@ def siglip_loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
         GradientMode(ring=ring), uneven, normalize, backend, memory_budget, live,
     )  # fmt: skip
+
+
+def _takes_lines(process_group: dist.ProcessGroup | None, *options: Any) -> bool:
+    try:
+        return takes_lines(*options)
+    except ValueError:
+        announce_failure(process_group)
+        raise
 
 
 def distributed_loss(

@@ -73,11 +73,13 @@ def dense_contrast(
     levels: list[Tensor | None] = [None, None]
     if found.has_levels:
         # A line without an own positive has an infinite level.
-        exists = own.any(0) if labels is None else torch.zeros(n, dtype=torch.bool, device=x.device)
-        of_own = torch.where(own, logits, 0)
+        there = own & (logits > -torch.inf)
+        exists = there.any(0) if labels is None else torch.zeros_like(there[0])
+        # An own positive that key_bias takes out is none.
+        own_logits = torch.where(there, logits, 0)
         levels = [
-            torch.where(some, of_own.sum(dim, dtype=torch.float64) + above, torch.inf)
-            for dim, some in ((1, own.any(1)), (0, exists))
+            torch.where(some, own_logits.sum(dim, dtype=torch.float64) + above, torch.inf)
+            for dim, some in ((1, there.any(1)), (0, exists))
         ]
     statistics = LineStatistics(
         _statistic(found, logits, by_row, 1, levels[0]) if rows else None,

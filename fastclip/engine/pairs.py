@@ -99,7 +99,9 @@ def levels(block: Block, labels: Tensor | None, bias: Tensor | None, above: floa
         logits = logits + bias.reshape(()).to(dtype)
     if block.key_bias is not None:
         logits = logits + block.key_bias.to(dtype)[columns]
-    of_rows = torch.where(inside, (logits + above) * LOG2E, torch.inf)
+    # An own positive that key_bias takes out is none.
+    exists = inside & (logits != -torch.inf)
+    of_rows = torch.where(exists, (logits + above) * LOG2E, torch.inf)
     if labels is not None:
         return torch.cat((of_rows, of_rows.new_full((n,), torch.inf)))
     return torch.cat((of_rows, at_columns(of_rows, n, block.offset, torch.inf)))

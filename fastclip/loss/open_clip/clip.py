@@ -18,7 +18,7 @@ from ...distributed.losses import distributed_loss
 from ...distributed.world import described, world_of_ranks
 from ...engine.compile_marks import constant_in_graphs
 from ...formulas.info_nce import InfoNCE, clip
-from ...formulas.world import Reduction, World
+from ...formulas.world import Reduction, World, takes_lines
 from ..base import one_process
 from ..clip import clip_loss
 from .dense import open_clip_logits, overrides, refuse_live
@@ -165,7 +165,7 @@ class ClipLoss(nn.Module):
             labels = self.get_ground_truth(image_features.device, per_image.shape[0])
             loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
         elif self.world_size > 1 and on_lines:
-            refuse_live(live)
+            takes_lines(live, ids, 1, None)
             options = InfoNCE(
                 ids=ids, same_id=self.same_id, label_smoothing=self.label_smoothing, symmetric=True
             )
@@ -206,8 +206,11 @@ class ClipLoss(nn.Module):
         options = (self.normalize, self.backend, self.memory_budget)
         if self.world_size == 1:
             return losses(one_process(*options))
-        loss = described(name, reduction=self.reduction, local_loss=self.local_loss,
-                         gather_with_grad=self.gather_with_grad)  # fmt: skip
+        loss = described(
+            name, reduction=self.reduction, same_id=self.same_id,
+            label_smoothing=self.label_smoothing, local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+        )  # fmt: skip
         world = world_of_ranks(loss, self.process_group, self.ring, self.uneven, *options)
         world.guarded(lambda: check_world(name, self.rank, self.world_size, self.process_group))
         shares = losses(world)
