@@ -44,7 +44,9 @@ def info_nce(
     Raises, on every rank: as `fastclip.loss.info_nce` and `clip_loss`.
     """
     given = InfoNCE(**options)
-    loss = described("info_nce", **options, weights=weights, reduction=reduction)
+    # Offsets count a rank's own keys, and may differ.
+    common = given._asdict() | {"offset": "None" if given.offset is None else "given"}
+    loss = described("info_nce", **common, weights=weights, reduction=reduction)
     world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
     return _info_nce(world, queries, keys, logit_scale, given, Reduction(reduction, weights))
 

@@ -96,7 +96,7 @@ def clip_loss(
         RuntimeError: a rank has died; raised within the group's timeout, by gloo or NCCL.
     """
     options = {"ids": ids, "same_id": same_id, "label_smoothing": label_smoothing}
-    if reduction != "mean" or _takes_lines(process_group, live, ids, label_smoothing, weights):
+    if _takes_lines(process_group, live, ids, label_smoothing, weights, same_id, reduction):
         loss = described("clip_loss", **options, weights=weights, reduction=reduction)
         world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
         return clip(
@@ -139,7 +139,7 @@ def siglip_loss(
     held are the same, and `4 B D` more if the forward makes the gradients (gathered texts, float32
     or on GPUs): the backward scales them into a second tensor.
     """
-    if reduction != "mean" or _takes_lines(process_group, live, ids, 0, weights):
+    if _takes_lines(process_group, live, ids, 0, weights, same_id, reduction):
         loss = described(
             "siglip_loss", ids=ids, same_id=same_id, weights=weights, reduction=reduction
         )

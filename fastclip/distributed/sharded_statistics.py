@@ -78,7 +78,7 @@ def row_of(own: Block, task: StatisticsTask) -> BlockRow:
     options, (ids, _, labels, *_) = task.options, task.beside
     if labels is not None and ids is None:
         columns = torch.arange(own.sizes()[1], device=labels.device) + task.shard.start
-        ids = (labels + task.shard.start, columns)
+        ids = (labels.long() + task.shard.start, columns)
     if ids is not None:
         ids_x, ids_y = (side.to(torch.int64) for side in ids)
         own = own._replace(x=own.x._replace(ids=ids_x), y=own.y._replace(ids=ids_y))

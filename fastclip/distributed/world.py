@@ -76,21 +76,34 @@ def _gathered(
     must_match["ids"] = int(ids is not None)
     shard = agree(process_group, x, y, wants, uneven, **must_match)
     x_ids, y_ids = (None, None) if ids is None else map(shard.gather, ids)
-    x, y = _Gathered.apply(x, shard, shard.needs_x), _Gathered.apply(y, shard, shard.needs_y)
-    return Batch(x, y, x_ids, y_ids, shard.start)
+    return Batch(*_Gathered.apply(x, y, shard), x_ids, y_ids, shard.start)
 
 
 class _Gathered(torch.autograd.Function):
-    """The rows of all ranks. Every rank takes part in the backward if any rank needs it."""
+    """The rows of all ranks, of both sides in one Function: every rank then takes part in both
+    exchanges of the backward, whichever of its own sides need a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: Shard, needed: bool) -> Tensor:
-        ctx.shard, ctx.needed = shard, needed
-        return shard.gather(x) if shard.world_size > 1 else x.view_as(x)
+    def forward(ctx: Any, x: Tensor, y: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+        ctx.shard = shard
+        found = [t.clone() if shard.world_size == 1 else shard.gather(t) for t in (x, y)]
+        needed = shard.needs_x, shard.needs_y
+        ctx.mark_non_differentiable(
+            *(t for t, wanted in zip(found, needed, strict=True) if not wanted)
+        )
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
-        return (ctx.shard.scatter_sum(g) if ctx.needed else None), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        shard = ctx.shard
+        needed = shard.needs_x, shard.needs_y
+        found = [
+            shard.scatter_sum(g) if wanted else None
+            for g, wanted in zip(gradients, needed, strict=True)
+        ]
+        return *(
+            g if own else None for g, own in zip(found, ctx.needs_input_grad, strict=False)
+        ), None
 
 
 @no_compile
@@ -108,7 +121,7 @@ def _gather(process_group: dist.ProcessGroup | None, uneven: bool, x: Tensor) ->
 def described(name: str, **options: Any) -> str:
     """A loss with its options; for tensors only that they are given."""
     parts = (
-        f"{key}={'given' if isinstance(value, (Tensor, tuple)) else repr(value)}"
+        f"{key}={'given' if isinstance(value, (Tensor, tuple, list)) else repr(value)}"
         for key, value in options.items()
     )
     return f"{name}({', '.join(parts)})"

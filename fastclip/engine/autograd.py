@@ -124,3 +124,23 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
             "fastclip's losses have no forward-mode derivative (torch.func.jvp, dual numbers): "
             "use reverse mode, or backend='reference', which is plain PyTorch"
         )
+
+
+class WeighedGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        wide = torch.promote_types(g.dtype, torch.float32)
+        return (g.to(wide) * factor.reshape(()).to(wide)).to(g.dtype), None

@@ -40,10 +40,10 @@ def check_labels(
         raise ValueError(f"labels take the place of offset, which must be 0, got {offset}")
     if not _is_readable(labels) or labels.numel() == 0:
         return
-    least, most = labels.aminmax()
+    least, most = map(int, labels.aminmax())
     if least < 0 or most >= y.shape[0]:
         raise ValueError(
-            f"labels must be columns, 0 <= label < {y.shape[0]}, got {int(least)} to {int(most)}"
+            f"labels must be columns, 0 <= label < {y.shape[0]}, got {least} to {most}"
         )
     if ids is not None and (wrong := (ids[0] != ids[1][labels.long()]).nonzero()).numel():
         row = int(wrong[0])

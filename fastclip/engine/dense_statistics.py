@@ -139,7 +139,7 @@ def _statistic(
     shift = torch.where(largest == -torch.inf, 0, largest)
     sums = kind.fold(logits, shift).sum(dim)
     # A line without pairs has -inf, and no gradient.
-    some = sums > 0
+    some = sums != 0  # NaN counts
     return torch.where(
         some, (torch.where(some, sums, 1).log2() + shift.squeeze(dim)) * LN2, -torch.inf
     )

@@ -150,7 +150,7 @@ def occupied(block: Block, codes: int, rows: bool, columns: bool) -> Tensor | No
     device = x.features.device
     alive = torch.ones(n, dtype=torch.bool, device=device)
     if key_bias is not None:
-        alive = key_bias > -torch.inf
+        alive = key_bias != -torch.inf
     partner, inside = partners(m, n, offset, device)
     own = inside.long()
     by_id = [torch.zeros(k, dtype=torch.int64, device=device) for k in (m, n)]

@@ -36,7 +36,12 @@ def distill_clip(
     teacher_scale: Scale, reduction: Reduction,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """CLIP's loss and the distillation loss of pairs x, y (N, D), from one sweep."""
-    world.guarded(lambda: check_features(x, y, may_be_empty=not world.even))
+
+    def check() -> None:
+        check_features(x, y, may_be_empty=not world.even)
+        reduction.check(x, world)
+
+    world.guarded(check)
     c = world.contrast(x, y, logit_scale, targets=(teacher_x, teacher_y, teacher_scale))
     found = []
     for lines, expected in ((c.rows, c.row_expectations), (c.columns, c.column_expectations)):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.autograd import WeighedGradient
 from ..engine.checks import check_features, check_number, check_positives, check_sides, scalar
 from ..engine.dtypes import state_dtype
 from ..kinds import LineStatistics
@@ -72,8 +73,8 @@ def info_nce(
         # Negatives have the logits (scale + hardness) * t, with a constant hardness * t: gradients
         # of features are those of scale * t.
         whole = scale.to(state_dtype(x.device)) + o.hardness
-        rows = _WeighedGradient.apply(x, scale / whole)
-        y = _WeighedGradient.apply(y, scale / whole)
+        rows = WeighedGradient.apply(x, scale / whole)
+        y = WeighedGradient.apply(y, scale / whole)
     c = world.contrast(
         rows, y, whole, offset=o.offset, labels=o.labels, ids=o.ids, same_id=o.same_id,
         false_negative_margin=o.false_negative_margin, key_bias=o.key_bias, columns=o.symmetric,
@@ -149,7 +150,7 @@ def _line_losses(
         gap = negatives - positive
         losses = gap if o.decoupled else F.softplus(gap, threshold=60)
     else:
-        counts = by_id > -torch.inf
+        counts = by_id != -torch.inf  # NaN counts
         negatives, by_id, positive = (
             torch.where(counts, t, 0) for t in (negatives, by_id - shift, positive - shift)
         )
@@ -162,23 +163,3 @@ def _line_losses(
         smoothing = o.label_smoothing * (positive - of_pairs)
         losses = losses + (smoothing if counts is None else torch.where(counts, smoothing, 0))
     return losses, counts
-
-
-class _WeighedGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a factor."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, factor: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        wide = torch.promote_types(g.dtype, torch.float32)
-        return (g.to(wide) * factor.reshape(()).to(wide)).to(g.dtype), None

@@ -58,14 +58,17 @@ class World(NamedTuple):
 
 
 def takes_lines(
-    live: tuple[int, int] | None, ids: Any, label_smoothing: float, weights: Tensor | None
-) -> bool:
+    live: tuple[int, int] | None, ids: Any, label_smoothing: float, weights: Tensor | None,
+    same_id: str = "ignore", reduction: str = "mean",
+) -> bool:  # fmt: skip
     """True for a loss that is written on line statistics, since the operators of fused losses do
     not have its options."""
     has = ids is not None or weights is not None or label_smoothing != 0
+    has = has or same_id != "ignore" or reduction != "mean"
     if has and live is not None:
         raise ValueError(
-            f"live must be None with ids, label_smoothing or weights, got live={live!r}"
+            "live must be None with ids, label_smoothing, weights or, across ranks, another "
+            f"reduction than 'mean', got live={live!r}"
         )
     return has
 

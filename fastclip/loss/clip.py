@@ -91,7 +91,7 @@ def clip_loss(
             derivative.
     """
     options = InfoNCE(ids=ids, same_id=same_id, label_smoothing=label_smoothing, symmetric=True)
-    if backend != "reference" and takes_lines(live, ids, label_smoothing, weights):
+    if backend != "reference" and takes_lines(live, ids, label_smoothing, weights, same_id):
         world = one_process(normalize, backend, memory_budget)
         return clip(
             world, image_features, text_features, logit_scale, logit_bias, options,

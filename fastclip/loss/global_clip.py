@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed.world import world_of_ranks
+from ..distributed.world import described, world_of_ranks
 from ..engine.autograd import is_traced
 from ..engine.checks import (
     check_features,
@@ -30,7 +30,8 @@ class GlobalClipLoss(nn.Module):
     `exp(scale * (t_ij - t_ii))`, g_i; its moving average over steps is u_i:
 
         g = (exp(scale * (t - t.diagonal()[:, None])) * off_diagonal).sum(1) / (N - 1)
-        u[index] = (1 - gamma) * u[index] + gamma * g   # g, if the sample was not seen before
+        u[index] = (1 - gamma) * u[index] + gamma * g   # g, if the sample was not seen
+                                                        # before or u is not finite
 
     and the same for texts, with columns. With tau = 1 / scale and the means over the batch, the
     loss is
@@ -51,7 +52,8 @@ class GlobalClipLoss(nn.Module):
     The averages are buffers, in the log domain so that no exponential overflows: `log_u_images` and
     `log_u_texts`, float32 (data_size), -inf for samples that were not seen. They are part of the
     state_dict, and training updates them at every call; evaluation neither reads nor writes them:
-    it takes u = g.
+    it takes u = g. Keep the loss outside of a module in DDP, which would overwrite all ranks'
+    buffers by those of rank 0.
 
     Args:
         data_size: the number of samples of the dataset, or of this rank's shard of it.
@@ -111,6 +113,10 @@ class GlobalClipLoss(nn.Module):
         self.shared = shared
         for name in ("log_u_images", "log_u_texts"):
             self.register_buffer(name, torch.full((data_size,), -math.inf))
+        if decay_epochs is not None and (
+            isinstance(decay_epochs, bool) or not isinstance(decay_epochs, int) or decay_epochs < 0
+        ):
+            raise ValueError(f"decay_epochs must be an int >= 0 or None, got {decay_epochs!r}")
         if decay_epochs is not None:
             self.set_epoch(0)
 
@@ -125,7 +131,9 @@ class GlobalClipLoss(nn.Module):
     def _world(self) -> World:
         if not self.across_ranks:
             return one_process(self.normalize, self.backend, self.memory_budget)
-        loss = f"GlobalClipLoss(rho={self.rho}, shared={self.shared})"
+        loss = described(
+            "GlobalClipLoss", gamma=self.gamma, rho=self.rho, eps=self.eps, shared=self.shared
+        )
         return world_of_ranks(
             loss, self.process_group, self.ring, self.uneven, self.normalize, self.backend,
             self.memory_budget,
@@ -149,6 +157,7 @@ class GlobalClipLoss(nn.Module):
             return scalar("logit_scale", logit_scale, image_features)
 
         scale = world.guarded(check)
+        indices = indices.long()
         c = world.contrast(*inputs, scale if self.rho is not None else scale.detach())
         pairs = torch.full_like(c.positives.new_zeros(1), indices.shape[0] * world.ranks)
         if not world.even:
@@ -159,7 +168,9 @@ class GlobalClipLoss(nn.Module):
             with torch.no_grad():
                 log_u = self._averaged(log_g, buffer, indices, world)
                 log_u = torch.logaddexp(log_u, torch.full_like(log_u, self.eps).log())
-            estimate = (log_g - log_u).exp()
+            # Without negatives g is 0.
+            nothing = log_g == -math.inf
+            estimate = (log_g - log_u.masked_fill(nothing, 0)).exp()
             losses.append(self._with_gradient(log_u, estimate, scale))
         loss = Reduction().of((losses[0] + losses[1]) / 2, world, inputs)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -186,7 +197,7 @@ class GlobalClipLoss(nn.Module):
         log_u = log_g
         if self.gamma < 1:
             old, new = before + math.log1p(-self.gamma), log_g + math.log(self.gamma)
-            log_u = torch.where(before == -math.inf, log_g, torch.logaddexp(old, new))
+            log_u = torch.where(before.isfinite(), torch.logaddexp(old, new), log_g)
         places, values = indices, log_u.to(buffer.dtype)
         if self.shared:
             places, values = world.gather(places), world.gather(values)

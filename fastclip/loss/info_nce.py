@@ -136,20 +136,23 @@ def dense_info_nce(
     if key_bias is not None:
         logits = logits + key_bias.to(logits.dtype)
         if same_id == "positive":
-            positives = positives & (key_bias > -torch.inf)
+            positives = positives & (key_bias != -torch.inf)
     if hardness:
         logits = logits + torch.where(positives, 0, hardness * t)
     logits = logits - torch.where(positives, margin * as_scalar(logit_scale, t), 0)
     limit = torch.where(own, t, -torch.inf)
-    losses = []
+    losses, counts = [], None
     for dim in (1, 0) if symmetric else (1,):
         out = left_out
         if false_negative_margin is not None:
-            out = out | ((t > limit.amax(dim, keepdim=True) + false_negative_margin) & ~positives)
-        of_lines, counts = _cross_entropy(logits, positives, out, dim, label_smoothing, decoupled)
+            most = limit.amax(dim, keepdim=True)
+            # A line without an own key keeps all keys.
+            most = torch.where(most == -torch.inf, torch.inf, most + false_negative_margin)
+            out = out | ((t > most) & ~positives)
+        of_lines, found = _cross_entropy(logits, positives, out, dim, label_smoothing, decoupled)
         pairs = slice(0, m) if dim == 1 else slice(offset, offset + m)
         losses.append(of_lines[pairs])
-        counts = counts[pairs]
+        counts = found if counts is None else counts  # rows come first
     return reduce_lines(sum(losses) / len(losses), reduction, weights, counts)
 
 
@@ -158,7 +161,7 @@ def _cross_entropy(
     decoupled: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The losses of lines, and which have positives; the losses of others are 0."""
-    candidates = ~left_out & (logits > -torch.inf)
+    candidates = ~left_out & (logits != -torch.inf)
     counted = candidates & ~positives if decoupled else candidates
     total = logits.masked_fill(~counted, -torch.inf).logsumexp(dim)
     number = positives.sum(dim, keepdim=True)

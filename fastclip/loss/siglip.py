@@ -46,7 +46,7 @@ def siglip_loss(
     the forward makes the gradients, too, which saves a quarter of the work, and keeps them in
     float32 for the backward: on CPUs, for half features, only within `memory_budget`.
     """
-    if backend != "reference" and takes_lines(live, ids, 0, weights):
+    if backend != "reference" and takes_lines(live, ids, 0, weights, same_id):
         world = one_process(normalize, backend, memory_budget)
         return siglip(
             world, image_features, text_features, logit_scale, logit_bias, ids, same_id,

@@ -108,8 +108,7 @@ def test_classes_of_open_clip(of_classes: list[dict], name: str) -> None:
     share = 1 / 4 if combination == ["False", "False"] else 1.0
     for mine, true in ((x, exact[0]), (y, exact[1])):
         torch.testing.assert_close(mine, share * true, rtol=1e-9, atol=1e-11)
-    if share == 1.0:
-        torch.testing.assert_close(scale, exact[2], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(scale, exact[2], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(

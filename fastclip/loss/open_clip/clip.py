@@ -16,9 +16,11 @@ from ...distributed.agreement import check_world
 from ...distributed.gradient_mode import GradientMode
 from ...distributed.losses import distributed_loss
 from ...distributed.world import described, world_of_ranks
+from ...engine.autograd import WeighedGradient
+from ...engine.checks import check_features
 from ...engine.compile_marks import constant_in_graphs
 from ...formulas.info_nce import InfoNCE, clip
-from ...formulas.world import Reduction, World, takes_lines
+from ...formulas.world import Reduction, takes_lines
 from ..base import one_process
 from ..clip import clip_loss
 from .dense import open_clip_logits, overrides, refuse_live
@@ -157,7 +159,8 @@ class ClipLoss(nn.Module):
                 _warn_while_compiling()
             else:
                 _warn_of_direction()
-        on_lines = ids is not None or self.label_smoothing or self.reduction != "mean"
+        on_lines = takes_lines(None, ids, self.label_smoothing, None, self.same_id)
+        on_lines = on_lines or self.reduction != "mean"
         if overrides(self, ClipLoss):
             refuse_live(live)
             self._refuse(on_lines or self.normalize, "a subclass that makes its own logits")
@@ -165,17 +168,16 @@ class ClipLoss(nn.Module):
             labels = self.get_ground_truth(image_features.device, per_image.shape[0])
             loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
         elif self.world_size > 1 and on_lines:
-            takes_lines(live, ids, 1, None)
             options = InfoNCE(
                 ids=ids, same_id=self.same_id, label_smoothing=self.label_smoothing, symmetric=True
             )
-            self._refuse(
-                self.local_loss and not self.gather_with_grad, "an inexact combination of options"
-            )
             (loss,) = self._shares(
-                "ClipLoss",
-                lambda world: (clip(world, *inputs, options, Reduction(self.reduction)),),
-            )
+                "ClipLoss", image_features, text_features,
+                lambda world, x, y: (
+                    clip(world, x, y, logit_scale, logit_bias, options, Reduction(self.reduction)),
+                ),
+                lambda: self._check_exact(live),
+            )  # fmt: skip
         elif self.world_size > 1:
             mode = GradientMode(not self.local_loss, self.gather_with_grad, self.ring)
             world = ("ClipLoss", self.rank, self.world_size)
@@ -191,6 +193,15 @@ class ClipLoss(nn.Module):
             )  # fmt: skip
         return {"contrastive_loss": loss} if output_dict else loss
 
+    def _check_exact(self, live: tuple[int, int] | None) -> None:
+        """Checks a call across ranks with ids, label_smoothing or a reduction."""
+        takes_lines(live, None, 1, None)
+        if self.local_loss and not self.gather_with_grad:
+            raise ValueError(
+                "ids, label_smoothing and a reduction other than 'mean' need local_loss=False or "
+                "gather_with_grad=True, got neither"
+            )
+
     def _refuse(self, given: object, where: str) -> None:
         if given:
             raise ValueError(
@@ -199,27 +210,37 @@ class ClipLoss(nn.Module):
             )
 
     def _shares(
-        self, name: str, losses: Callable[[World], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """Calls formulas in one process or across ranks, with the values and gradients that
-        `local_loss` and `gather_with_grad` stand for."""
+        self, name: str, x: Tensor, y: Tensor, losses: Callable[..., tuple[Tensor, ...]],
+        check: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Calls formulas of (world, x, y) in one process or across ranks, with the values and
+        gradients that `local_loss` and `gather_with_grad` stand for."""
         options = (self.normalize, self.backend, self.memory_budget)
         if self.world_size == 1:
-            return losses(one_process(*options))
+            check()
+            return losses(one_process(*options), x, y)
         loss = described(
             name, reduction=self.reduction, same_id=self.same_id,
             label_smoothing=self.label_smoothing, local_loss=self.local_loss,
             gather_with_grad=self.gather_with_grad,
         )  # fmt: skip
         world = world_of_ranks(loss, self.process_group, self.ring, self.uneven, *options)
-        world.guarded(lambda: check_world(name, self.rank, self.world_size, self.process_group))
-        shares = losses(world)
+
+        def check_call() -> None:
+            check()
+            check_world(name, self.rank, self.world_size, self.process_group)
+            check_features(x, y, may_be_empty=self.uneven)
+
+        world.guarded(check_call)
+        if not self.local_loss and not self.gather_with_grad:
+            # open_clip's gradient of the features, but not of the scale, is too small by the number
+            # of ranks.
+            part = torch.full((), 1 / world.ranks, device=x.device)
+            x, y = (WeighedGradient.apply(t, part) for t in (x, y))
+        shares = losses(world, x, y)
         if self.local_loss or self.reduction == "none":
             return shares
-        # open_clip's value is that of all pairs. Without gather_with_grad its gradient is too small
-        # by the number of ranks.
-        part = 1.0 if self.gather_with_grad else 1 / world.ranks
+        # open_clip's value is that of all pairs.
         return tuple(
-            world.total(share.detach()) / world.ranks + part * (share - share.detach())
-            for share in shares
+            world.total(share.detach()) / world.ranks + (share - share.detach()) for share in shares
         )

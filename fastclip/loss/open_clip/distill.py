@@ -38,32 +38,40 @@ class DistillClipLoss(ClipLoss):
         Biases cancel."""
         student = image_features, text_features, logit_scale
         teacher = dist_image_features, dist_text_features, dist_logit_scale
-        if self.label_smoothing:
-            raise ValueError(
-                f"label_smoothing must be 0 for DistillClipLoss, got {self.label_smoothing}"
-            )
         if overrides(self, ClipLoss) or (
             self.world_size > 1 and self.local_loss and not self.gather_with_grad
         ):
+            self._check_options()
             self._refuse(self.normalize or self.reduction != "mean", "a dense DistillClipLoss")
             losses = self._dense(student, teacher)
         else:
             losses = self._shares(
-                "DistillClipLoss",
-                lambda world: distill_clip(world, *student, *teacher, Reduction(self.reduction)),
-            )
-        if logit_bias is not None:
-            zero = 0 * logit_bias if isinstance(logit_bias, Tensor) else 0
-            losses = tuple(loss + zero for loss in losses)
+                "DistillClipLoss", image_features, text_features,
+                lambda world, x, y: distill_clip(
+                    world, x, y, logit_scale, *teacher, Reduction(self.reduction)
+                ),
+                self._check_options,
+            )  # fmt: skip
+        if isinstance(logit_bias, Tensor):
+            losses = tuple(loss + 0 * logit_bias.reshape(()).to(loss.dtype) for loss in losses)
         if output_dict:
             return dict(zip(("contrastive_loss", "distill_loss"), losses, strict=True))
         return losses
+
+    def _check_options(self) -> None:
+        if self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing must be 0 for DistillClipLoss, got {self.label_smoothing}"
+            )
+        if self.same_id != "ignore":
+            raise ValueError(f"same_id must be 'ignore' for DistillClipLoss, got {self.same_id!r}")
 
     def _dense(
         self, student: tuple[Tensor, Tensor, Tensor | float],
         teacher: tuple[Tensor, Tensor, Tensor | float],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        own, taught = self.get_logits(*student), self.get_logits(*teacher)
+        own = self.get_logits(*student)
+        taught = [logits.detach() for logits in self.get_logits(*teacher)]
         labels = self.get_ground_truth(student[0].device, own[0].shape[0])
         contrastive = sum(F.cross_entropy(logits, labels) for logits in own) / 2
         distill = sum(

@@ -13,7 +13,7 @@ from ...distributed.gradient_mode import GradientMode
 from ...distributed.losses import distributed_loss
 from ...distributed.world import described, world_of_ranks
 from ...formulas.siglip import siglip
-from ...formulas.world import Reduction
+from ...formulas.world import Reduction, takes_lines
 from ..siglip import siglip_loss
 from .dense import open_clip_logits, overrides, refuse_live
 
@@ -164,7 +164,7 @@ class SigLipLoss(nn.Module):
                 )
             across = self._dense_across if self.world_size > 1 else self._loss
             loss = across(*inputs)
-        elif self.world_size > 1 and (ids is not None or self.reduction != "mean"):
+        elif self.world_size > 1 and takes_lines(None, ids, 0, None, self.same_id, self.reduction):
             name = described("SigLipLoss", same_id=self.same_id, reduction=self.reduction)
             world = world_of_ranks(
                 name, self.process_group, ring, self.uneven, self.normalize, self.backend,
