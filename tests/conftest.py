@@ -35,7 +35,7 @@ import torch
 from support import dense_truth, judge
 
 import fastclip
-from fastclip.engine import torch_engine
+from fastclip.engine import chunked_block
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from support import interpreter
@@ -92,7 +92,7 @@ def on_the_device(device: torch.device) -> Iterator[None]:
 @pytest.fixture
 def chunks_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the plain PyTorch engine cut small blocks, too, into several chunks."""
-    monkeypatch.setattr(torch_engine, "CHUNK", 1 << 10)
+    monkeypatch.setattr(chunked_block, "CHUNK", 1 << 10)
 
 
 @pytest.fixture(params=["triton", "cuda"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -11,14 +11,12 @@ from fastclip.engine.block import Block
 from .configurations import Config
 from .plan import Chunk
 
-if TYPE_CHECKING:
-    from .logit_block import LogitBlock
-
 
 class Targets:
     """The targets of a block as the kernels take them. A guide has no scale."""
 
-    def __init__(self, owner: LogitBlock, block: Block) -> None:
+    # owner is a LogitBlock, whose module imports this one.
+    def __init__(self, owner: Any, block: Block) -> None:
         x, y = (owner.rows_of(side.target) for side in (block.x, block.y))
         self.depth = owner.depth_of(x.shape[1])
         self.x, self.y = (owner.operand_of(t, self.depth) for t in (x, y))

@@ -31,16 +31,24 @@ class Groups(NamedTuple):
     over_ranks: Callable[[Tensor], Tensor]  # sums over ranks, in place
     # (M), (N): the column and the row of own pairs, which are left out; N and M: none.
     own: tuple[Tensor, Tensor] | None = None
+    is_one: bool = False  # all lines are in one group
 
     def of_every_row(self, values: Tensor) -> Tensor:
         """Sums values of columns (N, C) over each row's group: (M, C)."""
+        if self.is_one:
+            return self._sum(values).expand(self.of_rows.shape[0], -1)
         found = self._sums(self.of_columns, values)[self.of_rows]
         return found if self.own is None else found - _padded(values)[self.own[0]]
 
     def of_every_column(self, values: Tensor) -> Tensor:
         """Sums values of rows (M, C) over each column's group: (N, C)."""
+        if self.is_one:
+            return self._sum(values).expand(self.of_columns.shape[0], -1)
         found = self._sums(self.of_rows, values)[self.of_columns]
         return found if self.own is None else found - _padded(values)[self.own[1]]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return self.over_ranks(values.sum(0, keepdim=True))
 
     def without_own(self, offset: int) -> Groups:
         """The groups without own pairs: the pair of row i and column i + offset, if both are in one

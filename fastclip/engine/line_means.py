@@ -220,7 +220,7 @@ def one_group(
 ) -> Groups:
     """All lines in one group."""
     rows, columns = (torch.zeros(k, dtype=torch.int64, device=device) for k in (m, n))
-    return Groups(rows, columns, 1, over_ranks)
+    return Groups(rows, columns, 1, over_ranks, is_one=True)
 
 
 def by_label(labels: Tensor, n: int) -> Groups:

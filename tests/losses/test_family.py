@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastclip
 from fastclip import loss, reference
-from fastclip.engine import torch_engine
+from fastclip.engine import chunked_block
 
 FLOAT64 = PRECISIONS["float64"]
 D = 6
@@ -261,7 +261,7 @@ def allocated(case: Case, device: torch.device, backend: str) -> tuple[int, int]
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch_engine, "CHUNK", 1 << 16)
+    monkeypatch.setattr(chunked_block, "CHUNK", 1 << 16)
     yield
 
 

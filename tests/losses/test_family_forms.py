@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip import contrast, reference
-from fastclip.engine import torch_engine
+from fastclip.engine import chunked_block
 from fastclip.loss import (
     clip_loss,
     distill_loss,
@@ -221,7 +221,7 @@ def test_frozen_word_vectors_are_devises(leaves: list[Tensor], engine: str) -> N
 def test_the_first_of_equal_hardest_negatives_is_taken(
     engine: str, symmetric: bool, chunk: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_engine, "CHUNK", chunk)
+    monkeypatch.setattr(chunked_block, "CHUNK", chunk)
     x = torch.eye(4, 4, dtype=torch.float64, device=device).requires_grad_()
     y = torch.ones(4, 4, dtype=torch.float64, device=device).requires_grad_()
     loss = ranking_loss(

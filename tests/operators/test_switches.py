@@ -14,7 +14,7 @@ from support.losses import LOSSES, REFERENCES
 from torch import Tensor
 
 from fastclip import reference
-from fastclip.engine import torch_engine
+from fastclip.engine import chunked_block
 from fastclip.engine.kept import rows_to_keep
 from fastclip.loss import clip_loss, siglip_loss
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 @pytest.fixture(autouse=True)
 def chunks_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the plain PyTorch engine merge as many states as it can, also without negatives."""
-    monkeypatch.setattr(torch_engine, "CHUNK", 1)
+    monkeypatch.setattr(chunked_block, "CHUNK", 1)
 
 
 def check(engine: str, block: Block, keep: int = 0, bound: Tensor | None = None) -> Tensor:

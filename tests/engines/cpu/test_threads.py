@@ -78,7 +78,8 @@ def test_the_number_of_threads_is_torchs(threads: int) -> None:
             weights = make_weights(state, shape[0])
             assert_used(threads, partial(sweep, "cpu", block))
             assert_used(threads, partial(weigh, "cpu", block, state, positive, weights))
-        arguments = (*block.arguments, gain, True, True, False)
+        linear = make_block(*shape, 8, torch.float64, kind="sigmoid")
+        arguments = (*linear.arguments, gain, True, True, False)
         assert_used(threads, partial(operator("sweep_and_weigh", "cpu"), *arguments))
 
 
