@@ -1,7 +1,8 @@
-"""fastclip: CLIP and SigLIP losses that never build the similarity matrix.
+"""fastclip: contrastive losses that never build the similarity matrix.
 
     from fastclip.loss import ClipLoss, SigLipLoss    # open_clip's classes, same signatures
     from fastclip.loss import clip_loss, siglip_loss  # the functions beneath them
+    from fastclip.loss import info_nce, supcon_loss   # and the other losses of the field
 
     from fastclip import contrast                     # statistics to write your own loss with
     from fastclip import distributed                  # batches that are spread over processes

@@ -198,7 +198,7 @@ def request_of(call: ContrastCall) -> Request:
     )
 
 
-# What ranks must have in common: that each of these is given.
+# Ranks must agree on which of these are given.
 _OPTIONAL = {
     "ids": "ids", "labels": "labels", "false_negative_margin": "margin", "limits": "limits",
     "targets": "target_scale",

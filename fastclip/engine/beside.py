@@ -1,4 +1,4 @@
-"""What a call of `contrast` has beside its differentiable inputs."""
+"""The arguments of `contrast` beside its differentiable inputs."""
 
 from __future__ import annotations
 

@@ -28,14 +28,16 @@ DEFAULT_BUDGETS = {"cpu": 256 << 20, "cuda": 0}
 LARGEST_OFFSET = 1 << 62
 
 
-def check_features(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
+def check_features(
+    x: Tensor, y: Tensor, may_be_empty: bool = False,
+    names: tuple[str, str] = ("image_features", "text_features"),
+) -> None:  # fmt: skip
     """Checks two towers' features, paired row by row."""
-    names = "image_features", "text_features"
     for name, features in zip(names, (x, y), strict=True):
         _check_one(name, features, "(N, D)")
     if x.shape != y.shape:
         raise ValueError(
-            "image_features and text_features must have one shape (N, D), got "
+            f"{names[0]} and {names[1]} must have one shape (N, D), got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
     _check_together(names, x, y, may_be_empty)

@@ -122,7 +122,7 @@ def _check_pair(name: str, pair: Any, count: int, x: Tensor, y: Tensor) -> tuple
 
 def _beside(
     given: Given, x: Tensor, y: Tensor, key_bias: Tensor | None, kind: str, of_itself: bool,
-    columns: bool, offset: int | None, same_id: str,
+    offset: int | None, same_id: str,
 ) -> Beside:  # fmt: skip
     ids, guide = given.ids, given.guide
     if of_itself:
@@ -182,7 +182,7 @@ def check_contrast(
     check_key_bias(key_bias, y)
     if not (rows or columns):
         raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
-    beside = _beside(given, x, y, key_bias, kind, of_itself, columns, offset, same_id)
+    beside = _beside(given, x, y, key_bias, kind, of_itself, offset, same_id)
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
     refuse_forward_mode(x, y, scale, bias, key_bias)

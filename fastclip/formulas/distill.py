@@ -19,7 +19,9 @@ def distill(
     """The loss of rows x (M, D) against y (N, D), or of pairs, both ways."""
 
     def check() -> None:
-        (check_features if symmetric else check_sides)(x, y, may_be_empty=not world.even)
+        check_sides(x, y, may_be_empty=not world.even)
+        if symmetric:
+            check_features(x, y, not world.even, ("x", "y"))
         reduction.check(x, world)
 
     world.guarded(check)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.checks import budget_of, check_sides
+from ..engine.checks import budget_of, check_features
 from .world import Reduction, World
 
 
@@ -17,11 +17,7 @@ def nt_xent(
     """The loss of views x1, x2 (N, D): the mean of 2N lines."""
 
     def check() -> int:
-        check_sides(x1, x2, may_be_empty=True)
-        if x1.shape != x2.shape:
-            raise ValueError(
-                f"x1 and x2 must have one shape (N, D), got {tuple(x1.shape)} and {tuple(x2.shape)}"
-            )
+        check_features(x1, x2, not world.even, ("x1", "x2"))
         reduction.check(x1, world)
         # The three blocks share the budget.
         return budget_of(world.memory_budget, x1.device) // 3

@@ -27,7 +27,7 @@ def ranking(
     ids = pair_of(ids)
 
     def check() -> None:
-        check_features(x, y, may_be_empty=not world.even)
+        check_features(x, y, not world.even, ("x", "y"))
         check_ids(ids, "ignore", x, y)
         check_number("margin", margin, 0.0)
         reduction.check(x, world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..engine.checks import check_integers, check_tensor, check_vector
 from .info_nce import InfoNCE, info_nce
 from .world import Reduction, World
 
@@ -13,5 +14,13 @@ def supcon(
     reduction: Reduction,
 ) -> Tensor:  # fmt: skip
     """The loss of features (N, D): InfoNCE of one set against itself, with positives by label."""
+
+    def check() -> None:
+        check_tensor("features", features)
+        check_tensor("labels", labels)
+        check_integers("labels", labels)
+        check_vector("labels", labels, "a label for each row of the features", features)
+
+    world.guarded(check)
     options = InfoNCE(ids=labels, same_id="positive", decoupled=decoupled)
     return info_nce(world, features, None, logit_scale, options, reduction)

@@ -36,7 +36,7 @@ def _own_batch(x: Tensor, y: Tensor, ids: tuple[Tensor, Tensor] | None) -> Batch
 
 
 class World(NamedTuple):
-    """What a formula needs beside its inputs.
+    """The functions and numbers that a formula needs beside its inputs.
 
     contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend and
         the ranks' options already given.

@@ -1,4 +1,4 @@
-"""What open_clip's classes share: their dense logits, and subclasses that make their own."""
+"""Dense logits of open_clip's classes, and the check for subclasses that make their own."""
 
 from __future__ import annotations
 
