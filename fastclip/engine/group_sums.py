@@ -100,9 +100,11 @@ def chunks(block: Block, alive: Tensor | None, lines: int, dtype: torch.dtype) -
     all of them must pass the same number.
     """
     m, width = block.sizes()[0], block.x.features.shape[1]
-    # A graph holds the number of chunks, but not their widths: it serves other sizes, too.
-    count = -(-width // max(1, CHUNK // (8 * (lines + 1))))
-    for k in range(count):
+    # A graph holds the number of chunks, but not their widths: it serves other sizes, too. The
+    # length of the range is a constant there, which keeps symbolic widths simple.
+    parts = range(-(-width // max(1, CHUNK // (8 * (lines + 1)))))
+    count = len(parts)
+    for k in parts:
         place = slice(width * k // count, width * (k + 1) // count)
         sides = []
         for side in (block.x, block.y):

@@ -67,21 +67,14 @@ def test_statistics(three: Ranks) -> None:
     ])  # fmt: skip
 
 
-def test_labels_and_means(three: Ranks) -> None:
+def test_labels_means_and_one_set(three: Ranks) -> None:
+    of_itself = {"means": True, "same_id": "positive", "normalize": True}
     assert_like_eager(three, [
-        Case("contrast", {"means": True, "offset": 1}, ids=True, sizes=(6,), frozen=((1, "x"),)),
         Case(
             "contrast", {**EVERYTHING, "means": True, "ring": True}, ids=True, labels=True,
             key_bias=True, wider=2, frozen=((0, "y"),),
         ),
-    ])  # fmt: skip
-
-
-def test_one_set_of_features(three: Ranks) -> None:
-    options = {"means": True, "same_id": "positive", "normalize": True}
-    assert_like_eager(three, [
-        Case("contrast", {"kind": "sigmoid"}, sizes=(6,), of_itself=True),
-        Case("contrast", options, ids=True, ranks=3, of_itself=True, frozen=((0, "scale"),)),
+        Case("contrast", of_itself, ids=True, of_itself=True, frozen=((0, "scale"),)),
     ])  # fmt: skip
 
 
