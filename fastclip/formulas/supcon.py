@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..engine.checks import check_integers, check_tensor, check_vector
+from ..engine.checks import check_integers, check_sides, check_tensor, check_vector
 from .info_nce import InfoNCE, info_nce
 from .world import Reduction, World
 
@@ -16,7 +16,7 @@ def supcon(
     """The loss of features (N, D): InfoNCE of one set against itself, with positives by label."""
 
     def check() -> None:
-        check_tensor("features", features)
+        check_sides(features, features, may_be_empty=True)
         check_tensor("labels", labels)
         check_integers("labels", labels)
         check_vector("labels", labels, "a label for each row of the features", features)
