@@ -1,4 +1,4 @@
-"""What every loss of the family has: all shapes and reductions, frozen inputs, one backward after
+"""Properties of every loss of the family: all shapes and reductions, frozen inputs, one backward after
 another, compilation, transforms, one value run after run, and no matrix.
 
 Values and gradients are compared with the dense twin in float64, which

@@ -35,7 +35,7 @@ def plan(name: str, precision: str, count: int) -> Iterator[tuple[str, float, st
     start = list(CASES).index(name) + 3 * list(PRECISIONS).index(precision)
     batches = list(BATCHES)
     if CASES[name].has_ties:
-        # Of equal pairs the first one is taken, and rounding may make others equal.
+        # The first one of equal pairs is taken, and rounding may make others equal.
         batches = ["random", "separated", "cone", "negative", "lengths"]
     for k in range(min(count, len(batches))):
         i = start + 2 * k if len(batches) % 2 else start + k

@@ -150,7 +150,7 @@ def test_kept_products(gpu_engine: str, kind: str, shape: tuple[int, int]) -> No
         keep = KEPT_BY[gpu_engine].keep(Arguments.of(block.arguments)[0], budget)
         if keep == 0:
             assert gpu_engine == "triton" and DENSE_KINDS[kind].has_levels
-            # What a caller asks for all the same is not used.
+            # Statistics that a caller asks for all the same are not used.
             check(gpu_engine, block, 16)
             return
         check(gpu_engine, block, keep, what=f"{keep} rows")
