@@ -1,5 +1,5 @@
-"""Properties of every loss of the family: all shapes and reductions, frozen inputs, one backward after
-another, compilation, transforms, one value run after run, and no matrix.
+"""Properties of every loss of the family: all shapes and reductions, frozen inputs, one backward
+after another, compilation, transforms, one value run after run, and no matrix.
 
 Values and gradients are compared with the dense twin in float64, which
 `test_family_accuracy.py` judges by formulas.
