@@ -6,6 +6,9 @@ everything is collectives on tensors of known sizes. Ranks are ranks within the 
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +19,7 @@ from ..engine.dtypes import FLOATING
 from .collectives import gather_rows
 from .shard import Shard, starts_of
 
+Checked = TypeVar("Checked")
 _RankValues = dict[str, tuple[int, ...]]  # the ranks' values of each field
 
 
@@ -184,6 +188,20 @@ def announce_failure(process_group: dist.ProcessGroup | None) -> None:
     group = group_of(process_group)
     if _has_cpu(group):
         _exchange(group, (_REFUSED,), torch.device("cpu"))
+
+
+def announced(process_group: dist.ProcessGroup | None, check: Callable[[], Checked]) -> Checked:
+    """Calls a check of this rank's arguments. If it raises, the other ranks raise, too."""
+    try:
+        return check()
+    except (TypeError, ValueError, RuntimeError):
+        announce_failure(process_group)
+        raise
+
+
+def field_of_loss(loss: str) -> dict[str, int]:
+    """The field of `agree` that compares a loss with its options."""
+    return {f"loss with its options (here {loss})": zlib.crc32(loss.encode())}
 
 
 def _code(value: int | torch.dtype) -> int:

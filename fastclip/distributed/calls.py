@@ -8,8 +8,8 @@ the operators of compiled ones (`compiled/`) begin here.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,18 @@ from ..engine.fused_loss import LossInputs, LossOptions
 from ..engine.line_formulas import Request
 from ..engine.statistics_call import StatisticsInputs, StatisticsOptions
 from ..kinds import KINDS, kind_of
-from .agreement import agree, agree_on_sides, announce_failure, check_world, ranks_of
+from .agreement import (
+    agree,
+    agree_on_sides,
+    announced,
+    check_world,
+    field_of_loss,
+    ranks_of,
+)
 from .gradient_mode import GradientMode
 from .shard import Shard
 from .sharded_loss import LossTask
 from .sharded_statistics import StatisticsTask
-
-Checked = TypeVar("Checked")
 
 
 class LossCall(NamedTuple):
@@ -87,7 +92,7 @@ def begin_loss(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
 ) -> tuple[LossInputs, LossTask]:
     """Checks the arguments of a loss and agrees with the other ranks. given: x, y, scale, bias."""
-    checked = _or_announce(checked_loss, given, process_group, call)
+    checked = announced(process_group, lambda: checked_loss(given, process_group, call))
     inputs, options, live, must_match = checked
     shard = agree(process_group, *inputs[:2], _wants(*inputs), call.uneven, live, **must_match)
     return inputs, LossTask(options, shard, call.mode)
@@ -100,7 +105,9 @@ def begin_contrast(
 
     given: x, y, scale, bias, key_bias, and a `Given`.
     """
-    inputs, task, must_match = _or_announce(checked_contrast, given, process_group, call)
+    inputs, task, must_match = announced(
+        process_group, lambda: checked_contrast(given, process_group, call)
+    )
     shard = agree_on_sides(
         process_group,
         inputs.x,
@@ -111,19 +118,6 @@ def begin_contrast(
         **must_match,
     )
     return inputs, task._replace(shard=shard)
-
-
-def _or_announce(
-    check: Callable[..., Checked],
-    given: Sequence[Any],
-    process_group: dist.ProcessGroup | None,
-    call: Any,
-) -> Checked:
-    try:
-        return check(given, process_group, call)
-    except (TypeError, ValueError, RuntimeError):
-        announce_failure(process_group)
-        raise
 
 
 def _wants(*inputs: Tensor | None) -> bool:
@@ -178,7 +172,7 @@ def checked_contrast(
     if call.above is not None:
         must_match[f"above (here {call.above})"] = zlib.crc32(repr(float(call.above)).encode())
     if call.loss:
-        must_match[f"loss with its options (here {call.loss})"] = zlib.crc32(call.loss.encode())
+        must_match |= field_of_loss(call.loss)
     if beside.target_x is not None:
         must_match["width of targets"] = beside.target_x.shape[1]
     has_targets = beside.target_x is not None

@@ -12,7 +12,7 @@ from ..engine.compile_marks import no_compile
 from ..formulas.info_nce import InfoNCE, clip
 from ..formulas.siglip import siglip
 from ..formulas.world import Reduction, takes_lines
-from .agreement import announce_failure
+from .agreement import announced
 from .calls import LossCall, begin_loss
 from .compiled.call import takes_loss, traced_loss
 from .gradient_mode import GradientMode
@@ -155,11 +155,7 @@ def siglip_loss(
 
 
 def _takes_lines(process_group: dist.ProcessGroup | None, *options: Any) -> bool:
-    try:
-        return takes_lines(*options)
-    except ValueError:
-        announce_failure(process_group)
-        raise
+    return announced(process_group, lambda: takes_lines(*options))
 
 
 def distributed_loss(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from ..engine.beside import Given
 from ..engine.compile_marks import no_compile
 from ..formulas.world import Batch, World
 from ..kinds import LineStatistics
-from .agreement import agree, announce_failure, group_of, ranks_of
+from .agreement import agree, announced, field_of_loss, group_of, ranks_of
 from .calls import ContrastCall
 from .collectives import gather_rows
 from .compiled.total import total
@@ -46,18 +44,11 @@ def world_of_ranks(
         )  # fmt: skip
         return contrast_of(given, process_group, call)
 
-    def guarded(check: Callable[[], Any]) -> Any:
-        try:
-            return check()
-        except (TypeError, ValueError, RuntimeError):
-            announce_failure(process_group)
-            raise
-
     ranks = ranks_of(process_group)
     return World(
         contrast,
         memory_budget,
-        guarded,
+        functools.partial(announced, process_group),
         functools.partial(total, process_group),
         functools.partial(_gather, process_group, uneven),
         functools.partial(_gathered, process_group, uneven, loss),
@@ -72,8 +63,7 @@ def _gathered(
     ids: tuple[Tensor, Tensor] | None,
 ) -> Batch:  # fmt: skip
     wants = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    must_match = {f"loss with its options (here {loss})": zlib.crc32(loss.encode())}
-    must_match["ids"] = int(ids is not None)
+    must_match = {**field_of_loss(loss), "ids": int(ids is not None)}
     shard = agree(process_group, x, y, wants, uneven, **must_match)
     x_ids, y_ids = (None, None) if ids is None else map(shard.gather, ids)
     return Batch(*_Gathered.apply(x, y, shard), x_ids, y_ids, shard.start)
