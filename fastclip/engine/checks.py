@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .autograd import is_traced
 from .dtypes import FLOATING
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -134,6 +135,12 @@ def check_vector(name: str, vector: Tensor, rule: str, features: Tensor) -> None
         raise ValueError(
             f"{name} must be on the features' device {features.device}, got {vector.device}"
         )
+
+
+def is_readable(values: Tensor) -> bool:
+    """True if values can be read without waiting for a device."""
+    # A fake tensor is a subclass.
+    return values.device.type == "cpu" and not is_traced() and type(values) is Tensor
 
 
 def check_positives(x: Tensor, y: Tensor, offset: int | None, same_id: str) -> None:

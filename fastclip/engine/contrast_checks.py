@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import kind_of
-from .autograd import is_traced, refuse_forward_mode
+from .autograd import refuse_forward_mode
 from .beside import Beside, Given
 from .checks import (
     check_floating,
@@ -21,6 +21,7 @@ from .checks import (
     check_sides,
     check_tensor,
     check_vector,
+    is_readable,
     scalar,
 )
 
@@ -38,7 +39,7 @@ def check_labels(
     check_vector("labels", labels, "a column for each row of the features", x)
     if offset != 0:
         raise ValueError(f"labels take the place of offset, which must be 0, got {offset}")
-    if not _is_readable(labels) or labels.numel() == 0:
+    if not is_readable(labels) or labels.numel() == 0:
         return
     least, most = map(int, labels.aminmax())
     if least < 0 or most >= y.shape[0]:
@@ -53,15 +54,9 @@ def check_labels(
         )
 
 
-def _is_readable(values: Tensor) -> bool:
-    """True if values can be read without waiting for a device."""
-    # A fake tensor is a subclass.
-    return values.device.type == "cpu" and not is_traced() and type(values) is Tensor
-
-
 def _check_ids_of_one_set(ids: tuple[Tensor, Tensor] | None) -> None:
     """Checks that both sides have the same ids; on CPUs only, as for labels."""
-    if ids is None or ids[0] is ids[1] or not _is_readable(ids[0]):
+    if ids is None or ids[0] is ids[1] or not is_readable(ids[0]):
         return
     if not torch.equal(*ids):
         raise ValueError("without y ids must be one tensor, got two that differ")

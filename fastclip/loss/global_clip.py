@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed.world import described, world_of_ranks
-from ..engine.autograd import is_traced
 from ..engine.checks import (
     check_features,
     check_integers,
     check_number,
     check_tensor,
     check_vector,
+    is_readable,
     scalar,
 )
 from ..formulas.world import Reduction, World
@@ -180,7 +180,7 @@ class GlobalClipLoss(nn.Module):
         check_integers("indices", indices)
         check_vector("indices", indices, "a sample's number for each pair", features)
         # Values are checked on CPUs only: reading them elsewhere would wait for the device.
-        if indices.device.type != "cpu" or is_traced() or indices.numel() == 0:
+        if not is_readable(indices) or indices.numel() == 0:
             return
         least, most = indices.aminmax()
         if least < 0 or most >= self.data_size:
