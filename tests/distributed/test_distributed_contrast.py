@@ -311,7 +311,7 @@ def test_bytes_sent_for_means(four: Ranks) -> None:
     by_id, of_all = (sum(b.values()) - sum(a.values()) for a, b in (sent[:2], sent[2:]))
     sums = 3 / 2 * 8 * 6 * d  # float64, twice in the forward and four times in the backward
     assert sums * 4 * n <= by_id - of_all <= sums * (4 * n + 2)
-    assert 2 * sums <= of_all <= 3 * sums
+    assert sums <= of_all <= 1.5 * sums  # one row of sums: there are no lines without a group
 
 
 def leaves(n: int = 5) -> list[torch.Tensor]:
