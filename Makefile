@@ -10,6 +10,7 @@
 #   make test-oldest          tests the parts that use torch's internals, with the oldest supported torch
 #   make test-peers           compares losses with those of other libraries, which it installs in
 #                             .venv-peers
+#   make bench-peers          measures the losses other than CLIP and SigLIP beside theirs
 #   make gpu                  checks and times fastclip on this machine's GPU, with the running python3
 #                             and its torch, without .venv; eight minutes
 #   make gpu AGAIN=1          continues with the tiles that won; four minutes
@@ -20,7 +21,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest test-peers test-cuda emulated bench lint format clean gpu gpu-bundle
+.PHONY: demo test test-oldest test-peers test-cuda emulated bench bench-peers lint format clean gpu \
+  gpu-bundle
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -49,13 +51,14 @@ ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradient
 emulated: .venv/extension
 	FASTCLIP_TEST_DEVICE=emulated $(BIN)/$(PYTEST) $(call files,$(ON_ANY_ENGINE)) $(ARGS)
 
-# These environments have a copy of fastclip: an editable installation would put its extension into
-# fastclip/, over that of .venv, which may be built for another torch.
+# This environment has a copy of fastclip: an editable installation would put its extension into
+# fastclip/, over that of .venv, which is built for another torch.
 OLDEST := compile compile_ranks contrast contrast_transforms operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
 test-oldest: .venv-oldest/extension
 	.venv-oldest/bin/$(PYTEST) $(call files,$(OLDEST)) $(ARGS)
 
-# One file of LibAUC is needed; its package's requirements are for graphs and pictures.
+# This environment has the torch of .venv, and so its extension. One file of LibAUC is needed; its
+# package's requirements are for graphs and pictures.
 test-peers: .venv-peers/extension
 	.venv-peers/bin/pip --quiet install --no-deps $(PIP_ARGS) libauc==2.0.1
 	FASTCLIP_REQUIRE_PEERS=1 .venv-peers/bin/$(PYTEST) tests/peers $(ARGS)
@@ -68,6 +71,9 @@ test-cuda: .venv/extension
 
 bench: .venv/extension
 	$(BIN)/python -m bench $(ARGS)
+
+bench-peers: .venv-peers/extension
+	.venv-peers/bin/python -m bench --family $(ARGS)
 
 lint: .venv/packages
 	$(BIN)/ruff check .
@@ -112,15 +118,15 @@ clean:
 	  | { grep --line-buffered -E 'Downloading .*([0-9]{2}\.[0-9] MB|GB)\)' || true; }
 	@touch $@
 
-.venv/extension: .venv/packages setup.py pyproject.toml $(CSRC)
+.venv/extension .venv-peers/extension: %/extension: %/packages setup.py pyproject.toml $(CSRC)
 	@echo 'Building the extension: a minute or two the first time.'
-	@$(BIN)/pip --quiet $(INSTALL)
+	@$*/bin/pip --quiet $(INSTALL)
 	@touch $@
 
 # Removes an earlier copy in build/, which keeps modules that are gone.
-.venv-oldest/extension .venv-peers/extension: %/extension: %/packages setup.py pyproject.toml $(CSRC) \
+.venv-oldest/extension: .venv-oldest/packages setup.py pyproject.toml $(CSRC) \
   $(shell find fastclip triton_kernels -name '*.py')
-	@echo 'Building the extension for $*: a minute or two the first time.'
+	@echo 'Building the extension for the oldest torch: a minute or two the first time.'
 	@rm -rf build/lib*
-	@$*/bin/pip --quiet $(filter-out --editable,$(INSTALL))
+	@.venv-oldest/bin/pip --quiet $(filter-out --editable,$(INSTALL))
 	@touch $@

@@ -125,6 +125,9 @@ def show_plan(plan: list[cases.Case], device: str) -> None:
 
 def measure(options: argparse.Namespace) -> int:
     """Runs the plan, then prints its table."""
+    # A plan without fastclip's rows would be a waste of its time.
+    import fastclip  # noqa: F401
+
     from .measure import runner
     from .report import table
 

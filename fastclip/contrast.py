@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .engine.autograd import refuse_forward_mode
 from .engine.backends import choose
 from .engine.beside import Given
 from .engine.block import NO_POSITIVES
@@ -131,6 +132,7 @@ def contrast(
     dtype, has_targets = product_dtype(x, y), beside.target_x is not None
     logits = x.shape[0] * y.shape[0]
     engine = choose(backend, x.device, dtype, logits, x.shape[1], kind, has_targets)
+    budget = budget_of(memory_budget, x.device)
     inputs = StatisticsInputs(x, y, scale, bias, key_bias)
     if engine == "reference":
         return dense_contrast(
@@ -139,7 +141,7 @@ def contrast(
             columns=columns, means=means, kind=kind, above=above, targets=targets, guide=guide,
             limits=limits, normalize=normalize,
         )  # fmt: skip
-    budget = budget_of(memory_budget, x.device)
+    refuse_forward_mode(*inputs)
     columns = bool(columns) and not of_itself
     teaches = beside.target_scale is not None
     request = Request(bool(rows), columns, same_id == "positive", bool(means), teaches, of_itself)

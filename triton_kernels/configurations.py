@@ -123,7 +123,7 @@ TABLE: dict[str, Table] = {
             "small": _SMALL,
         },
         _TF32,
-        {"tile": Config(128, 64, 32, 8, 2), "small": Config(64, 64, 32, 4, 2)},
+        {"tile": Config(128, 64, 32, 8, 2), "small": Config(64, 64, 32, 4, 1)},
         _IEEE, _ODD,
     ),
     # A tile twice as wide, or as high, halves the traffic of the other tower's features in L2. In a
@@ -165,6 +165,7 @@ TABLE: dict[str, Table] = {
             "kept": Config(128, 128, 64, 8, 3, slices=4),
             "weigh": Config(128, 128, 64, 8, 3, slices=2),
             "both": Config(128, 128, 64, 8, 3, slices=2),
+            "levels": Config(64, 64, 64, 8, 3),
             "tile": Config(128, 64, 64, 8, 3),
             "small": _SMALL,
         },

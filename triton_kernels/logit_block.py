@@ -163,13 +163,13 @@ class LogitBlock:
         return targets.ABSENT if self.targets is None else self.targets.arguments(chunk)
 
     def apart_tiles(self, config: Config) -> dict[str, Any]:
-        """Returns compile-time arguments of the kernels with a number for each line. A second
-        product takes registers, so such a kernel has more warps."""
+        """Returns compile-time arguments of the kernels with a number for each line. Masks and a
+        second product take registers, so such a kernel has more warps."""
         tiles = {"GROUP": config.group, **self.tiles(config)}
-        if self.targets is None:
-            return tiles | targets.ABSENT_CONSTANTS
-        warps = max(config.warps, min(8, config.bm * config.bn // 512))
-        return {**tiles, **self.targets.constants(config), "num_warps": warps}
+        if self.targets is not None or not self.is_plain:
+            tiles["num_warps"] = max(config.warps, min(8, config.bm * config.bn // 512))
+        given = self.targets
+        return tiles | (targets.ABSENT_CONSTANTS if given is None else given.constants(config))
 
     @property
     def functions(self) -> dict[str, Any]:

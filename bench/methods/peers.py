@@ -7,7 +7,7 @@
     lightly 1.6.0, pytorch-metric-learning 2.9.0, sentence-transformers 6.2.0
                          dense losses, on any device; their temperatures are numbers, too
 
-Nothing is installed here; `make test-peers` makes .venv-peers, which has the last line's packages.
+Nothing is installed here; `make bench-peers` makes .venv-peers, which has the last line's packages.
 They run with their defaults, except that memeff is asked for the gradient of its loss
 (`stable=False`) instead of a multiple of it, and that features are not normalised again, which
 lightly always does.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine.autograd import refuse_forward_mode
 from ..engine.backends import choose
+from ..engine.beside import Given
 from ..engine.block import NO_POSITIVES
 from ..engine.checks import budget_of, check_features, check_live, scalar
 from ..engine.contrast_checks import check_contrast
@@ -75,6 +76,21 @@ class ContrastCall(NamedTuple):
     dtype: torch.dtype | None = None
 
 
+def contrast_call(
+    x: Tensor, y: Tensor | None, logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None, *, labels: Tensor | None = None, ids: Any = None,
+    false_negative_margin: Tensor | float | None = None, key_bias: Tensor | None = None,
+    targets: Any = None, guide: Any = None, limits: Tensor | None = None, **options: Any,
+) -> tuple[tuple[Any, ...], ContrastCall]:  # fmt: skip
+    """The tensors of a call of `contrast`, as `begin_contrast` takes them, and its options.
+    options: further fields of `ContrastCall`."""
+    others = Given(ids, false_negative_margin, labels, targets, guide, limits)
+    call = ContrastCall(
+        **options, teaches=targets is not None, guided=guide is not None, of_itself=y is None
+    )
+    return (x, y, logit_scale, logit_bias, key_bias, others), call
+
+
 class CheckedLoss(NamedTuple):
     inputs: LossInputs
     options: LossOptions
@@ -127,6 +143,7 @@ def _wants(*inputs: Tensor | None) -> bool:
 def checked_loss(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: LossCall
 ) -> CheckedLoss:
+    """Checks a rank's arguments of a loss, as `begin_loss` takes them."""
     x, y, logit_scale, logit_bias = given
     if call.world is not None:
         check_world(*call.world, process_group)
@@ -152,12 +169,14 @@ def checked_loss(
 def checked_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> CheckedContrast:
+    """Checks a rank's arguments of `contrast`, as `begin_contrast` takes them."""
     x, y, logit_scale, logit_bias, key_bias, others = given
     y, scale, bias, beside = check_contrast(
         x, None if call.of_itself else y, logit_scale, logit_bias, key_bias, others,
         offset=call.offset, same_id=call.same_id, rows=call.rows, columns=call.columns,
         kind=call.kind, above=call.above, may_be_empty=call.uneven,
     )  # fmt: skip
+    refuse_forward_mode(x, y, scale, bias, key_bias)
     dtype = call.dtype or product_dtype(x, y)
     request = request_of(call)
     must_match: dict[str, int | torch.dtype] = {
@@ -185,6 +204,7 @@ def checked_contrast(
 
 
 def request_of(call: ContrastCall) -> Request:
+    """The statistics that a call asks for."""
     columns = bool(call.columns) and not call.of_itself
     positive = call.same_id == "positive"
     return Request(

@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine.beside import Given
 from ..engine.compile_marks import no_compile
 from ..kinds import LineStatistics
-from .calls import ContrastCall, begin_contrast
+from .calls import ContrastCall, begin_contrast, contrast_call
 from .compiled.call import takes_contrast, traced_contrast
 from .sharded_statistics import sharded_statistics
 
@@ -83,13 +82,12 @@ def contrast(
 
     Raises, on every rank: as `fastclip.contrast`, and ValueError and RuntimeError as `clip_loss`.
     """
-    given = (
-        x, y, logit_scale, logit_bias, key_bias,
-        Given(ids, false_negative_margin, labels, targets, guide, limits),
-    )  # fmt: skip
-    call = ContrastCall(
-        offset, same_id, rows, columns, means, targets is not None, guide is not None, y is None,
-        kind, above, normalize, ring, uneven, backend, memory_budget,
+    given, call = contrast_call(
+        x, y, logit_scale, logit_bias, offset=offset, labels=labels, ids=ids, same_id=same_id,
+        false_negative_margin=false_negative_margin, key_bias=key_bias, rows=rows,
+        columns=columns, means=means, kind=kind, above=above, targets=targets, guide=guide,
+        limits=limits, normalize=normalize, ring=ring, uneven=uneven, backend=backend,
+        memory_budget=memory_budget,
     )  # fmt: skip
     return contrast_of(given, process_group, call)
 

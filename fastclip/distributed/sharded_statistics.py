@@ -75,6 +75,7 @@ def own_of(inputs: StatisticsInputs, task: StatisticsTask) -> Block:
 
 
 def row_of(own: Block, task: StatisticsTask) -> BlockRow:
+    """The block of own rows and all ranks' columns, with codes of ids that all ranks share."""
     options, (ids, _, labels, *_) = task.options, task.beside
     if labels is not None and ids is None:
         columns = torch.arange(own.sizes()[1], device=labels.device) + task.shard.start
@@ -92,6 +93,7 @@ def row_of(own: Block, task: StatisticsTask) -> BlockRow:
 
 
 def columns_of(m: int, n: int, task: StatisticsTask) -> Gathered | Ring:
+    """The way in which all ranks' columns come to this rank's m rows. n: its own columns."""
     if task.ring:
         return Ring(task.shard)
     # One offset serves all columns if every row or no row has its positive on this rank.

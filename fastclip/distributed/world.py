@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine.beside import Given
+from ..engine.checks import budget_of
 from ..engine.compile_marks import no_compile
+from ..engine.dtypes import product_dtype
 from ..formulas.world import Batch, World
 from ..kinds import LineStatistics
 from .agreement import agree, announced, field_of_loss, group_of, ranks_of
-from .calls import ContrastCall
+from .calls import contrast_call, engine_of
 from .collectives import gather_rows
 from .compiled.total import total
 from .contrast import contrast_of
@@ -27,27 +28,25 @@ def world_of_ranks(
 ) -> World:  # fmt: skip
     """loss: its name and its options, which must be the same on all ranks."""
 
-    def contrast(
-        x: Tensor, y: Tensor | None, logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None, *, offset: int | None = 0,
-        labels: Tensor | None = None, ids: Any = None, same_id: str = "ignore",
-        false_negative_margin: Tensor | float | None = None, key_bias: Tensor | None = None,
-        rows: bool = True, columns: bool = True, means: bool = False, kind: str = "softmax",
-        above: float | None = None, targets: Any = None, guide: Any = None,
-        limits: Tensor | None = None, memory_budget: int | None = memory_budget,
-    ) -> LineStatistics:  # fmt: skip
-        others = Given(ids, false_negative_margin, labels, targets, guide, limits)
-        given = (x, y, logit_scale, logit_bias, key_bias, others)
-        call = ContrastCall(
-            offset, same_id, rows, columns, means, targets is not None, guide is not None,
-            y is None, kind, above, normalize, ring, uneven, backend, memory_budget, loss,
-        )  # fmt: skip
+    common = {
+        "normalize": normalize, "ring": ring, "uneven": uneven, "backend": backend,
+        "memory_budget": memory_budget, "loss": loss,
+    }  # fmt: skip
+
+    def contrast(*inputs: Any, **options: Any) -> LineStatistics:
+        given, call = contrast_call(*inputs, **{**common, **options})
         return contrast_of(given, process_group, call)
 
     ranks = ranks_of(process_group)
+
+    def check_engine(x: Tensor, y: Tensor) -> None:
+        engine_of(backend, x, y, ranks, product_dtype(x, y), "softmax")
+        budget_of(memory_budget, x.device)
+
     return World(
         contrast,
         memory_budget,
+        check_engine,
         functools.partial(announced, process_group),
         functools.partial(total, process_group),
         functools.partial(_gather, process_group, uneven),

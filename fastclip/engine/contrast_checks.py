@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..kinds import kind_of
-from .autograd import refuse_forward_mode
 from .beside import Beside, Given
 from .checks import (
     check_floating,
@@ -180,5 +179,4 @@ def check_contrast(
     beside = _beside(given, x, y, key_bias, kind, of_itself, offset, same_id)
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
-    refuse_forward_mode(x, y, scale, bias, key_bias)
     return y, scale, bias, beside

@@ -112,10 +112,9 @@ def statistics_from_states(
         positives = positives + pairs.at_rows(block.key_bias.to(dtype), m, block.offset, 0)
     found = [negatives[:m], negatives[m:], positives]
     if of_by_id:
-        by_id, own = statistic(kind, *of_by_id) + moved, _Own(block, positives)
-        if request.of_itself:
-            pass
-        elif kind.has_shift:
+        by_id = statistic(kind, *of_by_id) + moved
+        own = _Own(block, positives, request.of_itself)
+        if kind.has_shift:
             by_id = torch.logaddexp(by_id, torch.where(own.exists, own.logits, -torch.inf))
         else:
             by_id = by_id + torch.where(own.exists, kind.fold(own.log2, own.log2 * 0), 0)
@@ -174,16 +173,16 @@ def of_levels(of_lines: Tensor, state: Tensor) -> Tensor:
 
 
 class _Own:
-    """The own positives of each row, then of each column."""
+    """The own positives of each row, then of each column; none if y is x."""
 
-    def __init__(self, block: Block, positives: Tensor) -> None:
+    def __init__(self, block: Block, positives: Tensor, of_itself: bool) -> None:
         m, n = block.sizes()
         _, inside = pairs.partners(m, n, block.offset, positives.device)
 
         def of_lines(values: Tensor, absent: Any) -> Tensor:
             return torch.cat((values, pairs.at_columns(values, n, block.offset, absent)))
 
-        self.exists = of_lines(inside, False)
+        self.exists = of_lines(inside & (not of_itself), False)
         self.logits = of_lines(positives, torch.nan)
         self.sign = -1 if kind_of(block.kind).negates_positives else 1
         # In log2 units, with the sign that the kind gives to positives.
@@ -219,13 +218,14 @@ def upstream_of(
     if kind.has_shift:
         coefficients = [torch.where(nothing, 0, of_lines / negatives.sums)]
     if kind.has_levels:
-        share = torch.where(_Own(block, found.positives).exists, of_levels(of_lines, state), 0)
+        own = _Own(block, found.positives, request.of_itself)
+        share = torch.where(own.exists, of_levels(of_lines, state), 0)
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
     for states in positives:
         of_lines = torch.cat((given.row_positives, given.column_positives))
         every.append(of_lines)
         by_id = torch.cat((found.row_positives, found.column_positives))
-        own = _Own(block, found.positives)
+        own = _Own(block, found.positives, request.of_itself)
         # The gradient of each line with respect to its own positive's logit.
         share = of_lines * own.sign
         if kind.has_shift:
@@ -242,7 +242,7 @@ def upstream_of(
         else:
             share = share * kind.activation(own.log2, own.log2 * 0)
         coefficients.append(of_lines)
-        share = torch.where(own.exists & (not request.of_itself), share, 0)
+        share = torch.where(own.exists, share, 0)
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
     if request.teaches:
         of_lines = torch.cat((given.row_expectations, given.column_expectations))

@@ -24,6 +24,8 @@ def pair_similarities(
 
 
 class _PairSimilarities(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, y: Tensor, i: Tensor, j: Tensor, dtype: torch.dtype, normalize: bool
@@ -31,7 +33,8 @@ class _PairSimilarities(torch.autograd.Function):
         sides = [side_of(t, dtype, normalize) for t in (x, y)]
         found = torch.zeros(i.shape, dtype=state_dtype(x.device), device=x.device)
         for _, of_x, of_y in _chunks(sides, i.shape[0]):
-            found += (of_x[i] * of_y[j]).sum(1)
+            # Not in place: under torch.vmap only the features may have samples.
+            found = found + (of_x[i] * of_y[j]).sum(1)
         return found
 
     @staticmethod
@@ -55,7 +58,7 @@ def _gradients(
 ) -> list[Tensor | None]:  # fmt: skip
     sides = [side_of(t, dtype, normalize) for t in (x, y)]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    outs = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in (x, y)]
+    outs = [torch.zeros_like(t, dtype=wide) for t in (x, y)]
     added = [
         FeatureGradient(side, out, g.dtype) if needed else None
         for side, out, needed in zip(sides, outs, needs, strict=False)

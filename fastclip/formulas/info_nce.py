@@ -60,13 +60,7 @@ def info_nce(
     reduction: Reduction,
 ) -> Tensor:  # fmt: skip
     """The loss of rows x (M, D) and keys y (N, D); y=None: x is contrasted with itself."""
-
-    def check() -> Tensor:
-        options.check(x, y)
-        reduction.check(x, world)
-        return scalar("logit_scale", logit_scale, x)
-
-    scale = world.guarded(check)
+    scale = world.guarded(lambda: check_info_nce(world, x, y, logit_scale, options, reduction))
     o = options
     rows, whole = x, scale
     if o.hardness:
@@ -92,6 +86,16 @@ def info_nce(
         others, _ = _line_losses(o, scale, columns, positives, by_id, means)
         losses = (losses + others) / 2
     return reduction.of(losses, world, (x, x if y is None else y), counts)
+
+
+def check_info_nce(
+    world: World, x: Tensor, y: Tensor | None, logit_scale: Tensor | float, options: InfoNCE,
+    reduction: Reduction,
+) -> Tensor:  # fmt: skip
+    """Checks what `contrast` does not check; returns the scale."""
+    options.check(x, y)
+    reduction.check(x, world)
+    return scalar("logit_scale", logit_scale, x)
 
 
 def clip(
@@ -126,7 +130,9 @@ def _similarity(positives: Tensor, scale: Tensor, options: InfoNCE) -> Tensor:
             columns = torch.arange(logits.shape[0], device=logits.device) + options.offset
         else:
             columns = options.labels.long()
-        logits = logits - options.key_bias.detach()[columns]
+        bias = options.key_bias.detach()[columns]
+        # A key that is taken out has the logit -inf, whatever its similarity.
+        logits = torch.where(bias == -torch.inf, 0, logits - bias)
     return logits / scale.detach()
 
 

@@ -25,20 +25,24 @@ def ranking(
 ) -> Tensor:  # fmt: skip
     """The loss of pairs x, y (N, D): similarities have no scale."""
     ids = pair_of(ids)
-
-    def check() -> None:
-        check_features(x, y, not world.even, ("x", "y"))
-        check_ids(ids, "ignore", x, y)
-        check_number("margin", margin, 0.0)
-        reduction.check(x, world)
-
-    world.guarded(check)
+    world.guarded(lambda: check_ranking(world, x, y, margin, ids, reduction))
     if hardest_only:
         losses = _of_hardest(world, x, y, margin, symmetric, ids, normalize)
     else:
         c = world.contrast(x, y, 1.0, ids=ids, kind="hinge", above=-margin, columns=symmetric)
         losses = c.rows + c.columns if symmetric else c.rows
     return reduction.of(losses, world, (x, y))
+
+
+def check_ranking(
+    world: World, x: Tensor, y: Tensor, margin: float, ids: Ids, reduction: Reduction
+) -> None:
+    """Checks the arguments of `ranking`."""
+    check_features(x, y, not world.even, ("x", "y"))
+    check_ids(ids, "ignore", x, y)
+    check_number("margin", margin, 0.0)
+    reduction.check(x, world)
+    world.check_engine(x, y)
 
 
 def _of_hardest(

@@ -51,9 +51,14 @@ def paired_loss(
 
 
 def one_process(normalize: bool, backend: str | None, memory_budget: int | None) -> World:
-    """The world of a loss in one process."""
+    """The world of a loss in one process. With the backend "reference" its statistics are dense."""
     options = {"normalize": normalize, "backend": backend, "memory_budget": memory_budget}
-    return World(functools.partial(contrast, **options), memory_budget)
+
+    def check_engine(x: Tensor, y: Tensor) -> None:
+        choose(backend, x.device, product_dtype(x, y), x.shape[0] * y.shape[0], x.shape[1])
+        budget_of(memory_budget, x.device)
+
+    return World(functools.partial(contrast, **options), memory_budget, check_engine)
 
 
 @no_compile

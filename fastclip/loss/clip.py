@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,17 +89,14 @@ def clip_loss(
             derivative.
     """
     options = InfoNCE(ids=ids, same_id=same_id, label_smoothing=label_smoothing, symmetric=True)
-    if backend != "reference" and takes_lines(live, ids, label_smoothing, weights, same_id):
+    if takes_lines(live, ids, label_smoothing, weights, same_id):
         world = one_process(normalize, backend, memory_budget)
         return clip(
             world, image_features, text_features, logit_scale, logit_bias, options,
             Reduction(reduction, weights),
         )  # fmt: skip
-    dense = functools.partial(
-        dense_clip_loss, ids=ids, same_id=same_id, label_smoothing=label_smoothing, weights=weights
-    )
     return paired_loss(
-        "softmax", dense, image_features, text_features, logit_scale, logit_bias,
+        "softmax", dense_clip_loss, image_features, text_features, logit_scale, logit_bias,
         normalize, reduction, backend, memory_budget, live,
     )  # fmt: skip
 

@@ -49,11 +49,6 @@ def distill_loss(
 
     Returns, Raises: as `info_nce`.
     """
-    if backend == "reference":
-        return dense_distill_loss(
-            x, y, logit_scale, teacher_x, teacher_y, teacher_scale, symmetric=symmetric,
-            weights=weights, normalize=normalize, reduction=reduction,
-        )  # fmt: skip
     world = one_process(normalize, backend, memory_budget)
     return distill(
         world, x, y, logit_scale, teacher_x, teacher_y, teacher_scale, symmetric,

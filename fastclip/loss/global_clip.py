@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed.world import described, world_of_ranks
 from ..engine.checks import (
@@ -20,9 +20,10 @@ from ..engine.checks import (
 )
 from ..formulas.world import Reduction, World
 from .base import one_process
+from .loss_module import LossModule
 
 
-class GlobalClipLoss(nn.Module):
+class GlobalClipLoss(LossModule):
     """CLIP's loss with negatives of the whole dataset, estimated by moving averages (SogCLR: Yuan
     et al., arXiv 2202.12387; FastCLIP v1 and v3: Wei et al., arXiv 2407.01445).
 
@@ -62,11 +63,11 @@ class GlobalClipLoss(nn.Module):
             epochs along a cosine, as FastCLIP does.
         rho: None for v1, or v3's lower bound of the tau * log term; FastCLIP takes 6.5 to 16.
         eps: 1e-14 in FastCLIP.
-        normalize, backend, memory_budget: as in `clip_loss`.
-        across_ranks: True: the batch is spread over the ranks of `process_group`; ring, uneven as
-            in `fastclip.distributed.clip_loss`. Each rank updates the averages of its own samples.
         shared: across ranks, True gathers the new averages, so that every rank holds all samples'.
             False: samples never change their rank, and indices count the rank's own samples.
+        options: normalize, backend, memory_budget: as in `clip_loss`; across_ranks: True: the
+            batch is spread over the ranks of `process_group`; ring, uneven: as in
+            `fastclip.distributed.clip_loss`. Each rank updates the averages of its own samples.
     """
 
     log_u_images: Tensor
@@ -80,16 +81,10 @@ class GlobalClipLoss(nn.Module):
         decay_epochs: int | None = None,
         rho: float | None = None,
         eps: float = 1e-14,
-        normalize: bool = False,
-        backend: str | None = None,
-        memory_budget: int | None = None,
-        across_ranks: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-        ring: bool = False,
-        uneven: bool = False,
         shared: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         if isinstance(data_size, bool) or not isinstance(data_size, int) or data_size < 1:
             raise ValueError(f"data_size must be a number of samples >= 1, got {data_size!r}")
         check_number("gamma", gamma, 0.0)
@@ -99,17 +94,10 @@ class GlobalClipLoss(nn.Module):
         if rho is not None:
             check_number("rho", rho)
         self.data_size = data_size
-        self.gamma = self.least_gamma = gamma
+        self.gamma = self._least_gamma = gamma
         self.decay_epochs = decay_epochs
         self.rho = rho
         self.eps = eps
-        self.normalize = normalize
-        self.backend = backend
-        self.memory_budget = memory_budget
-        self.across_ranks = across_ranks
-        self.process_group = process_group
-        self.ring = ring
-        self.uneven = uneven
         self.shared = shared
         for name in ("log_u_images", "log_u_texts"):
             self.register_buffer(name, torch.full((data_size,), -math.inf))
@@ -126,7 +114,7 @@ class GlobalClipLoss(nn.Module):
             return
         share = min(1.0, epoch / self.decay_epochs) if self.decay_epochs else 1.0
         above = (1 + math.cos(math.pi * share)) / 2
-        self.gamma = self.least_gamma + (1 - self.least_gamma) * above
+        self.gamma = self._least_gamma + (1 - self._least_gamma) * above
 
     def _world(self) -> World:
         if not self.across_ranks:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..engine.beside import Given
+from ..engine.contrast_checks import check_contrast
 from ..engine.dense import as_scalar, dense_logits, reduce_lines
-from ..formulas.info_nce import InfoNCE
+from ..formulas.info_nce import InfoNCE, check_info_nce
 from ..formulas.info_nce import info_nce as formula
 from ..formulas.world import Reduction
 from .base import one_process
@@ -83,13 +85,20 @@ def info_nce(
         offset, labels, ids, same_id, false_negative_margin, key_bias, margin, label_smoothing,
         decoupled, hardness, symmetric,
     )  # fmt: skip
+    world, how = one_process(normalize, backend, memory_budget), Reduction(reduction, weights)
     if backend == "reference":
+        # The formula's first derivatives are exact, but with hardness its second ones are not.
+        check_info_nce(world, queries, keys, logit_scale, options, how)
+        check_contrast(
+            queries, keys, logit_scale, None, key_bias, Given(ids, false_negative_margin, labels),
+            offset=offset, same_id=same_id, rows=True, columns=symmetric, kind="softmax",
+        )  # fmt: skip
+        world.check_engine(queries, keys)
         return dense_info_nce(
             queries, keys, logit_scale, **options._asdict(), weights=weights, normalize=normalize,
             reduction=reduction,
         )  # fmt: skip
-    world = one_process(normalize, backend, memory_budget)
-    return formula(world, queries, keys, logit_scale, options, Reduction(reduction, weights))
+    return formula(world, queries, keys, logit_scale, options, how)
 
 
 def dense_info_nce(

@@ -5,47 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import distributed
 from .info_nce import info_nce
+from .loss_module import LossModule
 from .nt_xent import nt_xent_loss
 from .ranking import ranking_loss
 from .supcon import supcon_loss
 
 
-class _Loss(nn.Module):
-    """A loss without parameters or buffers.
+class _Loss(LossModule):
+    """A loss without parameters or buffers, which calls a function.
 
     Args:
-        normalize, reduction, backend, memory_budget: as in the loss's function.
-        across_ranks: True computes this rank's share of the loss of all ranks' batches; the mean
-            over ranks is the loss of the whole batch.
-        process_group, ring, uneven: as in `fastclip.distributed.clip_loss`.
+        reduction: as in the loss's function.
+        options: those of `LossModule`.
     """
 
-    def __init__(
-        self,
-        *,
-        normalize: bool = False,
-        reduction: str = "mean",
-        backend: str | None = None,
-        memory_budget: int | None = None,
-        across_ranks: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-        ring: bool = False,
-        uneven: bool = False,
-    ) -> None:
-        super().__init__()
-        self.normalize = normalize
+    def __init__(self, *, reduction: str = "mean", **options: Any) -> None:
+        super().__init__(**options)
         self.reduction = reduction
-        self.backend = backend
-        self.memory_budget = memory_budget
-        self.across_ranks = across_ranks
-        self.process_group = process_group
-        self.ring = ring
-        self.uneven = uneven
 
     def _call(self, function: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
         """Calls a function of `fastclip.loss`, or the one of its name across ranks."""
@@ -99,6 +79,7 @@ class InfoNCELoss(_Loss):
         key_bias: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
+        """Returns the loss. The arguments are those of `fastclip.loss.info_nce`."""
         return self._call(
             info_nce, queries, keys, logit_scale, offset=offset, labels=labels, ids=ids,
             same_id=self.same_id, false_negative_margin=self.false_negative_margin,
@@ -125,6 +106,7 @@ class SupConLoss(_Loss):
         *,
         weights: Tensor | None = None,
     ) -> Tensor:
+        """Returns the loss. The arguments are those of `fastclip.loss.supcon_loss`."""
         return self._call(
             supcon_loss, features, labels, logit_scale, decoupled=self.decoupled, weights=weights
         )
@@ -156,6 +138,7 @@ class RankingLoss(_Loss):
         ids: tuple[Tensor, Tensor] | Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
+        """Returns the loss. The arguments are those of `fastclip.loss.ranking_loss`."""
         return self._call(
             ranking_loss, x, y, margin=self.margin, hardest=self.hardest,
             symmetric=self.symmetric, ids=ids, weights=weights,
@@ -179,6 +162,7 @@ class NTXentLoss(_Loss):
         *,
         weights: Tensor | None = None,
     ) -> Tensor:
+        """Returns the loss. The arguments are those of `fastclip.loss.nt_xent_loss`."""
         return self._call(
             nt_xent_loss, x1, x2, logit_scale, decoupled=self.decoupled, weights=weights
         )

@@ -44,11 +44,6 @@ def nt_xent_loss(
 
     Returns, Raises: as `info_nce`.
     """
-    if backend == "reference":
-        return dense_nt_xent_loss(
-            x1, x2, logit_scale, decoupled=decoupled, weights=weights, normalize=normalize,
-            reduction=reduction,
-        )  # fmt: skip
     world = one_process(normalize, backend, memory_budget)
     return nt_xent(world, x1, x2, logit_scale, decoupled, Reduction(reduction, weights))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..engine.dense import dense_logits, reduce_lines
 from ..formulas.info_nce import pair_of
-from ..formulas.ranking import ranking
+from ..formulas.ranking import check_ranking, ranking
 from ..formulas.world import Reduction
 from .base import one_process
 
@@ -53,15 +53,15 @@ def ranking_loss(
 
     Returns, Raises: as `info_nce`.
     """
+    world = one_process(normalize, backend, memory_budget)
+    how = Reduction(reduction, weights)
     if backend == "reference":
+        check_ranking(world, x, y, margin, pair_of(ids), how)
         return dense_ranking_loss(
             x, y, margin=margin, hardest=hardest, symmetric=symmetric, ids=ids, weights=weights,
             normalize=normalize, reduction=reduction,
         )  # fmt: skip
-    world = one_process(normalize, backend, memory_budget)
-    return ranking(
-        world, x, y, margin, hardest, symmetric, ids, normalize, Reduction(reduction, weights)
-    )
+    return ranking(world, x, y, margin, hardest, symmetric, ids, normalize, how)
 
 
 def dense_ranking_loss(
@@ -94,5 +94,5 @@ def dense_ranking_loss(
             losses = losses + F.relu(margin + largest - own)
         else:
             hinges = F.relu(margin + t - own.unsqueeze(dim))
-            losses = losses + (hinges * negatives).sum(dim)
+            losses = losses + torch.where(negatives, hinges, 0).sum(dim)
     return reduce_lines(losses, reduction, weights)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,15 +44,14 @@ def siglip_loss(
     the forward makes the gradients, too, which saves a quarter of the work, and keeps them in
     float32 for the backward: on CPUs, for half features, only within `memory_budget`.
     """
-    if backend != "reference" and takes_lines(live, ids, 0, weights, same_id):
+    if takes_lines(live, ids, 0, weights, same_id):
         world = one_process(normalize, backend, memory_budget)
         return siglip(
             world, image_features, text_features, logit_scale, logit_bias, ids, same_id,
             Reduction(reduction, weights),
         )  # fmt: skip
-    dense = functools.partial(dense_siglip_loss, ids=ids, same_id=same_id, weights=weights)
     return paired_loss(
-        "sigmoid", dense, image_features, text_features, logit_scale, logit_bias,
+        "sigmoid", dense_siglip_loss, image_features, text_features, logit_scale, logit_bias,
         normalize, reduction, backend, memory_budget, live,
     )  # fmt: skip
 

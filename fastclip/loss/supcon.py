@@ -47,11 +47,6 @@ def supcon_loss(
     Returns, Raises: as `info_nce`. With reduction "none" an anchor without positives has loss 0.
     Without any positives at all the loss is 0.
     """
-    if backend == "reference":
-        return dense_supcon_loss(
-            features, labels, logit_scale, decoupled=decoupled, weights=weights,
-            normalize=normalize, reduction=reduction,
-        )  # fmt: skip
     world = one_process(normalize, backend, memory_budget)
     return supcon(world, features, labels, logit_scale, decoupled, Reduction(reduction, weights))
 

@@ -65,6 +65,25 @@ def test_ranks_equal_one_process(four: Ranks) -> None:
     assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong[:20])
 
 
+def test_an_input_that_one_rank_freezes(two: Ranks) -> None:
+    """The other gradients stay, and no rank waits for one that does not take part."""
+    names = [n for n in NAMES if len(ranks.CASES[n].leaves) > 1]
+    every = [
+        Spread(name, EVEN[2], bool(k % 2), frozen_on_one=side)
+        for k, (name, side) in enumerate(product(names, ("x", "y", "scale")))
+        if side in ranks.CASES[name].leaves
+    ]
+    for spread, found in zip(every, zip(*two.run(ranks.run, every), strict=True), strict=True):
+        (_, gradients), (_, exact) = joined(spread, found), of_one_process(spread)
+        for name, true in exact.items():
+            mine = gradients[name]
+            if name == spread.frozen_on_one:
+                if name == "scale":
+                    continue
+                mine, true = (t[spread.sizes[0] :] for t in (mine, true))
+            torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-11, msg=f"{spread} {name}")
+
+
 @pytest.fixture(scope="module")
 def of_classes(four: Ranks) -> list[dict[str, tuple[list[float], list[Tensor]]]]:
     return four.run(ranks.classes, 3)

@@ -77,8 +77,11 @@ COMMON: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "budget": (ValueError, r"memory_budget.*bytes.*-1", {"memory_budget": -1}),
 }  # fmt: skip
 
-# One case of each function.
+# One case of each function, and the one that is not written on line statistics.
 FUNCTIONS = {case.loss: case._replace(options={}, given=()) for case in CASES.values()}
+FUNCTIONS["hardest"] = CASES["hardest"]._replace(given=())
+# Arguments are checked before an engine is chosen, and before a dense form runs.
+of_backends = pytest.mark.parametrize("asked", [None, "reference"])
 
 
 def inputs(case: Case) -> dict[str, Any]:
@@ -98,17 +101,19 @@ def on_device(options: dict[str, Any]) -> dict[str, Any]:
 def test_wrong_options_of_info_nce(name: str, engine: str) -> None:
     error, pattern, options = OPTIONS[name]
     case = CASES["info_nce"]
-    with pytest.raises(error, match=pattern):
-        call(case, loss, inputs(case), backend=engine, **on_device(options))
+    for backend in (engine, "reference"):
+        with pytest.raises(error, match=pattern):
+            call(case, loss, inputs(case), backend=backend, **on_device(options))
 
 
+@of_backends
 @pytest.mark.parametrize("name", COMMON)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_wrong_options_of_every_loss(function: str, name: str) -> None:
+def test_wrong_options_of_every_loss(function: str, name: str, asked: str | None) -> None:
     error, pattern, options = COMMON[name]
     case = FUNCTIONS[function]._replace(more_keys=0)
     with pytest.raises(error, match=pattern):
-        call(case, loss, inputs(case), **on_device(options))
+        call(case, loss, inputs(case), **{"backend": asked, **on_device(options)})
 
 
 WRONG = {
@@ -119,24 +124,26 @@ WRONG = {
 }
 
 
+@of_backends
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_wrong_features(function: str, name: str) -> None:
+def test_wrong_features(function: str, name: str, asked: str | None) -> None:
     error, pattern, change = WRONG[name]
     case = FUNCTIONS[function]._replace(more_keys=0)
     t = inputs(case)
     t["classes"] = t["classes"][:0] if name == "no rows" else t["classes"]
     wrong = {key: change(t[key]) for key in ("x", "y", "teacher_x", "teacher_y")}
     with pytest.raises(error, match=pattern):
-        call(case, loss, {**t, **wrong})
+        call(case, loss, {**t, **wrong}, backend=asked)
 
 
-@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f != "ranking_loss"])
-def test_wrong_scales(function: str) -> None:
+@of_backends
+@pytest.mark.parametrize("function", [f for f, c in FUNCTIONS.items() if "scale" in c.leaves])
+def test_wrong_scales(function: str, asked: str | None) -> None:
     case = FUNCTIONS[function]._replace(more_keys=0)
     for scale, error in (("2", TypeError), (torch.ones(2, device=DEVICE), ValueError)):
         with pytest.raises(error, match="logit_scale must"):
-            call(case, loss, {**inputs(case), "scale": scale})
+            call(case, loss, {**inputs(case), "scale": scale}, backend=asked)
 
 
 def test_labels_need_features_that_are_tensors() -> None:

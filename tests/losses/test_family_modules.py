@@ -50,6 +50,15 @@ def assert_equal(ours: Tensor, theirs: Tensor, leaves: list[Tensor], tol: float 
         torch.testing.assert_close(one, other, rtol=tol, atol=tol)
 
 
+def test_representations_name_the_options() -> None:
+    assert repr(RankingLoss(symmetric=False)) == "RankingLoss(reduction='mean', margin=0.2)"
+    module = InfoNCELoss(decoupled=True, reduction="sum", across_ranks=True)
+    for word in ("decoupled=True", "reduction='sum'", "across_ranks=True", "same_id='ignore'"):
+        assert word in repr(module)
+    text = repr(GlobalClipLoss(5, 0.7, rho=6.5))
+    assert text == "GlobalClipLoss(data_size=5, gamma=0.7, rho=6.5, eps=1e-14, shared=True)"
+
+
 MODULES: dict[str, tuple[nn.Module, str, dict[str, Any]]] = {
     "info_nce": (
         InfoNCELoss(margin=0.1, symmetric=True, reduction="none", normalize=True), "info_nce",

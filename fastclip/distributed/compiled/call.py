@@ -65,6 +65,7 @@ def takes_loss(
 def takes_contrast(
     given: Sequence[Any], process_group: dist.ProcessGroup | None, call: ContrastCall
 ) -> bool:
+    """As `takes_loss`, for the arguments of `contrast`."""
     x, y, scale, bias, key_bias, (ids, margin, labels, targets, guide, limits) = given
     guide = (guide, guide) if isinstance(guide, Tensor) else guide
     beside = (*(targets or ()), *(guide or ()), limits)

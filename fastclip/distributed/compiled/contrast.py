@@ -81,7 +81,7 @@ def _without_beside(own: Block) -> Block:
 
 
 def _given(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], ContrastCall, Trace]:
-    """Splits the arguments after the inputs into ids, margin and labels, the options, the trace."""
+    """Splits the arguments after the inputs into those beside them, the options, the trace."""
     x_ids, y_ids, margin, *targets, limits, labels = arguments[: _OTHERS.count(",") + 1]
     call, trace = split(ContrastCall, arguments[_OTHERS.count(",") + 1 :])
     given = Given(None if x_ids is None else (x_ids, y_ids), margin, labels, limits=limits)

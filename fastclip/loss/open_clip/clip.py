@@ -55,8 +55,10 @@ class ClipLoss(nn.Module):
         rank, world_size: those of this process within `process_group`.
         use_horovod: must be False.
         process_group, ring, uneven: as in `fastclip.distributed.clip_loss`.
-        same_id, label_smoothing, normalize, reduction, backend, memory_budget: as in
-            `fastclip.clip_loss`.
+        same_id, label_smoothing, normalize, backend, memory_budget: as in `fastclip.clip_loss`.
+        reduction: as in `fastclip.clip_loss`. "none" returns the losses of this rank's pairs, also
+            with `local_loss=False`; with the default flags their gradients have open_clip's factor
+            of 1 / world_size, as those of the mean have.
 
     Raises:
         ValueError: use_horovod=True; at a call, a rank or world size that is not the group's, or

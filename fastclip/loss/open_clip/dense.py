@@ -16,11 +16,13 @@ def overrides(loss: nn.Module, base: type[nn.Module], others: tuple[str, ...] = 
 def open_clip_logits(
     x: Tensor, y: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
 ) -> Tensor:
+    """The logits (N, N) as open_clip computes them, in the dtype of the features."""
     logits = logit_scale * x @ y.T
     return logits if logit_bias is None else logits + logit_bias
 
 
 def refuse_live(live: tuple[int, int] | None) -> None:
+    """Raises for live pairs, which a dense loss has not."""
     if live is not None:
         raise ValueError(
             f"live must be None for a loss that makes its own logits or labels, got {live!r}"

@@ -38,6 +38,8 @@ class Spread(NamedTuple):
     reduction: str = "mean"
     normalize: bool = False
     module: bool = False  # through the loss's class
+    # Rank 0 freezes this input; the others differentiate all.
+    frozen_on_one: str = ""
 
     @property
     def case(self) -> family.Case:
@@ -97,15 +99,19 @@ def _value(spread: Spread, module: Any, t: dict[str, Tensor], **options: Any) ->
     )
 
 
-def _leaves(spread: Spread, given: Arrays) -> dict[str, Tensor]:
+def _leaves(spread: Spread, given: Arrays, rank: int = -1) -> dict[str, Tensor]:
     t = family.tensors(spread.case, given, FLOAT64, CPU)
-    return {k: v.detach() if k in spread.frozen else v for k, v in t.items()}
+    frozen = (*spread.frozen, *([spread.frozen_on_one] if rank == 0 else []))
+    return {k: v.detach() if k in frozen else v for k, v in t.items()}
 
 
 def _gradients(spread: Spread, t: dict[str, Tensor], value: Tensor, g: Tensor) -> dict[str, Any]:
-    wanted = [name for name in spread.case.leaves if name not in spread.frozen]
+    """Gradients by name, zeros for an input that this rank alone has frozen."""
+    named = [name for name in spread.case.leaves if name not in spread.frozen]
+    wanted = [name for name in named if t[name].requires_grad]
     found = torch.autograd.grad(value, [t[name] for name in wanted], g, allow_unused=True)
-    return dict(zip(wanted, found, strict=True))
+    given = dict(zip(wanted, found, strict=True))
+    return {name: given[name] if name in given else torch.zeros_like(t[name]) for name in named}
 
 
 def of_one_process(spread: Spread) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -123,7 +129,7 @@ def own_arrays(spread: Spread, rank: int) -> Arrays:
 
 def of_rank(spread: Spread, rank: int, group: Any) -> tuple[Tensor, dict[str, Tensor | None]]:
     """This rank's value and gradients, before any sum over ranks."""
-    t = _leaves(spread, own_arrays(spread, rank))
+    t = _leaves(spread, own_arrays(spread, rank), rank)
     module = _through_module(spread.case) if spread.module else distributed
     value = _value(spread, module, t, ring=spread.ring, uneven=spread.uneven, process_group=group)
     g = spread.upstream()
