@@ -75,7 +75,8 @@ def contrast(
     Bytes that a rank sends (B columns of all ranks, E bytes a feature element): features and
     gradients as in `clip_loss`, with n in place of b; at most 56 * B for states and coefficients,
     40 * B more with `same_id="positive"`, 8 * B for ids and labels, 4 * B for a margin, 16 * B for
-    key_bias; with `means` and ids, 32 * B * D in the forward and 64 * B * D in the backward.
+    key_bias; with `means` and ids, 32 * B * D in the forward and 64 * B * D in the backward,
+    half as many with y=None.
 
     Bytes that a rank holds: as in `clip_loss`. If only some of its rows have their positive among
     its columns, `4 B D` more while gathered gradients are concatenated.

@@ -70,8 +70,8 @@ def supcon_loss(
     compared across ranks.
 
     Args, Raises: as there, and process_group, ring and uneven as in `clip_loss`. Beside the bytes
-    that `contrast` sends, sums of features over labels take 16 * B * D in the forward and in the
-    backward (B features in all).
+    that `contrast` sends, sums of features over labels take 16 * B * D in the forward and
+    32 * B * D in the backward (B features in all).
     """
     loss = described("supcon_loss", decoupled=decoupled, weights=weights, reduction=reduction)
     world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)

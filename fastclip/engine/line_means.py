@@ -126,8 +126,9 @@ class LineMeans:
         for chunk in self._chunks():
             y = self._masked(chunk.y)
             for place, groups in enumerate(self.groups.given):
-                of_rows = (chunk.x * groups.of_every_row(y)).sum(1)
-                of_columns = (chunk.y * groups.of_every_column(chunk.x)).sum(1)
+                of_columns = of_rows = (chunk.x * groups.of_every_row(y)).sum(1)
+                if not self.of_itself:
+                    of_columns = (chunk.y * groups.of_every_column(chunk.x)).sum(1)
                 totals[place] = totals[place] + torch.cat((of_rows, of_columns)) * chunk.scale
         common = 0.0 if bias is None else bias.reshape(()).to(self.dtype)
         own = self._at_lines(torch.where(self.own > 0, positives - common, 0))
@@ -176,11 +177,17 @@ class LineMeans:
             for groups, factor in zip(self.groups.given, factors.by_group, strict=True):
                 rows, columns = factor[:m, None], factor[m:, None]
                 by_row = rows * groups.of_every_row(y)
-                by_column = columns * groups.of_every_column(chunk.x)
-                of_x = of_x + by_row + groups.of_every_row(columns * chunk.y)
-                of_y = of_y + by_column + self._masked(groups.of_every_column(rows * chunk.x))
+                of_x = of_x + by_row
+                of_y = of_y + self._masked(groups.of_every_column(rows * chunk.x))
                 if chunk.place is not None:
-                    dscale = dscale + (chunk.x * by_row).sum() + (chunk.y * by_column).sum()
+                    dscale = dscale + (chunk.x * by_row).sum()
+                if self.of_itself:  # columns are not returned: their factors are 0
+                    continue
+                by_column = columns * groups.of_every_column(chunk.x)
+                of_x = of_x + groups.of_every_row(columns * chunk.y)
+                of_y = of_y + by_column
+                if chunk.place is not None:
+                    dscale = dscale + (chunk.y * by_column).sum()
             if chunk.place is None:
                 dkey_bias = of_y[:, 0]
                 continue

@@ -293,10 +293,14 @@ def double_backward(rank: int, world_size: int) -> str:
 def bytes_sent(
     rank: int, world_size: int, m: int, n: int, d: int, dtype: torch.dtype, options: dict[str, Any]
 ) -> dict[str, int]:
-    """The bytes that this rank sends in a forward and a backward, by kind of exchange."""
-    x, y = (torch.randn(k, d).to(dtype).requires_grad_() for k in (m, n))
+    """The bytes that this rank sends in a forward and a backward, by kind of exchange. Without m,
+    the n features are contrasted with themselves."""
+    x, y = (torch.randn(k or n, d).to(dtype).requires_grad_() for k in (m, n))
     if "ids" in options:
         options["ids"] = tuple(torch.arange(k) % options["ids"] for k in (m, n))
+    if not m:
+        y = None
+        options["ids"] = options["ids"][1]
     with Traffic() as traffic:
         found = distributed.contrast(x, y, 5.0, normalize=True, **options)
         sum(t.nan_to_num(0, 0, 0).sum() for t in found if t is not None).backward()
