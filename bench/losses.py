@@ -80,8 +80,8 @@ class Loss(NamedTuple):
     # fastclip's if it keeps nothing.
     dense_passes: tuple[float, float] = (1, 3)
     fused_passes: tuple[float, float] = (1, 4)
-    floor: float = 2.0  # of FAMILY: the goal's times faster than the dense loss
-    blocks: int = 1  # how many blocks of M x N products it may keep; each has the budget
+    floor: float = 2.0  # of FAMILY: the goal, how many times as fast as the dense loss
+    blocks: int = 1  # how many blocks of M x N products it may keep; they share the budget
 
     def call(self, function: Callable[..., Any], inputs: Inputs) -> Any:
         """Calls one of the loss's functions with the inputs of a case."""

@@ -99,7 +99,7 @@ def contrast(
         guide: (x' (M, D'), y' (N, D')), or x' alone if y is None: the margin and the limits are
             compared with the similarities of these features (GISTEmbed, arXiv 2402.16829).
         limits: (M), floating point, in place of the margin: a row leaves out negatives whose
-            similarity exceeds its limit. Columns keep all, unless y is None.
+            similarity exceeds its limit. Columns keep all of theirs.
         normalize: divide rows of x and y, and of targets or guide, by max(norm, 1e-12) first,
             fused.
         backend, memory_budget: as in `clip_loss`. The plain PyTorch engine serves kinds that the
@@ -118,8 +118,10 @@ def contrast(
             offset that is not an int; a scale, bias or margin that is not a number.
         ValueError: shapes or devices that do not fit, an empty side, an unknown kind, same_id or
             backend, same_id="positive" without ids, neither rows nor columns, a memory_budget that
-            is not an int >= 0, an offset beyond 2^62, options that need y without it; on CPUs
-            labels that are not columns, or whose ids differ.
+            is not an int >= 0, an offset beyond 2^62; options that exclude each other (targets and
+            guide, limits and a margin, targets and key_bias or a kind with levels), a guide with
+            neither margin nor limits, a kind with levels without `above`, options that need y if y
+            is None; on CPUs labels that are not columns, or whose ids differ.
         RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
             derivative.
     """

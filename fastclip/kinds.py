@@ -10,8 +10,8 @@ kind is two functions of a pair's logit:
 
 Logits and shifts are in log2 units, `s * log2(e)`. The statistic is the sum itself or, for a kind
 with a shift, `log(sum) + shift`: exponentials are relative to the shift, which keeps them within
-range. A kind with levels gets a number of the caller's in place of the shift, one for each line:
-its statistic is a sum over the pairs above the line's level.
+range. A kind with levels has no shift: the caller gives each line a level, which takes its place,
+and the statistic is a sum over the pairs above that level.
 
 A fused loss, such as `clip_loss`, needs a third function of its kind, `finish`. For a line whose
 own positive has logit s, in natural units, it returns the loss, the coefficient of the line and the
@@ -120,8 +120,8 @@ class Sigmoid(Kind):
 
 class Hinge(Kind):
     """The sum of how far a line's pairs lie above its level. Ranking losses (VSE++, Faghri et al.,
-    arXiv 1707.05612) sum it over negatives, with the own positive's logit plus a margin, or less
-    one, as the level."""
+    arXiv 1707.05612) sum it over negatives; the level is the own positive's logit minus a
+    margin."""
 
     name = "hinge"
     has_levels = True
@@ -175,7 +175,8 @@ class LineStatistics(NamedTuple):
     """Statistics of each row's and each column's pairs; float64 (float32 on Apple GPUs).
 
     rows (M), columns (N): the log-sum-exp of each line's negatives, -inf without any; with
-        `kind="sigmoid"` the sum of their softplus, 0 without any. None if not wanted.
+        `kind="sigmoid"` the sum of their softplus, with `kind="hinge"` of their hinges, 0 without
+        any. None if not wanted.
     positives (M): the logit of each row's own positive; NaN for a row without one. None for a
         block of one set of features against itself.
     row_positives (M), column_positives (N): with `same_id="positive"` the log-sum-exp of each

@@ -13,7 +13,7 @@ floating dtype, and can be differentiated any number of times.
     fastclip.reference.distill_loss    fastclip.loss.distill_loss
     fastclip.reference.contrast        fastclip.contrast
 
-`backend="reference"` makes a fused loss dense, and checks its arguments, which these do not.
+With `backend="reference"` the fused losses are dense, too, and check their arguments; these do not.
 """
 
 from .engine.dense_statistics import dense_contrast as contrast

@@ -26,7 +26,7 @@ def _truth(
     terms: Sequence[tuple[Term, bool]], x: Tensor, y: Tensor | None, scale: Tensor | None,
     count: float,
 ) -> Truth:  # fmt: skip
-    """The sum of the terms over all rows of x, or of y if the second element is True, over count;
+    """The sum of the terms over all rows of x (of y if a term's flag is True), divided by count.
     y=None: x against itself."""
     x, y, scale = (
         None if t is None else t.detach().double().requires_grad_() for t in (x, y, scale)

@@ -34,14 +34,16 @@ def _in_one_go(case: Case, method: str) -> bool:
     return loss_of(case.loss).in_one_go and method not in CONTRAST
 
 
-def bytes_of_kept_products(m: int, n: int, method: str, device: str) -> int:
-    """Bytes of the rows of products that the budget keeps between two sweeps; only whole rows are
-    kept. The PyTorch engine keeps none, and GPU engines keep none by default."""
+def bytes_of_kept_products(m: int, n: int, method: str, device: str, blocks: int = 1) -> int:
+    """Bytes of the rows of products that blocks of one size keep between two sweeps. The blocks
+    share the budget, and only whole rows are kept. The PyTorch engine keeps none, and GPU engines
+    keep none by default."""
     from fastclip.engine.kept import rows_to_keep
 
-    if method == "fastclip torch" or device != "cpu":
+    if method == "fastclip torch" or device != "cpu" or blocks == 0:
         return 0
-    return rows_to_keep(m, n, 4, budget_of_method(method, device)) * min(m, n) * 4
+    budget = budget_of_method(method, device) // blocks
+    return blocks * rows_to_keep(m, n, 4, budget) * min(m, n) * 4
 
 
 def passes_of_two_sweeps(m: int, n: int, kept: int, both: float = 4.0, blocks: int = 1) -> float:
@@ -74,7 +76,7 @@ def kept_bytes(case: Case, method: str, device: str) -> int:
             if case.dtype == "bfloat16" and waiting <= budget_of_method(method, device)
             else 0
         )
-    return loss_of(case.loss).blocks * bytes_of_kept_products(case.m, case.n, method, device)
+    return bytes_of_kept_products(case.m, case.n, method, device, loss_of(case.loss).blocks)
 
 
 def passes_of_fastclip(case: Case, device: str, method: str) -> float:

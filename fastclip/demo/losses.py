@@ -19,20 +19,21 @@ from .workers import ALONE, Workers
 
 
 class Pairs(NamedTuple):
-    """The numbers of pairs: captions have equal ones if they are equal; samples are drawings, all
-    different in a batch."""
+    """The ids of a batch's pairs: equal captions have equal ids, and each drawing, a sample of the
+    dataset, has an id of its own."""
 
     captions: Tensor
     samples: Tensor
 
 
-# Each takes the functions of `fastclip.loss`, or those that stand for them, and a batch.
+# Each takes `of`, which maps a name in `fastclip.loss` to the function to call, then the ids of the
+# pairs and the outputs of the model.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "clip": lambda of, pairs, x, y, scale: of("clip_loss")(x, y, scale),
     "clip_ids": lambda of, pairs, x, y, scale: of("clip_loss")(x, y, scale, ids=pairs.captions),
     "siglip": lambda of, pairs, x, y, scale, bias: of("siglip_loss")(x, y, scale, bias),
     "info_nce": lambda of, pairs, x, y, scale: of("info_nce")(x, y, scale),
-    # The scale is not used. DDP needs a gradient of it.
+    # The loss has no scale, but DDP waits for the gradient of the model's.
     "ranking": lambda of, pairs, x, y, scale: of("ranking_loss")(x, y, hardest=True) + 0 * scale,
     "global": lambda of, pairs, x, y, scale: of("GlobalClipLoss")(x, y, scale, pairs.samples),
 }
@@ -43,10 +44,13 @@ RHO = 6.5  # of the global loss, as in FastCLIP
 
 
 class BatchLoss(nn.Module):
-    """A loss of batches that are divided among the workers. It has buffers if the loss has.
+    """A loss of batches that are divided among the workers. "global" has buffers.
 
     Args:
-        samples: the number of drawings in the data set.
+        loss: a name of LOSSES.
+        implementation: "fused" or "dense".
+        samples: the number of drawings in the dataset.
+        batch_size: the pairs of all workers together.
     """
 
     def __init__(

@@ -47,16 +47,18 @@ def clip_loss(
                 + F.cross_entropy(logit_scale * text_features @ images.T, labels)) / 2
 
     (Radford et al., arXiv 2103.00020; open_clip's `local_loss=True, gather_with_grad=True`.) The
-    mean of the ranks' values is the loss of the whole batch. All pairs have the same weight, so
-    with `uneven` batches a rank's value is R / B times the sum over its pairs.
+    mean of the ranks' values is the loss of the whole batch. Without `weights` all pairs weigh the
+    same, so with `uneven` batches a rank's value is R / B times the sum over its pairs.
 
     Args:
         image_features, text_features: (b, D), this rank's pairs, as in `fastclip.clip_loss`.
         logit_scale, logit_bias: the same on all ranks.
         ids, same_id, label_smoothing, weights: as in `fastclip.clip_loss`, ids and weights of this
-            rank's pairs; ids are compared across ranks. reduction: "mean", "sum" (the mean over
-            ranks is the sum over all pairs) or "none", the losses of this rank's pairs. These take
-            the loss through `contrast`.
+            rank's pairs; ids are compared across ranks.
+        reduction: "mean", "sum" (the mean over ranks is the sum over all pairs) or "none", the
+            losses of this rank's pairs. With a reduction other than "mean", or with ids,
+            label_smoothing or weights, the loss is computed through `contrast`, whose bytes then
+            apply.
         process_group: the ranks that share the batch; None: all processes.
         ring: True sends texts around a ring, both ways at once, instead of gathering them. A rank
             then holds at most four ranks' texts, O(b D) instead of O(B D). Texts travel twice: in

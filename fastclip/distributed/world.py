@@ -26,7 +26,8 @@ def world_of_ranks(
     loss: str, process_group: dist.ProcessGroup | None, ring: bool, uneven: bool, normalize: bool,
     backend: str | None, memory_budget: int | None,
 ) -> World:  # fmt: skip
-    """loss: its name and its options, which must be the same on all ranks."""
+    """Returns the world of a loss across ranks. loss: its name and its options (`described`), which
+    must be the same on all ranks."""
 
     common = {
         "normalize": normalize, "ring": ring, "uneven": uneven, "backend": backend,
@@ -108,7 +109,8 @@ def _gather(process_group: dist.ProcessGroup | None, uneven: bool, x: Tensor) ->
 
 
 def described(name: str, **options: Any) -> str:
-    """A loss with its options; for tensors only that they are given."""
+    """Returns a loss's name with its options, as ranks compare them; of tensors, only that they are
+    given."""
     parts = (
         f"{key}={'given' if isinstance(value, (Tensor, tuple, list)) else repr(value)}"
         for key, value in options.items()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Given(NamedTuple):
-    """As the caller passed it."""
+    """These arguments as the caller passed them."""
 
     ids: tuple[Tensor, Tensor] | Tensor | None = None
     margin: Tensor | float | None = None
@@ -20,7 +20,7 @@ class Given(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """Checked. Nothing here has a gradient."""
+    """The same arguments, checked. None of them gets a gradient."""
 
     ids: tuple[Tensor, Tensor] | None = None
     margin: Tensor | None = None  # one element

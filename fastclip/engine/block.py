@@ -102,9 +102,8 @@ class SweepResults(NamedTuple):
 class Upstream(NamedTuple):
     """The factors that multiply the activations in the weights of pairs."""
 
-    coefficients: (
-        Tensor  # (M + N): a, b; or (2 or 3, M + N): a, b, then c, d, then those of targets
-    )
+    # (M + N): a, b; or (2 or 3, M + N), with further rows for positives by id and for a teacher.
+    coefficients: Tensor
     positive_weight: Tensor  # (M)
     gain: Tensor  # one element
 

@@ -46,26 +46,24 @@ def reduce_lines(
     losses: Tensor, reduction: str, weights: Tensor | None, counts: Tensor | None = None
 ) -> Tensor:
     """The losses of lines (N) times their weights, their sum, or the weighted mean over the lines
-    that count; 0 if no line counts."""
-    factors = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-    if counts is not None:
-        factors = factors * counts
-    if reduction != "mean":
-        return reduce_losses(losses * factors, reduction)
-    number = factors.sum()
-    return (losses * factors).sum() / torch.where(number == 0, 1, number)
+    that count; 0 if no line counts.
 
-
-def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
-    """The losses of pairs (N), their mean or their sum.
+    Args:
+        weights: (N); None: all 1.
+        counts: bool (N), the lines that count; None: all.
 
     Raises:
         ValueError: an unknown reduction.
     """
+    factors = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
+    if counts is not None:
+        factors = factors * counts
+    losses = losses * factors
     if reduction == "none":
         return losses
-    if reduction == "mean":
-        return losses.mean()
     if reduction == "sum":
         return losses.sum()
+    if reduction == "mean":
+        number = factors.sum()
+        return losses.sum() / torch.where(number == 0, 1, number)
     raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")

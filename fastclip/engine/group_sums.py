@@ -74,7 +74,8 @@ def sums_at(places: Tensor, values: Tensor, count: int) -> Tensor:
         # Not in place: under torch.vmap only the places or only the values may have samples.
         none = values.new_zeros((count, values.shape[1]))
         if values.device.type == "cuda":
-            # It sorts, so that sums do not depend on the order of threads. On CPUs they would.
+            # On CUDA index_put sorts first, so sums do not depend on the order of threads. On CPUs
+            # they would.
             return none.index_put((places,), values, accumulate=True)
         return none.index_add(0, places, values)
     # On CPUs this is 7 times as fast as index_add, which adds number by number.
@@ -96,6 +97,7 @@ def chunks(block: Block, alive: Tensor | None, lines: int, dtype: torch.dtype) -
     """Cuts the block's features into chunks. The last one stands for key_bias: it is a feature of
     y, and x has a 1 there.
 
+    alive: bool (N, 1), the columns that key_bias does not take out; None: all.
     lines: the numbers of rows, columns and groups, added. Ranks exchange the sums of each chunk, so
     all of them must pass the same number.
     """

@@ -27,7 +27,7 @@ column.
     kind: a name in `kinds.KINDS`.
     same_id_positive: pairs with equal ids are positives of their row and their column.
     guided: the targets are a guide, without a target_scale: t'_ij is compared with the thresholds
-    in the place of t_ij.
+    instead of t_ij.
 
 `sweep(BLOCK, bound, occupied, levels, keep) -> state, positive, kept`
     Streams the logits once and returns the state of each line.

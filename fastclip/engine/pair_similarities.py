@@ -19,7 +19,7 @@ def pair_similarities(
     x: Tensor, y: Tensor, i: Tensor, j: Tensor, dtype: torch.dtype, normalize: bool
 ) -> Tensor:
     """Returns (P), in the dtype of states, differentiable in x (M, D) and y (N, D). i, j (P): rows
-    of x and of y. dtype: of the products that these stand beside."""
+    of x and of y. dtype: the features are rounded to it first, as in an engine's products."""
     return _PairSimilarities.apply(x, y, i, j, dtype, normalize)
 
 

@@ -46,7 +46,7 @@ class StatisticsInputs(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Vectors of lines beside a block's."""
+    """The numbers of lines that a block does not hold."""
 
     occupied: Tensor | None  # as the operator `sweep` takes it
     labels: Tensor | None  # (M): the columns of the rows' own positives

@@ -34,7 +34,8 @@ class InfoNCE(NamedTuple):
     symmetric: bool = False
 
     def check(self, x: Tensor, y: Tensor | None) -> None:
-        """Checks the features, the options that `contrast` does not know, and which go together."""
+        """Checks the features, the options that `contrast` does not have, and that no two options
+        exclude each other."""
         if y is None or self.labels is not None:
             check_sides(x, x if y is None else y, may_be_empty=True)
         else:

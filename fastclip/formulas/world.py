@@ -45,7 +45,8 @@ class World(NamedTuple):
     guarded: calls a check of arguments; if it raises, all ranks raise.
     total: sums a tensor over ranks, without a gradient.
     gather: concatenates the ranks' rows, without a gradient.
-    gathered: maps own pairs x, y and their ids to the batch of all ranks.
+    gathered: maps own pairs x, y and their ids to the batch of all ranks, with gradients.
+    ranks: how many share the batch.
     """
 
     contrast: Callable[..., LineStatistics]
@@ -63,20 +64,20 @@ def takes_lines(
     live: tuple[int, int] | None, ids: Any, label_smoothing: float, weights: Tensor | None,
     same_id: str = "ignore", reduction: str = "mean",
 ) -> bool:  # fmt: skip
-    """True for a loss that is written on line statistics, since the operators of fused losses do
-    not have its options."""
+    """True if a loss has options that the operators of fused losses do not have, so that it is
+    computed from line statistics. Raises ValueError for `live` with such an option."""
     has = ids is not None or weights is not None or label_smoothing != 0
     has = has or same_id != "ignore" or reduction != "mean"
     if has and live is not None:
         raise ValueError(
-            "live must be None with ids, label_smoothing, weights or, across ranks, another "
-            f"reduction than 'mean', got live={live!r}"
+            "live must be None with ids, label_smoothing, weights or, across ranks, a reduction "
+            f"other than 'mean', got live={live!r}"
         )
     return has
 
 
 class Reduction(NamedTuple):
-    """How the losses of lines become one number. weights: (M), or None for ones."""
+    """The reduction of the losses of lines, and their weights (M); None: all 1."""
 
     name: str = "mean"
     weights: Tensor | None = None
@@ -93,8 +94,8 @@ class Reduction(NamedTuple):
         self, losses: Tensor, world: World, inputs: tuple[Tensor, Tensor],
         counts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Reduces losses (M) of own lines. counts: bool (M), the lines that count; their losses are
-        0 else. The mean over ranks of the results is the result of one process."""
+        """Reduces losses (M) of own lines. counts: bool (M), the lines that count; the losses of
+        others are 0. The mean over ranks of the results is the result of one process."""
         dtype = torch.float64 if product_dtype(*inputs) == torch.float64 else torch.float32
         weights = self.weights if counts is None else counts.to(losses.dtype)
         if self.weights is not None:

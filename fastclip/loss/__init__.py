@@ -1,4 +1,4 @@
-"""The public losses: open_clip's classes, and the functions beneath them.
+"""The public losses: functions, the same losses as modules, and open_clip's classes.
 
 `fastclip.distributed` has the losses of batches that are spread over processes.
 """

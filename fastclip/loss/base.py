@@ -1,4 +1,4 @@
-"""Checks the arguments of a loss of paired features, and runs the chosen engine."""
+"""Losses in one process: the entry of fused ones, and the world of those that are formulas."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ Both write partials, one number for each line of each tile: rows first, (tiles_n
 of their own, computed like those of the negatives. SAME_ID is 0 if there are none, else the sign
 that their logits are folded with.
 
-A block with targets has the products of these beside its own, and takes `sweep_apart_kernel` alone,
-in a kind without a shift, too: its lines then have the number 0. A teacher, who weighs all pairs by
-a softmax of its own, has three layers of partials at the end.
+For a block with targets, `sweep_apart_kernel` is launched alone and computes the targets' products,
+too; in a kind without shifts or levels its lines have the number 0. A teacher weighs all pairs by a
+softmax of its own and adds three layers of partials at the end.
 
 The kernels have more than fifteen run-time parameters, since every launch takes the description of
 a whole block of logits.

@@ -1,4 +1,4 @@
-"""A tile of the targets' products, beside that of ours.
+"""A tile of the products of targets, computed beside the tile of <x_i, y_j>.
 
 Kernels take two tuples, or None for both. TARGETS: the two operands, their strides and their width
 in units of TARGET_UNIT elements. TARGET_LOGITS: the LOGITS of `logits.py`, with the targets'

@@ -260,7 +260,8 @@ def _apart(
     t, k, LOGITS, SHIFT_X, SHIFT_Y, A, B, i, j, M, N, ACTIVATION: tl.constexpr,
     NEGATED: tl.constexpr,
 ):  # fmt: skip
-    """Returns the terms of rows and of columns in the weights, each with the shift of its line."""
+    """Returns the terms of rows and of columns in the weights, each with its line's shift or
+    level."""
     x = relative(t, k, row_values(SHIFT_X, i, M, False), LOGITS, j, N, False)
     if NEGATED:
         x = -x

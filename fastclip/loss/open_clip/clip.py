@@ -161,8 +161,7 @@ class ClipLoss(nn.Module):
                 _warn_while_compiling()
             else:
                 _warn_of_direction()
-        on_lines = takes_lines(None, ids, self.label_smoothing, None, self.same_id)
-        on_lines = on_lines or self.reduction != "mean"
+        on_lines = takes_lines(None, ids, self.label_smoothing, None, self.same_id, self.reduction)
         if overrides(self, ClipLoss):
             refuse_live(live)
             self._refuse(on_lines or self.normalize, "a subclass that makes its own logits")

@@ -15,10 +15,13 @@ class DistillClipLoss(ClipLoss):
     """open_clip's `DistillClipLoss`: CLIP's loss, and the cross-entropy of both directions with the
     teacher's softmax. One sweep over the student's and the teacher's logits computes both.
 
-    The constructor's arguments are those of `ClipLoss`; label_smoothing must be 0. The teacher's
-    features get no gradients.
+    The constructor's arguments are those of `ClipLoss`. The teacher's features get no gradients.
     With `local_loss=True, gather_with_grad=False`, whose gradient is not that of the loss, and in
     subclasses that make their own logits or labels, the loss is dense.
+
+    Raises:
+        ValueError: at a call, label_smoothing other than 0, same_id other than "ignore", or
+            normalize or a reduction other than "mean" if the loss is dense; as `ClipLoss`.
     """
 
     def forward(

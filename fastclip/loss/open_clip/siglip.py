@@ -34,7 +34,9 @@ class SigLipLoss(nn.Module):
         same_id, normalize, reduction, backend, memory_budget: as in `fastclip.siglip_loss`.
 
     Raises:
-        ValueError: an unknown dist_impl, or a rank or world size that is not the group's.
+        ValueError: an unknown dist_impl; at a call, a rank or world size that is not the group's,
+            live with ids or, across ranks, with a reduction other than "mean", and, in a subclass
+            that makes its own logits, ids, live, normalize or such a reduction.
     """
 
     DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
