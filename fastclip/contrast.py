@@ -125,7 +125,7 @@ def contrast(
         RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
             derivative.
     """
-    of_itself = y is None
+    one_set = y is None
     given = Given(ids, false_negative_margin, labels, targets, guide, limits)
     y, scale, bias, beside = check_contrast(
         x, y, logit_scale, logit_bias, key_bias, given, offset=offset, same_id=same_id, rows=rows,
@@ -138,15 +138,15 @@ def contrast(
     inputs = StatisticsInputs(x, y, scale, bias, key_bias)
     if engine == "reference":
         return dense_contrast(
-            x, None if of_itself else y, scale, bias, offset=offset, labels=labels, ids=ids,
+            x, None if one_set else y, scale, bias, offset=offset, labels=labels, ids=ids,
             same_id=same_id, false_negative_margin=beside.margin, key_bias=key_bias, rows=rows,
             columns=columns, means=means, kind=kind, above=above, targets=targets, guide=guide,
             limits=limits, normalize=normalize,
         )  # fmt: skip
     refuse_forward_mode(*inputs)
-    columns = bool(columns) and not of_itself
+    columns = bool(columns) and not one_set
     teaches = beside.target_scale is not None
-    request = Request(bool(rows), columns, same_id == "positive", bool(means), teaches, of_itself)
+    request = Request(bool(rows), columns, same_id == "positive", bool(means), teaches, one_set)
     options = StatisticsOptions(engine, dtype, normalize, budget, above, request)
     offset = NO_POSITIVES if offset is None else offset
     block = block_of(inputs, beside, offset, kind, options)

@@ -64,7 +64,7 @@ class ContrastCall(NamedTuple):
     means: bool = False
     teaches: bool = False  # targets are given
     guided: bool = False  # a guide is given
-    of_itself: bool = False  # y is x
+    one_set: bool = False  # y is x
     kind: str = "softmax"
     above: float | None = None
     normalize: bool = False
@@ -86,7 +86,7 @@ def contrast_call(
     options: further fields of `ContrastCall`."""
     others = Given(ids, false_negative_margin, labels, targets, guide, limits)
     call = ContrastCall(
-        **options, teaches=targets is not None, guided=guide is not None, of_itself=y is None
+        **options, teaches=targets is not None, guided=guide is not None, one_set=y is None
     )
     return (x, y, logit_scale, logit_bias, key_bias, others), call
 
@@ -172,7 +172,7 @@ def checked_contrast(
     """Checks a rank's arguments of `contrast`, as `begin_contrast` takes them."""
     x, y, logit_scale, logit_bias, key_bias, others = given
     y, scale, bias, beside = check_contrast(
-        x, None if call.of_itself else y, logit_scale, logit_bias, key_bias, others,
+        x, None if call.one_set else y, logit_scale, logit_bias, key_bias, others,
         offset=call.offset, same_id=call.same_id, rows=call.rows, columns=call.columns,
         kind=call.kind, above=call.above, may_be_empty=call.uneven,
     )  # fmt: skip
@@ -183,7 +183,7 @@ def checked_contrast(
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
         **{name: int(getattr(beside, field) is not None) for name, field in _OPTIONAL.items()},
         "guide": int(beside.guided), "offset=None": int(call.offset is None),
-        "y=None": int(request.of_itself), "rows": int(request.rows),
+        "y=None": int(request.one_set), "rows": int(request.rows),
         "columns": int(request.columns), "means": int(request.means),
         "same_id": int(request.same_id_positive), "logit_bias": int(bias is not None),
         "dtype of products": dtype,
@@ -205,11 +205,9 @@ def checked_contrast(
 
 def request_of(call: ContrastCall) -> Request:
     """The statistics that a call asks for."""
-    columns = bool(call.columns) and not call.of_itself
+    columns = bool(call.columns) and not call.one_set
     positive = call.same_id == "positive"
-    return Request(
-        bool(call.rows), columns, positive, bool(call.means), call.teaches, call.of_itself
-    )
+    return Request(bool(call.rows), columns, positive, bool(call.means), call.teaches, call.one_set)
 
 
 # Ranks must agree on which of these are given.

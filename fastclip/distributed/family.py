@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,8 +10,8 @@ from ..formulas.info_nce import InfoNCE
 from ..formulas.info_nce import info_nce as _info_nce
 from ..formulas.nt_xent import nt_xent
 from ..formulas.ranking import ranking
+from ..formulas.reduction import Reduction
 from ..formulas.supcon import supcon
-from ..formulas.world import Reduction
 from .world import described, world_of_ranks
 
 
@@ -22,7 +20,18 @@ def info_nce(
     keys: Tensor,  # (n, D)
     logit_scale: Tensor | float,
     *,
+    offset: int | None = 0,
+    labels: Tensor | None = None,
+    ids: tuple[Tensor, Tensor] | None = None,
+    same_id: str = "ignore",
+    false_negative_margin: Tensor | float | None = None,
+    key_bias: Tensor | None = None,
+    margin: float = 0,
+    label_smoothing: float = 0,
+    decoupled: bool = False,
+    hardness: float = 0,
     weights: Tensor | None = None,
+    symmetric: bool = False,
     normalize: bool = False,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
@@ -30,7 +39,6 @@ def info_nce(
     uneven: bool = False,
     backend: str | None = None,
     memory_budget: int | None = None,
-    **options: Any,
 ) -> Tensor:
     """Returns this rank's share of `fastclip.loss.info_nce` of all ranks' queries and keys.
 
@@ -38,17 +46,20 @@ def info_nce(
     are all ranks' keys. The mean over ranks of the values is the value of one process, and so are
     the gradients after DDP's mean. "none" returns the losses of this rank's queries.
 
-    Args: as `fastclip.loss.info_nce` (`options` are its other keywords), and process_group, ring
-    and uneven as in `clip_loss`. Options are the same on all ranks.
+    Args: as `fastclip.loss.info_nce`, and process_group, ring and uneven as in `clip_loss`. Options
+    are the same on all ranks, but for `offset`, a number or None on all of them.
 
     Raises, on every rank: as `fastclip.loss.info_nce` and `clip_loss`.
     """
-    given = InfoNCE(**options)
+    options = InfoNCE(
+        offset, labels, ids, same_id, false_negative_margin, key_bias, margin, label_smoothing,
+        decoupled, hardness, symmetric,
+    )  # fmt: skip
     # Offsets count a rank's own keys, and may differ.
-    common = given._asdict() | {"offset": "None" if given.offset is None else "given"}
+    common = options._asdict() | {"offset": "None" if offset is None else "given"}
     loss = described("info_nce", **common, weights=weights, reduction=reduction)
     world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
-    return _info_nce(world, queries, keys, logit_scale, given, Reduction(reduction, weights))
+    return _info_nce(world, queries, keys, logit_scale, options, Reduction(reduction, weights))
 
 
 def supcon_loss(

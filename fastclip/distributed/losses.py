@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..engine.compile_marks import no_compile
 from ..formulas.info_nce import InfoNCE, clip
+from ..formulas.needs_lines import check_no_live, needs_lines
+from ..formulas.reduction import Reduction
 from ..formulas.siglip import siglip
-from ..formulas.world import Reduction, takes_lines
 from .agreement import announced
 from .calls import LossCall, begin_loss
 from .compiled.call import takes_loss, traced_loss
@@ -98,7 +99,8 @@ def clip_loss(
         RuntimeError: a rank has died; raised within the group's timeout, by gloo or NCCL.
     """
     options = {"ids": ids, "same_id": same_id, "label_smoothing": label_smoothing}
-    if _takes_lines(process_group, live, ids, label_smoothing, weights, same_id, reduction):
+    if needs_lines(ids, label_smoothing, weights, same_id, reduction):
+        announced(process_group, lambda: check_no_live(live))
         loss = described("clip_loss", **options, weights=weights, reduction=reduction)
         world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
         return clip(
@@ -141,7 +143,8 @@ def siglip_loss(
     held are the same, and `4 B D` more if the forward makes the gradients (gathered texts, float32
     or on GPUs): the backward scales them into a second tensor.
     """
-    if _takes_lines(process_group, live, ids, 0, weights, same_id, reduction):
+    if needs_lines(ids, 0, weights, same_id, reduction):
+        announced(process_group, lambda: check_no_live(live))
         loss = described(
             "siglip_loss", ids=ids, same_id=same_id, weights=weights, reduction=reduction
         )
@@ -154,10 +157,6 @@ def siglip_loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
         GradientMode(ring=ring), uneven, normalize, backend, memory_budget, live,
     )  # fmt: skip
-
-
-def _takes_lines(process_group: dist.ProcessGroup | None, *options: Any) -> bool:
-    return announced(process_group, lambda: takes_lines(*options))
 
 
 def distributed_loss(

@@ -138,7 +138,7 @@ def forward(
         columns = swept.state[:, row.rows :]
         if request.columns:
             columns.copy_(merge_columns(columns, row.kind, row.shard))
-        elif request.of_itself:
+        elif request.one_set:
             # Each column is a row of its rank, where its state is complete.
             of_rows = swept.state[:, : row.rows].movedim(-1, 0).contiguous()
             columns.copy_(row.shard.gather(of_rows).movedim(0, -1))
@@ -174,7 +174,7 @@ def _means_of(row: BlockRow, labels: Tensor | None, request: Request) -> LineMea
     own, groups = _own_block(row), LineGroups(every, by_id, labelled)
     # No rank has more groups than there are columns in all.
     lines = max(m, shard.most_rows) + max(shard.sizes) + shard.batch
-    return LineMeans(own, groups, state_dtype(device), request.means, request.of_itself, lines)
+    return LineMeans(own, groups, state_dtype(device), request.means, request.one_set, lines)
 
 
 class _ShardedStatistics(torch.autograd.Function):
@@ -222,7 +222,7 @@ def _gather_upstream(row: BlockRow, options: StatisticsOptions, own: Upstream) -
     """Returns the factors for a block row: the coefficients of columns are gathered."""
     shard, m = row.shard, row.rows
     coefficients, positive_weight, largest = own
-    if not (options.request.columns or options.request.of_itself):
+    if not (options.request.columns or options.request.one_set):
         none = coefficients.new_zeros((*coefficients.shape[:-1], shard.batch))
         return own._replace(coefficients=torch.cat((coefficients[..., :m], none), -1))
     # Each rank's coefficients are relative to its largest; columns of all ranks need one unit.
@@ -257,7 +257,7 @@ def backward(
     if shard.needs_key_bias:
         dkey_bias = shard.scatter_sum(dkey_bias)
     dbias, dscale = totals.unbind()
-    if request.of_itself:
+    if request.one_set:
         dbias, dscale = dbias / 2, dscale / 2
     if kind_of(row.block.kind).has_shift:
         dbias = of_bias

@@ -50,15 +50,15 @@ def world_of_ranks(
         check_engine,
         functools.partial(announced, process_group),
         functools.partial(total, process_group),
-        functools.partial(_gather, process_group, uneven),
-        functools.partial(_gathered, process_group, uneven, loss),
+        functools.partial(_gather_rows, process_group, uneven),
+        functools.partial(_whole_batch, process_group, uneven, loss),
         ranks,
         not uneven,
     )
 
 
 @no_compile
-def _gathered(
+def _whole_batch(
     process_group: dist.ProcessGroup | None, uneven: bool, loss: str, x: Tensor, y: Tensor,
     ids: tuple[Tensor, Tensor] | None,
 ) -> Batch:  # fmt: skip
@@ -66,10 +66,10 @@ def _gathered(
     must_match = {**field_of_loss(loss), "ids": int(ids is not None)}
     shard = agree(process_group, x, y, wants, uneven, **must_match)
     x_ids, y_ids = (None, None) if ids is None else map(shard.gather, ids)
-    return Batch(*_Gathered.apply(x, y, shard), x_ids, y_ids, shard.start)
+    return Batch(*_WholeBatch.apply(x, y, shard), x_ids, y_ids, shard.start)
 
 
-class _Gathered(torch.autograd.Function):
+class _WholeBatch(torch.autograd.Function):
     """The rows of all ranks, of both sides in one Function: every rank then takes part in both
     exchanges of the backward, whichever of its own sides need a gradient."""
 
@@ -97,7 +97,7 @@ class _Gathered(torch.autograd.Function):
 
 
 @no_compile
-def _gather(process_group: dist.ProcessGroup | None, uneven: bool, x: Tensor) -> Tensor:
+def _gather_rows(process_group: dist.ProcessGroup | None, uneven: bool, x: Tensor) -> Tensor:
     group, ranks = group_of(process_group), ranks_of(process_group)
     if ranks == 1:
         return x

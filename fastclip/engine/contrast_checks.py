@@ -61,7 +61,7 @@ def _check_ids_of_one_set(ids: tuple[Tensor, Tensor] | None) -> None:
         raise ValueError("without y ids must be one tensor, got two that differ")
 
 
-def check_above(above: float | None, kind: str, same_id: str, of_itself: bool) -> None:
+def check_above(above: float | None, kind: str, same_id: str, one_set: bool) -> None:
     """Checks the distance of levels above own positives, which a kind with levels needs."""
     if not kind_of(kind).has_levels:
         if above is not None:
@@ -70,7 +70,7 @@ def check_above(above: float | None, kind: str, same_id: str, of_itself: bool) -
     if above is None:
         raise ValueError(f"kind {kind!r} needs above, the distance of levels above own positives")
     check_number("above", above)
-    if same_id == "positive" or of_itself:
+    if same_id == "positive" or one_set:
         raise ValueError(
             f"kind {kind!r} needs own positives alone: same_id must be 'ignore' and y be given"
         )
@@ -115,15 +115,15 @@ def _check_pair(name: str, pair: Any, count: int, x: Tensor, y: Tensor) -> tuple
 
 
 def _beside(
-    given: Given, x: Tensor, y: Tensor, key_bias: Tensor | None, kind: str, of_itself: bool,
+    given: Given, x: Tensor, y: Tensor, key_bias: Tensor | None, kind: str, one_set: bool,
     offset: int | None, same_id: str,
 ) -> Beside:  # fmt: skip
     ids, guide = given.ids, given.guide
-    if of_itself:
+    if one_set:
         ids = (ids, ids) if isinstance(ids, Tensor) else ids
         guide = (guide, guide) if isinstance(guide, Tensor) else guide
     ids = check_ids(ids, same_id, x, y)
-    if of_itself:
+    if one_set:
         _check_ids_of_one_set(ids)
     check_labels(given.labels, ids, offset, x, y)
     margin = given.margin
@@ -163,10 +163,10 @@ def check_contrast(
 ) -> tuple[Tensor, Tensor, Tensor | None, Beside]:  # fmt: skip
     """Checks the arguments of `contrast`, except backend and memory_budget; returns y, scale, bias,
     and what stands beside the features."""
-    of_itself = y is None
+    one_set = y is None
     check_offset(offset)
-    check_above(above, kind, same_id, of_itself)
-    if of_itself:
+    check_above(above, kind, same_id, one_set)
+    if one_set:
         _check_one_set(offset, given, key_bias, rows)
         # An autograd Function needs distinct tensor objects; all of the gradient is x's.
         y = x.detach() if isinstance(x, Tensor) else x
@@ -176,7 +176,7 @@ def check_contrast(
     check_key_bias(key_bias, y)
     if not (rows or columns):
         raise ValueError("rows or columns must be wanted, got rows=False, columns=False")
-    beside = _beside(given, x, y, key_bias, kind, of_itself, offset, same_id)
+    beside = _beside(given, x, y, key_bias, kind, one_set, offset, same_id)
     scale = scalar("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else scalar("logit_bias", logit_bias, x)
     return y, scale, bias, beside

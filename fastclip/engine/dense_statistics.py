@@ -38,10 +38,10 @@ def dense_contrast(
     Args, Returns, Raises: as `fastclip.contrast`; backend and memory_budget are ignored. Logits are
     float32, or float64 if either side is.
     """
-    of_itself = y is None
-    y = x if of_itself else y
+    one_set = y is None
+    y = x if one_set else y
     ids = (ids, ids) if isinstance(ids, Tensor) else ids
-    columns = columns and not of_itself
+    columns = columns and not one_set
     logits = dense_logits(x, y, logit_scale, logit_bias, normalize)
     compared = (x, y) if guide is None else (guide, guide) if isinstance(guide, Tensor) else guide
     t = dense_logits(*(side.detach() for side in compared), 1.0, None, normalize)
@@ -69,7 +69,7 @@ def dense_contrast(
     positives = torch.where(own.any(1), positives, torch.nan).double()
     if limits is not None:
         by_row = by_row & ~(t > limits[:, None])
-        by_column = by_column & ~(t > limits) if of_itself else by_column
+        by_column = by_column & ~(t > limits) if one_set else by_column
     levels: list[Tensor | None] = [None, None]
     if found.has_levels:
         # A line without an own positive has an infinite level.
@@ -84,10 +84,10 @@ def dense_contrast(
     statistics = LineStatistics(
         _statistic(found, logits, by_row, 1, levels[0]) if rows else None,
         _statistic(found, logits, by_column, 0, levels[1]) if columns else None,
-        None if of_itself else positives,
+        None if one_set else positives,
     )
     # The pair of a feature with itself is no positive of its own.
-    positive = same & ~own if of_itself else same
+    positive = same & ~own if one_set else same
     if same_id == "positive":
         sign = -1 if found.negates_positives else 1
         by_id = [_statistic(found, sign * logits, positive, dim) for dim in (1, 0)]
@@ -107,7 +107,7 @@ def dense_contrast(
         )
     if not means:
         return statistics
-    counted = ~same if of_itself else ~same | own
+    counted = ~same if one_set else ~same | own
     # A key that key_bias takes out counts in no mean. NaN logits count.
     alive = True if key_bias is None else key_bias != -torch.inf
     counted, positive = counted & alive, positive & alive

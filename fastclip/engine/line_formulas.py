@@ -30,7 +30,7 @@ class Request(NamedTuple):
     means: bool
     teaches: bool  # there are targets: expectations of the logits
     # y is x: pairs of a feature with itself do not count, and the columns are the rows.
-    of_itself: bool
+    one_set: bool
 
 
 def names_of(request: Request) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def wanted_statistics(found: Sequence[Tensor], request: Request) -> LineStatisti
         for name in names_of(request)
         if (name.startswith("row") and not request.rows)
         or (name.startswith("column") and not request.columns)
-        or (name == "positives" and request.of_itself)
+        or (name == "positives" and request.one_set)
     ]
     return every._replace(**dict.fromkeys(unwanted))
 
@@ -113,7 +113,7 @@ def statistics_from_states(
     found = [negatives[:m], negatives[m:], positives]
     if of_by_id:
         by_id = statistic(kind, *of_by_id) + moved
-        own = _Own(block, positives, request.of_itself)
+        own = _Own(block, positives, request.one_set)
         if kind.has_shift:
             by_id = torch.logaddexp(by_id, torch.where(own.exists, own.logits, -torch.inf))
         else:
@@ -175,14 +175,14 @@ def of_levels(of_lines: Tensor, state: Tensor) -> Tensor:
 class _Own:
     """The own positives of each row, then of each column; none if y is x."""
 
-    def __init__(self, block: Block, positives: Tensor, of_itself: bool) -> None:
+    def __init__(self, block: Block, positives: Tensor, one_set: bool) -> None:
         m, n = block.sizes()
         _, inside = pairs.partners(m, n, block.offset, positives.device)
 
         def of_lines(values: Tensor, absent: Any) -> Tensor:
             return torch.cat((values, pairs.at_columns(values, n, block.offset, absent)))
 
-        self.exists = of_lines(inside & (not of_itself), False)
+        self.exists = of_lines(inside & (not one_set), False)
         self.logits = of_lines(positives, torch.nan)
         self.sign = -1 if kind_of(block.kind).negates_positives else 1
         # In log2 units, with the sign that the kind gives to positives.
@@ -200,12 +200,12 @@ def upstream_of(
         t if t is None else torch.zeros_like(t) if g is None else g.to(state.dtype)
         for t, g in zip(found, upstream, strict=True)
     ))  # fmt: skip
-    if request.of_itself:
+    if request.one_set:
         # A pair's logit is in the row of each of its two features.
         given = given._replace(columns=given.rows, column_positives=given.row_positives)
     negatives, *positives = states_of(state)
     _, inside = pairs.partners(m, n, block.offset, state.device)
-    of_own = torch.where(inside & (not request.of_itself), given.positives, 0)
+    of_own = torch.where(inside & (not request.one_set), given.positives, 0)
     of_lines = torch.cat((given.rows, given.columns))
     nothing = negatives.sums == 0
     if kind.has_shift:
@@ -218,14 +218,14 @@ def upstream_of(
     if kind.has_shift:
         coefficients = [torch.where(nothing, 0, of_lines / negatives.sums)]
     if kind.has_levels:
-        own = _Own(block, found.positives, request.of_itself)
+        own = _Own(block, found.positives, request.one_set)
         share = torch.where(own.exists, of_levels(of_lines, state), 0)
         of_own = of_own + share[:m] + pairs.at_rows(share[m:], m, block.offset, 0)
     for states in positives:
         of_lines = torch.cat((given.row_positives, given.column_positives))
         every.append(of_lines)
         by_id = torch.cat((found.row_positives, found.column_positives))
-        own = _Own(block, found.positives, request.of_itself)
+        own = _Own(block, found.positives, request.one_set)
         # The gradient of each line with respect to its own positive's logit.
         share = of_lines * own.sign
         if kind.has_shift:
@@ -252,7 +252,7 @@ def upstream_of(
     if of_means is not None:
         of_own = of_own + of_means.own
         total = total + of_means.own.sum()
-    if request.of_itself:
+    if request.one_set:
         total = total / 2
     if of_means is not None:
         total = total + of_means.of_bias

@@ -50,15 +50,15 @@ class LineMeans:
     """The means of a block's lines and their gradients. Across ranks the block is that of a rank's
     own rows and own columns; its means are over all ranks' pairs.
 
-    of_itself: y is x, and no pair of a feature with itself counts.
+    one_set: y is x, and no pair of a feature with itself counts.
     lines: the numbers of rows, columns and groups, added (`group_sums.chunks`).
     """
 
     def __init__(
-        self, block: Block, groups: LineGroups, dtype: torch.dtype, means: bool, of_itself: bool,
+        self, block: Block, groups: LineGroups, dtype: torch.dtype, means: bool, one_set: bool,
         lines: int,
     ) -> None:  # fmt: skip
-        self.block, self.groups, self.dtype, self.of_itself = block, groups, dtype, of_itself
+        self.block, self.groups, self.dtype, self.one_set = block, groups, dtype, one_set
         self.lines = lines
         m, n = block.sizes()
         self.alive = None if block.key_bias is None else (block.key_bias != -torch.inf)[:, None]
@@ -83,11 +83,11 @@ class LineMeans:
         if means:
             left_out = 0 if by_id is None or is_positive else -1
             counts = int(labelled is not None and left_out != 0)
-            yield _Set((1, left_out, counts), -own if self.of_itself else 0.0)
+            yield _Set((1, left_out, counts), -own if self.one_set else 0.0)
         if means and is_positive:
             # An own pair counts with its own logit: if it is the only positive, the terms of its
             # weight cancel exactly.
-            yield _Set((0, 1, 0), 0.0 if self.of_itself else own)
+            yield _Set((0, 1, 0), 0.0 if self.one_set else own)
         if labelled is not None:
             yield _Set((0, 0, 1), 0.0)
 
@@ -127,7 +127,7 @@ class LineMeans:
             y = self._masked(chunk.y)
             for place, groups in enumerate(self.groups.given):
                 of_columns = of_rows = (chunk.x * groups.of_every_row(y)).sum(1)
-                if not self.of_itself:
+                if not self.one_set:
                     of_columns = (chunk.y * groups.of_every_column(chunk.x)).sum(1)
                 totals[place] = totals[place] + torch.cat((of_rows, of_columns)) * chunk.scale
         common = 0.0 if bias is None else bias.reshape(()).to(self.dtype)
@@ -159,7 +159,7 @@ class LineMeans:
         own = own[:m] + pairs.at_rows(own[m:], m, self.block.offset, 0)
         # With one set of features only dx is computed, and the logit of a feature with itself
         # depends on it twice.
-        return MeanFactors(by_group, own * 2 if self.of_itself else own, of_bias)
+        return MeanFactors(by_group, own * 2 if self.one_set else own, of_bias)
 
     def add_gradients(
         self, factors: MeanFactors, dx: Tensor | None, dy: Tensor | None
@@ -168,7 +168,7 @@ class LineMeans:
         of scale, and of key_bias (N), zeros without one."""
         m, n = self.block.sizes()
         sides = self.block.x, self.block.y
-        both = zip(sides, (dx, dx if self.of_itself else dy), strict=True)
+        both = zip(sides, (dx, dx if self.one_set else dy), strict=True)
         added = [None if d is None else FeatureGradient(side, d, self.dtype) for side, d in both]
         dscale, dkey_bias = factors.own.new_zeros(()), factors.own.new_zeros(n)
         for chunk in self._chunks():
@@ -181,7 +181,7 @@ class LineMeans:
                 of_y = of_y + self._masked(groups.of_every_column(rows * chunk.x))
                 if chunk.place is not None:
                     dscale = dscale + (chunk.x * by_row).sum()
-                if self.of_itself:  # columns are not returned: their factors are 0
+                if self.one_set:  # columns are not returned: their factors are 0
                     continue
                 by_column = columns * groups.of_every_column(chunk.x)
                 of_x = of_x + groups.of_every_row(columns * chunk.y)

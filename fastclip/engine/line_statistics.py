@@ -69,7 +69,7 @@ def _means_of(block: Block, labels: Tensor | None, request: Request) -> LineMean
         return None
     groups, dtype = local_groups(block, labels, request.means), state_dtype(block.scale.device)
     lines = sum(block.sizes()) + max(kind.count for kind in groups.given)
-    return LineMeans(block, groups, dtype, request.means, request.of_itself, lines)
+    return LineMeans(block, groups, dtype, request.means, request.one_set, lines)
 
 
 def _forward(
@@ -81,7 +81,7 @@ def _forward(
         options.engine, block, occupied=lines.occupied, keep=keep, levels=lines.levels
     )
     state, request = statistics.state, options.request
-    if request.of_itself:
+    if request.one_set:
         # Each column is a row; weights need its shift.
         m = block.sizes()[0]
         state = torch.cat((state[:, :m], state[:, :m]), 1)
@@ -220,7 +220,7 @@ def _gradients(
         Wanted(needs.x, needs.y, needs.key_bias, options.normalize, *dtypes),
     )  # fmt: skip
     dbias, dscale = totals.unbind()
-    if request.of_itself:
+    if request.one_set:
         dbias, dscale = dbias / 2, dscale / 2
     if kind_of(block.kind).has_shift:
         dbias = of_bias

@@ -97,6 +97,6 @@ def _limits(
     if beside.limits is None:
         return None
     of_rows = beside.limits.to(accumulation_dtype(compared[0].features))
-    if request.of_itself:
+    if request.one_set:
         return of_rows, of_rows.clone()
     return of_rows, of_rows.new_full((compared[1].features.shape[0],), torch.inf)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.checks import check_features, check_sides
-from .world import Reduction, World
+from .reduction import Reduction
+from .world import World
 
 Scale = Tensor | float
 

@@ -12,7 +12,8 @@ from ..engine.autograd import WeighedGradient
 from ..engine.checks import check_features, check_number, check_positives, check_sides, scalar
 from ..engine.dtypes import state_dtype
 from ..kinds import LineStatistics
-from .world import Reduction, World
+from .reduction import Reduction
+from .world import World
 
 
 class InfoNCE(NamedTuple):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.checks import budget_of, check_features
-from .world import Reduction, World
+from .reduction import Reduction
+from .world import World
 
 
 def nt_xent(

@@ -14,7 +14,8 @@ from ..engine.hardest import hardest
 from ..engine.pair_similarities import pair_similarities
 from ..engine.pairs import codes_of
 from .info_nce import pair_of
-from .world import Reduction, World
+from .reduction import Reduction
+from .world import World
 
 Ids = tuple[Tensor, Tensor] | None
 
@@ -50,7 +51,7 @@ def _of_hardest(
 ) -> Tensor:
     """The losses of own pairs. Each line looks for its hardest negative in the batch of all ranks,
     and only that pair and the own one have a gradient."""
-    dtype, batch = product_dtype(x, y), world.gathered(x, y, ids)
+    dtype, batch = product_dtype(x, y), world.whole_batch(x, y, ids)
     x_ids, y_ids = ids or (None, None)
     in_one_sweep = symmetric and batch.x is x
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..engine.checks import check_features
 from .info_nce import pair_of
-from .world import Reduction, World
+from .reduction import Reduction
+from .world import World
 
 
 def siglip(

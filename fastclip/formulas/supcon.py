@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..engine.checks import check_integers, check_sides, check_tensor, check_vector
 from .info_nce import InfoNCE, info_nce
-from .world import Reduction, World
+from .reduction import Reduction
+from .world import World
 
 
 def supcon(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..engine.dense import as_scalar, dense_logits, reduce_lines
 from ..formulas.info_nce import InfoNCE, clip, pair_of
-from ..formulas.world import Reduction, takes_lines
+from ..formulas.needs_lines import check_no_live, needs_lines
+from ..formulas.reduction import Reduction
 from .base import one_process, paired_loss
 from .info_nce import dense_info_nce
 
@@ -89,7 +90,8 @@ def clip_loss(
             derivative.
     """
     options = InfoNCE(ids=ids, same_id=same_id, label_smoothing=label_smoothing, symmetric=True)
-    if takes_lines(live, ids, label_smoothing, weights, same_id):
+    if needs_lines(ids, label_smoothing, weights, same_id):
+        check_no_live(live)
         world = one_process(normalize, backend, memory_budget)
         return clip(
             world, image_features, text_features, logit_scale, logit_bias, options,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..engine.dense import dense_logits, reduce_lines
 from ..formulas.distill import distill
-from ..formulas.world import Reduction
+from ..formulas.reduction import Reduction
 from .base import one_process
 
 

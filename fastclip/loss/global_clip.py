@@ -18,7 +18,8 @@ from ..engine.checks import (
     is_readable,
     scalar,
 )
-from ..formulas.world import Reduction, World
+from ..formulas.reduction import Reduction
+from ..formulas.world import World
 from .base import one_process
 from .loss_module import LossModule
 
@@ -188,7 +189,7 @@ class GlobalClipLoss(LossModule):
             log_u = torch.where(before.isfinite(), torch.logaddexp(old, new), log_g)
         places, values = indices, log_u.to(buffer.dtype)
         if self.shared:
-            places, values = world.gather(places), world.gather(values)
+            places, values = world.gather_rows(places), world.gather_rows(values)
         buffer[places] = values
         return log_u
 

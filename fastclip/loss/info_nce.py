@@ -10,7 +10,7 @@ from ..engine.contrast_checks import check_contrast
 from ..engine.dense import as_scalar, dense_logits, reduce_lines
 from ..formulas.info_nce import InfoNCE, check_info_nce
 from ..formulas.info_nce import info_nce as formula
-from ..formulas.world import Reduction
+from ..formulas.reduction import Reduction
 from .base import one_process
 
 

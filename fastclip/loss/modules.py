@@ -15,7 +15,7 @@ from .ranking import ranking_loss
 from .supcon import supcon_loss
 
 
-class _Loss(LossModule):
+class _FunctionLoss(LossModule):
     """A loss without parameters or buffers, which calls a function.
 
     Args:
@@ -41,7 +41,7 @@ class _Loss(LossModule):
         return function(*inputs, **options)
 
 
-class InfoNCELoss(_Loss):
+class InfoNCELoss(_FunctionLoss):
     """`fastclip.loss.info_nce` as a module. Its keyword options are those of `info_nce` that do not
     depend on the batch, and those of every loss: normalize, reduction, backend, memory_budget,
     across_ranks, process_group, ring, uneven."""
@@ -89,7 +89,7 @@ class InfoNCELoss(_Loss):
         )  # fmt: skip
 
 
-class SupConLoss(_Loss):
+class SupConLoss(_FunctionLoss):
     """`fastclip.loss.supcon_loss` as a module. Its keyword options beside `decoupled` are those of
     every loss: normalize, reduction, backend, memory_budget, across_ranks, process_group, ring,
     uneven."""
@@ -112,7 +112,7 @@ class SupConLoss(_Loss):
         )
 
 
-class RankingLoss(_Loss):
+class RankingLoss(_FunctionLoss):
     """`fastclip.loss.ranking_loss` as a module. Its keyword options beside margin, hardest and
     symmetric are those of every loss: normalize, reduction, backend, memory_budget, across_ranks,
     process_group, ring, uneven."""
@@ -145,7 +145,7 @@ class RankingLoss(_Loss):
         )  # fmt: skip
 
 
-class NTXentLoss(_Loss):
+class NTXentLoss(_FunctionLoss):
     """`fastclip.loss.nt_xent_loss` as a module. Its keyword options beside `decoupled` are those of
     every loss: normalize, reduction, backend, memory_budget, across_ranks, process_group, ring,
     uneven."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..engine.dense import dense_logits, reduce_lines
 from ..formulas.nt_xent import nt_xent
-from ..formulas.world import Reduction
+from ..formulas.reduction import Reduction
 from .base import one_process
 
 

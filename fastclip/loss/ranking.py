@@ -9,7 +9,7 @@ from torch import Tensor
 from ..engine.dense import dense_logits, reduce_lines
 from ..formulas.info_nce import pair_of
 from ..formulas.ranking import check_ranking, ranking
-from ..formulas.world import Reduction
+from ..formulas.reduction import Reduction
 from .base import one_process
 
 

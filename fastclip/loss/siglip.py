@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..engine.dense import dense_logits, reduce_lines
 from ..formulas.info_nce import pair_of
+from ..formulas.needs_lines import check_no_live, needs_lines
+from ..formulas.reduction import Reduction
 from ..formulas.siglip import siglip
-from ..formulas.world import Reduction, takes_lines
 from .base import one_process, paired_loss
 
 
@@ -44,7 +45,8 @@ def siglip_loss(
     the forward makes the gradients, too, which saves a quarter of the work, and keeps them in
     float32 for the backward: on CPUs, for half features, only within `memory_budget`.
     """
-    if takes_lines(live, ids, 0, weights, same_id):
+    if needs_lines(ids, 0, weights, same_id):
+        check_no_live(live)
         world = one_process(normalize, backend, memory_budget)
         return siglip(
             world, image_features, text_features, logit_scale, logit_bias, ids, same_id,

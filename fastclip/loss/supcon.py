@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..engine.dense import dense_logits, reduce_lines
+from ..formulas.reduction import Reduction
 from ..formulas.supcon import supcon
-from ..formulas.world import Reduction
 from .base import one_process
 
 

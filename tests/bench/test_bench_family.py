@@ -15,6 +15,7 @@ from bench.measure import memory, runner, truth
 from bench.methods import passes, registry
 from bench.methods.step import make_step
 from bench.report import goals, results, summary, table
+from fastclip.engine import checks
 
 # Several blocks of the truth, the last one short.
 N = 37
@@ -78,7 +79,11 @@ def test_every_method_computes_the_same_loss_and_gradients(loss):
 @pytest.mark.parametrize("loss", FAMILY)
 @pytest.mark.parametrize("mode", ["both", "forward"])
 @pytest.mark.parametrize("method", ["dense", "fastclip", "fastclip budget=0", "fastclip torch"])
-def test_passes_are_those_that_a_counter_finds(loss, method, mode):
+@pytest.mark.parametrize("kept_rows", [32, 13])
+def test_passes_are_those_that_a_counter_finds(loss, method, mode, kept_rows, monkeypatch):
+    """Also if the budget does not hold all products."""
+    blocks = max(1, FAMILY[loss].blocks)
+    monkeypatch.setitem(checks.DEFAULT_BUDGETS, "cpu", blocks * kept_rows * 32 * 4)
     case = case_of(loss, n=32, mode=mode)
     if method in ("fastclip", "fastclip budget=0"):
         pytest.importorskip("fastclip._C")

@@ -118,7 +118,7 @@ def test_any_loss(
     if own == "itself":
         options = options | {"key_bias": None, "margin": None}
     options = {k: v for k, v in options.items() if k != "own"}
-    options |= {"labels": own == "labels", "of_itself": own == "itself"}
+    options |= {"labels": own == "labels", "one_set": own == "itself"}
     problem = make_problem(
         *(options[k] for k in "mnd"), **{k: v for k, v in options.items() if k not in "mnd"},
         dtype=torch.float64,

@@ -40,14 +40,14 @@ def loss_of(options: str, **others: object) -> Callable[..., Tensor]:
     given = dict(OPTIONS[options])
     has_ids, has_bias = given.pop("ids", None), given.pop("key_bias", None)
     margin, has_labels = given.pop("margin", None), given.pop("labels", False)
-    of_itself, _ = given.pop("of_itself", False), given.pop("masked", None)
+    one_set, _ = given.pop("one_set", False), given.pop("masked", None)
 
     def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, key_bias: Tensor,
              x_ids: Tensor, y_ids: Tensor, labels: Tensor) -> Tensor:  # fmt: skip
         ids = (y_ids[labels] if has_labels else x_ids, y_ids) if has_ids else None
         c = contrast(
-            x, None if of_itself else y, scale, bias, labels=labels if has_labels else None,
-            ids=x_ids if of_itself and has_ids else ids,
+            x, None if one_set else y, scale, bias, labels=labels if has_labels else None,
+            ids=x_ids if one_set and has_ids else ids,
             key_bias=key_bias if has_bias else None, false_negative_margin=margin, **given,
             **others,
         )  # fmt: skip

@@ -44,9 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
     "guide of labels": {"guide": True, "labels": True, "margin": 0.05, "key_bias": 2.0},
     "guide of sigmoids": {"guide": True, "margin": 0.0, "kind": "sigmoid"},
     "guide with limits": {"guide": True, "limits": 0.3, "ids": 7},
-    "guide of itself": {"guide": True, "limits": 0.2, "of_itself": True, "means": True},
+    "guide of itself": {"guide": True, "limits": 0.2, "one_set": True, "means": True},
     "limits": {"limits": 0.3, "normalize": True},
-    "limits of itself": {"limits": 0.2, "of_itself": True, "ids": 6, "same_id": "positive"},
+    "limits of itself": {"limits": 0.2, "one_set": True, "ids": 6, "same_id": "positive"},
     "hinge": {"kind": "hinge", "above": -5.0},
     "hinge, others": {
         "kind": "hinge", "above": -14.0, "ids": 7, "key_bias": 2.0, "offset": 3, "normalize": True,

@@ -68,13 +68,13 @@ def test_statistics(three: Ranks) -> None:
 
 
 def test_labels_means_and_one_set(three: Ranks) -> None:
-    of_itself = {"means": True, "same_id": "positive", "normalize": True}
+    one_set = {"means": True, "same_id": "positive", "normalize": True}
     assert_like_eager(three, [
         Case(
             "contrast", {**EVERYTHING, "means": True, "ring": True}, ids=True, labels=True,
             key_bias=True, wider=2, frozen=((0, "y"),),
         ),
-        Case("contrast", of_itself, ids=True, of_itself=True, frozen=((0, "scale"),)),
+        Case("contrast", one_set, ids=True, one_set=True, frozen=((0, "scale"),)),
     ])  # fmt: skip
 
 
@@ -98,7 +98,7 @@ SHAPES = [
     Case("contrast", {**EVERYTHING, "ring": True}, ranks=3, ids=True),
     Case("contrast", {**EVERYTHING, "means": True}, ranks=3, ids=True, labels=True, key_bias=True),
     Case("contrast", {"means": True}, ranks=3, labels=True, wider=2),
-    Case("contrast", {"means": True, "same_id": "positive"}, ranks=3, ids=True, of_itself=True),
+    Case("contrast", {"means": True, "same_id": "positive"}, ranks=3, ids=True, one_set=True),
 ]
 
 

@@ -53,10 +53,10 @@ LINEAR = {
         "labels": True, "ids": 5, "same_id": "positive", "means": True, "key_bias": True,
         "normalize": True, "unused": ("rows", "column_means"),
     },
-    "itself": {"of_itself": True, "means": True},
-    "itself and ids": {"of_itself": True, "means": True, "ids": 6, "normalize": True},
+    "itself": {"one_set": True, "means": True},
+    "itself and ids": {"one_set": True, "means": True, "ids": 6, "normalize": True},
     "itself, positives by id": {
-        "of_itself": True, "means": True, "ids": 6, "same_id": "positive",
+        "one_set": True, "means": True, "ids": 6, "same_id": "positive",
     },
 }  # fmt: skip
 
@@ -94,7 +94,7 @@ def linear_cases(size: int) -> Iterator[Case]:
         if "labels" in options and "offsets" in shape:
             # A rank without columns can have no labels.
             shape = {**uneven, "columns": tuple(2 * n + (n > 0) for n in UNEVEN[size])}
-        if "of_itself" in options and shape["rows"] != shape["columns"]:
+        if "one_set" in options and shape["rows"] != shape["columns"]:
             shape = uneven
         kind = ("softmax", "sigmoid")[(k // 2 + k // 8) % 2]
         yield Case(kind=kind, ring=ring, upstreams=(1.0, -3.0, 0.0, 1e-3)[:size],
@@ -183,11 +183,11 @@ def test_inputs_frozen_on_single_ranks(four: Ranks, ring: bool) -> None:
     """A frozen input gets no gradient; all others get the same as if nothing were frozen."""
     plain = Case(UNEVEN[3], OTHERS[3], ring=ring, key_bias=True)
     labelled = Case(EVEN[3], EVEN[3], ring=ring, key_bias=True, labels=True, means=True)
-    of_itself = Case(UNEVEN[3], UNEVEN[3], ring=ring, of_itself=True, means=True)
+    one_set = Case(UNEVEN[3], UNEVEN[3], ring=ring, one_set=True, means=True)
     for case, frozen in (
         (plain, ((0, "x"), (2, "y"), (1, "key_bias"))),
         (labelled, ((0, "x"), (2, "y"), (1, "key_bias"))),
-        (of_itself, ((0, "x"), (2, "scale"))),
+        (one_set, ((0, "x"), (2, "scale"))),
     ):
         found, exact = zip(
             *four.run(results_of_cases, [case._replace(frozen=frozen), case]), strict=True
@@ -241,7 +241,7 @@ MISMATCHES = {
     "no offset": ([{}, {"offset": None}, {}, {}], "one offset=None, got rank 0: 0, rank 1: 1"),
     "labels": ([{}, {"labels": LABELS}, {}, {}], "one labels, got rank 0: 0, rank 1: 1"),
     "means": ([{}, {"means": True}, {}, {}], "one means, got rank 0: 0, rank 1: 1"),
-    "one set": ([{}, {"of_itself": True}, {}, {}], "one y=None, got rank 0: 0, rank 1: 1"),
+    "one set": ([{}, {"one_set": True}, {}, {}], "one y=None, got rank 0: 0, rank 1: 1"),
     "rings": ([{}, {"ring": True}, {}, {}], "one ring, got rank 0: 0, rank 1: 1"),
     "nothing to differentiate": ([{}, {"grad": False}, {}, {}], "something to differentiate"),
 }
@@ -271,9 +271,9 @@ REFUSED = {
     "labels of another id": {
         "labels": LABELS, "ids": (torch.arange(3), torch.zeros(4, dtype=torch.int64)),
     },
-    "one set with an offset": {"of_itself": True, "offset": None},
-    "one set without rows": {"of_itself": True, "rows": False},
-    "one set with labels": {"of_itself": True, "labels": LABELS},
+    "one set with an offset": {"one_set": True, "offset": None},
+    "one set without rows": {"one_set": True, "rows": False},
+    "one set with labels": {"one_set": True, "labels": LABELS},
 }  # fmt: skip
 
 

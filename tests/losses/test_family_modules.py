@@ -132,7 +132,7 @@ def test_a_subclass_with_its_own_logits_refuses_what_it_would_ignore(leaves: lis
         (Own(reduction="sum"), {}), (OwnSigmoid(), {"ids": ids}),
         (OwnSigmoid(normalize=True), {}), (OwnSigmoid(reduction="none"), {}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="must be absent for a subclass"):
+        with pytest.raises(ValueError, match=r"their defaults for a subclass.*got another"):
             module(*leaves, **given)
 
 
@@ -167,7 +167,7 @@ def test_distillation(leaves: list[Tensor], engine: str) -> None:
             assert_equal(one, other, leaves)
         assert torch.autograd.grad(sum(found.values()), bias)[0].item() == 0
     for module in (Dense(normalize=True), Dense(reduction="sum")):
-        with pytest.raises(ValueError, match="must be absent for a dense DistillClipLoss"):
+        with pytest.raises(ValueError, match="their defaults for a dense DistillClipLoss"):
             module(x, y, scale, *teacher)
     with pytest.raises(
         ValueError, match=r"label_smoothing must be 0 for DistillClipLoss, got 0\.1"
@@ -277,8 +277,5 @@ def test_gamma_decays_along_a_cosine() -> None:
 
 
 def test_every_public_module_is_tested_here() -> None:
-    modules = {name for name in loss.__all__ if name.endswith("Loss")}
-    assert modules == {
-        "ClipLoss", "CoCaLoss", "DistillClipLoss", "GlobalClipLoss", "InfoNCELoss", "NTXentLoss",
-        "RankingLoss", "SigLipLoss", "SupConLoss",
-    }  # fmt: skip
+    # Unused imports are errors of the linter.
+    assert {name for name in loss.__all__ if name.endswith("Loss")} <= globals().keys()

@@ -32,10 +32,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "means": {"means": True, "ids": 7, "offset": 2},
     "means of positives": {"means": True, "ids": 7, "same_id": "positive", "offset": -3},
     "labels": {"labels": True, "margin": -0.1},
-    "itself": {"of_itself": True, "means": True},
-    "itself and ids": {"of_itself": True, "means": True, "ids": 6},
+    "itself": {"one_set": True, "means": True},
+    "itself and ids": {"one_set": True, "means": True, "ids": 6},
     "itself, positives by id": {
-        "of_itself": True, "means": True, "ids": 6, "same_id": "positive",
+        "one_set": True, "means": True, "ids": 6, "same_id": "positive",
     },
     "everything": {
         "ids": 9, "same_id": "positive", "margin": -0.1, "key_bias": 1.0, "offset": 3,
@@ -50,17 +50,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def make_problem(
     m: int, n: int, d: int, *, seed: int = 0, ids: int | None = None, key_bias: float | None = None,
-    masked: float = 0.0, labels: bool = False, of_itself: bool = False,
+    masked: float = 0.0, labels: bool = False, one_set: bool = False,
     dtype: torch.dtype = torch.float32, **options: Any,
 ) -> Problem:  # fmt: skip
     """Returns a problem whose own positives stand out.
 
     Features have unit length, or any length with `normalize`. `ids` is the number of different ids,
     `key_bias` the size of the biases and `masked` the share of keys that they take out. With
-    `of_itself` there is no y and n has no effect.
+    `one_set` there is no y and n has no effect.
     """
     rng = np.random.default_rng(seed)
-    n = m if of_itself else n
+    n = m if one_set else n
     x, y = (rng.normal(size=(k, d)) for k in (m, n))
     x, y = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (x, y))
     offset = options.get("offset", 0)
@@ -80,12 +80,12 @@ def make_problem(
     if ids is not None:
         # Ids differ by multiples of 2^40, so that their low 32 bits are equal.
         of_x, of_y = (rng.integers(0, ids, k) * (1 << 40) - 5 for k in (m, n))
-        of_x = of_y if of_itself else of_x if columns is None else of_y[columns]
+        of_x = of_y if one_set else of_x if columns is None else of_y[columns]
         given["ids"] = of_x, of_y
     if key_bias is not None:
         given["key_bias"] = rounded(key_bias * rng.normal(size=n), "float32")
         given["key_bias"][rng.random(n) < masked] = -np.inf
-    return Problem(x, None if of_itself else y, labels=columns, **given)
+    return Problem(x, None if one_set else y, labels=columns, **given)
 
 
 class Evaluated:

@@ -116,8 +116,8 @@ class Exact:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.of_itself = problem.y is None
-        sides = (problem.x, problem.x if self.of_itself else problem.y)
+        self.one_set = problem.y is None
+        sides = (problem.x, problem.x if self.one_set else problem.y)
         self.raw = [np.asarray(side, np.float64) for side in sides]
         self.hats = [_unit(side) if problem.normalize else side for side in self.raw]
         self.t = self.hats[0] @ self.hats[1].T
@@ -137,8 +137,8 @@ class Exact:
                 top = limit.max(dim, keepdims=True)
                 by_line &= ~(self.t > np.where(np.isfinite(top), top, np.inf))
         # A feature is no positive of itself.
-        positive = same & ~self.own if self.of_itself else same
-        pairs = ~same if self.of_itself else ~same | self.own
+        positive = same & ~self.own if self.one_set else same
+        pairs = ~same if self.one_set else ~same | self.own
         self.counts = {"rows": by_row, "columns": by_column}
         if problem.same_id == "positive":
             self.counts |= {"row_positives": positive, "column_positives": positive}
@@ -147,7 +147,7 @@ class Exact:
             self.counts |= {"row_means": pairs, "column_means": pairs}
         if problem.means and problem.same_id == "positive":
             self.counts |= {"row_positive_means": positive, "column_positive_means": positive}
-        if self.of_itself:
+        if self.one_set:
             self.counts = {name: c for name, c in self.counts.items() if name.startswith("row")}
 
     def _own(self) -> NDArray:
@@ -163,7 +163,7 @@ class Exact:
 
     def statistics(self) -> dict[str, NDArray]:
         found = {name: self._value(name) for name in self.counts}
-        if self.of_itself:
+        if self.one_set:
             return found
         positives = np.where(self.own, self.s, 0).sum(1)
         found["positives"] = np.where(self.own.any(1), positives, np.nan)
@@ -203,7 +203,7 @@ class Exact:
             (name, p.scale * (weights @ other), abs(p.scale) * (sizes @ np.abs(other)))
             for name, weights, sizes, other in sides
         ]
-        if self.of_itself:
+        if self.one_set:
             (_, *of_rows), (_, *of_columns) = found
             found = [("dx", *(a + b for a, b in zip(of_rows, of_columns, strict=True)))]
         for (name, d, bound), mine, raw in zip(found, self.hats, self.raw, strict=False):

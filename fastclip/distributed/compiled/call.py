@@ -72,7 +72,7 @@ def takes_contrast(
     pair = () if ids is None else (ids, ids) if isinstance(ids, Tensor) else ids
     return (
         not call.uneven
-        and _is_plain_tensor(x, False) and _is_plain_tensor(y, call.of_itself)
+        and _is_plain_tensor(x, False) and _is_plain_tensor(y, call.one_set)
         and _is_plain_tensor(key_bias) and _is_plain_tensor(labels)
         and all(isinstance(t, (tuple, list, type(None))) for t in (targets, guide))
         and len(targets or (0,) * 3) == 3 and len(guide or (0,) * 2) == 2
@@ -152,7 +152,7 @@ def traced_contrast(
 ) -> LineStatistics:
     """`distributed.contrast`, as an operator."""
     x, y, scale, bias, key_bias, (ids, margin, labels, targets, guide, limits) = given
-    y = x.detach() if call.of_itself else y
+    y = x.detach() if call.one_set else y
     ids = (ids, ids.clone()) if isinstance(ids, Tensor) else ids
     scale, bias = _tensor("logit_scale", scale, x), _tensor("logit_bias", bias, x)
     margin = _tensor("false_negative_margin", margin, x)

@@ -37,7 +37,7 @@ from .shards import check_ranks, exchanged_needs, pretended_shard, rebuilt_shard
 # The fields of `ContrastCall`, in its order.
 _SCHEMA = (
     "int? offset, str same_id, bool rows, bool columns, bool means, bool teaches, bool guided,"
-    " bool of_itself, str kind, float? above, bool normalize, bool ring, bool uneven, str? backend,"
+    " bool one_set, str kind, float? above, bool normalize, bool ring, bool uneven, str? backend,"
     " int? memory_budget,"
     " str loss, ScalarType dtype"
 )

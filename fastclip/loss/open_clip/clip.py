@@ -20,10 +20,11 @@ from ...engine.autograd import WeighedGradient
 from ...engine.checks import check_features
 from ...engine.compile_marks import constant_in_graphs
 from ...formulas.info_nce import InfoNCE, clip
-from ...formulas.world import Reduction, takes_lines
+from ...formulas.needs_lines import check_no_live, needs_lines
+from ...formulas.reduction import Reduction
 from ..base import one_process
 from ..clip import clip_loss
-from .dense import open_clip_logits, overrides, refuse_live
+from .dense import open_clip_logits, overrides, refuse_live, refuse_options
 
 
 @functools.cache
@@ -161,10 +162,14 @@ class ClipLoss(nn.Module):
                 _warn_while_compiling()
             else:
                 _warn_of_direction()
-        on_lines = takes_lines(None, ids, self.label_smoothing, None, self.same_id, self.reduction)
+        on_lines = needs_lines(ids, self.label_smoothing, None, self.same_id, self.reduction)
         if overrides(self, ClipLoss):
             refuse_live(live)
-            self._refuse(on_lines or self.normalize, "a subclass that makes its own logits")
+            refuse_options(
+                "a subclass that makes its own logits", ids=ids is not None,
+                label_smoothing=self.label_smoothing != 0, same_id=self.same_id != "ignore",
+                normalize=self.normalize, reduction=self.reduction != "mean",
+            )  # fmt: skip
             per_image, per_text = self.get_logits(*inputs)
             labels = self.get_ground_truth(image_features.device, per_image.shape[0])
             loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
@@ -196,18 +201,11 @@ class ClipLoss(nn.Module):
 
     def _check_exact(self, live: tuple[int, int] | None) -> None:
         """Checks a call across ranks with ids, label_smoothing or a reduction."""
-        takes_lines(live, None, 1, None)
+        check_no_live(live)
         if self.local_loss and not self.gather_with_grad:
             raise ValueError(
                 "ids, label_smoothing and a reduction other than 'mean' need local_loss=False or "
                 "gather_with_grad=True, got neither"
-            )
-
-    def _refuse(self, given: object, where: str) -> None:
-        if given:
-            raise ValueError(
-                "ids, label_smoothing, normalize and a reduction other than 'mean' must be absent "
-                f"for {where}, got some"
             )
 
     def _shares(

@@ -21,6 +21,16 @@ def open_clip_logits(
     return logits if logit_bias is None else logits + logit_bias
 
 
+def refuse_options(where: str, **given: bool) -> None:
+    """Raises for options that a dense loss does not have. given: True for those that are set."""
+    found = [name for name, is_set in given.items() if is_set]
+    if found:
+        raise ValueError(
+            f"{', '.join(given)} must have their defaults for {where}, got another "
+            f"{', '.join(found)}"
+        )
+
+
 def refuse_live(live: tuple[int, int] | None) -> None:
     """Raises for live pairs, which a dense loss has not."""
     if live is not None:

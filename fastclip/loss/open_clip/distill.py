@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...formulas.distill import distill_clip
-from ...formulas.world import Reduction
+from ...formulas.reduction import Reduction
 from .clip import ClipLoss
-from .dense import overrides
+from .dense import overrides, refuse_options
 
 
 class DistillClipLoss(ClipLoss):
@@ -45,7 +45,10 @@ class DistillClipLoss(ClipLoss):
             self.world_size > 1 and self.local_loss and not self.gather_with_grad
         ):
             self._check_options()
-            self._refuse(self.normalize or self.reduction != "mean", "a dense DistillClipLoss")
+            refuse_options(
+                "a dense DistillClipLoss", normalize=self.normalize,
+                reduction=self.reduction != "mean",
+            )  # fmt: skip
             losses = self._dense(student, teacher)
         else:
             losses = self._shares(

@@ -12,10 +12,11 @@ from ...distributed.agreement import check_world
 from ...distributed.gradient_mode import GradientMode
 from ...distributed.losses import distributed_loss
 from ...distributed.world import described, world_of_ranks
+from ...formulas.needs_lines import check_no_live, needs_lines
+from ...formulas.reduction import Reduction
 from ...formulas.siglip import siglip
-from ...formulas.world import Reduction, takes_lines
 from ..siglip import siglip_loss
-from .dense import open_clip_logits, overrides, refuse_live
+from .dense import open_clip_logits, overrides, refuse_live, refuse_options
 
 
 class SigLipLoss(nn.Module):
@@ -133,10 +134,7 @@ class SigLipLoss(nn.Module):
         return loss
 
     def _check_call(self, live: tuple[int, int] | None) -> None:
-        if live is not None:
-            raise ValueError(
-                f"live must be None with ids or a reduction other than 'mean', got {live!r}"
-            )
+        check_no_live(live)
         check_world("SigLipLoss", self.rank, self.world_size, self.process_group)
 
     def forward(
@@ -159,14 +157,14 @@ class SigLipLoss(nn.Module):
         }  # fmt: skip
         if overrides(self, SigLipLoss, ("_loss",)):
             refuse_live(live)
-            if ids is not None or self.normalize or self.reduction != "mean":
-                raise ValueError(
-                    "ids, normalize and a reduction other than 'mean' must be absent for a "
-                    "subclass that makes its own logits, got some"
-                )
+            refuse_options(
+                "a subclass that makes its own logits", ids=ids is not None,
+                same_id=self.same_id != "ignore", normalize=self.normalize,
+                reduction=self.reduction != "mean",
+            )  # fmt: skip
             across = self._dense_across if self.world_size > 1 else self._loss
             loss = across(*inputs)
-        elif self.world_size > 1 and takes_lines(None, ids, 0, None, self.same_id, self.reduction):
+        elif self.world_size > 1 and needs_lines(ids, 0, None, self.same_id, self.reduction):
             name = described("SigLipLoss", same_id=self.same_id, reduction=self.reduction)
             world = world_of_ranks(
                 name, self.process_group, ring, self.uneven, self.normalize, self.backend,

@@ -40,7 +40,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     backend: str = "aot_eager"
     labels: bool = False
-    of_itself: bool = False
+    one_set: bool = False
 
 
 INPUTS = ("x", "y", "scale", "bias", "key_bias")
@@ -80,8 +80,8 @@ def loss_of(case: Case, rank: int) -> Callable[..., Tensor]:
         if ids is not None and case.labels:
             ids = ids[1][labels], ids[1]
         found = call(
-            x, None if case.of_itself else y, scale, bias, labels=labels,
-            ids=ids[0] if ids is not None and case.of_itself else ids,
+            x, None if case.one_set else y, scale, bias, labels=labels,
+            ids=ids[0] if ids is not None and case.one_set else ids,
             key_bias=key_bias if case.key_bias else None,
         )  # fmt: skip
         # Leaves out the positives, so that their upstream gradient is None.

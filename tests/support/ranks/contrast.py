@@ -49,7 +49,7 @@ class Case(NamedTuple):
     backend: str | None = None
     labels: bool = False  # the own positives, in place of offsets
     means: bool = False
-    of_itself: bool = False  # the columns are the rows
+    one_set: bool = False  # the columns are the rows
 
     @property
     def world_size(self) -> int:
@@ -95,7 +95,7 @@ class Case(NamedTuple):
             torch.randint(self.ids, (sum(sizes),), generator=generator) - 2
             for sizes in (self.rows, self.columns)
         )
-        if self.of_itself:
+        if self.one_set:
             of_rows = of_columns
         elif self.labels:
             of_rows = of_columns[self.all_labels()]
@@ -172,10 +172,10 @@ def results_of_one_process(case: Case) -> dict[str, Tensor | None]:
     x, y, scale, bias, key_bias = leaves = _leaves(case, None)
     # The dense form compares row number + offset with column numbers, so it accepts an offset for
     # each row.
-    ids, plain = case.all_ids(), not (case.labels or case.of_itself)
+    ids, plain = case.all_ids(), not (case.labels or case.one_set)
     statistics = reference.contrast(
-        x, None if case.of_itself else y, scale, bias, offset=case.partners() if plain else 0,
-        labels=case.all_labels(), ids=ids[0] if case.of_itself and ids else ids,
+        x, None if case.one_set else y, scale, bias, offset=case.partners() if plain else 0,
+        labels=case.all_labels(), ids=ids[0] if case.one_set and ids else ids,
         key_bias=key_bias if case.key_bias else None, **case.options,
     )  # fmt: skip
     _backward(case, statistics, None)
@@ -193,8 +193,8 @@ def results_of_rank(case: Case, rank: int, group: Any) -> dict[str, Tensor | Non
     if labels is not None:
         labels = labels[case.part("x", rank)] - case.part("y", rank).start
     statistics = distributed.contrast(
-        x, None if case.of_itself else y, scale, bias, offset=case.offset(rank), labels=labels,
-        ids=ids[0] if case.of_itself and ids else ids,
+        x, None if case.one_set else y, scale, bias, offset=case.offset(rank), labels=labels,
+        ids=ids[0] if case.one_set and ids else ids,
         key_bias=key_bias if case.key_bias else None, process_group=group, ring=case.ring,
         uneven=case.uneven, backend=case.backend, **case.options,
     )  # fmt: skip
@@ -272,7 +272,7 @@ def call(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
     m, n, width = own.pop("m", 3), own.pop("n", 4), own.pop("width", 6)
     dtype, grad = own.pop("dtype", torch.float32), own.pop("grad", True)
     x, y = (torch.ones(k, width, dtype=dtype, requires_grad=grad) for k in (m, n))
-    y = None if own.pop("of_itself", False) else y
+    y = None if own.pop("one_set", False) else y
     if own.pop("has_ids", False):
         own["ids"] = torch.zeros(m, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     if (of := own.pop("key_bias_dtype", None)) is not None:
