@@ -63,8 +63,9 @@ def contrast(
 
     Args:
         x, y: (M, D), (N, D), float64, float32, bfloat16 or float16, any strides. Mixed dtypes
-            promote and autocast applies as in `clip_loss`. y may be None: x is contrasted with
-            itself, the pairs of a feature with itself are left out, and only rows are returned.
+            promote, those of targets and guide included, and autocast applies as in `clip_loss`.
+            y may be None: x is contrasted with itself, the pairs of a feature with itself are left
+            out, and only rows are returned.
         logit_scale: already exponentiated; a number or a tensor of one element.
         logit_bias: a number or a tensor of one element, added to all logits; None: 0.
         offset: the own positive of row i is column i + offset, if there is such a column; None: no
@@ -131,7 +132,8 @@ def contrast(
         x, y, logit_scale, logit_bias, key_bias, given, offset=offset, same_id=same_id, rows=rows,
         columns=columns, kind=kind, above=above,
     )  # fmt: skip
-    dtype, has_targets = product_dtype(x, y), beside.target_x is not None
+    targets_given = beside.targets()
+    dtype, has_targets = product_dtype(x, y, *targets_given), bool(targets_given)
     logits = x.shape[0] * y.shape[0]
     engine = choose(backend, x.device, dtype, logits, x.shape[1], kind, has_targets)
     budget = budget_of(memory_budget, x.device)

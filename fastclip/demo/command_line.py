@@ -83,8 +83,9 @@ def parser(losses: Collection[str], implementations: Collection[str]) -> argpars
         choices=losses,
         default="clip",
         help="clip_ids: without the negatives that have an equal caption; info_nce: pictures pick "
-        "their captions, one way; ranking: VSE++'s, of the hardest negatives; global: with moving "
-        "averages of each drawing's negatives (default %(default)s)",
+        "their captions, one way; supcon, nt_xent: pictures and captions are views of one "
+        "concept; ranking: VSE++'s, of the hardest negatives; global: with moving averages of "
+        "each drawing's negatives (default %(default)s)",
     )
     p.add_argument(
         "--implementation",

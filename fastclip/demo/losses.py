@@ -32,6 +32,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "clip": lambda of, pairs, x, y, scale: of("clip_loss")(x, y, scale),
     "clip_ids": lambda of, pairs, x, y, scale: of("clip_loss")(x, y, scale, ids=pairs.captions),
     "siglip": lambda of, pairs, x, y, scale, bias: of("siglip_loss")(x, y, scale, bias),
+    # Pictures and captions are views of one concept.
+    "supcon": lambda of, pairs, x, y, scale: of("supcon_loss")(
+        torch.cat((x, y)), pairs.captions.repeat(2), scale
+    ),
+    "nt_xent": lambda of, pairs, x, y, scale: of("nt_xent_loss")(x, y, scale),
     "info_nce": lambda of, pairs, x, y, scale: of("info_nce")(x, y, scale),
     # The loss has no scale, but DDP waits for the gradient of the model's.
     "ranking": lambda of, pairs, x, y, scale: of("ranking_loss")(x, y, hardest=True) + 0 * scale,

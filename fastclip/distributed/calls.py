@@ -177,7 +177,7 @@ def checked_contrast(
         kind=call.kind, above=call.above, may_be_empty=call.uneven,
     )  # fmt: skip
     refuse_forward_mode(x, y, scale, bias, key_bias)
-    dtype = call.dtype or product_dtype(x, y)
+    dtype = call.dtype or product_dtype(x, y, *beside.targets())
     request = request_of(call)
     must_match: dict[str, int | torch.dtype] = {
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),

@@ -47,7 +47,8 @@ def info_nce(
     the gradients after DDP's mean. "none" returns the losses of this rank's queries.
 
     Args: as `fastclip.loss.info_nce`, and process_group, ring and uneven as in `clip_loss`. Options
-    are the same on all ranks, but for `offset`, a number or None on all of them.
+    are the same on all ranks; `offset` and `false_negative_margin` only need to be given on all
+    ranks or on none. `weights` have no gradient with the reduction "mean".
 
     Raises, on every rank: as `fastclip.loss.info_nce` and `clip_loss`.
     """
@@ -55,8 +56,10 @@ def info_nce(
         offset, labels, ids, same_id, false_negative_margin, key_bias, margin, label_smoothing,
         decoupled, hardness, symmetric,
     )  # fmt: skip
-    # Offsets count a rank's own keys, and may differ.
-    common = options._asdict() | {"offset": "None" if offset is None else "given"}
+    # Offsets count a rank's own keys, and may differ; so may the margins of false negatives.
+    may_differ = {"offset": offset, "false_negative_margin": false_negative_margin}
+    given = {name: "None" if value is None else "given" for name, value in may_differ.items()}
+    common = options._asdict() | given
     loss = described("info_nce", **common, weights=weights, reduction=reduction)
     world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)
     return _info_nce(world, queries, keys, logit_scale, options, Reduction(reduction, weights))
@@ -146,10 +149,10 @@ def ranking_loss(
 
 
 def distill_loss(
-    x: Tensor,  # (n, D)
+    x: Tensor,  # (m, D)
     y: Tensor,  # (n, D)
     logit_scale: Tensor | float,
-    teacher_x: Tensor,  # (n, D')
+    teacher_x: Tensor,  # (m, D')
     teacher_y: Tensor,  # (n, D')
     teacher_scale: Tensor | float,
     *,
@@ -165,8 +168,8 @@ def distill_loss(
 ) -> Tensor:
     """Returns this rank's share of `fastclip.loss.distill_loss` of all ranks' features.
 
-    Args, Raises: as there, and process_group, ring and uneven as in `clip_loss`. The teacher's
-    columns are gathered, also with `ring`.
+    Args, Raises: as there (m == n if symmetric), and process_group, ring and uneven as in
+    `clip_loss`. The teacher's columns are gathered, also with `ring`.
     """
     loss = described("distill_loss", symmetric=symmetric, weights=weights, reduction=reduction)
     world = world_of_ranks(loss, process_group, ring, uneven, normalize, backend, memory_budget)

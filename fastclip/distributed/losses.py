@@ -55,7 +55,8 @@ def clip_loss(
         image_features, text_features: (b, D), this rank's pairs, as in `fastclip.clip_loss`.
         logit_scale, logit_bias: the same on all ranks.
         ids, same_id, label_smoothing, weights: as in `fastclip.clip_loss`, ids and weights of this
-            rank's pairs; ids are compared across ranks.
+            rank's pairs; ids are compared across ranks. Weights have no gradient with the
+            reduction "mean".
         reduction: "mean", "sum" (the mean over ranks is the sum over all pairs) or "none", the
             losses of this rank's pairs. With a reduction other than "mean", or with ids,
             label_smoothing or weights, the loss is computed through `contrast`, whose bytes then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any
 
 import torch
@@ -111,8 +112,11 @@ def _gather_rows(process_group: dist.ProcessGroup | None, uneven: bool, x: Tenso
 def described(name: str, **options: Any) -> str:
     """Returns a loss's name with its options, as ranks compare them; of tensors, only that they are
     given."""
-    parts = (
-        f"{key}={'given' if isinstance(value, (Tensor, tuple, list)) else repr(value)}"
-        for key, value in options.items()
-    )
-    return f"{name}({', '.join(parts)})"
+
+    def as_text(value: Any) -> str:
+        if isinstance(value, (Tensor, tuple, list)):
+            return "given"
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return repr(float(value)) if is_number else repr(value)  # 0 and 0.0 are one margin
+
+    return f"{name}({', '.join(f'{key}={as_text(value)}' for key, value in options.items())})"

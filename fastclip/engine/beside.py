@@ -30,3 +30,7 @@ class Beside(NamedTuple):
     target_scale: Tensor | None = None  # one element: the targets are a teacher
     limits: Tensor | None = None  # (M): the largest similarities that negatives of rows may have
     guided: bool = False  # the targets are a guide: limits and margin are compared with its t
+
+    def targets(self) -> tuple[Tensor, ...]:
+        """The features of a teacher or a guide, if there is one."""
+        return () if self.target_x is None else (self.target_x, self.target_y)

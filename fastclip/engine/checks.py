@@ -44,16 +44,18 @@ def check_features(
     _check_together(names, x, y, may_be_empty)
 
 
-def check_sides(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
+def check_sides(
+    x: Tensor, y: Tensor, may_be_empty: bool = False, names: tuple[str, str] = ("x", "y")
+) -> None:
     """Checks the features of rows, x (M, D), and of columns, y (N, D)."""
-    _check_one("x", x, "(M, D)")
-    _check_one("y", y, "(N, D)")
+    _check_one(names[0], x, "(M, D)")
+    _check_one(names[1], y, "(N, D)")
     if x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"x (M, D) and y (N, D) must have one width D, got {tuple(x.shape)} and "
-            f"{tuple(y.shape)}"
+            f"{names[0]} (M, D) and {names[1]} (N, D) must have one width D, got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
-    _check_together(("x", "y"), x, y, may_be_empty)
+    _check_together(names, x, y, may_be_empty)
 
 
 def _check_one(name: str, features: Tensor, shape: str) -> None:
@@ -143,9 +145,11 @@ def is_readable(values: Tensor) -> bool:
     return values.device.type == "cpu" and not is_traced() and type(values) is Tensor
 
 
-def check_positives(x: Tensor, y: Tensor, offset: int | None, same_id: str) -> None:
+def check_positives(
+    x: Tensor, y: Tensor, offset: int | None, same_id: str, names: tuple[str, str]
+) -> None:
     """Checks that each row has an own positive, unless ids name the positives."""
-    check_sides(x, y, may_be_empty=True)
+    check_sides(x, y, may_be_empty=True, names=names)
     check_offset(offset)
     if offset is None and same_id != "positive":
         raise ValueError("offset must be an int unless same_id='positive', got None")

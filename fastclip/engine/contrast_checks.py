@@ -49,7 +49,7 @@ def check_labels(
         row = int(wrong[0])
         raise ValueError(
             "a row and the key of its label must have one id, got "
-            f"{int(ids[0][row])} and {int(ids[1][labels[row]])} in row {row}"
+            f"{int(ids[0][row])} and {int(ids[1][int(labels[row])])} in row {row}"
         )
 
 

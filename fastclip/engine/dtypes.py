@@ -20,9 +20,12 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype that the operands would have in the matmul that this loss replaces."""
-    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+def product_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
+    """The dtype that the operands would have in the matmul that this loss replaces. All products of
+    a block, those of targets included, have one dtype."""
+    dtype = x.dtype
+    for other in others:
+        dtype = dtype if dtype == other.dtype else torch.promote_types(dtype, other.dtype)
     if dtype == torch.float64:
         return dtype
     device = x.device.type

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autograd import cast, refuse_second_derivative, side_of
-from .block import Side
+from .block import Block, Side
 from .dtypes import state_dtype
 from .feature_gradient import FeatureGradient
-from .group_sums import CHUNK, sums_at
+from .group_sums import Chunk, chunks, sums_at
 
 
 def pair_similarities(
@@ -32,9 +32,9 @@ class _PairSimilarities(torch.autograd.Function):
     ) -> Tensor:
         sides = [side_of(t, dtype, normalize) for t in (x, y)]
         found = torch.zeros(i.shape, dtype=state_dtype(x.device), device=x.device)
-        for _, of_x, of_y in _chunks(sides, i.shape[0]):
+        for chunk in _chunks(sides, i.shape[0]):
             # Not in place: under torch.vmap only the features may have samples.
-            found = found + (of_x[i] * of_y[j]).sum(1)
+            found = found + (chunk.x[i] * chunk.y[j]).sum(1)
         return found
 
     @staticmethod
@@ -63,33 +63,27 @@ def _gradients(
         FeatureGradient(side, out, g.dtype) if needed else None
         for side, out, needed in zip(sides, outs, needs, strict=False)
     ]
-    for place, of_x, of_y in _chunks(sides, i.shape[0]):
+    for chunk in _chunks(sides, i.shape[0]):
         for gradient, unit, own, other, others in (
-            (added[0], of_x, i, of_y, j), (added[1], of_y, j, of_x, i)
+            (added[0], chunk.x, i, chunk.y, j), (added[1], chunk.y, j, chunk.x, i)
         ):  # fmt: skip
             if gradient is not None:
-                gradient.add(sums_at(own, g[:, None] * other[others], unit.shape[0]), unit, place)
+                new = sums_at(own, g[:, None] * other[others], unit.shape[0])
+                gradient.add(new, unit, chunk.place)
     if normalize:
-        for place, of_x, of_y in _chunks(sides, i.shape[0]):
-            for gradient, unit in zip(added, (of_x, of_y), strict=True):
+        for chunk in _chunks(sides, i.shape[0]):
+            for gradient, unit in zip(added, chunk[:2], strict=True):
                 if gradient is not None:
-                    gradient.project(unit, place)
+                    gradient.project(unit, chunk.place)
     return [
         cast(out, t.dtype) if needed else None
         for out, t, needed in zip(outs, (x, y), needs, strict=False)
     ]
 
 
-def _chunks(sides: list[Side], pairs: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The columns of both sides' features, normalised, some at a time."""
-    width = sides[0].features.shape[1]
-    dtype = state_dtype(sides[0].features.device)
-    lines = sum(side.features.shape[0] for side in sides) + 2 * pairs
-    step = max(1, CHUNK // (8 * max(lines, 1)))
-    for start in range(0, width, step):
-        place = slice(start, min(start + step, width))
-        columns = []
-        for side in sides:
-            features = side.features[:, place].to(dtype)
-            columns.append(features if side.factor is None else features * side.factor[:, None])
-        yield place, *columns
+def _chunks(sides: Sequence[Side], pairs: int) -> Iterator[Chunk]:
+    x, y = sides
+    device = x.features.device
+    block = Block(x, y, torch.ones((), device=device))
+    lines = x.features.shape[0] + y.features.shape[0] + 2 * pairs
+    return chunks(block, None, lines, state_dtype(device))

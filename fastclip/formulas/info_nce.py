@@ -15,6 +15,8 @@ from ..kinds import LineStatistics
 from .reduction import Reduction
 from .world import World
 
+NAMES = ("queries", "keys")
+
 
 class InfoNCE(NamedTuple):
     """The options of `fastclip.loss.info_nce`."""
@@ -38,9 +40,9 @@ class InfoNCE(NamedTuple):
         """Checks the features, the options that `contrast` does not have, and that no two options
         exclude each other."""
         if y is None or self.labels is not None:
-            check_sides(x, x if y is None else y, may_be_empty=True)
+            check_sides(x, x if y is None else y, may_be_empty=True, names=NAMES)
         else:
-            check_positives(x, y, self.offset, self.same_id)
+            check_positives(x, y, self.offset, self.same_id, NAMES)
         check_number("margin", self.margin)
         check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
         check_number("hardness", self.hardness, 0.0)
@@ -168,6 +170,8 @@ def _line_losses(
             losses = F.softplus(negatives - by_id, threshold=60) + (by_id - positive)
         losses = torch.where(counts, losses, 0)
     if o.label_smoothing:
-        smoothing = o.label_smoothing * (positive - of_pairs)
+        # A key that is taken out has the logit -inf, and its query an infinite loss.
+        gap = torch.where(positive == -torch.inf, 0, positive - of_pairs)
+        smoothing = o.label_smoothing * gap
         losses = losses + (smoothing if counts is None else torch.where(counts, smoothing, 0))
     return losses, counts

@@ -17,7 +17,7 @@ def supcon(
     """The loss of features (N, D): InfoNCE of one set against itself, with positives by label."""
 
     def check() -> None:
-        check_sides(features, features, may_be_empty=True)
+        check_sides(features, features, may_be_empty=True, names=("features", "features"))
         check_tensor("labels", labels)
         check_integers("labels", labels)
         check_vector("labels", labels, "a label for each row of the features", features)

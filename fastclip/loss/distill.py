@@ -39,8 +39,9 @@ def distill_loss(
     Args:
         x, y: (M, D), (N, D), the student's features.
         logit_scale, teacher_scale: already exponentiated; numbers or tensors of one element.
-        teacher_x, teacher_y: (M, D'), (N, D'), the teacher's features, without gradients. They are
-            taken in the dtype of the student's products.
+        teacher_x, teacher_y: (M, D'), (N, D'), the teacher's features, without gradients. Mixed
+            dtypes of all four promote: a float32 teacher makes a bfloat16 student's products
+            float32, which is slower. Under autocast all have its dtype.
         symmetric: True needs M == N and takes the mean of both directions; False: rows alone.
         weights: (M), floating point: multiplies the lines' losses; the mean divides by its sum.
         normalize: divide rows of all four by max(norm, 1e-12) first.

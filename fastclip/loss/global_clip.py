@@ -23,6 +23,8 @@ from ..formulas.world import World
 from .base import one_process
 from .loss_module import LossModule
 
+AVERAGES = ("log_u_images", "log_u_texts")
+
 
 class GlobalClipLoss(LossModule):
     """CLIP's loss with negatives of the whole dataset, estimated by moving averages (SogCLR: Yuan
@@ -47,9 +49,9 @@ class GlobalClipLoss(LossModule):
                       of tau: the value of v1 + rho + tau * that of v1
 
     with constant u in gradients. v1 keeps the temperature constant, so the scale has no gradient
-    there. FastCLIP's own code counts the last term of the gradient of tau twice; this is the
-    published estimator. With gamma = 1 and eps = 0, v1 is the decoupled loss,
-    `info_nce(..., decoupled=True, symmetric=True) - log(N - 1)`.
+    there; SogCLR's loss is tau times this. FastCLIP's own code counts the last term of the gradient
+    of tau twice; this is the published estimator. With gamma = 1 and eps = 0, v1 is the decoupled
+    loss, `info_nce(..., decoupled=True, symmetric=True) - log(N - 1)`.
 
     The averages are buffers, in the log domain so that no exponential overflows: `log_u_images` and
     `log_u_texts`, float32 (data_size), -inf for samples that were not seen. They are part of the
@@ -100,7 +102,7 @@ class GlobalClipLoss(LossModule):
         self.rho = rho
         self.eps = eps
         self.shared = shared
-        for name in ("log_u_images", "log_u_texts"):
+        for name in AVERAGES:
             self.register_buffer(name, torch.full((data_size,), -math.inf))
         if decay_epochs is not None and (
             isinstance(decay_epochs, bool) or not isinstance(decay_epochs, int) or decay_epochs < 0
@@ -108,6 +110,16 @@ class GlobalClipLoss(LossModule):
             raise ValueError(f"decay_epochs must be an int >= 0 or None, got {decay_epochs!r}")
         if decay_epochs is not None:
             self.set_epoch(0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GlobalClipLoss:
+        """Moves the averages, but keeps them from half precision, where they would be 2 % off."""
+        before = {name: getattr(self, name) for name in AVERAGES}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype.itemsize < old.dtype.itemsize:
+                setattr(self, name, old.to(new.device))
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the weight of new estimates for an epoch, if `decay_epochs` is given."""
@@ -121,8 +133,9 @@ class GlobalClipLoss(LossModule):
         if not self.across_ranks:
             return one_process(self.normalize, self.backend, self.memory_budget)
         loss = described(
-            "GlobalClipLoss", gamma=self.gamma, rho=self.rho, eps=self.eps, shared=self.shared
-        )
+            "GlobalClipLoss", gamma=self.gamma, rho=self.rho, eps=self.eps, shared=self.shared,
+            training=self.training, data_size=self.data_size if self.shared else None,
+        )  # fmt: skip
         return world_of_ranks(
             loss, self.process_group, self.ring, self.uneven, self.normalize, self.backend,
             self.memory_budget,

@@ -76,6 +76,10 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         ValueError, r"a row and the key of its label must have one id, got 7 and 0 in row 2",
         {"labels": LABELS, "ids": (torch.tensor([4, 0, 7, 3]), IDS[1])},
     ),
+    "labels of 8 bits, another id": (
+        ValueError, r"a row and the key of its label must have one id, got 7 and 0 in row 2",
+        {"labels": LABELS.to(torch.uint8), "ids": (torch.tensor([4, 0, 7, 3]), IDS[1])},
+    ),
     "itself and labels": (
         ValueError, r"labels must be None without y: no row", {"y": None, "labels": LABELS},
     ),

@@ -140,10 +140,8 @@ def test_the_global_loss(
     found = four.run(ranks.global_loss, sizes, shared, rho)
     n = sum(sizes)
     whole = GlobalClipLoss(2 * n, 0.6, rho=rho, eps=1e-3, normalize=True).double()
-    # Ranks that do not share hold the averages of their own samples, here of other batches'.
-    steps = range(3) if shared else range(1)
-    for step in steps:
-        x, y, scale, indices = ranks.global_batch(n, step, 2 * n)
+    for step in range(3):
+        x, y, scale, indices = ranks.global_batch(n, step, 2 * n, shared)
         leaves = [t.clone().requires_grad_() for t in (x, y, scale)]
         value = whole(*leaves, indices)
         exact = torch.autograd.grad(value, leaves[: 2 + (rho is not None)])
@@ -220,6 +218,11 @@ DIFFERENT: dict[str, Given] = {
 def test_differing_options_are_an_error_on_every_rank(two: Ranks, what: str) -> None:
     for error in two.run(ranks.errors, DIFFERENT[what]):
         assert error.startswith("ValueError: all ranks must have"), error
+
+
+def test_global_losses_that_differ(two: Ranks) -> None:
+    for found in two.run(ranks.differing_modules):
+        assert all("all ranks must have one loss" in error for error in found), found
 
 
 def test_modules_that_are_wrong_on_one_rank(two: Ranks) -> None:

@@ -265,6 +265,15 @@ def test_averages_of_large_logits_do_not_overflow() -> None:
     assert module.log_u_images[:N].max() > 1e3 and module.log_u_images[:N].isfinite().all()
 
 
+def test_averages_stay_out_of_half_precision() -> None:
+    x, towers = F.normalize(torch.randn(N, D), dim=1), nn.ModuleList([GlobalClipLoss(SAMPLES)])
+    towers[0](x, x, 5.0, torch.arange(N))
+    before = towers[0].log_u_images.clone()
+    assert torch.equal(towers.bfloat16()[0].log_u_images, before)
+    assert torch.equal(towers.double()[0].log_u_texts.float(), towers.half()[0].log_u_texts.float())
+    assert towers[0].log_u_texts.dtype == torch.float64
+
+
 def test_gamma_decays_along_a_cosine() -> None:
     module = GlobalClipLoss(SAMPLES, gamma=0.2, decay_epochs=10)
     assert module.gamma == 1.0

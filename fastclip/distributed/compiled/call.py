@@ -164,7 +164,7 @@ def traced_contrast(
     elif guide is not None:
         guide = (guide, guide.clone()) if isinstance(guide, Tensor) else guide
         beside = (*(t.detach() for t in guide), None)
-    dtype = product_dtype(x, y)
+    dtype = product_dtype(x, y, *(t for t in beside[:2] if t is not None))
     inputs = x, y, scale, bias, key_bias
     options = call._replace(
         rows=bool(call.rows), columns=bool(call.columns), means=bool(call.means),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...engine.checks import check_features, scalar
 from ...formulas.distill import distill_clip
 from ...formulas.reduction import Reduction
 from .clip import ClipLoss
@@ -41,10 +42,19 @@ class DistillClipLoss(ClipLoss):
         Biases cancel."""
         student = image_features, text_features, logit_scale
         teacher = dist_image_features, dist_text_features, dist_logit_scale
+
+        def check() -> None:
+            self._check_options()
+            check_features(image_features, text_features, may_be_empty=self.uneven)
+            biases = {"logit_bias": logit_bias, "dist_logit_bias": dist_logit_bias}
+            for name, bias in biases.items():
+                if bias is not None:
+                    scalar(name, bias, image_features)
+
         if overrides(self, ClipLoss) or (
             self.world_size > 1 and self.local_loss and not self.gather_with_grad
         ):
-            self._check_options()
+            check()
             refuse_options(
                 "a dense DistillClipLoss", normalize=self.normalize,
                 reduction=self.reduction != "mean",
@@ -56,7 +66,7 @@ class DistillClipLoss(ClipLoss):
                 lambda world, x, y: distill_clip(
                     world, x, y, logit_scale, *teacher, Reduction(self.reduction)
                 ),
-                self._check_options,
+                check,
             )  # fmt: skip
         if isinstance(logit_bias, Tensor):
             losses = tuple(loss + 0 * logit_bias.reshape(()).to(loss.dtype) for loss in losses)

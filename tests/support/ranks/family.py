@@ -232,7 +232,7 @@ def global_loss(
     found = []
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     for step in range(3):
-        x, y, scale, indices = global_batch(sum(sizes), step, samples)
+        x, y, scale, indices = global_batch(sum(sizes), step, samples, shared)
         leaves = [t.clone().requires_grad_() for t in (x[mine], y[mine], scale)]
         value = module(*leaves, indices[mine])
         found.append((
@@ -243,10 +243,16 @@ def global_loss(
     return found
 
 
-def global_batch(n: int, step: int, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def global_batch(
+    n: int, step: int, samples: int, shared: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, the scale, and the samples' numbers. Without sharing these are those of the first
+    step, because no sample may change its rank."""
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(2, n, WIDTH, generator=generator, dtype=torch.float64).unbind()
     scale = torch.tensor(5.0, dtype=torch.float64)
+    if not shared:
+        generator.manual_seed(0)
     return x, y, scale, torch.randperm(samples, generator=generator)[:n]
 
 
@@ -302,4 +308,17 @@ def module_errors(rank: int, world_size: int) -> list[str]:
         error_of(ClipLoss(True, True, **world), x, x, 1.0, ids=ids),
         error_of(DistillClipLoss(True, True, **world), x, x, 1.0, x, x, 1.0),
         error_of(GlobalClipLoss(5, across_ranks=True), x, x, 1.0, ids + far),
+        error_of(
+            DistillClipLoss(True, True, rank=rank, world_size=world_size), x, x, 1.0, x, x, 1.0,
+            logit_bias=torch.ones(1 + (rank == 1)),
+        ),
+    ]  # fmt: skip
+
+
+def differing_modules(rank: int, world_size: int) -> list[str]:
+    """Errors of global losses, one of which trains or has more samples."""
+    x, ids = torch.ones(3, WIDTH, requires_grad=True), torch.arange(3)
+    return [
+        error_of(GlobalClipLoss(5, across_ranks=True).train(rank == 1), x, x, 1.0, ids),
+        error_of(GlobalClipLoss(5 + rank, across_ranks=True), x, x, 1.0, ids),
     ]
