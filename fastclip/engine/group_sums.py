@@ -93,11 +93,14 @@ class Chunk(NamedTuple):
     place: slice | None  # of the features' columns; None: the chunk of key_bias
 
 
-def chunks(block: Block, alive: Tensor | None, lines: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def chunks(
+    block: Block, alive: Tensor | None, lines: int, dtype: torch.dtype, one_set: bool = False
+) -> Iterator[Chunk]:
     """Cuts the block's features into chunks. The last one stands for key_bias: it is a feature of
     y, and x has a 1 there.
 
     alive: bool (N, 1), the columns that key_bias does not take out; None: all.
+    one_set: y is x.
     lines: the numbers of rows, columns and groups, added. Ranks exchange the sums of each chunk, so
     all of them must pass the same number.
     """
@@ -109,10 +112,10 @@ def chunks(block: Block, alive: Tensor | None, lines: int, dtype: torch.dtype) -
     for k in parts:
         place = slice(width * k // count, width * (k + 1) // count)
         sides = []
-        for side in (block.x, block.y):
+        for side in (block.x,) if one_set else (block.x, block.y):
             features = side.features[:, place].to(dtype)
             sides.append(features if side.factor is None else features * side.factor[:, None])
-        yield Chunk(*sides, block.scale.reshape(()).to(dtype), place)
+        yield Chunk(sides[0], sides[-1], block.scale.reshape(()).to(dtype), place)
     if block.key_bias is not None:
         bias = block.key_bias.to(dtype)[:, None]
         if alive is not None:

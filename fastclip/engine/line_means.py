@@ -102,7 +102,7 @@ class LineMeans:
         return torch.cat((rows, alive * groups.of_every_column(ones)[:, 0]))
 
     def _chunks(self) -> Iterator[Chunk]:
-        return chunks(self.block, self.alive, self.lines, self.dtype)
+        return chunks(self.block, self.alive, self.lines, self.dtype, self.one_set)
 
     def _signs(self, one: _Set) -> list[int]:
         """The signs of the given groups."""

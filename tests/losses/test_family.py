@@ -211,7 +211,7 @@ def test_scales_and_weights_of_any_dtype(name: str, engine: str, device: torch.d
 
 
 # The Python compiler alone: engines' own graphs are compiled in `tests/contrast`.
-@pytest.mark.parametrize("name", ["hardness", "nt_xent", "ranking"])
+@pytest.mark.parametrize("name", ["hardness", "labels", "supcon", "nt_xent", "ranking", "distill"])
 def test_one_graph_serves_all_batch_sizes(name: str, device: torch.device) -> None:
     case = CASES[name]
     torch._dynamo.reset()

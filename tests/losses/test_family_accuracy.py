@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastclip import loss, reference
 
-SCALES = (14.3, 0.0, 100.0, -5.0, 1.0)
+SCALES = (14.3, 0.0, 100.0, -5.0, 1e4, 1.0, 1e-3)
 N, D = 67, 16  # several tiles, and a multiple of no tile size
 REDUCTIONS = ("mean", "none", "sum")
 
@@ -39,7 +39,7 @@ def plan(name: str, precision: str, count: int) -> Iterator[tuple[str, float, st
         batches = ["random", "separated", "cone", "negative", "lengths"]
     for k in range(min(count, len(batches))):
         i = start + 2 * k if len(batches) % 2 else start + k
-        yield batches[i % len(batches)], SCALES[(i + k) % 5], REDUCTIONS[(start + k) % 3]
+        yield batches[i % len(batches)], SCALES[(i + k) % len(SCALES)], REDUCTIONS[(start + k) % 3]
 
 
 @functools.cache
