@@ -18,7 +18,7 @@ from .autograd import is_traced
 from .block import Block
 
 # Bytes of one chunk of float64 sums and operands.
-CHUNK = 16 << 20
+CHUNK = 8 << 20
 
 
 class Groups(NamedTuple):
