@@ -93,8 +93,7 @@ def contrast(
         targets: (x' (M, D'), y' (N, D'), scale'), the features of a teacher, for distillation: the
             expectation of each line's logits under the softmax of `scale' * x' @ y'.T` is also
             returned. It is over all pairs of the line, own positives and those that ids or a margin
-            leave out included. The teacher gets no gradients. All engines but the CUDA C++ one have
-            targets and guides.
+            leave out included. The teacher gets no gradients.
         guide: (x' (M, D'), y' (N, D')), or x' alone if y is None: the margin and the limits are
             compared with the similarities of these features (GISTEmbed, arXiv 2402.16829).
         limits: (M), floating point, in place of the margin: a row leaves out negatives whose
@@ -128,9 +127,9 @@ def contrast(
         x, y, logit_scale, logit_bias, key_bias, given, offset=offset, same_id=same_id, rows=rows,
         columns=columns, kind=kind, above=above,
     )  # fmt: skip
-    dtype, has_targets = product_dtype(x, y), beside.target_x is not None
+    dtype = product_dtype(x, y)
     logits = x.shape[0] * y.shape[0]
-    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind, has_targets)
+    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind)
     inputs = StatisticsInputs(x, y, scale, bias, key_bias)
     if engine == "reference":
         return dense_contrast(
