@@ -217,6 +217,9 @@ struct Cases {
       if (guided) c.margin = -0.3;
       const std::string name = guided ? "a guide" : "a teacher";
       add(c, name);
+      c.chunk_rows = 32, c.chunk_columns = 48;
+      add(c, name + ", chunks");
+      c.chunk_rows = c.chunk_columns = 0;
       c.factor_x = true, c.offset = -7, c.m = 65, c.n = 257, c.quick = base.dtype == Dtype::kBFloat16;
       add(c, name + ", edges");
       c.ids = 9, c.same_id_positive = !c.is_hinge(), c.needs_key_bias = true, c.margin = -0.2, c.key_bias = 2;
