@@ -44,9 +44,14 @@ __device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], fl
   if (j < columns) to.data[j * to.line + tile_m * to.part] = sum;
 }
 
+// The least number of thread blocks on a multiprocessor; 0 leaves it to the compiler. With targets it would spill some
+// registers to have two.
+template <class Options>
+constexpr int kEpilogueBlocks = Options::kIsGuided || Options::kIsTaught ? 1 : 0;
+
 // Out: the dtype of the written weights, or void if none are written.
 template <class Kind, class Options, bool kFold, bool kWeigh, class Out>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kEpilogueBlocks<Options>)
     epilogue_kernel(ChunkView view, Products products, Folding folding, PairWeights weights, Options options) {
   constexpr bool kWrites = !std::is_void_v<Out>, kHasAll = Options::kHasAll;
   constexpr bool kHasPositives = kHasAll && !Kind::kHasLevels;  // by id
