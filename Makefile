@@ -47,7 +47,8 @@ test: .venv/extension
 	$(BIN)/$(PYTEST) $(ARGS)
 
 ON_ANY_ENGINE := operators errors blocks kept_products parts_of_a_block gradients_requested shapes \
-  scalars_and_dtypes spoilt_inputs switches operator_sizes properties accuracy live
+  scalars_and_dtypes spoilt_inputs switches operator_sizes properties accuracy live targets \
+  targets_in_operators
 emulated: .venv/extension
 	FASTCLIP_TEST_DEVICE=emulated $(BIN)/$(PYTEST) $(call files,$(ON_ANY_ENGINE)) $(ARGS)
 

@@ -49,7 +49,7 @@ struct Side {
   const double* key_bias = nullptr;  // (rows), on one side at most: added to the logits of a line
   double* key_bias_sum = nullptr;    // weigh: (rows) out, sums of the weights; null if not wanted
 
-  Features target;                      // of a guide or a teacher; width D' (CPU engine)
+  Features target;                      // of a guide or a teacher; width D'
   Lines negatives, positives, teacher;  // positives by id
 
   void* accumulator = nullptr;  // weigh: T (rows, D) work space of the column side; the gradient itself if dtypes agree

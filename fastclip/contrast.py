@@ -95,8 +95,7 @@ def contrast(
         targets: (x' (M, D'), y' (N, D'), scale'), the features of a teacher, for distillation: the
             expectation of each line's logits under the softmax of `scale' * x' @ y'.T` is also
             returned. It is over all pairs of the line, own positives and those that ids or a margin
-            leave out included. The teacher gets no gradients. All engines but the CUDA C++ one have
-            targets and guides.
+            leave out included. The teacher gets no gradients.
         guide: (x' (M, D'), y' (N, D')), or x' alone if y is None: the margin and the limits are
             compared with the similarities of these features (GISTEmbed, arXiv 2402.16829).
         limits: (M), floating point, in place of the margin: a row leaves out negatives whose
@@ -132,10 +131,8 @@ def contrast(
         x, y, logit_scale, logit_bias, key_bias, given, offset=offset, same_id=same_id, rows=rows,
         columns=columns, kind=kind, above=above,
     )  # fmt: skip
-    targets_given = beside.targets()
-    dtype, has_targets = product_dtype(x, y, *targets_given), bool(targets_given)
-    logits = x.shape[0] * y.shape[0]
-    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind, has_targets)
+    dtype, logits = product_dtype(x, y, *beside.targets()), x.shape[0] * y.shape[0]
+    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind)
     budget = budget_of(memory_budget, x.device)
     inputs = StatisticsInputs(x, y, scale, bias, key_bias)
     if engine == "reference":

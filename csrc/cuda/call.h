@@ -53,14 +53,12 @@ bool tf32_is_allowed() {
 // A block and the tensors that its pointers point into.
 struct Call {
   Tensor x, y, key_bias;
-  Number scale, bias;
+  Number scale, bias, target_scale;
   cuda::Block block;
   int64_t m = 0, n = 0;
 
   explicit Call(const BlockArguments& b) : x(strided(b.x.features)), y(strided(b.y.features)) {
     check_block(b);
-    TORCH_CHECK_NOT_IMPLEMENTED(!b.x.target, "targets must be None in the CUDA engine, which has none yet, got ",
-                                b.x.target->sizes());
     check_device(x, {&y});
     m = x.size(0), n = y.size(0);
     block.kind = kind_of(b.kind);
@@ -71,6 +69,10 @@ struct Call {
       key_bias = b.key_bias->to(at::kDouble).contiguous();
       block.y.key_bias = key_bias.const_data_ptr<double>();
     }
+    if (b.x.target) block.target_width = b.x.target->size(1);
+    block.guided = b.guided;
+    if (b.has_teacher()) target_scale = Number("target_scale", *b.target_scale, x);
+    block.target_scale = target_scale.scalar;
     scale = Number("scale", b.scale, x);
     if (b.bias) bias = Number("bias", *b.bias, x);
     block.width = x.size(1);
@@ -84,7 +86,6 @@ struct Call {
   }
 
   Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const { return at::empty(sizes, x.options().dtype(type)); }
-  int64_t sets() const { return block.same_id_positive ? 2 : 1; }
 
  private:
   void set_side(Side& side, const Tensor& features, const SideArguments& arguments) {
@@ -98,6 +99,12 @@ struct Call {
     side.factor = hold(arguments.factor, at::kFloat);
     side.ids = static_cast<const int32_t*>(hold(arguments.ids, at::kInt));
     side.threshold = hold(arguments.threshold, at::kFloat);
+    if (!arguments.target) return;
+    check_device(x, {&*arguments.target});
+    Side target;  // as the target is laid out
+    set_features(target, held_.emplace_back(strided(*arguments.target)), Tensor());
+    target.factor = hold(arguments.target_factor, at::kFloat);
+    side.target = features_of(target);
   }
 
   std::vector<Tensor> held_;
@@ -110,15 +117,21 @@ struct Swept {
 
 Swept allocate_states(Call& call) {
   const int64_t lines = call.m + call.n;
-  Swept out{call.empty({2 * call.sets(), lines}, at::kDouble), call.empty({call.m}, at::kDouble)};
+  const int64_t rows = (call.block.same_id_positive ? 4 : 2) + (call.block.has_teacher() ? 3 : 0);
+  Swept out{call.empty({rows, lines}, at::kDouble), call.empty({call.m}, at::kDouble)};
   if (call.block.offset < 0 || call.m + call.block.offset > call.n) out.positive.fill_(NAN);  // for rows without one
-  double* const state = out.state.mutable_data_ptr<double>();
-  for (const auto set : {&Side::negatives, &Side::positives}) {
-    if (set == &Side::positives && call.sets() == 1) break;
-    double* const shift = set == &Side::positives ? state + 2 * lines : state;
-    double* const sum = shift + lines;
-    (call.block.x.*set).shift = shift, (call.block.y.*set).shift = shift + call.m;
-    (call.block.x.*set).sum = sum, (call.block.y.*set).sum = sum + call.m;
+  double* state = out.state.mutable_data_ptr<double>();
+  const auto set = [&](Lines Side::* set) {
+    Lines &of_x = call.block.x.*set, &of_y = call.block.y.*set;
+    of_x.shift = state, of_y.shift = state + call.m;
+    of_x.sum = state + lines, of_y.sum = state + lines + call.m;
+    state += 2 * lines;
+  };
+  set(&Side::negatives);
+  if (call.block.same_id_positive) set(&Side::positives);
+  if (call.block.has_teacher()) {
+    set(&Side::teacher);
+    call.block.x.teacher.moment = state, call.block.y.teacher.moment = state + call.m;
   }
   return out;
 }

@@ -22,6 +22,19 @@ struct ChunkView {
   Stream stream = nullptr;
 };
 
+// The products of a chunk in memory.
+struct Products {
+  const float* data = nullptr;  // without the factors
+  int64_t stride = 0;
+  bool aligned = false;  // every row begins on 16 bytes
+};
+
+// The products t' of the targets of a chunk.
+struct TargetProducts {
+  Products products;
+  const float *factor_x = nullptr, *factor_y = nullptr;  // or null
+};
+
 // Partial sums of lines. Number q of line l lies at data[l * line + q * part]; they are added in the order of q.
 struct Partials {
   float* data = nullptr;

@@ -22,8 +22,10 @@ struct Chunk {
   bool kept;  // its products lie in the memory of the kept ones
 };
 
-inline std::vector<Chunk> chunks_of(int64_t m, int64_t n, int64_t kept_rows) {
-  const ChunkShape shape = chunk_shape();
+// With targets a chunk has two products: it gets half the columns, so that they take no more memory.
+inline std::vector<Chunk> chunks_of(int64_t m, int64_t n, int64_t kept_rows, bool has_targets) {
+  ChunkShape shape = chunk_shape();
+  if (has_targets) shape.columns = std::max<int64_t>(shape.columns / 2, 1);
   std::vector<Chunk> chunks;
   for (int64_t row = 0; row < m;) {
     const bool kept = row < kept_rows;

@@ -3,7 +3,7 @@
 // One kernel (epilogue.h) reads the products of a chunk, and either folds them into partial sums or turns them into
 // weights; two more products multiply the weights with the features. finalise.h adds partial sums up to states,
 // maxima.h computes the states again if one shift was not enough, and complete.h turns the last products into
-// gradients.
+// gradients. With targets a chunk has their products, too, and teacher.h folds a teacher's weights.
 #include "first_sweep.h"
 #include "second_sweep.h"
 
@@ -17,7 +17,7 @@ ChunkShape& chunk_shape() {
 
 void sweep(const Block& block, const Sweeping& sweeping, Library& library) {
   Work w(block, library);
-  const std::vector<Chunk> chunks = chunks_of(w.m(), w.n(), sweeping.kept_rows);
+  const std::vector<Chunk> chunks = chunks_of(w.m(), w.n(), sweeping.kept_rows, w.b.has_targets());
   FirstSweep first(w, chunks, sweeping);
   if (CUDA::has_shift(block.kind)) first.set_shift();
   float* const buffer = allocate<float>(library, w.products_size(chunks));
@@ -45,12 +45,13 @@ void sweep_and_weigh(const Block& block, double* positive, const Weighing& weigh
   if (!CUDA::is_linear(block.kind))
     throw std::invalid_argument("kind must have weights that need no state, to be swept and weighed in one go");
   if (!block.is_plain())
-    throw std::invalid_argument("a block that is swept and weighed in one go must have no ids, thresholds or key_bias");
+    throw std::invalid_argument(
+        "a block that is swept and weighed in one go must have no ids, thresholds, key_bias or targets");
   Work w(block, library);
   w.b.fused = false;  // no fused kernel both folds and weighs; two fused kernels would compute the products twice
   Sweeping sweeping;
   sweeping.positive = positive;
-  FirstSweep first(w, chunks_of(w.m(), w.n(), 0), sweeping);
+  FirstSweep first(w, chunks_of(w.m(), w.n(), 0, false), sweeping);
   SecondSweep second(w, weighing, true);
   second.run(&first);
   // The gradients need the weights of the positives, which are known only now.

@@ -42,9 +42,12 @@ class Library {
   virtual void multiply(const Matrix& a, const Matrix& b, const Matrix& out, bool add) = 0;
 };
 
-// A rectangular block of logits. The engine reads features, rows, stride, factor (fp32), ids and threshold (fp32) of
-// either Side, and key_bias of y. In the negatives of a Side, and with same_id_positive in its positives,
-//   sweep             writes shift and sum; with levels it reads them from shifts, and writes numbers of pairs to shift
+// A rectangular block of logits. The engine reads features, rows, stride, factor (fp32), ids, threshold (fp32) and
+// target of either Side, and key_bias of y. In the negatives of a Side, with same_id_positive in its positives, and
+// with a teacher in its lines of that name,
+//   sweep             writes shift and sum; with levels it reads them from shifts, and writes numbers of pairs to
+//   shift;
+//                     of a teacher it also writes moment
 //   weigh             reads shifts and coefficients, both float64
 //   sweep_and_weigh   writes shift and sum
 // weigh and sweep_and_weigh write `gradient` unless it is null; weigh also writes key_bias_sum of y unless it is null.
@@ -54,7 +57,10 @@ struct Block {
   Dtype dtype = Dtype::kFloat;  // kFloat, kBFloat16 or kHalf
   KindIndex kind{};
   bool same_id_positive = false;
-  Scalar scale, bias;  // bias.at may be null
+  int64_t target_width = 0;  // D', 0 without targets
+  bool guided = false;       // the targets are a guide: thresholds are compared with their products
+  Scalar target_scale;       // of a teacher; at is null without one
+  Scalar scale, bias;        // bias.at may be null
   int64_t offset = 0;
   bool tf32 = false;   // products truncate fp32 operands to tf32; the engine rounds them to nearest first
   bool fused = false;  // use the engine's own tensor-core kernels for the chunks that they serve
@@ -62,7 +68,10 @@ struct Block {
 
   // True if every pair except own positives is a negative of both its lines, no column has a bias, and no gradient of a
   // bias is wanted.
-  bool is_plain() const { return !x.ids && !x.threshold && !y.key_bias && !y.key_bias_sum; }
+  bool has_no_options() const { return !x.ids && !x.threshold && !y.key_bias && !y.key_bias_sum; }
+  bool is_plain() const { return has_no_options() && !has_targets(); }
+  bool has_targets() const { return target_width > 0; }
+  bool has_teacher() const { return has_targets() && !guided; }
 };
 
 // The first sweep's arguments besides the block.

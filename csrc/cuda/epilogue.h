@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "pairs.h"
+#include "targets.h"
 
 namespace fastclip {
 namespace cuda {
@@ -19,11 +19,16 @@ constexpr int kRowsOfWarp = kTileRows / kWarps;
 constexpr int kFours = kTileColumns / (4 * kWarp);
 static_assert(kTileColumns == kThreads, "a thread finishes a column");
 
-struct Products {
-  const float* data = nullptr;  // without the factors
-  int64_t stride = 0;
-  bool aligned = false;  // every row begins on 16 bytes
-};
+// Loads the products of a row in the columns c0 to c0 + 3, as far as there are such columns. whole: there are all four.
+__device__ __forceinline__ void load_products(const float* row, bool whole, bool aligned, int c0, int columns,
+                                              float (&t)[4]) {
+  if (whole && aligned)
+    load_four(row + c0, t);
+  else
+#pragma unroll
+    for (int q = 0; q < 4; q++)
+      if (c0 + q < columns) t[q] = row[c0 + q];
+}
 
 // Adds the column sums of the thread block's warps, in order, and stores the partial sum of the thread's column.
 __device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], float (&shared)[kWarps][kTileColumns],
@@ -39,13 +44,20 @@ __device__ __forceinline__ void write_columns(const float (&sums)[kFours][4], fl
   if (j < columns) to.data[j * to.line + tile_m * to.part] = sum;
 }
 
+// The least number of thread blocks on a multiprocessor; 0 leaves it to the compiler. With targets it would spill some
+// registers to have two.
+template <class Options>
+constexpr int kEpilogueBlocks = Options::kIsGuided || Options::kIsTaught ? 1 : 0;
+
 // Out: the dtype of the written weights, or void if none are written.
 template <class Kind, class Options, bool kFold, bool kWeigh, class Out>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kEpilogueBlocks<Options>)
     epilogue_kernel(ChunkView view, Products products, Folding folding, PairWeights weights, Options options) {
   constexpr bool kWrites = !std::is_void_v<Out>, kHasAll = Options::kHasAll;
   constexpr bool kHasPositives = kHasAll && !Kind::kHasLevels;  // by id
   constexpr bool kHasSecond = kHasPositives || Kind::kHasLevels;
+  constexpr bool kHasTargets = Options::kIsGuided || Options::kIsTaught;
+  static_assert(!(kFold && Options::kIsTaught), "teacher.h folds a teacher's weights");
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t tiles_n = cdiv(view.columns, kTileColumns);
   const int64_t tile_m = blockIdx.x / tiles_n, tile_n = blockIdx.x % tiles_n;
@@ -72,6 +84,11 @@ __global__ void __launch_bounds__(kThreads)
   // weights of positives by id.
   float second_sum[kFours][4] = {}, weight_sum[kFours][4] = {};
   LineWeight column_positive[kFours][4] = {};
+  // With targets, also their factors, and the numbers of a teacher.
+  float target_factor_y[kFours][4] = {};
+  LineWeight column_taught[kFours][4] = {};
+  Affine<float> k_teacher;
+  if constexpr (Options::kIsTaught) k_teacher = affine<CUDA::Softmax>(options.scale, {});
 #pragma unroll
   for (int four = 0; four < kFours; four++)
 #pragma unroll
@@ -84,6 +101,10 @@ __global__ void __launch_bounds__(kThreads)
         column_line[four][q] = options.column(j);
         bias[four][q] = options.template bias<Kind>(j, k);
       }
+      if constexpr (kHasTargets)
+        target_factor_y[four][q] = inside && options.targets.factor_y ? options.targets.factor_y[j] : 1.f;
+      if constexpr (Options::kIsTaught)
+        if (inside) column_taught[four][q] = {options.teacher.b[j], options.teacher.shift_y[j]};
       if constexpr (kFold && Kind::kHasLevels)
         if (inside) level_y[four][q] = float(folding.level_y[j]);
       if constexpr (kWeigh) {
@@ -105,9 +126,15 @@ __global__ void __launch_bounds__(kThreads)
     const int positive = partner >= 0 && partner < columns ? int(partner) : -1;
     const float factor_x = view.factor_x ? view.factor_x[i] : 1.f;
     const typename Options::Line line = options.row(i);
+    const float* target_row = nullptr;
+    float target_factor_x = 1;
+    if constexpr (kHasTargets) {
+      target_row = options.targets.products.data + i * options.targets.products.stride + first_column;
+      if (options.targets.factor_x) target_factor_x = options.targets.factor_x[i];
+    }
     float row_sum = 0, row_second_sum = 0, level_x = 0;
     if constexpr (kFold && Kind::kHasLevels) level_x = float(folding.level_x[i]);
-    LineWeight mine = {1, m}, mine_positive = {0, m};
+    LineWeight mine = {1, m}, mine_positive = {0, m}, taught = {};
     if constexpr (kWeigh) {
       if (weights.a) mine.coefficient = weights.a[i];
       if (two_shifts) mine.shift = weights.shift_x[i];
@@ -115,6 +142,7 @@ __global__ void __launch_bounds__(kThreads)
         if (options.c) mine_positive.coefficient = options.c[i];
         if (options.c && two_shifts) mine_positive.shift = options.shift_x[i];
       }
+      if constexpr (Options::kIsTaught) taught = {options.teacher.a[i], options.teacher.shift_x[i]};
     }
 #pragma unroll
     for (int four = 0; four < kFours; four++) {
@@ -122,17 +150,18 @@ __global__ void __launch_bounds__(kThreads)
       if (c0 >= columns) continue;
       const bool whole = c0 + 4 <= columns;
       float t[4] = {}, written[4] = {};
-      if (whole && products.aligned)
-        load_four(t_row + c0, t);
-      else
-#pragma unroll
-        for (int q = 0; q < 4; q++)
-          if (c0 + q < columns) t[q] = t_row[c0 + q];
+      load_products(t_row, whole, products.aligned, c0, columns, t);
+      float target[4] = {};
+      if constexpr (kHasTargets)
+        load_products(target_row, whole, options.targets.products.aligned, c0, columns, target);
 #pragma unroll
       for (int q = 0; q < 4; q++) {
         const float spread = factor_x * factor_y[four][q];
         t[q] *= spread;
-        const Counts counts = options.counts(line, column_line[four][q], t[q], c0 + q < columns && c0 + q != positive);
+        if constexpr (kHasTargets) target[q] *= target_factor_x * target_factor_y[four][q];
+        const float compared = Options::kIsGuided ? target[q] : t[q];
+        const Counts counts =
+            options.counts(line, column_line[four][q], compared, c0 + q < columns && c0 + q != positive);
         const bool counts_for_any = counts.mine || counts.other || counts.positive;
         const auto& own = affine_of<Kind>(k, bias[four][q], counts.positive);
         if (kFold && c0 + q == positive && folding.positive) folding.positive[i] = t[q];
@@ -160,6 +189,8 @@ __global__ void __launch_bounds__(kThreads)
               b = choose(counts.positive, column_positive[four][q], other);
             }
             w = weight_by_role<Kind>(t[q], own, bias[four][q], counts, a, b, two_shifts);
+            if constexpr (Options::kIsTaught)
+              if (c0 + q < columns) w += taught_weight(target[q], k_teacher, taught, column_taught[four][q]);
             weight_sum[four][q] += w;
           } else {
             w = Kind::activation(t[q], own, mine.shift);
@@ -170,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
             w = counts_for_any ? w : 0.f;
           }
           sum_w += w;
-          sum_wt += counts_for_any ? w * t[q] : 0.f;
+          sum_wt += counts_for_any || (Options::kIsTaught && c0 + q < columns) ? w * t[q] : 0.f;
           if constexpr (kWrites) {
             written[q] = w * weights.enlarged;
             if (weights.spread) written[q] *= spread;

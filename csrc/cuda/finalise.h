@@ -71,8 +71,9 @@ struct StateLines {
   float *shift_out = nullptr, *coefficient_out = nullptr;  // shift_out is null if lines have neither shifts nor levels
 };
 
+// common: sets `differ` if a shift differs from this one; null: the flag stays as it is.
 static __global__ void __launch_bounds__(kThreads)
-    operands_kernel(StateLines rows, StateLines columns, const double* first_shift, int32_t* differ) {
+    operands_kernel(StateLines rows, StateLines columns, const double* common, int32_t* differ) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= rows.count + columns.count) return;
   const StateLines lines = index < rows.count ? rows : columns;
@@ -80,7 +81,7 @@ static __global__ void __launch_bounds__(kThreads)
   lines.coefficient_out[l] = float(lines.coefficient[l]);
   if (lines.shift_out == nullptr) return;
   lines.shift_out[l] = float(lines.shift[l]);
-  if (lines.shift[l] != *first_shift) *differ = 1;  // a benign race: all threads write 1
+  if (common && lines.shift[l] != *common) *differ = 1;  // a benign race: all threads write 1
 }
 
 // Adds the sums of w and of w * t, (2, parts), to the totals of earlier chunks. Launched with two thread blocks.

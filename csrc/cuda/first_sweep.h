@@ -3,7 +3,7 @@
 #pragma once
 
 #include "finalise.h"
-#include "maxima.h"
+#include "teacher.h"
 #include "work.h"
 
 namespace fastclip {
@@ -18,6 +18,9 @@ class FirstSweep {
     partials_ = allocate<float>(w.library(), most);
     has_levels_ = CUDA::has_levels(w.b.kind);
     if (w.b.same_id_positive || has_levels_) second_partials_ = allocate<float>(w.library(), most);
+    w.allocate_targets(chunks);
+    for (float*& layer : taught_partials_)
+      if (w.b.has_teacher()) layer = allocate<float>(w.library(), most);
   }
 
   void set_shift() {
@@ -60,12 +63,14 @@ class FirstSweep {
     }
 #endif
     const Products products = w.products(c, sweeping_.kept, buffer, false);
+    w.multiply_targets(c);
     CUDA::for_kind(w.b.kind, [&](auto statistic) {
       w.with_options(c, [&](auto options) {
         launch_epilogue<decltype(statistic), true, false, void>(w, view, products, folding, {}, options);
       });
     });
     add_sums(c);
+    if (w.b.has_teacher()) teach(view, c, products);
   }
 
   void add_sums(const Chunk& c) {
@@ -98,6 +103,22 @@ class FirstSweep {
 
  private:
   States states_of(const Side& side) const { return {side.negatives, w.b.same_id_positive ? side.positives : Lines()}; }
+
+  // Folds the teacher's weights of a chunk into the states of its lines.
+  void teach(const ChunkView& view, const Chunk& c, const Products& products) {
+    const auto& [shift, sum, moment] = taught_partials_;
+    const TaughtPartials rows{rows_of(c, shift), rows_of(c, sum), rows_of(c, moment)};
+    const TaughtPartials columns{columns_of(c, shift), columns_of(c, sum), columns_of(c, moment)};
+    launch(w.place("teach_kernel"), teach_kernel, epilogue_blocks(view), view, products, w.targets_of(c),
+           w.b.target_scale, rows, columns);
+    const auto lines_of = [](const TaughtPartials& partials, const PartLines& lines, const Lines& states) {
+      return TaughtLines{partials,   lines.count,  lines.first, lines.begins,
+                         lines.ends, states.shift, states.sum,  states.moment};
+    };
+    launch(w.place("merge_kernel"), merge_kernel, cdiv(c.rows + c.columns, kThreads),
+           lines_of(rows, lines_of_rows(c, sum, nullptr, nullptr), w.b.x.teacher),
+           lines_of(columns, lines_of_columns(c, sum, nullptr, nullptr), w.b.y.teacher));
+  }
 
   // set: 0 for negatives, 1 for positives by id.
   void add_sums(const Chunk& c, float* partials, const Lines& x, const Lines& y, int64_t set) {
@@ -142,6 +163,7 @@ class FirstSweep {
   Work& w;
   Sweeping sweeping_;
   float *partials_ = nullptr, *second_partials_ = nullptr, *shift_ = nullptr;
+  float* taught_partials_[3] = {};  // shifts, sums, moments
   int32_t* flag_ = nullptr;
   bool has_levels_ = false;
 };

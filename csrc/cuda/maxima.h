@@ -10,8 +10,7 @@
 
 #include <type_traits>
 
-#include "bound.h"
-#include "pairs.h"
+#include "targets.h"
 
 namespace fastclip {
 namespace cuda {
@@ -45,6 +44,34 @@ __device__ __forceinline__ void stage(const Features& f, int64_t first, int64_t 
   }
 }
 
+// Adds to t the products of kSide x kSide pairs of each thread. a, b: room for a step.
+template <class T>
+__device__ __forceinline__ void multiply_lines(const Features& mine, int64_t first, const Features& others,
+                                               int64_t first_other, int64_t width, float (&a)[kDepth][kLines + 1],
+                                               float (&b)[kDepth][kLines + 1], float (&t)[kSide][kSide]) {
+  const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
+  for (int64_t depth = 0; depth < width; depth += kDepth) {
+    __syncthreads();
+    stage<T>(mine, first, depth, width, a);
+    stage<T>(others, first_other, depth, width, b);
+    __syncthreads();
+#pragma unroll
+    for (int d = 0; d < kDepth; d++)
+#pragma unroll
+      for (int p = 0; p < kSide; p++)
+#pragma unroll
+        for (int q = 0; q < kSide; q++) t[p][q] += a[d][down * kSide + p] * b[d][across + q * kAcross];
+  }
+}
+
+// t times the factors of both lines.
+__device__ __forceinline__ float normalised(float t, const Features& mine, int64_t line, const Features& others,
+                                            int64_t other) {
+  if (mine.factor) t *= mine.factor[line];
+  if (others.factor) t *= others.factor[other];
+  return t;
+}
+
 template <class T, class Kind, class Options>
 __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
     maxima_kernel(Features x, Features y, int64_t width, Scalar scale, Scalar bias, int64_t offset, const int32_t* flag,
@@ -72,18 +99,11 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
     for (int p = 0; p < kSide; p++) running[set][p] = -INFINITY;
   for (int64_t first_other = 0; first_other < others.rows; first_other += kLines) {
     float t[kSide][kSide] = {};
-    for (int64_t depth = 0; depth < width; depth += kDepth) {
-      __syncthreads();
-      stage<T>(mine, first, depth, width, a);
-      stage<T>(others, first_other, depth, width, b);
-      __syncthreads();
-#pragma unroll
-      for (int d = 0; d < kDepth; d++)
-#pragma unroll
-        for (int p = 0; p < kSide; p++)
-#pragma unroll
-          for (int q = 0; q < kSide; q++) t[p][q] += a[d][down * kSide + p] * b[d][across + q * kAcross];
-    }
+    multiply_lines<T>(mine, first, others, first_other, width, a, b, t);
+    float guide[kSide][kSide] = {};
+    if constexpr (Options::kIsGuided)
+      multiply_lines<T>(is_row ? options.target_x : options.target_y, first,
+                        is_row ? options.target_y : options.target_x, first_other, options.target_width, a, b, guide);
 #pragma unroll
     for (int p = 0; p < kSide; p++) {
       const int64_t line = first + down * kSide + p;
@@ -98,12 +118,15 @@ __global__ void __launch_bounds__(kThreads, kMaximaBlocks<Options>)
         const bool is_inside = line < mine.rows && other < others.rows;
         Counts counts = {};
         if (is_inside) {
-          if (mine.factor) t[p][q] *= mine.factor[line];
-          if (others.factor) t[p][q] *= others.factor[other];
+          t[p][q] = normalised(t[p][q], mine, line, others, other);
+          float compared = t[p][q];
+          if constexpr (Options::kIsGuided)
+            compared = normalised(guide[p][q], is_row ? options.target_x : options.target_y, line,
+                                  is_row ? options.target_y : options.target_x, other);
           const bool is_own = other == line + own_offset;
           if (is_own && is_row) positive[line] = t[p][q];  // from these products, so that it ties with its duplicates
           of_column[q] = options.template bias<Kind>(is_row ? other : line, k);
-          counts = options.counts(line_of(is_row, line), line_of(!is_row, other), t[p][q], !is_own);
+          counts = options.counts(line_of(is_row, line), line_of(!is_row, other), compared, !is_own);
         }
         counted[0][q] = counts.mine;
         if constexpr (Options::kHasAll) counted[1][q] = counts.positive;

@@ -105,14 +105,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weigh(const BlockArguments& arguments
   const Tensor state = given.state.contiguous(), coefficients = doubles(given.coefficients),
                t = doubles(given.positive), weight = doubles(given.positive_weight);
   const Number upstream("gain", given.gain, x);
-  const auto set_lines = [&](Lines Side::* lines, int64_t set) {
+  int64_t set = 0;
+  const auto set_lines = [&](Lines Side::* lines) {
     const double* const shift = state.const_data_ptr<double>() + 2 * set * (m + n);
-    const double* const coefficient = coefficients.const_data_ptr<double>() + set * (m + n);
+    const double* const coefficient = coefficients.const_data_ptr<double>() + set++ * (m + n);
     (call.block.x.*lines).shifts = shift, (call.block.y.*lines).shifts = shift + m;
     (call.block.x.*lines).coefficients = coefficient, (call.block.y.*lines).coefficients = coefficient + m;
   };
-  set_lines(&Side::negatives, 0);
-  if (call.sets() == 2) set_lines(&Side::positives, 1);
+  set_lines(&Side::negatives);
+  if (call.block.same_id_positive) set_lines(&Side::positives);
+  if (call.block.has_teacher()) set_lines(&Side::teacher);
   Gradients out = allocate_gradients(call, given.needs_x, given.needs_y, given.dtype_x, given.dtype_y);
   Tensor key_bias = call.empty({given.needs_key_bias ? n : 0}, at::kDouble);
   if (given.needs_key_bias) call.block.y.key_bias_sum = key_bias.mutable_data_ptr<double>();

@@ -1,8 +1,9 @@
 // The options of a block: ids, thresholds and positives by id, which decide whether a pair is a negative or a positive
 // of its lines, and biases of columns.
 //
-// Kernels that visit pairs are compiled for three types of options. Plain has no options and costs nothing. Ids
-// excludes pairs at the cost of a comparison. All has every option; absent options have neutral values.
+// Kernels that visit pairs are compiled for these types of options. Plain has no options and costs nothing. Ids
+// excludes pairs at the cost of a comparison. All has every option; absent options have neutral values. targets.h adds
+// two types for blocks with targets.
 #pragma once
 
 #include "device.h"
@@ -20,10 +21,10 @@ struct Counts {
 };
 
 // Each type of options has: Line, the numbers it needs of a line, loaded by row() and column(); Bias, the bias of a
-// column, loaded by bias(); and counts(), which returns the roles of a pair. is_pair: the pair lies in the block and is
-// not an own positive.
+// column, loaded by bias(); and counts(), which returns the roles of a pair. t: the product that is compared with
+// thresholds. is_pair: the pair lies in the block and is not an own positive.
 struct Plain {
-  static constexpr bool kHasAll = false;
+  static constexpr bool kHasAll = false, kIsGuided = false, kIsTaught = false;
   struct Line {};
   struct Bias {};
   __device__ __forceinline__ Line row(int64_t) const { return {}; }
@@ -49,7 +50,7 @@ struct Ids : Plain {
 };
 
 struct All {
-  static constexpr bool kHasAll = true;
+  static constexpr bool kHasAll = true, kIsGuided = false, kIsTaught = false;
   const int32_t *ids_x = nullptr, *ids_y = nullptr;            // or null
   const float *threshold_x = nullptr, *threshold_y = nullptr;  // or null
   const LineBias<float>* biases = nullptr;                     // of the columns, or null

@@ -19,10 +19,13 @@ class SecondSweep {
     weights_.spread = !is_fp16;
     weights_.to_tf32 = w.b.tf32;
     x_operand_ = w.b.x, y_operand_ = w.b.y;
-    if (is_fp16 && wants_y() && w.b.x.factor) w.replace(x_operand_, w.copy_of(w.b.x, w.b.x.factor, false));
-    if (is_fp16 && wants_x() && w.b.y.factor) w.replace(y_operand_, w.copy_of(w.b.y, w.b.y.factor, false));
-    if (!fold_) set_operands(w.b.x.negatives, w.b.y.negatives, weights_);
-    if (w.b.same_id_positive) set_operands(w.b.x.positives, w.b.y.positives, positives_);
+    if (is_fp16 && wants_y()) multiply_by_factors(x_operand_);
+    if (is_fp16 && wants_x()) multiply_by_factors(y_operand_);
+    const bool has_shifts = CUDA::has_shift(w.b.kind) || CUDA::has_levels(w.b.kind);
+    const auto common = static_cast<const double*>(w.b.x.negatives.shifts);
+    if (!fold_) set_operands(w.b.x.negatives, w.b.y.negatives, has_shifts, common, weights_);
+    if (w.b.same_id_positive) set_operands(w.b.x.positives, w.b.y.positives, has_shifts, common, positives_);
+    if (w.b.has_teacher()) set_operands(w.b.x.teacher, w.b.y.teacher, true, nullptr, teacher_);
     totals_ = allocate<double>(w.library(), 2);
   }
 
@@ -32,7 +35,7 @@ class SecondSweep {
 
   // first: the first sweep if both run in one go, else null.
   void run(FirstSweep* first) {
-    const std::vector<Chunk> chunks = chunks_of(w.m(), w.n(), fold_ ? 0 : weighing_.kept_rows);
+    const std::vector<Chunk> chunks = chunks_of(w.m(), w.n(), fold_ ? 0 : weighing_.kept_rows, w.b.has_targets());
     allocate_buffers(chunks);
     for (const Chunk& c : chunks) {
       const PairWeights weights = weights_of(c);
@@ -64,10 +67,14 @@ class SecondSweep {
   }
 
  private:
-  // Launches the kernel that converts the states x and y (of one set: negatives, or positives by id) to fp32, into
-  // `to`.
-  void set_operands(const Lines& x, const Lines& y, PairWeights& to) {
-    const bool has_shifts = CUDA::has_shift(w.b.kind) || CUDA::has_levels(w.b.kind);
+  void multiply_by_factors(Side& operand) const {
+    if (operand.factor)
+      operand.features = w.copy_of(Work::features_of(operand), w.b.width, false), operand.stride = w.b.width;
+  }
+
+  // Launches the kernel that converts the states x and y (of one set: negatives, positives by id, or a teacher's pairs)
+  // to fp32, into `to`. common: see operands_kernel.
+  void set_operands(const Lines& x, const Lines& y, bool has_shifts, const double* common, PairWeights& to) {
     const int64_t lines = w.m() + w.n();
     float* const coefficients = allocate<float>(w.library(), lines);
     float* const shifts = has_shifts ? allocate<float>(w.library(), lines) : nullptr;
@@ -80,7 +87,7 @@ class SecondSweep {
                         shifts ? shifts + first : nullptr, coefficients + first};
     };
     launch(w.place("operands_kernel"), operands_kernel, cdiv(lines, kThreads), of(x, w.m(), 0), of(y, w.n(), w.m()),
-           static_cast<const double*>(w.b.x.negatives.shifts), differ_);
+           common, differ_);
     to.a = coefficients, to.b = coefficients + w.m();
     to.shifts_differ = differ_;
     if (has_shifts) to.shift_x = shifts, to.shift_y = shifts + w.m();
@@ -97,6 +104,7 @@ class SecondSweep {
       parts = std::max(parts, total_parts(c));
     }
     products_ = allocate<float>(w.library(), products);
+    w.allocate_targets(chunks);
     if (weights > 0) separate_ = w.library().allocate(weights * size_of(w.b.dtype));
     weights_.totals = allocate<float>(w.library(), 2 * parts);
     if (wants_key_bias()) {
@@ -153,22 +161,36 @@ class SecondSweep {
     options.shift_x = positives.shift_x, options.shift_y = positives.shift_y;
   }
 
+  Taught taught_options(const Chunk& c) const {
+    Taught options;
+    w.set_options(options, c);
+    options.targets = w.targets_of(c), options.scale = w.b.target_scale;
+    options.teacher = teacher_;
+    begin_at(options.teacher, c);
+    return options;
+  }
+
   void weigh(const Chunk& c, const Folding& folding, const PairWeights& weights) {
     const ChunkView view = w.view_of(c);
 #if FASTCLIP_FUSED
     if (is_fused(c)) return fused_weigh(view, weights);
 #endif
     const Products products = w.products(c, const_cast<float*>(weighing_.kept), products_, true);
+    w.multiply_targets(c);
     CUDA::for_kind(w.b.kind, [&](auto statistic) {
       using Kind = decltype(statistic);
       const auto run = [&](auto* type) {
         using Out = std::remove_pointer_t<decltype(type)>;
         if constexpr (Kind::kIsLinear)
           if (fold_) return launch_epilogue<Kind, true, true, Out>(w, view, products, folding, weights, Plain());
-        w.with_options(c, [&](auto options) {
+        const auto launch_with = [&](auto options) {
           add_positives(options, c);
           launch_epilogue<Kind, false, true, Out>(w, view, products, folding, weights, options);
-        });
+        };
+        if (w.b.has_teacher())
+          launch_with(taught_options(c));
+        else
+          w.with_options(c, launch_with);
       };
       if (weights.out)
         for_features(w.b.dtype, run);
@@ -221,7 +243,7 @@ class SecondSweep {
   Weighing weighing_;
   bool fold_;
   Side x_operand_, y_operand_;
-  PairWeights weights_, positives_;  // positives_ has shifts, coefficients and `shifts_differ` only
+  PairWeights weights_, positives_, teacher_;  // the last two have shifts, coefficients and `shifts_differ` only
   int32_t* differ_ = nullptr;
   float* key_bias_ = nullptr;
   float *products_ = nullptr, *product_x_ = nullptr, *product_y_ = nullptr;

@@ -194,8 +194,7 @@ def checked_contrast(
         must_match |= field_of_loss(call.loss)
     if beside.target_x is not None:
         must_match["width of targets"] = beside.target_x.shape[1]
-    has_targets = beside.target_x is not None
-    engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind, has_targets)
+    engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
     options = StatisticsOptions(engine, dtype, call.normalize, budget, call.above, request)
     offset = NO_POSITIVES if call.offset is None else call.offset
@@ -222,12 +221,11 @@ PLACEHOLDER_SHARD = Shard(None, 0, (0,), (0,), (slice(0, 0),), False, False)
 
 
 def engine_of(
-    backend: str | None, x: Tensor, y: Tensor, ranks: int, dtype: torch.dtype, kind: str,
-    targets: bool = False,
-) -> str:  # fmt: skip
+    backend: str | None, x: Tensor, y: Tensor, ranks: int, dtype: torch.dtype, kind: str
+) -> str:
     """The engine for this rank's rows by all ranks' columns, assuming ranks of one size."""
     logits = x.shape[0] * y.shape[0] * ranks
-    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind, targets)
+    engine = choose(backend, x.device, dtype, logits, x.shape[1], kind)
     if engine == "reference":
         raise ValueError("backend must be an engine across ranks, got the dense 'reference'")
     return engine

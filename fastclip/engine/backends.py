@@ -204,15 +204,6 @@ def _has_kind(engine: str, kind: str) -> bool:
     return kind in _COMPILED_KINDS
 
 
-def _has_targets(engine: str) -> bool:
-    """True if an engine takes targets."""
-    return engine == "reference" or engine in operators.TARGETS_IN
-
-
-def _takes(engine: str, kind: str, targets: bool) -> bool:
-    return _has_kind(engine, kind) and (not targets or _has_targets(engine))
-
-
 # The device types whose tensors an engine takes. Engines that are not listed take any.
 _SERVED = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
@@ -230,20 +221,18 @@ def _availability_of(backend: str, device: torch.device) -> str | None:
     return {"cpu": _CPU_AVAILABILITY, "torch": AVAILABLE, "reference": AVAILABLE}.get(backend)
 
 
-def _default(
-    device: torch.device, dtype: torch.dtype, logits: int, d: int, kind: str, targets: bool
-) -> str:
+def _default(device: torch.device, dtype: torch.dtype, logits: int, d: int, kind: str) -> str:
     if device.type == "cpu":
         reason = _CPU_AVAILABILITY
         if reason == AVAILABLE:
-            return "cpu" if _takes("cpu", kind, targets) else "torch"
+            return "cpu" if _has_kind("cpu", kind) else "torch"
     elif device.type == "cuda":
         if dtype == torch.float64:
             return "torch"
         engines, can_run = preference.order(_rows(device.index, dtype), logits, d), False
         for engine in engines:
             if _availability(engine, device.index) == AVAILABLE:
-                if _takes(engine, kind, targets):
+                if _has_kind(engine, kind):
                     return engine
                 can_run = True
         if can_run:
@@ -260,23 +249,21 @@ def _default(
 
 def choose(
     backend: str | None, device: torch.device, dtype: torch.dtype, logits: int, d: int,
-    kind: str = "softmax", targets: bool = False,
+    kind: str = "softmax",
 ) -> str:  # fmt: skip
-    """Returns the engine for a number of logits, their width d, the dtype of products, and a kind,
-    with or without targets.
+    """Returns the engine for a number of logits, their width d, the dtype of products, and a kind.
 
     `backend=None` takes the first engine of `preference.py` that can run. Falling back to plain
-    PyTorch warns once, unless the reason is a kind that the user registered, or targets. float64 on
-    GPUs always goes to the plain PyTorch engine.
+    PyTorch warns once, unless the reason is a kind that the user registered. float64 on GPUs always
+    goes to the plain PyTorch engine.
 
     Raises:
-        ValueError: a backend that is unknown or cannot run, or does not serve this device or kind,
-            or targets.
+        ValueError: a backend that is unknown or cannot run, or does not serve this device or kind.
     """
     if backend is None and device.type == "cuda":
         backend = _asked()
     if backend is None:
-        return _default(device, dtype, logits, d, kind, targets)
+        return _default(device, dtype, logits, d, kind)
     # Only this backend is asked: asking all would initialise CUDA needlessly, and would fail in a
     # process that was forked from one that uses CUDA. Only the error message below asks all.
     availability = _availability_of(backend, device)
@@ -288,11 +275,6 @@ def choose(
             )
         if backend in _FINDERS and dtype == torch.float64:
             return "torch"
-        if targets and not _has_targets(backend):
-            raise ValueError(
-                f"targets must be None with backend {backend!r}, which has none yet, got targets: "
-                "use backend=None or 'torch'"
-            )
         return backend
     known = backends()
     available = ", ".join(repr(name) for name, reason in known.items() if reason == AVAILABLE)

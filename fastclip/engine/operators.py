@@ -87,8 +87,7 @@ column.
     and dy are float32, or float64 for float64 features.
 
 Each engine is an overload of every operator: `torch.ops.fastclip.sweep.cpu` and `.cuda` (C++),
-`.torch` (`torch_engine.py`), `.triton` (`triton_kernels/`). Those not in `TARGETS_IN` raise for
-targets.
+`.torch` (`torch_engine.py`), `.triton` (`triton_kernels/`).
 """
 
 from __future__ import annotations
@@ -120,9 +119,6 @@ SCHEMAS = {
 
 # The overloads of every operator.
 ENGINES = ("cpu", "cuda", "torch", "triton")
-
-# The engines that take targets.
-TARGETS_IN = ("cpu", "torch", "triton")
 
 _library = torch.library.Library("fastclip", "DEF")
 

@@ -45,8 +45,7 @@ def distill_loss(
         symmetric: True needs M == N and takes the mean of both directions; False: rows alone.
         weights: (M), floating point: multiplies the lines' losses; the mean divides by its sum.
         normalize: divide rows of all four by max(norm, 1e-12) first.
-        reduction, memory_budget: as in `clip_loss`.
-        backend: as in `clip_loss`; all engines but the CUDA C++ one have targets.
+        reduction, backend, memory_budget: as in `clip_loss`.
 
     Returns, Raises: as `info_nce`.
     """

@@ -13,21 +13,13 @@ from support.masked_block import make_masked_block
 from support.masked_cases import OFFSETS, OPTIONS, check_masked, masked_blocks
 from support.target_cases import with_guide, with_teacher
 
-from fastclip.engine import operators, torch_engine
+from fastclip.engine import torch_engine
 from fastclip.engine.kept import rows_to_keep
 
 pytestmark = pytest.mark.usefixtures("on_the_device", "chunks_of_plain_pytorch")
 
 WITHOUT_THRESHOLDS = [name for name, options in OPTIONS.items() if "margin" not in options]
 SHIFT, SUM, MOMENT = -3, -2, -1  # the rows of a state that a teacher adds
-
-
-@pytest.fixture(autouse=True)
-def only_engines_with_targets(request: pytest.FixtureRequest) -> None:
-    if "engine" in request.fixturenames:
-        engine = request.getfixturevalue("engine")
-        if engine not in operators.TARGETS_IN:
-            pytest.skip(f"the engine {engine!r} has no targets yet")
 
 
 # ---- a teacher -----------------------------------------------------------------------------------

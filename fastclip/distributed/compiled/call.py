@@ -116,8 +116,7 @@ def _trace(
     engine = ""
     if x.dim() == y.dim() == 2:
         try:
-            targets = isinstance(call, ContrastCall) and (call.teaches or call.guided)
-            engine = engine_of(call.backend, x, y, ranks, dtype, call.kind, targets)
+            engine = engine_of(call.backend, x, y, ranks, dtype, call.kind)
         except (TypeError, ValueError):
             engine = ""
     needs = [t is not None and t.requires_grad for t in inputs]

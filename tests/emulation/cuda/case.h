@@ -7,7 +7,7 @@
 #include <string>
 
 #include "buffers.h"
-#include "truth.h"
+#include "taught.h"
 
 namespace driver {
 
@@ -39,11 +39,23 @@ struct Case {
   bool has_vanishing = true;  // one column's bias is -inf
   bool tells_occupied = true;
   bool needs_key_bias = false;
+  int64_t target_width = 0;  // 0: no targets
+  bool guided = false;       // they are a guide, which thresholds look at; else a teacher
+  double target_scale = 20;
   bool quick = false;
 
   bool is_softmax() const { return kind == "softmax"; }
   bool is_hinge() const { return kind == "hinge"; }
-  bool is_plain() const { return ids == 0 && std::isnan(margin) && key_bias == 0 && !needs_key_bias; }
+  bool is_plain() const {
+    return ids == 0 && std::isnan(margin) && key_bias == 0 && !needs_key_bias && target_width == 0;
+  }
+  bool has_teacher() const { return target_width > 0 && !guided; }
+  // The features of the targets.
+  Case of_targets() const {
+    Case c = *this;
+    c.d = target_width, c.longest = 1, c.has_zero_row = false;
+    return c;
+  }
   int64_t sets() const { return same_id_positive ? 2 : 1; }
 };
 
@@ -137,6 +149,7 @@ inline double between(double threshold, const Numbers& line) {
   return std::isinf(above) ? kInfinity : std::isinf(below) ? -kInfinity : float((above + below) / 2);
 }
 
+// t: the products that thresholds look at.
 inline Masks invent_masks(const Case& c, const Numbers& t) {
   Masks masks;
   masks.same_id_positive = c.same_id_positive;
@@ -149,6 +162,7 @@ inline Masks invent_masks(const Case& c, const Numbers& t) {
   };
   if (c.ids > 0) masks.ids_x = invent_ids(c.m), masks.ids_y = invent_ids(c.n);
   if (!std::isnan(c.margin)) {
+    masks.compared = t;
     masks.threshold_x.assign(size_t(c.m), kInfinity), masks.threshold_y.assign(size_t(c.n), kInfinity);
     for (int64_t i = 0; i < c.m; i++) {
       const int64_t j = i + c.offset;

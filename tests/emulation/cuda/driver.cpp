@@ -205,6 +205,36 @@ struct Cases {
     add(c, "tf32");
     c.factor_x = c.factor_y = true, c.quick = false;
     add(c, "tf32, normalised");
+    c.target_width = 9;
+    add(c, "tf32, a teacher");
+  }
+
+  // A teacher and a guide, alone and with every other option, on tiles and chunks.
+  void targets(const Case& base) {
+    for (const bool guided : {false, true}) {
+      Case c = base;
+      c.m = 70, c.n = 67, c.d = 16, c.target_width = 21, c.guided = guided, c.gap = 1, c.lead = 1;
+      if (guided) c.margin = -0.3;
+      const std::string name = guided ? "a guide" : "a teacher";
+      add(c, name);
+      c.chunk_rows = 32, c.chunk_columns = 48;
+      add(c, name + ", chunks");
+      c.chunk_rows = c.chunk_columns = 0;
+      c.factor_x = true, c.offset = -7, c.m = 65, c.n = 257, c.quick = base.dtype == Dtype::kBFloat16;
+      add(c, name + ", edges");
+      c.ids = 9, c.same_id_positive = !c.is_hinge(), c.needs_key_bias = true, c.margin = -0.2, c.key_bias = 2;
+      c.has_vanishing = c.is_softmax(), c.quick = base.dtype == Dtype::kFloat;
+      add(c, name + " and everything");
+      c.m = 70, c.n = 67, c.chunk_rows = 32, c.chunk_columns = 48, c.kept_rows = 40, c.quick = false;
+      add(c, name + " and everything, chunks, some kept");
+      for (const double scale : {0., 1000., -300.}) {
+        c.scale = guided ? scale : 14.3, c.target_scale = guided ? 20. : scale;
+        add(c, name + ", scale " + std::to_string(int(scale)));
+      }
+      c.m = c.n = c.d = c.target_width = 1, c.chunk_columns = c.offset = c.kept_rows = 0;
+      c.scale = 14.3, c.key_bias = 0, c.needs_key_bias = c.same_id_positive = false;
+      add(c, name + ", nothing but a positive");
+    }
   }
 };
 
@@ -215,6 +245,7 @@ std::vector<Case> cases() {
       Case base;
       base.kind = kind, base.dtype = dtype;
       cases.shapes(base), cases.offsets(base), cases.kept_products(base), cases.scales(base), cases.masks(base);
+      cases.targets(base);
       if (base.is_hinge()) continue;  // the other cases are about steps that all kinds share
       cases.needs(base), cases.gradient_dtypes(base), cases.odd_features(base), cases.squares(base);
       if (dtype == Dtype::kFloat) cases.tf32(base);

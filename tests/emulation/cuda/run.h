@@ -50,9 +50,11 @@ class Run {
         judge(judge),
         scale(c.scale, c.scalar),
         bias(c.bias, c.scalar),
+        target_scale(c.target_scale, c.scalar),
         truth(make()),
+        taught(c.m, c.n, c.has_teacher() ? of_targets : Numbers(), target_scale.value),
         levels(truth.levels),
-        states(2 * c.sets() * (c.m + c.n) * 8),
+        states((2 * c.sets() + 3 * c.has_teacher()) * (c.m + c.n) * 8),
         positives(c.m * 8),
         kept(std::max<int64_t>(c.kept_rows * c.n, 1) * 4) {}
 
@@ -74,7 +76,8 @@ class Run {
     block.x = x.side, block.y = y.side, block.width = c.d, block.dtype = c.dtype, block.kind = kind_of(c.kind);
     block.scale = scale.scalar, block.offset = c.offset, block.tf32 = c.tf32;
     if (c.has_bias) block.bias = bias.scalar;
-    const Masks masks = invent_masks(c, Truth::products(x.tower, y.tower, c.d));
+    if (c.target_width) make_targets();
+    const Masks masks = invent_masks(c, c.guided ? of_targets : Truth::products(x.tower, y.tower, c.d));
     ids_x = Vector<int32_t, int32_t>(masks.ids_x), ids_y = Vector<int32_t, int32_t>(masks.ids_y);
     threshold_x = Vector<float, double>(masks.threshold_x), threshold_y = Vector<float, double>(masks.threshold_y);
     key_bias = Vector<double, double>(masks.key_bias);
@@ -82,6 +85,17 @@ class Run {
     block.x.threshold = threshold_x.data, block.y.threshold = threshold_y.data;
     block.same_id_positive = c.same_id_positive;
     return Truth(x.tower, y.tower, c.d, c.kind, scale.value, c.has_bias ? bias.value : 0, c.offset, masks);
+  }
+
+  void make_targets() {
+    const Case other = c.of_targets();
+    Numbers numbers_x, numbers_y;
+    invent(other, numbers_x, numbers_y);
+    target_x = place(numbers_x, c.m, other, c.factor_y), target_y = place(numbers_y, c.n, other, c.factor_x);
+    block.x.target = features_of(target_x.side), block.y.target = features_of(target_y.side);
+    block.target_width = other.d, block.guided = c.guided;
+    if (c.has_teacher()) block.target_scale = target_scale.scalar;
+    of_targets = Truth::products(target_x.tower, target_y.tower, other.d);
   }
 
   int64_t lines() const { return c.m + c.n; }
@@ -97,6 +111,11 @@ class Run {
       state += 2 * lines();
       if (!c.same_id_positive) break;
     }
+    if (!c.has_teacher()) return;
+    fastclip::Lines &of_x = b.x.teacher, &of_y = b.y.teacher;
+    of_x.shift = state, of_x.sum = state + lines(), of_x.moment = state + 2 * lines();
+    of_y.shift = of_x.shift + c.m, of_y.sum = of_x.sum + c.m, of_y.moment = of_x.moment + c.m;
+    of_x.shifts = of_x.shift, of_y.shifts = of_y.shift;
   }
 
   void sweep() {
@@ -113,14 +132,16 @@ class Run {
     sweeping.kept_rows = c.kept_rows;
     Library library(c.tf32);
     cuda::sweep(b, sweeping, library);
-    judge.expect(c.kept_rows > 0 || library.products == chunks(), "not one product for each chunk");
+    judge.expect(c.kept_rows > 0 || library.products == (c.target_width ? 2 : 1) * chunks(),
+                 "not one product for each chunk, and one of targets");
     compare_states("sweep");
+    if (c.has_teacher()) compare_taught();
     if (c.kept_rows) note(numbers_of(kept.data(), c.kept_rows * c.n, Dtype::kFloat));
   }
 
   int chunks() const {
     const auto parts = [](int64_t count, int64_t of) { return of ? int((count + of - 1) / of) : 1; };
-    return parts(c.m, c.chunk_rows) * parts(c.n, c.chunk_columns);
+    return parts(c.m, c.chunk_rows) * parts(c.n, c.target_width ? c.chunk_columns / 2 : c.chunk_columns);
   }
 
   void compare_states(const std::string& what) {
@@ -156,6 +177,20 @@ class Run {
       judge.expect(is_one, what + ": more than one shift");
     judge_states(what, found, exact, c.is_softmax() ? arithmetic() : 1e-30, c.is_softmax() ? 1e-15 : arithmetic());
   }
+
+  void compare_taught() {
+    const Numbers found = note(numbers_of(taught_states(), 3 * lines(), Dtype::kDouble));
+    const auto [sums, means] = taught.states(truth.t);
+    Numbers found_sums, found_means;
+    for (int64_t l = 0; l < lines(); l++) {
+      found_sums.push_back(std::log2(found[lines() + l]) + found[l]);
+      found_means.push_back(found[2 * lines() + l] / found[lines() + l]);
+    }
+    judge.close("sweep: state of the teacher, log2", found_sums, sums, taught_arithmetic());
+    judge.close("sweep: expectation", found_means, means, 4 * taught_arithmetic() * truth.largest_product);
+  }
+
+  const double* taught_states() const { return states.as<double>() + 2 * c.sets() * lines(); }
 
   void judge_states(const std::string& what, const Numbers& found, const Numbers& exact, double allowed,
                     double relative) {
@@ -193,13 +228,15 @@ class Run {
   }
 
   void weigh() {
-    const int64_t numbers = c.sets() * lines();
+    const int64_t numbers = (c.sets() + c.has_teacher()) * lines();
     const Memory coefficients(numbers * 8), weights(c.m * 8), totals(2 * 8), key_bias_sums(c.n * 8);
     std::mt19937_64 generator(7);
     std::normal_distribution<double> normal;
     // Arbitrary coefficients that bring each line's weights to order 1. Rows without a positive have a weight, too.
+    Numbers all = sums;
+    if (c.has_teacher()) all.insert(all.end(), taught_states() + lines(), taught_states() + 2 * lines());
     for (int64_t l = 0; l < numbers; l++)
-      coefficients.as<double>()[l] = std::exp2(normal(generator) / 3) / (sums[l] > 1e-30 ? sums[l] : 1);
+      coefficients.as<double>()[l] = std::exp2(normal(generator) / 3) / (all[l] > 1e-30 ? all[l] : 1);
     for (int64_t i = 0; i < c.m; i++) weights.as<double>()[i] = -sigmoid(normal(generator));
     const One gain(-0.7, Dtype::kDouble);
 
@@ -213,6 +250,7 @@ class Run {
       coefficient += lines();
       if (!c.same_id_positive) break;
     }
+    b.x.teacher.coefficients = coefficient, b.y.teacher.coefficients = coefficient + c.m;
     if (c.needs_key_bias) b.y.key_bias_sum = key_bias_sums.as<double>();
     const Gradient dx(b.x, c, c.needs_x, c.gradient_x), dy(b.y, c, c.needs_y, c.gradient_y);
     Library library(c.tf32);
@@ -220,7 +258,8 @@ class Run {
                 {positives.as<double>(), weights.as<double>(), gain.scalar, c.kept_rows ? kept.as<float>() : nullptr,
                  c.kept_rows, c.project, totals.as<double>()},
                 library);
-    const Numbers w = truth.weights(shifts, numbers_of(coefficients.data(), numbers, Dtype::kDouble));
+    Numbers w = truth.weights(shifts, numbers_of(coefficients.data(), numbers, Dtype::kDouble));
+    if (c.has_teacher()) taught.add_weights(taught_states(), coefficients.as<double>() + c.sets() * lines(), w);
     compare_gradients("weigh", w, numbers_of(weights.data(), c.m, Dtype::kDouble), gain.value, dx, dy, totals,
                       c.needs_key_bias ? numbers_of(key_bias_sums.data(), c.n, Dtype::kDouble) : Numbers());
   }
@@ -269,7 +308,11 @@ class Run {
   }
 
   // The error allowed in one exponential.
-  double arithmetic() const { return 8 * roundoff(c.tf32 ? Dtype::kHalf : Dtype::kFloat) * (1 + truth.largest_logit); }
+  double arithmetic(double largest_logit) const {
+    return 8 * roundoff(c.tf32 ? Dtype::kHalf : Dtype::kFloat) * (1 + largest_logit);
+  }
+  double arithmetic() const { return arithmetic(std::max(truth.largest_logit, taught.largest_logit)); }
+  double taught_arithmetic() const { return arithmetic(taught.largest_logit); }
 
   const Numbers& note(const Numbers& numbers) {
     written_.insert(written_.end(), numbers.begin(), numbers.end());
@@ -279,13 +322,15 @@ class Run {
 
   const Case& c;
   Judge& judge;
-  const One scale, bias;
-  Features x, y;
+  const One scale, bias, target_scale;
+  Features x, y, target_x, target_y;
+  Numbers of_targets;  // their products
   Vector<int32_t, int32_t> ids_x, ids_y;
   Vector<float, double> threshold_x, threshold_y;
   Vector<double, double> key_bias;
   Block block;
   const Truth truth;
+  const Taught taught;
   const Vector<double, double> levels;
   const Memory states, positives, kept;
   Numbers shifts, sums, written_, noted_;  // of both sets

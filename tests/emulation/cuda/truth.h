@@ -31,6 +31,7 @@ struct Masks {
   std::vector<int32_t> ids_x, ids_y;
   bool same_id_positive = false;
   Numbers threshold_x, threshold_y, key_bias;
+  Numbers compared;  // (m, n), the products that thresholds look at
 };
 
 struct Gradients {
@@ -96,7 +97,8 @@ class Truth {
   }
   bool is_negative(int64_t i, int64_t j, bool of_row) const {
     const Numbers& threshold = of_row ? masks.threshold_x : masks.threshold_y;
-    return !is_own(i, j) && !is_same(i, j) && !(!threshold.empty() && t[i * n + j] > threshold[of_row ? i : j]);
+    return !is_own(i, j) && !is_same(i, j) &&
+           !(!threshold.empty() && masks.compared[i * n + j] > threshold[of_row ? i : j]);
   }
   double own_logit(int64_t i) const { return scale * t[i * n + i + offset] + bias; }
   double logit(int64_t i, int64_t j) const {

@@ -13,7 +13,7 @@ import torch
 from support.pretended_card import ALL_CARDS, CPU, CUDA, backends, nothing_known, pretend
 
 from fastclip import kinds
-from fastclip.engine import operators, preference
+from fastclip.engine import preference
 from fastclip.engine.preference import Row
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -183,26 +183,6 @@ def test_a_kind_without_kernels_takes_the_plain_engine(fresh: pytest.MonkeyPatch
     for engine in ("cuda", "triton"):
         with pytest.raises(ValueError, match=rf"^kind 'cubic' must be one that backend '{engine}'"):
             backends.choose(engine, CUDA, HALF, 1000, 512, "cubic")
-
-
-def test_targets_take_an_engine_that_has_them(fresh: pytest.MonkeyPatch) -> None:
-    """The first such engine that can run, without a warning; asking for another is an error."""
-    pretend(fresh, compiled_for=ALL_CARDS)
-
-    def choose(asked: str | None, device: torch.device = CUDA, dtype: torch.dtype = HALF) -> str:
-        return backends.choose(asked, device, dtype, 1 << 30, 512, targets=True)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert choose(None) == choose("triton") == "triton"
-        assert choose("torch") == choose(None, dtype=torch.float64) == "torch"
-        assert choose("cuda", dtype=torch.float64) == "torch"
-        assert choose(None, CPU) == backends.choose(None, CPU, HALF, 1 << 30, 512)
-        assert choose("reference", CPU) == "reference"
-        fresh.setattr(operators, "TARGETS_IN", ("torch",))
-        assert choose(None) == choose(None, CPU) == "torch"
-    with pytest.raises(ValueError, match=r"^targets must be None with backend 'cuda'"):
-        choose("cuda")
 
 
 def test_the_table_always_has_an_answer() -> None:
