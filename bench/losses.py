@@ -27,6 +27,31 @@ if TYPE_CHECKING:
     from fastclip import LineStatistics
 
 
+class Swept(NamedTuple):
+    """A block of logits that fastclip computes in two sweeps: its rows and columns, and the passes
+    of 2 m n D FLOP for it, forward alone and with the backward if no products are kept."""
+
+    m: int
+    n: int
+    forward: float = 1.0
+    both: float = 4.0
+    keeps: bool = True  # has the memory budget
+
+
+def _one_block(m: int, n: int) -> list[Swept]:
+    return [Swept(m, n)]
+
+
+def _within(n: int) -> list[Swept]:
+    """The blocks of N rows against themselves (`fastclip.formulas.nt_xent`)."""
+    from fastclip.formulas.nt_xent import HALVED
+
+    if n not in HALVED:
+        return [Swept(n, n, both=3.0, keeps=False)]
+    half = n // 2
+    return [Swept(half, n - half, keeps=False), *_within(half), *_within(n - half)]
+
+
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -76,12 +101,11 @@ class Loss(NamedTuple):
     # Weights need no state: one sweep computes the loss and its gradients, and keeps no products.
     in_one_go: bool = False
     rectangular: bool = False  # True if rectangular.py implements it
-    # Passes of 2 M N D FLOP, forward alone and with the backward: of the dense loss, and of
-    # fastclip's if it keeps nothing.
+    # Passes of 2 M N D FLOP of the dense loss, forward alone and with the backward.
     dense_passes: tuple[float, float] = (1, 3)
-    fused_passes: tuple[float, float] = (1, 4)
+    # The blocks of fastclip's loss of M rows and N columns.
+    swept: Callable[[int, int], list[Swept]] = _one_block
     floor: float = 2.0  # of FAMILY: the goal, how many times as fast as the dense loss
-    blocks: int = 1  # how many blocks of M x N products it may keep; they share the budget
 
     def call(self, function: Callable[..., Any], inputs: Inputs) -> Any:
         """Calls one of the loss's functions with the inputs of a case."""
@@ -170,7 +194,7 @@ FAMILY: dict[str, Loss] = {
     "supcon": Loss(
         "SupCon", "supcon_loss", dense.dense_supcon, truth_of_lines.supcon,
         arguments=lambda i: (i.x, *i.further, i.scale), further=_labels, one_side=True,
-        fused_passes=(1, 3),
+        swept=lambda m, n: [Swept(m, n, both=3)],
         peers={"metric_learning": Peer(peers.metric_learning_supcon, 1, 3)},
     ),
     "ranking": Loss(
@@ -180,7 +204,8 @@ FAMILY: dict[str, Loss] = {
     "ranking_hardest": Loss(
         "ranking, hardest", "ranking_loss", dense.dense_ranking_hardest,
         truth_of_lines.ranking_hardest, options={"hardest": True},
-        arguments=lambda i: (i.x, i.y), scaled=False, fused_passes=(1, 1), blocks=0,
+        arguments=lambda i: (i.x, i.y), scaled=False,
+        swept=lambda m, n: [Swept(m, n, both=1, keeps=False)],
     ),
     "nt_xent": Loss(
         "NT-Xent, 2N views", "nt_xent_loss", dense.dense_nt_xent, truth_of_lines.nt_xent,
@@ -190,13 +215,13 @@ FAMILY: dict[str, Loss] = {
             # It multiplies every positive with every negative: 275 GB at N = 2048.
             "metric_learning": Peer(peers.metric_learning_nt_xent, 4, 12, most=256),
         },
-        dense_passes=(4, 12), fused_passes=(3, 10), blocks=3,
+        dense_passes=(4, 12), swept=lambda m, n: [Swept(m, n), *_within(m), *_within(n)],
     ),
     "distill": Loss(
         "distillation", "distill_loss", dense.dense_distill, truth_of_lines.distill,
         arguments=lambda i: (i.x, i.y, i.scale, *i.further), further=_teacher,
         module="DistillClipLoss", of_open_clip=distillation, directions=2,
-        dense_passes=(2, 4), fused_passes=(2, 6), floor=1.8,
+        dense_passes=(2, 4), swept=lambda m, n: [Swept(m, n, 2, 6)], floor=1.8,
     ),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ import torch
 
 from ..case import Case, Inputs
 from ..cases import LARGEST_TRUTH, make_inputs
-from ..losses import loss_of
+from ..losses import Swept, loss_of
 from ..methods.passes import gradient_bytes, kept_bytes
 from ..methods.registry import METHODS, Unavailable
 from ..methods.step import Step, make_step
@@ -277,7 +277,7 @@ def _set_times(case: Case, steps: dict[str, Step], rows: dict[str, Row], shared:
 def _takes_four(case: Case) -> bool:
     """True if two sweeps take four passes without kept products."""
     loss = loss_of(case.loss)
-    return loss.fused_passes[1] == 4 and not loss.in_one_go
+    return loss.swept(case.m, case.n) == [Swept(case.m, case.n)] and not loss.in_one_go
 
 
 def _set_time(row: Row, timing: Timing, times: dict[str, Timing]) -> None:

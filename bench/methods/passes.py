@@ -34,22 +34,20 @@ def _in_one_go(case: Case, method: str) -> bool:
     return loss_of(case.loss).in_one_go and method not in CONTRAST
 
 
-def bytes_of_kept_products(m: int, n: int, method: str, device: str, blocks: int = 1) -> int:
-    """Bytes of the rows of products that blocks of one size keep between two sweeps. The blocks
-    share the budget, and only whole rows are kept. The PyTorch engine keeps none, and GPU engines
-    keep none by default."""
+def bytes_of_kept_products(m: int, n: int, method: str, device: str) -> int:
+    """Bytes of the rows of products that a block keeps between two sweeps; only whole rows are
+    kept. The PyTorch engine keeps none, and GPU engines keep none by default."""
     from fastclip.engine.kept import rows_to_keep
 
-    if method == "fastclip torch" or device != "cpu" or blocks == 0:
+    if method == "fastclip torch" or device != "cpu":
         return 0
-    budget = budget_of_method(method, device) // blocks
-    return blocks * rows_to_keep(m, n, 4, budget) * min(m, n) * 4
+    return rows_to_keep(m, n, 4, budget_of_method(method, device)) * min(m, n) * 4
 
 
-def passes_of_two_sweeps(m: int, n: int, kept: int, both: float = 4.0, blocks: int = 1) -> float:
-    """The passes of two sweeps, `both` if nothing is kept; the second reuses the `kept` bytes of
-    products of so many blocks."""
-    return both - min(float(blocks), kept / (4 * m * n))
+def passes_of_two_sweeps(m: int, n: int, kept: int) -> float:
+    """The passes of two sweeps: 4 if nothing is kept. The second reuses the `kept` bytes of
+    products."""
+    return 4.0 - min(1.0, kept / (4 * m * n))
 
 
 def gradient_bytes(case: Case) -> int:
@@ -76,22 +74,24 @@ def kept_bytes(case: Case, method: str, device: str) -> int:
             if case.dtype == "bfloat16" and waiting <= budget_of_method(method, device)
             else 0
         )
-    return bytes_of_kept_products(case.m, case.n, method, device, loss_of(case.loss).blocks)
+    swept = loss_of(case.loss).swept(case.m, case.n)
+    return sum(bytes_of_kept_products(s.m, s.n, method, device) for s in swept if s.keeps)
 
 
 def passes_of_fastclip(case: Case, device: str, method: str) -> float:
-    loss = loss_of(case.loss)
-    forward, both = loss.fused_passes
+    swept, pairs = loss_of(case.loss).swept(case.m, case.n), case.m * case.n
     if case.mode == "forward":
-        return forward
+        return sum(s.forward * s.m * s.n for s in swept) / pairs
+    both = sum(s.both * s.m * s.n for s in swept) / pairs
+    keeping = sum(s.m * s.n for s in swept if s.keeps) / pairs
     if _keeps_everything(case, method):
-        return both - loss.blocks
+        return both - keeping
     kept = kept_bytes(case, method, device)
     if _in_one_go(case, method):
         # The forward computes the gradients, too, if they may be held until the backward; on GPUs
         # they always may.
         return 3.0 if kept or case.dtype != "bfloat16" or device != "cpu" else 4.0
-    return passes_of_two_sweeps(case.m, case.n, kept, both, loss.blocks)
+    return both - min(keeping, kept / (4 * pairs))
 
 
 def passes_of_dense(case: Case, device: str) -> float:

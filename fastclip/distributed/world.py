@@ -47,7 +47,6 @@ def world_of_ranks(
 
     return World(
         contrast,
-        memory_budget,
         check_engine,
         functools.partial(announced, process_group),
         functools.partial(total, process_group),

@@ -37,7 +37,6 @@ class World(NamedTuple):
 
     contrast: `fastclip.contrast` or `fastclip.distributed.contrast`, with normalize, backend and
         the ranks' options already given.
-    memory_budget: of the whole loss.
     check_engine: raises for a backend or a budget with which `contrast` of x and y would raise.
     guarded: calls a check of arguments; if it raises, all ranks raise.
     total: sums a tensor over ranks, without a gradient.
@@ -47,7 +46,6 @@ class World(NamedTuple):
     """
 
     contrast: Callable[..., LineStatistics]
-    memory_budget: int | None
     check_engine: Callable[[Tensor, Tensor], None]
     guarded: Callable[[Callable[[], Any]], Any] = _unguarded
     total: Callable[[Tensor], Tensor] = _unchanged

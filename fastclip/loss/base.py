@@ -58,7 +58,7 @@ def one_process(normalize: bool, backend: str | None, memory_budget: int | None)
         choose(backend, x.device, product_dtype(x, y), x.shape[0] * y.shape[0], x.shape[1])
         budget_of(memory_budget, x.device)
 
-    return World(functools.partial(contrast, **options), memory_budget, check_engine)
+    return World(functools.partial(contrast, **options), check_engine)
 
 
 @no_compile

@@ -38,8 +38,8 @@ def nt_xent_loss(
         logit_scale: already exponentiated, 1 / temperature.
         decoupled: leaves the positive out of the log-sum-exp (DCL, arXiv 2110.06848).
         weights: (N), floating point: multiplies the samples' losses; the mean divides by its sum.
-        normalize, backend, memory_budget: as in `clip_loss`. Three blocks, x1 with x2 and each with
-            itself, share the budget.
+        normalize, backend: as in `clip_loss`.
+        memory_budget: as in `clip_loss`, for the products of x1 and x2.
         reduction: "mean" over the 2N views, "sum" over samples, or "none" for (N,) losses; a
             sample's loss is the mean of its two views'.
 

@@ -82,8 +82,7 @@ def test_every_method_computes_the_same_loss_and_gradients(loss):
 @pytest.mark.parametrize("kept_rows", [32, 13])
 def test_passes_are_those_that_a_counter_finds(loss, method, mode, kept_rows, monkeypatch):
     """Also if the budget does not hold all products."""
-    blocks = max(1, FAMILY[loss].blocks)
-    monkeypatch.setitem(checks.DEFAULT_BUDGETS, "cpu", blocks * kept_rows * 32 * 4)
+    monkeypatch.setitem(checks.DEFAULT_BUDGETS, "cpu", kept_rows * 32 * 4)
     case = case_of(loss, n=32, mode=mode)
     if method in ("fastclip", "fastclip budget=0"):
         pytest.importorskip("fastclip._C")

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip import contrast, reference
+from fastclip import contrast, loss, reference
 from fastclip.engine import chunked_block
+from fastclip.formulas import nt_xent
 from fastclip.loss import (
     clip_loss,
     distill_loss,
@@ -129,6 +130,22 @@ def test_nt_xent_is_simclrs(leaves: list[Tensor], engine: str) -> None:
     labels = torch.arange(2 * N, device=x.device).roll(N)
     ours = nt_xent_loss(x, y, scale, normalize=True, backend=engine)
     assert_equal(ours, F.cross_entropy(logits, labels), leaves)
+
+
+@pytest.mark.parametrize("n", [8, 13, 32])
+def test_nt_xent_in_halves(
+    n: int, engine: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views are cut until their parts are outside of the range, here once or several times."""
+    monkeypatch.setattr(nt_xent, "HALVED", range(4, 33))
+    x1, x2 = (torch.randn(n, 6, dtype=torch.float64, device=device) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (x1, x2, torch.tensor(3.0, device=device).double())]
+    for options in ({}, {"decoupled": True, "normalize": True, "reduction": "none"}):
+        ours, dense = (
+            module.nt_xent_loss(*leaves, **options, **choice)
+            for module, choice in ((loss, {"backend": engine}), (reference, {}))
+        )
+        assert_equal(ours, dense, leaves)
 
 
 def test_supcon_is_the_papers(leaves: list[Tensor], engine: str) -> None:
