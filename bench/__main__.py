@@ -125,7 +125,7 @@ def show_plan(plan: list[cases.Case], device: str) -> None:
 
 def measure(options: argparse.Namespace) -> int:
     """Runs the plan, then prints its table."""
-    # A plan without fastclip's rows would be a waste of its time.
+    # Fails here, not after the other methods were measured, if fastclip cannot be imported.
     import fastclip  # noqa: F401
 
     from .measure import runner

@@ -38,18 +38,22 @@ class Swept(NamedTuple):
     keeps: bool = True  # has the memory budget
 
 
-def _one_block(m: int, n: int) -> list[Swept]:
+def _one_block(m: int, n: int, device: str) -> list[Swept]:
     return [Swept(m, n)]
 
 
-def _within(n: int) -> list[Swept]:
+def _within(n: int, device: str) -> list[Swept]:
     """The blocks of N rows against themselves (`fastclip.formulas.nt_xent`)."""
     from fastclip.formulas.nt_xent import HALVED
 
-    if n not in HALVED:
+    if n not in HALVED or device != "cpu":
         return [Swept(n, n, both=3.0, keeps=False)]
-    half = n // 2
-    return [Swept(half, n - half, keeps=False), *_within(half), *_within(n - half)]
+    across = Swept(n // 2, n - n // 2, keeps=False)
+    return [across, *_within(across.m, device), *_within(across.n, device)]
+
+
+def _of_views(m: int, n: int, device: str) -> list[Swept]:
+    return [Swept(m, n), *_within(m, device), *_within(n, device)]
 
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -103,8 +107,8 @@ class Loss(NamedTuple):
     rectangular: bool = False  # True if rectangular.py implements it
     # Passes of 2 M N D FLOP of the dense loss, forward alone and with the backward.
     dense_passes: tuple[float, float] = (1, 3)
-    # The blocks of fastclip's loss of M rows and N columns.
-    swept: Callable[[int, int], list[Swept]] = _one_block
+    # The blocks of fastclip's loss of M rows and N columns on a device.
+    swept: Callable[[int, int, str], list[Swept]] = _one_block
     floor: float = 2.0  # of FAMILY: the goal, how many times as fast as the dense loss
 
     def call(self, function: Callable[..., Any], inputs: Inputs) -> Any:
@@ -194,7 +198,7 @@ FAMILY: dict[str, Loss] = {
     "supcon": Loss(
         "SupCon", "supcon_loss", dense.dense_supcon, truth_of_lines.supcon,
         arguments=lambda i: (i.x, *i.further, i.scale), further=_labels, one_side=True,
-        swept=lambda m, n: [Swept(m, n, both=3)],
+        swept=lambda m, n, device: [Swept(m, n, both=3)],
         peers={"metric_learning": Peer(peers.metric_learning_supcon, 1, 3)},
     ),
     "ranking": Loss(
@@ -205,7 +209,7 @@ FAMILY: dict[str, Loss] = {
         "ranking, hardest", "ranking_loss", dense.dense_ranking_hardest,
         truth_of_lines.ranking_hardest, options={"hardest": True},
         arguments=lambda i: (i.x, i.y), scaled=False,
-        swept=lambda m, n: [Swept(m, n, both=1, keeps=False)],
+        swept=lambda m, n, device: [Swept(m, n, both=1, keeps=False)],
     ),
     "nt_xent": Loss(
         "NT-Xent, 2N views", "nt_xent_loss", dense.dense_nt_xent, truth_of_lines.nt_xent,
@@ -215,13 +219,13 @@ FAMILY: dict[str, Loss] = {
             # It multiplies every positive with every negative: 275 GB at N = 2048.
             "metric_learning": Peer(peers.metric_learning_nt_xent, 4, 12, most=256),
         },
-        dense_passes=(4, 12), swept=lambda m, n: [Swept(m, n), *_within(m), *_within(n)],
+        dense_passes=(4, 12), swept=_of_views,
     ),
     "distill": Loss(
         "distillation", "distill_loss", dense.dense_distill, truth_of_lines.distill,
         arguments=lambda i: (i.x, i.y, i.scale, *i.further), further=_teacher,
         module="DistillClipLoss", of_open_clip=distillation, directions=2,
-        dense_passes=(2, 4), swept=lambda m, n: [Swept(m, n, 2, 6)], floor=1.8,
+        dense_passes=(2, 4), swept=lambda m, n, device: [Swept(m, n, 2, 6)], floor=1.8,
     ),
 }  # fmt: skip
 

@@ -122,8 +122,8 @@ def contrast(
             guide, limits and a margin, targets and key_bias or a kind with levels), a guide with
             neither margin nor limits, a kind with levels without `above`, options that need y if y
             is None; on CPUs labels that are not columns, or whose ids differ.
-        RuntimeError: forward-mode differentiation (torch.func.jvp, dual numbers); a second
-            derivative.
+        RuntimeError: except with backend="reference", forward-mode differentiation
+            (torch.func.jvp, dual numbers) and a second derivative.
     """
     one_set = y is None
     given = Given(ids, false_negative_margin, labels, targets, guide, limits)

@@ -277,7 +277,7 @@ def _set_times(case: Case, steps: dict[str, Step], rows: dict[str, Row], shared:
 def _takes_four(case: Case) -> bool:
     """True if two sweeps take four passes without kept products."""
     loss = loss_of(case.loss)
-    return loss.swept(case.m, case.n) == [Swept(case.m, case.n)] and not loss.in_one_go
+    return loss.swept(case.m, case.n, "cpu") == [Swept(case.m, case.n)] and not loss.in_one_go
 
 
 def _set_time(row: Row, timing: Timing, times: dict[str, Timing]) -> None:

@@ -74,12 +74,12 @@ def kept_bytes(case: Case, method: str, device: str) -> int:
             if case.dtype == "bfloat16" and waiting <= budget_of_method(method, device)
             else 0
         )
-    swept = loss_of(case.loss).swept(case.m, case.n)
+    swept = loss_of(case.loss).swept(case.m, case.n, device)
     return sum(bytes_of_kept_products(s.m, s.n, method, device) for s in swept if s.keeps)
 
 
 def passes_of_fastclip(case: Case, device: str, method: str) -> float:
-    swept, pairs = loss_of(case.loss).swept(case.m, case.n), case.m * case.n
+    swept, pairs = loss_of(case.loss).swept(case.m, case.n, device), case.m * case.n
     if case.mode == "forward":
         return sum(s.forward * s.m * s.n for s in swept) / pairs
     both = sum(s.both * s.m * s.n for s in swept) / pairs

@@ -45,9 +45,8 @@ class Library {
 // A rectangular block of logits. The engine reads features, rows, stride, factor (fp32), ids, threshold (fp32) and
 // target of either Side, and key_bias of y. In the negatives of a Side, with same_id_positive in its positives, and
 // with a teacher in its lines of that name,
-//   sweep             writes shift and sum; with levels it reads them from shifts, and writes numbers of pairs to
-//   shift;
-//                     of a teacher it also writes moment
+//   sweep             writes shift and sum, and of a teacher moment; with levels it reads them from shifts, and
+//                     writes numbers of pairs to shift
 //   weigh             reads shifts and coefficients, both float64
 //   sweep_and_weigh   writes shift and sum
 // weigh and sweep_and_weigh write `gradient` unless it is null; weigh also writes key_bias_sum of y unless it is null.
@@ -66,9 +65,9 @@ struct Block {
   bool fused = false;  // use the engine's own tensor-core kernels for the chunks that they serve
   Stream stream = nullptr;
 
-  // True if every pair except own positives is a negative of both its lines, no column has a bias, and no gradient of a
-  // bias is wanted.
+  // True without ids, thresholds, biases of columns and a wanted gradient of these.
   bool has_no_options() const { return !x.ids && !x.threshold && !y.key_bias && !y.key_bias_sum; }
+  // True if, besides, there are no targets: every pair except own positives is a negative of both its lines.
   bool is_plain() const { return has_no_options() && !has_targets(); }
   bool has_targets() const { return target_width > 0; }
   bool has_teacher() const { return has_targets() && !guided; }

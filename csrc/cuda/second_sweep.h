@@ -13,8 +13,9 @@ class SecondSweep {
   // also_fold: both sweeps run in one go; the weights need no state.
   SecondSweep(Work& work, const Weighing& weighing, bool also_fold) : w(work), weighing_(weighing), fold_(also_fold) {
     const bool is_fp16 = w.b.dtype == Dtype::kHalf;
-    // fp16 has no numbers below 6e-8, so weights are multiplied by 2^13 in fp16. They are at most 2, since the caller
-    // scales the coefficients, so the products are at most 2^14, and fp16's largest number is about 2^16.
+    // fp16 has no numbers below 6e-8, so weights are multiplied by 2^13 in fp16. They are at most 2, or 4
+    // with a teacher, since the caller scales the coefficients, so the products are at most 2^15, and fp16's largest
+    // number is about 2^16.
     weights_.enlarged = is_fp16 ? 8192.f : 1.f;
     weights_.spread = !is_fp16;
     weights_.to_tf32 = w.b.tf32;

@@ -58,7 +58,7 @@ def _gradients(
 ) -> list[Tensor | None]:  # fmt: skip
     sides = [side_of(t, dtype, normalize) for t in (x, y)]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    outs = [torch.zeros_like(t, dtype=wide) for t in (x, y)]
+    outs = [g.new_zeros(t.shape, dtype=wide) for t in (x, y)]  # with g's samples in torch.vmap
     added = [
         FeatureGradient(side, out, g.dtype) if needed else None
         for side, out, needed in zip(sides, outs, needs, strict=False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.autograd import WeighedGradient
+from ..engine.autograd import WeighedGradient, refuse_forward_mode
 from ..engine.checks import check_features, check_number, check_positives, check_sides, scalar
 from ..engine.dtypes import state_dtype
 from ..kinds import LineStatistics
@@ -64,7 +64,14 @@ def info_nce(
     reduction: Reduction,
 ) -> Tensor:  # fmt: skip
     """The loss of rows x (M, D) and keys y (N, D); y=None: x is contrasted with itself."""
-    scale = world.guarded(lambda: check_info_nce(world, x, y, logit_scale, options, reduction))
+
+    def check() -> Tensor:
+        scale = check_info_nce(world, x, y, logit_scale, options, reduction)
+        if options.hardness:
+            refuse_forward_mode(x, y, scale)
+        return scale
+
+    scale = world.guarded(check)
     o = options
     rows, whole = x, scale
     if o.hardness:

@@ -11,8 +11,9 @@ from ..engine.checks import check_features
 from .reduction import Reduction
 from .world import World
 
-# A view of so many rows is contrasted with itself in halves. Below, the calls take more time than
-# they save; above, the gradients of the parts take more than 128 MiB.
+# On CPUs a view of so many rows is contrasted with itself in halves. Below, the calls take more
+# time than they save; above, the gradients of the parts, together as large as that of the view,
+# take more memory than the time is worth.
 HALVED = range(4096, 16385)
 
 
@@ -27,12 +28,14 @@ def nt_xent(
         reduction.check(x1, world)
 
     world.guarded(check)
+    within = [_within(world, view, logit_scale) for view in (x1, x2)]
     # x2 against x1 is the transpose of this block: its columns. It has the whole budget: three
-    # blocks that keep products at a time were measured to be slower than none that does.
+    # blocks that keep products at a time were measured to be slower than none that does. It comes
+    # last, so that its gradients come first and those within the views are added to them.
     between = world.contrast(x1, x2, logit_scale)
     losses = []
-    for others, view in ((between.rows, x1), (between.columns, x2)):
-        gap = torch.logaddexp(others, _within(world, view, logit_scale)) - between.positives
+    for others, own in zip((between.rows, between.columns), within, strict=True):
+        gap = torch.logaddexp(others, own) - between.positives
         losses.append(gap if decoupled else F.softplus(gap, threshold=60))
     return reduction.of((losses[0] + losses[1]) / 2, world, (x1, x2))
 
@@ -42,7 +45,8 @@ def _within(world: World, view: Tensor, logit_scale: Tensor | float) -> Tensor:
     computed once for the rows of both."""
     n = view.shape[0]
     # Ranks would exchange each part; a graph would hold the parts of one size.
-    if is_traced() or world.ranks > 1 or n not in HALVED:
+    whole = is_traced() or world.ranks > 1 or view.device.type != "cpu"
+    if whole or n not in HALVED:
         return world.contrast(view, None, logit_scale, memory_budget=0).rows
     halves = view.split((n // 2, n - n // 2))
     across = world.contrast(*halves, logit_scale, offset=None, memory_budget=0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.autograd import side_of
+from ..engine.autograd import refuse_forward_mode, side_of
 from ..engine.block import Block
 from ..engine.checks import check_features, check_ids, check_number
 from ..engine.dtypes import product_dtype
@@ -26,7 +26,12 @@ def ranking(
 ) -> Tensor:  # fmt: skip
     """The loss of pairs x, y (N, D): similarities have no scale."""
     ids = pair_of(ids)
-    world.guarded(lambda: check_ranking(world, x, y, margin, ids, reduction))
+
+    def check() -> None:
+        check_ranking(world, x, y, margin, ids, reduction)
+        refuse_forward_mode(x, y)
+
+    world.guarded(check)
     if hardest_only:
         losses = _of_hardest(world, x, y, margin, symmetric, ids, normalize)
     else:

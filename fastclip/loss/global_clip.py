@@ -117,7 +117,7 @@ class GlobalClipLoss(LossModule):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
-            if new.dtype.itemsize < old.dtype.itemsize:
+            if new.dtype.itemsize < 4:
                 setattr(self, name, old.to(new.device))
         return self
 
@@ -135,6 +135,7 @@ class GlobalClipLoss(LossModule):
         loss = described(
             "GlobalClipLoss", gamma=self.gamma, rho=self.rho, eps=self.eps, shared=self.shared,
             training=self.training, data_size=self.data_size if self.shared else None,
+            averages=str(self.log_u_images.dtype) if self.shared else None,
         )  # fmt: skip
         return world_of_ranks(
             loss, self.process_group, self.ring, self.uneven, self.normalize, self.backend,

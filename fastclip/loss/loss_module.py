@@ -37,13 +37,9 @@ class LossModule(nn.Module):
         self.uneven = uneven
 
     def extra_repr(self) -> str:
-        """The options that are set; those that are False or None are left out."""
-        options = {
-            name: value for name, value in vars(self).items()
-            if not name.startswith("_") and name != "training"
-        }  # fmt: skip
+        """The options, without those that are None."""
         return ", ".join(
             f"{name}={value!r}"
-            for name, value in options.items()
-            if value is not None and value is not False
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name != "training" and value is not None
         )

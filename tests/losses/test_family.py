@@ -249,6 +249,15 @@ def test_functional_gradients(name: str, engine: str, device: torch.device) -> N
     found = torch.func.grad(function, argnums=every)(*leaves)
     assert_same(list(found), gradients(case, t, call(case, loss, t)), "grad", 1e-12)
     batched = [torch.stack((leaf, 0.5 * leaf)) for leaf in leaves]
+    # One input without samples.
+    shared = [leaves[0], *batched[1:]]
+    in_dims = (None, *(0 for _ in every[1:]))
+    per_sample = torch.func.vmap(torch.func.grad(function, argnums=every), in_dims)(*shared)
+    for k in range(2):
+        own = torch.func.grad(function, argnums=every)(
+            leaves[0], *(leaf[k] for leaf in batched[1:])
+        )
+        assert_same([one[k] for one in per_sample], list(own), "vmap of grad, shared", 1e-12)
     values = torch.func.vmap(function)(*batched)
     alone = torch.stack([function(*(leaf[k] for leaf in batched)) for k in range(2)])
     torch.testing.assert_close(values, alone)

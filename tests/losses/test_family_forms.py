@@ -267,7 +267,7 @@ def test_a_line_whose_negatives_all_share_its_id_has_no_hinge(
         assert_equal(losses, torch.zeros_like(losses) * (x.sum() + y.sum()), leaves[:2])
 
 
-def test_distillation_one_set_is_the_entropy(leaves: list[Tensor], engine: str) -> None:
+def test_distillation_by_itself_is_the_entropy(leaves: list[Tensor], engine: str) -> None:
     """A student that equals its teacher has no gradient; its loss is the entropy."""
     x, y, scale = leaves
     ours = distill_loss(x, y, scale, x, y, scale, backend=engine)

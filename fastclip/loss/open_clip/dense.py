@@ -32,7 +32,7 @@ def refuse_options(where: str, **given: bool) -> None:
 
 
 def refuse_live(live: tuple[int, int] | None) -> None:
-    """Raises for live pairs, which a dense loss has not."""
+    """Raises for live pairs, which a dense loss does not support."""
     if live is not None:
         raise ValueError(
             f"live must be None for a loss that makes its own logits or labels, got {live!r}"

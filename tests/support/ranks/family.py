@@ -316,9 +316,13 @@ def module_errors(rank: int, world_size: int) -> list[str]:
 
 
 def differing_modules(rank: int, world_size: int) -> list[str]:
-    """Errors of global losses, one of which trains or has more samples."""
+    """Errors of global losses, one of which trains, has more samples or is in float64."""
     x, ids = torch.ones(3, WIDTH, requires_grad=True), torch.arange(3)
     return [
         error_of(GlobalClipLoss(5, across_ranks=True).train(rank == 1), x, x, 1.0, ids),
         error_of(GlobalClipLoss(5 + rank, across_ranks=True), x, x, 1.0, ids),
-    ]
+        error_of(
+            GlobalClipLoss(5, across_ranks=True).to((torch.float32, torch.float64)[rank]), x, x,
+            1.0, ids,
+        ),
+    ]  # fmt: skip
