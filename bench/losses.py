@@ -53,7 +53,8 @@ def _within(n: int, device: str) -> list[Swept]:
 
 
 def _of_views(m: int, n: int, device: str) -> list[Swept]:
-    return [Swept(m, n), *_within(m, device), *_within(n, device)]
+    within = [*_within(m, device), *_within(n, device)]
+    return [Swept(m, n, keeps=len(within) == 2), *within]  # beside halves nothing is kept
 
 
 _NONE: Mapping[str, Any] = MappingProxyType({})

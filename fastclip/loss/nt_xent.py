@@ -39,7 +39,8 @@ def nt_xent_loss(
         decoupled: leaves the positive out of the log-sum-exp (DCL, arXiv 2110.06848).
         weights: (N), floating point: multiplies the samples' losses; the mean divides by its sum.
         normalize, backend: as in `clip_loss`.
-        memory_budget: as in `clip_loss`, for the products of x1 and x2.
+        memory_budget: as in `clip_loss`, for the products of x1 and x2. On CPUs it is not used for
+            N from 4096 to 16384, where keeping them was measured to be slower.
         reduction: "mean" over the 2N views, "sum" over samples, or "none" for (N,) losses; a
             sample's loss is the mean of its two views'.
 
