@@ -19,8 +19,8 @@ def essentials(rows: list[Row], provenance: str) -> list[str]:
         f"The other losses, float32, D = 512, scale 14.3, forward and backward. {provenance} "
         f'`{COMMAND}` measures them and `python -m bench readme` writes these tables. "Rest" is '
         "the MiB beyond inputs, gradients and the products that the budget keeps; dx is the error "
-        "of the first gradient. NT-Xent has 2N rows and columns; the teacher of the distillation is "
-        "as wide as the student."
+        "of the first gradient. NT-Xent has 2N rows and columns; the teacher of the distillation "
+        "is as wide as the student."
     ]
     for n in sorted({row.n for row in mine}):
         parts += [f"N = {n}:", _table([row for row in mine if row.n == n])]

@@ -30,7 +30,7 @@ def nt_xent(
 
     world.guarded(check)
     within = [_within(world, view, logit_scale) for view in (x1, x2)]
-    # Beside halves, a block that keeps products was measured to be slower: 2.5 s, and 2.3 s without.
+    # Beside halves, keeping products was measured to be slower: 2.5 s, and 2.3 s without.
     budget = {"memory_budget": 0} if _is_halved(world, x1) else {}
     # x2 against x1 is the transpose of this block: its columns. It comes last, so that its
     # gradients come first and those within the views are added to them.
