@@ -7,7 +7,7 @@ from . import goals
 from .markdown import duration, error, markdown, mebibytes, percent, times
 from .results import Row, of_losses
 
-COMMAND = "python -m bench --family"
+COMMAND = "make bench-peers"
 
 
 def essentials(rows: list[Row], provenance: str) -> list[str]:
