@@ -136,7 +136,7 @@ def test_the_family_leaves_the_tables_of_other_losses_as_they_are(tmp_path):
     whole, alone = (table.essentials(found, tmp_path / "a.csv") for found in (rows + later, rows))
     begin, _, _ = whole.partition("The other losses")
     assert alone.startswith(begin) and "2031" not in begin and "2031" in whole
-    assert "python -m bench --family" in whole and "999" in whole
+    assert "make bench-peers" in whole and "999" in whole
     path, readme = tmp_path / "test.csv", tmp_path / "README.md"
     texts = []
     for found in (rows + later, rows):
