@@ -205,7 +205,7 @@ def show(options: argparse.Namespace) -> int:
     """Prints tables, draws pictures or writes pages, from the files given or the committed ones."""
     from .distributed import row
     from .distributed import table as across
-    from .report import plot, summary, table
+    from .report import family, plot, summary, table
     from .scale import page
 
     paths = options.csv or [*table.committed(), *row.committed()]
@@ -227,6 +227,7 @@ def show(options: argparse.Namespace) -> int:
         docs = options.pages / "docs"
         if of_one:
             table.into_page(docs / "benchmarks.md", of_one)
+            family.into_page(docs / "benchmarks-family.md", of_one)
         if of_ranks:
             across.into_page(docs / "benchmarks-distributed.md", of_ranks)
         if not options.csv:

@@ -1,27 +1,31 @@
-"""The table of the family: one for each batch size, from the rows of a CSV."""
+"""The page of the family: a table for each batch size, from the rows of CSVs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from ..losses import FAMILY, loss_of
-from . import goals
+from . import goals, results
 from .markdown import duration, error, markdown, mebibytes, percent, times
 from .results import Row, of_losses
+from .table import between, provenance
 
-COMMAND = "make bench-peers"
+BEGIN, END = "<!-- family:begin -->", "<!-- family:end -->"
 
 
-def essentials(rows: list[Row], provenance: str) -> list[str]:
+def into_page(page: Path, paths: Iterable[Path]) -> None:
+    """Replaces what stands between the markers by the tables of `paths`."""
+    parts = [part for path in paths for part in essentials(results.read(path))]
+    page.write_text(between(page, BEGIN, END, "\n\n".join(parts)))
+
+
+def essentials(rows: list[Row]) -> list[str]:
     """The parts of the page; none if the rows have no loss of the family."""
     mine = of_losses(rows, FAMILY)
     if not mine:
         return []
-    parts = [
-        f"The other losses, float32, D = 512, scale 14.3, forward and backward. {provenance} "
-        f'`{COMMAND}` measures them and `python -m bench readme` writes these tables. "Rest" is '
-        "the MiB beyond inputs, gradients and the products that the budget keeps; dx is the error "
-        "of the first gradient. NT-Xent has 2N rows and columns; the teacher of the distillation "
-        "is as wide as the student."
-    ]
+    parts = [f"**{mine[-1].machine}**: {provenance(mine)}"]
     for n in sorted({row.n for row in mine}):
         parts += [f"N = {n}:", _table([row for row in mine if row.n == n])]
     if met := goals.table_of_family(rows):

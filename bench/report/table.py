@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..cases import CONTRAST, DTYPES, PEERS, SCALES
-from ..losses import FAMILY, LOSSES, loss_of
+from ..losses import LOSSES, loss_of
 from ..methods.registry import METHODS
-from . import family, goals, results
+from . import goals, results
 from .markdown import duration, error, markdown, mebibytes, percent, three, times
 from .results import Row
 
@@ -123,8 +123,7 @@ def between(page: Path, begin: str, end: str, body: str) -> str:
 
 
 def essentials(rows: list[Row], path: Path) -> str:
-    """The tables for the page: one large batch, all sizes, errors, goals, the family."""
-    others = family.essentials(rows, provenance(results.of_losses(rows, FAMILY) or rows))
+    """The tables for the page: one large batch, all sizes, errors, goals."""
     skipped = _skipped(rows)
     rows = results.of_losses(rows, LOSSES)
     parts = [f"**{rows[-1].machine}**: {provenance(rows)}"]
@@ -157,7 +156,7 @@ def essentials(rows: list[Row], path: Path) -> str:
     picture = path.with_suffix(".png")
     if picture.exists():
         parts.append(f"![Time and memory against N](../bench/results/{picture.name})")
-    parts += others + skipped
+    parts += skipped
     parts.append(f"All rows, with quartiles: `bench/results/{path.name}`; `make bench ARGS=table`.")
     return "\n\n".join(parts)
 
