@@ -72,7 +72,7 @@ def check_world(
 _FIRST_CALLS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _RankValues]] = (
     WeakKeyDictionary()
 )
-_REFUSED = -1  # in place of the first field, which is a size
+REFUSED = -1  # in place of the first field, which is a size
 # The fixed length of a rank's message; shorter ones, such as a refusal, are padded.
 _MOST_FIELDS = 32
 # Sizes that may be 0 on some ranks, but not on all.
@@ -161,7 +161,7 @@ def _compared(
     key = x.device, *mine.items()
     known = _FIRST_CALLS.setdefault(group, {}) if trusts_first_call else {}
     if key not in known:
-        found = _exchange(group, tuple(mine.values()), through)
+        found = exchange(group, tuple(mine.values()), through)
         exchanged = dict(zip(mine, found, strict=True))
         _check(exchanged, tuple(sizes), tuple(common))
         known[key] = exchanged
@@ -186,8 +186,8 @@ def announce_failure(process_group: dist.ProcessGroup | None) -> None:
     if not is_initialized():
         return
     group = group_of(process_group)
-    if _has_cpu(group):
-        _exchange(group, (_REFUSED,), torch.device("cpu"))
+    if has_cpu(group):
+        exchange(group, (REFUSED,), torch.device("cpu"))
 
 
 def announced(process_group: dist.ProcessGroup | None, check: Callable[[], Checked]) -> Checked:
@@ -208,15 +208,15 @@ def _code(value: int | torch.dtype) -> int:
     return FLOATING.index(value) if isinstance(value, torch.dtype) else int(value)
 
 
-def _has_cpu(group: dist.ProcessGroup) -> bool:
+def has_cpu(group: dist.ProcessGroup) -> bool:
     return torch.device("cpu") in group._device_types
 
 
 def _exchanging_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
-    return torch.device("cpu") if _has_cpu(group) else device
+    return torch.device("cpu") if has_cpu(group) else device
 
 
-def _exchange(
+def exchange(
     group: dist.ProcessGroup, mine: tuple[int, ...], device: torch.device
 ) -> list[tuple[int, ...]]:
     """Returns the ranks' values of each field."""
@@ -234,7 +234,7 @@ def _check(exchanged: _RankValues, sizes: tuple[str, ...], common: tuple[str, ..
             values = tuple(FLOATING[index] for index in values)
         return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
 
-    refused = [str(rank) for rank, size in enumerate(exchanged[sizes[0]]) if size == _REFUSED]
+    refused = [str(rank) for rank, size in enumerate(exchanged[sizes[0]]) if size == REFUSED]
     if refused:
         raise ValueError(
             f"all ranks must have arguments that the loss accepts, got others on rank "

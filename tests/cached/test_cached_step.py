@@ -1,5 +1,6 @@
 """`cached_step`: the whole batch's gradients from micro-batches, dropout and all."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from support.open_clip_import import import_open_clip
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastclip import cached_step
-from fastclip.loss import ClipLoss, clip_loss, siglip_loss
+from fastclip.loss import ClipLoss, DistillClipLoss, clip_loss, siglip_loss
 
 N, WIDTH = 23, 12
 
@@ -127,11 +129,64 @@ def test_within_autocast() -> None:
     rows = [t.float() for t in data()]
     with torch.autocast("cpu", torch.bfloat16):
         clip_loss(*model(*rows)).backward()
-        exact = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
+    exact = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
         cached_step(model, clip_loss, *rows, micro_batch=5)
     for p, gradient in zip(model.parameters(), exact, strict=True):
         assert (p.grad - gradient).norm() <= 0.02 * gradient.norm()
+
+
+@pytest.mark.parametrize("kind", ["compiled", "checkpointed"])
+def test_around_other_towers(kind: str) -> None:
+    """Activation checkpointing replays dropout itself, within the second encoding."""
+    model = Model(dropout=0.3 if kind == "checkpointed" else 0.0).double()
+    exact, gradients = in_one_graph(model, clip_loss, 5)
+    towers = nn.ModuleList((model.image, model.text))
+    if kind == "compiled":
+        model.image, model.text = (torch.compile(tower, backend="eager") for tower in towers)
+    else:
+        for tower in towers:
+            tower.forward = functools.partial(checkpoint, tower.forward, use_reentrant=False)
+    value, found = cached(model, clip_loss, 5)
+    torch.testing.assert_close(value, exact)
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_returns_the_value(mode: Any) -> None:
+    model = Model().double()
+    exact, _ = in_one_graph(model, clip_loss, 5)
+    with mode():
+        value, found = cached(model, clip_loss, 5)
+    assert value == exact and all(g is None for g in found) and model.largest == 5
+
+
+def test_a_loss_that_draws_goes_on_drawing() -> None:
+    """The generators go on after the loss, not from the second encoding's start."""
+    model, drawn = Model(dropout=0.0).double(), []
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return clip_loss(x, y, scale)
+
+    cached(model, loss, 5)
+    cached_step(model, loss, *data(), micro_batch=5)
+    torch.manual_seed(7)
+    assert drawn == torch.rand(2).tolist()
+
+
+def test_parameters_of_the_loss_get_gradients() -> None:
+    model, weight = Model().double(), nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    own = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"a": weight * clip_loss(x, y, scale * own.exp()), "b": weight.square()}
+
+    value = cached_step(model, loss, *data(), micro_batch=5)
+    assert value > 0.49 and weight.grad > 1.4
+    torch.testing.assert_close(own.grad, model.logit_scale.grad)
 
 
 def test_around_an_open_clip_model() -> None:
@@ -150,17 +205,55 @@ def test_around_an_open_clip_model() -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-12)
 
 
+def test_a_teacher_has_features_of_its_own() -> None:
+    """open_clip's distillation: five outputs, of which four have a row for each pair."""
+    student, teacher = (Model(as_dict, dropout=0.0).double() for as_dict in (False, True))
+    teacher.requires_grad_(False)
+    teacher.image[0].weight.mul_(2)
+
+    def model(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        x, y, scale = student(images, texts)
+        taught = {f"dist_{name}": value for name, value in teacher(images, texts).items()}
+        return {"image_features": x, "text_features": y, "logit_scale": scale, **taught}
+
+    def loss(**outputs: Tensor) -> Tensor:
+        return sum(DistillClipLoss()(**outputs))
+
+    exact = loss(**model(*data()))
+    gradients = torch.autograd.grad(exact, list(student.parameters()))
+    value = cached_step(model, loss, *data(), micro_batch=5)
+    torch.testing.assert_close(value, exact.detach())
+    for p, gradient in zip(student.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-14)
+
+
 def test_errors() -> None:
     model, (images, texts) = Model().double(), data()
-    with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
-        cached_step(model, clip_loss, images, texts, micro_batch=0)
-    with pytest.raises(ValueError, match=r"one number of rows, got \[23, 22\]"):
-        cached_step(model, clip_loss, images, texts[1:], micro_batch=4)
-    with pytest.raises(ValueError, match=r"must return .*image_features.*, got Tensor"):
-        cached_step(model.image, clip_loss, images, micro_batch=4)
-    with pytest.raises(ValueError, match=r"one number each, such as logit_scale, got shape \(4"):
-        cached_step(
-            lambda x, y: (*model(x, y), model.image(x)), clip_loss, images, texts, micro_batch=4
-        )
-    with pytest.raises(ValueError, match=r"must return .*, got features"):
-        cached_step(lambda x: {"features": x}, clip_loss, images, micro_batch=4)
+
+    def refused(message: str, *inputs: Any, own: Any = model, loss: Any = clip_loss) -> None:
+        with pytest.raises(ValueError, match=message):
+            cached_step(own, loss, *(inputs or (images, texts)), micro_batch=4)
+        assert all(p.grad is None for p in model.parameters())
+
+    for wrong in (0, -1, 2.0, True, (2, 6)):
+        with pytest.raises(ValueError, match=r"micro_batch must be at least 1, .* got "):
+            cached_step(model, clip_loss, images, texts, micro_batch=wrong)
+    refused(r"one number of rows, got inputs\[0\]: 23, inputs\[1\]: 22", images, texts[1:])
+    refused("inputs must have tensors with a row for each pair, .* got none", 3)
+    refused(r"got inputs\[1\] with MulBackward0", images, texts.requires_grad_() * 1)
+    refused("one number such as logit_scale, got output 3 of shape \\(4,\\)",
+            own=lambda x, y: (*model(x, y), torch.ones(len(x))))  # fmt: skip
+    refused("a row for each of the 4 rows of a micro-batch, got output 0 of shape \\(1, 8\\)",
+            own=lambda x, y: (model.image(x[:1]), *model(x, y)[1:]))  # fmt: skip
+    refused("must return image_features and text_features, .* got dict with features",
+            own=lambda x, y: {"features": x})  # fmt: skip
+    refused(
+        "must return a tensor, a tuple or a dictionary, .* got str", own=lambda x, y: "features"
+    )
+    refused("must return features .*, got tuple of a tensor of shape \\(\\)",
+            own=lambda x, y: (torch.ones(()),))  # fmt: skip
+    refused("must not be nested, got output 2, dict with a", own=lambda x, y: (x, y, {"a": x}))
+    refused("the loss must return one number .*, got shape \\(23,\\)",
+            loss=lambda x, y, s: clip_loss(x, y, s, reduction="none"))  # fmt: skip
+    refused("the loss must depend on the model's outputs", loss=lambda x, y, s: torch.ones(()))
+    refused("the same entries for every micro-batch", own=lambda x, y: model(x, y)[: len(x) - 1])

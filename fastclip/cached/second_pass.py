@@ -1,0 +1,78 @@
+"""The second encoding of `cached_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .comparison import Comparison
+from .gradients import Gradients, surrogate
+from .outputs import Outputs
+from .random_state import RandomState
+from .towers import Towers
+from .wrappers import without_exchange
+
+
+class SecondPass:
+    """Encodes the micro-batches again, with graphs, and sends their gradients into the model."""
+
+    def __init__(
+        self, towers: Towers, states: list[list[RandomState]], whole: Outputs,
+        gradients: Gradients, backward: Callable[[Tensor], Any],
+        no_sync: Callable[[], AbstractContextManager[Any]] | None,
+    ) -> None:  # fmt: skip
+        self.towers = towers
+        self.states = states
+        self.whole = whole
+        self.gradients = gradients
+        self.backward = backward
+        self.no_sync = no_sync
+        self.divisor: Tensor | None = None
+        self.comparison: Comparison | None = None
+        # What gets its gradient once, with the last micro-batch.
+        self.once = list(gradients.of_leaves)
+        if towers.is_pair:
+            self.once += zip(towers.shared_values(), gradients.of_outputs[2:], strict=True)
+
+    def run(self) -> None:
+        # A tower whose features get no gradient is not encoded again.
+        jobs = [
+            (place, index)
+            for place, tower in enumerate(self.towers.parts)
+            for index in range(len(tower.sizes))
+            if not self.towers.is_pair or self.gradients.of_outputs[place] is not None
+        ]
+        for job in jobs:
+            self._encode(*job, is_last=job == jobs[-1])
+        if not jobs:
+            self._send(self.once)
+
+    def _encode(self, place: int, index: int, is_last: bool) -> None:
+        tower = self.towers.parts[place]
+        self.states[place][index].set()
+        is_last_of_tower = index == len(tower.sizes) - 1
+        with nullcontext() if is_last_of_tower else without_exchange(tower.wrappers, self.no_sync):
+            with torch.enable_grad():
+                again = tower.encode(index)
+            outputs = slice(place, place + 1) if self.towers.is_pair else slice(None)
+            gradients = self.gradients.of_outputs[outputs]
+            first = self.whole._replace(values=self.whole.values[outputs])
+            rows = tower.rows(index)
+            if self.comparison is not None:
+                self.comparison.add(index, first.of_rows(rows), again)
+            pairs = [
+                (value, gradient[rows] if again.has_rows(i) else gradient)
+                for i, (value, gradient) in enumerate(zip(again.values, gradients, strict=True))
+                if gradient is not None and (again.has_rows(i) or is_last)
+            ]
+            self._send(pairs + (self.once if is_last else []))
+
+    def _send(self, pairs: list[tuple[Any, Tensor | None]]) -> None:
+        pairs = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
+        if pairs:
+            tensors, gradients = zip(*pairs, strict=True)
+            self.backward(surrogate(self.gradients.value, tensors, gradients, self.divisor))
