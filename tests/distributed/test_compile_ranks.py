@@ -205,7 +205,9 @@ def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     inputs = [t.requires_grad_() for t in torch.randn(2, 5, 8)] + [torch.tensor(2.0)]
     monkeypatch.setattr(torch.ops.fastclip, name, listening)
     if name == "rank_loss":
-        call = LossCall("sigmoid", GradientMode(), False, True, None, None, None, None)
+        call = LossCall(
+            "sigmoid", GradientMode(), False, True, None, None, None, None, "siglip_loss()"
+        )
         compiled_call.traced_loss((*inputs, None), None, call)
     else:
         call = ContrastCall(same_id="positive", means=True, normalize=True)
