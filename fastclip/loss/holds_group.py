@@ -37,8 +37,8 @@ class HoldsGroup(nn.Module):
         """Called by pickle, and so by torch.save."""
         if self.process_group is not None:
             raise TypeError(
-                f"a {type(self).__name__} must have process_group=None to be pickled, got a group "
-                "of this process: save state_dict(), or set loss.process_group to None before and "
-                "to a group of the loading process afterwards"
+                f"{type(self).__name__} must have process_group=None to be pickled, got a group, "
+                "which belongs to its process: set loss.process_group to None before, and to a "
+                "group of the loading process afterwards, or save state_dict()"
             )
         return self.__dict__

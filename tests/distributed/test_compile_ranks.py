@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from support.ranks import compile
+from support.ranks import compile, modules
 from support.ranks.compile import Case
 from support.ranks.processes import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -148,6 +148,12 @@ def test_an_argument_refused_on_one_rank_fails_on_all(three: Ranks, what: str) -
 @pytest.mark.parametrize("around", ["the step", "DDP"])
 def test_a_training_step_compiles_whole(three: Ranks, around: str) -> None:
     assert max(three.run(compile.training_step, around)) < 1e-12
+
+
+def test_local_negatives_warn_once_and_break_no_graph(three: Ranks) -> None:
+    for (text,), difference in three.run(modules.local, "ClipLoss", True):
+        assert text.startswith("ClipLoss with world_size=1 takes negatives from this rank alone")
+        assert difference < 1e-6
 
 
 def test_no_second_derivative(three: Ranks) -> None:

@@ -165,7 +165,7 @@ class ClipLoss(HoldsGroup):
             else:
                 _warn_of_direction()
         elif self.world_size == 1:
-            warn_of_local_negatives("ClipLoss")
+            warn_of_local_negatives(type(self).__name__, self.process_group)
         on_lines = needs_lines(ids, self.label_smoothing, None, self.same_id, self.reduction)
         if overrides(self, ClipLoss):
             refuse_live(live)

@@ -53,7 +53,7 @@ class DistillClipLoss(ClipLoss):
                     scalar(name, bias, image_features)
 
         if self.world_size == 1:
-            warn_of_local_negatives("DistillClipLoss")
+            warn_of_local_negatives(type(self).__name__, self.process_group)
         if overrides(self, ClipLoss) or (
             self.world_size > 1 and self.local_loss and not self.gather_with_grad
         ):

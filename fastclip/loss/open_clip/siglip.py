@@ -164,7 +164,7 @@ class SigLipLoss(HoldsGroup):
             "memory_budget": self.memory_budget, "live": live,
         }  # fmt: skip
         if self.world_size == 1:
-            warn_of_local_negatives("SigLipLoss")
+            warn_of_local_negatives(type(self).__name__, self.process_group)
         if overrides(self, SigLipLoss, ("_loss",)):
             refuse_live(live)
             refuse_options(
