@@ -170,7 +170,8 @@ def test_live_in_the_accumulation_loop(
     if device.type != "cpu":
         pytest.skip("the towers are trained on the CPU")
     caplog.set_level(logging.ERROR)
-    accum_freq, runs, flops = 2, [], []
+    # With two micro-batches CLIP takes as many passes as with kept products.
+    accum_freq, runs, flops = 3, [], []
     ours = getattr(fastclip.loss, name)
     for loss in (
         wrapper_of_the_page()(ours(), accum_freq),
