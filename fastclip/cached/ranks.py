@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed.agreement import REFUSED, exchange, has_cpu, is_initialized
+from ..distributed.agreement import REFUSED, exchange, has_cpu, is_initialized, refusals
 from .comparison import Comparison
 from .wrappers import groups_of, in_step
 
@@ -54,12 +54,14 @@ class StepRanks:
         In groups that only move GPU tensors, reading the other ranks' answers would wait for the
         device, so that they do not hear of an error.
         """
+        known = refusals()
         try:
             result = check()
         except Exception:
-            # A group that is broken already must not hide why.
-            with suppress(Exception):
-                self._heard((REFUSED,))
+            # The loss may have told the others itself. A group that is broken must not hide why.
+            if refusals() == known:
+                with suppress(Exception):
+                    self._heard((REFUSED,))
             raise
         mine = {} if compared is None else compared(result)
         for heard in self._heard((0, *mine.values())):

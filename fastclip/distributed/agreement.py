@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from ..engine.dtypes import FLOATING
 from .collectives import gather_rows
+from .described import by_rank, difference, exchange_texts
+from .drift import code_of_number, code_of_scalar, number_of, warn_of_drift
 from .shard import Shard, starts_of
 
 Checked = TypeVar("Checked")
+_LOSS = "loss with its options"  # the first field: a code of these and of the fields' names
 _RankValues = dict[str, tuple[int, ...]]  # the ranks' values of each field
 
 
@@ -72,18 +75,35 @@ def check_world(
 _FIRST_CALLS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _RankValues]] = (
     WeakKeyDictionary()
 )
-REFUSED = -1  # in place of the first field, which is a size
+REFUSED = -1  # in place of the first field, a code that is at least 0
+_refusals = 0
 # The fixed length of a rank's message; shorter ones, such as a refusal, are padded.
-_MOST_FIELDS = 32
+_MOST_FIELDS = 40
 # Sizes that may be 0 on some ranks, but not on all.
 _COUNTS = ("batch", "number of rows", "number of columns")
 # The fields of `Shard` that tell which gradients any rank needs, in the order of its fields.
 NEEDS = ("needs_x", "needs_y", "needs_key_bias")
 
 
+class Call(NamedTuple):
+    """What ranks compare beside their features.
+
+    loss: the loss with its options (`described`), the same on all ranks.
+    needs_any: something requires a gradient, on all ranks or on none.
+    must_match: further values that must be the same on all ranks.
+    scalars: scale and bias; a difference between ranks is a warning.
+    """
+
+    loss: str
+    needs_any: bool
+    uneven: bool
+    must_match: dict[str, int | float | torch.dtype]
+    scalars: dict[str, Tensor | float | None] = {}  # noqa: RUF012 -- never changed
+
+
 def agree(
-    process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, needs_any: bool, uneven: bool,
-    live: tuple[int, int] | None = None, **must_match: int | torch.dtype,
+    process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, call: Call,
+    live: tuple[int, int] | None = None,
 ) -> Shard:  # fmt: skip
     """Compares the ranks' paired features x, y (b, D) and options; returns this rank's shard.
 
@@ -94,18 +114,15 @@ def agree(
     call, with the same sizes and options, before.
 
     live: start and stop of this rank's rows that are differentiated; None: all.
-    must_match: further values that must be the same on all ranks.
 
     Raises, on every rank:
-        ValueError: widths, dtypes or options that differ; sizes or live rows that differ without
-            `uneven`; a batch without pairs; a rank without anything to differentiate while others
-            have, since their backward would wait for it.
+        ValueError: losses, widths, dtypes or options that differ; sizes or live rows that differ
+            without `uneven`; a batch without pairs; a rank without anything to differentiate while
+            others have, since their backward would wait for it.
     """
     start, stop = live or (0, x.shape[0])
     sizes = {"batch": x.shape[0], "start of live pairs": start, "end of live pairs": stop}
-    group, exchanged = _compared(
-        process_group, ("images", x), ("texts", y), sizes, {}, needs_any, uneven, must_match
-    )
+    group, exchanged = _compared(process_group, ("images", x), ("texts", y), sizes, {}, call)
     live_rows = tuple(
         slice(*rows)
         for rows in zip(
@@ -117,18 +134,18 @@ def agree(
 
 def agree_on_sides(
     process_group: dist.ProcessGroup | None, x: Tensor, y: Tensor, key_bias: Tensor | None,
-    needs_any: bool, uneven: bool, **must_match: int | torch.dtype,
+    call: Call,
 ) -> Shard:  # fmt: skip
     """Does what `agree` does, for rows x (m, D) and columns y (n, D), where m and n may differ.
     Returns the shard of the columns."""
     sizes = {"number of rows": x.shape[0], "number of columns": y.shape[0]}
     needs = {"needs_key_bias": int(key_bias is not None and key_bias.requires_grad)}
-    must_match["key_bias"] = int(key_bias is not None)
-    if key_bias is not None:
-        must_match["dtype of key_bias"] = key_bias.dtype
-    group, exchanged = _compared(
-        process_group, ("x", x), ("y", y), sizes, needs, needs_any, uneven, must_match
-    )
+    of_key_bias = {
+        "key_bias": int(key_bias is not None),
+        "dtype of key_bias": y.dtype if key_bias is None else key_bias.dtype,
+    }
+    call = call._replace(must_match={**call.must_match, **of_key_bias})
+    group, exchanged = _compared(process_group, ("x", x), ("y", y), sizes, needs, call)
     columns = exchanged["number of columns"]
     shard = _shard(group, exchanged, columns, tuple(slice(0, n) for n in columns))
     return shard._replace(most_rows=max(exchanged["number of rows"]))
@@ -136,34 +153,41 @@ def agree_on_sides(
 
 def _compared(
     process_group: dist.ProcessGroup | None, named_x: tuple[str, Tensor],
-    named_y: tuple[str, Tensor], sizes: dict[str, int], needs: dict[str, int], needs_any: bool,
-    uneven: bool, must_match: dict[str, int | torch.dtype],
+    named_y: tuple[str, Tensor], sizes: dict[str, int], needs: dict[str, int], call: Call,
 ) -> tuple[dist.ProcessGroup | None, _RankValues]:  # fmt: skip
     """Returns the group and the ranks' values, once they agree. `sizes` may differ between ranks if
-    `uneven`; `needs` may always differ; `must_match` must be the same."""
+    `uneven`; `needs` may always differ."""
     group = group_of(process_group)
     (name_x, x), (name_y, y) = named_x, named_y
-    needs = {"needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad), **needs}
     common = {
         "width D": x.shape[1], f"dtype of {name_x}": x.dtype, f"dtype of {name_y}": y.dtype,
-        "uneven": int(uneven), **must_match,
+        "uneven": int(call.uneven), **call.must_match,
     }  # fmt: skip
     mine: dict[str, int] = {
-        **sizes, **needs, "requires_grad": int(needs_any),
+        **sizes, "needs_x": int(x.requires_grad), "needs_y": int(y.requires_grad), **needs,
+        "requires_grad": int(call.needs_any),
         **{name: _code(value) for name, value in common.items()},
     }  # fmt: skip
     if group is None:
         exchanged = {name: (value,) for name, value in mine.items()}
-        _check(exchanged, tuple(sizes), tuple(common))
+        _check(exchanged, tuple(sizes), common)
         return group, exchanged
+    # Ranks that call different losses may have different fields.
+    mine = {_LOSS: zlib.crc32(f"{call.loss} {list(mine)}".encode()), **mine}
     through = _exchanging_device(group, x.device)
-    trusts_first_call = through.type != "cpu" and not uneven
+    trusts_first_call = through.type != "cpu" and not call.uneven
+    # A scale changes at every step, so those that trust the first call do not compare it.
+    scalars = {} if trusts_first_call else call.scalars
     key = x.device, *mine.items()
     known = _FIRST_CALLS.setdefault(group, {}) if trusts_first_call else {}
     if key not in known:
-        found = exchange(group, tuple(mine.values()), through)
-        exchanged = dict(zip(mine, found, strict=True))
-        _check(exchanged, tuple(sizes), tuple(common))
+        message = *mine.values(), *map(code_of_scalar, scalars.values())
+        received = exchange(group, message, through)
+        exchanged = dict(zip(mine, received, strict=False))
+        _check_losses(exchanged[_LOSS], group, call.loss, through)
+        _check(exchanged, tuple(sizes), common)
+        for name, codes in zip(scalars, received[len(mine) :], strict=True):
+            warn_of_drift(name, codes)
         known[key] = exchanged
     return group, known[key]
 
@@ -199,13 +223,10 @@ def announced(process_group: dist.ProcessGroup | None, check: Callable[[], Check
         raise
 
 
-def field_of_loss(loss: str) -> dict[str, int]:
-    """The field of `agree` that compares a loss with its options."""
-    return {f"loss with its options (here {loss})": zlib.crc32(loss.encode())}
-
-
-def _code(value: int | torch.dtype) -> int:
-    return FLOATING.index(value) if isinstance(value, torch.dtype) else int(value)
+def _code(value: int | float | torch.dtype) -> int:
+    if isinstance(value, torch.dtype):
+        return FLOATING.index(value)
+    return code_of_number(value) if isinstance(value, float) else int(value)
 
 
 def has_cpu(group: dist.ProcessGroup) -> bool:
@@ -216,6 +237,12 @@ def _exchanging_device(group: dist.ProcessGroup, device: torch.device) -> torch.
     return torch.device("cpu") if has_cpu(group) else device
 
 
+def refusals() -> int:
+    """Returns how many refusals this process has sent or received. An error after another one is
+    known to the ranks of its group."""
+    return _refusals
+
+
 def exchange(
     group: dist.ProcessGroup, mine: tuple[int, ...], device: torch.device
 ) -> list[tuple[int, ...]]:
@@ -223,23 +250,38 @@ def exchange(
     world_size = dist.get_world_size(group)
     padded = mine + (0,) * (_MOST_FIELDS - len(mine))
     message = torch.tensor(padded, dtype=torch.int64, device=device)
-    received = gather_rows(message, (len(padded),) * world_size, group)
-    return list(zip(*received.view(world_size, -1).tolist(), strict=True))[: len(mine)]
+    received = gather_rows(message, (len(padded),) * world_size, group).view(world_size, -1)
+    fields = list(zip(*received.tolist(), strict=True))
+    if REFUSED in fields[0]:
+        global _refusals
+        _refusals += 1
+    return fields[: len(mine)]
 
 
-def _check(exchanged: _RankValues, sizes: tuple[str, ...], common: tuple[str, ...]) -> None:
-    def each(field: str) -> str:
-        values = exchanged[field]
-        if field.startswith("dtype"):
-            values = tuple(FLOATING[index] for index in values)
-        return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-
-    refused = [str(rank) for rank, size in enumerate(exchanged[sizes[0]]) if size == REFUSED]
+def _check_losses(
+    codes: tuple[int, ...], group: dist.ProcessGroup, loss: str, through: torch.device
+) -> None:
+    refused = [str(rank) for rank, code in enumerate(codes) if code == REFUSED]
     if refused:
         raise ValueError(
             f"all ranks must have arguments that the loss accepts, got others on rank "
             f"{', '.join(refused)}: the error raised there says which"
         )
+    if len(set(codes)) > 1:
+        raise ValueError(difference(exchange_texts(group, loss, through)))
+
+
+def _check(
+    exchanged: _RankValues, sizes: tuple[str, ...], common: dict[str, int | float | torch.dtype]
+) -> None:
+    def each(field: str) -> str:
+        values: tuple[object, ...] = exchanged[field]
+        if isinstance(common.get(field), torch.dtype):
+            values = tuple(FLOATING[index] for index in exchanged[field])
+        elif isinstance(common.get(field), float):
+            values = tuple(map(number_of, exchanged[field]))
+        return by_rank(values)
+
     for field in common:
         if len(set(exchanged[field])) > 1:
             raise ValueError(f"all ranks must have one {field}, got {each(field)}")

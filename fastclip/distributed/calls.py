@@ -7,7 +7,6 @@ the operators of compiled ones (`compiled/`) begin here.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,14 +25,7 @@ from ..engine.fused_loss import LossInputs, LossOptions
 from ..engine.line_formulas import Request
 from ..engine.statistics_call import StatisticsInputs, StatisticsOptions
 from ..kinds import KINDS, kind_of
-from .agreement import (
-    agree,
-    agree_on_sides,
-    announced,
-    check_world,
-    field_of_loss,
-    ranks_of,
-)
+from .agreement import Call, agree, agree_on_sides, announced, check_world, ranks_of
 from .gradient_mode import GradientMode
 from .shard import Shard
 from .sharded_loss import LossTask
@@ -51,6 +43,7 @@ class LossCall(NamedTuple):
     memory_budget: int | None
     live: tuple[int, int] | None
     world: tuple[str, int, int] | None  # a module's name, rank and world size
+    loss: str  # the loss that calls, with its options: the same on all ranks
     dtype: torch.dtype | None = None  # of the products; None: `product_dtype` of the features
 
 
@@ -72,7 +65,7 @@ class ContrastCall(NamedTuple):
     uneven: bool = False
     backend: str | None = None
     memory_budget: int | None = None
-    loss: str = ""  # the loss that calls, with its options: the same on all ranks
+    loss: str = "contrast()"  # the loss that calls, with its options: the same on all ranks
     dtype: torch.dtype | None = None
 
 
@@ -95,13 +88,13 @@ class CheckedLoss(NamedTuple):
     inputs: LossInputs
     options: LossOptions
     live: tuple[int, int] | None
-    must_match: dict[str, int | torch.dtype]  # what ranks must have in common
+    must_match: dict[str, int | float | torch.dtype]  # what ranks must have in common
 
 
 class CheckedContrast(NamedTuple):
     inputs: StatisticsInputs
     task: StatisticsTask  # without a shard
-    must_match: dict[str, int | torch.dtype]
+    must_match: dict[str, int | float | torch.dtype]
 
 
 def begin_loss(
@@ -110,7 +103,8 @@ def begin_loss(
     """Checks the arguments of a loss and agrees with the other ranks. given: x, y, scale, bias."""
     checked = announced(process_group, lambda: checked_loss(given, process_group, call))
     inputs, options, live, must_match = checked
-    shard = agree(process_group, *inputs[:2], _wants(*inputs), call.uneven, live, **must_match)
+    compared = Call(call.loss, _wants(*inputs), call.uneven, must_match, _scalars(given))
+    shard = agree(process_group, *inputs[:2], compared, live)
     return inputs, LossTask(options, shard, call.mode)
 
 
@@ -124,16 +118,13 @@ def begin_contrast(
     inputs, task, must_match = announced(
         process_group, lambda: checked_contrast(given, process_group, call)
     )
-    shard = agree_on_sides(
-        process_group,
-        inputs.x,
-        inputs.y,
-        inputs.key_bias,
-        _wants(*inputs),
-        call.uneven,
-        **must_match,
-    )
+    compared = Call(call.loss, _wants(*inputs), call.uneven, must_match, _scalars(given))
+    shard = agree_on_sides(process_group, inputs.x, inputs.y, inputs.key_bias, compared)
     return inputs, task._replace(shard=shard)
+
+
+def _scalars(given: Sequence[Any]) -> dict[str, Tensor | float | None]:
+    return {"logit_scale": given[2], "logit_bias": given[3]}
 
 
 def _wants(*inputs: Tensor | None) -> bool:
@@ -155,7 +146,7 @@ def checked_loss(
     # The ranks compare this dtype, since autocast may be on for only some of them.
     dtype = call.dtype or product_dtype(x, y)
     must_match = {
-        "loss": _index(call.kind), "normalize": int(call.normalize),
+        "kind": _index(call.kind), "normalize": int(call.normalize),
         "logit_bias": int(bias is not None),
         **{name: int(value) for name, value in call.mode._asdict().items()},
         "dtype of products": dtype,
@@ -179,7 +170,7 @@ def checked_contrast(
     refuse_forward_mode(x, y, scale, bias, key_bias)
     dtype = call.dtype or product_dtype(x, y, *beside.targets())
     request = request_of(call)
-    must_match: dict[str, int | torch.dtype] = {
+    must_match: dict[str, int | float | torch.dtype] = {
         "kind": _index(call.kind), "normalize": int(call.normalize), "ring": int(call.ring),
         **{name: int(getattr(beside, field) is not None) for name, field in _OPTIONAL.items()},
         "guide": int(beside.guided), "offset=None": int(call.offset is None),
@@ -187,13 +178,9 @@ def checked_contrast(
         "columns": int(request.columns), "means": int(request.means),
         "same_id": int(request.same_id_positive), "logit_bias": int(bias is not None),
         "dtype of products": dtype,
+        "above": float("nan" if call.above is None else call.above),
+        "width of targets": 0 if beside.target_x is None else beside.target_x.shape[1],
     }  # fmt: skip
-    if call.above is not None:
-        must_match[f"above (here {call.above})"] = zlib.crc32(repr(float(call.above)).encode())
-    if call.loss:
-        must_match |= field_of_loss(call.loss)
-    if beside.target_x is not None:
-        must_match["width of targets"] = beside.target_x.shape[1]
     engine = engine_of(call.backend, x, y, ranks_of(process_group), dtype, call.kind)
     budget = budget_of(call.memory_budget, x.device)
     options = StatisticsOptions(engine, dtype, call.normalize, budget, call.above, request)

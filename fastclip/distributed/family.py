@@ -12,7 +12,8 @@ from ..formulas.nt_xent import nt_xent
 from ..formulas.ranking import ranking
 from ..formulas.reduction import Reduction
 from ..formulas.supcon import supcon
-from .world import described, world_of_ranks
+from .described import described
+from .world import world_of_ranks
 
 
 def info_nce(

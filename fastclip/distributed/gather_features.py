@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..engine.checks import check_features
 from ..engine.compile_marks import no_compile
-from .agreement import agree, announce_failure, check_world
+from .agreement import Call, agree, announce_failure, check_world
 from .shard import Shard
 
 
@@ -65,7 +65,7 @@ def gather_features(
         raise
     towers = image_features, text_features
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in towers)
-    shard = agree(process_group, *towers, wants, False, **alike)
+    shard = agree(process_group, *towers, Call("gather_features()", wants, False, alike))
     if gather_with_grad:
         needed = (shard.needs_x and wants, shard.needs_y and wants)
         # A tower that only this rank has frozen still takes part in the others' gradients.

@@ -16,9 +16,16 @@ from ..formulas.siglip import siglip
 from .agreement import announced
 from .calls import LossCall, begin_loss
 from .compiled.call import takes_loss, traced_loss
+from .described import described
 from .gradient_mode import GradientMode
 from .sharded_loss import sharded_loss
-from .world import described, world_of_ranks
+from .world import world_of_ranks
+
+# The options of calls that need no line statistics.
+_PLAIN_CLIP = described(
+    "clip_loss", ids=None, same_id="ignore", label_smoothing=0, weights=None, reduction="mean"
+)
+_PLAIN_SIGLIP = described("siglip_loss", ids=None, same_id="ignore", weights=None, reduction="mean")
 
 
 def clip_loss(
@@ -110,7 +117,7 @@ def clip_loss(
         )  # fmt: skip
     return distributed_loss(
         "softmax", image_features, text_features, logit_scale, logit_bias, process_group,
-        GradientMode(ring=ring), uneven, normalize, backend, memory_budget, live,
+        GradientMode(ring=ring), uneven, _PLAIN_CLIP, normalize, backend, memory_budget, live,
     )  # fmt: skip
 
 
@@ -156,23 +163,24 @@ def siglip_loss(
         )  # fmt: skip
     return distributed_loss(
         "sigmoid", image_features, text_features, logit_scale, logit_bias, process_group,
-        GradientMode(ring=ring), uneven, normalize, backend, memory_budget, live,
+        GradientMode(ring=ring), uneven, _PLAIN_SIGLIP, normalize, backend, memory_budget, live,
     )  # fmt: skip
 
 
 def distributed_loss(
     kind: str, x: Tensor, y: Tensor, logit_scale: Tensor | float,
     logit_bias: Tensor | float | None, process_group: dist.ProcessGroup | None,
-    mode: GradientMode, uneven: bool, normalize: bool = False, backend: str | None = None,
-    memory_budget: int | None = None, live: tuple[int, int] | None = None,
-    world: tuple[str, int, int] | None = None,
+    mode: GradientMode, uneven: bool, loss: str, normalize: bool = False,
+    backend: str | None = None, memory_budget: int | None = None,
+    live: tuple[int, int] | None = None, world: tuple[str, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The entry of every loss across ranks: checks, the agreement of the ranks, the loss.
 
-    world: a module's name, and the rank and world size that were passed to it.
+    loss: its name with its options (`described`). world: a module's name, and the rank and world
+    size that were passed to it.
     """
     inputs = x, y, logit_scale, logit_bias
-    call = LossCall(kind, mode, uneven, normalize, backend, memory_budget, live, world)
+    call = LossCall(kind, mode, uneven, normalize, backend, memory_budget, live, world, loss)
     if torch.compiler.is_compiling() and takes_loss(inputs, process_group, call):
         return traced_loss(inputs, process_group, call)
     return _eager_loss(inputs, process_group, call)

@@ -116,12 +116,13 @@ def sweep(task: LossTask, row: BlockRow, budget: int) -> tuple[Tensor, Swept, _W
     swept = sweep_row(row, slice(0, m), budget)
     columns = swept.state[:, m:]
     columns.copy_(merge_columns(columns, task.kind, shard))
-    positives = torch.cat((swept.positive, shard.gather(swept.positive)))
-    losses, coefficients, weights = task.finish(row, swept.state, positives)
-    own = (losses[:m][pairs].sum() + losses[m:][shard.mine][pairs].sum()) / 2
+    # Scale and own positives of a column are those of its rank, which has its coefficient.
+    state = torch.cat((swept.state[:, :m], columns[:, shard.mine]), 1)
+    losses, coefficients, weights = task.finish(row, state, torch.cat((swept.positive,) * 2))
+    own = (losses[:m][pairs].sum() + losses[m:][pairs].sum()) / 2
+    coefficients = torch.cat((coefficients[:m], shard.gather(coefficients[m:])))
     # The loss of a pair is half its row's plus half its column's.
-    lines = _WeightFactors(coefficients / 2, weights[:m] / 2, weights[m:][shard.mine] / 2)
-    return own, swept, lines
+    return own, swept, _WeightFactors(coefficients / 2, weights[:m] / 2, weights[m:] / 2)
 
 
 class _ShardedLoss(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..engine.compile_marks import no_compile
 from ..engine.dtypes import product_dtype
 from ..formulas.world import Batch, World
 from ..kinds import LineStatistics
-from .agreement import agree, announced, field_of_loss, group_of, ranks_of
+from .agreement import Call, agree, announced, group_of, ranks_of
 from .calls import contrast_call, engine_of
 from .collectives import gather_rows
 from .compiled.total import total
@@ -63,8 +62,8 @@ def _whole_batch(
     ids: tuple[Tensor, Tensor] | None,
 ) -> Batch:  # fmt: skip
     wants = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    must_match = {**field_of_loss(loss), "ids": int(ids is not None)}
-    shard = agree(process_group, x, y, wants, uneven, **must_match)
+    call = Call(loss, wants, uneven, {"ids": int(ids is not None)})
+    shard = agree(process_group, x, y, call)
     x_ids, y_ids = (None, None) if ids is None else map(shard.gather, ids)
     return Batch(*_WholeBatch.apply(x, y, shard), x_ids, y_ids, shard.start)
 
@@ -106,16 +105,3 @@ def _gather_rows(process_group: dist.ProcessGroup | None, uneven: bool, x: Tenso
         own = torch.tensor(sizes[:1], device=x.device)
         sizes = tuple(gather_rows(own, (1,) * ranks, group).tolist())
     return gather_rows(x.detach(), sizes, group)
-
-
-def described(name: str, **options: Any) -> str:
-    """Returns a loss's name with its options, as ranks compare them; of tensors, only that they are
-    given."""
-
-    def as_text(value: Any) -> str:
-        if isinstance(value, (Tensor, tuple, list)):
-            return "given"
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return repr(float(value)) if is_number else repr(value)  # 0 and 0.0 are one margin
-
-    return f"{name}({', '.join(f'{key}={as_text(value)}' for key, value in options.items())})"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.world import described, world_of_ranks
+from ..distributed.described import described
+from ..distributed.world import world_of_ranks
 from ..engine.checks import (
     check_features,
     check_integers,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import nn
+
+from .holds_group import HoldsGroup
 
 
-class LossModule(nn.Module):
+class LossModule(HoldsGroup):
     """A loss as a module, in one process or across ranks.
 
     Args:

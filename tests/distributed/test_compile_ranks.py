@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from support.ranks import compile
+from support.ranks import compile, modules
 from support.ranks.compile import Case
 from support.ranks.processes import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -150,6 +150,12 @@ def test_a_training_step_compiles_whole(three: Ranks, around: str) -> None:
     assert max(three.run(compile.training_step, around)) < 1e-12
 
 
+def test_local_negatives_warn_once_and_break_no_graph(three: Ranks) -> None:
+    for (text,), difference in three.run(modules.local, "ClipLoss", True):
+        assert text.startswith("ClipLoss with world_size=1 takes negatives from this rank alone")
+        assert difference < 1e-6
+
+
 def test_no_second_derivative(three: Ranks) -> None:
     for error in three.run(compile.second_derivative):
         assert "no second derivative" in error
@@ -205,7 +211,9 @@ def test_operators_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     inputs = [t.requires_grad_() for t in torch.randn(2, 5, 8)] + [torch.tensor(2.0)]
     monkeypatch.setattr(torch.ops.fastclip, name, listening)
     if name == "rank_loss":
-        call = LossCall("sigmoid", GradientMode(), False, True, None, None, None, None)
+        call = LossCall(
+            "sigmoid", GradientMode(), False, True, None, None, None, None, "siglip_loss()"
+        )
         compiled_call.traced_loss((*inputs, None), None, call)
     else:
         call = ContrastCall(same_id="positive", means=True, normalize=True)

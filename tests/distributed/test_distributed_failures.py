@@ -24,7 +24,10 @@ MISMATCHES = {
         "one dtype of texts, got rank 0: torch.float32, rank 1: torch.bfloat16",
     ),
     "autocast": ([{"n": 4}, {"n": 4, "autocast": True}, {"n": 4}], "one dtype of products, got"),
-    "losses": ([{"n": 4}, {"n": 4, "loss": "siglip_loss"}, {"n": 4}], "one loss, got rank 0: 0"),
+    "losses": (
+        [{"n": 4}, {"n": 4, "loss": "siglip_loss"}, {"n": 4}],
+        "one loss, got rank 0: clip_loss, rank 1: siglip_loss",
+    ),
     "normalisation": ([{"n": 4}, {"n": 4, "normalize": True}, {"n": 4}], "one normalize, got"),
     "uneven": ([{"n": 4, "uneven": True}, {"n": 5}, {"n": 4}], "one uneven, got rank 0: 1"),
     "nothing to differentiate": (
@@ -39,6 +42,42 @@ def test_a_mismatch_is_an_error_on_every_rank(three: Ranks, mismatch: str) -> No
     by_rank, message = MISMATCHES[mismatch]
     for error in three.run(failures.call, by_rank):
         assert error.startswith("ValueError") and message in error, error
+
+
+IDS = torch.arange(4) // 2
+ODD_OPTIONS = {
+    "ids": ({"ids": IDS}, "one ids, got rank 0: None, rank 1: given, rank 2: None"),
+    "a reduction": ({"reduction": "sum"}, "one reduction, got rank 0: 'mean', rank 1: 'sum'"),
+    "a smoothing": (
+        {"label_smoothing": 0.1}, "one label_smoothing, got rank 0: 0.0, rank 1: 0.1, rank 2: 0.0"
+    ),
+    "two": (
+        {"ids": IDS, "same_id": "positive"},
+        "one ids, got rank 0: None, rank 1: given, rank 2: None; one same_id, got rank 0: "
+        "'ignore', rank 1: 'positive'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_OPTIONS)
+def test_an_option_of_one_rank_alone_is_named(three: Ranks, odd: str) -> None:
+    """It may change how a loss is computed, for functions and for modules."""
+    given, message = ODD_OPTIONS[odd]
+    of_function = three.run(failures.call, [{"n": 4}, {"n": 4, "given": given}, {"n": 4}])
+    of_module = three.run(failures.call_module, [{}, given, {}])
+    for error in (*of_function, *of_module):
+        assert error.startswith("ValueError: all ranks must have one ") and message in error, error
+
+
+def test_a_flag_of_open_clip_of_one_rank_alone_is_named(three: Ranks) -> None:
+    for error in three.run(failures.call_module, [{}, {}, {"gather_with_grad": False}]):
+        assert "one gather_with_grad, got rank 0: True, rank 1: True, rank 2: False" in error
+
+
+def test_a_batch_without_pairs_on_all_ranks(three: Ranks) -> None:
+    for loss in ("clip_loss", "siglip_loss"):
+        for error in three.run(failures.call, [{"n": 0, "uneven": True, "loss": loss}] * 3):
+            assert error.startswith("ValueError: the batch must not be empty, got batch rank 0: 0")
 
 
 def test_sizes_may_differ_in_uneven_batches(three: Ranks) -> None:

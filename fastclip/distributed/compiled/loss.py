@@ -43,11 +43,13 @@ class TracedOptions(NamedTuple):
     module: str | None
     rank: int
     world_size: int
+    loss: str
     dtype: torch.dtype
 
     SCHEMA = (
         "str kind, bool whole_value, bool from_others, bool ring, bool normalize, str? backend,"
-        " int? memory_budget, int[]? live, str? module, int rank, int world_size, ScalarType dtype"
+        " int? memory_budget, int[]? live, str? module, int rank, int world_size, str loss,"
+        " ScalarType dtype"
     )
 
     @classmethod
@@ -56,7 +58,7 @@ class TracedOptions(NamedTuple):
         module, rank, world_size = call.world or (None, 0, 0)
         return cls(
             call.kind, *call.mode, bool(call.normalize), call.backend, call.memory_budget, live,
-            module, rank, world_size, dtype,
+            module, rank, world_size, call.loss, dtype,
         )  # fmt: skip
 
     @property
@@ -68,7 +70,8 @@ class TracedOptions(NamedTuple):
         return LossCall(
             self.kind, self.mode, False, self.normalize, self.backend, self.memory_budget,
             None if self.live is None else tuple(self.live),
-            None if self.module is None else (self.module, self.rank, self.world_size), self.dtype,
+            None if self.module is None else (self.module, self.rank, self.world_size),
+            self.loss, self.dtype,
         )  # fmt: skip
 
 

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...distributed import gather_features
 from ...distributed.agreement import check_world
+from ...distributed.described import described
 from ...distributed.gradient_mode import GradientMode
+from ...distributed.local_negatives import warn_of_local_negatives
 from ...distributed.losses import distributed_loss
-from ...distributed.world import described, world_of_ranks
+from ...distributed.world import world_of_ranks
 from ...engine.autograd import WeighedGradient
 from ...engine.checks import check_features
 from ...engine.compile_marks import constant_in_graphs
+from ...engine.warn_once import warn_once
 from ...formulas.info_nce import InfoNCE, clip
 from ...formulas.needs_lines import check_no_live, needs_lines
 from ...formulas.reduction import Reduction
 from ..base import one_process
 from ..clip import clip_loss
+from ..holds_group import HoldsGroup
 from .dense import open_clip_logits, overrides, refuse_live, refuse_options
 
 
-@functools.cache
 def _warn_of_direction() -> None:
-    warnings.warn(
+    warn_once(
+        "the direction of gradients",
         "ClipLoss(local_loss=True, gather_with_grad=False) returns open_clip's gradient, which "
         "leaves out what other ranks' losses contribute: it is not the gradient of the loss, and "
         "even its direction is off; gather_with_grad=True is exact",
-        stacklevel=5,  # the caller of the module, past two frames of nn.Module
     )
 
 
@@ -43,7 +45,7 @@ def _warn_while_compiling() -> None:
     _warn_of_direction()
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(HoldsGroup):
     """open_clip's `ClipLoss`, without parameters or buffers.
 
     `get_logits` and `get_ground_truth` are dense, as in open_clip, for subclasses that call them.
@@ -162,6 +164,8 @@ class ClipLoss(nn.Module):
                 _warn_while_compiling()
             else:
                 _warn_of_direction()
+        elif self.world_size == 1:
+            warn_of_local_negatives(type(self).__name__, self.process_group)
         on_lines = needs_lines(ids, self.label_smoothing, None, self.same_id, self.reduction)
         if overrides(self, ClipLoss):
             refuse_live(live)
@@ -182,14 +186,15 @@ class ClipLoss(nn.Module):
                 lambda world, x, y: (
                     clip(world, x, y, logit_scale, logit_bias, options, Reduction(self.reduction)),
                 ),
-                lambda: self._check_exact(live),
+                lambda: self._check_exact(live), ids=ids,
             )  # fmt: skip
         elif self.world_size > 1:
             mode = GradientMode(not self.local_loss, self.gather_with_grad, self.ring)
             world = ("ClipLoss", self.rank, self.world_size)
             loss = distributed_loss(
-                "softmax", *inputs, self.process_group, mode, self.uneven, self.normalize,
-                self.backend, self.memory_budget, live, world,
+                "softmax", *inputs, self.process_group, mode, self.uneven,
+                self._described("ClipLoss", ids=None), self.normalize, self.backend,
+                self.memory_budget, live, world,
             )  # fmt: skip
         else:
             loss = clip_loss(
@@ -208,21 +213,25 @@ class ClipLoss(nn.Module):
                 "gather_with_grad=True, got neither"
             )
 
+    def _described(self, name: str, **given: Any) -> str:
+        return described(
+            name, **given, reduction=self.reduction, same_id=self.same_id,
+            label_smoothing=self.label_smoothing, local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+        )  # fmt: skip
+
     def _shares(
         self, name: str, x: Tensor, y: Tensor, losses: Callable[..., tuple[Tensor, ...]],
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None, **given: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Calls formulas of (world, x, y) in one process or across ranks, with the values and
-        gradients that `local_loss` and `gather_with_grad` stand for."""
+        gradients that `local_loss` and `gather_with_grad` stand for. given: further options that
+        ranks compare."""
         options = (self.normalize, self.backend, self.memory_budget)
         if self.world_size == 1:
             check()
             return losses(one_process(*options), x, y)
-        loss = described(
-            name, reduction=self.reduction, same_id=self.same_id,
-            label_smoothing=self.label_smoothing, local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad,
-        )  # fmt: skip
+        loss = self._described(name, **given)
         world = world_of_ranks(loss, self.process_group, self.ring, self.uneven, *options)
 
         def check_call() -> None:

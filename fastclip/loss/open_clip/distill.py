@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...distributed.local_negatives import warn_of_local_negatives
 from ...engine.checks import check_features, scalar
 from ...formulas.distill import distill_clip
 from ...formulas.reduction import Reduction
@@ -51,6 +52,8 @@ class DistillClipLoss(ClipLoss):
                 if bias is not None:
                     scalar(name, bias, image_features)
 
+        if self.world_size == 1:
+            warn_of_local_negatives(type(self).__name__, self.process_group)
         if overrides(self, ClipLoss) or (
             self.world_size > 1 and self.local_loss and not self.gather_with_grad
         ):

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...distributed import gather_features
 from ...distributed.agreement import check_world
+from ...distributed.described import described
 from ...distributed.gradient_mode import GradientMode
+from ...distributed.local_negatives import warn_of_local_negatives
 from ...distributed.losses import distributed_loss
-from ...distributed.world import described, world_of_ranks
+from ...distributed.world import world_of_ranks
 from ...formulas.needs_lines import check_no_live, needs_lines
 from ...formulas.reduction import Reduction
 from ...formulas.siglip import siglip
+from ..holds_group import HoldsGroup
 from ..siglip import siglip_loss
 from .dense import open_clip_logits, overrides, refuse_live, refuse_options
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(HoldsGroup):
     """open_clip's `SigLipLoss`, without parameters or buffers.
 
     If a subclass overrides `get_logits`, `get_ground_truth` or `_loss`, the loss is the dense loss
@@ -137,6 +142,9 @@ class SigLipLoss(nn.Module):
         check_no_live(live)
         check_world("SigLipLoss", self.rank, self.world_size, self.process_group)
 
+    def _described(self, ids: Any) -> str:
+        return described("SigLipLoss", ids=ids, same_id=self.same_id, reduction=self.reduction)
+
     def forward(
         self,
         image_features: Tensor,  # (N, D)
@@ -155,6 +163,8 @@ class SigLipLoss(nn.Module):
             "reduction": self.reduction, "backend": self.backend,
             "memory_budget": self.memory_budget, "live": live,
         }  # fmt: skip
+        if self.world_size == 1:
+            warn_of_local_negatives(type(self).__name__, self.process_group)
         if overrides(self, SigLipLoss, ("_loss",)):
             refuse_live(live)
             refuse_options(
@@ -165,10 +175,9 @@ class SigLipLoss(nn.Module):
             across = self._dense_across if self.world_size > 1 else self._loss
             loss = across(*inputs)
         elif self.world_size > 1 and needs_lines(ids, 0, None, self.same_id, self.reduction):
-            name = described("SigLipLoss", same_id=self.same_id, reduction=self.reduction)
             world = world_of_ranks(
-                name, self.process_group, ring, self.uneven, self.normalize, self.backend,
-                self.memory_budget,
+                self._described(ids), self.process_group, ring, self.uneven, self.normalize,
+                self.backend, self.memory_budget,
             )  # fmt: skip
             world.guarded(lambda: self._check_call(live))
             loss = siglip(world, *inputs, ids, self.same_id, Reduction(self.reduction))
@@ -176,8 +185,9 @@ class SigLipLoss(nn.Module):
             mode = GradientMode(ring=ring)
             world = ("SigLipLoss", self.rank, self.world_size)
             loss = distributed_loss(
-                "sigmoid", *inputs, self.process_group, mode, self.uneven, self.normalize,
-                self.backend, self.memory_budget, live, world,
+                "sigmoid", *inputs, self.process_group, mode, self.uneven,
+                self._described(ids), self.normalize, self.backend, self.memory_budget, live,
+                world,
             )  # fmt: skip
         else:
             loss = siglip_loss(*inputs, **options)

@@ -24,6 +24,7 @@ from torch import Tensor
 from bench.measure.traffic import Traffic
 from fastclip import distributed
 from fastclip.distributed import sharded_loss
+from fastclip.engine import warn_once
 from fastclip.loss import open_clip
 
 
@@ -250,7 +251,7 @@ def emulated(case: Case, local_loss: bool, gather_with_grad: bool) -> list[dict[
 
 def warnings_of(rank: int, world_size: int, local_loss: bool, gather_with_grad: bool) -> list[str]:
     """The warnings of two steps, in a process that has had none yet; each with its file."""
-    open_clip.clip._warn_of_direction.cache_clear()
+    warn_once._given.clear()
     loss = open_clip.ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world_size)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")

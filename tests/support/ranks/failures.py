@@ -32,14 +32,17 @@ def call(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
     uneven, frozen = options.pop("uneven", False), options.pop("frozen", False)
     normalize = options.pop("normalize", False)
     loss, autocast = options.pop("loss", "clip_loss"), options.pop("autocast", False)
+    given = options.pop("given", {})
     dtype_y = options.pop("dtype_y", options.get("dtype", torch.float32))
     x, y = features(**options), features(**{**options, "dtype": dtype_y})
     if frozen:
         x, y = x.detach(), y.detach()
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            value = getattr(distributed, loss)(x, y, 2.0, -1.0, uneven=uneven, normalize=normalize)
-        value.backward()
+            value = getattr(distributed, loss)(
+                x, y, 2.0, -1.0, uneven=uneven, normalize=normalize, **given
+            )
+        value.sum().backward()
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -52,6 +55,15 @@ def error_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> s
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def call_module(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
+    """The error of `ClipLoss`, or of another class, with this rank's options. "ids" is one of the
+    call."""
+    options = dict(by_rank[rank])
+    ids, name = options.pop("ids", None), options.pop("module", ClipLoss)
+    module = name(rank=rank, world_size=world_size, **{"gather_with_grad": True, **options})
+    return error_of(module, features(4), features(4), 2.0, -1.0, ids=ids)
 
 
 def bad_calls(rank: int, world_size: int) -> list[str]:

@@ -1,0 +1,23 @@
+"""Modules of losses on ranks: local negatives warn; copies share the group; pickling refuses it."""
+
+from __future__ import annotations
+
+import pytest
+from support.ranks import modules
+from support.ranks.processes import Ranks
+
+
+@pytest.mark.parametrize("name", modules.LOCAL)
+def test_local_negatives_warn_once(two: Ranks, name: str) -> None:
+    """The value stays open_clip's. A group of one rank does not warn."""
+    for (text,), difference in two.run(modules.local, name, False):
+        assert text.startswith(f"{name} with world_size=1 takes negatives from this rank alone")
+        assert "pass rank and world_size" in text and text.endswith("modules.py")
+        assert difference < 1e-6
+
+
+def test_copies_share_the_group_and_pickling_refuses_it(two: Ranks) -> None:
+    for found in two.run(modules.copied):
+        for name, errors in found.items():
+            for error in errors:
+                assert error.startswith(f"TypeError: {name} must have process_group=None"), error
