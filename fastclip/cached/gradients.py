@@ -24,7 +24,7 @@ def gradients_of(loss: Callable[..., Any], whole: Outputs, scaler: Any) -> Gradi
     with torch.enable_grad():
         value = whole.of_loss(loss)
         scaled = value if scaler is None else scaler.scale(value)
-    leaves = _leaves_of(scaled)
+    leaves = leaves_of(scaled)
     if not leaves:
         raise ValueError("the loss must depend on the model's outputs, got one without a graph")
     found = torch.autograd.grad(scaled, leaves, allow_unused=True)
@@ -34,7 +34,7 @@ def gradients_of(loss: Callable[..., Any], whole: Outputs, scaler: Any) -> Gradi
     return Gradients(value.detach(), of_outputs, others)
 
 
-def _leaves_of(value: Tensor) -> list[Tensor]:
+def leaves_of(value: Tensor) -> list[Tensor]:
     """Returns the leaves of a graph: the tensors that a backward would give a gradient."""
     found: list[Tensor] = []
     waiting, seen = [value.grad_fn], set()

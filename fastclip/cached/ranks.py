@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..distributed.agreement import REFUSED, exchange, has_cpu, is_initialized, refusals
+from ..engine.warn_once import warn_once
 from .comparison import Comparison
 from .wrappers import groups_of, in_step
 
@@ -119,14 +119,10 @@ def _groups_of_loss(loss: Any) -> list[dist.ProcessGroup]:
 def warn_of_separate_gradients() -> None:
     """Warns, once, in a group of several ranks."""
     if is_initialized() and dist.get_world_size() > 1:
-        _warn(dist.get_world_size())
-
-
-@functools.cache
-def _warn(ranks: int) -> None:
-    warnings.warn(
-        f"cached_step runs in a group of {ranks} ranks, and its model is neither DDP nor FSDP, so "
-        "that each rank keeps gradients of its own: pass the wrapped model instead of a module "
-        "inside it, or backward=, such as Lightning's manual_backward",
-        stacklevel=4,
-    )
+        warn_once(
+            "gradients of a cached step",
+            f"cached_step runs in a group of {dist.get_world_size()} ranks, and its model is "
+            "neither DDP nor FSDP, so that each rank keeps gradients of its own: pass the wrapped "
+            "model instead of a module inside it, or backward=, such as Lightning's "
+            "manual_backward",
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .comparison import Comparison
-from .gradients import Gradients, surrogate
+from .gradients import Gradients, leaves_of, surrogate
 from .outputs import Outputs
 from .random_state import RandomState
 from .towers import Towers
@@ -22,21 +22,25 @@ class SecondPass:
 
     def __init__(
         self, towers: Towers, states: list[list[RandomState]], whole: Outputs,
-        gradients: Gradients, backward: Callable[[Tensor], Any],
+        gradients: Gradients, backward: Callable[[Tensor], Any] | None,
         no_sync: Callable[[], AbstractContextManager[Any]] | None,
     ) -> None:  # fmt: skip
         self.towers = towers
         self.states = states
         self.whole = whole
         self.gradients = gradients
-        self.backward = backward
+        self.backward = backward or Tensor.backward
         self.no_sync = no_sync
         self.divisor: Tensor | None = None
         self.comparison: Comparison | None = None
-        # What gets its gradient once, with the last micro-batch.
-        self.once = list(gradients.of_leaves)
+        # These get their gradients once, with the last micro-batch.
+        once = list(gradients.of_leaves)
         if towers.is_pair:
-            self.once += zip(towers.shared_values(), gradients.of_outputs[2:], strict=True)
+            once += zip(towers.shared_values(), gradients.of_outputs[2:], strict=True)
+        self.once = [(t, g) for t, g in once if g is not None and t.requires_grad]
+        # Lightning's backward exchanges gradients with every micro-batch unless there is a no_sync,
+        # and DDP then expects one of every parameter.
+        self.has_all_parameters = backward is not None
 
     def run(self) -> None:
         # A tower whose features get no gradient is not encoded again.
@@ -64,15 +68,28 @@ class SecondPass:
             rows = tower.rows(index)
             if self.comparison is not None:
                 self.comparison.add(index, first.of_rows(rows), again)
-            pairs = [
+            found = [
                 (value, gradient[rows] if again.has_rows(i) else gradient)
                 for i, (value, gradient) in enumerate(zip(again.values, gradients, strict=True))
-                if gradient is not None and (again.has_rows(i) or is_last)
+                if gradient is not None and value.requires_grad
             ]
-            self._send(pairs + (self.once if is_last else []))
+            of_rows = [(t, g) for t, g in found if t.dim() > 1]
+            of_batch = [(t, g) for t, g in found if t.dim() < 2] + self.once
+            if is_last:
+                self._send(of_rows + of_batch)
+            elif self.has_all_parameters:
+                self._send(of_rows + _zeros(of_batch))
+            else:
+                self._send(of_rows)
 
-    def _send(self, pairs: list[tuple[Any, Tensor | None]]) -> None:
-        pairs = [(t, g) for t, g in pairs if g is not None and t.requires_grad]
+    def _send(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         if pairs:
             tensors, gradients = zip(*pairs, strict=True)
             self.backward(surrogate(self.gradients.value, tensors, gradients, self.divisor))
+
+
+def _zeros(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Returns the leaves behind these tensors, whose graphs serve one backward, with gradients of
+    zero."""
+    leaves = [x for t, _ in pairs for x in ([t] if t.is_leaf else leaves_of(t))]
+    return [(x, torch.zeros_like(x)) for x in leaves]

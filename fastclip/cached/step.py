@@ -140,7 +140,7 @@ def cached_step(
     if not with_gradients:
         return ranks.check("a loss of their outputs", lambda: whole.of_loss(loss)).detach()
     found = ranks.check("a loss of their outputs", lambda: gradients_of(loss, whole, scaler))
-    again = SecondPass(towers, states, whole, found, backward or Tensor.backward, no_sync)
+    again = SecondPass(towers, states, whole, found, backward, no_sync)
     if scaler is not None and backward is not None:
         again.divisor = scaler.scale(torch.ones((), device=found.value.device))
     if check:

@@ -1,7 +1,6 @@
-"""`cached_step` across ranks: gradients of one process, and one rank's misfit is an error on all."""
+"""`cached_step` across ranks: gradients of one process; an error of one rank is one of all."""
 
 import pytest
-import torch
 from support.ranks import cached
 from support.ranks.processes import Ranks
 
@@ -78,7 +77,3 @@ def test_numbers_of_micro_batches(two: Ranks, kind: str) -> None:
     for error in two.run(cached.different_numbers, kind):
         expected = "all ranks must have the same number of micro-batches, got rank 0: 3, rank 1: 2"
         assert error == "none" if kind == "plain" else expected in error
-
-
-def test_a_single_process_needs_no_group() -> None:
-    assert not torch.distributed.is_initialized()

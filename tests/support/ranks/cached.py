@@ -50,7 +50,7 @@ def average(value: float) -> float:
 def curve(
     rank: int, world_size: int, how: str
 ) -> tuple[list[float], list[float], list[str], float]:
-    """The losses of a training, those of one process, warnings, and how far this rank's parameters
+    """The losses of a training, those of one process, warnings, and how far the ranks' parameters
     are from the first rank's. how: "wrapped" passes DDP, "inside" the module in it."""
     wrapped = DistributedDataParallel(Towers().double())
     model = wrapped if how == "wrapped" else wrapped.module
@@ -67,7 +67,8 @@ def curve(
     dist.broadcast(first, 0)
     texts = [str(w.message) for w in caught if "cached_step" in str(w.message)]
     whole = curve_of_one_process(world_size)
-    return [average(value) for value in losses], whole, texts, float((flat - first).norm())
+    apart = average(float((flat - first).norm()))
+    return [average(value) for value in losses], whole, texts, apart
 
 
 def counted(model: DistributedDataParallel) -> list[int]:
@@ -146,6 +147,18 @@ def raise_(error: Exception) -> Any:
     raise error
 
 
+class FailingLoss(ClipLoss):
+    def forward(self, *outputs: Any) -> Tensor:
+        raise OSError("no file")
+
+
+def failing(loss: Any) -> Any:
+    """A loss of the same kind that fails in code of its own, before ranks agree in it."""
+    if isinstance(loss, ClipLoss):
+        return FailingLoss(rank=loss.rank, world_size=loss.world_size)
+    return functools.wraps(loss)(lambda *outputs: raise_(OSError("no file")))
+
+
 def misfit(rank: int, world_size: int, fault: str, how: str) -> tuple[str, float]:
     """The error of this rank, and the seconds it took, if the last rank has a fault.
     how: what tells the ranks of each other: DDP, the loss, or a trainer's backward."""
@@ -170,7 +183,7 @@ def misfit(rank: int, world_size: int, fault: str, how: str) -> tuple[str, float
         elif fault == "model":
             model = functools.partial(lambda inner, *rows: raise_(OSError("no file")), model)
         elif fault == "loss":
-            loss = functools.partial(lambda f, *o: raise_(OSError("no file")), loss)
+            loss = failing(loss)
         elif fault == "check":
             options["check"] = False
         elif fault == "encodings":
