@@ -36,6 +36,18 @@ class Towers(nn.Module):
         return self.matrix(images), self.matrix(texts), self.scale
 
 
+class Embeds(Towers):
+    """Returns what transformers' CLIPModel returns, as far as pages use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, Any]:
+        x, y, _ = super().forward(pixel_values, input_ids)
+        return {"logits_per_image": x @ y.T, "image_embeds": x, "text_embeds": y}
+
+
 def names() -> dict[str, Any]:
     """Returns the names that the code of the pages uses without defining them."""
     torch.manual_seed(0)
@@ -45,6 +57,8 @@ def names() -> dict[str, Any]:
         "queue": queue, "logit_scale": torch.tensor(2.0, requires_grad=True),
         "labels": torch.arange(N) // 3, "clip_loss": clip_loss, "model": Towers(),
         "images": x.detach(), "texts": y.detach(), "start": 3, "stop": 9,
+        "clip": Embeds(), "batch": {"pixel_values": x.detach(), "input_ids": y.detach()},
+        "image_tower": nn.Linear(D, D), "text_tower": nn.Linear(D, D),
     }  # fmt: skip
 
 

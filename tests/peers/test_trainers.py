@@ -91,3 +91,42 @@ def test_wav2vec2_in_train_mode() -> None:
     for p, gradient in zip(model.parameters(), exact, strict=True):
         if gradient is not None:
             torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-13)
+
+
+def test_clip_model_of_transformers() -> None:
+    """Its outputs have other names, nested entries and no scale."""
+    transformers = peer("transformers")
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**sizes, "vocab_size": 50, "max_position_embeddings": 6},
+            vision_config={**sizes, "image_size": 16, "patch_size": 8},
+            projection_dim=8,
+        )
+    ).double()
+    generator = torch.Generator().manual_seed(1)
+    batch = {
+        "pixel_values": torch.randn(10, 3, 16, 16, generator=generator, dtype=torch.float64),
+        "input_ids": torch.randint(50, (10, 6), generator=generator),
+        "attention_mask": torch.ones(10, 6, dtype=torch.int64),
+    }
+    names = {"image_features": "image_embeds", "text_features": "text_embeds"}
+
+    def loss(**towers: Tensor) -> Tensor:
+        return clip_loss(**towers, logit_scale=model.logit_scale.exp())
+
+    whole = model(**batch)
+    value = loss(image_features=whole.image_embeds, text_features=whole.text_embeds)
+    exact = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    found = cached_step(model, loss, **batch, micro_batch=4, outputs=names)
+    torch.testing.assert_close(found, value.detach())
+    assert model.logit_scale.grad != 0
+    for p, gradient in zip(model.parameters(), exact, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-13)
+    with pytest.raises(ValueError, match=r"got CLIPOutput with logits_per_image, .*text_embeds"):
+        cached_step(model, loss, **batch, micro_batch=4)
