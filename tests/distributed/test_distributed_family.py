@@ -217,12 +217,15 @@ DIFFERENT: dict[str, Given] = {
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_differing_options_are_an_error_on_every_rank(two: Ranks, what: str) -> None:
     for error in two.run(ranks.errors, DIFFERENT[what]):
-        assert error.startswith("ValueError: all ranks must have"), error
+        call = "call one loss, got rank 0: nt_xent_loss, rank 1: info_nce"
+        rule = call if what == "losses" else "have one "
+        assert error.startswith(f"ValueError: all ranks must {rule}"), error
 
 
 def test_global_losses_that_differ(two: Ranks) -> None:
     for found in two.run(ranks.differing_modules):
-        assert all("all ranks must have one loss" in error for error in found), found
+        for option, error in zip(("training", "data_size", "averages"), found, strict=True):
+            assert error.startswith(f"ValueError: all ranks must have one {option}, got"), error
 
 
 def test_modules_that_are_wrong_on_one_rank(two: Ranks) -> None:
