@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.ranks import modules
 from support.ranks.processes import Ranks
+
+from fastclip import clip_loss
 
 
 @pytest.mark.parametrize("name", modules.LOCAL)
@@ -21,3 +24,15 @@ def test_copies_share_the_group_and_pickling_refuses_it(two: Ranks) -> None:
         for name, errors in found.items():
             for error in errors:
                 assert error.startswith(f"TypeError: {name} must have process_group=None"), error
+
+
+def test_one_script_for_one_process_and_for_many(two: Ranks) -> None:
+    """Without a process group, too."""
+    for found in (two.run(modules.script), [modules.script(0, 1)]):
+        values, gradients = zip(*found, strict=True)
+        sides = zip(*(modules.pairs(rank) for rank in range(len(found))), strict=True)
+        x, y = (torch.cat(of).detach().requires_grad_() for of in sides)
+        exact = clip_loss(x, y, 2.0)
+        exact.backward()
+        assert sum(values) / len(found) == pytest.approx(exact.item(), rel=1e-6)
+        torch.testing.assert_close(torch.cat(gradients) / len(found), x.grad)
