@@ -5,6 +5,7 @@
   `engine` runs for each of them except the dense reference.
 - `gpu_engine` is an engine for CUDA tensors. On CPUs these engines are interpreted or emulated, so
   they have smaller tests of their own.
+- `one` to `four` are pools of as many ranks.
 - FASTCLIP_TEST_DEVICE=emulated replaces the C++ engine for CPU tensors by the emulated CUDA engine,
   which then runs all tests of losses and operators.
 """
@@ -33,6 +34,7 @@ from types import ModuleType
 import pytest
 import torch
 from support import dense_truth, judge
+from support.ranks import pools
 
 import fastclip
 from fastclip.engine import chunked_block
@@ -121,3 +123,19 @@ def theirs() -> ModuleType:
     from support.open_clip_import import import_open_clip
 
     return import_open_clip().loss
+
+
+def pool_fixture(name: str, world_size: int) -> Callable[[], pools.Ranks]:
+    @pytest.fixture(name=name)
+    def pool() -> pools.Ranks:
+        return pools.pool_of(world_size)
+
+    return pool
+
+
+one, two = pool_fixture("one", 1), pool_fixture("two", 2)
+three, four = pool_fixture("three", 3), pool_fixture("four", 4)
+
+
+def pytest_sessionfinish() -> None:
+    pools.close_all()

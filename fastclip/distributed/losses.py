@@ -60,7 +60,9 @@ def clip_loss(
 
     Args:
         image_features, text_features: (b, D), this rank's pairs, as in `fastclip.clip_loss`.
-        logit_scale, logit_bias: the same on all ranks.
+        logit_scale, logit_bias: the same on all ranks. If they differ, the logits of a row have
+            those of the row's rank, and every rank warns once, if it can compare them without
+            waiting for a device.
         ids, same_id, label_smoothing, weights: as in `fastclip.clip_loss`, ids and weights of this
             rank's pairs; ids are compared across ranks. Weights have no gradient with the
             reduction "mean".
@@ -85,7 +87,8 @@ def clip_loss(
         gradients in fp32     4 (R - 1) b D        4 (R - 1) b D
         states                at most 40 * B       at most 40 * B
 
-    Uneven batches are gathered as if each had the size of the largest one.
+    With uneven batches b is a rank's own number of pairs; gradients are those of the others' texts,
+    4 (B - b) D. On GPUs uneven batches are gathered as if each had the size of the largest one.
 
     Bytes that a rank holds beyond its inputs, at most:
 
@@ -95,8 +98,8 @@ def clip_loss(
         own gradients         b D (2 E + 8)        b D (2 E + 8)
         states                100 * B              100 * B
 
-    and the engine's work space and `memory_budget`. Uneven texts are held twice while they are
-    gathered.
+    and the engine's work space and `memory_budget`. On GPUs uneven texts are held twice while they
+    are gathered.
 
     Raises, on every rank:
         TypeError, ValueError: as `fastclip.clip_loss`, and ValueError if the ranks' widths, dtypes,

@@ -18,19 +18,16 @@ class HoldsGroup(nn.Module):
 
     process_group: dist.ProcessGroup | None
 
-    def _copied(self, state: dict[str, Any]) -> Any:
+    def __copy__(self) -> Any:
         new = type(self).__new__(type(self))
-        new.__dict__.update(state)
+        new.__setstate__(super().__getstate__())
         return new
 
-    def __copy__(self) -> Any:
-        return self._copied(self.__dict__)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        memo[id(self)] = new = self._copied({})
+        memo[id(self)] = new = type(self).__new__(type(self))
         if self.process_group is not None:
             memo[id(self.process_group)] = self.process_group
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.__setstate__(copy.deepcopy(super().__getstate__(), memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,4 +38,4 @@ class HoldsGroup(nn.Module):
                 "which belongs to its process: set loss.process_group to None before, and to a "
                 "group of the loading process afterwards, or save state_dict()"
             )
-        return self.__dict__
+        return super().__getstate__()

@@ -4,13 +4,11 @@ only what rows hold."""
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from support.bench.importing import ROOT, rows_of_a_case
 from support.ranks import bench
-from support.ranks.processes import Ranks
 
 from bench import __main__ as command
 from bench.distributed import check, table
@@ -21,13 +19,6 @@ from bench.losses import LOSSES
 from bench.measure.timing import Timing
 from bench.report import results
 from bench.scale import model
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def test_what_a_rank_sends_is_counted_once(two):

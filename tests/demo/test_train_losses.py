@@ -1,6 +1,5 @@
 """Every loss of the demo: fused and dense curves agree, across ranks too, and trainings resume."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,6 @@ from fastclip.clip.model import CLIP
 from fastclip.demo.checkpoint import Checkpoint
 from fastclip.demo.losses import LOSSES, BatchLoss
 from fastclip.demo.train import Task, main
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def curve(loss: str, **options: Any) -> list[float]:

@@ -27,6 +27,7 @@ from support.ranks.cases import (
     ours_and_kept,
     warnings_of,
 )
+from support.ranks.pools import pool_of
 from support.ranks.processes import Ranks
 
 WORLD_SIZES = (1, 2, 3, 4)
@@ -37,11 +38,9 @@ MIXED = {1: (13,), 2: (11, 6), 3: (9, 3, 4), 4: (5, 8, 3, 7)}
 QUANTITIES = ("loss", "dx", "dy", "dscale", "dbias")
 
 
-@pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda size: f"{size} ranks")
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    pool = Ranks(request.param)
-    yield pool
-    pool.close()
+@pytest.fixture(params=WORLD_SIZES, ids=lambda size: f"{size} ranks")
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    return pool_of(request.param)
 
 
 def size_of(ranks: Ranks) -> int:

@@ -162,7 +162,7 @@ def test_a_group_within_a_larger_world(four: Ranks) -> None:
 
 def test_a_killed_rank_ends_the_others(four: Ranks) -> None:
     """All others raise within the group's timeout, even a rank that is no neighbour of the dead one
-    in the ring. This must be the pool's last test, since its rank 0 is dead afterwards."""
+    in the ring."""
     seconds = 4.0
     found = four.outcomes(failures.dies, seconds)
     assert isinstance(found[0], Failed) and "died" in str(found[0])

@@ -43,7 +43,7 @@ def test_bytes_sent_are_the_stated_ones(
 ) -> None:
     """The formula in `distributed.clip_loss`, and at most 40 bytes more for each pair."""
     world_size, b, d = 3, 40, 256
-    found = three.run(training.bytes_sent, loss, b, d, dtype, ring)
+    found = three.run(training.bytes_sent, loss, (b,) * world_size, d, dtype, ring)
     texts, gradients = b * d * dtype.itemsize, 4 * b * d
     others = world_size - 1
     # Around a ring texts travel for the forward and for the backward.
@@ -51,6 +51,23 @@ def test_bytes_sent_are_the_stated_ones(
     for sent in found:
         total = sum(sent.values())
         assert stated <= total <= stated + 5 * 8 * world_size * b, dict(sent)
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_no_rank_sends_for_the_largest_one(three: Ranks, loss: str, ring: bool) -> None:
+    """A rank sends its own texts and the others' gradients, and no padding. One without pairs sends
+    gradients alone, and costs the others no more than another rank does."""
+    sizes, d = (60, 20, 0), 256
+    batch = sum(sizes)
+    found = three.run(training.bytes_sent, loss, sizes, d, torch.float32, ring)
+    for own, sent in zip(sizes, found, strict=True):
+        texts = 2 * own * d * 4
+        # An all-to-all counts as two thirds of what it is given.
+        gradients = 4 * d * ((batch - own) if ring else batch * 2 // 3)
+        exactly = (2 if ring else 1) * texts + gradients
+        total = sum(sent.values())
+        assert exactly <= total <= exactly + 5 * 8 * 3 * max(sizes), (own, dict(sent))
 
 
 @pytest.mark.parametrize(

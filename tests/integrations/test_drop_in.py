@@ -110,6 +110,22 @@ def test_siglip_takes_a_bias_that_is_none(device: torch.device, theirs: ModuleTy
     )
 
 
+@pytest.mark.filterwarnings("ignore")  # torch deprecates TorchScript, and warns of shape checks
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trace_has_gradients(name: str, device: torch.device) -> None:
+    """A TorchScript graph serves every batch size, as those of open_clip's classes do."""
+    out, loss = model_out(device), ours_of(name)()
+    traced = torch.jit.trace(loss, tuple(out.values()))
+    x, y = (F.normalize(torch.randn(2 * N, 5, device=device), dim=-1) for _ in range(2))
+    inputs = [x.requires_grad_(), y.requires_grad_(), *list(out.values())[2:]]
+    found = [
+        (value, *torch.autograd.grad(value, inputs[:3]))
+        for value in (traced(*inputs), loss(*inputs))
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 # State
 
 

@@ -185,9 +185,9 @@ def test_live_in_the_accumulation_loop(
     live, _, theirs = runs
     for parameter, true in theirs.gradients.items():
         times = accum_freq if parameter.startswith("logit_") else 1
-        torch.testing.assert_close(
-            times * live.gradients[parameter], true, rtol=1e-3, atol=1e-6, msg=parameter
-        )
+        mistake = (times * live.gradients[parameter] - true).norm()
+        # Some gradients are zero but for rounding.
+        assert mistake <= 1e-4 * true.norm() + 1e-6, (parameter, mistake, true.norm())
     whole = [sum(live.values[k : k + accum_freq]) for k in range(0, len(live.values), accum_freq)]
     assert whole == pytest.approx(theirs.values[::accum_freq], rel=1e-3)
     assert flops[0] < flops[1]

@@ -1,7 +1,5 @@
 """`cached_step` in trainers that own the backward, and with a model that draws from numpy."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -13,20 +11,6 @@ from torch import Tensor, nn
 
 from fastclip import cached_step
 from fastclip.loss import clip_loss
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[Ranks]:
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize("world", ["one", "two"])

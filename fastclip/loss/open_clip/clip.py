@@ -27,7 +27,7 @@ from ...formulas.reduction import Reduction
 from ..base import one_process
 from ..clip import clip_loss
 from ..holds_group import HoldsGroup
-from .dense import open_clip_logits, overrides, refuse_live, refuse_options
+from .dense import backend_in_trace, open_clip_logits, overrides, refuse_live, refuse_options
 
 
 def _warn_of_direction() -> None:
@@ -49,7 +49,8 @@ class ClipLoss(HoldsGroup):
     """open_clip's `ClipLoss`, without parameters or buffers.
 
     `get_logits` and `get_ground_truth` are dense, as in open_clip, for subclasses that call them.
-    If a subclass overrides one of them, the loss is the dense loss of what it returns.
+    If a subclass overrides one of them, the loss is the dense loss of what it returns. It is dense
+    in `torch.jit.trace`, too.
 
     Args:
         local_loss, gather_with_grad: which value and which gradients a rank gets; see the table in
@@ -199,8 +200,9 @@ class ClipLoss(HoldsGroup):
         else:
             loss = clip_loss(
                 *inputs, ids=ids, same_id=self.same_id, label_smoothing=self.label_smoothing,
-                normalize=self.normalize, reduction=self.reduction, backend=self.backend,
-                memory_budget=self.memory_budget, live=live,
+                normalize=self.normalize, reduction=self.reduction,
+                backend=backend_in_trace(self.backend), live=live,
+                memory_budget=self.memory_budget,
             )  # fmt: skip
         return {"contrastive_loss": loss} if output_dict else loss
 

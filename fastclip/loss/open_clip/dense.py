@@ -1,7 +1,9 @@
-"""Dense logits of open_clip's classes, and the check for subclasses that make their own."""
+"""Dense logits of open_clip's classes, the check for subclasses that make their own, and the dense
+form for `torch.jit.trace`."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -37,3 +39,10 @@ def refuse_live(live: tuple[int, int] | None) -> None:
         raise ValueError(
             f"live must be None for a loss that makes its own logits or labels, got {live!r}"
         )
+
+
+def backend_in_trace(backend: str | None) -> str | None:
+    """The backend of a call in one process: "reference" in `torch.jit.trace`, whose graphs cannot
+    hold a fused backward. The check of a trace calls without gradients, and must find one graph."""
+    tracing = not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    return "reference" if tracing else backend

@@ -21,14 +21,14 @@ from ...formulas.reduction import Reduction
 from ...formulas.siglip import siglip
 from ..holds_group import HoldsGroup
 from ..siglip import siglip_loss
-from .dense import open_clip_logits, overrides, refuse_live, refuse_options
+from .dense import backend_in_trace, open_clip_logits, overrides, refuse_live, refuse_options
 
 
 class SigLipLoss(HoldsGroup):
     """open_clip's `SigLipLoss`, without parameters or buffers.
 
     If a subclass overrides `get_logits`, `get_ground_truth` or `_loss`, the loss is the dense loss
-    of what they return, one rank's texts after another.
+    of what they return, one rank's texts after another. It is dense in `torch.jit.trace`, too.
 
     Args:
         cache_labels: has no effect.
@@ -190,5 +190,6 @@ class SigLipLoss(HoldsGroup):
                 world,
             )  # fmt: skip
         else:
+            options["backend"] = backend_in_trace(self.backend)
             loss = siglip_loss(*inputs, **options)
         return {"contrastive_loss": loss} if output_dict else loss

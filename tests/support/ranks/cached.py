@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from fastclip import cached_step, distributed, reference
+from fastclip.engine import warn_once
 from fastclip.loss import ClipLoss
 
 STEPS, RATE = 12, 0.2
@@ -52,6 +53,7 @@ def curve(
 ) -> tuple[list[float], list[float], list[str], float]:
     """The losses of a training, those of one process, warnings, and how far the ranks' parameters
     are from the first rank's. how: "wrapped" passes DDP, "inside" the module in it."""
+    warn_once._given.clear()
     wrapped = DistributedDataParallel(Towers().double())
     model = wrapped if how == "wrapped" else wrapped.module
 

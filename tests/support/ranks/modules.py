@@ -13,6 +13,7 @@ import torch.distributed as dist
 from support.ranks.failures import error_of
 from torch import Tensor, nn
 
+from fastclip import distributed
 from fastclip.engine import warn_once
 from fastclip.loss import (
     ClipLoss,
@@ -95,3 +96,12 @@ def copied(rank: int, world_size: int) -> dict[str, list[str]]:
         if name == "ClipLoss":
             assert torch.equal(loaded(x, y, 2.0), both[0](x, y, 2.0))
     return found
+
+
+def script(rank: int, world_size: int) -> list[Any]:
+    """A step that is written once for one process, with a group or without, and for many: the
+    value and the gradient of this rank's images."""
+    x, y = pairs(rank)
+    value = distributed.clip_loss(x, y, 2.0)
+    value.backward()
+    return [value.item(), x.grad]

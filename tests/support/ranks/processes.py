@@ -28,6 +28,7 @@ class Ranks:
 
     def __init__(self, world_size: int, seconds: float = SECONDS) -> None:
         self.seconds = seconds
+        self.broken = False  # a rank died or gave no answer
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         context = mp.get_context("spawn")
@@ -59,9 +60,11 @@ class Ranks:
     def _receive(self, connection: Connection) -> Any:
         try:
             if not connection.poll(self.seconds):
+                self.broken = True
                 return Failed(f"no answer within {self.seconds} s")
             return connection.recv()
         except (EOFError, ConnectionResetError):
+            self.broken = True
             return Failed("died")
 
     def close(self) -> None:

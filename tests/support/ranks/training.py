@@ -139,10 +139,13 @@ def most_held(
 
 
 def bytes_sent(
-    rank: int, world_size: int, loss: str, b: int, d: int, dtype: torch.dtype, ring: bool
-) -> Counter:
-    """The bytes that this rank sends in a forward and a backward, by kind of exchange."""
-    x, y = (torch.randn(b, d).to(dtype).requires_grad_() for _ in range(2))
+    rank: int, world_size: int, loss: str, sizes: tuple[int, ...], d: int, dtype: torch.dtype,
+    ring: bool,
+) -> Counter:  # fmt: skip
+    """The bytes that this rank sends in a forward and a backward, by kind of exchange. sizes: each
+    rank's number of pairs."""
+    x, y = (torch.randn(sizes[rank], d).to(dtype).requires_grad_() for _ in range(2))
+    options = {"normalize": True, "ring": ring, "uneven": len(set(sizes)) > 1}
     with Traffic() as traffic:
-        getattr(distributed, f"{loss}_loss")(x, y, 5.0, -1.0, normalize=True, ring=ring).backward()
+        getattr(distributed, f"{loss}_loss")(x, y, 5.0, -1.0, **options).backward()
     return traffic.sent
