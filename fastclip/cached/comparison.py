@@ -15,6 +15,7 @@ _TOLERANCES = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
+_TF32 = 1e-2
 
 
 class Comparison:
@@ -62,6 +63,8 @@ class Comparison:
 
     def _tolerance(self, x: Tensor) -> float:
         found = max(self._coarsest, _TOLERANCES.get(x.dtype, 0.0))
+        if x.device.type != "cpu" and x.dtype == torch.float32:
+            found = max(found, _TF32)  # the default of convolutions on GPUs
         if torch.is_autocast_enabled(x.device.type):
             found = max(found, _TOLERANCES.get(torch.get_autocast_dtype(x.device.type), 0.0))
         return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .comparison import Comparison
 from .gradients import Gradients, leaves_of, surrogate
-from .outputs import Outputs
+from .outputs import FEATURES, Outputs
 from .random_state import RandomState
 from .towers import Towers
 from .wrappers import without_exchange
@@ -64,7 +64,8 @@ class SecondPass:
                 again = tower.encode(index)
             outputs = slice(place, place + 1) if self.towers.is_pair else slice(None)
             gradients = self.gradients.of_outputs[outputs]
-            first = self.whole._replace(values=self.whole.values[outputs])
+            names = FEATURES[outputs] if self.towers.is_pair else self.whole.names
+            first = Outputs(self.whole.values[outputs], names)
             rows = tower.rows(index)
             if self.comparison is not None:
                 self.comparison.add(index, first.of_rows(rows), again)

@@ -163,3 +163,12 @@ def test_features_that_become_infinite_are_a_difference() -> None:
 
     with pytest.raises(RuntimeError, match="output 0"):
         cached_step(Noisy(draw), clip_loss, *data(), micro_batch=4)
+
+
+@pytest.mark.parametrize("place, name", [(0, "image_features"), (1, "text_features")])
+def test_a_tower_that_differs_is_named(place: int, name: str) -> None:
+    draw, linear = counter(0.01), nn.Linear(6, 4).double()
+    towers: list[Any] = [linear, linear]
+    towers[place] = lambda x: linear(x * draw(x.shape))
+    with pytest.raises(RuntimeError, match=f"a difference in {name} of micro-batch ."):
+        cached_step(tuple(towers), clip_loss, *data(), micro_batch=4, shared=5.0)
