@@ -13,6 +13,7 @@ import torch
 from support import family
 from support.ranks import family as ranks
 from support.ranks.family import FLOAT64, Spread, joined, of_one_process
+from support.ranks.pools import pool_of
 from support.ranks.processes import Ranks
 from torch import Tensor
 
@@ -85,8 +86,8 @@ def test_an_input_that_one_rank_freezes(two: Ranks) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_classes(four: Ranks) -> list[dict[str, tuple[list[float], list[Tensor]]]]:
-    return four.run(ranks.classes, 3)
+def of_classes() -> list[dict[str, tuple[list[float], list[Tensor]]]]:
+    return pool_of(4).run(ranks.classes, 3)
 
 
 CLASSES = [

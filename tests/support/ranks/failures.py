@@ -81,7 +81,7 @@ def exchanges_for_agreement(
 
     The group counts as one that moves only GPU tensors, although its tensors are on the CPU.
     """
-    exchange, exchanged = agreement._exchange, []
+    exchange, exchanged = agreement.exchange, []
 
     def on_cpu(group: Any, mine: tuple[int, ...], device: torch.device) -> Any:
         exchanged.append(device.type)
@@ -92,7 +92,7 @@ def exchanges_for_agreement(
 
     found = []
     gpu = torch.device("cuda")
-    with mock.patch.multiple(agreement, _exchange=on_cpu, _exchanging_device=lambda *_: gpu):
+    with mock.patch.multiple(agreement, exchange=on_cpu, _exchanging_device=lambda *_: gpu):
         for sizes, options in calls:
             before = len(exchanged)
             error = error_of(step, sizes[rank], options)
