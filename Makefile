@@ -54,7 +54,8 @@ emulated: .venv/extension
 
 # This environment has a copy of fastclip: an editable installation would put its extension into
 # fastclip/, over that of .venv, which is built for another torch.
-OLDEST := compile compile_ranks contrast contrast_transforms operators drop_in shapes errors triton_dispatch triton_plan gpu_engine_*
+OLDEST := cached_* compile compile_ranks contrast contrast_transforms operators drop_in shapes errors \
+  triton_dispatch triton_plan gpu_engine_*
 test-oldest: .venv-oldest/extension
 	.venv-oldest/bin/$(PYTEST) $(call files,$(OLDEST)) $(ARGS)
 
