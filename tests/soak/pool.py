@@ -1,0 +1,115 @@
+"""Processes that run a soak's functions together as ranks of gloo groups.
+
+They are forked from a server that has imported torch, so that a pool starts in well under a
+second. A group of fewer ranks holds the first ones.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Outcome(NamedTuple):
+    """A rank's result, or its error, and the seconds that it took."""
+
+    result: Any
+    error: str  # "" without one; "died" and "hangs" if the process does not answer
+    seconds: float
+
+
+class Pool:
+    """`ranks` processes. seconds: the timeout of their groups. smaller: they form groups of fewer
+    ranks, too."""
+
+    def __init__(self, ranks: int, seconds: float, smaller: bool = False) -> None:
+        self.ranks, self.seconds = ranks, seconds
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "numpy", "fastclip", "torch.distributed"])
+        pipes = [context.Pipe() for _ in range(ranks)]
+        self.connections = [mine for mine, _ in pipes]
+        self.processes = [
+            context.Process(
+                target=_serve, args=(rank, ranks, store, seconds, smaller, pipe[1]), daemon=True
+            )
+            for rank, pipe in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+        for _, theirs in pipes:
+            theirs.close()
+
+    def run(self, function: Callable[..., Any], *arguments: Any, ranks: int = 0) -> list[Outcome]:
+        """The outcomes of `function(rank, group, *arguments)` on the first ranks; 0: on all.
+
+        A rank that has not answered after twice the timeout and a minute hangs.
+        """
+        asked = self.connections[: ranks or self.ranks]
+        for connection in asked:
+            connection.send((len(asked), function, arguments))
+        ends = time.monotonic() + 2 * self.seconds + 60
+        return [self._receive(connection, ends) for connection in asked]
+
+    def run_but(self, faulty: int, function: Callable[..., Any], *arguments: Any) -> list[Outcome]:
+        """The same on all ranks, without waiting for one that will not answer."""
+        for connection in self.connections:
+            connection.send((self.ranks, function, arguments))
+        ends = time.monotonic() + 2 * self.seconds + 60
+        return [
+            Outcome(None, "", 0.0) if rank == faulty else self._receive(connection, ends)
+            for rank, connection in enumerate(self.connections)
+        ]
+
+    def _receive(self, connection: Connection, ends: float) -> Outcome:
+        try:
+            if not connection.poll(max(0.0, ends - time.monotonic())):
+                return Outcome(None, "hangs", self.seconds)
+            return connection.recv()
+        except (EOFError, ConnectionResetError):
+            return Outcome(None, "died", 0.0)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for connection in self.connections:
+            connection.close()
+        self._folder.cleanup()
+
+
+def _serve(
+    rank: int, ranks: int, store: str, seconds: float, smaller: bool, connection: Connection
+) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=seconds)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout
+    )
+
+    groups: dict[int, dist.ProcessGroup | None] = {ranks: None}
+    for size in range(1, ranks) if smaller else ():
+        groups[size] = dist.new_group(list(range(size)), timeout=timeout)
+    while True:
+        try:
+            size, function, arguments = connection.recv()
+        except EOFError:
+            return
+        begun = time.monotonic()
+        try:
+            outcome = (function(rank, groups[size], *arguments), "")
+        except Exception as error:
+            outcome = (None, f"{type(error).__name__}: {error}")
+        connection.send(Outcome(*outcome, time.monotonic() - begun))
