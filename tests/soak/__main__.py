@@ -38,7 +38,9 @@ def main() -> int:
     import warnings
 
     from soak import long
+    from soak.meter import return_freed_memory
 
+    return_freed_memory()
     warnings.simplefilter("ignore")
     if importlib.util.find_spec("triton"):
         from support import interpreter

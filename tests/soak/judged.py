@@ -66,6 +66,8 @@ def mistakes(
             rows = given[name[1:]].any(1)
         off, limit = _off(mine[rows], right[rows]), bound(name, exact, result, p, rows, given)
         theirs = _off(numbers(dense[name])[rows], right[rows]) if dense else 0.0
+        if limit >= 1:  # at the largest logits the bound says nothing
+            continue
         limit = SLACK * limit + (OF_DENSE * theirs if theirs < 0.1 or is_dense else 0.0)
         if not off <= limit:
             wrong.append(f"{name}: off by {off:.2e}, allowed {limit:.2e} (dense {theirs:.2e})")

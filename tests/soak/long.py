@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +33,35 @@ def steps(
     first: int, count: int, seconds: float, seed: int, table: Path | None,
     say: Callable[[str], None], engines: dict[str | None, float] = ENGINES,
 ) -> Wrong:  # fmt: skip
-    """Runs steps in this process. Returns a line for each mistake, and for what grows."""
+    """Runs steps in this process. Returns a line for each mistake, and for what grows.
+
+    After each measurement the steps go on in another Python thread: torch keeps a compiled product
+    for each shape and thread, which random sizes would let grow for ever.
+    """
     begun, wrong, measured = time.monotonic(), [], []
     every = max(LEAST_STEPS, count // MEASUREMENTS)
     rows = Table(table, ("steps", "seconds", "wrong", *Held._fields))
-    done = 0
-    for k in numbers(first, count, seconds):
-        step = draw(seed, k, engines)
-        mistakes = stepped.wrong_in(step)
-        if mistakes:
-            wrong.append(_failure("steps", seed, k, step, mistakes))
-            say(wrong[-1])
-        done += 1
-        if done % every == 0:
-            measured.append(held())
-            rows.add(done, round(time.monotonic() - begun), len(wrong), *measured[-1])
+    left, done = numbers(first, count, seconds), 0
+
+    def several() -> int:
+        number = 0
+        for k in itertools.islice(left, every):
+            number += 1
+            step = draw(seed, k, engines)
+            mistakes = stepped.wrong_in(step)
+            if mistakes:
+                wrong.append(_failure("steps", seed, k, step, mistakes))
+                say(wrong[-1])
+        return number
+
+    while True:
+        with ThreadPoolExecutor(1) as pool:
+            number = pool.submit(several).result()
+        if not number:
+            break
+        done += number
+        measured.append(held())
+        rows.add(done, round(time.monotonic() - begun), len(wrong), *measured[-1])
     return wrong + [f"{done} steps: {line}" for line in growth(measured)]
 
 
@@ -79,10 +95,15 @@ def cases(
                 if of_ranks:  # the largest process counts
                     measured.append(Held(*map(max, zip(*of_ranks, strict=True))))
                     over_time.add(done, round(time.monotonic() - begun), *measured[-1])
-                rows.replace([(fault, *found) for fault, found in sorted(by_fault.items())])
+                rows.replace(_by_fault(by_fault))
     finally:
         runner.close()
+        rows.replace(_by_fault(by_fault))
     return wrong + [f"{done} cases: {line}" for line in growth(measured)]
+
+
+def _by_fault(found: dict[str, list[float]]) -> list[tuple[Any, ...]]:
+    return [(fault, *numbers) for fault, numbers in sorted(found.items())]
 
 
 def _failure(what: str, seed: int, k: int, drawn: Any, mistakes: Wrong) -> str:

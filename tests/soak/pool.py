@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from soak.meter import return_freed_memory
 
 
 class Outcome(NamedTuple):
@@ -93,6 +94,7 @@ def _serve(
     rank: int, ranks: int, store: str, seconds: float, smaller: bool, connection: Connection
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    return_freed_memory()
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=seconds)
     dist.init_process_group(

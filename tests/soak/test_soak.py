@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from soak import long, ranked
-from soak.meter import Held, growth
+from soak.meter import Held, growth, held
 from soak.pool import Outcome
 from soak.ranked import Case, Runner
 
@@ -19,11 +19,13 @@ def of_steps(count: int) -> list[str]:
 
 
 def test_steps() -> None:
-    assert of_steps(100) == []
+    assert of_steps(60) == []
 
 
-def test_cases_across_ranks() -> None:
-    assert long.cases(0, 9, math.inf, 9, None, print) == []
+def test_cases_across_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among seven cases one rank dies, one brings NaN, and three misfit."""
+    monkeypatch.setattr(ranked, "MOST_RANKS", 4)
+    assert long.cases(0, 7, math.inf, 213, None, print) == []
 
 
 def test_a_wrong_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +93,18 @@ def test_numbers_in_place_of_nan_are_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_growth_is_found() -> None:
-    flat = [Held(200.0 + 30 * (k < 5) + k % 3, 40, 8) for k in range(50)]
+    flat = [Held(100.0, 200.0 + 30 * (k < 5) + k % 3, 40, 8) for k in range(50)]
     assert growth(flat) == []
-    assert "RSS grows by" in growth([h._replace(rss=h.rss + k) for k, h in enumerate(flat)])[0]
-    for name in ("descriptors", "threads"):
-        leaking = [h._replace(**{name: getattr(h, name) + k // 8}) for k, h in enumerate(flat)]
-        assert name in growth(leaking)[0]
+    for name in Held._fields:
+        each = 1 if name == "rss" else 8  # measurements until one more
+        leaking = [h._replace(**{name: getattr(h, name) + k // each}) for k, h in enumerate(flat)]
+        assert len(growth(leaking)) == 1 and name in growth(leaking)[0]
+
+
+def test_memory_that_is_held_is_measured() -> None:
+    before = held()
+    blocks = [torch.ones(1 << 20) for _ in range(8)]  # 4 MiB each
+    after = held()
+    assert 31 < after.allocated - before.allocated < 40 and after.rss - before.rss > 30
+    del blocks
+    assert held().allocated < before.allocated + 8
