@@ -1,7 +1,7 @@
 """Processes that run a soak's functions together as ranks of gloo groups.
 
-They are forked from a server that has imported torch, so that a pool starts in well under a
-second. A group of fewer ranks holds the first ones.
+They are forked from a server that has imported torch and the soak, so that a pool starts in about
+a second. A group of fewer ranks holds the first ones.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,7 +41,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "numpy", "fastclip", "torch.distributed"])
+        context.set_forkserver_preload(["soak.faults", "torch.distributed"])
         pipes = [context.Pipe() for _ in range(ranks)]
         self.connections = [mine for mine, _ in pipes]
         self.processes = [
@@ -47,8 +50,10 @@ class Pool:
             )
             for rank, pipe in enumerate(pipes)
         ]
-        for process in self.processes:
-            process.start()
+        # The server, which the first process starts, finds its modules by this variable alone.
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            for process in self.processes:
+                process.start()
         for _, theirs in pipes:
             theirs.close()
 
@@ -63,11 +68,14 @@ class Pool:
         ends = time.monotonic() + 2 * self.seconds + 60
         return [self._receive(connection, ends) for connection in asked]
 
-    def run_but(self, faulty: int, function: Callable[..., Any], *arguments: Any) -> list[Outcome]:
-        """The same on all ranks, without waiting for one that will not answer."""
+    def run_but(
+        self, faulty: int, seconds: float, function: Callable[..., Any], *arguments: Any
+    ) -> list[Outcome]:
+        """The same on all ranks, in a group with a timeout of its own, without waiting for a rank
+        that will not answer."""
         for connection in self.connections:
-            connection.send((self.ranks, function, arguments))
-        ends = time.monotonic() + 2 * self.seconds + 60
+            connection.send((seconds, function, arguments))
+        ends = time.monotonic() + 2 * seconds + 60
         return [
             Outcome(None, "", 0.0) if rank == faulty else self._receive(connection, ends)
             for rank, connection in enumerate(self.connections)
@@ -101,7 +109,7 @@ def _serve(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout
     )
 
-    groups: dict[int, dist.ProcessGroup | None] = {ranks: None}
+    groups: dict[float, dist.ProcessGroup | None] = {ranks: None}
     for size in range(1, ranks) if smaller else ():
         groups[size] = dist.new_group(list(range(size)), timeout=timeout)
     while True:
@@ -109,9 +117,19 @@ def _serve(
             size, function, arguments = connection.recv()
         except EOFError:
             return
-        begun = time.monotonic()
-        try:
-            outcome = (function(rank, groups[size], *arguments), "")
-        except Exception as error:
-            outcome = (None, f"{type(error).__name__}: {error}")
-        connection.send(Outcome(*outcome, time.monotonic() - begun))
+        if size not in groups:  # of all ranks, by its timeout
+            groups[size] = dist.new_group(timeout=datetime.timedelta(seconds=size))
+        # In a thread of its own: torch keeps compiled products for each shape and thread.
+        with ThreadPoolExecutor(1) as pool:
+            connection.send(pool.submit(_outcome, function, rank, groups[size], arguments).result())
+
+
+def _outcome(
+    function: Callable[..., Any], rank: int, group: dist.ProcessGroup | None, arguments: tuple
+) -> Outcome:
+    begun = time.monotonic()
+    try:
+        result, error = function(rank, group, *arguments), ""
+    except Exception as raised:
+        result, error = None, f"{type(raised).__name__}: {raised}"
+    return Outcome(result, error, time.monotonic() - begun)

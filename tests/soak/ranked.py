@@ -15,7 +15,7 @@ from soak.spread import Spread
 
 MOST_RANKS = 8
 TIMEOUT = 90.0  # of groups whose ranks all answer
-SHORT = 4.0  # of groups with a rank that stalls or dies
+SHORT = 4.5  # of groups with a rank that stalls or dies; no number of ranks
 # A rank may notice a fault in the exchange after the one that the others notice it in.
 LATEST = 2 * SHORT + 10.0
 
@@ -64,13 +64,13 @@ class Runner:
         if FAULTS[fault].expected != "broken":
             self._pool = self._pool or Pool(MOST_RANKS, TIMEOUT, smaller=True)
             return self._pool.run(faults.step, one, fault, faulty, ranks=ranks)
-        pool = Pool(ranks, SHORT)
+        pool = Pool(ranks, TIMEOUT)
         try:
             # So that only the wait for the faulty rank takes time.
             first = pool.run(faults.step, one, "none", faulty)
             if any(outcome.error for outcome in first):
                 return [o._replace(error=f"before the fault: {o.error}") for o in first]
-            return pool.run_but(faulty, faults.step, one, fault, faulty)
+            return pool.run_but(faulty, SHORT, faults.step, one, fault, faulty)
         finally:
             pool.close()
 
