@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.sanitized import build
 
-SECONDS = 25
+CALLS = 150
 TESTS = Path(__file__).resolve().parents[2]
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
 MACHINE = torch.backends.cpu.get_cpu_capability()
@@ -52,12 +52,11 @@ def test_nothing_is_found(package: Path, capability: str, product: str) -> None:
     if product == "brgemm" and "AVX512" not in AVAILABLE:
         pytest.skip("this machine has no brgemm")
     done = run(
-        package, str(TESTS / "support/sanitized/exercise.py"), str(SECONDS), "0",
+        package, str(TESTS / "support/sanitized/exercise.py"), str(CALLS), "0",
         ATEN_CPU_CAPABILITY=capability.lower(), FASTCLIP_CPU=product,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    calls, wrong, used = done.stdout.splitlines()[-1].split(", ")
-    assert int(calls.split()[0]) > 10 and wrong == "0 wrong" and used == capability
+    assert done.stdout == f"0 wrong, {capability}\n"
 
 
 def test_the_extension_is_the_sanitized_one(package: Path) -> None:
