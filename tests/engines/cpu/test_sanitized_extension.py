@@ -38,6 +38,7 @@ def run(package: Path, *arguments: str, **variables: str) -> subprocess.Complete
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
         "UBSAN_OPTIONS": "print_stacktrace=1", **variables,
     }  # fmt: skip
+    # -c and -m look for modules here first, whatever an installation has put on the path.
     return subprocess.run(
         [sys.executable, *arguments], env=settings, cwd=package, capture_output=True, text=True,
         timeout=900,
@@ -52,11 +53,11 @@ def test_nothing_is_found(package: Path, capability: str, product: str) -> None:
     if product == "brgemm" and "AVX512" not in AVAILABLE:
         pytest.skip("this machine has no brgemm")
     done = run(
-        package, str(TESTS / "support/sanitized/exercise.py"), str(CALLS), "0",
+        package, "-m", "support.sanitized.exercise", str(CALLS), "0",
         ATEN_CPU_CAPABILITY=capability.lower(), FASTCLIP_CPU=product,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    assert done.stdout == f"0 wrong, {capability}\n"
+    assert done.stdout == f"0 wrong, {capability}, {product}, sanitized\n"
 
 
 def test_the_extension_is_the_sanitized_one(package: Path) -> None:

@@ -1,6 +1,6 @@
 """Calls losses and `contrast` on the CPU engine, at the edges of its strips and tiles.
 
-    python exercise.py CALLS SEED
+    python -m support.sanitized.exercise CALLS SEED
 
 prints a line for each wrong result, and the number of those. Sanitizers end the process at their
 first report.
@@ -41,7 +41,8 @@ def main() -> int:
         for line in wrong_in(step):
             wrong += 1
             print(step, line, sep="\n  ", flush=True)
-    print(f"{wrong} wrong, {fastclip.build_info()['capability']}")
+    info = fastclip.build_info()
+    print(f"{wrong} wrong, {info['capability']}, {info['product']}, {info['compiler']}")
     return wrong > 0
 
 
