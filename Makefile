@@ -34,7 +34,7 @@ BIN := .venv/bin
 # The tests of a file run in one process, since they share what is slow to make.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 CSRC := $(shell find csrc -type f)
-FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.c')
+FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp')
 # Files of tests by name.
 files = $(foreach name,$(1),$(shell find tests -name 'test_$(name).py'))
 INSTALL := install --no-build-isolation --no-deps --editable .

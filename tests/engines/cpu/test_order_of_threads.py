@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     fastclip.backends()["cpu"] != "available", reason="the C++ engine was not built"
 )
 
-COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+COMPILER = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 SECONDS = 30  # until a hanging process ends, with the places of its threads
 
 STEP = f"""
@@ -89,10 +89,10 @@ def test_no_strip_overtakes_another() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is Linux's")
 def test_a_failed_allocation_raises_and_the_next_call_is_right(tmp_path: Path) -> None:
-    """In each thread in turn. `failing_allocation.c` makes them fail."""
+    """In each thread in turn. `failing_allocation.cpp` makes them fail."""
     if shutil.which(COMPILER[0]) is None:
         pytest.skip(f"no {COMPILER[0]}")
-    library, source = tmp_path / "failing.so", Path(__file__).with_name("failing_allocation.c")
+    library, source = tmp_path / "failing.so", Path(__file__).with_name("failing_allocation.cpp")
     command = [*COMPILER, "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
     subprocess.run(command, check=True)
     said = run(FAIL, str(library), LD_PRELOAD=str(library))
