@@ -26,7 +26,7 @@ COUNTS = {"steps": 10_000, "ranks": 2_000}
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.soak", description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="*", choices=[[], *COUNTS], help="default: both")
+    parser.add_argument("what", nargs="*", choices=[[], *COUNTS], metavar="steps | ranks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first step or case")
     parser.add_argument("--count", type=int, help="steps or cases; default: 10,000 and 2,000")

@@ -73,13 +73,21 @@ class Pool:
     ) -> list[Outcome]:
         """The same on all ranks, in a group with a timeout of its own, without waiting for a rank
         that will not answer."""
-        for connection in self.connections:
-            connection.send((seconds, function, arguments))
+        # All make the group before the rank fails.
+        self._send(seconds, _nothing)
+        made = [self._receive(each, time.monotonic() + 60) for each in self.connections]
+        if any(outcome.error for outcome in made):
+            return [o._replace(error=f"no group: {o.error}") for o in made]
+        self._send(seconds, function, *arguments)
         ends = time.monotonic() + 2 * seconds + 60
         return [
             Outcome(None, "", 0.0) if rank == faulty else self._receive(connection, ends)
             for rank, connection in enumerate(self.connections)
         ]
+
+    def _send(self, group: float, function: Callable[..., Any], *arguments: Any) -> None:
+        for connection in self.connections:
+            connection.send((group, function, arguments))
 
     def _receive(self, connection: Connection, ends: float) -> Outcome:
         try:
@@ -122,6 +130,10 @@ def _serve(
         # In a thread of its own: torch keeps compiled products for each shape and thread.
         with ThreadPoolExecutor(1) as pool:
             connection.send(pool.submit(_outcome, function, rank, groups[size], arguments).result())
+
+
+def _nothing(rank: int, group: dist.ProcessGroup | None) -> None:
+    pass
 
 
 def _outcome(
