@@ -18,11 +18,14 @@
 #   make gpu-bundle PYTHON=python3.12        makes gpu-bundle/, for torch 2.11 and Hopper cards
 #   make emulated             tests losses and operators on the CUDA engine, emulated; minutes
 #   make test-cuda            runs the tests that compile for minutes, such as the tensor-core kernels'
+#   make sanitize             runs the CPU engine under sanitizers, and shows that they see mistakes; minutes
+#   make soak                 makes 10,000 random calls, and 2,000 across ranks with faults; an hour on
+#                             two cores; ARGS='steps --count 500' makes fewer
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest test-peers test-cuda emulated bench bench-peers lint format clean gpu \
-  gpu-bundle
+.PHONY: demo test test-oldest test-peers test-cuda emulated sanitize soak bench bench-peers lint \
+  format clean gpu gpu-bundle
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -31,7 +34,7 @@ BIN := .venv/bin
 # The tests of a file run in one process, since they share what is slow to make.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 CSRC := $(shell find csrc -type f)
-FORMATTED := $(CSRC) $(wildcard tests/emulation/*/*.h tests/emulation/*/*.cpp)
+FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp')
 # Files of tests by name.
 files = $(foreach name,$(1),$(shell find tests -name 'test_$(name).py'))
 INSTALL := install --no-build-isolation --no-deps --editable .
@@ -70,6 +73,13 @@ test-peers: .venv-peers/extension
 test-cuda: .venv/extension
 	$(BIN)/pip --quiet install --no-deps $(PIP_ARGS) nvidia-cutlass==4.2.0.0
 	$(BIN)/$(PYTEST) -m minutes $(ARGS)
+
+sanitize: .venv/extension
+	$(BIN)/$(PYTEST) -m minutes $(call files,cpu_sanitizers) $(call files,sanitized_extension) $(ARGS)
+
+# The tables go to build/soak.
+soak: .venv/extension
+	$(BIN)/python -m tests.soak $(ARGS)
 
 bench: .venv/extension
 	$(BIN)/python -m bench $(ARGS)

@@ -1,39 +1,13 @@
-"""Builds the programs of this folder and runs them.
+"""Builds the programs of this folder."""
 
-Objects are cached in build/cuda_emulation/programs, named after a hash of the preprocessed source,
-the flags and the compiler. A changed header recompiles one object, an unchanged tree none.
-"""
-
-import contextlib
-import functools
-import hashlib
-import os
-import platform
-import resource
-import shlex
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
+from emulation import programs
+from emulation.programs import CSRC, Unit
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
-CSRC = ROOT / "csrc"
-KEPT = ROOT / "build" / "cuda_emulation" / "programs"
-DAY = 86400
-
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-pthread"]
-SANITIZERS = {
-    "none": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-fsanitize=thread"],
-}
-SCHEDULERS = {"fibers": ["-DEMULATION_POISON"], "threads": ["-DEMULATION_THREADS"]}
+SCHEDULERS = {"fibers": ("-DEMULATION_POISON",), "threads": ("-DEMULATION_THREADS",)}
 SELFTEST = [HERE / "selftest.cpp", HERE / "mistakes.cpp"]
 
 
@@ -41,63 +15,8 @@ def driver(csrc: Path = CSRC) -> list[Path]:
     return [csrc / "cuda/engine.cu", HERE / "driver.cpp"]
 
 
-@functools.cache
-def compiler() -> tuple[list[str], str]:
-    """Returns the compiler's command and its version."""
-    command = shlex.split(os.environ.get("CXX", "g++"))
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"no {command[0]}")
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    return command, version.stdout
-
-
-@functools.cache
-def _links(sanitizer: str) -> bool:
-    command = [*compiler()[0], *SANITIZERS[sanitizer], "-x", "c++", "-", "-o", os.devnull]
-    return subprocess.run(command, input=b"int main() {}", capture_output=True).returncode == 0
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-5000:]}"
-    return done.stdout
-
-
-def _make(path: Path, command: list[str]) -> Path:
-    """Runs the command unless its output exists.
-
-    Other processes may write and remove files at the same time; the last file of a name stays.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        os.utime(path)
-        return path
-    KEPT.mkdir(parents=True, exist_ok=True)
-    for old in KEPT.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - old.stat().st_mtime > DAY:
-                old.unlink()
-    with tempfile.NamedTemporaryFile(dir=KEPT, delete=False) as file:
-        _run([*command, "-o", file.name])
-    os.replace(file.name, path)
-    return path
-
-
-def preprocessed(source: Path, flags: Sequence[str], csrc: Path) -> str:
-    command, _ = compiler()
-    text = _run(
-        [*command, *flags, "-I", str(HERE), "-I", str(csrc), "-x", "c++", "-E", str(source)]
-    )
-    return text.replace(str(csrc), "csrc")
-
-
-def _object(source: Path, flags: Sequence[str], csrc: Path) -> Path:
-    command, version = compiler()
-    # Reports name files as csrc/..., wherever a copy of csrc lies.
-    flags = [*flags, f"-ffile-prefix-map={csrc}=csrc", f"-ffile-prefix-map={HERE}=cuda_emulation"]
-    text = preprocessed(source, flags, csrc)
-    key = hashlib.sha256("\0".join([text, version, *flags[:-2]]).encode()).hexdigest()[:20]
-    includes = ["-I", str(HERE), "-I", str(csrc)]
-    return _make(KEPT / f"{key}.o", [*command, *flags, *includes, "-x", "c++", "-c", str(source)])
+def units(sources: Sequence[Path], scheduler: str = "fibers", csrc: Path = CSRC) -> list[Unit]:
+    return [Unit(source, HERE, SCHEDULERS[scheduler], csrc) for source in sources]
 
 
 def build(
@@ -107,34 +26,4 @@ def build(
     csrc: Path = CSRC,
 ) -> Path:
     """Returns the built program; skips the test if the compiler lacks the sanitizer."""
-    if not _links(sanitizer):
-        pytest.skip(f"{compiler()[0][0]} has no -fsanitize={sanitizer} here")
-    flags = [*FLAGS, *SANITIZERS[sanitizer], *SCHEDULERS[scheduler]]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: _object(source, flags, csrc), sources))
-    key = hashlib.sha256("".join(o.stem for o in objects).encode()).hexdigest()[:20]
-    return _make(KEPT / key, [*compiler()[0], *flags, *map(str, objects)])
-
-
-def run(program: Path, *arguments: str, seconds: int = 600) -> subprocess.CompletedProcess[str]:
-    """Runs a program, which sanitizers end at their first report."""
-    options = {
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "halt_on_error=1",
-    }
-
-    def start(*prefix: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*prefix, str(program), *arguments],
-            capture_output=True, text=True, timeout=seconds, env=os.environ | options, check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
-        )  # fmt: skip
-
-    done = start()
-    # Some Linux kernels randomise addresses more than the sanitizer supports.
-    if "unexpected memory mapping" in done.stderr:
-        if shutil.which("setarch") is None:
-            pytest.skip("ThreadSanitizer cannot run with this much address-space randomisation")
-        done = start("setarch", platform.machine(), "-R")
-    return done
+    return programs.build(units(sources, scheduler, csrc), sanitizer)

@@ -4,7 +4,8 @@ Every test that runs the engine's kernels on a CPU relies on this.
 """
 
 import pytest
-from emulation.cuda.build import SELFTEST, build, run
+from emulation.cuda.build import SELFTEST, build
+from emulation.programs import run
 
 BUILDS = [
     ("fibers", "none"),

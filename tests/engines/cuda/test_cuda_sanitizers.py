@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from emulation.cuda.build import CSRC, FLAGS, build, driver, preprocessed, run
+from emulation.cuda.build import build, driver, units
+from emulation.programs import CSRC, preprocessed, run
 
 pytestmark = pytest.mark.minutes
 
@@ -38,7 +39,7 @@ def test_no_race() -> None:
 
 
 def barriers() -> Iterator[tuple[Path, re.Match[str]]]:
-    text = preprocessed(driver()[0], FLAGS, CSRC)
+    text = preprocessed(units(driver())[0])
     for path in sorted(CSRC.rglob("*.h")):
         if f'"csrc/{path.relative_to(CSRC)}"' in text:
             yield from ((path, match) for match in BARRIER.finditer(path.read_text()))
