@@ -50,7 +50,7 @@ def world_of_ranks(
         functools.partial(announced, process_group),
         functools.partial(total, process_group),
         functools.partial(_gather_rows, process_group, uneven),
-        functools.partial(_whole_batch, process_group, uneven, loss),
+        functools.partial(_whole_batch, process_group, uneven, normalize, loss),
         ranks,
         not uneven,
     )
@@ -58,11 +58,11 @@ def world_of_ranks(
 
 @no_compile
 def _whole_batch(
-    process_group: dist.ProcessGroup | None, uneven: bool, loss: str, x: Tensor, y: Tensor,
-    ids: tuple[Tensor, Tensor] | None,
+    process_group: dist.ProcessGroup | None, uneven: bool, normalize: bool, loss: str, x: Tensor,
+    y: Tensor, ids: tuple[Tensor, Tensor] | None,
 ) -> Batch:  # fmt: skip
     wants = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    call = Call(loss, wants, uneven, {"ids": int(ids is not None)})
+    call = Call(loss, wants, uneven, {"ids": int(ids is not None), "normalize": int(normalize)})
     shard = agree(process_group, x, y, call)
     x_ids, y_ids = (None, None) if ids is None else map(shard.gather, ids)
     return Batch(*_WholeBatch.apply(x, y, shard), x_ids, y_ids, shard.start)

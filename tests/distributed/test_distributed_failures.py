@@ -5,6 +5,7 @@ import torch
 from support.ranks import failures
 from support.ranks.processes import Failed, Ranks
 
+HARDEST = {"loss": "ranking_loss", "given": {"hardest": True}}
 MISMATCHES = {
     "sizes": (
         [{"n": 4}, {"n": 5}, {"n": 4}],
@@ -29,6 +30,10 @@ MISMATCHES = {
         "one loss, got rank 0: clip_loss, rank 1: siglip_loss",
     ),
     "normalisation": ([{"n": 4}, {"n": 4, "normalize": True}, {"n": 4}], "one normalize, got"),
+    "normalisation of gathered features": (
+        [{"n": 4, **HARDEST}, {"n": 4, "normalize": True, **HARDEST}, {"n": 4, **HARDEST}],
+        "one normalize, got rank 0: 0, rank 1: 1, rank 2: 0",
+    ),
     "uneven": ([{"n": 4, "uneven": True}, {"n": 5}, {"n": 4}], "one uneven, got rank 0: 1"),
     "nothing to differentiate": (
         [{"n": 4}, {"n": 4}, {"n": 4, "frozen": True}],

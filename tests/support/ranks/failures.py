@@ -39,8 +39,9 @@ def call(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
         x, y = x.detach(), y.detach()
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scalars = () if loss == "ranking_loss" else (2.0, -1.0)
             value = getattr(distributed, loss)(
-                x, y, 2.0, -1.0, uneven=uneven, normalize=normalize, **given
+                x, y, *scalars, uneven=uneven, normalize=normalize, **given
             )
         value.sum().backward()
     except (TypeError, ValueError, RuntimeError) as error:
