@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip import cached_step
 from fastclip.loss import clip_loss
@@ -140,6 +141,26 @@ def test_a_shared_value_that_differs_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="output 2 of micro-batch"):
         cached_step(drifting, clip_loss, *data(), micro_batch=4)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_comparison_is_read_once_at_the_end() -> None:
+    """On a GPU, each reading of a number would wait for the device."""
+    model = Noisy(lambda shape: torch.ones(shape))
+    with Operators() as operators:
+        cached_step(model, lambda x, y, s: (s * x @ y.T).logsumexp(1).mean(), *data(),
+                    micro_batch=4)  # fmt: skip
+    reads = [k for k, name in enumerate(operators.names) if "_local_scalar_dense" in name]
+    assert len(reads) == 1 and reads[0] > len(operators.names) - 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])

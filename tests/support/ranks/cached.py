@@ -85,12 +85,29 @@ def counted(model: DistributedDataParallel) -> list[int]:
     return exchanges
 
 
-def in_a_function(rank: int, world_size: int) -> tuple[float, int]:
+class Trainer:
+    """Holds a model as an attribute, as trainers do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def encode(self, *rows: Tensor) -> Any:
+        return self.model(*rows)
+
+
+def in_a_function(rank: int, world_size: int, how: str) -> tuple[float, int]:
     """DDP is found behind a function: the largest error of a gradient, and the all-reduces."""
     model = DistributedDataParallel(Towers().double())
     exchanges = counted(model)
     pairs = own(rank, data(world_size))
-    cached_step(lambda *rows: model(*rows), distributed.clip_loss, *pairs, micro_batch=2)
+    trainer = Trainer(model)
+    functions = {
+        "closure": lambda *rows: model(*rows),
+        "default": lambda *rows, own=model: own(*rows),
+        "method": trainer.encode,
+        "closure of an object": lambda *rows: trainer.model(*rows),
+    }
+    cached_step(functions[how], distributed.clip_loss, *pairs, micro_batch=2)
     found = {name: p.grad for name, p in model.module.named_parameters()}
     return worst(found, gradients_of_one_process(world_size)), len(exchanges)
 
@@ -186,6 +203,8 @@ def misfit(rank: int, world_size: int, fault: str, how: str) -> tuple[str, float
             model = functools.partial(lambda inner, *rows: raise_(OSError("no file")), model)
         elif fault == "loss":
             loss = failing(loss)
+        elif fault == "after the loss":  # whose backward is an exchange
+            loss = lambda *outputs: [distributed.clip_loss(*outputs), raise_(OSError("no file"))]  # noqa: E731
         elif fault == "check":
             options["check"] = False
         elif fault == "encodings":
@@ -212,6 +231,9 @@ def different_numbers(rank: int, world_size: int, kind: str) -> str:
         if kind == "buffers":
             model.register_buffer("seen", torch.zeros(()))
         model = DistributedDataParallel(model)
+        if kind == "statistics":
+            model.module.norm = nn.SyncBatchNorm(8)  # DDP takes it on GPUs only
+            model.broadcast_buffers = False
     pairs = own(rank, data(world_size))
     try:
         cached_step(model, distributed.clip_loss, *pairs, micro_batch=2 + rank)
