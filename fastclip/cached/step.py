@@ -72,7 +72,8 @@ def cached_step(
             or Lightning's `self.manual_backward`. It is called once for each micro-batch, and for
             each tower of two, with a scalar, the surrogate. The surrogate's value is the loss, and
             its backward adds what the micro-batch contributes to the gradients, so that a factor
-            such as 1 / accumulation steps enters once.
+            such as 1 / accumulation steps enters once. It must not step the optimizer, as
+            Accelerate's does with DeepSpeed.
         no_sync: returns a context in which `backward` does not exchange gradients between ranks. It
             is entered for all micro-batches but each tower's last. Default: that of DDP or FSDP, if
             `model` is, contains or refers to such a module.

@@ -114,6 +114,17 @@ def test_under_autocast_the_rounding_is_that_of_its_dtype() -> None:
         cached_step(normalised, clip_loss, *data(torch.float32), micro_batch=4)
 
 
+def test_the_rounding_of_half_precision_towers_is_no_error() -> None:
+    """Their features are float32, but made with parameters of bfloat16."""
+    noisy = Noisy(counter(2e-3), torch.bfloat16)
+
+    def normalised(images: Tensor, texts: Tensor) -> tuple[Any, ...]:
+        x, y, scale = noisy(images, texts)
+        return x.float(), y.float(), scale
+
+    cached_step(normalised, clip_loss, *data(torch.bfloat16), micro_batch=4)
+
+
 def test_one_row_is_enough() -> None:
     """The largest difference of a row counts, not the average."""
     calls = [0]
@@ -130,6 +141,20 @@ def test_one_row_is_enough() -> None:
             Noisy(draw), clip_loss, *big, micro_batch=400,
             outputs={"image_features": 0, "text_features": 1, "logit_scale": 2},
         )  # fmt: skip
+
+
+def test_the_rounding_of_a_row_of_zeros_is_no_error() -> None:
+    """It is relative to the average row."""
+    model, (images, texts), calls = Noisy(lambda shape: torch.ones(shape)), data(), [0]
+    model.image.bias.data.zero_()
+    images[3] = 0
+
+    def rounded(images: Tensor, texts: Tensor) -> tuple[Any, ...]:
+        calls[0] += 1
+        x, y, scale = model(images, texts)
+        return x + 1e-12 * calls[0], y, scale
+
+    cached_step(rounded, clip_loss, images, texts, micro_batch=4)
 
 
 def test_a_shared_value_that_differs_is_an_error() -> None:
