@@ -56,9 +56,9 @@ class Comparison:
             "cached_step encodes each micro-batch twice, and the model must return the same both "
             f"times, got a difference in {where}{size}. The usual reasons are augmentation with a "
             "random generator of its own (the global ones of torch, numpy and Python are "
-            "replayed), a counter that advances, and statistics that a forward updates and uses, "
-            "as some batch normalisations do. The gradients that this step added are wrong; "
-            "check=False accepts them"
+            "replayed), a counter that advances, inputs that a forward changes in place, and "
+            "statistics that a forward updates and uses, as some batch normalisations do. The "
+            "gradients that this step added are wrong; check=False accepts them"
         )
 
     def _tolerance(self, x: Tensor) -> float:

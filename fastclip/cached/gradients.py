@@ -12,26 +12,36 @@ from torch.autograd.function import once_differentiable
 from .outputs import Outputs
 
 
+class Evaluated(NamedTuple):
+    value: Tensor  # the loss
+    scaled: Tensor  # times the factor of a scaler, if there is one
+    leaves: list[Tensor]
+
+
 class Gradients(NamedTuple):
     value: Tensor  # the loss, detached
     of_outputs: tuple[Tensor | None, ...]
     of_leaves: list[tuple[Tensor, Tensor]]  # other leaves, such as the loss's own parameters
 
 
-def gradients_of(loss: Callable[..., Any], whole: Outputs, scaler: Any) -> Gradients:
-    """Returns the loss of a batch's outputs, which are leaves, and its gradients, scaled if there
-    is a scaler."""
+def evaluated(loss: Callable[..., Any], whole: Outputs, scaler: Any) -> Evaluated:
+    """Returns the loss of a batch's outputs, which are leaves, with the leaves of its graph."""
     with torch.enable_grad():
         value = whole.of_loss(loss)
         scaled = value if scaler is None else scaler.scale(value)
     leaves = leaves_of(scaled)
     if not leaves:
         raise ValueError("the loss must depend on the model's outputs, got one without a graph")
-    found = torch.autograd.grad(scaled, leaves, allow_unused=True)
-    by_leaf = {id(x): g for x, g in zip(leaves, found, strict=True)}
+    return Evaluated(value, scaled, leaves)
+
+
+def gradients_of(loss: Evaluated, whole: Outputs) -> Gradients:
+    """Returns the gradients of a loss, scaled if there is a scaler."""
+    found = torch.autograd.grad(loss.scaled, loss.leaves, allow_unused=True)
+    by_leaf = {id(x): g for x, g in zip(loss.leaves, found, strict=True)}
     of_outputs = tuple(by_leaf.pop(id(x), None) for x in whole.values)
-    others = [(x, by_leaf[id(x)]) for x in leaves if by_leaf.get(id(x)) is not None]
-    return Gradients(value.detach(), of_outputs, others)
+    others = [(x, by_leaf[id(x)]) for x in loss.leaves if by_leaf.get(id(x)) is not None]
+    return Gradients(loss.value.detach(), of_outputs, others)
 
 
 def leaves_of(value: Tensor) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,7 +55,8 @@ def rows_of(batch: Any, rows: slice) -> Any:
         return batch
     if isinstance(batch, Mapping):
         parts = {key: rows_of(value, rows) for key, value in batch.items()}
-        if type(batch) is dict or not hasattr(batch, "__setitem__"):
+        # The copy of another mapping may share its entries with the caller's batch.
+        if type(batch) is dict or not isinstance(batch, (dict, UserDict)):
             return parts
         # A type such as transformers' BatchEncoding keeps its attributes.
         result = copy.copy(batch)

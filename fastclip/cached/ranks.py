@@ -54,17 +54,17 @@ class StepRanks:
         In groups that only move GPU tensors, reading the other ranks' answers would wait for the
         device, so that they do not hear of an error.
         """
-        known = refusals()
+        before = {group: refusals(group) for group in self.groups}
         try:
             result = check()
         except Exception:
-            # The loss may have told the others itself. A group that is broken must not hide why.
-            if refusals() == known:
-                with suppress(Exception):
-                    self._heard((REFUSED,))
+            # The loss may have told the ranks of its group itself.
+            unaware = [group for group, count in before.items() if refusals(group) == count]
+            with suppress(Exception):  # a group that is broken must not hide why
+                _heard(unaware, (REFUSED,))
             raise
         mine = {} if compared is None else compared(result)
-        for heard in self._heard((0, *mine.values())):
+        for heard in _heard(self.groups, (0, *mine.values())):
             refused = [str(rank) for rank, value in enumerate(heard[0]) if value == REFUSED]
             if refused:
                 raise ValueError(
@@ -79,20 +79,6 @@ class StepRanks:
                     )
         return result
 
-    def _heard(self, numbers: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
-        """Returns the ranks' values of each number, in each group. A rank that hears REFUSED passes
-        it on.
-
-        The message is that of `agree`: a rank that waits there, in its loss, understands REFUSED.
-        """
-        heard = []
-        for group in self.groups:
-            if has_cpu(group):
-                heard.append(exchange(group, numbers, torch.device("cpu")))
-                if REFUSED in heard[-1][0]:
-                    numbers = (REFUSED, *numbers[1:])
-        return heard
-
     def check_equal(self, comparison: Comparison) -> None:
         """Raises if the encodings differ, on this rank or another one."""
         excess = comparison.largest_excess()
@@ -100,6 +86,23 @@ class StepRanks:
             dist.all_reduce(excess, dist.ReduceOp.MAX, group=group)
         if excess > 1:
             raise RuntimeError(comparison.error())
+
+
+def _heard(
+    groups: list[dist.ProcessGroup], numbers: tuple[int, ...]
+) -> list[list[tuple[int, ...]]]:
+    """Returns the ranks' values of each number, in each group. A rank that hears REFUSED passes it
+    on.
+
+    The message is that of `agree`: a rank that waits there, in its loss, understands REFUSED.
+    """
+    heard = []
+    for group in groups:
+        if has_cpu(group):
+            heard.append(exchange(group, numbers, torch.device("cpu")))
+            if REFUSED in heard[-1][0]:
+                numbers = (REFUSED, *numbers[1:])
+    return heard
 
 
 def _groups_of_loss(loss: Any) -> list[dist.ProcessGroup]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .comparison import Comparison
-from .gradients import gradients_of
+from .gradients import evaluated, gradients_of
 from .outputs import Outputs
 from .random_state import RandomState, restored
 from .ranks import StepRanks, warn_of_separate_gradients
@@ -72,7 +72,8 @@ def cached_step(
             or Lightning's `self.manual_backward`. It is called once for each micro-batch, and for
             each tower of two, with a scalar, the surrogate. The surrogate's value is the loss, and
             its backward adds what the micro-batch contributes to the gradients, so that a factor
-            such as 1 / accumulation steps enters once.
+            such as 1 / accumulation steps enters once. It must not step the optimizer, as
+            Accelerate's does with DeepSpeed.
         no_sync: returns a context in which `backward` does not exchange gradients between ranks. It
             is entered for all micro-batches but each tower's last. Default: that of DDP or FSDP, if
             `model` is, contains or refers to such a module.
@@ -91,9 +92,15 @@ def cached_step(
     Randomness of both encodings is the same if it comes from the global generators of torch, numpy
     or Python. Running statistics, such as batch normalisation's, are updated twice and are those of
     micro-batches. All ranks must have the same number of micro-batches with FSDP, which gathers
-    parameters for each of them, and with DDP that broadcasts buffers. If the model is DDP or FSDP,
-    `backward` is given, or the loss is fastclip's own across ranks, an error on one rank is raised
-    on all, unless their group only moves GPU tensors.
+    parameters for each of them, and with DDP that broadcasts buffers or holds SyncBatchNorm.
+
+    If the model is DDP or FSDP, `backward` is given, or the loss is fastclip's own across ranks,
+    all ranks must call this together: those of the wrapper's group, else of the loss's, else of the
+    default group. An error of one rank in its arguments, in the first encoding or in the loss's
+    forward is raised on all ranks, and so are encodings that differ, unless their group only moves
+    GPU tensors. After an error within an exchange (in a backward, in the second encoding, in a
+    forward of FSDP or of DDP that broadcasts buffers) the others wait until that rank ends or the
+    group's timeout is over.
 
     Raises:
         ValueError: a micro_batch below 1, inputs without rows, with different numbers of rows or
@@ -118,7 +125,7 @@ def cached_step(
 
     def compared(towers: Towers) -> dict[str, int]:
         number = {"number of micro-batches": towers.micro_batches} if ranks.in_step else {}
-        return {**number, "check": int(check), "mode of gradients": int(with_gradients)}
+        return {**number, "check": int(check), "torch.is_grad_enabled()": int(with_gradients)}
 
     towers = ranks.check("arguments that it accepts", checked, compared)
     if with_gradients and not wrappers and backward is None:
@@ -139,7 +146,9 @@ def cached_step(
     whole = ranks.check("a model that encodes their inputs", encode)
     if not with_gradients:
         return ranks.check("a loss of their outputs", lambda: whole.of_loss(loss)).detach()
-    found = ranks.check("a loss of their outputs", lambda: gradients_of(loss, whole, scaler))
+    value = ranks.check("a loss of their outputs", lambda: evaluated(loss, whole, scaler))
+    # The loss's backward may be an exchange, in which no rank can hear of another one's error.
+    found = gradients_of(value, whole)
     again = SecondPass(towers, states, whole, found, backward, no_sync)
     if scaler is not None and backward is not None:
         again.divisor = scaler.scale(torch.ones((), device=found.value.device))

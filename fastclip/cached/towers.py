@@ -39,8 +39,10 @@ class Tower(NamedTuple):
     @property
     def is_frozen(self) -> bool:
         """Whether the tower surely has nothing to differentiate."""
-        own = self.model
-        return isinstance(own, nn.Module) and not any(p.requires_grad for p in own.parameters())
+        if not isinstance(self.model, nn.Module):
+            return False
+        tensors = [*self.model.parameters(), *tensors_of(self.arguments)]
+        return not any(t.requires_grad for t in tensors)
 
 
 class Towers(NamedTuple):
@@ -110,6 +112,10 @@ def towers_of(
     for name, value in (("micro_batch", micro_batches), ("outputs", read)):
         if len(value) != 2:
             raise ValueError(f"{name} must be one value or a pair for two towers, got {len(value)}")
+    if isinstance(outputs, Mapping):
+        raise ValueError(
+            "outputs must be a key, a function or a pair of them for two towers, got a dictionary"
+        )
     parts = []
     for index, (tower, own) in enumerate(zip(model, inputs, strict=True)):
         sizes = sizes_of(own, micro_batches[index], f"inputs[{index}]")

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
@@ -14,8 +15,8 @@ from torch import nn
 
 
 def modules_of(model: Any) -> list[nn.Module]:
-    """Returns the modules that a model calls: itself, or those that a function, a bound method or a
-    partial refers to directly."""
+    """Returns the modules that a model calls: itself, or those that a function, a bound method, a
+    partial or another callable object refers to, directly or as attributes of an object."""
     if isinstance(model, nn.Module):
         return [model]
     if isinstance(model, functools.partial):
@@ -25,12 +26,18 @@ def modules_of(model: Any) -> list[nn.Module]:
         referred = [model.__self__]
     elif inspect.isfunction(model):
         referred = [model.__globals__.get(name) for name in model.__code__.co_names]
+        referred += [*(model.__defaults__ or ()), *(model.__kwdefaults__ or {}).values()]
         for cell in model.__closure__ or ():
             with suppress(ValueError):  # a cell that has no value yet
                 referred.append(cell.cell_contents)
     else:
-        referred = list(getattr(model, "__dict__", {}).values())
-    return [r for r in referred if isinstance(r, nn.Module)]
+        referred = [model]
+    found = []
+    for r in referred:
+        is_plain = not isinstance(r, (nn.Module, ModuleType, type)) and not inspect.isroutine(r)
+        of_object = getattr(r, "__dict__", {}).values() if is_plain else ()
+        found += [m for m in (r, *of_object) if isinstance(m, nn.Module)]
+    return found
 
 
 def wrappers_of(model: Any) -> list[nn.Module]:
@@ -70,8 +77,10 @@ def groups_of(wrapper: nn.Module) -> list[dist.ProcessGroup]:
 
 def in_step(wrapper: nn.Module) -> bool:
     """Whether the ranks of a wrapper must encode the same number of micro-batches, because its
-    forward exchanges parameters or buffers."""
+    forward exchanges parameters, buffers or statistics."""
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        if any(isinstance(module, nn.SyncBatchNorm) for module in wrapper.modules()):
+            return True
         return wrapper.broadcast_buffers and next(wrapper.buffers(), None) is not None
     return True
 

@@ -76,7 +76,7 @@ _FIRST_CALLS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], _Ran
     WeakKeyDictionary()
 )
 REFUSED = -1  # in place of the first field, a code that is at least 0
-_refusals = 0
+_REFUSALS: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 # The fixed length of a rank's message; shorter ones, such as a refusal, are padded.
 _MOST_FIELDS = 40
 # Sizes that may be 0 on some ranks, but not on all.
@@ -237,10 +237,10 @@ def _exchanging_device(group: dist.ProcessGroup, device: torch.device) -> torch.
     return torch.device("cpu") if has_cpu(group) else device
 
 
-def refusals() -> int:
-    """Returns how many refusals this process has sent or received. An error after another one is
-    known to the ranks of its group."""
-    return _refusals
+def refusals(group: dist.ProcessGroup) -> int:
+    """Returns how many refusals this process has sent to or received from a group. An error after
+    another one is known to the ranks of the group."""
+    return _REFUSALS.get(group, 0)
 
 
 def exchange(
@@ -253,8 +253,7 @@ def exchange(
     received = gather_rows(message, (len(padded),) * world_size, group).view(world_size, -1)
     fields = list(zip(*received.tolist(), strict=True))
     if REFUSED in fields[0]:
-        global _refusals
-        _refusals += 1
+        _REFUSALS[group] = refusals(group) + 1
     return fields[: len(mine)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 _given: set[str] = set()
-_INSIDE = tuple(str(Path(file).parent) for file in (Path(__file__).parent, torch.__file__))
+_INSIDE = tuple(str(Path(file).parent) + os.sep for file in (Path(__file__).parent, torch.__file__))
 
 
 def warn_once(about: str, message: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip import cached_step
 from fastclip.loss import clip_loss
@@ -113,6 +114,17 @@ def test_under_autocast_the_rounding_is_that_of_its_dtype() -> None:
         cached_step(normalised, clip_loss, *data(torch.float32), micro_batch=4)
 
 
+def test_the_rounding_of_half_precision_towers_is_no_error() -> None:
+    """Their features are float32, but made with parameters of bfloat16."""
+    noisy = Noisy(counter(2e-3), torch.bfloat16)
+
+    def normalised(images: Tensor, texts: Tensor) -> tuple[Any, ...]:
+        x, y, scale = noisy(images, texts)
+        return x.float(), y.float(), scale
+
+    cached_step(normalised, clip_loss, *data(torch.bfloat16), micro_batch=4)
+
+
 def test_one_row_is_enough() -> None:
     """The largest difference of a row counts, not the average."""
     calls = [0]
@@ -131,6 +143,20 @@ def test_one_row_is_enough() -> None:
         )  # fmt: skip
 
 
+def test_the_rounding_of_a_row_of_zeros_is_no_error() -> None:
+    """It is relative to the average row."""
+    model, (images, texts), calls = Noisy(lambda shape: torch.ones(shape)), data(), [0]
+    model.image.bias.data.zero_()
+    images[3] = 0
+
+    def rounded(images: Tensor, texts: Tensor) -> tuple[Any, ...]:
+        calls[0] += 1
+        x, y, scale = model(images, texts)
+        return x + 1e-12 * calls[0], y, scale
+
+    cached_step(rounded, clip_loss, images, texts, micro_batch=4)
+
+
 def test_a_shared_value_that_differs_is_an_error() -> None:
     model, calls = Noisy(lambda shape: torch.ones(shape)), [0]
 
@@ -140,6 +166,26 @@ def test_a_shared_value_that_differs_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="output 2 of micro-batch"):
         cached_step(drifting, clip_loss, *data(), micro_batch=4)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_comparison_is_read_once_at_the_end() -> None:
+    """On a GPU, each reading of a number would wait for the device."""
+    model = Noisy(lambda shape: torch.ones(shape))
+    with Operators() as operators:
+        cached_step(model, lambda x, y, s: (s * x @ y.T).logsumexp(1).mean(), *data(),
+                    micro_batch=4)  # fmt: skip
+    reads = [k for k, name in enumerate(operators.names) if "_local_scalar_dense" in name]
+    assert len(reads) == 1 and reads[0] > len(operators.names) - 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])

@@ -1,6 +1,7 @@
 """Batches of `cached_step` as users have them: dictionaries, nested containers, strings, pairs."""
 
 from collections import UserDict, namedtuple
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,36 @@ def test_any_batch(name: str) -> None:
     whole, *parts = (read(*positional) for positional, _ in model.seen)
     assert [len(part[0]) for part in parts] == [4, 4, 3] * 2 and len(whole[0]) == N
     assert all(type(given[0]) is type(batch[0]) for given, _ in model.seen)
+
+
+class Table(MutableMapping):
+    """A mapping whose `copy.copy` shares its entries."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.entries = entries
+
+    def __getitem__(self, key: str) -> Any:
+        return self.entries[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.entries[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def test_the_batch_keeps_its_entries() -> None:
+    for batch in (Batch(a=x, b=y), Table(a=x, b=y)):
+        model = Model(lambda b: (b["a"], b["b"]))
+        value = cached_step(model, clip_loss, batch, micro_batch=4)
+        torch.testing.assert_close(value, clip_loss(*model({"a": x, "b": y})).detach())
+        assert batch["a"] is x and batch["b"] is y
 
 
 def test_objects_without_rows_are_passed_on_whole() -> None:
@@ -246,6 +277,13 @@ def test_a_frozen_tower_is_encoded_once() -> None:
     assert calls == [4, 4, 3] and text.weight.grad is None
 
 
+def test_a_leaf_gets_its_gradient_through_a_frozen_tower() -> None:
+    image, text, images = linear().requires_grad_(False), linear(), x.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(clip_loss(image(images), text(y), 5.0), images)
+    cached_step((image, text), clip_loss, images, y, micro_batch=4, shared=5.0)
+    torch.testing.assert_close(images.grad, exact, rtol=1e-9, atol=1e-14)
+
+
 def test_a_shared_value_gets_a_gradient_though_both_towers_are_frozen() -> None:
     image, text = linear().requires_grad_(False), linear().requires_grad_(False)
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
@@ -273,3 +311,5 @@ def test_errors_of_two_towers() -> None:
     refused("must return features \\(m, D\\), .* got tuple of a tensor of shape \\(4, 5\\)", x, y,
             own=(lambda a: (towers[0](a),), towers[1]))  # fmt: skip
     refused("got 'pooled', which is not in a tensor", x, y, outputs="pooled")
+    refused("outputs must be a key, .* for two towers, got a dictionary", x, y,
+            outputs={"image_features": "pooled"})  # fmt: skip

@@ -163,6 +163,15 @@ def test_without_gradients_it_returns_the_value(mode: Any) -> None:
     assert value == exact and all(g is None for g in found) and model.largest == 5
 
 
+def test_without_gradients_inputs_may_have_a_graph() -> None:
+    model, (images, texts) = Model(dropout=0.0).double(), data()
+    exact = clip_loss(*model(images, texts)).detach()
+    images = images.requires_grad_() * 1
+    with torch.no_grad():
+        value = cached_step(model, clip_loss, images, texts, micro_batch=5)
+    torch.testing.assert_close(value, exact)
+
+
 def test_a_loss_that_draws_goes_on_drawing() -> None:
     """The generators go on after the loss, not from the second encoding's start."""
     model, drawn = Model(dropout=0.0).double(), []

@@ -21,9 +21,19 @@ def test_the_wrapped_model_has_the_curve_of_one_process(two: Ranks) -> None:
         assert not warned and apart == 0
 
 
-def test_ddp_behind_a_function(two: Ranks) -> None:
-    for error, exchanges in two.run(cached.in_a_function):
+@pytest.mark.parametrize(
+    "how", ["closure", "default", "keyword default", "method", "closure of an object"]
+)
+def test_ddp_behind_a_function(two: Ranks, how: str) -> None:
+    for error, exchanges in two.run(cached.in_a_function, how):
         assert error < 1e-12 and exchanges == 1
+
+
+def test_hidden_ddp_with_a_backward_of_the_caller(two: Ranks) -> None:
+    """It exchanges with each micro-batch, as Lightning's does, and then expects a gradient of every
+    parameter."""
+    for error, exchanges in two.run(cached.in_a_function, "hidden"):
+        assert error < 1e-12 and exchanges == 3
 
 
 def test_two_towers_in_ddp(two: Ranks) -> None:
@@ -66,14 +76,28 @@ def test_a_misfit_is_an_error_on_all_ranks(two: Ranks, fault: str, how: str) -> 
     assert waited < 20  # the group's timeout is 30 minutes
 
 
+def test_an_error_after_the_loss_is_one_on_all_ranks(two: Ranks) -> None:
+    """The other ranks must hear of it before the loss's backward, which exchanges gradients."""
+    (other, waited), (culprit, _) = two.run(cached.misfit, "after the loss", "ddp")
+    assert culprit == "OSError: no file" and waited < 20
+    assert "all ranks must have a loss of their outputs, got an error on rank 1" in other
+
+
+def test_ranks_outside_the_loss_s_group_hear_of_its_error(three: Ranks) -> None:
+    first, (culprit, _), (other, waited) = three.run(cached.refused_in_a_smaller_group)
+    assert first[0].startswith("ValueError") and culprit.startswith("TypeError: logit_scale")
+    assert "all ranks must have a loss of their outputs, got an error on rank" in other
+    assert waited < 20
+
+
 def test_options_that_differ(two: Ranks) -> None:
     for error, _ in two.run(cached.misfit, "check", "ddp"):
         assert "all ranks must have the same check, got rank 0: 1, rank 1: 0" in error
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "buffers", "plain"])
+@pytest.mark.parametrize("kind", ["fsdp", "buffers", "statistics", "plain"])
 def test_numbers_of_micro_batches(two: Ranks, kind: str) -> None:
-    """Each forward of FSDP, and of DDP with buffers, is an exchange."""
+    """Each forward of FSDP, and of DDP with buffers or SyncBatchNorm, is an exchange."""
     for error in two.run(cached.different_numbers, kind):
         expected = "all ranks must have the same number of micro-batches, got rank 0: 3, rank 1: 2"
         assert error == "none" if kind == "plain" else expected in error

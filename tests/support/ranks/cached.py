@@ -85,12 +85,32 @@ def counted(model: DistributedDataParallel) -> list[int]:
     return exchanges
 
 
-def in_a_function(rank: int, world_size: int) -> tuple[float, int]:
+class Trainer:
+    """Holds a model as an attribute, as trainers do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def encode(self, *rows: Tensor) -> Any:
+        return self.model(*rows)
+
+
+def in_a_function(rank: int, world_size: int, how: str) -> tuple[float, int]:
     """DDP is found behind a function: the largest error of a gradient, and the all-reduces."""
     model = DistributedDataParallel(Towers().double())
     exchanges = counted(model)
     pairs = own(rank, data(world_size))
-    cached_step(lambda *rows: model(*rows), distributed.clip_loss, *pairs, micro_batch=2)
+    trainer = Trainer(model)
+    functions = {
+        "closure": lambda *rows: model(*rows),
+        "default": lambda images, texts, own=model: own(images, texts),
+        "keyword default": lambda *rows, own=model: own(*rows),
+        "method": trainer.encode,
+        "closure of an object": lambda *rows: trainer.model(*rows),
+        "hidden": lambda *rows: hidden[0](*rows),
+    }
+    hidden, backward = [model], Tensor.backward if how == "hidden" else None
+    cached_step(functions[how], distributed.clip_loss, *pairs, micro_batch=2, backward=backward)
     found = {name: p.grad for name, p in model.module.named_parameters()}
     return worst(found, gradients_of_one_process(world_size)), len(exchanges)
 
@@ -186,6 +206,8 @@ def misfit(rank: int, world_size: int, fault: str, how: str) -> tuple[str, float
             model = functools.partial(lambda inner, *rows: raise_(OSError("no file")), model)
         elif fault == "loss":
             loss = failing(loss)
+        elif fault == "after the loss":  # whose backward is an exchange
+            loss = lambda *outputs: [distributed.clip_loss(*outputs), raise_(OSError("no file"))]  # noqa: E731
         elif fault == "check":
             options["check"] = False
         elif fault == "encodings":
@@ -194,6 +216,21 @@ def misfit(rank: int, world_size: int, fault: str, how: str) -> tuple[str, float
     started = time.monotonic()
     try:
         cached_step(model, loss, images, texts, **options)
+        return "no error", time.monotonic() - started
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - started
+
+
+def refused_in_a_smaller_group(rank: int, world_size: int) -> tuple[str, float]:
+    """The error of this rank, and the seconds it took, if ranks 0 and 1 share a loss that refuses
+    rank 1's scale, and all ranks share DDP."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
+    model = DistributedDataParallel(Towers().double())
+    of_rank: Any = (lambda *rows: (*model(*rows)[:2], "five")) if rank == 1 else model
+    loss = functools.partial(distributed.clip_loss, process_group=groups[rank // 2])
+    started = time.monotonic()
+    try:
+        cached_step(of_rank, loss, *own(rank, data(world_size)), micro_batch=4)
         return "no error", time.monotonic() - started
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - started
@@ -212,6 +249,9 @@ def different_numbers(rank: int, world_size: int, kind: str) -> str:
         if kind == "buffers":
             model.register_buffer("seen", torch.zeros(()))
         model = DistributedDataParallel(model)
+        if kind == "statistics":
+            model.module.norm = nn.SyncBatchNorm(8)  # DDP takes it on GPUs only
+            model.broadcast_buffers = False
     pairs = own(rank, data(world_size))
     try:
         cached_step(model, distributed.clip_loss, *pairs, micro_batch=2 + rank)
