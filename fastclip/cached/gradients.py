@@ -83,7 +83,7 @@ class _Surrogate(torch.autograd.Function):
             None,
             None,
             *(
-                (g.to(torch.promote_types(g.dtype, factor.dtype)) * factor).to(g.dtype)
+                (g.to(torch.promote_types(g.dtype, factor.dtype)) * factor.to(g.device)).to(g.dtype)
                 for g in ctx.gradients
             ),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 from collections import UserDict
 from collections.abc import Iterator, Mapping
@@ -20,11 +21,13 @@ def sizes_of(batch: Any, micro_batch: Any, name: str) -> list[int]:
         ValueError: a micro_batch below 1, a batch without rows, with entries that differ in their
             number of rows, or with tensors that are part of a graph.
     """
-    if not isinstance(micro_batch, int) or isinstance(micro_batch, bool) or micro_batch < 1:
+    is_number = hasattr(micro_batch, "__index__") and not isinstance(micro_batch, bool)
+    if not is_number or operator.index(micro_batch) < 1:
         raise ValueError(
             "micro_batch must be at least 1, or a pair of such numbers for two towers, got "
             f"{micro_batch!r}"
         )
+    micro_batch = operator.index(micro_batch)
     entries = dict(_entries(batch, name))
     counts = {path: len(entry) for path, entry in entries.items()}
     if not counts:

@@ -27,6 +27,10 @@ class Outputs(NamedTuple):
         value = self.values[index]
         return isinstance(value, Tensor) and value.dim() > 1
 
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """Returns the shapes of tensors, None for other outputs."""
+        return [tuple(v.shape) if isinstance(v, Tensor) else None for v in self.values]
+
     def of_rows(self, rows: slice) -> Outputs:
         """Returns the outputs of some of the batch's rows."""
         return self._replace(

@@ -42,18 +42,30 @@ class SecondPass:
         # and DDP then expects one of every parameter.
         self.has_all_parameters = backward is not None
 
-    def run(self) -> None:
         # A tower whose features get no gradient is not encoded again.
-        jobs = [
+        self.jobs = [
             (place, index)
-            for place, tower in enumerate(self.towers.parts)
+            for place, tower in enumerate(towers.parts)
             for index in range(len(tower.sizes))
-            if not self.towers.is_pair or self.gradients.of_outputs[place] is not None
-        ]
-        for job in jobs:
-            self._encode(*job, is_last=job == jobs[-1])
-        if not jobs:
-            self._send(self.once)
+            if not towers.is_pair or gradients.of_outputs[place] is not None
+        ] or [None]
+
+    def jobs_before_exchange(self, in_step: bool) -> int:
+        """Returns the number of first jobs in which no rank waits for another one. in_step: the
+        forward of a wrapper exchanges."""
+        own_backward = self.has_all_parameters
+        if in_step or (own_backward and self.no_sync is None):
+            return 0
+        if own_backward or any(tower.wrappers for tower in self.towers.parts):
+            return 0 if self.jobs[0] is None else len(self.towers.parts[self.jobs[0][0]].sizes) - 1
+        return len(self.jobs)
+
+    def run(self, jobs: slice) -> None:
+        for job in self.jobs[jobs]:
+            if job is None:
+                self._send(self.once)
+            else:
+                self._encode(*job, is_last=job == self.jobs[-1])
 
     def _encode(self, place: int, index: int, is_last: bool) -> None:
         tower = self.towers.parts[place]

@@ -96,11 +96,11 @@ def cached_step(
 
     If the model is DDP or FSDP, `backward` is given, or the loss is fastclip's own across ranks,
     all ranks must call this together: those of the wrapper's group, else of the loss's, else of the
-    default group. An error of one rank in its arguments, in the first encoding or in the loss's
-    forward is raised on all ranks, and so are encodings that differ, unless their group only moves
-    GPU tensors. After an error within an exchange (in a backward, in the second encoding, in a
-    forward of FSDP or of DDP that broadcasts buffers) the others wait until that rank ends or the
-    group's timeout is over.
+    default group. An error of one rank in its arguments, in its encodings or in the loss's forward
+    is raised on all ranks, and so are encodings that differ, unless their group only moves GPU
+    tensors. After an error within an exchange (in the loss's backward, in a micro-batch whose
+    gradients are exchanged, in a forward of FSDP or of DDP that broadcasts buffers) the others wait
+    until that rank ends or the group's timeout is over.
 
     Raises:
         ValueError: a micro_batch below 1, inputs without rows, with different numbers of rows or
@@ -113,6 +113,8 @@ def cached_step(
         Once, in a group of several ranks, if the model is neither DDP nor FSDP, and `backward` is
         not given: gradients then differ between ranks.
     """
+    if isinstance(model, nn.ModuleList):
+        model = tuple(model)
     parts = model if isinstance(model, (tuple, list)) else (model,)
     wrappers = [wrapper for part in parts for wrapper in wrappers_of(part)]
     ranks = StepRanks(wrappers, loss, backward is not None)
@@ -143,7 +145,8 @@ def cached_step(
                     own.append(tower.encode(index))
         return towers.whole(encoded, with_gradients)
 
-    whole = ranks.check("a model that encodes their inputs", encode)
+    # Ranks that exchange in their forwards could not hear of an error.
+    whole = encode() if ranks.in_step else ranks.check("a model that encodes their inputs", encode)
     if not with_gradients:
         return ranks.check("a loss of their outputs", lambda: whole.of_loss(loss)).detach()
     value = ranks.check("a loss of their outputs", lambda: evaluated(loss, whole, scaler))
@@ -154,8 +157,10 @@ def cached_step(
         again.divisor = scaler.scale(torch.ones((), device=found.value.device))
     if check:
         again.comparison = Comparison(towers.parameters(), found.value.device)
+    first = again.jobs_before_exchange(ranks.in_step)
     with restored(devices):
-        again.run()
+        ranks.check("a model that encodes them again", lambda: again.run(slice(first)))
+        again.run(slice(first, None))
     if again.comparison is not None:
         ranks.check_equal(again.comparison)
     return found.value

@@ -222,7 +222,7 @@ class Pooled(nn.Module):
         return namedtuple("Result", "pooled")(self.linear(ids * mask))
 
 
-@pytest.mark.parametrize("micro_batch", [4, (2, 6)])
+@pytest.mark.parametrize("micro_batch", [np.int64(4), (2, 6)], ids=["one", "two"])
 @pytest.mark.parametrize("named", [False, True], ids=["tuple", "dict"])
 def test_two_towers(named: bool, micro_batch: Any) -> None:
     image, text = linear(), Pooled()

@@ -56,6 +56,7 @@ OWN_ERRORS = {
     "outputs": "ValueError: the model must return a row for each of the 4 rows",
     "model": "OSError: no file",
     "loss": "OSError: no file",
+    "again": "OSError: no memory",
     "encodings": "RuntimeError: cached_step encodes each micro-batch twice",
 }
 OTHERS = {
@@ -64,6 +65,7 @@ OTHERS = {
     "outputs": "all ranks must have a model that encodes their inputs, got an error on rank 1",
     "model": "all ranks must have a model that encodes their inputs, got an error on rank 1",
     "loss": "all ranks must have arguments that the loss accepts, got others on rank 1",
+    "again": "all ranks must have a model that encodes them again, got an error on rank 1",
     "encodings": "got a difference in another rank",
 }
 

@@ -1,6 +1,8 @@
 """Cached steps across ranks, for `test_cached_ranks.py`."""
 
+import contextlib
 import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -181,6 +183,12 @@ def failing(loss: Any) -> Any:
     return functools.wraps(loss)(lambda *outputs: raise_(OSError("no file")))
 
 
+def failing_at(call: int, model: Any) -> Any:
+    """A model that fails at this call."""
+    calls = itertools.count(1)
+    return lambda *rows: raise_(OSError("no memory")) if next(calls) == call else model(*rows)
+
+
 def misfit(rank: int, world_size: int, fault: str, how: str) -> tuple[str, float]:
     """The error of this rank, and the seconds it took, if the last rank has a fault.
     how: what tells the ranks of each other: DDP, the loss, or a trainer's backward."""
@@ -194,7 +202,7 @@ def misfit(rank: int, world_size: int, fault: str, how: str) -> tuple[str, float
     images, texts = own(rank, data(world_size))
     options: dict[str, Any] = {"micro_batch": 4}
     if how == "backward":
-        options["backward"] = Tensor.backward
+        options |= {"backward": Tensor.backward, "no_sync": contextlib.nullcontext}
     if rank == world_size - 1:
         if fault == "rows":
             texts = texts[1:]
@@ -204,6 +212,8 @@ def misfit(rank: int, world_size: int, fault: str, how: str) -> tuple[str, float
             plain, model = model, lambda *rows: (plain(*rows)[0][:1], *plain(*rows)[1:])
         elif fault == "model":
             model = functools.partial(lambda inner, *rows: raise_(OSError("no file")), model)
+        elif fault == "again":  # in the first micro-batch of the second encoding
+            model = failing_at(3, model)
         elif fault == "loss":
             loss = failing(loss)
         elif fault == "after the loss":  # whose backward is an exchange
