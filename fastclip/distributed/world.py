@@ -62,7 +62,11 @@ def _whole_batch(
     y: Tensor, ids: tuple[Tensor, Tensor] | None,
 ) -> Batch:  # fmt: skip
     wants = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    call = Call(loss, wants, uneven, {"ids": int(ids is not None), "normalize": int(normalize)})
+    must_match = {
+        "ids": int(ids is not None), "normalize": int(normalize),
+        "dtype of products": product_dtype(x, y),
+    }  # fmt: skip
+    call = Call(loss, wants, uneven, must_match)
     shard = agree(process_group, x, y, call)
     x_ids, y_ids = (None, None) if ids is None else map(shard.gather, ids)
     return Batch(*_WholeBatch.apply(x, y, shard), x_ids, y_ids, shard.start)

@@ -34,6 +34,10 @@ MISMATCHES = {
         [{"n": 4, **HARDEST}, {"n": 4, "normalize": True, **HARDEST}, {"n": 4, **HARDEST}],
         "one normalize, got rank 0: 0, rank 1: 1, rank 2: 0",
     ),
+    "autocast beside gathered features": (
+        [{"n": 4, **HARDEST}, {"n": 4, "autocast": True, **HARDEST}, {"n": 4, **HARDEST}],
+        "one dtype of products, got",
+    ),
     "uneven": ([{"n": 4, "uneven": True}, {"n": 5}, {"n": 4}], "one uneven, got rank 0: 1"),
     "nothing to differentiate": (
         [{"n": 4}, {"n": 4}, {"n": 4, "frozen": True}],

@@ -109,9 +109,12 @@ def test_classes_of_open_clip(of_classes: list[dict], name: str) -> None:
         teacher = t["teacher_x"], t["teacher_y"], 2.0
         values = reference.clip_loss(*features), reference.distill_loss(*features, *teacher)
     elif kind == "siglip":
-        values = (reference.siglip_loss(*features, -1.0, ids=ids, same_id="positive"),)
+        options = {"ids": ids, "same_id": "positive", "weights": t["weights"]}
+        values = (reference.siglip_loss(*features, -1.0, **options),)
     else:
-        values = (reference.clip_loss(*features, ids=ids, same_id=kind, label_smoothing=0.1),)
+        weights = t["weights"] if kind == "positive" else None
+        options = {"ids": ids, "same_id": kind, "label_smoothing": 0.1, "weights": weights}
+        values = (reference.clip_loss(*features, **options),)
     total = sum((k + 1) * value for k, value in enumerate(values))
     exact = torch.autograd.grad(total, features)
     found = [one[name] for one in of_classes]

@@ -121,6 +121,23 @@ def test_clip_and_siglip_with_ids(leaves: list[Tensor]) -> None:
             assert_equal(module(*leaves, ids=ids), theirs, leaves)
 
 
+def test_classes_of_open_clip_with_weights(leaves: list[Tensor]) -> None:
+    x, y, scale, _ = leaves
+    weights = torch.rand(N, dtype=torch.float64, device=x.device).requires_grad_()
+    every, given = [*leaves, weights], {"weights": weights}
+    of_clip = reference.clip_loss(*leaves, **given)
+    assert_equal(ClipLoss()(*leaves, **given), of_clip, every)
+    assert_equal(SigLipLoss()(*leaves, **given), reference.siglip_loss(*leaves, **given), every)
+    words, labels = torch.zeros(1, 7, 11, device=x.device), torch.ones(1, 7, device=x.device)
+    contrastive, _ = CoCaLoss(2.0, 0.5)(x, y, words, labels.long(), scale, **given)
+    assert_equal(contrastive, 0.5 * of_clip, [x, y, scale, weights])
+    teacher = *torch.randn(2, N, 4, dtype=torch.float64, device=x.device).unbind(), 2.0
+    contrastive, distilled = DistillClipLoss()(x, y, scale, *teacher, **given)
+    assert_equal(contrastive, of_clip, [x, y, scale, weights])
+    taught = reference.distill_loss(x, y, scale, *teacher, **given)
+    assert_equal(distilled, taught, [x, y, scale, weights])
+
+
 def test_a_subclass_with_its_own_logits_refuses_what_it_would_ignore(leaves: list[Tensor]) -> None:
     class Own(ClipLoss):
         def get_logits(self, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -131,7 +148,9 @@ def test_a_subclass_with_its_own_logits_refuses_what_it_would_ignore(leaves: lis
             return super().get_logits(*inputs)
 
     ids = torch.arange(N, device=leaves[0].device)
+    weights = torch.ones(N, dtype=torch.float64, device=leaves[0].device)
     for module, given in (
+        (Own(), {"weights": weights}), (OwnSigmoid(), {"weights": weights}),
         (Own(), {"ids": ids}), (Own(label_smoothing=0.1), {}), (Own(normalize=True), {}),
         (Own(reduction="sum"), {}), (OwnSigmoid(), {"ids": ids}),
         (OwnSigmoid(normalize=True), {}), (OwnSigmoid(reduction="none"), {}),

@@ -66,7 +66,7 @@ class ClipLoss(HoldsGroup):
 
     Raises:
         ValueError: use_horovod=True; at a call, a rank or world size that is not the group's, or
-            ids, label_smoothing or a reduction other than "mean" with `local_loss=True,
+            ids, weights, label_smoothing or a reduction other than "mean" with `local_loss=True,
             gather_with_grad=False`, and in a subclass that makes its own logits or labels.
         RuntimeError: at a call, a world_size above 1 without an initialised process group.
     """
@@ -157,8 +157,10 @@ class ClipLoss(HoldsGroup):
         output_dict: bool = False,
         live: tuple[int, int] | None = None,
         ids: tuple[Tensor, Tensor] | Tensor | None = None,
+        weights: Tensor | None = None,  # (N,)
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or `{"contrastive_loss": loss}`; live and ids as in `fastclip.clip_loss`."""
+        """The loss, or `{"contrastive_loss": loss}`; live, ids and weights as in
+        `fastclip.clip_loss`, across ranks as in `fastclip.distributed.clip_loss`."""
         inputs = (image_features, text_features, logit_scale, logit_bias)
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
             if torch.compiler.is_compiling():
@@ -167,13 +169,14 @@ class ClipLoss(HoldsGroup):
                 _warn_of_direction()
         elif self.world_size == 1:
             warn_of_local_negatives(type(self).__name__, self.process_group)
-        on_lines = needs_lines(ids, self.label_smoothing, None, self.same_id, self.reduction)
+        on_lines = needs_lines(ids, self.label_smoothing, weights, self.same_id, self.reduction)
         if overrides(self, ClipLoss):
             refuse_live(live)
             refuse_options(
                 "a subclass that makes its own logits", ids=ids is not None,
-                label_smoothing=self.label_smoothing != 0, same_id=self.same_id != "ignore",
-                normalize=self.normalize, reduction=self.reduction != "mean",
+                weights=weights is not None, label_smoothing=self.label_smoothing != 0,
+                same_id=self.same_id != "ignore", normalize=self.normalize,
+                reduction=self.reduction != "mean",
             )  # fmt: skip
             per_image, per_text = self.get_logits(*inputs)
             labels = self.get_ground_truth(image_features.device, per_image.shape[0])
@@ -182,37 +185,38 @@ class ClipLoss(HoldsGroup):
             options = InfoNCE(
                 ids=ids, same_id=self.same_id, label_smoothing=self.label_smoothing, symmetric=True
             )
+            reduction = Reduction(self.reduction, weights)
             (loss,) = self._shares(
                 "ClipLoss", image_features, text_features,
                 lambda world, x, y: (
-                    clip(world, x, y, logit_scale, logit_bias, options, Reduction(self.reduction)),
+                    clip(world, x, y, logit_scale, logit_bias, options, reduction),
                 ),
-                lambda: self._check_exact(live), ids=ids,
+                lambda: self._check_exact(live), ids=ids, weights=weights,
             )  # fmt: skip
         elif self.world_size > 1:
             mode = GradientMode(not self.local_loss, self.gather_with_grad, self.ring)
             world = ("ClipLoss", self.rank, self.world_size)
             loss = distributed_loss(
                 "softmax", *inputs, self.process_group, mode, self.uneven,
-                self._described("ClipLoss", ids=None), self.normalize, self.backend,
+                self._described("ClipLoss", ids=None, weights=None), self.normalize, self.backend,
                 self.memory_budget, live, world,
             )  # fmt: skip
         else:
             loss = clip_loss(
                 *inputs, ids=ids, same_id=self.same_id, label_smoothing=self.label_smoothing,
-                normalize=self.normalize, reduction=self.reduction,
+                weights=weights, normalize=self.normalize, reduction=self.reduction,
                 backend=backend_in_trace(self.backend), live=live,
                 memory_budget=self.memory_budget,
             )  # fmt: skip
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _check_exact(self, live: tuple[int, int] | None) -> None:
-        """Checks a call across ranks with ids, label_smoothing or a reduction."""
+        """Checks a call across ranks with ids, weights, label_smoothing or a reduction."""
         check_no_live(live)
         if self.local_loss and not self.gather_with_grad:
             raise ValueError(
-                "ids, label_smoothing and a reduction other than 'mean' need local_loss=False or "
-                "gather_with_grad=True, got neither"
+                "ids, weights, label_smoothing and a reduction other than 'mean' need "
+                "local_loss=False or gather_with_grad=True, got neither"
             )
 
     def _described(self, name: str, **given: Any) -> str:

@@ -44,12 +44,13 @@ class CoCaLoss(ClipLoss):
         output_dict: bool = False,
         *,
         ids: tuple[Tensor, Tensor] | Tensor | None = None,
+        weights: Tensor | None = None,  # (N,), of CLIP's loss
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(CLIP's loss, captions' loss), or `{"contrastive_loss": ..., "caption_loss": ...}`."""
         clip_loss = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
             clip_loss = self.clip_loss_weight * super().forward(
-                image_features, text_features, logit_scale, ids=ids
+                image_features, text_features, logit_scale, ids=ids, weights=weights
             )
         caption_loss = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
         if output_dict:

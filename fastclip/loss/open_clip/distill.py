@@ -38,6 +38,7 @@ class DistillClipLoss(ClipLoss):
         *,
         logit_bias: Tensor | float | None = None,
         dist_logit_bias: Tensor | float | None = None,
+        weights: Tensor | None = None,  # (N,), of both losses
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(CLIP's loss, distillation loss), or `{"contrastive_loss": ..., "distill_loss": ...}`.
         Biases cancel."""
@@ -59,7 +60,7 @@ class DistillClipLoss(ClipLoss):
         ):
             check()
             refuse_options(
-                "a dense DistillClipLoss", normalize=self.normalize,
+                "a dense DistillClipLoss", normalize=self.normalize, weights=weights is not None,
                 reduction=self.reduction != "mean",
             )  # fmt: skip
             losses = self._dense(student, teacher)
@@ -67,9 +68,9 @@ class DistillClipLoss(ClipLoss):
             losses = self._shares(
                 "DistillClipLoss", image_features, text_features,
                 lambda world, x, y: distill_clip(
-                    world, x, y, logit_scale, *teacher, Reduction(self.reduction)
+                    world, x, y, logit_scale, *teacher, Reduction(self.reduction, weights)
                 ),
-                check,
+                check, weights=weights,
             )  # fmt: skip
         if isinstance(logit_bias, Tensor):
             losses = tuple(loss + 0 * logit_bias.reshape(()).to(loss.dtype) for loss in losses)

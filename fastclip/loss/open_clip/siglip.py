@@ -142,8 +142,10 @@ class SigLipLoss(HoldsGroup):
         check_no_live(live)
         check_world("SigLipLoss", self.rank, self.world_size, self.process_group)
 
-    def _described(self, ids: Any) -> str:
-        return described("SigLipLoss", ids=ids, same_id=self.same_id, reduction=self.reduction)
+    def _described(self, ids: Any, weights: Any) -> str:
+        return described(
+            "SigLipLoss", ids=ids, weights=weights, same_id=self.same_id, reduction=self.reduction
+        )
 
     def forward(
         self,
@@ -154,12 +156,14 @@ class SigLipLoss(HoldsGroup):
         output_dict: bool = False,
         live: tuple[int, int] | None = None,
         ids: tuple[Tensor, Tensor] | Tensor | None = None,
+        weights: Tensor | None = None,  # (N,)
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or `{"contrastive_loss": loss}`; live and ids as in `fastclip.clip_loss`."""
+        """The loss, or `{"contrastive_loss": loss}`; live, ids and weights as in
+        `fastclip.siglip_loss`, across ranks as in `fastclip.distributed.siglip_loss`."""
         inputs = (image_features, text_features, logit_scale, logit_bias)
         ring = self.dist_impl in ("bidir", "shift")
         options = {
-            "ids": ids, "same_id": self.same_id, "normalize": self.normalize,
+            "ids": ids, "same_id": self.same_id, "weights": weights, "normalize": self.normalize,
             "reduction": self.reduction, "backend": self.backend,
             "memory_budget": self.memory_budget, "live": live,
         }  # fmt: skip
@@ -169,25 +173,25 @@ class SigLipLoss(HoldsGroup):
             refuse_live(live)
             refuse_options(
                 "a subclass that makes its own logits", ids=ids is not None,
-                same_id=self.same_id != "ignore", normalize=self.normalize,
-                reduction=self.reduction != "mean",
+                weights=weights is not None, same_id=self.same_id != "ignore",
+                normalize=self.normalize, reduction=self.reduction != "mean",
             )  # fmt: skip
             across = self._dense_across if self.world_size > 1 else self._loss
             loss = across(*inputs)
-        elif self.world_size > 1 and needs_lines(ids, 0, None, self.same_id, self.reduction):
+        elif self.world_size > 1 and needs_lines(ids, 0, weights, self.same_id, self.reduction):
             world = world_of_ranks(
-                self._described(ids), self.process_group, ring, self.uneven, self.normalize,
-                self.backend, self.memory_budget,
+                self._described(ids, weights), self.process_group, ring, self.uneven,
+                self.normalize, self.backend, self.memory_budget,
             )  # fmt: skip
             world.guarded(lambda: self._check_call(live))
-            loss = siglip(world, *inputs, ids, self.same_id, Reduction(self.reduction))
+            loss = siglip(world, *inputs, ids, self.same_id, Reduction(self.reduction, weights))
         elif self.world_size > 1:
             mode = GradientMode(ring=ring)
             world = ("SigLipLoss", self.rank, self.world_size)
             loss = distributed_loss(
                 "sigmoid", *inputs, self.process_group, mode, self.uneven,
-                self._described(ids), self.normalize, self.backend, self.memory_budget, live,
-                world,
+                self._described(ids, weights), self.normalize, self.backend, self.memory_budget,
+                live, world,
             )  # fmt: skip
         else:
             options["backend"] = backend_in_trace(self.backend)

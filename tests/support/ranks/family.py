@@ -191,7 +191,7 @@ def classes(rank: int, world_size: int, n: int) -> dict[str, tuple[list[float], 
                 calls |= {
                     same_id: lambda t, o=options, s=same_id: ClipLoss(
                         **o, same_id=s, label_smoothing=0.1
-                    )(t["x"], t["y"], t["scale"], ids=(t["x_ids"], t["y_ids"]))
+                    )(t["x"], t["y"], t["scale"], **_ids_and_weights(t, s == "positive"))
                     for same_id in ("ignore", "positive")
                 }  # fmt: skip
             for name, call in calls.items():
@@ -200,9 +200,14 @@ def classes(rank: int, world_size: int, n: int) -> dict[str, tuple[list[float], 
         module = SigLipLoss(rank=rank, world_size=world_size, dist_impl=impl, same_id="positive")
         found[f"siglip {impl}"] = _step(
             spread, rank,
-            lambda t, m=module: m(t["x"], t["y"], t["scale"], -1.0, ids=(t["x_ids"], t["y_ids"])),
+            lambda t, m=module: m(t["x"], t["y"], t["scale"], -1.0, **_ids_and_weights(t, True)),
         )  # fmt: skip
     return found
+
+
+def _ids_and_weights(t: dict[str, Tensor], weighted: bool) -> dict[str, Any]:
+    weights = t["weights"].detach() if weighted else None
+    return {"ids": (t["x_ids"], t["y_ids"]), "weights": weights}
 
 
 def _step(
