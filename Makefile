@@ -18,11 +18,13 @@
 #   make gpu-bundle PYTHON=python3.12        makes gpu-bundle/, for torch 2.11 and Hopper cards
 #   make emulated             tests losses and operators on the CUDA engine, emulated; minutes
 #   make test-cuda            runs the tests that compile for minutes, such as the tensor-core kernels'
+#   make mutants              breaks single lines and checks that named tests fail; half an hour.
+#                             ARGS='--area cpu' runs some of them, ARGS=--list lists them
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest test-peers test-cuda emulated bench bench-peers lint format clean gpu \
-  gpu-bundle
+.PHONY: demo test test-oldest test-peers test-cuda emulated mutants bench bench-peers lint format \
+  clean gpu gpu-bundle
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -69,6 +71,10 @@ test-peers: .venv-peers/extension
 test-cuda: .venv/extension
 	$(BIN)/pip --quiet install --no-deps $(PIP_ARGS) nvidia-cutlass==4.2.0.0
 	$(BIN)/$(PYTEST) -m minutes $(ARGS)
+
+# Works on copies of the tree; `tests/mutants/lists` has the lines.
+mutants: .venv/extension
+	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
 bench: .venv/extension
 	$(BIN)/python -m bench $(ARGS)
