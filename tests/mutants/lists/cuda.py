@@ -74,6 +74,19 @@ MUTANTS = (
         f"{MASKS}every_option[cuda-softmax-ids]",
     ),
     mutant(
+        "thresholds look at our products in the place of the guide's",
+        "csrc/cuda/epilogue.h",
+        "Options::kIsGuided ? target[q] : t[q];", "t[q];",
+        f"{TARGETS}a_guide[cuda-softmax]",
+    ),
+    mutant(
+        "a guide's own positives of columns have the rows' factors, with running maxima",
+        "csrc/cuda/maxima.h",
+        "compared = normalised(guide[p][q], is_row ? options.target_x : options.target_y, line,",
+        "compared = normalised(guide[p][q], options.target_x, line,",
+        f"{TARGETS}a_guide_beyond_one_shift[cuda]",
+    ),
+    mutant(
         "a chunk's expectation is not rescaled",
         "csrc/cuda/teacher.h",
         "moment = moment * mine + at(", "moment = moment + at(",

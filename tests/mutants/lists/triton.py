@@ -86,10 +86,23 @@ MUTANTS = (
         f"{MASKS}every_option[triton-sigmoid-everything]",
     ),
     mutant(
-        "a guide is a teacher to the masks",
+        "thresholds look at our products in the place of the guide's, in the first sweep",
         "triton_kernels/kernels/sweep.py",
         "compared = target", "compared = t",
         f"{TARGETS}a_guide[triton-softmax]",
+    ),
+    mutant(
+        "thresholds look at our products in the place of the guide's, in the second sweep",
+        "triton_kernels/kernels/weigh.py",
+        "compared = target", "compared = t",
+        f"{TARGETS}a_guide[triton-sigmoid]",
+    ),
+    mutant(
+        "a target's product has factors of the columns alone",
+        "triton_kernels/kernels/targets.py",
+        "return normalised(t, TARGET_LOGITS, i, j, M, N, False)",
+        "return normalised(t, (None, *TARGET_LOGITS[1:]), i, j, M, N, False)",
+        f"{TARGETS}a_guide[triton-hinge]",
     ),
     mutant(
         "columns count the pairs above the rows' levels",
