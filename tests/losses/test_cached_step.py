@@ -85,6 +85,18 @@ def test_random_numbers_go_on_as_after_one_encoding() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_numbers_that_the_loss_draws_are_not_drawn_again() -> None:
+    model, drawn = Model(dropout=0.0).double(), []
+
+    def loss(*inputs: Tensor) -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return clip_loss(*inputs)
+
+    for _ in range(2):
+        cached_step(model, loss, *data(), micro_batch=5)
+    assert len(set(drawn)) == len(drawn) == 2
+
+
 def test_gradients_are_added_to() -> None:
     model = Model(dropout=0.0).double()
     _, once = cached(model, clip_loss, 5)

@@ -40,7 +40,7 @@ MUTANTS = (
         "csrc/cuda/epilogue.h",
         "Kind::activation(t[q], own, level_y[four][q]) : 0.f;",
         "Kind::activation(t[q], own, level_x) : 0.f;",
-        f"{LEVELS}levels",
+        f"{LEVELS}levels[cuda-infinite levels]",
     ),
     mutant(
         "positives in a chunk's last column are not stored",
