@@ -5,20 +5,16 @@ units that include the changed file are compiled again: about 13 s each.
 """
 
 import importlib.util
-import os
-import shlex
 import shutil
-import subprocess
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch.utils.cpp_extension import include_paths
 
+from mutants.objects import compiler, objects, run
 from mutants.tree import LIBRARY
-from mutants.trial import DoesNotBuild
 
 UNITS = ("csrc/module.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/engine.cpp")
 # Engines of other instruction sets, which this machine does not choose.
@@ -31,49 +27,45 @@ OTHERS = """
   double largest_norm(const Features&, int64_t, int64_t, Dtype) { abort(); } \\
   } }
 """
-FOLDER = "build/mutants"
+FOLDER = "build/mutants/extension"
 
 
 def make(tree: Path, changed: str | None) -> None:
     """Builds the library of a tree. changed: the file that a mutant changed; None: all units."""
-    folder = tree / FOLDER
-    own = folder / ("mutant" if changed else "objects")
-    own.mkdir(parents=True, exist_ok=True)
     setup = _setup(tree)
     capability = torch.backends.cpu.get_cpu_capability()
     chosen = next((c for c in reversed(setup.CAPABILITIES) if capability.startswith(c)), "DEFAULT")
-    others = folder / "others.cpp"
-    others.write_text(OTHERS + "".join(f"OTHER({c})\n" for c in setup.CAPABILITIES if c != chosen))
+    others = Path(FOLDER) / "others.cpp"
+    (tree / others).parent.mkdir(parents=True, exist_ok=True)
+    (tree / others).write_text(
+        OTHERS + "".join(f"OTHER({c})\n" for c in setup.CAPABILITIES if c != chosen)
+    )
+    system = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
 
-    def compiled(unit: str) -> Path:
-        name = Path(unit).with_suffix(".o").name
-        kept = folder / "objects" / name
-        if changed and changed not in kept.with_suffix(".d").read_text():
-            return kept
-        flags = [*setup.CFLAGS, "-O1", "-w", "-fPIC", "-MMD", "-I", "csrc", *_macros(setup)]
+    def command(unit: str) -> list[str]:
+        flags = [*setup.CFLAGS, "-O1", "-fPIC", "-Icsrc", *_macros(setup)]
         if unit == UNITS[-1]:
             flags += [f"-DFASTCLIP_CAPABILITY={chosen}", *setup.CAPABILITIES[chosen]]
-        system = [flag for path in _includes() for flag in ("-isystem", path)]
-        _run([*_compiler(), *flags, *system, "-c", unit, "-o", str(own / name)], tree)
-        return own / name
+        return [*compiler(), *flags, *system, unit]
 
-    with ThreadPoolExecutor(2) as pool:
-        units = UNITS if changed else (*UNITS, str(others))
-        objects = list(pool.map(compiled, units))
-    if changed:
-        objects.append(folder / "objects/others.o")
+    made = tree / FOLDER / ("mutant.so" if changed else "library.so")
+    found = objects(tree, FOLDER, (*UNITS, str(others)), command, changed)
     libraries = ["-L", str(Path(torch.__file__).parent / "lib")]
     libraries += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
-    made = own / "library.so"
-    _run(
-        [*_compiler(), "-shared", "-fopenmp", *map(str, objects), "-o", str(made), *libraries], tree
-    )
-    os.replace(made, tree / LIBRARY) if changed else shutil.copy(made, tree / LIBRARY)
+    link = [*compiler(), "-shared", "-fopenmp", *map(str, found), "-o", str(made)]
+    run([*link, *libraries], tree)
+    _use(made, tree)
 
 
 def undo(tree: Path) -> None:
     """Puts the library without a mutant back."""
-    shutil.copy(tree / FOLDER / "objects/library.so", tree / LIBRARY)
+    _use(tree / FOLDER / "library.so", tree)
+
+
+def _use(library: Path, tree: Path) -> None:
+    # Not written over: a process that lives on may have mapped the file.
+    (tree / LIBRARY).unlink(missing_ok=True)
+    shutil.copy(library, tree / LIBRARY)
 
 
 def _setup(tree: Path) -> ModuleType:
@@ -92,17 +84,3 @@ def _macros(setup: ModuleType) -> list[str]:
         f'-DFASTCLIP_COMPILER="{setup.compiler_version()}"',
         '-DFASTCLIP_WHY_NO_CUDA="this is a build for mutants"',
     ]  # fmt: skip
-
-
-def _includes() -> list[str]:
-    return [*include_paths(), sysconfig.get_path("include")]
-
-
-def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-
-
-def _run(command: list[str], tree: Path) -> None:
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DoesNotBuild(f"{shlex.join(command)}\n{done.stderr[-2000:]}")

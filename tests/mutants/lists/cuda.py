@@ -50,16 +50,16 @@ MUTANTS = (
         f"{TILES}any_diagonal[cuda-a tile's last column]",
     ),
     mutant(
-        "positives keep the first sweep's rounding",
+        "positives beyond one shift have the wrong sign",
         "csrc/cuda/maxima.h",
-        "if (is_own && is_row) positive[line] = t[p][q];", "",
-        f"{SWITCH}positives_tie_with_their_duplicates[cuda-10000.0]",
+        "positive[line] = t[p][q];", "positive[line] = -t[p][q];",
+        f"{SWITCH}positives_tie_with_their_duplicates_beyond_one_shift[cuda]",
     ),
     mutant(
         "a line is not rescaled to its new maximum",
         "csrc/cuda/maxima.h",
         "sum[set][p] * exp2(double(m) - double(top))", "sum[set][p]",
-        f"{SWITCH}shifts[cuda-long at 1.0]",
+        f"{TILES}the_switch_among_tiles[cuda-one_long-14.3-float16-False]",
     ),
     mutant(
         "rows are cut off by the columns' thresholds",

@@ -45,7 +45,7 @@ MUTANTS = (
         "gathered gradients lose their order",
         "fastclip/distributed/exchange.py",
         "own = torch.cat((before, own, behind))", "own = torch.cat((own, before, behind))",
-        f"{CONTRAST}ranks_equal_one_process[3]",
+        f"{CONTRAST}ranks_equal_one_process[4]",
     ),
     mutant(
         "each exchange is awaited before the visit",
