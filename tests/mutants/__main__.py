@@ -75,7 +75,11 @@ def run(
         return outcome
 
     with ThreadPoolExecutor(len(trees)) as pool:
-        return list(pool.map(one, entries))
+        try:
+            return list(pool.map(one, entries))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # ends after the mutants that are being tried
+            raise
 
 
 def status(outcomes: Sequence[Outcome]) -> int:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from mutants.mutant import DoesNotApply, Mutant
 
-SECONDS = 150  # for the tests of one mutant
+# For the tests of one mutant, which take a few on an idle machine; for one that should hang.
+SECONDS, SECONDS_OF_HANGING = 300, 120
 PYTEST = ("-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider")
 
 
@@ -52,6 +53,8 @@ def trial(
 ) -> Outcome:
     """Tries a mutant in a copy of the tree, which is then as it was."""
     began = time.monotonic()
+    if mutant.hangs:
+        seconds = min(seconds, SECONDS_OF_HANGING)
 
     def outcome(verdict: Verdict, said: str = "") -> Outcome:
         return Outcome(verdict, time.monotonic() - began, said)
