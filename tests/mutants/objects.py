@@ -24,13 +24,19 @@ def objects(
 
     def compiled(unit: str) -> Path:
         name = unit.replace("/", "-") + ".o"
-        if changed and changed not in (kept / name).with_suffix(".d").read_text():
+        if changed and not includes((kept / name).with_suffix(".d"), changed):
             return kept / name
         run([*command(unit), "-w", "-MMD", "-c", "-o", str(own / name)], tree)
         return own / name
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(compiled, units))
+
+
+def includes(dependencies: Path, file: str) -> bool:
+    """True if a file is among those that the compiler read, whose paths may hold `..`."""
+    paths = map(os.path.normpath, dependencies.read_text().replace("\\\n", " ").split())
+    return any(path == file or path.endswith(f"/{file}") for path in paths)
 
 
 def compiler() -> list[str]:

@@ -26,7 +26,7 @@ MUTANTS = (
         "a sum that lost terms passes for one shift",
         "csrc/cpu/shifts.h",
         "? -900. : -78.", "? -900. : -140.",
-        f"{SWITCHES}a_column_that_one_shift_would_blur_gets_its_own[cpu]",
+        f"{SWITCHES}a_column_that_one_shift_would_blur_gets_its_own[cpu--0.11]",
     ),
     mutant(
         "a sum without its largest term is not unusable",

@@ -15,7 +15,7 @@ MUTANTS = (
         "a sum that lost terms passes for one shift",
         "csrc/cuda/finalise.h",
         "kLeast = 0x1p-78", "kLeast = 0x1p-140",
-        f"{SWITCH}a_column_that_one_shift_would_blur_gets_its_own[cuda]",
+        f"{SWITCH}a_column_that_one_shift_would_blur_gets_its_own[cuda--0.3]",
     ),
     mutant(
         "a sum without its largest term is not unusable",

@@ -45,7 +45,7 @@ MUTANTS = (
         "a sum that lost terms passes for one shift",
         "triton_kernels/kernels/finalise.py",
         "LEAST = tl.constexpr(2.0**-78)", "LEAST = tl.constexpr(2.0**-140)",
-        f"{SWITCH}a_column_that_one_shift_would_blur_gets_its_own[triton]",
+        f"{SWITCH}a_column_that_one_shift_would_blur_gets_its_own[triton--0.3]",
     ),
     mutant(
         "a sum without its largest term is not unusable",
