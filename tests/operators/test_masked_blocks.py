@@ -83,6 +83,15 @@ def test_a_low_positive_by_id_gets_its_own_shift(engine: str) -> None:
         assert not has_one_shift(sweep(engine, block)[0])
 
 
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_positives_by_id_without_any_negative(engine: str, shape: str) -> None:
+    """All lines have the shift 0 for negatives, and shifts of their own for positives."""
+    block = make_masked_block(*SHAPES[shape], scale=1000.0, ids=1, same_id_positive=True)
+    check_masked(engine, block, shape)
+    shifts = sweep(engine, block)[0][::2]
+    assert not shifts[0].any() and len(shifts[1].unique()) > 1
+
+
 @compiled_only
 def test_a_line_without_pairs_keeps_the_common_shift() -> None:
     """A line without pairs has sum 0, which does not mean that the common shift was too coarse."""

@@ -90,6 +90,14 @@ def test_a_low_positive_by_id_gets_its_own_shift(gpu_engine: str) -> None:
     assert not has_one_shift(sweep(gpu_engine, block)[0])
 
 
+def test_positives_by_id_without_any_negative(gpu_engine: str) -> None:
+    """All lines have the shift 0 for negatives, and shifts of their own for positives."""
+    block = masked(gpu_engine, "one id", scale=1e3, same_id_positive=True)
+    check_masked(gpu_engine, block, "")
+    shifts = sweep(gpu_engine, block)[0][::2]
+    assert not shifts[0].any() and len(shifts[1].unique()) > 1
+
+
 @pytest.mark.parametrize("options", ["one id", "positives by id", "key bias"])
 def test_lines_without_pairs_need_no_shift(gpu_engine: str, options: str) -> None:
     """`occupied` tells that they are empty. Without it a sum of zero looks like pairs that one

@@ -88,7 +88,7 @@ MUTANTS = (
         "a row's expectation is not rescaled to its new maximum",
         "csrc/cpu/fold.h",
         "lines.row_moment[i] *= change;", ";",
-        f"{TARGETS}any_scale_of_the_teacher[cpu-float32-tall-10000.0]",
+        f"{TARGETS}the_widest_scales_of_ours_and_of_the_teacher[cpu]",
     ),
     mutant(
         "a column's sum is not rescaled to the strips' maximum",
@@ -123,8 +123,8 @@ MUTANTS = (
     mutant(
         "weights overwrite kept products",
         "csrc/cpu/engine.cpp",
-        "tile.w = b.kept || p_", "tile.w = p_",
-        f"{KEPT}the_second_sweep_reads_kept_products[softmax]",
+        "tile.w = b.kept || p_", "tile.w = b.kept ? const_cast<T*>(tile.t) : p_",
+        "tests/losses/test_gradients_requested.py::test_a_second_backward_gives_the_same_gradients[cpu-clip-mean]",
     ),
     mutant(
         "a bias's gradient lacks own positives",
@@ -136,7 +136,7 @@ MUTANTS = (
         "positives by id take the negatives' shift",
         "csrc/cpu/ops.cpp",
         "p.one_shift &= all_equal(", "all_equal(",
-        f"{MASKED}a_low_positive_by_id_gets_its_own_shift[cpu]",
+        f"{MASKED}positives_by_id_without_any_negative[cpu-tall]",
     ),
     mutant(
         "all lines of a teacher take one shift",

@@ -99,6 +99,13 @@ MUTANTS = (
         f"{LOSS}fp16_weights_do_not_underflow[cuda]",
     ),
     mutant(
+        "positives by id take the negatives' shift",
+        "csrc/cuda/second_sweep.h",
+        "w.b.y.positives, has_shifts, common, positives_);",
+        "w.b.y.positives, has_shifts, nullptr, positives_);",
+        f"{MASKS}positives_by_id_without_any_negative[cuda]",
+    ),
+    mutant(
         "gradients keep the factors of their rows' weights",
         "csrc/cuda/complete.h",
         "c.spread ? c.shrink / factor : c.shrink", "c.shrink",
