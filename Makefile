@@ -21,11 +21,13 @@
 #   make sanitize             runs the CPU engine under sanitizers, and shows that they see mistakes; minutes
 #   make soak                 makes 10,000 random calls, and 2,000 across ranks with faults; an hour on
 #                             two cores; ARGS='steps --count 500' makes fewer
+#   make mutants              breaks single lines and checks that named tests fail; an hour.
+#                             ARGS='--area cpu' runs some of them, ARGS=--list lists them
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-oldest test-peers test-cuda emulated sanitize soak bench bench-peers lint \
-  format clean gpu gpu-bundle
+.PHONY: demo test test-oldest test-peers test-cuda emulated sanitize soak mutants bench bench-peers \
+  lint format clean gpu gpu-bundle
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -80,6 +82,10 @@ sanitize: .venv/extension
 # The tables go to build/soak.
 soak: .venv/extension
 	$(BIN)/python -m tests.soak $(ARGS)
+
+# Works on copies of the tree; `tests/mutants/lists` has the lines.
+mutants: .venv/extension
+	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
 bench: .venv/extension
 	$(BIN)/python -m bench $(ARGS)

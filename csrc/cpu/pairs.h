@@ -84,8 +84,8 @@ class Selected {
   static constexpr bool kBiased = Options & kBiases;
 
   FASTCLIP_INLINE Selected(const Tile<T>& tile, const Column<T>& column, int64_t c)
-      : k_(column.k),
-        factor(column.factor),
+      : factor(column.factor),
+        k_(column.k),
         factor_(T(column.factor)),
         ids_(tile.row_ids),
         thresholds_(tile.row_threshold),

@@ -169,6 +169,7 @@ class _RingJourney:
         else:
             self.leaving.append(_Message(gradient, owner, -owner, 0))
         if len(self.leaving) == len(owners):
+            self.last = None  # its gradients were added: they are freed before more arrive
             self.last = _Exchange(self.home, self.leaving)
             self.arrivals += [(self.last, k) for k in range(len(following), len(owners))]
             self.leaving, self.step = [], self.step + 1

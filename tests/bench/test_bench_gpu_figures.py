@@ -36,9 +36,14 @@ def test_an_errors_reason_is_its_first_cause():
 def test_rates_are_work_over_time(monkeypatch):
     monkeypatch.setitem(rates.CLOCKS, "cpu", lambda run, repeats: 0.5)
     assert rates.rate(100.0, lambda: None, "cpu") == (200.0, 0.5)
-    names = [name for name, _, _, run in rates.works("cpu") if run() is not NotImplemented]
-    assert names[:3] == ["copy, read and written", "64^3 bf16", "64^3 fp16"]
-    assert names[-1] == "w^T x 128x128x32 bf16 to fp32"
+    works = [work[:3] for work in rates.works("cpu") if work[3]() is not NotImplemented]
+    cube = 2 * 64**3 / 1e12
+    assert works[:3] == [
+        ("copy, read and written", 2 * 2**20 / 1e9, "GB/s"),  # a MiB each way
+        ("64^3 bf16", cube, "TFLOP/s"), ("64^3 fp16", cube, "TFLOP/s"),
+    ]  # fmt: skip
+    flops = 2 * 128 * 128 * 32 / 1e12
+    assert works[-1] == ("w^T x 128x128x32 bf16 to fp32", flops, "TFLOP/s")
 
 
 def test_a_failing_matmul_is_reported_and_the_others_are_measured(tmp_path, monkeypatch, capsys):

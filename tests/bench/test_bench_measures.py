@@ -77,6 +77,15 @@ def test_a_known_allocation_shows_in_the_peak_even_after_it_is_freed():
     assert small / 2**20 < 24
 
 
+@pytest.mark.parametrize("mark, peak", [(200, 100), (151, 51), (150, None)])
+def test_a_peak_is_the_mark_above_the_level(mark, peak, monkeypatch):
+    """If a higher mark could not be reset and still stands, it hides the peak."""
+    told = {"VmRSS": iter([100]), "VmHWM": iter([150, mark])}
+    monkeypatch.setattr(memory, "_status", lambda key: next(told[key]) * 2**20)
+    found = memory.peak_bytes(lambda: None)
+    assert found == (None if peak is None else peak * 2**20)
+
+
 def test_a_case_is_measured_in_a_process_of_its_own():
     case = Case("clip", 2048, 2048, 16, "float32", 14.3)
     peak, note = memory.measure(case, "dense")

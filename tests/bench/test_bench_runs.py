@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from support.bench.importing import ROOT, TINY, rows_of_a_case
 from bench import __main__ as command
 from bench.cases import Case
 from bench.measure import runner
+from bench.measure.timing import Timing
 from bench.methods import registry
 from bench.report import results
+from bench.report.results import Row
 
 
 def test_a_tiny_plan_runs_end_to_end(tmp_path, monkeypatch):
@@ -45,6 +48,31 @@ def test_a_tiny_plan_runs_end_to_end(tmp_path, monkeypatch):
 
     runner.run([replace(case, methods=("dense",))], options)
     assert len(results.read(options.path)) == 4
+
+
+def test_figures_follow_from_times(tmp_path, monkeypatch):
+    """Three passes of 2 x 32 x 32 x 16 FLOPs in 1.6384 us are 60 GFLOP/s, 0.6 of the limit. At the
+    rate of the four passes that two sweeps take without kept products it would be 0.8."""
+    times = {"fastclip": Timing(1.6384e-6, 1.5e-6, 2e-6, 5), "dense": Timing(3.2768e-6, 0, 0, 5)}
+    monkeypatch.setattr(runner, "interleaved", lambda *arguments: times)
+    limit = SimpleNamespace(sample=None, take=lambda: 100.0, source="invented")
+    shared = runner.Run(runner.Options(tmp_path / "a.csv"), Row(), limits={False: limit})
+    rows = {name: Row(passes=3.0) for name in times}
+    runner._set_times(TINY, dict.fromkeys(times), rows, shared)
+    row = rows["fastclip"]
+    found = (row.ms, row.low_ms, row.high_ms, row.gflops, row.fraction, row.fraction_of_4)
+    assert found == pytest.approx((1.6384e-3, 1.5e-3, 2e-3, 60.0, 0.6, 0.8), rel=1e-12)
+    assert row.over_dense == pytest.approx(2.0) and row.over_open_clip is None
+    assert (row.rounds, row.limit, row.limit_of) == (5, 100.0, "invented")
+
+
+def test_the_rest_is_beyond_gradients_and_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.memory, "measure", lambda *case: (3 << 20, ""))
+    monkeypatch.setattr(runner, "kept_bytes", lambda *case: 1 << 20)
+    monkeypatch.setattr(runner, "gradient_bytes", lambda case: 1 << 19)
+    shared, row = runner.Run(runner.Options(tmp_path / "a.csv"), Row()), Row()
+    runner._set_memory(TINY, "fastclip", row, shared)
+    assert (row.peak_mib, row.gradients_mib, row.budget_mib, row.rest_mib) == (3, 0.5, 1, 1.5)
 
 
 def test_the_command_line_measures(tmp_path):

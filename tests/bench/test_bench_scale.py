@@ -97,6 +97,19 @@ def test_memory_of_a_ring_grows_with_states_alone():
         assert held(Job(most, 4096)) <= 80e9 < held(Job(most + 1, 4096))
 
 
+def test_bytes_of_open_clip():
+    """Eight ranks' features of two towers, twice, and four matrices of logits, in bfloat16."""
+    features, logits = 4 * 8 * 4096 * 1024 * 2, 4 * 4096 * 8 * 4096 * 2
+    assert model.open_clip_bytes(Job(8, 4096)) == features + logits == 1_342_177_280
+
+
+def test_a_nodes_cards_are_no_faster_than_its_links():
+    net = Cluster(within=100.0, across=50.0, latency=0.0)
+    assert net.gather(1000.0, 16) == 10.0
+    assert replace(net, across=5.0).gather(1000.0, 16) == 25.0
+    assert replace(net, across=5.0).gather(1000.0, 8) == 10.0
+
+
 def test_a_rate_is_called_measured_only_if_a_card_was(tmp_path):
     path = tmp_path / "card.csv"
     results.write(path, rows_of_a_case(capability="AVX512", dtype="bfloat16"))

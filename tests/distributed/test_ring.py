@@ -32,13 +32,16 @@ class Mail:
         self.boxes = {(a, b): queue.Queue[Tensor]() for a in ranks for b in ranks}
         self.exchanges: dict[int, int] = defaultdict(int)
         self.tensors: dict[int, list[weakref.ref[Tensor]]] = defaultdict(list)
+        self.most: dict[int, int] = defaultdict(int)  # that existed during an exchange
 
     def P2POp(self, op: str, tensor: Tensor, group: int, group_peer: int) -> Any:
         self.tensors[group].append(weakref.ref(tensor))
         return SimpleNamespace(op=op, tensor=tensor, rank=group, peer=group_peer)
 
     def batch_isend_irecv(self, operations: list[Any]) -> list[Any]:
-        self.exchanges[operations[0].rank] += 1
+        rank = operations[0].rank
+        self.exchanges[rank] += 1
+        self.most[rank] = max(self.most[rank], self.held(rank))
         for o in operations:
             if o.op == "isend":
                 self.boxes[o.rank, o.peer].put(o.tensor.clone())
@@ -152,3 +155,23 @@ def test_a_rank_holds_few_tensors(world_size: int, monkeypatch: pytest.MonkeyPat
         return max(most)
 
     assert max(on_every_rank(world_size, sizes, homing)) <= 5
+
+
+def test_a_rank_holds_few_tensors_inside_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While messages are made: beside its own, four ranks' features and the one that the last
+    visitor still holds; four gradients."""
+    mail = Mail()
+    monkeypatch.setattr("fastclip.distributed.shard.dist", mail)
+
+    def run(ring: Ring) -> tuple[int, int]:
+        rank = ring.shard.rank
+        for _ in ring.start(torch.zeros(3, 2)):
+            pass
+        visiting, mail.most[rank] = mail.most[rank], 0
+        journey = ring.start(torch.zeros(3, 2))
+        for _ in range(8):
+            journey.give_back(torch.zeros(3, 2))
+        journey.finish()
+        return visiting, mail.most[rank]
+
+    assert on_every_rank(8, (3,) * 8, run) == [(6, 4)] * 8

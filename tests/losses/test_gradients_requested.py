@@ -47,6 +47,12 @@ class Operators(TorchDispatchMode):
         return result
 
 
+def assert_same_value(value: Tensor, expected: Tensor) -> None:
+    """Bit for bit, except on cards, where kernels that write less may sum in another order."""
+    limits = {"rtol": 0.0, "atol": 0.0} if value.device.type == "cpu" else {}
+    torch.testing.assert_close(value, expected, **limits)
+
+
 # Every set of requested gradients, except the empty one.
 SUBSETS = [names for size in range(1, 5) for names in itertools.combinations(INPUTS, size)]
 
@@ -64,7 +70,7 @@ def test_only_requested_gradients_are_returned(
         value.backward(torch.linspace(-1, 2, N, device=device) if value.dim() else None)
     for name, one, other in zip(INPUTS, everything, some, strict=True):
         if name in requested:
-            torch.testing.assert_close(other.grad, one.grad)
+            assert_same_value(other.grad, one.grad)
         else:
             assert other.grad is None
 
@@ -99,7 +105,7 @@ def test_without_gradients_only_one_sweep_runs(
         assert not any("weigh" in name for name in operators.names)
         assert not operators.gradients
         assert not value.requires_grad
-        torch.testing.assert_close(value, expected)
+        assert_same_value(value, expected)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -108,7 +114,7 @@ def test_inference_tensors_are_accepted(loss: str, backend: str, device: torch.d
     with torch.inference_mode():
         inputs = [t.detach().clone() for t in make_inputs(device)]
         value = LOSSES[loss](*inputs, backend=backend)
-    torch.testing.assert_close(value, expected.detach())
+    assert_same_value(value, expected.detach())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -140,7 +146,7 @@ def test_gradients_accumulate_and_do_not_alias(backend: str, device: torch.devic
         value.backward(retain_graph=True)
         value.backward(retain_graph=True)
         for t, before, g in zip(inputs, kept, once, strict=True):
-            torch.testing.assert_close(t.grad, 2 * before)
+            assert torch.equal(t.grad, 2 * before)
             assert torch.equal(g, before)
             g.zero_()  # a caller may change its gradient in place
         # If the next backward would read that memory, it must raise; a silent zero is wrong.
@@ -179,7 +185,7 @@ def test_gradients_are_proportional_to_the_upstream_gradient(
     scaled = torch.autograd.grad(value, inputs, factor * g)
     for one, other in zip(gradients, scaled, strict=True):
         largest = float(one.abs().max()) * abs(factor)
-        torch.testing.assert_close(other, factor * one, rtol=1e-4, atol=1e-6 * largest)
+        torch.testing.assert_close(other, factor * one, rtol=2e-5, atol=2e-7 * largest)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -231,7 +237,7 @@ def test_a_gradient_scaler_skips_the_step_that_overflows(
         scaler.unscale_(optimizer)
         if not skipped:
             for t, g in zip((x, y, scale), exact, strict=True):
-                torch.testing.assert_close(t.grad, g, rtol=2e-2, atol=float(g.abs().max()) / 50)
+                torch.testing.assert_close(t.grad, g, rtol=0, atol=float(g.abs().max()) / 1000)
         scaler.step(optimizer)
         scaler.update()
         assert torch.equal(x, before) == skipped

@@ -160,7 +160,10 @@ def test_one_instruction_set_reads_what_another_kept(tmp_path: Path) -> None:
     available = names[: 1 + names.index(torch.backends.cpu.get_cpu_capability().lower())]
 
     def run(capability: str, *others: str) -> None:
-        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+        # Scripts find `support` through the working directory, which PYTHONSAFEPATH would exclude.
+        environment = os.environ | {
+            "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "",
+        }  # fmt: skip
         files = (str(tmp_path / name) for name in (capability, *others))
         done = subprocess.run(
             [sys.executable, "-c", EXCHANGE, *files], env=environment, capture_output=True,

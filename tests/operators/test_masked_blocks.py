@@ -12,7 +12,13 @@ from support.block_operators import make_weights, sweep, weigh_all
 from support.dense_block import DENSE_KINDS, DTYPES, accumulator
 from support.dense_truth import Dense, has_one_shift
 from support.masked_block import make_masked_block
-from support.masked_cases import OPTIONS, check_masked, masked_blocks
+from support.masked_cases import (
+    LOW_POSITIVE,
+    OPTIONS,
+    check_masked,
+    low_positive_by_id,
+    masked_blocks,
+)
 
 from fastclip.engine.kept import rows_to_keep
 
@@ -67,6 +73,23 @@ def test_one_shift_is_not_enough(engine: str, kind: str, options: str, scale: fl
         check_masked(engine, block, what)
     if DENSE_KINDS[kind].has_shift and options != "one id":  # one id leaves no negatives
         assert not has_one_shift(sweep(engine, block)[0])
+
+
+def test_a_low_positive_by_id_gets_its_own_shift(engine: str) -> None:
+    """One positive by id is far below all other pairs."""
+    for shape in ("tall", "wide"):
+        block = low_positive_by_id(make_masked_block(*SHAPES[shape], scale=60.0, **LOW_POSITIVE))
+        check_masked(engine, block, shape)
+        assert not has_one_shift(sweep(engine, block)[0])
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_positives_by_id_without_any_negative(engine: str, shape: str) -> None:
+    """All lines have the shift 0 for negatives, and shifts of their own for positives."""
+    block = make_masked_block(*SHAPES[shape], scale=1000.0, ids=1, same_id_positive=True)
+    check_masked(engine, block, shape)
+    shifts = sweep(engine, block)[0][::2]
+    assert not shifts[0].any() and len(shifts[1].unique()) > 1
 
 
 @compiled_only

@@ -11,6 +11,11 @@ from support.block_operators import make_weights, operator, sweep, weigh
 from support.dense_block import DTYPES, LOG2E, Block, accumulator, make_block
 from support.dense_truth import Dense, assert_gradients, assert_states, has_one_shift
 from support.losses import LOSSES, REFERENCES
+from support.shift_cases import (
+    check_that_no_loss_is_invented,
+    column_below,
+    lines_of_one_pair,
+)
 from torch import Tensor
 
 from fastclip import reference
@@ -41,27 +46,27 @@ def check(engine: str, block: Block, keep: int = 0, bound: Tensor | None = None)
 # ---- one shift or running maxima -----------------------------------------------------------------
 
 
-def random(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
-    return make_block(*shape, 24, dtype, scale=scale)
+def random(dtype: torch.dtype, scale: float, shape: tuple[int, int], offset: int = 0) -> Block:
+    return make_block(*shape, 24, dtype, scale=scale, offset=offset)
 
 
-def long(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
+def long(dtype: torch.dtype, scale: float, shape: tuple[int, int], offset: int = 0) -> Block:
     """Makes a block of features that are not normalised."""
-    block = random(dtype, scale, shape)
+    block = random(dtype, scale, shape, offset)
     return block._replace(x=block.x * 30, y=block.y * 20)
 
 
-def one_long(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
+def one_long(dtype: torch.dtype, scale: float, shape: tuple[int, int], offset: int = 0) -> Block:
     """Makes a block with one logit near the bound; all others are far below it."""
-    block = random(dtype, scale, shape)
+    block = random(dtype, scale, shape, offset)
     block.x[3] *= 25
     block.y[5] *= 25
     return block
 
 
-def one_low(dtype: torch.dtype, scale: float, shape: tuple[int, int]) -> Block:
+def one_low(dtype: torch.dtype, scale: float, shape: tuple[int, int], offset: int = 0) -> Block:
     """Makes a block with one line whose logits, positive included, are far below all others."""
-    block = random(dtype, scale, shape)
+    block = random(dtype, scale, shape, offset)
     towers = (block.x, block.y) if shape[0] < shape[1] else (block.y, block.x)
     towers[1][:, 0] = towers[1][:, 0].abs() + 1
     towers[0][7] = 0
@@ -88,10 +93,14 @@ CASES = [
 ]
 
 
+def name_of(case: tuple) -> str:
+    return f"{case[0].__name__}-{case[1]}"
+
+
 # Shapes of several strips of rows and tiles of the C++ engine, so that maxima are updated.
 @pytest.mark.parametrize("shape", [(140, 90), (90, 140)], ids=["tall", "wide"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_one_shift_or_running_maxima(
     engine: str, case: tuple, dtype: str, shape: tuple[int, int]
 ) -> None:
@@ -107,6 +116,39 @@ def test_one_shift_or_running_maxima(
         for budget in (64 * 90 * itemsize, 1 << 30):  # half the rows, all of them
             kept = check(engine, block, rows_to_keep(*shape, itemsize, budget))
             assert has_one_shift(kept) == has_one_shift(state)
+
+
+@pytest.mark.parametrize("offset", [3, -7, 60])
+@pytest.mark.parametrize("shape", [(140, 90), (90, 140)], ids=["tall", "wide"])
+@pytest.mark.parametrize("case", [CASES[k] for k in (1, 3, 7, 10, 11)], ids=name_of)
+def test_shifts_beside_the_diagonal(
+    engine: str, case: tuple, shape: tuple[int, int], offset: int
+) -> None:
+    make, scale, *enough = case
+    state = check(engine, make(torch.float32, scale, shape, offset))
+    if engine == "cpu":
+        assert has_one_shift(state) == enough[1]
+
+
+@pytest.mark.parametrize("along", [-0.11, -0.30])
+def test_a_column_that_one_shift_would_blur_gets_its_own(engine: str, along: float) -> None:
+    """Its sum would be about 2^-115 or 2^-140: terms below 2^-126, which the C++ engine takes for
+    zero, would be lost."""
+    assert not has_one_shift(check(engine, column_below(0, along, across=0.15)))
+
+
+def test_lines_of_one_pair_need_no_shift(engine: str) -> None:
+    for block in lines_of_one_pair():
+        state = check(engine, block)
+        if engine == "cpu":
+            assert has_one_shift(state)
+
+
+@pytest.mark.parametrize("scale, all_finite", [(1e8, True), (1e10, False)])
+def test_no_loss_of_an_absurd_scale_is_invented(
+    engine: str, scale: float, all_finite: bool
+) -> None:
+    check_that_no_loss_is_invented(engine, 33, scale, all_finite or engine == "torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -164,9 +206,9 @@ def test_zero_and_negative_scales(engine: str, loss: str, scale: float) -> None:
     value, truth = LOSSES[loss](*inputs, -2.0, backend=engine), REFERENCES[loss](*others, -2.0)
     value.backward()
     truth.backward()
-    torch.testing.assert_close(value, truth, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(value, truth, rtol=1e-14, atol=1e-15)
     for one, other in zip(inputs, others, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-7, atol=1e-12)
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-13)
 
 
 # ---- norms out of range --------------------------------------------------------------------------
@@ -217,11 +259,11 @@ def test_one_pair(engine: str, dtype: str, normalize: bool) -> None:
     arguments = (x, y, 2.0, -1.0)
     value = siglip_loss(*arguments, normalize=normalize, backend=engine)
     truth = reference.siglip_loss(*arguments, normalize=normalize)
-    torch.testing.assert_close(value, truth, rtol=1e-12, atol=0)
+    torch.testing.assert_close(value, truth, rtol=5e-15, atol=0)
     for one, other in zip(
         torch.autograd.grad(value, (x, y)), torch.autograd.grad(truth, (x, y)), strict=True
     ):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(one, other, rtol=5e-15, atol=0)
 
 
 @pytest.mark.parametrize("scale", [14.3, 1e4])

@@ -23,6 +23,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 OFFSETS = {"on the diagonal": 0, "aside": -7, "none": 1 << 40}
 
 
+# The options of the block that `low_positive_by_id` changes.
+LOW_POSITIVE: dict[str, Any] = {**OPTIONS["positives by id"], "offset": 1 << 40}
+
+
+def low_positive_by_id(block: Block) -> Block:
+    """Returns the block with one positive by id, which is far below all other pairs."""
+    block.ids_x[:], block.ids_y[:] = 0, 1
+    block.ids_x[3] = block.ids_y[5] = 2
+    block.x[3] = -block.y[5] * (1 - 1e-3)
+    return block
+
+
 def masked_blocks(
     shape: tuple[int, int, int], dtype: torch.dtype, options: str, **others: Any
 ) -> Iterator[tuple[str, Block]]:

@@ -70,7 +70,8 @@ print(json.dumps({"info": fastclip.build_info(), "failures": failures, "examined
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+    # Scripts find `support` through the working directory, which PYTHONSAFEPATH would exclude.
+    settings = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONSAFEPATH": "", **environment}
     return subprocess.run(
         [sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=False,
         timeout=300, cwd=Path(__file__).parents[2],

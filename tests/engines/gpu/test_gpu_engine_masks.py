@@ -19,7 +19,7 @@ from support.dense_block import DENSE_KINDS, DTYPES, KINDS, Block
 from support.dense_truth import Dense, assert_gradients, has_one_shift
 from support.gpu_engine_case import enlarged, prepare, several_tiles, small_chunks, tf32_products
 from support.masked_block import make_masked_block, occupied
-from support.masked_cases import OFFSETS, OPTIONS, check_masked
+from support.masked_cases import OFFSETS, OPTIONS, check_masked, low_positive_by_id
 from support.triton_case import needs_engine
 
 from fastclip import contrast
@@ -85,13 +85,17 @@ def test_tiles_of_lines_with_own_shifts_may_differ(monkeypatch: pytest.MonkeyPat
 
 def test_a_low_positive_by_id_gets_its_own_shift(gpu_engine: str) -> None:
     """One positive by id is far below all other pairs."""
-    block = masked(gpu_engine, "positives by id", scale=60.0, offset=1 << 40)
-    block.ids_x[:], block.ids_y[:] = 0, 1
-    block.ids_y[5], block.x[3], block.y[5] = 2, -block.y[5], block.y[5]
-    block.ids_x[3] = 2
-    block.x[3] *= 1 - 1e-3
+    block = low_positive_by_id(masked(gpu_engine, "positives by id", scale=60.0, offset=1 << 40))
     check_masked(gpu_engine, block, "")
     assert not has_one_shift(sweep(gpu_engine, block)[0])
+
+
+def test_positives_by_id_without_any_negative(gpu_engine: str) -> None:
+    """All lines have the shift 0 for negatives, and shifts of their own for positives."""
+    block = masked(gpu_engine, "one id", scale=1e3, same_id_positive=True)
+    check_masked(gpu_engine, block, "")
+    shifts = sweep(gpu_engine, block)[0][::2]
+    assert not shifts[0].any() and len(shifts[1].unique()) > 1
 
 
 @pytest.mark.parametrize("options", ["one id", "positives by id", "key bias"])

@@ -13,6 +13,11 @@ from support.dense_block import LOG2E, Block, make_block
 from support.dense_truth import Dense, assert_states, has_one_shift
 from support.gpu_engine_case import check, enlarged
 from support.losses import LOSSES, REFERENCES
+from support.shift_cases import (
+    check_that_no_loss_is_invented,
+    column_below,
+    lines_of_one_pair,
+)
 from torch import Tensor
 
 from fastclip.loss import clip_loss
@@ -21,35 +26,35 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 SHAPE = enlarged(40, 33)
 
 
-def random(scale: float) -> Block:
-    return make_block(*SHAPE, 24, scale=scale)
+def random(scale: float, offset: int = 0) -> Block:
+    return make_block(*SHAPE, 24, scale=scale, offset=offset)
 
 
-def long(scale: float) -> Block:
+def long(scale: float, offset: int = 0) -> Block:
     """Features are not normalised."""
-    block = random(scale)
+    block = random(scale, offset)
     return block._replace(x=block.x * 30, y=block.y * 20)
 
 
-def one_long(scale: float) -> Block:
+def one_long(scale: float, offset: int = 0) -> Block:
     """The bound fits one pair; all other logits are far below it."""
-    block = random(scale)
+    block = random(scale, offset)
     block.x[3] *= 25
     block.y[5] *= 25
     return block
 
 
-def low_row(scale: float) -> Block:
+def low_row(scale: float, offset: int = 0) -> Block:
     """All logits of one row, its positive included, are far below the others."""
-    block = random(scale)
+    block = random(scale, offset)
     block.y[:, 0] = block.y[:, 0].abs() + 1
     block.x[7] = 0
     block.x[7, 0] = -1
     return block
 
 
-def low_column(scale: float) -> Block:
-    block = random(scale)
+def low_column(scale: float, offset: int = 0) -> Block:
+    block = random(scale, offset)
     block.x[:, 0] = block.x[:, 0].abs() + 1
     block.y[-1] = 0
     block.y[-1, 0] = -1
@@ -74,7 +79,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} at {case[1]}")
+def name_of(case: tuple) -> str:
+    return f"{case[0].__name__} at {case[1]}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_shifts(gpu_engine: str, case: tuple) -> None:
     make, scale, enough = case
     state = check(gpu_engine, make(scale))
@@ -82,20 +91,10 @@ def test_shifts(gpu_engine: str, case: tuple) -> None:
     assert has_one_shift(state) == enough
 
 
-def column_below(offset: int, along: float, across: float) -> Block:
-    """Returns a block with one low column, 12: `along` is its component in the direction that all
-    rows share, `across` its length in the others."""
-    block = make_block(60, 66, 24, scale=100.0, offset=offset)
-    block.x[:, 0] = 1
-    block.y[:, 0] = 0
-    block.y[12] *= across / block.y[12].norm()
-    block.y[12, 0] = along
-    return block
-
-
-def test_a_column_that_one_shift_would_blur_gets_its_own(gpu_engine: str) -> None:
-    """Its sum would be about 2^-140: not zero, but with few digits left in fp32."""
-    state = check(gpu_engine, column_below(0, along=-0.30, across=0.15))
+@pytest.mark.parametrize("along", [-0.11, -0.30])
+def test_a_column_that_one_shift_would_blur_gets_its_own(gpu_engine: str, along: float) -> None:
+    """Its sum would be about 2^-115 or 2^-140: not zero, but with few digits left in fp32."""
+    state = check(gpu_engine, column_below(0, along, across=0.15))
     assert not has_one_shift(state)
 
 
@@ -104,6 +103,18 @@ def test_a_column_is_judged_without_positives(gpu_engine: str, offset: int) -> N
     """The positive of another row, mistaken for its own, must not hide the lost negatives."""
     state = check(gpu_engine, column_below(offset, along=-1.0, across=0.0))
     assert not has_one_shift(state)
+
+
+def test_lines_of_one_pair_need_no_shift(gpu_engine: str) -> None:
+    for block in lines_of_one_pair():
+        assert has_one_shift(check(gpu_engine, block))
+
+
+@pytest.mark.parametrize("offset", [3, -5])
+@pytest.mark.parametrize("case", [CASES[k] for k in (3, 6, 10, 12, 13)], ids=name_of)
+def test_shifts_beside_the_diagonal(gpu_engine: str, case: tuple, offset: int) -> None:
+    make, scale, enough = case
+    assert has_one_shift(check(gpu_engine, make(scale, offset))) == enough
 
 
 def test_a_row_is_judged_without_its_positive(gpu_engine: str) -> None:
@@ -171,6 +182,19 @@ def test_positives_tie_with_their_duplicates(gpu_engine: str, scale: float) -> N
     assert abs(float(loss) - math.log(n)) < 1e-5
 
 
+def test_positives_tie_with_their_duplicates_beyond_one_shift(gpu_engine: str) -> None:
+    """One row is so low that every line gets a shift of its own. Rows of all other pairs have N
+    equal logits, columns N - 1."""
+    n = SHAPE[1]
+    x = make_block(n, n, 300).x[:1].repeat(n, 1)
+    y = x.clone()
+    x[-1] *= -1
+    options = {"reduction": "none", "memory_budget": 0}
+    losses = clip_loss(x, y, 1e4, backend=gpu_engine, **options)[:-1]
+    expected = torch.full_like(losses, (math.log(n) + math.log(n - 1)) / 2)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+
+
 # ---- NaN, infinities and absurd scales must show -------------------------------------------------
 
 
@@ -210,15 +234,7 @@ def test_absurd_scales_give_the_loss_or_no_number(gpu_engine: str, loss: str) ->
 def test_no_loss_of_an_absurd_scale_is_invented(
     gpu_engine: str, scale: float, all_finite: bool
 ) -> None:
-    """Each pair's loss is right or not finite. A mean would be NaN, and hide wrong losses."""
-    x, y = torch.randn(2, SHAPE[1], 6).unbind()
-    options = {"normalize": True, "reduction": "none"}
-    ours = clip_loss(x, y, scale, backend=gpu_engine, memory_budget=0, **options).double()
-    exact = clip_loss(x.double(), y.double(), scale, backend="reference", **options)
-    sound = ours.isfinite()
-    assert bool(sound.all()) == all_finite
-    # Rounded logits move a loss by this much.
-    assert ((ours - exact).abs() <= 1e-6 * scale)[sound].all()
+    check_that_no_loss_is_invented(gpu_engine, SHAPE[1], scale, all_finite)
 
 
 def test_a_positive_that_is_not_finite_is_not_lost(gpu_engine: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from support.block_cases import for_every_kind, in_every_dtype
 from support.block_operators import sweep
 from support.dense_block import DTYPES, make_block
-from support.dense_truth import Dense
+from support.dense_truth import Dense, has_one_shift
 from support.gpu_engine_case import check, several_tiles, small_chunks, tf32_products
 from support.masked_block import make_masked_block
 from support.masked_cases import OPTIONS
@@ -51,7 +51,17 @@ def test_a_guide(gpu_engine: str, kind: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for name in ("ids", "everything"):
             block = make_masked_block(m, n, 24, dtype, kind=kind, **OPTIONS[name])
-            check(gpu_engine, with_guide(block, 37, factors=(True, True)), what=f"{dtype}, {name}")
+            block = with_guide(block, 37, factors=(True, True))
+            check(gpu_engine, block, what=f"{dtype}, {name}")
+            masks = [Dense(b).by_row for b in (block, block._replace(guided=False))]
+            assert (masks[0] != masks[1]).float().mean() > 0.1, "the guide decides"
+
+
+def test_a_guide_beyond_one_shift(gpu_engine: str) -> None:
+    block = make_block(*several_tiles(gpu_engine), 24, scale=1e3, offset=-9)
+    for factors in ((True, False), (False, True)):
+        guided = with_guide(block, 37, factors=factors)
+        assert not has_one_shift(check(gpu_engine, guided, what=f"{factors=}"))
 
 
 @for_every_kind

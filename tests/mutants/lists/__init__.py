@@ -1,0 +1,26 @@
+"""The mutants by area."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mutants import emulation, extension
+from mutants.lists import bench, cached, cpu, cuda, distributed, engine, losses, triton
+from mutants.mutant import Mutant
+from mutants.trial import Build
+
+
+class Area(NamedTuple):
+    mutants: Sequence[Mutant]
+    build: Build | None = None
+
+
+AREAS = {
+    "cpu": Area(cpu.MUTANTS, Build(extension.make, extension.undo)),
+    "cuda": Area(cuda.MUTANTS, Build(emulation.make)),
+    "triton": Area(triton.MUTANTS),
+    "engine": Area(engine.MUTANTS),
+    "losses": Area(losses.MUTANTS),
+    "distributed": Area(distributed.MUTANTS),
+    "cached": Area(cached.MUTANTS),
+    "bench": Area(bench.MUTANTS),
+}
