@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,35 @@ _TOLERANCES = {
 _ON_GPUS = 5e-2
 
 
+class _Differences(NamedTuple):
+    """The norms of rows, and of the rows' differences, of each micro-batch: (m) each."""
+
+    tolerance: float
+    norms: list[Tensor]
+    differences: list[Tensor]
+
+    def excess(self, device: torch.device) -> Tensor:
+        """Returns each row's difference as a multiple of what rounding explains, (N).
+
+        It is relative to the row's norm or, for a row below the average, to the average norm. Rows
+        that were not finite at first count as equal: the loss shows them.
+        """
+        norms, differences = (
+            torch.cat([part.to(device) for part in parts])
+            for parts in (self.norms, self.differences)
+        )
+        limits = torch.finfo(norms.dtype)
+        average = norms.nan_to_num(0.0, 0.0, 0.0).mean()
+        relative = differences / norms.maximum(average).clamp_min(limits.tiny)
+        relative = relative.nan_to_num(nan=limits.max, posinf=limits.max)
+        return torch.where(norms.isfinite(), relative, 0).float() / self.tolerance
+
+
 class Comparison:
-    """Collects differences on the device of the loss; they are read once, at the end.
+    """Collects differences on the devices of the outputs; they are read once, at the end.
 
     parameters: those of the model, whose dtype, or that of autocast, may be coarser than that of
-    the features.
+    the features. device: that of the loss.
     """
 
     def __init__(self, parameters: list[Tensor], device: torch.device) -> None:
@@ -32,10 +58,10 @@ class Comparison:
             (_TOLERANCES.get(p.dtype, 0.0) for p in parameters if p.is_floating_point()),
             default=0.0,
         )
-        self._names: list[str] = []
-        self._excesses: list[Tensor] = []
+        self._found: dict[str, _Differences] = {}
 
-    def add(self, micro_batch: int, first: Outputs, again: Outputs) -> None:
+    @torch.no_grad()
+    def add(self, first: Outputs, again: Outputs) -> None:
         """Compares the outputs of a micro-batch's two encodings."""
         if first.shapes() != again.shapes():
             raise ValueError(
@@ -44,20 +70,29 @@ class Comparison:
             )
         for index, (a, b) in enumerate(zip(first.values, again.values, strict=True)):
             if isinstance(a, Tensor) and a.is_floating_point():
-                self._names.append(f"{first.name_of(index)} of micro-batch {micro_batch}")
-                self._excesses.append(_difference(a.detach(), b.detach()) / self._tolerance(a))
+                name = first.name_of(index)
+                found = self._found.setdefault(name, _Differences(self._tolerance(a), [], []))
+                a, b = map(_as_rows, (a, b))
+                found.norms.append(a.norm(dim=1))
+                found.differences.append((a - b).norm(dim=1))
 
     def largest_excess(self) -> Tensor:
         """Returns the largest difference over that which rounding explains, ()."""
-        if not self._excesses:
-            return torch.zeros((), device=self._device)
-        return torch.stack([excess.to(self._device) for excess in self._excesses]).amax()
+        excesses = [found.excess(self._device) for found in self._found.values()]
+        largest = [excess.amax() for excess in excesses if len(excess)]
+        return torch.stack(largest).amax() if largest else torch.zeros((), device=self._device)
 
     def error(self) -> str:
         """Returns the message for a difference on this rank or another one."""
-        excesses = [float(excess) for excess in self._excesses]
-        worst = max(excesses, default=0.0)
-        where = "another rank" if worst <= 1 else self._names[excesses.index(worst)]
+        worst, where = 1.0, "another rank"
+        for name, found in self._found.items():
+            excess = found.excess(self._device).tolist()
+            if max(excess, default=0.0) > worst:
+                worst = max(excess)
+                row, micro_batch = excess.index(worst), 0
+                while row >= len(found.norms[micro_batch]):
+                    row, micro_batch = row - len(found.norms[micro_batch]), micro_batch + 1
+                where = f"{name} of micro-batch {micro_batch}"
         size = "" if worst <= 1 else f" that is {worst:.3g} times as large as rounding explains"
         return (
             "cached_step encodes each micro-batch twice, and the model must return the same both "
@@ -77,17 +112,7 @@ class Comparison:
         return found
 
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the largest norm of a row of a - b, relative to that row's norm in a or, for a row
-    below the average, to the average norm; () in float32. Rows that are not finite in a
-    count as equal: the loss shows them."""
-    if not a.numel():
-        return torch.zeros((), device=a.device)
-    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))
-    a, b = (t.reshape(t.shape[0] if t.dim() > 1 else 1, -1) for t in (a, b))
-    norms = a.norm(dim=1)
-    most = torch.finfo(norms.dtype)
-    average = norms.nan_to_num(0.0, 0.0, 0.0).mean()
-    relative = (a - b).norm(dim=1) / norms.maximum(average).clamp_min(most.tiny)
-    relative = relative.nan_to_num(nan=most.max, posinf=most.max)
-    return torch.where(norms.isfinite(), relative, 0).amax().float()
+def _as_rows(x: Tensor) -> Tensor:
+    """Returns x as (m, k), in float32 at least; a number as one row."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.flatten(1) if x.dim() > 1 else x.reshape(1, 1)

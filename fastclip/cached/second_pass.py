@@ -80,7 +80,7 @@ class SecondPass:
             first = Outputs(self.whole.values[outputs], names)
             rows = tower.rows(index)
             if self.comparison is not None:
-                self.comparison.add(index, first.of_rows(rows), again)
+                self.comparison.add(first.of_rows(rows), again)
             found = [
                 (value, gradient[rows] if again.has_rows(i) else gradient)
                 for i, (value, gradient) in enumerate(zip(again.values, gradients, strict=True))

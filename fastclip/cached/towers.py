@@ -21,6 +21,7 @@ class Tower(NamedTuple):
     arguments: Arguments  # those of the batch
     read: Callable[[Any, Any, int], Outputs]
     outputs: Any
+    wrappers: list[nn.Module]
 
     def encode(self, micro_batch: int) -> Outputs:
         rows, (positional, by_name) = self.rows(micro_batch), self.arguments
@@ -31,10 +32,6 @@ class Tower(NamedTuple):
     def rows(self, micro_batch: int) -> slice:
         start = sum(self.sizes[:micro_batch])
         return slice(start, start + self.sizes[micro_batch])
-
-    @property
-    def wrappers(self) -> list[nn.Module]:
-        return wrappers_of(self.model)
 
     @property
     def is_frozen(self) -> bool:
@@ -101,7 +98,8 @@ def towers_of(
             )
         arguments = inputs, by_name
         sizes = sizes_of({**dict(enumerate(inputs)), **by_name}, micro_batch, "inputs")
-        return Towers((Tower(model, sizes, arguments, outputs_of_model, outputs),), None, False)
+        tower = Tower(model, sizes, arguments, outputs_of_model, outputs, wrappers_of(model))
+        return Towers((tower,), None, False)
     if len(model) != 2 or len(inputs) != 2 or by_name:
         raise ValueError(
             "two towers must have two inputs, one each, and none by name, got "
@@ -119,7 +117,11 @@ def towers_of(
     parts = []
     for index, (tower, own) in enumerate(zip(model, inputs, strict=True)):
         sizes = sizes_of(own, micro_batches[index], f"inputs[{index}]")
-        parts.append(Tower(tower, sizes, _arguments(own), features_of_tower, read[index]))
+        parts.append(
+            Tower(
+                tower, sizes, _arguments(own), features_of_tower, read[index], wrappers_of(tower)
+            )
+        )  # fmt: skip
     _values_of(shared)
     return Towers(tuple(parts), shared, True)
 
