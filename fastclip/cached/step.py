@@ -143,6 +143,8 @@ def cached_step(
                     if with_gradients:
                         own_states.append(RandomState(devices))
                     own.append(tower.encode(index))
+        # torch 2.10 would reuse autocast's copies of parameters, which have no graph.
+        torch.clear_autocast_cache()
         return towers.whole(encoded, with_gradients)
 
     # Ranks that exchange in their forwards could not hear of an error.
