@@ -71,10 +71,10 @@ def mistakes(
         theirs = _off(numbers(dense[name])[rows], right[rows]) if dense else 0.0
         flushed = roundoff(p.scalars) > 1e-12 and np.linalg.norm(right[rows]) < FLUSHED
         if flushed:
-            off, limit = _remainder(name, mine[rows], rows, given), MOST_OF_NOTHING
+            off, coarsest = _remainder(name, mine[rows], rows, given), 4 * roundoff(p.scalars)
             if name in ("dx", "dy"):  # weights or parts were rounded before they cancelled
-                coarsest = max(roundoff(p.product), roundoff(result.dtype))
-                limit += SLACK * coarsest * (1 + exact.largest_logit)
+                coarsest = max(coarsest, roundoff(p.product), roundoff(result.dtype))
+            limit = MOST_OF_NOTHING + SLACK * coarsest * (1 + exact.largest_logit)
         elif limit >= 1:  # at the largest logits the bound says nothing
             continue
         else:
