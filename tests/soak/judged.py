@@ -74,7 +74,9 @@ def mistakes(
             off, coarsest = _remainder(name, mine[rows], rows, given), 4 * roundoff(p.scalars)
             if name in ("dx", "dy"):  # weights or parts were rounded before they cancelled
                 coarsest = max(coarsest, roundoff(p.product), roundoff(result.dtype))
-            limit = MOST_OF_NOTHING + SLACK * coarsest * (1 + exact.largest_logit)
+            size = 1 + exact.largest_logit
+            # dscale adds products, times weights that rounded logits have moved.
+            limit = MOST_OF_NOTHING + SLACK * coarsest * size * (size if name == "dscale" else 1)
         elif limit >= 1:  # at the largest logits the bound says nothing
             continue
         else:
