@@ -1,6 +1,7 @@
 // A thread's work space.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -40,7 +41,8 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     T* const p = reinterpret_cast<T*>(base_ + used_);
-    ASAN_UNPOISON_MEMORY_REGION(p, count * int64_t(sizeof(T)));
+    // Never more than was reserved, so that an overrun of the whole arena is seen, too.
+    ASAN_UNPOISON_MEMORY_REGION(p, std::clamp<int64_t>(size_ - used_, 0, count * int64_t(sizeof(T))));
     used_ += round_up(count * int64_t(sizeof(T)), 64) + FASTCLIP_ROOM_BETWEEN_PIECES;
     return p;
   }

@@ -69,8 +69,10 @@ def run(
 
     def one(entry: Entry) -> Outcome:
         tree = free.get()
-        outcome = trial(entry[1], tree, areas[entry[0]].build, seconds)
-        free.put(tree)
+        try:
+            outcome = trial(entry[1], tree, areas[entry[0]].build, seconds)
+        finally:
+            free.put(tree)
         print(row(entry, outcome), flush=True)
         return outcome
 

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from soak import long, ranked
+from soak import judged, long, ranked
 from soak.meter import Held, growth, held
 from soak.pool import Outcome
 from soak.ranked import Case, Runner
+from support.judge import PRECISIONS
 
 from fastclip import loss
 
@@ -35,6 +38,13 @@ def test_a_wrong_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = of_steps(20)
     assert any("loss: off by 1" in line for line in found)
     assert "python -m tests.soak steps --seed 1 --first" in found[0]
+
+
+@pytest.mark.parametrize("value, wrong", [(0.0, 0), (0.01, 1), (math.nan, 1)])
+def test_a_result_that_should_be_zero_is_judged(value: float, wrong: int) -> None:
+    zero = SimpleNamespace(dx=np.zeros((2, 3)), largest_logit=1.0, conditions={"dx": 1.0})
+    found, given = {"dx": torch.full((2, 3), value)}, {"x": np.ones((2, 3))}
+    assert len(judged.mistakes(found, None, zero, PRECISIONS["float32"], given)) == wrong
 
 
 def first_case(fault: str, accept: Callable[[Case], bool] = lambda case: True) -> Case:

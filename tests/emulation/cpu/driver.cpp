@@ -1,7 +1,6 @@
 // Runs the CPU engine on small random blocks, without torch.
 //
-//   driver results SEED SECONDS   the bits of all results are those of one thread, for any number of threads that wait
-//   at
+//   driver results SEED SECONDS   all results have the bits of one thread's, for any number of threads that wait at
 //                                 random; each case first sweeps, then weighs
 //   driver failures SEED SECONDS  an allocation or a product that fails in one thread is an error of the call, and the
 //                                 next call is right

@@ -6,6 +6,7 @@ BLOCKS = "tests/operators/test_blocks.py::test_"
 KEPT = "tests/operators/test_kept_products.py::test_"
 LEVELS = "tests/operators/test_levels.py::test_levels"
 MASKED = "tests/operators/test_masked_blocks.py::test_"
+ORDER = "tests/engines/cpu/test_order_of_threads.py::test_"
 SWITCHES = "tests/operators/test_switches.py::test_"
 TARGETS = "tests/operators/test_targets.py::test_"
 
@@ -155,5 +156,17 @@ MUTANTS = (
         "csrc/cpu/engine.cpp",
         "p_.totals[q] = all.value + all.lost;", "p_.totals[q] = all.value;",
         "tests/engines/cpu/test_totals.py::test_small_terms_between_large_ones_are_not_lost",
+    ),
+    mutant(
+        "a strip overtakes another",
+        "csrc/cpu/engine.cpp",
+        "std::memory_order_acquire) < k;", "std::memory_order_acquire) < k - 1;",
+        f"{ORDER}no_strip_overtakes_another",
+    ),
+    mutant(
+        "a thread that failed is waited for",
+        "csrc/cpu/engine.cpp",
+        "failed_ = true;", ";",
+        f"{ORDER}a_failed_allocation_raises_and_the_next_call_is_right",
     ),
 )  # fmt: skip
