@@ -10,6 +10,11 @@
 
 // AddressSanitizer sees overruns from one piece of an arena into the next: the pieces lie apart, and what is not taken
 // must not be touched. Other builds have no room between the pieces.
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)  // clang's
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #define FASTCLIP_ROOM_BETWEEN_PIECES 64

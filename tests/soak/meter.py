@@ -18,6 +18,8 @@ WARM_UP = 0.2  # of the measurements
 MOST_GROWTH = {"allocated": 4.0, "rss": 32.0}
 
 LIBC = ctypes.CDLL(None)
+if not hasattr(LIBC, "mallinfo2"):
+    raise ImportError("the soak measures memory with glibc's mallinfo2, of 2.33 and later")
 
 
 class Held(NamedTuple):
