@@ -74,7 +74,7 @@ test-peers: .venv-peers/extension
 # are skipped without the headers or nvcc.
 test-cuda: .venv/extension
 	$(BIN)/pip --quiet install --no-deps $(PIP_ARGS) nvidia-cutlass==4.2.0.0
-	$(BIN)/$(PYTEST) -m 'minutes and not extension' $(ARGS)
+	$(BIN)/$(PYTEST) -m 'minutes and not sanitize' $(ARGS)
 
 sanitize: .venv/extension
 	$(BIN)/$(PYTEST) -m minutes $(call files,cpu_sanitizers) $(call files,sanitized_extension) $(ARGS)

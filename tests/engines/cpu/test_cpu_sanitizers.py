@@ -20,7 +20,7 @@ pytestmark = pytest.mark.minutes
 # The largest instruction set of this machine.
 MACHINE = torch.backends.cpu.get_cpu_capability()
 BUILDS = [(sanitizer, "DEFAULT") for sanitizer in ("none", "address", "thread")]
-BUILDS += [("address", "AVX2"), ("address", "AVX512")]
+BUILDS += [pytest.param("address", name, marks=pytest.mark.sanitize) for name in ("AVX2", "AVX512")]
 RACE = "ThreadSanitizer: data race"
 
 

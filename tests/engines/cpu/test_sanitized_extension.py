@@ -19,7 +19,7 @@ AVAILABLE = CAPABILITIES[: 1 + CAPABILITIES.index(MACHINE)] if MACHINE in CAPABI
 
 pytestmark = [
     pytest.mark.minutes,
-    pytest.mark.extension,
+    pytest.mark.sanitize,
     pytest.mark.skipif(platform.system() != "Linux", reason="LD_PRELOAD is Linux's"),
 ]
 
