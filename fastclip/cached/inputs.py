@@ -94,7 +94,7 @@ def _has_rows(batch: Any) -> bool:
 
 
 def is_rows(value: Any) -> bool:
-    """Whether a value has a row for each pair."""
+    """True if a value has a row for each pair."""
     if isinstance(value, Tensor):
         return value.dim() > 0
     if isinstance(value, (list, tuple)):

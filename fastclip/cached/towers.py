@@ -35,7 +35,7 @@ class Tower(NamedTuple):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the tower surely has nothing to differentiate."""
+        """True if the tower surely has nothing to differentiate."""
         if not isinstance(self.model, nn.Module):
             return False
         tensors = [*self.model.parameters(), *tensors_of(self.arguments)]

@@ -76,7 +76,7 @@ def groups_of(wrapper: nn.Module) -> list[dist.ProcessGroup]:
 
 
 def in_step(wrapper: nn.Module) -> bool:
-    """Whether the ranks of a wrapper must encode the same number of micro-batches, because its
+    """True if the ranks of a wrapper must encode the same number of micro-batches, because its
     forward exchanges parameters, buffers or statistics."""
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
         if any(isinstance(module, nn.SyncBatchNorm) for module in wrapper.modules()):
