@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..distributed.agreement import REFUSED, exchange, has_cpu, is_initialized, refusals
+from ..distributed.described import by_rank
 from ..engine.warn_once import warn_once
 from .comparison import Comparison
 from .wrappers import groups_of, in_step
@@ -73,9 +74,8 @@ class StepRanks:
                 )
             for name, values in zip(mine, heard[1:], strict=True):
                 if len(set(values)) > 1:
-                    each = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
                     raise ValueError(
-                        f"cached_step: all ranks must have the same {name}, got {each}"
+                        f"cached_step: all ranks must have the same {name}, got {by_rank(values)}"
                     )
         return result
 

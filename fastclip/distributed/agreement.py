@@ -86,7 +86,7 @@ NEEDS = ("needs_x", "needs_y", "needs_key_bias")
 
 
 class Call(NamedTuple):
-    """What ranks compare beside their features.
+    """The values that ranks compare beside their features.
 
     loss: the loss with its options (`described`), the same on all ranks.
     needs_any: something requires a gradient, on all ranks or on none.

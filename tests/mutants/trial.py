@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
 
 class Build(NamedTuple):
-    """What an area's tests need: functions of the tree and a changed path (None: nothing)."""
+    """The needs of an area's tests: functions of the tree and a changed path (None: nothing)."""
 
     make: Callable[[Path, str | None], None]
     undo: Callable[[Path], None] = lambda tree: None

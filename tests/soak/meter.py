@@ -1,4 +1,4 @@
-"""What a process holds, measured over a long run, and whether it grows."""
+"""The memory and handles that a process holds, measured over a long run, and whether it grows."""
 
 from __future__ import annotations
 

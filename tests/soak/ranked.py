@@ -75,7 +75,7 @@ class Runner:
             pool.close()
 
     def held(self) -> list[Held]:
-        """What each process of the pool holds."""
+        """The holdings of each process of the pool."""
         if self._pool is None:
             return []
         return [outcome.result for outcome in self._pool.run(_held)]

@@ -16,7 +16,7 @@ ACCUMULATION = 2
 
 
 def environment(rank: int, world_size: int) -> None:
-    """What torchrun sets; the group of the ranks is there already."""
+    """Sets the variables of torchrun; the group of the ranks is there already."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size), "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",

@@ -46,8 +46,8 @@ def runtime(name: str) -> str:
 
 
 def preloaded() -> str:
-    """What the interpreter must load before all else. Without libstdc++ the sanitizer does not find
-    the function that throws."""
+    """The libraries that the interpreter must load before all else. Without libstdc++ the sanitizer
+    does not find the function that throws."""
     return " ".join(runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"))
 
 
