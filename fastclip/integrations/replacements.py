@@ -1,0 +1,34 @@
+"""Attributes of a host that are replaced, and put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ABSENT = object()
+
+
+class Replacements:
+    """Attributes of modules and classes that have new values until `restore`."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[Any, str, Any, Any]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._made)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute. A class keeps a static or class method as such."""
+        before = vars(owner).get(name, _ABSENT)
+        self._made.append((owner, name, before, value))
+        setattr(owner, name, value)
+
+    def restore(self) -> None:
+        """Sets the attributes to what they were, except those that someone else has set since."""
+        while self._made:
+            owner, name, before, value = self._made.pop()
+            if vars(owner).get(name, _ABSENT) is not value:
+                continue
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
