@@ -9,3 +9,6 @@ Each module belongs to one host and imports it when it is used:
 `python -m fastclip.patch train.py ARGS` runs a script with its hosts patched. With
 `FASTCLIP_DISABLE=1` nothing is patched.
 """
+
+# The hosts with a `patch`, which are modules of this package.
+HOSTS = ("open_clip", "sentence_transformers", "transformers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 _ABSENT = object()
@@ -21,6 +23,18 @@ class Replacements:
         before = vars(owner).get(name, _ABSENT)
         self._made.append((owner, name, before, value))
         setattr(owner, name, value)
+
+    def replace_everywhere(self, before: Any, value: Any) -> None:
+        """Replaces an object under each name that it has in an imported module.
+
+        A script may have imported a host's class by name already: that name would stay the host's,
+        and nothing would say so.
+        """
+        for module in list(sys.modules.values()):
+            if isinstance(module, ModuleType):
+                names = [name for name, found in list(vars(module).items()) if found is before]
+                for name in names:
+                    self.replace(module, name, value)
 
     def restore(self) -> None:
         """Sets the attributes to what they were, except those that someone else has set since."""

@@ -1,0 +1,70 @@
+"""open_clip with fastclip's losses.
+
+    from fastclip.integrations import open_clip
+    open_clip.patch()
+
+`python -m fastclip.patch open_clip_train.main ARGS` runs open_clip's trainer so patched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ...loss import open_clip as ours
+from ..host import Host, disabled
+from ..replacements import Replacements
+
+HOST = Host("open_clip", ("3.3", "4.2"))
+
+NAMES = ("ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss")
+
+_replacements = Replacements()
+
+
+def patch() -> None:
+    """Makes open_clip's `ClipLoss`, `CoCaLoss`, `DistillClipLoss` and `SigLipLoss` fastclip's.
+
+    Every name that these classes have in an imported module is replaced: in `open_clip`,
+    `open_clip.loss` and `open_clip.factory`, for `create_loss` and the tasks of open_clip 4, and in
+    the script that calls this. Losses that exist already stay open_clip's, as do its classes with
+    `use_horovod=True`, which warn once.
+
+    With FASTCLIP_DISABLE=1 nothing is patched. A second call does nothing.
+
+    Raises:
+        ImportError: open_clip is not installed, or is neither 3.3 nor 4.2.
+    """
+    if disabled() or _replacements:
+        return
+    HOST.load()
+    from open_clip import loss as theirs
+
+    for name in NAMES:
+        own = getattr(theirs, name)
+        _replacements.replace_everywhere(own, _in_place_of(own, getattr(ours, name)))
+
+
+def unpatch() -> None:
+    """Gives open_clip its own classes again. Losses made meanwhile stay fastclip's."""
+    _replacements.restore()
+
+
+def _in_place_of(own: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
+    """A class for calls that were meant for open_clip's own."""
+
+    class Loss(fused):
+        __doc__ = fused.__doc__
+
+        def __new__(cls, *arguments: Any, **options: Any) -> nn.Module:
+            given = inspect.signature(own).bind_partial(*arguments, **options).arguments
+            if cls is Loss and given.get("use_horovod"):
+                HOST.falls_back("use_horovod=True")
+                return own(*arguments, **options)
+            return super().__new__(cls)
+
+    # Under open_clip's name a pickled loss can be loaded where nothing is patched, as open_clip's.
+    Loss.__name__, Loss.__qualname__, Loss.__module__ = own.__name__, own.__name__, own.__module__
+    return Loss

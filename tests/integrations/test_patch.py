@@ -1,0 +1,164 @@
+"""The program that patches the hosts of a script, and replacements, without any host."""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.installation import ROOT
+
+from fastclip import patch as program
+from fastclip.integrations.replacements import Replacements
+
+HOST = "host_of_the_test"
+IMPORTS = f"import {HOST}; print({HOST}.loss)"
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[str, str]]:
+    """Returns a function that runs the program with a script, and returns what it printed.
+
+    The script can import a host, whose integration is `patch`.
+    """
+    (tmp_path / f"{HOST}.py").write_text("loss = 'theirs'")
+    (tmp_path / "beside.py").write_text("value = 'beside the script'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(program, "HOSTS", (HOST, "another_host"))
+    monkeypatch.delenv("RANK", raising=False)
+
+    def replaces() -> None:
+        sys.modules[HOST].loss = "ours"
+
+    def call(script: str, *arguments: str, patch: Callable[[], None] = replaces) -> tuple[str, str]:
+        (tmp_path / "script.py").write_text(textwrap.dedent(script))
+        integration = ModuleType(f"fastclip.integrations.{HOST}")
+        integration.patch = patch
+        monkeypatch.setitem(sys.modules, integration.__name__, integration)
+        for name in (HOST, "beside"):
+            sys.modules.pop(name, None)
+        program.main(arguments)
+        return capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("target", ["script.py", "script"])
+def test_a_script_is_patched_when_it_imports_the_host(
+    target: str, run: Callable[..., tuple[str, str]]
+) -> None:
+    script = f"""
+        import sys
+        import beside
+        from {HOST} import loss
+        assert __name__ == "__main__"
+        print(loss, beside.value, sys.argv[1:])
+    """
+    out, err = run(script, target, "--host", "other", "-x")
+    assert out == "ours beside the script ['--host', 'other', '-x']\n"
+    assert err == f"fastclip.patch: {HOST} computes its losses with fastclip\n"
+
+
+def test_only_the_first_rank_says_so(
+    run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(IMPORTS, "script.py") == ("ours\n", "")
+
+
+def test_hosts_can_be_chosen(run: Callable[..., tuple[str, str]]) -> None:
+    out, err = run(IMPORTS, "--host", "another_host", "script.py")
+    assert out == "theirs\n"
+    assert "nothing was patched: script.py imported none of another_host" in err
+
+
+def test_the_switch_leaves_hosts_alone(
+    run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTCLIP_DISABLE", "1")
+    out, err = run(IMPORTS, "script.py")
+    assert out == "theirs\n" and "FASTCLIP_DISABLE=1, so nothing is patched" in err
+
+
+def test_a_refused_host_ends_the_script(run: Callable[..., tuple[str, str]]) -> None:
+    """Even a script that does without the host if it cannot be imported."""
+    script = f"""
+        try:
+            import {HOST}
+        except ImportError:
+            pass
+        raise AssertionError("went on")
+    """
+
+    def refuses() -> None:
+        raise ImportError(f"{HOST} 9 is not known")
+
+    with pytest.raises(SystemExit) as refused:
+        run(script, "script.py", patch=refuses)
+    assert str(refused.value).startswith(f"fastclip.patch: {HOST} 9 is not known; --host NAME")
+
+
+def test_it_is_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastclip.patch"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "usage: python -m fastclip.patch [--host NAME]" in done.stderr
+
+
+@pytest.fixture
+def module() -> ModuleType:
+    made = ModuleType("made")
+    made.kept = made.alias = object()
+    return made
+
+
+def test_replacements_are_undone(module: ModuleType) -> None:
+    before = dict(vars(module))
+    replacements = Replacements()
+    replacements.replace(module, "kept", 1)
+    replacements.replace(module, "kept", 2)
+    replacements.replace(module, "new", 3)
+    assert (module.kept, module.new) == (2, 3) and replacements
+    replacements.restore()
+    assert vars(module) == before and not replacements
+
+
+def test_what_others_have_set_stays(module: ModuleType) -> None:
+    replacements = Replacements()
+    replacements.replace(module, "kept", 1)
+    module.kept = 5
+    replacements.restore()
+    assert module.kept == 5
+
+
+def test_static_methods_stay_static() -> None:
+    class Kind:
+        @staticmethod
+        def method() -> int:
+            return 1
+
+    before = vars(Kind)["method"]
+    replacements = Replacements()
+    replacements.replace(Kind, "method", lambda self: 2)
+    replacements.restore()
+    assert vars(Kind)["method"] is before and Kind().method() == 1
+
+
+def test_an_object_is_replaced_under_all_its_names(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "made", module)
+    before = module.kept
+    replacements = Replacements()
+    replacements.replace_everywhere(before, "new")
+    assert module.kept == module.alias == "new"
+    replacements.restore()
+    assert module.kept is module.alias is before
