@@ -25,13 +25,13 @@ class Replacements:
         setattr(owner, name, value)
 
     def replace_everywhere(self, before: Any, value: Any) -> None:
-        """Replaces an object under each name that it has in an imported module.
+        """Replaces an object under each name that it has in an imported module, except fastclip's.
 
         A script may have imported a host's class by name already: that name would stay the host's,
         and nothing would say so.
         """
-        for module in list(sys.modules.values()):
-            if isinstance(module, ModuleType):
+        for imported, module in list(sys.modules.items()):
+            if isinstance(module, ModuleType) and imported.partition(".")[0] != "fastclip":
                 names = [name for name, found in list(vars(module).items()) if found is before]
                 for name in names:
                     self.replace(module, name, value)

@@ -99,6 +99,14 @@ def test_horovod_is_left_to_open_clip(
     assert type(getattr(theirs.loss, name)(**weights, use_horovod=False)) is not own
 
 
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_our_options_can_be_given(name: str, theirs: ModuleType) -> None:
+    open_clip.patch()
+    out = model_out(torch.device("cpu"))
+    loss = getattr(theirs.loss, name)(rank=0, world_size=1, normalize=True)
+    compare(loss, getattr(fastclip.loss, name)(normalize=True), out)
+
+
 def test_pickles_load_without_the_patch(theirs: ModuleType) -> None:
     own = theirs.loss.ClipLoss
     open_clip.patch()

@@ -54,12 +54,14 @@ def unpatch() -> None:
 
 def _in_place_of(own: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
     """A class for calls that were meant for open_clip's own."""
+    parameters = inspect.signature(own)
 
     class Loss(fused):
         __doc__ = fused.__doc__
 
         def __new__(cls, *arguments: Any, **options: Any) -> nn.Module:
-            given = inspect.signature(own).bind_partial(*arguments, **options).arguments
+            theirs = {k: v for k, v in options.items() if k in parameters.parameters}
+            given = parameters.bind_partial(*arguments, **theirs).arguments
             if cls is Loss and given.get("use_horovod"):
                 HOST.falls_back("use_horovod=True")
                 return own(*arguments, **options)
