@@ -13,68 +13,33 @@ FASTCLIP_DISABLE=1 the script runs as it is.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import importlib.util
 import os
 import runpy
 import sys
-from collections.abc import Iterable, Sequence
-from importlib.abc import Loader
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
 from .integrations import HOSTS
 from .integrations.host import disabled
-
-
-class Patcher:
-    """A finder of modules that patches hosts as soon as they are imported."""
-
-    def __init__(self, hosts: Iterable[str]) -> None:
-        self.waiting = set(hosts)
-        self.patched: list[str] = []
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Called by the import system, before its other finders."""
-        if name not in self.waiting:
-            return None
-        self.waiting.remove(name)  # the other finders are asked now
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            self.waiting.add(name)
-            return None
-        spec.loader = _Loader(spec.loader, self)
-        return spec
-
-
-class _Loader(Loader):
-    """Loads a host as its own loader does, which other modules may share, and patches it."""
-
-    def __init__(self, own: Loader, patcher: Patcher) -> None:
-        self.own = own
-        self.patcher = patcher
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.own.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        name = module.__name__
-        module.__spec__.loader = module.__loader__ = self.own
-        self.own.exec_module(module)
-        try:
-            importlib.import_module(f"fastclip.integrations.{name}").patch()
-        except ImportError as error:
-            # The script may catch an ImportError, and would run unpatched.
-            sys.exit(f"fastclip.patch: {error}; --host NAME patches that library alone")
-        self.patcher.patched.append(name)
-        _say(f"{name} computes its losses with fastclip")
+from .integrations.on_import import on_import
 
 
 def _say(text: str) -> None:
     """Prints a line once in a job: under torchrun from the first rank."""
     if os.environ.get("RANK", "0") == "0":
         print(f"fastclip.patch: {text}", file=sys.stderr, flush=True)
+
+
+def _patch(host: str, patched: list[str]) -> None:
+    """Patches a host that has been imported, and adds it to a list."""
+    try:
+        importlib.import_module(f"fastclip.integrations.{host}").patch()
+    except ImportError as error:
+        # The script may catch an ImportError, and would run unpatched.
+        sys.exit(f"fastclip.patch: {error}; --host NAME patches that library alone")
+    patched.append(host)
+    _say(f"{host} computes its losses with fastclip")
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -92,12 +57,12 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     given = _parsed(arguments)
     sys.argv = [given.script, *given.arguments]
-    patcher = None
+    hosts, patched = given.host or HOSTS, []
     if disabled():
         _say("FASTCLIP_DISABLE=1, so nothing is patched")
     else:
-        patcher = Patcher(given.host or HOSTS)
-        sys.meta_path.insert(0, patcher)
+        for host in hosts:
+            on_import(host, functools.partial(_patch, host, patched))
     if given.script.endswith(".py"):
         if not getattr(sys.flags, "safe_path", False):
             # As Python does, which has put the working directory there for `-m`.
@@ -105,10 +70,8 @@ def main(arguments: Sequence[str]) -> None:
         runpy.run_path(given.script, run_name="__main__")
     else:
         runpy.run_module(given.script, run_name="__main__", alter_sys=True)
-    if patcher is not None and not patcher.patched:
-        _say(
-            f"nothing was patched: {given.script} imported none of {', '.join(given.host or HOSTS)}"
-        )
+    if not patched and not disabled():
+        _say(f"nothing was patched: {given.script} imported none of {', '.join(hosts)}")
 
 
 if __name__ == "__main__":

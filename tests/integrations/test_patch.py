@@ -1,5 +1,6 @@
 """The program that patches the hosts of a script, and replacements, without any host."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import pytest
 from support.installation import ROOT
 
 from fastclip import patch as program
+from fastclip.integrations import on_import
 from fastclip.integrations.replacements import Replacements
 
 HOST = "host_of_the_test"
@@ -32,6 +34,7 @@ def run(
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(on_import, "_waiting", {})
     monkeypatch.setattr(program, "HOSTS", (HOST, "another_host"))
     monkeypatch.delenv("RANK", raising=False)
 
@@ -111,6 +114,43 @@ def test_it_is_a_program() -> None:
         [sys.executable, "-m", "fastclip.patch"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and "usage: python -m fastclip.patch [--host NAME]" in done.stderr
+
+
+def test_a_search_without_an_import(run: Callable[..., tuple[str, str]]) -> None:
+    """Libraries ask whether others are installed."""
+    script = f"""
+        import importlib.util
+        import inspect
+        found = importlib.util.find_spec("{HOST}")
+        assert found.origin.endswith("{HOST}.py")
+        import {HOST}
+        assert type({HOST}.__loader__) is type({HOST}.__spec__.loader)
+        assert type({HOST}.__loader__).__module__ != "fastclip.integrations.on_import"
+        print({HOST}.loss)
+    """
+    assert run(script, "script.py")[0] == "ours\n"
+
+
+def test_functions_of_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(on_import, "_waiting", {})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    calls: list[str] = []
+    for name in ("first", "second", "third"):
+        (tmp_path / f"{name}_of_the_test.py").write_text("")
+        monkeypatch.delitem(sys.modules, f"{name}_of_the_test", raising=False)
+        on_import.on_import(f"{name}_of_the_test", lambda name=name: calls.append(name))
+    on_import.forget("second_of_the_test")
+    import first_of_the_test
+    import second_of_the_test
+
+    importlib.reload(first_of_the_test)
+    assert calls == ["first"] and second_of_the_test
+    on_import.on_import("first_of_the_test", lambda: calls.append("again"))
+    assert calls == ["first", "again"]
+    with pytest.raises(ImportError):
+        on_import.on_import("no_module_of_the_test", calls.clear)
+        import no_module_of_the_test  # noqa: F401
 
 
 @pytest.fixture
