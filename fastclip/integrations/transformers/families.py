@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .family import Family, Tower, first_token
+from .family import Family, Tower, first_token, second
 from .similarity import ALIGN, CLAP, SIGLIP, TIPS
 
 _PIXELS = "pixel_values", "interpolate_pos_encoding"
@@ -36,8 +36,8 @@ FAMILIES = (
     _by_features("ChineseCLIPModel", "chinese_clip", _TYPED),
     Family(
         "AltCLIPModel", "altclip", "AltCLIPOutput",
-        Tower("vision_model", _PIXELS, "visual_projection"),
-        Tower("text_model", _TYPED, "text_projection"),
+        Tower("vision_model", _PIXELS, "visual_projection", features=second),
+        Tower("text_model", _TYPED, "text_projection", features=second),
         norm="_get_vector_norm",
     ),
     Family(
@@ -53,9 +53,12 @@ FAMILIES = (
         "VisionTextDualEncoderModel", "vision_text_dual_encoder", "CLIPOutput",
         Tower(
             "vision_model", ("pixel_values", *_ATTENTIONS, "return_dict"), "visual_projection",
-            rest=False,
+            rest=False, features=second,
         ),
-        Tower("text_model", (*_TYPED, *_ATTENTIONS, "return_dict"), "text_projection", rest=False),
+        Tower(
+            "text_model", (*_TYPED, *_ATTENTIONS, "return_dict"), "text_projection", rest=False,
+            features=second,
+        ),
     ),
     Family(
         "BlipModel", "blip", "BlipOutput",
@@ -81,7 +84,7 @@ FAMILIES = (
     ),
     Family(
         "AlignModel", "align", "AlignOutput",
-        Tower("vision_model", ("pixel_values",)),
+        Tower("vision_model", ("pixel_values",), features=second),
         Tower(
             "text_model", (*_TYPED, "inputs_embeds"), "text_projection",
             ("input_ids", "inputs_embeds"), features=first_token,

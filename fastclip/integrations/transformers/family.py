@@ -14,6 +14,10 @@ from .similarity import CLIP, Similarity
 
 
 def pooled(outputs: Any) -> Tensor:
+    return outputs.pooler_output
+
+
+def second(outputs: Any) -> Tensor:
     return outputs[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,22 +17,25 @@ from .forward import Options, fused_forward, own_forward
 _N, _D = 3, 4
 
 
-@functools.lru_cache
 def other_form(known: type, family: Family) -> str | None:
     """Returns how the class's own forward differs from the family, or None if it does not.
 
     Both forwards run on stand-ins for towers and projections, which record what they are called
     with: calls, features, logits and loss must be the same.
     """
-    own = own_forward(known)
+    return _difference(own_forward(known), family)
+
+
+@functools.lru_cache
+def _difference(own: Callable[..., Any], family: Family) -> str | None:
     kinds = inspect.signature(own).parameters.values()
     names = {p.name for p in list(kinds)[1:] if p.kind is not p.VAR_KEYWORD}
     # return_dict may be an argument of its own or one of the further keywords.
     if names - {"return_dict"} != family.parameters() - {"return_dict"}:
         differing = ", ".join(sorted(names ^ family.parameters()))
         return f"its arguments differ: {differing}"
-    fused = fused_forward(own, family, Options(keep_logits=True))
     try:
+        fused = fused_forward(own, family, Options(keep_logits=True))
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             theirs, ours = (_run(forward, family, own.__module__) for forward in (own, fused))
     except Exception as error:
