@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,15 @@ def normalizes(similarity: Callable[..., Any]) -> bool | None:
         return {"cosine": True, "dot": False}.get(getattr(model, "similarity_fn_name", None))
     known = {util.cos_sim: True, util.pytorch_cos_sim: True, util.dot_score: False}
     return known.get(similarity)
+
+
+def gathers_alike(loss: type) -> bool:
+    """True if the module of a host's loss has the host's functions for ranks, not a caller's."""
+    from sentence_transformers import util
+
+    module = sys.modules[loss.__module__]
+    names = ("all_gather_with_grad", "get_rank")
+    return all(getattr(module, name, None) is getattr(util, name) for name in names)
 
 
 def obstacle_of(columns: Sequence[Sequence[Tensor]]) -> str | None:

@@ -10,21 +10,34 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer import losses as theirs
+from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss as TheirCachedGIST,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss as TheirCachedRanking,
+)
+from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss as TheirGIST
+from sentence_transformers.sentence_transformer.losses import (
+    MultipleNegativesRankingLoss as TheirRanking,
+)
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
-from .calls import normalizes, obstacle_of, served
+from .calls import gathers_alike, normalizes, obstacle_of, served
 from .guided import Guided, guided_loss
 from .ranking import Ranking, ranking_loss
 
+ANOTHER_GATHER = "the host's gather_across_devices is replaced"
 
-def _ranking_of(loss: Any, embeddings: Sequence[Tensor]) -> Ranking | None:
+
+def _ranking_of(loss: Any, embeddings: Sequence[Tensor], host: type) -> Ranking | None:
     """The options of a ranking loss; None if the host's own code must serve the call."""
     normalize = normalizes(loss.similarity_fct)
     obstacle = obstacle_of([embeddings])
     if normalize is None:
         obstacle = "similarity_fct is neither cos_sim nor dot_score"
+    if loss.gather_across_devices and not gathers_alike(host):
+        obstacle = ANOTHER_GATHER
     if len(embeddings) < 2 or not served(obstacle):
         return None
     hardness = 0.0 if loss.hardness_mode is None else loss.hardness_strength
@@ -34,7 +47,7 @@ def _ranking_of(loss: Any, embeddings: Sequence[Tensor]) -> Ranking | None:
     )  # fmt: skip
 
 
-class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
+class MultipleNegativesRankingLoss(TheirRanking):
     """sentence-transformers' class without its N x N matrices: same arguments, value, gradients.
 
     N queries and K columns of documents of D features take memory O(K N D) in place of
@@ -54,13 +67,13 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         Raises:
             ValueError: fewer than two columns.
         """
-        options = _ranking_of(self, embeddings)
+        options = _ranking_of(self, embeddings, TheirRanking)
         if options is None:
             return super().compute_loss_from_embeddings(embeddings, labels)
         return ranking_loss(embeddings, options)
 
 
-class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(TheirCachedRanking):
     """sentence-transformers' class with the loss of the whole batch in one call, in place of one
     for each `mini_batch_size` rows: same arguments, value, gradients.
 
@@ -74,7 +87,7 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
         """The loss of the embeddings of each column's mini-batches. with_backward: also
         accumulates their gradients, and returns the loss without its graph."""
         embeddings = [torch.cat(column) for column in reps]
-        options = _ranking_of(self, embeddings)
+        options = _ranking_of(self, embeddings, TheirCachedRanking)
         if options is None:
             return super().calculate_loss(reps, labels, with_backward=with_backward)
         return _backward_if(with_backward, ranking_loss(embeddings, options))
@@ -88,10 +101,14 @@ def _guided_of(
     if loss.margin < 0:
         # Their self-similarities then pass the margin, and a feature is its own negative.
         obstacle = "the margin is negative"
-    if type(loss.similarity_fct) is not nn.CosineSimilarity or (
+    if not _is_plain(loss.similarity_fct, nn.CosineSimilarity(dim=-1)) or (
         type(loss).sim_matrix is not host.sim_matrix
     ):
         obstacle = "the similarity of a GIST loss is not its own"
+    if not _is_plain(loss.cross_entropy_loss, nn.CrossEntropyLoss()):
+        obstacle = "the cross-entropy of a GIST loss is not its own"
+    if loss.gather_across_devices and not gathers_alike(host):
+        obstacle = ANOTHER_GATHER
     if not served(obstacle):
         return None
     return Guided(
@@ -100,14 +117,25 @@ def _guided_of(
     )  # fmt: skip
 
 
-class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
+def _is_plain(found: Any, plain: nn.Module) -> bool:
+    """True if a part of the host's loss is what the host puts there, not a caller's own."""
+
+    def settings(module: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in vars(module).items() if name[:1] != "_"}
+
+    return type(found) is type(plain) and {**settings(found), "training": 0} == {
+        **settings(plain), "training": 0
+    }  # fmt: skip
+
+
+class CachedGISTEmbedLoss(TheirCachedGIST):
     """sentence-transformers' class with the loss of the whole batch in one call, in place of one
     for each `mini_batch_size` rows: same arguments, value, gradients.
 
     N anchors and K further columns of D features, D' of the guide, take memory O(K N (D + D')) in
     place of O(K mini_batch_size N D). A text is never its own negative; the host keeps it if the
     guide's similarity of its pair is 1. The host's own code computes the loss, with one warning, if
-    the margin is negative or the similarity is replaced.
+    the margin is negative, or the similarity or the cross-entropy is replaced.
     """
 
     def calculate_loss(
@@ -122,13 +150,13 @@ class CachedGISTEmbedLoss(theirs.CachedGISTEmbedLoss):
         """
         columns, guides = ([torch.cat(c) for c in of] for of in (reps, reps_guided))
         same = len(columns) == len(guides)
-        options = _guided_of(self, columns, guides, theirs.CachedGISTEmbedLoss) if same else None
+        options = _guided_of(self, columns, guides, TheirCachedGIST) if same else None
         if options is None:
             return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
         return _backward_if(with_backward, guided_loss(columns, guides, options))
 
 
-class GISTEmbedLoss(theirs.GISTEmbedLoss):
+class GISTEmbedLoss(TheirGIST):
     """sentence-transformers' class without its N x N x D products: same arguments, value,
     gradients. Memory and fallbacks are those of `CachedGISTEmbedLoss`."""
 
@@ -139,7 +167,7 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
             ValueError: neither two nor three columns.
         """
         features = list(sentence_features)
-        if not 2 <= len(features) <= 3 or _guided_of(self, (), (), theirs.GISTEmbedLoss) is None:
+        if not 2 <= len(features) <= 3 or _guided_of(self, (), (), TheirGIST) is None:
             return super().forward(features, labels)
         for_guide = [dict(column) for column in features]  # a model writes into what it gets
         columns = embed_columns(self.model, features)
@@ -147,7 +175,7 @@ class GISTEmbedLoss(theirs.GISTEmbedLoss):
             if self.must_retokenize:
                 for_guide = [self._for_guide(column) for column in features]
             guides = embed_columns(self.guide, for_guide)
-        options = _guided_of(self, columns, guides, theirs.GISTEmbedLoss)
+        options = _guided_of(self, columns, guides, TheirGIST)
         if options is None:
             return super().forward(features, labels)
         return guided_loss(columns, guides, options)
