@@ -41,7 +41,7 @@ def guided_loss(columns: Sequence[Tensor], guides: Sequence[Tensor], o: Guided) 
         by_pair = o.margin_strategy == "relative" and o.margin != 0
         limits = own - o.margin * own.abs() if by_pair else own - o.margin
         within = functools.partial(
-            contrast, logit_scale=1 / o.temperature, columns=False, normalize=True
+            contrast, logit_scale=1 / o.temperature, columns=False, normalize=True, memory_budget=0
         )
         across = functools.partial(distributed.contrast, **within.keywords)
         block = across if o.across_ranks else within

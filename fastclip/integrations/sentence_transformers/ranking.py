@@ -52,7 +52,7 @@ def ranking_loss(columns: Sequence[Tensor], o: Ranking) -> Tensor:
     queries, positives, *negatives = columns
     scale = torch.as_tensor(o.scale, dtype=state_dtype(queries.device), device=queries.device)
     block = functools.partial(
-        distributed.contrast if o.across_ranks else contrast, normalize=o.normalize
+        distributed.contrast if o.across_ranks else contrast, normalize=o.normalize, memory_budget=0
     )
     own, lines = _to_documents(block, columns, scale, o)
     if "query_to_query" in o.directions:
@@ -77,40 +77,33 @@ def _to_documents(
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """The positives' scores, and the log-sum-exps of query_to_doc and doc_to_query, block by block
     and without the positives."""
-    queries, positives, *negatives = columns
-    both = "doc_to_query" in o.directions
-    in_batch = o.hardness_mode in ("in_batch_negatives", "all_negatives") and o.hardness > 0
-    if not in_batch:
-        c = block(queries, positives, scale, columns=both)
-        own, lines = c.positives, {"query_to_doc": [c.rows]}
-        if both:
-            lines["doc_to_query"] = [c.columns]
-        penalty = o.hardness if o.hardness_mode == "hard_negatives" else 0
-        for n in negatives:
-            # With a penalty on the own hard negatives alone, they are the block's own pairs.
-            c = block(queries, n, scale, offset=0 if penalty else None, columns=False)
-            lines["query_to_doc"] += [c.rows]
-            if penalty:
-                lines["query_to_doc"] += [
-                    c.positives + penalty * c.positives.detach() / scale.detach()
-                ]
-        return own, lines
-    # Scores of negatives are (scale + hardness) * t, the second part without gradient: gradients
-    # of features are those of scale * t.
-    whole = scale + o.hardness
-    q, p, *hard = (WeighedGradient.apply(side, scale / whole) for side in columns)
+    both, count = "doc_to_query" in o.directions, len(columns[0])
+    on_others = o.hardness if o.hardness_mode in ("in_batch_negatives", "all_negatives") else 0
+    on_own = o.hardness if o.hardness_mode in ("hard_negatives", "all_negatives") else 0
+    queries, *documents = columns
+    if on_own == on_others:
+        documents = [torch.cat(documents)]
+    whole = scale + on_others
+    if on_others:
+        # Scores of negatives are (scale + hardness) * t, the second part without gradient:
+        # gradients of features are those of scale * t.
+        queries, *documents = (
+            WeighedGradient.apply(side, scale / whole) for side in (queries, *documents)
+        )
 
-    def without_penalty(scores: Tensor) -> Tensor:
-        return scores - o.hardness * scores.detach() / whole.detach()
+    def shifted(scores: Tensor, hardness: float) -> Tensor:
+        return scores + hardness * scores.detach() / whole.detach() if hardness else scores
 
-    c = block(q, p, whole, columns=False)
-    own, lines = without_penalty(c.positives), {"query_to_doc": [c.rows]}
-    for n in hard:
-        own_too = o.hardness_mode == "all_negatives"
-        c = block(q, n, whole, offset=None if own_too else 0, columns=False)
-        lines["query_to_doc"] += [c.rows] if own_too else [c.rows, without_penalty(c.positives)]
+    first, *negatives = documents
+    c = block(queries, first, whole, columns=both and not on_others)
+    own, lines = shifted(c.positives, -on_others), {"query_to_doc": [c.rows]}
     if both:
-        lines["doc_to_query"] = [block(queries, positives, scale, rows=False).columns]
+        c = c if not on_others else block(*columns[:2], scale, rows=False)
+        lines["doc_to_query"] = [c.columns[:count]]
+    for n in negatives:
+        # The own hard negatives are the block's own pairs.
+        c = block(queries, n, whole, columns=False)
+        lines["query_to_doc"] += [c.rows, shifted(c.positives, on_own - on_others)]
     return own, lines
 
 
