@@ -10,7 +10,8 @@ _ABSENT = object()
 
 
 class Replacements:
-    """Attributes of modules and classes that have new values until `restore`."""
+    """Attributes of modules and classes, `__bases__` included, that have new values until
+    `restore`."""
 
     def __init__(self) -> None:
         self._made: list[tuple[Any, str, Any, Any]] = []
@@ -20,7 +21,7 @@ class Replacements:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute. A class keeps a static or class method as such."""
-        before = vars(owner).get(name, _ABSENT)
+        before = _held(owner, name)
         self._made.append((owner, name, before, value))
         setattr(owner, name, value)
 
@@ -40,9 +41,14 @@ class Replacements:
         """Sets the attributes to what they were, except those that someone else has set since."""
         while self._made:
             owner, name, before, value = self._made.pop()
-            if vars(owner).get(name, _ABSENT) is not value:
+            if _held(owner, name) is not value:
                 continue
             if before is _ABSENT:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
+
+
+def _held(owner: Any, name: str) -> Any:
+    """The owner's own attribute, not one that it inherits."""
+    return owner.__bases__ if name == "__bases__" else vars(owner).get(name, _ABSENT)

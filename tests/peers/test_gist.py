@@ -1,4 +1,4 @@
-"""Guided negatives are sentence-transformers' `GISTEmbedLoss` and `CachedGISTEmbedLoss`.
+"""Our GIST losses are sentence-transformers' `GISTEmbedLoss` and `CachedGISTEmbedLoss`.
 
 The guide's similarity of a query and its positive is the threshold of all the line's negatives:
 those that the guide finds closer are left out.
@@ -6,17 +6,22 @@ those that the guide finds closer are left out.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.embedded import Embedded, Guide
 from support.peers import Case, assert_same, peer
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastclip import contrast
+from fastclip.integrations import sentence_transformers as ours
+
+MARGINS = [("absolute", 0.0), ("absolute", 0.15), ("relative", 0.0), ("relative", 0.15)]
+KEPT = [((True, True), 1), ((True, False), 0), ((False, True), 1), ((False, False), 0)]
 
 
 @pytest.fixture(scope="module")
@@ -24,109 +29,90 @@ def theirs() -> ModuleType:
     return peer("sentence_transformers.sentence_transformer.losses")
 
 
-class Embedded(nn.Module):
-    """A model whose features are already embedded, with the tokenizer that the loss asks for."""
-
-    max_seq_length = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        from tokenizers import Tokenizer
-        from tokenizers.models import WordLevel
-        from transformers import PreTrainedTokenizerFast
-
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"sentence_embedding": features[self.column]}
-
-    def __getitem__(self, index: int) -> Embedded:
-        return self
-
-
-class Student(Embedded):
-    column = "student"
-
-
-class Guide(Embedded):
-    column = "guide"
+@pytest.fixture(autouse=True)
+def nothing_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(ours.HOST), "falls_back", lambda host, reason: pytest.fail(reason))
 
 
 def gist(
-    theirs: ModuleType, columns: Sequence[Tensor], guides: Sequence[Tensor], scale: float,
-    **options: object,
+    of: ModuleType, columns: Sequence[Tensor], guides: Sequence[Tensor], scale: float,
+    **options: Any,
 ) -> Tensor:  # fmt: skip
-    """Returns their loss of anchors, positives and perhaps negatives.
+    """The loss of anchors, positives and perhaps negatives by the class of a module.
 
-    Its gradient of a temperature is NaN, since a similarity that it leaves out is -inf.
+    Their gradient of a temperature is NaN, since a similarity that it leaves out is -inf.
     """
-    loss = theirs.GISTEmbedLoss(Student(), Guide(), temperature=1 / scale, **options)
-    given = [{"student": c, "guide": g} for c, g in zip(columns, guides, strict=True)]
+    loss = of.GISTEmbedLoss(Embedded(), Guide(), temperature=1 / scale, **options)
+    given = [{"embedding": c, "guide": g} for c, g in zip(columns, guides, strict=True)]
     return loss(given, None)
+
+
+@pytest.mark.parametrize(("strategy", "margin"), MARGINS)
+@pytest.mark.parametrize(("kept", "negatives"), KEPT)
+def test_a_guide_leaves_negatives_out(
+    negatives: int, kept: tuple[bool, bool], strategy: str, margin: float, case: Case,
+    theirs: ModuleType,
+) -> None:  # fmt: skip
+    if case.sort == "duplicates" and not margin:
+        pytest.skip("similarities of rows of several lengths equal the limit up to rounding")
+    guides = [t.detach() for t in case.features(2 + negatives, d=case.d + 3)]
+    options = {"margin": margin, "margin_strategy": strategy}
+    options |= dict(zip(("contrast_anchors", "contrast_positives"), kept, strict=True))
+    assert_same(
+        lambda *given: gist(ours, given, guides, case.scale, **options),
+        lambda *given: gist(theirs, given, guides, case.scale, **options),
+        case.features(2 + negatives),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [16, 384])
+def test_a_positive_that_occurs_twice_stays(d: int, dtype: torch.dtype, theirs: ModuleType) -> None:
+    """The same text has the same embedding: the guide's similarities are equal, not closer."""
+    n = 48
+    guides = Case(n, d, 20.0, "close").features(2, dtype=dtype)
+    guides = [guides[0].detach(), guides[1].detach()[torch.arange(n) % 12]]
+    options = {"margin": 0.0, "contrast_anchors": False, "contrast_positives": False}
+    assert_same(
+        lambda *given: gist(ours, given, guides, 20.0, **options),
+        lambda *given: gist(theirs, given, guides, 20.0, **options),
+        Case(n, 24, 20.0, "close").features(2), rtol=1e-6, atol=1e-9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_cached_loss(backward: bool, case: Case, theirs: ModuleType) -> None:
+    columns, guides = (case.features(4, d=d) for d in (case.d, case.d + 3))
+    reps_guided = [list(g.detach().split(5)) for g in guides]
+    found = []
+    for of in (ours, theirs):
+        loss = of.CachedGISTEmbedLoss(
+            Embedded(), Guide(), temperature=1 / case.scale, margin=0.1, mini_batch_size=5
+        )
+        reps = [[part.detach().requires_grad_() for part in c.split(5)] for c in columns]
+        value = loss.calculate_loss(reps, reps_guided, with_backward=backward)
+        assert value.requires_grad != backward
+        if not backward:
+            value.backward()
+        found.append([value.detach(), *(leaf.grad for column in reps for leaf in column)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.15])
 def test_a_model_that_guides_itself_is_a_false_negative_margin(
     margin: float, case: Case, theirs: ModuleType
 ) -> None:
-    if case.d == 1 or case.sort == "duplicates":
-        pytest.skip("similarities equal the threshold up to rounding")
+    if case.sort == "duplicates" and not margin:
+        pytest.skip("similarities of rows of several lengths equal the limit up to rounding")
 
-    def ours(x: Tensor, y: Tensor) -> Tensor:
+    def on_contrast(x: Tensor, y: Tensor) -> Tensor:
         c = contrast(x, y, case.scale, false_negative_margin=-margin, columns=False, normalize=True)
         return F.softplus(c.rows - c.positives, threshold=60).mean()
 
+    options = {"margin": margin, "contrast_anchors": False, "contrast_positives": False}
     assert_same(
-        ours,
-        lambda x, y: gist(
-            theirs, (x, y), (x, y), case.scale, margin=margin, contrast_anchors=False,
-            contrast_positives=False,
-        ),
+        on_contrast,
+        lambda x, y: gist(theirs, (x, y), (x, y), case.scale, **options),
         case.features(2),
-    )  # fmt: skip
-
-
-def guided(
-    columns: Sequence[Tensor], guides: Sequence[Tensor], scale: float, margin: float,
-    relative: bool, anchors: bool, positives: bool,
-) -> Tensor:  # fmt: skip
-    """Returns the same loss, written on `contrast` with a guide."""
-    own = (F.normalize(guides[0]) * F.normalize(guides[1])).sum(1)
-    limits = own - margin * (own.abs() if relative else 1)
-    block = functools.partial(
-        contrast, logit_scale=scale, limits=limits, columns=False, normalize=True
     )
-    (x, y, *negatives), (gx, gy, *of_negatives) = columns, guides
-    c = block(x, y, guide=(gx, gy))
-    parts = [c.positives, c.rows]
-    parts += [block(x, None, guide=gx).rows] if anchors else []
-    parts += [block(y, None, guide=gy).rows] if positives else []
-    parts += [
-        block(x, n, guide=(gx, g), offset=None).rows
-        for n, g in zip(negatives, of_negatives, strict=True)
-    ]
-    return (functools.reduce(torch.logaddexp, parts) - c.positives).mean()
-
-
-@pytest.mark.parametrize(
-    ("strategy", "margin"), [("absolute", 0.0), ("absolute", 0.15), ("relative", 0.15)]
-)
-@pytest.mark.parametrize(
-    ("kept", "negatives"),
-    [((True, True), 1), ((True, False), 0), ((False, True), 1), ((False, False), 0)],
-)
-def test_a_guide_leaves_negatives_out(
-    negatives: int, kept: tuple[bool, bool], strategy: str, margin: float, case: Case,
-    theirs: ModuleType,
-) -> None:  # fmt: skip
-    if case.sort == "duplicates" and not margin:
-        pytest.skip("similarities equal the threshold up to rounding")
-    guides = [t.detach() for t in case.features(2 + negatives, d=case.d + 3)]
-    assert_same(
-        lambda *given: guided(given, guides, case.scale, margin, strategy == "relative", *kept),
-        lambda *given: gist(
-            theirs, given, guides, case.scale, margin=margin, margin_strategy=strategy,
-            contrast_anchors=kept[0], contrast_positives=kept[1],
-        ),
-        case.features(2 + negatives),
-    )  # fmt: skip
