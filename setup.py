@@ -331,7 +331,7 @@ if __name__ == "__main__":
         # The folder triton_kernels/ is installed as fastclip.triton_kernels only: the bare name
         # belongs to a package of the Triton project, which other libraries look for.
         packages=[
-            *find_packages(include=["fastclip", "fastclip.*"]),
+            *find_packages(include=["fastclip", "fastclip.*"], exclude=["fastclip.hub_kernel"]),
             *(f"fastclip.{name}" for name in find_packages(include=["triton_kernels*"])),
         ],
         package_dir={"fastclip": "fastclip", "fastclip.triton_kernels": "triton_kernels"},

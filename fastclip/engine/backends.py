@@ -85,10 +85,9 @@ def backends() -> dict[str, str]:
 
 @functools.cache
 def _warn_of_fallback(device: str, reason: str) -> None:
+    more = " (`python -m fastclip` tells more)" if PACKAGE == "fastclip" else ""
     warnings.warn(
-        f"fastclip runs its plain PyTorch engine on {device} tensors: {reason} (`python -m "
-        "fastclip` tells more)",
-        stacklevel=2,
+        f"fastclip runs its plain PyTorch engine on {device} tensors: {reason}{more}", stacklevel=2
     )
 
 

@@ -140,7 +140,8 @@ def test_another_owner_of_the_module_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 RUN = """
-import runpy, sys
+import os, runpy, sys
+os.environ["TRITON_INTERPRET"] = "0"
 sys.argv = ["fastclip", "--no-check"]
 try:
     runpy.run_module("fastclip", run_name="__main__")
