@@ -256,6 +256,8 @@ def extension_arguments() -> dict[str, Any]:
 
         def finalize_options(self) -> None:
             super().finalize_options()
+            # torch writes CXX for ninja as one word, and ninja then finds no launcher.
+            self.use_ninja = self.use_ninja and len(shlex.split(os.environ.get("CXX", "c++"))) < 2
             # In a fixed folder ninja recompiles only changed files; editable installations would
             # use a new temporary one each time. Each torch has its own folder. ninja always runs:
             # it tracks headers and flags, which setuptools does not.

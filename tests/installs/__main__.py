@@ -1,7 +1,7 @@
 """Installs fastclip in every way into an environment of every Python, and checks each.
 
     python -m tests.installs                      # make test-install
-    python -m tests.installs --pythons 3.12 3.13 --folder /elsewhere
+    python -m tests.installs --pythons 3.12 3.13 --folder /elsewhere --ways tree
 
 An environment is FOLDER/VERSION. One that exists is used as it is; otherwise it gets the torch of
 .requirements.txt. The first way compiles for minutes; others reuse its objects.
@@ -68,6 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.installs")
     parser.add_argument("--pythons", nargs="+", default=PYTHONS, metavar="VERSION")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/installs")
+    parser.add_argument("--ways", default="", metavar="TEXT", help="only ways whose name has it")
     options = parser.parse_args()
     folder = options.folder.resolve()
     sdist, wheel = distributions(folder / "dist")
@@ -83,7 +84,7 @@ def main() -> int:
             archive.extractall(folder / f"unpack-{version}")
         (unpacked,) = (folder / f"unpack-{version}").iterdir()
         unpacked.rename(tree)
-        for way in ways.WAYS:
+        for way in (way for way in ways.WAYS if options.ways in way.name):
             began = time.monotonic()
             problem = ways.run(way, python, ways.Sources(tree, sdist, wheel))
             failed += bool(problem)

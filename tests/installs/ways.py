@@ -28,7 +28,7 @@ WAYS = (
     Way("tree, isolated", "tree"),
     Way("sdist", "sdist", PLAIN),
     Way("sdist, isolated", "sdist"),
-    Way("sdist, failing compiler", "sdist", PLAIN, "failed", (("CXX", "/bin/false"),)),
+    Way("sdist, CXX=/bin/false", "sdist", PLAIN, "no working C++", (("CXX", "/bin/false"),)),
     Way("sdist, no compiler", "sdist", PLAIN, "no working C++", (("PATH", "/nonexistent"),)),
     Way("pure wheel", "wheel", (), "FASTCLIP_SKIP_EXTENSION=1"),
     Way("sdist, isolated, no torch", "sdist", (), "they need torch", bare=True),

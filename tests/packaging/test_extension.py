@@ -134,7 +134,8 @@ def test_an_installation_fails_without_a_working_compiler_if_required(
 
 
 def launcher(folder: Path, only: str = "") -> str:
-    """Returns a value of CXX: the compiler, or a copy of an editable installation's objects.
+    """Returns a value of CXX: the compiler, or a copy of an editable installation's objects. Its
+    first word is a launcher.
 
     Objects are reused only if the compiler's arguments contain `only`.
     """
@@ -147,7 +148,7 @@ def launcher(folder: Path, only: str = "") -> str:
         f'exec {compiler} "$@"\n'
     )
     path.chmod(0o755)
-    return str(path)
+    return f"env {path}"
 
 
 def test_a_wheel_with_the_extension_runs_from_an_empty_folder(
