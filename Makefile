@@ -21,13 +21,18 @@
 #   make sanitize             runs the CPU engine under sanitizers, and shows that they see mistakes; minutes
 #   make soak                 makes 10,000 random calls, and 2,000 across ranks with faults; an hour on
 #                             two cores; ARGS='steps --count 500' makes fewer
+#   make test-install         installs in every way with Python 3.10 to 3.13, as far as they are here, and
+#                             checks each; half an hour, and GBs of torch for each Python
+#   make dist                 makes and checks the source distribution and the pure wheel in dist/
+#   make hub-kernel           makes the repository of the Hugging Face Hub's kernel in build/hub-kernel
 #   make mutants              breaks single lines and checks that named tests fail; an hour.
 #                             ARGS='--area cpu' runs some of them, ARGS=--list lists them
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: demo test test-oldest test-peers test-cuda emulated sanitize soak mutants bench bench-peers \
-  lint format clean gpu gpu-bundle
+  lint format clean gpu gpu-bundle dist test-install \
+  hub-kernel
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -35,11 +40,13 @@ ARGS ?=
 BIN := .venv/bin
 # The tests of a file run in one process, since they share what is slow to make.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
-CSRC := $(shell find csrc -type f)
-FORMATTED := $(CSRC) $(shell find tests -name '*.h' -o -name '*.cpp')
+CSRC := $(shell find csrc -type f -not -name '*.pyc')
+FORMATTED := $(filter-out %.py,$(CSRC)) $(shell find tests -name '*.h' -o -name '*.cpp')
 # Files of tests by name.
 files = $(foreach name,$(1),$(shell find tests -name 'test_$(name).py'))
 INSTALL := install --no-build-isolation --no-deps --editable .
+# The distribution was named fastclip; pip would keep it beside fastclip-loss.
+forget = rm -rf fastclip.egg-info; $(1)/bin/pip --quiet uninstall --yes fastclip 2> /dev/null
 
 # A missing extension is an error, so that no test or figure uses the fallback by mistake.
 export FASTCLIP_REQUIRE_EXTENSION := 1
@@ -82,6 +89,23 @@ sanitize: .venv/extension
 # The tables go to build/soak.
 soak: .venv/extension
 	$(BIN)/python -m tests.soak $(ARGS)
+
+# Environments and sources go to build/installs; environments that are there are used again.
+test-install: .venv/packages
+	$(BIN)/python -m tests.installs $(ARGS)
+
+# docs/installing.md says why the wheel is pure.
+dist: export FASTCLIP_SKIP_EXTENSION := 1
+dist: .venv/packages
+	rm -rf dist
+	$(BIN)/python setup.py --quiet sdist
+	$(BIN)/pip --quiet wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	$(BIN)/pip --quiet install $(PIP_ARGS) twine==6.2.0
+	$(BIN)/twine check --strict dist/*
+
+# kernels.get_local_kernel loads it from build/hub-kernel; ARGS='--owner NAME' names the Hub's user.
+hub-kernel: .venv/extension
+	$(BIN)/python -m fastclip.hub_kernel build/hub-kernel $(ARGS)
 
 # Works on copies of the tree; `tests/mutants/lists` has the lines.
 mutants: .venv/extension
@@ -138,13 +162,13 @@ clean:
 
 .venv/extension .venv-peers/extension: %/extension: %/packages setup.py pyproject.toml $(CSRC)
 	@echo 'Building the extension: a minute or two the first time.'
+	@$(call forget,$*)
 	@$*/bin/pip --quiet $(INSTALL)
 	@touch $@
 
-# Removes an earlier copy in build/, which keeps modules that are gone.
 .venv-oldest/extension: .venv-oldest/packages setup.py pyproject.toml $(CSRC) \
   $(shell find fastclip triton_kernels -name '*.py')
 	@echo 'Building the extension for the oldest torch: a minute or two the first time.'
-	@rm -rf build/lib*
+	@$(call forget,.venv-oldest)
 	@.venv-oldest/bin/pip --quiet $(filter-out --editable,$(INSTALL))
 	@touch $@

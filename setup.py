@@ -5,27 +5,38 @@ and the plain PyTorch engine serves. Every instruction set of the architecture i
 this machine lacks it, since the engine chooses one at run time.
 
 The CUDA engine is built if torch is built for CUDA and nvcc has the same major version; otherwise
-a printed line says why. nvcc comes from CUDA_HOME, else from PATH, else from torch's own search.
-TORCH_CUDA_ARCH_LIST names the cards to compile for.
+a printed line says why. `csrc/cuda/toolkit.py` finds nvcc and the cards to compile for.
+
+pip shows nothing of a build that succeeds. The reason for a missing extension is therefore
+installed, too, and the warning at the first loss has it.
 """
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
 import platform
-import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import setuptools
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
+
+# Run rather than imported: the root is not on the path of a build, and no bytecode goes to csrc.
+TOOLKIT = runpy.run_path(str(Path(__file__).with_name("csrc") / "cuda/toolkit.py"))
+NoCuda, Toolkit, find_toolkit = TOOLKIT["NoCuda"], TOOLKIT["Toolkit"], TOOLKIT["find_toolkit"]
+find_nvcc, cuda_architectures = TOOLKIT["find_nvcc"], TOOLKIT["cuda_architectures"]
 
 # FASTCLIP_REQUIRE_EXTENSION=1 makes a missing extension an error, so that no test uses the fallback
 # by mistake; FASTCLIP_SKIP_EXTENSION=1 leaves it out, for a pure Python wheel in a second.
@@ -69,8 +80,6 @@ FUSED = [
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--threads", "0"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-# The default cards, if nvcc knows them. sm_80 also runs on 8.7, sm_100 on 10.3, the PTX on later.
-CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 # The runtime is linked statically, as in cuBLAS and NCCL: a library built by a newer nvcc may need
 # symbols that torch's own runtime lacks. Copies of the runtime share the driver's contexts.
 CUDA_LIBRARIES = ["cudart_static", "rt", "pthread", "dl"]
@@ -83,110 +92,76 @@ def compiler_version() -> str:
     return version.stdout.partition("\n")[0]
 
 
-def install_without(reason: object) -> dict[str, Any]:
-    """Prints why there is no extension, or exits if one is required. Returns no arguments."""
+def borrow_torch() -> None:
+    """Makes the torch of the environment that pip installs into importable in pip's isolated build.
+
+    pip runs an isolated build with the environment's own interpreter and hides its packages by
+    PYTHONPATH, which -E ignores. So this torch is the one that will run the extension. Its path is
+    appended: the build's own packages come first. Front ends that isolate with an interpreter of
+    their own, such as uv and `python -m build`, have no torch to borrow.
+    """
+    ask = (
+        "import importlib.util, sys\n"
+        "print(*sys.path if importlib.util.find_spec('torch') else (), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-E", "-c", ask], capture_output=True, text=True)
+    sys.path += [path for path in done.stdout.splitlines() if path and path not in sys.path]
+    importlib.invalidate_caches()
+
+
+def install_without(reason: object) -> None:
+    """Prints why there is no extension, and lets it be installed; exits if one is required."""
     failure = f"the compiled engines were not built: {reason}"
     if REQUIRING:
         sys.exit(f"fastclip: {REQUIRING[0]}, but {failure}")
     without = "installing without them; the pure PyTorch engine serves: same results, slower"
     print(f"\nfastclip: {failure}\nfastclip: {without}\n", file=sys.stderr, flush=True)
-    return {}
+    BuildModules.absence = str(reason).strip().partition("\n")[0]
 
 
-class NoCuda(Exception):
-    """The reason why the CUDA engine cannot be built, and nvcc's output, if any."""
+class BuildModules(build_py):
+    """Copies the modules, and the reason for a missing extension to the place of the extension."""
 
-    def __init__(self, reason: str, output: str = "") -> None:
-        super().__init__(reason)
-        lines = output.strip().splitlines()
-        if len(lines) > LAST_LINES:
-            lines[:-LAST_LINES] = [f"[{len(lines) - LAST_LINES} lines before these]"]
-        self.explained = "\n  ".join([reason, *lines])  # pip may show only the error
+    absence = ""
 
+    def run(self) -> None:
+        if self.editable_mode:
+            return super().run()
+        # An earlier copy may have modules that are gone.
+        shutil.rmtree(Path(self.build_lib, "fastclip"), ignore_errors=True)
+        super().run()
+        if self.absence:
+            self.leave_reason()
 
-LAST_LINES = 40  # of nvcc's output in an error
-
-
-class Toolkit(NamedTuple):
-    """An nvcc and its targets: sm_90 is code for a card, compute_90 is PTX."""
-
-    nvcc: str
-    version: str
-    library_dirs: list[str]
-    architectures: list[str]
+    def leave_reason(self) -> None:
+        Path(self.build_lib, "fastclip", "_C.absent").write_text(f"{self.absence}\n")
 
 
-def cuda_architectures(asked: str, known: Collection[str]) -> list[str]:
-    """Returns the targets of TORCH_CUDA_ARCH_LIST, or defaults. known: the targets of nvcc."""
-    if not asked.strip():
-        served = [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
-        if not served:
-            raise NoCuda(f"this nvcc compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
-        return [*(f"sm_{number}" for number in served), f"compute_{served[-1]}"]
-    found = []
-    for name in re.split(r"[;,\s]+", asked.strip(" ;,")):
-        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if parts is None:
-            rule = "TORCH_CUDA_ARCH_LIST must be numbers such as '8.0;9.0a;12.0+PTX'"
-            raise NoCuda(f"{rule}, got {name!r}")
-        major, minor, suffix, with_ptx = parts.groups()
-        if int(major) < 8:  # the list may serve other packages, too; the engine needs 8.0
-            continue
-        if f"sm_{major}{minor}" not in known:
-            raise NoCuda(f"TORCH_CUDA_ARCH_LIST has {name}, which this nvcc does not compile for")
-        found += [f"sm_{major}{minor}{suffix}"]
-        found += [f"compute_{major}{minor}{suffix}"] if with_ptx else []
-    if not found:
-        raise NoCuda(f"TORCH_CUDA_ARCH_LIST must have a card of 8.0 or later, got {asked!r}")
-    return list(dict.fromkeys(found))
+# A source distribution is the whole checkout: it can be tested, and built without git.
+DISTRIBUTED = ("csrc", "fastclip", "triton_kernels", "tests", "bench", "docs", ".ci", "Makefile",
+               "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format", ".gitignore",
+               ".requirements.txt", ".requirements-oldest.txt",
+               ".requirements-peers.txt")  # fmt: skip
 
 
-def find_nvcc() -> str:
-    """Returns the path of nvcc: under CUDA_HOME, else on PATH, else in the toolkit torch finds."""
-    home = os.environ.get("CUDA_HOME")
-    if home:
-        nvcc, searched = None, f"under CUDA_HOME={home}"
-    else:
-        from torch.utils.cpp_extension import CUDA_HOME as home  # such as /usr/local/cuda
-
-        nvcc = shutil.which("nvcc")
-        searched = f"on PATH{f' or under {home}' if home else ''}, and CUDA_HOME is not set"
-    nvcc = nvcc or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
-    if nvcc is None:
-        raise NoCuda(f"there is no nvcc {searched}")
-    return nvcc
+def distributed_files() -> Iterator[str]:
+    """Yields the files of a source distribution that setuptools would not find."""
+    for name in DISTRIBUTED:
+        if os.path.isfile(name):
+            yield name
+        for folder, folders, files in os.walk(name):  # an installation links triton_kernels
+            folders[:] = [folder for folder in folders if folder != "__pycache__"]
+            yield from (str(Path(folder, name)) for name in files if not name.endswith(".so"))
 
 
-def find_toolkit(torch_version: str, torch_cuda: str | None) -> Toolkit:
-    """Returns the nvcc that fits torch, or raises NoCuda."""
-    asked = os.environ.get("FASTCLIP_CUDA", "")
-    if asked not in ("", "0", "1"):
-        sys.exit(f"fastclip: FASTCLIP_CUDA must be 0 or 1, got {asked!r}")
-    if asked == "0":
-        raise NoCuda("FASTCLIP_CUDA=0 left it out")
-    if torch_cuda is None:
-        raise NoCuda(f"torch {torch_version} is not built for CUDA")
-    nvcc = find_nvcc()
+class BuildSources(sdist):
+    """Makes the source distribution. MANIFEST.in is not needed."""
 
-    def ask(*arguments: str) -> str:
-        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
-        output = done.stdout + done.stderr
-        if done.returncode:
-            raise NoCuda(f"{shlex.join([nvcc, *arguments])} fails", output)
-        return output
-
-    told = re.search(r"release (\d+\.\d+)|$", ask("--version"))
-    version = told[1] or "unknown"
-    if version.partition(".")[0] != torch_cuda.partition(".")[0]:
-        raise NoCuda(f"torch {torch_version} is built for CUDA {torch_cuda}, nvcc is {version}")
-    cards = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    architectures = cuda_architectures(cards, ask("--list-gpu-code").split())
-    # A dry run prints the folders that nvcc itself would link from.
-    libraries = re.search(r"LIBRARIES=(.*)", ask("--dryrun", "-x", "cu", "-c", os.devnull))
-    folders = [flag[2:] for flag in shlex.split(libraries[1] if libraries else "")]
-    if not any((Path(folder) / "libcudart_static.a").exists() for folder in folders):
-        raise NoCuda(f"nvcc {version} comes without libcudart_static.a")
-    return Toolkit(nvcc, version, folders, architectures)
+    def make_distribution(self) -> None:
+        self.filelist.extend(distributed_files())
+        self.filelist.sort()
+        self.filelist.remove_duplicates()
+        super().make_distribution()
 
 
 def cutlass_headers() -> Path | None:
@@ -249,25 +224,40 @@ def leave_out_cuda(extension: Any, reason: NoCuda) -> None:
     extension.define_macros.append(("FASTCLIP_WHY_NO_CUDA", json.dumps(str(reason))))
 
 
+LICENSE = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
+COMMANDS: dict[str, type] = {"build_py": BuildModules, "sdist": BuildSources}
+
+
 def extension_arguments() -> dict[str, Any]:
     """Returns the arguments of `setup` that build the extension, or none if it cannot be built."""
     if SKIPPED:
+        BuildModules.absence = "FASTCLIP_SKIP_EXTENSION=1 left it out, as in a wheel for any torch"
         return {}
     try:
+        if importlib.util.find_spec("torch") is None:
+            borrow_torch()
+        # ninja is found on PATH only, which lacks the scripts of an environment that is not active.
+        os.environ["PATH"] = os.pathsep.join(
+            (os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts"))
+        )
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
 
         version = compiler_version()
     except ImportError as error:
-        return install_without(f"they need torch in the environment that builds: {error}")
+        install_without(f"they need torch in the environment that builds: {error}")
+        return {}
     except (OSError, subprocess.SubprocessError) as error:
-        return install_without(f"no working C++ compiler (CXX names one): {error}")
+        install_without(f"no working C++ compiler (CXX names one): {error}")
+        return {}
 
     class BuildEngines(BuildExtension):
         """Builds the engines. If a compiler fails, the package installs without them."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
+            # torch writes CXX for ninja as one word, and ninja then finds no launcher.
+            self.use_ninja = self.use_ninja and len(shlex.split(os.environ.get("CXX", "c++"))) < 2
             # In a fixed folder ninja recompiles only changed files; editable installations would
             # use a new temporary one each time. Each torch has its own folder. ninja always runs:
             # it tracks headers and flags, which setuptools does not.
@@ -285,6 +275,8 @@ def extension_arguments() -> dict[str, Any]:
                 self.inplace = inplace
                 Path(self.get_ext_fullpath("fastclip._C")).unlink(missing_ok=True)
                 self.extensions.clear()
+                if not inplace:
+                    self.get_finalized_command("build_py").leave_reason()
 
         def build_extension(self, extension: CppExtension) -> None:
             macros = list(extension.define_macros)
@@ -330,21 +322,23 @@ def extension_arguments() -> dict[str, Any]:
         extra_compile_args=CFLAGS,
         extra_link_args=LDFLAGS,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildEngines}}
+    COMMANDS["build_ext"] = BuildEngines
+    return {"ext_modules": [extension]}
 
 
 if __name__ == "__main__":
     setup(
         # Not in pyproject.toml, since no spelling there suits every version of setuptools.
-        license="Apache-2.0",
+        **{LICENSE: "Apache-2.0"},
         # The folder triton_kernels/ is installed as fastclip.triton_kernels only: the bare name
         # belongs to a package of the Triton project, which other libraries look for.
         packages=[
-            *find_packages(include=["fastclip", "fastclip.*"]),
+            *find_packages(include=["fastclip", "fastclip.*"], exclude=["fastclip.hub_kernel"]),
             *(f"fastclip.{name}" for name in find_packages(include=["triton_kernels*"])),
         ],
         package_dir={"fastclip": "fastclip", "fastclip.triton_kernels": "triton_kernels"},
         # The demo's pictures are left out: they are 6 MB, and the demo finds them in a checkout.
         package_data={"fastclip": ["py.typed", "_C.pyi"]},
         **extension_arguments(),
+        cmdclass=COMMANDS,
     )

@@ -40,7 +40,7 @@ Tests run the kernels in Triton's interpreter and compile them for five architec
 `configurations.py` says which tiles were timed on a card.
 """
 
-if __name__ != "fastclip.triton_kernels":
+if "." not in __name__:
     # A package of the Triton project has the bare name, and libraries that probe for it must not
     # find this folder instead when the source root is on sys.path.
     raise ImportError(
@@ -52,8 +52,8 @@ from typing import Any
 
 import torch
 
-from fastclip.engine import torch_engine
-from fastclip.engine.block import Block
+from ..engine import torch_engine
+from ..engine.block import Block
 
 # Torch 2.10, the oldest supported, was built with this version.
 OLDEST_TRITON = (3, 6)

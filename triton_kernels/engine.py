@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastclip.engine.block import Block, SweepResults, Upstream, Wanted
-from fastclip.engine.kept import Weights
-from fastclip.kinds import kind_of
-
+from ..engine.block import Block, SweepResults, Upstream, Wanted
+from ..engine.kept import Weights
+from ..kinds import kind_of
 from . import launch, plan
 from .complete import Completion
 from .configurations import Config

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastclip.engine.kept import UNIT, Weights
-
+from ..engine.kept import UNIT, Weights
 from .plan import cdiv
 
 

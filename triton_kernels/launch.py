@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastclip.engine import arithmetic
-from fastclip.engine.block import Block
-
+from ..engine import arithmetic
+from ..engine.block import Block
 from .configurations import SHARED_MEMORY, Config
 from .constants import INTERPRETED
 

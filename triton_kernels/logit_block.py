@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip.engine.block import Block
-from fastclip.kinds import kind_of
-
+from ..engine.block import Block
+from ..kinds import kind_of
 from . import configurations, launch, plan, targets
 from .configurations import Config
 from .constants import LOG2E

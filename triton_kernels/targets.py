@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastclip.engine.block import Block
-
+from ..engine.block import Block
 from .configurations import Config
 from .plan import Chunk
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..distributed.agreement import REFUSED, exchange, has_cpu, is_initialized, refusals
 from ..distributed.described import by_rank
+from ..engine.namespace import PACKAGE
 from ..engine.warn_once import warn_once
 from .comparison import Comparison
 from .wrappers import groups_of, in_step
@@ -114,7 +115,7 @@ def _groups_of_loss(loss: Any) -> list[dist.ProcessGroup]:
         group = getattr(function, "process_group", None)
     else:
         module = getattr(inspect.unwrap(function), "__module__", None) or ""
-        across = module.startswith("fastclip.distributed")
+        across = module.startswith(f"{PACKAGE}.distributed")
         group = options.get("process_group")
     return [dist.group.WORLD if group is None else group] if across else []
 

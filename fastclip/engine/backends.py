@@ -18,6 +18,7 @@ from ..kinds import KINDS
 from . import operators, preference, torch_engine
 from .arithmetic import arithmetic_of
 from .compile_marks import constant_in_graphs
+from .namespace import PACKAGE
 
 AVAILABLE = "available"
 
@@ -27,25 +28,26 @@ LEAST_CAPABILITY = (8, 0)
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     """Imports the compiled module, which registers its operators; returns it, and availability."""
+    name = f"{PACKAGE}._C"
     try:
-        module = importlib.import_module("fastclip._C")
+        module = importlib.import_module(name)
         built = str(module.build_info()["torch"])
         # The module uses C++ internals of torch. It may load with another release and then crash.
         if built.partition("+")[0] != torch.__version__.partition("+")[0]:
             raise ImportError("its torch is another release")
         return module, AVAILABLE
     except ImportError as error:
-        spec = importlib.util.find_spec("fastclip._C")
+        spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            return None, (
-                "the compiled module fastclip._C was not built (install fastclip with torch and a "
-                "C++20 compiler at hand, and --no-build-isolation; pip -v shows what failed)"
-            )
+            left = Path(__file__).parents[1] / "_C.absent"  # by setup.py
+            reason = left.read_text().strip() if left.exists() else "pip install -v shows why"
+            return None, f"the compiled module was not built: {reason}"
         found = re.search(rb"fastclip built against torch ([^\0]+)", Path(spec.origin).read_bytes())
         built = found[1].decode() if found else "an unknown version"
         return None, (
             f"the compiled module was built against torch {built} and does not load with torch "
-            f"{torch.__version__}: {str(error).splitlines()[0]}; install fastclip again"
+            f"{torch.__version__}: {str(error).splitlines()[0]}; install fastclip again, without "
+            "pip's cache"
         )
 
 
@@ -83,8 +85,9 @@ def backends() -> dict[str, str]:
 
 @functools.cache
 def _warn_of_fallback(device: str, reason: str) -> None:
+    more = " (`python -m fastclip` tells more)" if PACKAGE == "fastclip" else ""
     warnings.warn(
-        f"fastclip runs its plain PyTorch engine on {device} tensors: {reason}", stacklevel=2
+        f"fastclip runs its plain PyTorch engine on {device} tensors: {reason}{more}", stacklevel=2
     )
 
 
@@ -200,7 +203,7 @@ def _has_kind(engine: str, kind: str) -> bool:
     if engine == "triton":
         if _availability(engine, None) != AVAILABLE:
             return False
-        return kind in importlib.import_module("fastclip.triton_kernels.kinds").KINDS
+        return kind in importlib.import_module(f"{PACKAGE}.triton_kernels.kinds").KINDS
     return kind in _COMPILED_KINDS
 
 

@@ -14,6 +14,7 @@ import torch
 
 from .block import Block, Side, SweepResults, Wanted
 from .kept import Products, Weights
+from .namespace import OPS
 
 
 def _pass(block: Block) -> int:
@@ -65,7 +66,7 @@ def _register() -> None:
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     formulas = {
-        getattr(torch.ops.fastclip, name): formula
+        getattr(OPS, name): formula
         for name, formula in {
             "sweep": _sweep, "weigh": _weigh, "sweep_and_weigh": _sweep_and_weigh,
             "finish": _finish,

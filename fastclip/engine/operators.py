@@ -104,6 +104,7 @@ from . import flops, operator_checks
 from .block import Block, Side, SweepResults, Upstream, Wanted
 from .dtypes import accumulation_dtype, state_dtype
 from .kept import KEPT_BY
+from .namespace import NAMESPACE, OPS
 
 SCHEMAS = {
     "sweep": f"({Block.SCHEMA}, Tensor? bound, Tensor? occupied, Tensor? levels,"
@@ -120,7 +121,7 @@ SCHEMAS = {
 # The overloads of every operator.
 ENGINES = ("cpu", "cuda", "torch", "triton")
 
-_library = torch.library.Library("fastclip", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 class Gradients(NamedTuple):
@@ -133,7 +134,7 @@ class Gradients(NamedTuple):
 
 
 def operator(name: str, engine: str) -> Callable[..., Any]:
-    return getattr(getattr(torch.ops.fastclip, name), engine)
+    return getattr(getattr(OPS, name), engine)
 
 
 def _register_flops() -> None:
@@ -263,8 +264,8 @@ def _declare(name: str, engine: str) -> None:
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_FAKES[name](engine, *_bundled(name, arguments)))
 
-    torch.library.register_fake(f"fastclip::{qualified}", fake, lib=_library)
-    torch.library.register_vmap(f"fastclip::{qualified}", _looped(name, engine), lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
+    torch.library.register_vmap(f"{NAMESPACE}::{qualified}", _looped(name, engine), lib=_library)
 
 
 for _engine in ENGINES:
@@ -299,4 +300,4 @@ def implement(engine: str, module: ModuleType) -> None:
 
     for name in SCHEMAS:
         _library.impl(f"{name}.{engine}", isolated(name), "CompositeExplicitAutograd")
-        torch.library.register_autograd(f"fastclip::{name}.{engine}", refuse, lib=_library)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}.{engine}", refuse, lib=_library)

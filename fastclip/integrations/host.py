@@ -33,6 +33,10 @@ class Host:
     package: str
     versions: tuple[str, ...]
 
+    def knows(self, version: str) -> bool:
+        """True if the integration has been tested with this version."""
+        return any(f"{version}.".startswith(f"{known}.") for known in self.versions)
+
     def load(self) -> ModuleType:
         """Imports the host and returns it.
 
@@ -48,7 +52,7 @@ class Host:
                 f"fastclip.integrations needs {self.package}, which is not installed"
             ) from None
         found = str(getattr(module, "__version__", "unknown"))
-        if not any(f"{found}.".startswith(f"{known}.") for known in self.versions):
+        if not self.knows(found):
             raise ImportError(
                 f"fastclip.integrations knows {self.package} {', '.join(self.versions)}, got "
                 f"{found}: FASTCLIP_DISABLE=1 leaves it as it is"

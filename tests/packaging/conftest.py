@@ -28,6 +28,6 @@ def unpacked(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         FASTCLIP_SKIP_EXTENSION="1",
     )  # fmt: skip
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = folder.glob("fastclip-*.whl")
+    (wheel,) = folder.glob("fastclip_loss-*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "unpacked")
     return folder / "unpacked"

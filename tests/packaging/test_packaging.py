@@ -28,8 +28,10 @@ def test_wheel_holds_every_file_of_the_packages(unpacked: Path, sources: Path) -
     files = [p for p in (sources / "fastclip").rglob("*") if p.is_file()]
     code = [p for p in files if p.parent != emoji or p.suffix == ".py"]
     assert len(code) < len(files), "the demo's data is in the sources"
+    code = [p for p in code if p.parent.name != "hub_kernel"]  # builds from a checkout only
     expected = {p.relative_to(sources) for p in code}
     expected |= {Path("fastclip") / p.relative_to(sources) for p in kernels.rglob("*.py")}
+    expected |= {Path("fastclip/_C.absent")}  # the reason why there is no extension
     found = {p.relative_to(unpacked) for p in (unpacked / "fastclip").rglob("*") if p.is_file()}
     assert found == expected
 

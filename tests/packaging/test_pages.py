@@ -189,7 +189,8 @@ def variables() -> set[str]:
     found |= set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE))
     found |= set(re.findall(r"\$\(if \$\(([A-Z_]+)\)", makefile))
     # Macros of the compiled module's build are not variables.
-    csrc = "".join(path.read_text() for path in files if path.is_relative_to(ROOT / "csrc"))
+    built = [path for path in files if path.is_relative_to(ROOT / "csrc") and path.suffix != ".py"]
+    csrc = "".join(path.read_text() for path in built)
     macros = {name for name in found if re.search(rf'(?<!"){name}\b', csrc)}
     return found - PASSED_ON - macros
 

@@ -16,8 +16,7 @@ both towers.
 import triton
 import triton.language as tl
 
-from fastclip.engine import tiny_norms
-
+from ...engine import tiny_norms
 from .finalise import sum_of_totals, tiles_written
 from .tile import stored_as
 

@@ -17,6 +17,7 @@ from ...engine.checks import scalar
 from ...engine.compile_marks import constant_in_graphs
 from ...engine.dtypes import product_dtype
 from ...engine.line_formulas import wanted_statistics
+from ...engine.namespace import OPS
 from ...kinds import LineStatistics
 from ..agreement import group_named, ranks_of
 from ..calls import ContrastCall, LossCall, engine_of, request_of
@@ -143,7 +144,7 @@ def traced_loss(
     dtype = product_dtype(x, y)
     inputs = x, y, scale, bias
     trace = _trace(inputs, process_group, call, dtype)
-    return torch.ops.fastclip.rank_loss(*inputs, *TracedOptions.of(call, dtype), *trace)[0]
+    return OPS.rank_loss(*inputs, *TracedOptions.of(call, dtype), *trace)[0]
 
 
 def traced_contrast(
@@ -170,7 +171,7 @@ def traced_contrast(
         normalize=bool(call.normalize), ring=bool(call.ring), dtype=dtype,
     )  # fmt: skip
     trace = _trace(inputs, process_group, call, dtype)
-    found = torch.ops.fastclip.rank_contrast(
+    found = OPS.rank_contrast(
         *inputs, x_ids, y_ids, margin, *beside, limits, labels, *options, *trace
     )
     return wanted_statistics(found, request_of(options))

@@ -13,6 +13,7 @@ from ...engine.block import NO_POSITIVES, Block
 from ...engine.dtypes import state_dtype
 from ...engine.kept import KEPT_BY
 from ...engine.line_formulas import names_of
+from ...engine.namespace import OPS
 from ...engine.statistics_call import StatisticsInputs, StatisticsOptions
 from .. import sharded_statistics
 from ..agreement import group_named
@@ -167,9 +168,7 @@ def _contrast_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor
     others = _OTHERS.count(",") + 1
     labels, options = ctx.arguments[others - 1], ctx.arguments[others:]
     with torch.no_grad():
-        gradients = torch.ops.fastclip.rank_contrast_backward(
-            given, *inputs, labels, found, saved, *options
-        )
+        gradients = OPS.rank_contrast_backward(given, *inputs, labels, found, saved, *options)
     needs = Trace(*options[-len(Trace._fields) :]).needs
     sources = (*(g for g in upstream if g is not None), *inputs[:3])
     return *by_input(gradients, needs, sources), *(None for _ in ctx.arguments)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...engine.fused_loss import LossInputs, LossOptions
+from ...engine.namespace import OPS
 from .. import sharded_loss
 from ..agreement import group_named
 from ..block_row import TENSOR_COUNT, BlockRow
@@ -143,7 +144,7 @@ def _loss_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor | N
     inputs, (_, *saved) = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     g, needs = upstream[0], Trace(*ctx.arguments[-len(Trace._fields) :]).needs
     with torch.no_grad():
-        found = torch.ops.fastclip.rank_loss_backward(g, *inputs, saved, *ctx.arguments)
+        found = OPS.rank_loss_backward(g, *inputs, saved, *ctx.arguments)
     return *by_input(found, needs, (g, *inputs[:3])), *(None for _ in ctx.arguments)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...engine.autograd import refuse_second_derivative
 from ...engine.block import Block
+from ...engine.namespace import NAMESPACE
 from ..block_row import TENSOR_COUNT
 
-_library = torch.library.Library("fastclip", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 class Trace(NamedTuple):
@@ -38,7 +39,7 @@ def define(name: str, schema: str, real: Callable[..., Any], fake: Callable[...,
             return real(*arguments)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastclip::{name}", fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
 def register_backward(
@@ -60,7 +61,9 @@ def register_backward(
         ctx.mark_non_differentiable(*output[ctx.results :])
         ctx.save_for_backward(*inputs[:count], *output)
 
-    torch.library.register_autograd(f"fastclip::{name}", backward, setup_context=save, lib=_library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_library
+    )
 
 
 def split(options: type[Any], arguments: Sequence[Any]) -> tuple[Any, Trace]:

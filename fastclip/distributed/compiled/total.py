@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...engine.namespace import OPS
 from ..agreement import group_named, group_of
 from .rank_operator import define
 
@@ -27,4 +28,4 @@ define("rank_total", "(Tensor x, str group) -> Tensor[]", _total, _fake)
 def total(process_group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
     """Returns the sum over the ranks of a group; it has no gradient."""
     group = "" if process_group is None else process_group.group_name
-    return torch.ops.fastclip.rank_total(x.detach(), group)[0]
+    return OPS.rank_total(x.detach(), group)[0]

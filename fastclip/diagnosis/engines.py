@@ -1,0 +1,28 @@
+"""The engines: which can run here, which are the defaults, how the compiled module was built."""
+
+from __future__ import annotations
+
+import torch
+
+from ..engine import backends
+
+
+def availability() -> dict[str, str]:
+    return backends.backends()
+
+
+def module() -> dict[str, object] | None:
+    """The facts of the compiled module; None if there is none or it does not load."""
+    return backends.build_info()
+
+
+def defaults() -> dict[str, str]:
+    """The engine that `backend=None` takes on each device type, or the error that it raises."""
+    found = {}
+    for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        try:
+            device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+            found[kind] = backends.choose(None, device, torch.bfloat16, 1 << 20, 512)
+        except ValueError as error:
+            found[kind] = str(error)
+    return found
