@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.installation import ROOT
 from support.peers import peer
 from support.two_towers import NAMES, batch_of, model_of
 from torch import nn
@@ -109,6 +110,26 @@ def test_patch_fuses_all_models_until_unpatch() -> None:
     assert not is_fused(before)
     unpatch()
     assert known.forward is own and not is_fused(made) and not is_fused(siglip)
+
+
+def test_files_of_models_are_patched_when_they_are_imported() -> None:
+    """Importing all of them takes seconds, which a script without them need not wait for."""
+    code = (
+        "import sys; from support.peers import peer; peer('transformers.modeling_utils');"
+        "from fastclip.integrations.transformers import patch, unpatch;"
+        "clip, siglip, align = (f'transformers.models.{name}.modeling_{name}' for name in"
+        " ('clip', 'siglip', 'align'));"
+        "patch(); assert not {clip, siglip, align} & {*sys.modules};"
+        "import transformers;"
+        "fused = lambda known: hasattr(known.forward, '_fastclip_own');"
+        "print(fused(transformers.CLIPModel), siglip in sys.modules);"
+        "unpatch(); print(fused(transformers.CLIPModel), fused(transformers.AlignModel))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=ROOT / "tests",
+    )  # fmt: skip
+    assert found.stdout.split() == ["True", "False", "False", "False"]
 
 
 def test_fuse_and_patch_together() -> None:

@@ -60,7 +60,7 @@ class Tower:
 class Family:
     """A class of models with a forward of one form.
 
-    file: the module is transformers.models.{file}.modeling_{file}.
+    file: the module's name in transformers.models; path: its whole name.
     other: the first tower, named `sort` in the outputs; text: the second one.
     norm: the function of the module that returns the lengths of rows; None: `Tensor.norm`.
     same_dtype: the first tower's features take the dtype and device of the texts'.
@@ -81,8 +81,12 @@ class Family:
     ignored: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
 
+    @property
+    def path(self) -> str:
+        return f"transformers.models.{self.file}.modeling_{self.file}"
+
     def module(self) -> ModuleType:
-        return importlib.import_module(f"transformers.models.{self.file}.modeling_{self.file}")
+        return importlib.import_module(self.path)
 
     def find(self) -> type | None:
         """Returns the class, or None if this version of transformers does not have it."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from ..host import disabled
+from ..on_import import forget, on_import
 from ..replacements import Replacements
 from .families import FAMILIES
+from .family import Family
 from .forms import other_form
 from .forward import HOST, Options, fused_forward, own_forward
 
@@ -13,7 +17,8 @@ _REPLACED = Replacements()
 
 def patch(*, keep_logits: bool = False, across_ranks: bool = True, uneven: bool = True) -> None:
     """Fuses the loss of every model of the known classes in this process, new ones and those that
-    exist already. `fuse` says what changes; a second call sets the options anew.
+    exist already. `fuse` says what changes; a second call sets the options anew. Files of models
+    that are not imported yet are patched when they are.
 
     Classes that this version of transformers does not have are left out. A class whose forward has
     an unknown form keeps it, with a warning. FASTCLIP_DISABLE=1 leaves transformers as it is.
@@ -27,16 +32,22 @@ def patch(*, keep_logits: bool = False, across_ranks: bool = True, uneven: bool 
     unpatch()
     options = Options(keep_logits, across_ranks, uneven)
     for family in FAMILIES:
-        known = family.find()
-        if known is None:
-            continue
-        reason = other_form(known, family)
-        if reason is not None:
-            HOST.falls_back(f"{family.name}.forward of {version} has an unknown form, {reason}")
-            continue
-        _REPLACED.replace(known, "forward", fused_forward(own_forward(known), family, options))
+        on_import(family.path, functools.partial(_fuse_class, family, options, version))
+
+
+def _fuse_class(family: Family, options: Options, version: str) -> None:
+    known = family.find()
+    if known is None:
+        return
+    reason = other_form(known, family)
+    if reason is not None:
+        HOST.falls_back(f"{family.name}.forward of {version} has an unknown form, {reason}")
+        return
+    _REPLACED.replace(known, "forward", fused_forward(own_forward(known), family, options))
 
 
 def unpatch() -> None:
     """Gives the classes their own forward again. Models that `fuse` fused remain so."""
+    for family in FAMILIES:
+        forget(family.path)
     _REPLACED.restore()
