@@ -75,8 +75,9 @@ def fused_forward(own: Callable[..., Any], family: Family, options: Options) -> 
         values = _values(self, family, options, lengths, given, rest)
         if given["return_dict"]:
             return output(**values)
-        # A place without logits holds None, so that the others keep theirs.
-        return tuple(v.to_tuple() if hasattr(v, "to_tuple") else v for v in values.values())
+        # As everywhere in transformers, tuples leave out what is None.
+        found = [v for v in values.values() if v is not None]
+        return tuple(v.to_tuple() if hasattr(v, "to_tuple") else v for v in found)
 
     # Accelerate unwraps functions as far as `__wrapped__` leads, which would undo this.
     del forward.__wrapped__

@@ -29,7 +29,8 @@ def fuse(
         model: of a class in docs/transformers.md, or of a subclass that does not replace `forward`.
             Fuse it before it is wrapped or compiled.
         keep_logits: True returns logits_per_image and logits_per_text with the loss, two views of
-            one N x N matrix (of CLAP two matrices). False returns None in their place.
+            one N x N matrix (of CLAP two matrices). False returns None in their place; tuples leave
+            them out.
         across_ranks: True takes the loss of all ranks' pairs in training, in train mode with
             gradients, if there are several ranks: after DDP's mean, the gradients are those of one
             process on the whole batch. Evaluation stays local. False takes the loss of this rank's
