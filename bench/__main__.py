@@ -20,6 +20,7 @@ EPILOG = """\
   python -m bench --list --full                 lists what would run and what cannot
   python -m bench --family                      measures the losses other than CLIP and SigLIP
   python -m bench distributed --quick           measures losses across processes here
+  python -m bench hosts                         measures integrations beside their hosts
   python -m bench scale --tflops 400            models their time on thousands of GPUs
 
 Without a command it is `run`; COMMAND --help lists a command's options. Run it with nothing else on
@@ -29,6 +30,7 @@ comes and goes still widens the quartiles. results.Row and distributed/row.py do
 COMMANDS = {
     "run": "measures losses in one process (the default)",
     "distributed": "measures losses across processes on this machine",
+    "hosts": "measures losses of fastclip.integrations beside their hosts'",
     "scale": "models the time of losses on thousands of GPUs",
     "table": "prints CSVs as Markdown, with quartiles",
     "plot": "draws CSVs as PNGs beside them",
@@ -54,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         family="InfoNCE, SupCon, NT-Xent, ranking, distillation, ...",
     )  # fmt: skip
     _add_measuring(of["distributed"])
+    _add_measuring(of["hosts"])
     of["run"].add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     of["run"].add_argument("--no-errors", action="store_true", help="leave out the errors")
     for name in ("table", "plot", "readme"):
@@ -163,6 +166,23 @@ def measure_across_processes(options: argparse.Namespace) -> int:
     return _finish(path, lambda: table.report(runner.run(plan, chosen, options.methods)))
 
 
+def measure_in_hosts(options: argparse.Namespace) -> int:
+    """Runs the plan for hosts' losses, then prints its table."""
+    from .hosts import cases as of_hosts
+    from .hosts import row, runner, table
+
+    plan = cases.matching(of_hosts.quick() if options.quick else of_hosts.standard(), options.only)
+    if not plan:
+        raise SystemExit("no case matches; python -m bench hosts --list names them")
+    if options.list:
+        print("\n".join(case.name for case in plan))
+        return 0
+    path = _path_of(options, row.RESULTS)
+    seconds = options.seconds or (runner.QUICK_SECONDS if options.quick else runner.SECONDS)
+    chosen = runner.Options(path, seconds, not options.no_memory)
+    return _finish(path, lambda: table.report(runner.run(plan, chosen)))
+
+
 def _path_of(options: argparse.Namespace, folder: Path) -> Path:
     """The CSV that a run writes; quick runs write to build/, not to the committed folder."""
     if options.csv:
@@ -194,17 +214,18 @@ def main(arguments: list[str] | None = None) -> int:
 
         return page.main(arguments[1:], table.committed())
     options = parser().parse_args(arguments)
-    if options.command == "run":
-        return measure(options)
-    if options.command == "distributed":
-        return measure_across_processes(options)
-    return show(options)
+    measures = {
+        "run": measure, "distributed": measure_across_processes, "hosts": measure_in_hosts
+    }  # fmt: skip
+    return measures.get(options.command, show)(options)
 
 
 def show(options: argparse.Namespace) -> int:
     """Prints tables, draws pictures or writes pages, from the files given or the committed ones."""
     from .distributed import row
     from .distributed import table as across
+    from .hosts import row as host_row
+    from .hosts import table as of_hosts
     from .report import family, plot, summary, table
     from .scale import page
 
@@ -231,6 +252,7 @@ def show(options: argparse.Namespace) -> int:
         if of_ranks:
             across.into_page(docs / "benchmarks-distributed.md", of_ranks)
         if not options.csv:
+            of_hosts.into_page(docs / "sentence-transformers.md", host_row.committed())
             page.into_page(docs / "benchmarks-distributed.md", of_one)
             summary.into_readme(options.pages / "README.md", of_one)
         print(f"Wrote the tables of {', '.join(path.name for path in paths)} to {options.pages}")

@@ -1,9 +1,10 @@
 """Runs a host's own tests of its losses, with the host as it is and with fastclip in it.
 
     python -m tests.peers.host_suites sentence_transformers CHECKOUT
-    python -m tests.peers.host_suites pytorch_metric_learning CHECKOUT 'tests/losses/test_*.py'
+    python -m tests.peers.host_suites lightly CHECKOUT 'tests/loss/test_ntx*.py'
 
-CHECKOUT is a clone of the host's repository; its tests run on the host that is installed. Prints a
+CHECKOUT is a clone of the host's repository; its tests run on the host that is installed. Without
+patterns these are its tests of losses in files that name a class of ours. Prints a
 Markdown table of the tests that pass, file by file. Nothing is downloaded: models of `stand_ins`
 have the names of some that tests of sentence-transformers load. Tests that fail without fastclip
 count in neither column. The exit status is 1 if a test fails with fastclip alone; its name is
@@ -28,21 +29,24 @@ HERE = Path(__file__).resolve().parent
 
 
 class Suite(NamedTuple):
-    """A host's module of fastclip.integrations, and the files of its tests that concern losses."""
+    """A host's module of fastclip.integrations, and the files of its tests of losses."""
 
     integration: str
-    files: tuple[str, ...]
+    files: str
+
+    def files_in(self, checkout: Path) -> list[Path]:
+        """Those that name a class of ours."""
+        names = importlib.import_module(f"fastclip.integrations.{self.integration}").__all__
+        classes = [name for name in names if name.endswith("Loss")]
+        found = sorted(checkout.glob(self.files))
+        return [file for file in found if any(c in file.read_text() for c in classes)]
 
 
 SUITES = {
-    "sentence_transformers": Suite(
-        "sentence_transformers",
-        ("tests/sentence_transformer/losses/test_*.py", "tests/sparse_encoder/losses/test_*.py",
-         "tests/base/losses/test_*.py"),
-    ),
-    "pytorch_metric_learning": Suite("metric_learning", ("tests/losses/test_*.py",)),
-    "lightly": Suite("lightly", ("tests/loss/test_*.py",)),
-}  # fmt: skip
+    "sentence_transformers": Suite("sentence_transformers", "tests/**/losses/test_*.py"),
+    "pytorch_metric_learning": Suite("metric_learning", "tests/losses/test_*.py"),
+    "lightly": Suite("lightly", "tests/loss/test_*.py"),
+}
 
 # ---- as a plugin of pytest, in the host's checkout ---------------------------------------------
 
@@ -99,10 +103,11 @@ def run(host: str, checkout: Path, files: Iterable[Path], how: str) -> dict[str,
     """Runs the files; returns each test's outcome, and how often the host's code served a call."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        paths = (HERE, HERE.parent, os.environ.get("PYTHONPATH", ""))
+        # An empty path would stand for the checkout.
+        paths = [HERE, HERE.parent, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
             **os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONSAFEPATH": "1",
-            "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(folder) / "hub"),
+            "TEST_DEVICE": "cpu", "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(folder) / "hub"),
             "HOST_SUITES": f"{host}:{how}", "HOST_SUITES_FILE": str(found),
         }  # fmt: skip
         options = [
@@ -143,8 +148,10 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("files", nargs="*", help="patterns in the checkout (default: its losses)")
     options = parser.parse_args()
-    patterns = options.files or SUITES[options.host].files
-    files = [file for pattern in patterns for file in sorted(options.checkout.glob(pattern))]
+    if options.files:
+        files = [file for one in options.files for file in sorted(options.checkout.glob(one))]
+    else:
+        files = SUITES[options.host].files_in(options.checkout)
     if not files:
         raise SystemExit(f"no files of {options.host}'s tests in {options.checkout}")
     files = [file.relative_to(options.checkout) for file in files]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.embedded import Embedded, Guide
+from support.embedded import Embedded, guide
 from support.peers import Case, assert_same, peer
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def gist(
 
     Their gradient of a temperature is NaN, since a similarity that it leaves out is -inf.
     """
-    loss = of.GISTEmbedLoss(Embedded(), Guide(), temperature=1 / scale, **options)
+    loss = of.GISTEmbedLoss(Embedded(), guide(), temperature=1 / scale, **options)
     given = [{"embedding": c, "guide": g} for c, g in zip(columns, guides, strict=True)]
     return loss(given, None)
 
@@ -87,7 +87,7 @@ def test_the_cached_loss(backward: bool, case: Case, theirs: ModuleType) -> None
     found = []
     for of in (ours, theirs):
         loss = of.CachedGISTEmbedLoss(
-            Embedded(), Guide(), temperature=1 / case.scale, margin=0.1, mini_batch_size=5
+            Embedded(), guide(), temperature=1 / case.scale, margin=0.1, mini_batch_size=5
         )
         reps = [[part.detach().requires_grad_() for part in c.split(5)] for c in columns]
         value = loss.calculate_loss(reps, reps_guided, with_backward=backward)

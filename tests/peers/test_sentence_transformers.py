@@ -142,3 +142,10 @@ def test_the_public_functions(case: Case, theirs: ModuleType) -> None:
         lambda *given: ranking(theirs, given, 20.0),
         case.features(3, dtype=torch.float32), rtol=2e-4, atol=5e-5,
     )  # fmt: skip
+
+
+def test_a_query_without_negatives_has_a_gradient_without_nan(theirs: ModuleType) -> None:
+    columns = Case(1, 4, 20.0, "random").features(2)
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        value = ranking(ours, columns, 20.0, directions=DIRECTIONS[2])
+        assert value == 0 and all((g == 0).all() for g in torch.autograd.grad(value, columns))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.embedded import Embedded, Guide, Projected
+from support.embedded import Embedded, Projected, guide
 from support.peers import peer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,8 +47,8 @@ def fallbacks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def made(of: ModuleType, name: str, model: Embedded | None = None, **options: Any) -> Any:
-    guide = (Guide(),) if "GIST" in name else ()
-    return getattr(of, name)(model or Projected(WIDTH, 8), *guide, **options)
+    guides = (guide(),) if "GIST" in name else ()
+    return getattr(of, name)(model or Projected(WIDTH, 8), *guides, **options)
 
 
 def features(columns: int = 2, rows: int = 5) -> list[dict[str, Tensor]]:
@@ -125,7 +125,7 @@ def test_patch_and_unpatch(theirs: ModuleType) -> None:
     assert {k: v for k, v in names_of_host().items() if k in before} == before
     assert {key[1] for key in before if before[key] != after[key]} == {
         *NAMES, "SparseMultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss",
-        "CachedMultipleNegativesSymmetricRankingLoss", *(f"Their{n}" for n in ()),
+        "CachedMultipleNegativesSymmetricRankingLoss",
     }  # fmt: skip
 
 

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import torch
+from support.bench import importing  # noqa: F401 -- makes `bench` importable
 from torch import Tensor, nn
 
-
-class Embedded(nn.Module):
-    """A model that returns one of its features, with the tokenizer that GIST losses ask for.
-
-    Features are tensors by column name: `embedding` of this model, `guide` of `Guide`.
-    """
-
-    column = "embedding"
-    max_seq_length = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        from tokenizers import Tokenizer
-        from tokenizers.models import WordLevel
-        from transformers import PreTrainedTokenizerFast
-
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"sentence_embedding": features[self.column]}
-
-    def __getitem__(self, index: int) -> Embedded:
-        return self
+from bench.hosts.embedded import Embedded
 
 
-class Guide(Embedded):
-    column = "guide"
+def guide() -> Embedded:
+    """The guide of a GIST loss: returns the feature `guide`."""
+    return Embedded("guide")
 
 
 class Projected(Embedded):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.embedded import Guide, Projected
+from support.embedded import Projected, guide
 from support.peers import peer
 from torch import Tensor
 
@@ -32,9 +32,9 @@ def step(
     ]  # fmt: skip
     share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     model = Projected(WIDTH, 5)
-    guide = (Guide(),) if "GIST" in name else ()
+    guides = (guide(),) if "GIST" in name else ()
     loss = getattr(importlib.import_module(MODULES[whose]), name)(
-        model, *guide, gather_across_devices=world > 1, **options
+        model, *guides, gather_across_devices=world > 1, **options
     )
     value = loss([{key: x[share] for key, x in column.items()} for column in batch], None)
     value.backward()

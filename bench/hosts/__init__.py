@@ -1,0 +1,1 @@
+"""Losses of `fastclip.integrations` beside those of their hosts, on embeddings that are given."""

@@ -1,0 +1,103 @@
+"""Measures the cases one by one and writes each finished one into the CSV.
+
+Both methods of a case are timed in interleaved rounds in this process. Peak memory comes from a
+process for each, as in `measure.memory`:
+
+    python -m bench.hosts.runner CASE METHOD
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ..measure import progress
+from ..measure.memory import LONGEST, ROOT, peak_bytes
+from ..measure.timing import interleaved
+from ..report import results
+from . import cases
+from .cases import Case, make_step
+from .row import Row
+
+SECONDS, QUICK_SECONDS = 8.0, 1.0
+MIB = 2**20
+
+
+@dataclass
+class Options:
+    """How a plan is run: each case is timed for `seconds`."""
+
+    path: Path
+    seconds: float = SECONDS
+    memory: bool = True
+
+
+def run(plan: list[Case], options: Options) -> list[Row]:
+    """Measures every case; returns the new rows, which are also in the CSV."""
+    machine = results.machine_row(row_class=Row)
+    old = results.read(options.path, Row) if options.path.exists() else []
+    rows: list[Row] = []
+    with progress.bar(len(plan)) as bar:
+        for case in plan:
+            bar.set_description(case.name)
+            rows += _measure(case, machine, options)
+            results.write(options.path, results.merge(old, rows), Row)
+            bar.update(1)
+    return rows
+
+
+def _measure(case: Case, machine: Row, options: Options) -> list[Row]:
+    steps = {method: make_step(case, method) for method in case.methods}
+    for step in steps.values():
+        step()
+    timings = interleaved(steps, options.seconds)
+    rows = []
+    for method, timing in timings.items():
+        over = timings["host"].median / timing.median if "host" in timings else None
+        row = replace(
+            machine, when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"), host=case.host,
+            version=importlib.metadata.version(case.host), loss=case.text, n=case.n,
+            columns=case.columns, d=case.d, method=method, ms=1e3 * timing.median,
+            low_ms=1e3 * timing.low, high_ms=1e3 * timing.high, rounds=timing.rounds,
+            over_host=over,
+        )  # fmt: skip
+        if options.memory and case.memory:
+            row.peak_mib, row.note = _peak(case, method)
+        rows.append(row)
+    return rows
+
+
+def _peak(case: Case, method: str) -> tuple[float | None, str]:
+    """The peak of a step in MiB, in a fresh process, or None with the reason."""
+    command = [sys.executable, "-m", "bench.hosts.runner", case.name, method]
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"memory: not done in {LONGEST} s"
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
+        return None, f"memory: {reason[0]}"
+    peak = json.loads(done.stdout.splitlines()[-1])
+    return (None, "memory: cannot be measured here") if peak is None else (peak / MIB, "")
+
+
+def main() -> None:
+    name, method = sys.argv[1:]
+    (case,) = (one for one in (*cases.standard(), *cases.quick()) if one.name == name)
+    # A small step first: it loads and allocates what does not depend on the batch.
+    make_step(replace(case, n=64), method)()
+    step, kept = make_step(case, method), []
+    print(json.dumps(peak_bytes(lambda: kept.append(step()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Subclasses of a host's classes that are made when first used, and take the place of these."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from .host import Host, disabled
+from .replacements import Replacements
+
+
+class Subclasses:
+    """The classes `names` of a module, each a subclass of the host's class that it stands for.
+
+    The module is imported, and the host with it, when a class is first asked for: a class needs
+    its base. Its identity is stable and it is pickled by its name, as any class of a module.
+    """
+
+    def __init__(self, host: Host, module: str, names: tuple[str, ...]) -> None:
+        self.host, self.module, self.names = host, module, names
+        self._made = Replacements()
+
+    def get(self, name: str) -> Any:
+        """The class of that name: the `__getattr__` of the package that offers it."""
+        if name not in self.names:
+            package = self.module.rpartition(".")[0]
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        self.host.load()
+        return getattr(importlib.import_module(self.module), name)
+
+    def patch(self) -> None:
+        """Puts the classes in the place of the host's, in each of its modules that has them.
+
+        Classes of the host that inherit from these inherit from ours. Objects that exist, and
+        names that other modules have imported, stay as they are. A second call, and any call with
+        FASTCLIP_DISABLE=1, does nothing.
+
+        Raises:
+            ImportError: the host is not installed, or its version is not known.
+        """
+        if self._made or disabled():
+            return
+        ours = {cls.__bases__[0]: cls for cls in map(self.get, self.names)}
+        modules = [module for name, module in sys.modules.items() if self._of_host(name)]
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, type) and value in ours:
+                    self._made.replace(module, name, ours[value])
+        for theirs, cls in ours.items():
+            for heir in theirs.__subclasses__():
+                if self._of_host(heir.__module__):
+                    self._made.replace(heir, "__bases__", (cls,))
+
+    def unpatch(self) -> None:
+        """Puts the host's classes back. Without a patch it does nothing."""
+        self._made.restore()
+
+    def _of_host(self, module: str) -> bool:
+        return f"{module}.".startswith(f"{self.host.package}.")
