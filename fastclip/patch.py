@@ -34,7 +34,7 @@ def _say(text: str) -> None:
 def _patch(host: str, patched: list[str]) -> None:
     """Patches a host that has been imported, and adds it to a list."""
     try:
-        importlib.import_module(f"fastclip.integrations.{host}").patch()
+        importlib.import_module(f"fastclip.integrations.{HOSTS[host]}").patch()
     except ImportError as error:
         # The script may catch an ImportError, and would run unpatched.
         sys.exit(f"fastclip.patch: {error}; --host NAME patches that library alone")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import pkgutil
 
 from .. import integrations
 from ..integrations.host import Host
@@ -13,9 +12,8 @@ from .machine import version_of
 
 def known_hosts() -> list[Host]:
     """Returns the host of every integration."""
-    names = [found.name for found in pkgutil.iter_modules(integrations.__path__)]
-    modules = [importlib.import_module(f"{integrations.__name__}.{name}") for name in names]
-    return [module.HOST for module in modules if isinstance(getattr(module, "HOST", None), Host)]
+    names = integrations.HOSTS.values()
+    return [importlib.import_module(f"{integrations.__name__}.{name}").HOST for name in names]
 
 
 def installed() -> dict[str, dict[str, object]]:

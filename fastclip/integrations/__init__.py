@@ -10,5 +10,11 @@ Each module belongs to one host and imports it when it is used:
 `FASTCLIP_DISABLE=1` nothing is patched.
 """
 
-# The hosts with a `patch`, which are modules of this package.
-HOSTS = ("open_clip", "sentence_transformers", "transformers")
+# The modules of this package with a `patch`, by the host that each imports.
+HOSTS = {
+    "open_clip": "open_clip",
+    "sentence_transformers": "sentence_transformers",
+    "transformers": "transformers",
+    "lightly": "lightly",
+    "pytorch_metric_learning": "metric_learning",
+}

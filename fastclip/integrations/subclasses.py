@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
 from .host import Host, disabled
@@ -30,10 +29,10 @@ class Subclasses:
         return getattr(importlib.import_module(self.module), name)
 
     def patch(self) -> None:
-        """Puts the classes in the place of the host's, in each of its modules that has them.
+        """Puts the classes in the place of the host's, under each name in an imported module.
 
         Classes of the host that inherit from these inherit from ours. Objects that exist, and
-        names that other modules have imported, stay as they are. A second call, and any call with
+        subclasses of others, stay as they are. A second call, and any call with
         FASTCLIP_DISABLE=1, does nothing.
 
         Raises:
@@ -42,12 +41,8 @@ class Subclasses:
         if self._made or disabled():
             return
         ours = {cls.__bases__[0]: cls for cls in map(self.get, self.names)}
-        modules = [module for name, module in sys.modules.items() if self._of_host(name)]
-        for module in modules:
-            for name, value in list(vars(module).items()):
-                if isinstance(value, type) and value in ours:
-                    self._made.replace(module, name, ours[value])
         for theirs, cls in ours.items():
+            self._made.replace_everywhere(theirs, cls)
             for heir in theirs.__subclasses__():
                 if self._of_host(heir.__module__):
                     self._made.replace(heir, "__bases__", (cls,))

@@ -12,7 +12,7 @@ import pytest
 from support.installation import ROOT
 
 from fastclip import patch as program
-from fastclip.integrations import on_import
+from fastclip.integrations import HOSTS, on_import
 from fastclip.integrations.replacements import Replacements
 
 HOST = "host_of_the_test"
@@ -35,7 +35,7 @@ def run(
     monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.setattr(on_import, "_waiting", {})
-    monkeypatch.setattr(program, "HOSTS", (HOST, "another_host"))
+    monkeypatch.setattr(program, "HOSTS", {HOST: "of_the_test", "another_host": ""})
     monkeypatch.delenv("RANK", raising=False)
 
     def replaces() -> None:
@@ -43,7 +43,7 @@ def run(
 
     def call(script: str, *arguments: str, patch: Callable[[], None] = replaces) -> tuple[str, str]:
         (tmp_path / "script.py").write_text(textwrap.dedent(script))
-        integration = ModuleType(f"fastclip.integrations.{HOST}")
+        integration = ModuleType("fastclip.integrations.of_the_test")
         integration.patch = patch
         monkeypatch.setitem(sys.modules, integration.__name__, integration)
         for name in (HOST, "beside"):
@@ -107,6 +107,15 @@ def test_a_refused_host_ends_the_script(run: Callable[..., tuple[str, str]]) -> 
     with pytest.raises(SystemExit) as refused:
         run(script, "script.py", patch=refuses)
     assert str(refused.value).startswith(f"fastclip.patch: {HOST} 9 is not known; --host NAME")
+
+
+def test_every_host_has_a_patch() -> None:
+    """By its own name, and without importing it."""
+    for host, name in HOSTS.items():
+        integration = importlib.import_module(f"fastclip.integrations.{name}")
+        assert integration.HOST.package == host
+        assert callable(integration.patch) and callable(integration.unpatch)
+        integration.unpatch()
 
 
 def test_it_is_a_program() -> None:

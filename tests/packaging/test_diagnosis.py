@@ -12,7 +12,7 @@ from support.installation import python
 import fastclip
 from fastclip import integrations
 from fastclip.__main__ import main
-from fastclip.diagnosis import advice, hosts, self_check
+from fastclip.diagnosis import advice, self_check
 from fastclip.engine import backends
 
 
@@ -112,16 +112,16 @@ def test_the_compiled_module_that_was_not_built_is_explained(
 def test_hosts_are_listed_without_being_imported(
     said: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, package, versions in (
-        ("first", "torch", '"1.0", "1.1"'), ("second", "pytest", f'"{pytest.__version__}"'),
-        ("third", "not_installed", '"1"'),
-    ):  # fmt: skip
-        (tmp_path / f"pretended_{name}.py").write_text(
+    pretended = {
+        "torch": '"1.0", "1.1"', "pytest": f'"{pytest.__version__}"', "not_installed": '"1"',
+    }  # fmt: skip
+    for package, versions in pretended.items():
+        (tmp_path / f"of_{package}.py").write_text(
             "from fastclip.integrations.host import Host\n"
             f"HOST = Host({package!r}, ({versions},))\n"
         )
     monkeypatch.setattr(integrations, "__path__", [str(tmp_path)])
-    monkeypatch.setattr(hosts.integrations, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(integrations, "HOSTS", {name: f"of_{name}" for name in pretended})
     _, text = said("--no-check")
     assert f"host pytest {pytest.__version__}: known" in text
     assert f"host torch {torch.__version__}: not known" in text

@@ -15,24 +15,23 @@ from typing import Any
 import pytest
 from support.installation import ROOT
 from support.open_clip_jobs.data import write
-from support.peers import find, peer
+from support.peers import OPEN_CLIP, find, peer
 
-CHECKOUT = os.environ.get("FASTCLIP_OPEN_CLIP")
 ALONE = ["fp32", "amp_bf16", "accumulated", "siglip", "coca", "distilled", "checkpointed"]
 TOGETHER = [
     "fp32", "local", "accumulated", "local_accumulated", "siglip", "local_coca", "local_distilled",
 ]  # fmt: skip
 # Where a graph replaces the operators, nothing is counted.
-COMPILED = ["task", "step"] if CHECKOUT else ["compiled"]
+COMPILED = ["task", "step"] if OPEN_CLIP else ["compiled"]
 ALONE += COMPILED
-TOGETHER += ["fsdp", "task"] if CHECKOUT else ["siglip_gather"]
+TOGETHER += ["fsdp", "task"] if OPEN_CLIP else ["siglip_gather"]
 
 Found = dict[str, dict[str, Any]]
 
 
 def start(folder: Path, ranks: int, module: str, *arguments: str, **variables: str) -> str:
     """Runs a module in one process, or under torchrun; returns what it printed."""
-    places = [str(ROOT / "tests"), str(ROOT), *([CHECKOUT] if CHECKOUT else [])]
+    places = [str(ROOT / "tests"), str(ROOT), *([OPEN_CLIP] if OPEN_CLIP else [])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m"]
     if ranks > 1:
@@ -121,14 +120,16 @@ def test_the_trainer_by_its_own_name(folder: Path) -> None:
         "from bench.methods.open_clip import import_module\n"
         "import_module('torchvision', ('torchvision',))\n"
     )
-    places = os.pathsep.join([str(folder), str(ROOT / "tests"), str(ROOT), CHECKOUT or str(folder)])
+    places = os.pathsep.join(
+        [str(folder), str(ROOT / "tests"), str(ROOT), OPEN_CLIP or str(folder)]
+    )
     printed = start(
         folder, 1, "fastclip.patch", "--host", "open_clip", "open_clip_train.main",
         "--train-data", f"{folder}/66.csv", "--dataset-type", "csv", "--csv-separator", ",",
         "--csv-img-key", "image", "--csv-caption-key", "caption", "--model", "ViT-S-32-alt",
         "--force-image-size", "32", "--batch-size", "22", "--epochs", "1", "--workers", "0",
         "--device", "cpu", "--precision", "fp32", "--logs", str(folder / "named"),
-        PYTHONPATH=places,
+        PYTHONPATH=os.pathsep.join(places),
     )  # fmt: skip
     assert "fastclip.patch: open_clip computes its losses with fastclip" in printed
     assert "Contrastive_loss: " in printed

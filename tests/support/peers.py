@@ -60,6 +60,10 @@ CASES = [
 ]  # fmt: skip
 
 
+# A folder with another open_clip for the tests of its trainer, such as the `src` of a checkout.
+OPEN_CLIP = os.environ.get("FASTCLIP_OPEN_CLIP")
+
+
 def find(package: str) -> ModuleSpec:
     """Returns where a peer is installed.
 

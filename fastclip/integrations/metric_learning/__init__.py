@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..host import Host
 from ..subclasses import Subclasses
+from .host import HOST
 
 if TYPE_CHECKING:
     from .losses import NTXentLoss, SupConLoss
 
 __all__ = ["HOST", "NTXentLoss", "SupConLoss", "patch", "unpatch"]
 
-HOST = Host("pytorch_metric_learning", ("2.9",))
 _subclasses = Subclasses(HOST, f"{__name__}.losses", ("NTXentLoss", "SupConLoss"))
 __getattr__, patch, unpatch = _subclasses.get, _subclasses.patch, _subclasses.unpatch

@@ -16,7 +16,7 @@ from ...contrast import contrast
 from ...loss.info_nce import info_nce
 from ...loss.supcon import supcon_loss
 from ..host import disabled
-from . import HOST
+from .host import HOST
 from .pairs import Pairs
 
 # An NT-Xent loss has a term for each positive pair, whose similarities are computed one by one.
