@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -63,8 +64,12 @@ def _device(
         for dtype in ROUNDING:
             leaves = [t.to(device, dtype) for t in features]
             leaves += [torch.tensor(value, device=device) for value in scalars]
-            truth = _results(dense, [t.double() for t in leaves])
             case = (device, name, str(dtype).removeprefix("torch."), shape)
+            try:
+                truth = _results(dense, [t.double() for t in leaves])
+            except RuntimeError:  # such as a lack of memory: these engines cannot be judged
+                rows.append(Row(*case, "float64", None, None))
+                continue
             plain = _row((*case, "dense"), dense, leaves, truth, float("inf"), timed)
             rows.append(plain)
             limit = max(ROUNDING[dtype], 4 * (plain.error or 0))
@@ -84,8 +89,10 @@ def _row(
         error = _error(_results(function, leaves), truth)
         ms = _milliseconds(function, leaves) if timed else None
     except Exception as caught:  # a report has to come to its end
-        told = str(caught).strip().partition("\n")[0]
-        return Row(*case, None, None, f"{where}: {type(caught).__name__}: {told}")
+        told = f"{type(caught).__name__}: {str(caught).strip()}".partition("\n")[0]
+        return Row(*case, None, None, "" if engine == "dense" else f"{where}: {told}")
+    if error is None:
+        return Row(*case, ms, None, f"{where}: a loss or a gradient is not finite")
     problem = "" if error <= limit else f"{where}: the error is {error:.1e}, at most {limit:.1e}"
     return Row(*case, ms, error, problem)
 
@@ -96,13 +103,13 @@ def _results(function: Callable[..., Tensor], given: Sequence[Tensor]) -> list[T
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-def _error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest error of a result, relative to its largest element; infinite for NaN."""
+def _error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float | None:
+    """The largest error of a result, relative to its largest element; None if one is not finite."""
     errors = [
         float((a.double() - b).abs().max() / b.abs().max())
         for a, b in zip(results, truth, strict=True)
     ]
-    return max(error if error == error else float("inf") for error in errors)
+    return max(errors) if all(map(math.isfinite, errors)) else None
 
 
 def _milliseconds(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> float:

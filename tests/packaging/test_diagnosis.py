@@ -75,15 +75,28 @@ def spoil(monkeypatch: pytest.MonkeyPatch, by: Callable[[torch.Tensor], torch.Te
     monkeypatch.setattr(backends, "interpreted", lambda: False)  # saves a second
 
 
-@pytest.mark.parametrize("by", [lambda t: t * 1.03, lambda t: t * torch.nan])
+def with_nan_gradients(value: torch.Tensor) -> torch.Tensor:
+    value = value.clone()
+    value.register_hook(lambda gradient: gradient * torch.nan)
+    return value
+
+
+@pytest.mark.parametrize(
+    "by, problem",
+    [
+        (lambda t: t * 1.03, "the error is 3.0e-02, at most 1.0e-04"),
+        (with_nan_gradients, "a loss or a gradient is not finite"),
+    ],
+)
 def test_a_wrong_engine_is_named(
-    said: Said, monkeypatch: pytest.MonkeyPatch, by: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
+    said: Said, monkeypatch: pytest.MonkeyPatch, by: Callable[[torch.Tensor], torch.Tensor],
+    problem: str,
+) -> None:  # fmt: skip
     spoil(monkeypatch, by)
     status, text = said()
     wrong = [line for line in text.splitlines() if line.startswith("WRONG: ")]
     assert status == 1 and len(wrong) == 2
-    assert wrong[0].startswith("WRONG: engine torch, CLIP, float32, on cpu: the error is ")
+    assert wrong[0] == f"WRONG: engine torch, CLIP, float32, on cpu: {problem}"
     assert text.endswith("verdict: an engine is WRONG here; please report this text\n")
 
 
