@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mutants import emulation, extension
-from mutants.lists import bench, cached, cpu, cuda, distributed, engine, losses, triton
+from mutants.lists import (
+    bench,
+    cached,
+    cpu,
+    cuda,
+    distributed,
+    engine,
+    integrations,
+    losses,
+    triton,
+)
 from mutants.mutant import Mutant
 from mutants.trial import Build
 
@@ -22,5 +32,6 @@ AREAS = {
     "losses": Area(losses.MUTANTS),
     "distributed": Area(distributed.MUTANTS),
     "cached": Area(cached.MUTANTS),
+    "integrations": Area(integrations.MUTANTS),
     "bench": Area(bench.MUTANTS),
 }
