@@ -16,7 +16,7 @@ PAGES = [ROOT / "docs/sentence-transformers.md"]
 def test_code(page: Any) -> None:
     for name in ("sentence_transformers", "lightly.loss", "pytorch_metric_learning.losses"):
         peer(name)
-    x, y = torch.randn(2, 6, 4, requires_grad=True)
+    x, y = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
     names = {"model": Projected(4, 3), "guide": guide(), "x": x, "y": y}
     names["labels"] = torch.arange(6) // 2
     blocks = re.findall(r"```py\n(.*?)```", page.read_text(), re.DOTALL)

@@ -36,16 +36,16 @@ def test_two_views(name: str, options: dict[str, Any], case: Case, theirs: Modul
 
 @pytest.mark.parametrize("size", [1, 40])
 def test_a_bank_of_negatives(size: int, case: Case, theirs: ModuleType) -> None:
-    views, found = case.leaves(2), []
+    views, found = case.features(2, dtype=torch.float32), []
     for of in (ours, theirs):
         torch.manual_seed(0)  # of the bank's first features
-        loss = of.NTXentLoss(1 / views[2], memory_bank_size=(size, case.d))
+        loss = of.NTXentLoss(1 / case.scale, memory_bank_size=(size, case.d))
         for _ in range(3):
-            value = loss(*views[:2])
+            value = loss(*views)
         gradients = torch.autograd.grad(value, views)
         found.append([value.detach(), loss.memory_bank.bank, *gradients])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)  # the bank is float32
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), LOSSES)

@@ -12,6 +12,7 @@ from ... import distributed
 from ...contrast import contrast
 from ...loss.nt_xent import nt_xent_loss
 from ..host import disabled
+from . import HOST
 
 
 class NTXentLoss(TheirNTXent):
@@ -31,7 +32,7 @@ class NTXentLoss(TheirNTXent):
         y, bank = self.memory_bank.forward(y, update=out0.requires_grad)
         if bank is None:
             of = distributed.nt_xent_loss if self.gather_distributed else nt_xent_loss
-            return of(out0, out1, scale, normalize=True, memory_budget=0)
+            return of(x, y, scale, memory_budget=0)
         rows = contrast(
             x, bank.T.to(x.device), scale, offset=None, columns=False, memory_budget=0
         ).rows  # fmt: skip
@@ -42,25 +43,27 @@ class NTXentLoss(TheirNTXent):
 
 class DCLLoss(TheirDCL):
     """lightly's class, `weight_fn` included, without its matrices: memory O(N D) in place of
-    O(N^2). Same arguments, value and gradients; the loss is float32 for narrower views. With
-    FASTCLIP_DISABLE=1 the host's own code computes it."""
+    O(N^2). Same arguments, value and gradients; the loss is float32 for narrower views. The
+    host's own code computes the loss with FASTCLIP_DISABLE=1, and, with one warning, if a subclass
+    has its own `_loss`."""
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views (N, D) of N images."""
-        if disabled() or type(self)._loss is not TheirDCL._loss:
+        own_loss = type(self)._loss is not TheirDCL._loss
+        if own_loss:
+            HOST.falls_back("a subclass computes the loss of views")
+        if own_loss or disabled():
             return super().forward(out0, out1)
         block = distributed.contrast if self.gather_distributed else contrast
-        how = {"logit_scale": 1 / self.temperature, "normalize": True, "memory_budget": 0}
-        c, own = block(out0, out1, **how), 0.0
-        if self.weight_fn is None:
-            own = c.positives
-        else:
-            views = [F.normalize(view, dim=1) for view in (out0, out1)]
-            for pair in (views, views[::-1]):
-                own = own + c.positives * self.weight_fn(*pair) / 2
+        how = {"logit_scale": 1 / self.temperature, "memory_budget": 0}
+        x, y = (F.normalize(view, dim=1) for view in (out0, out1))
+        c = block(x, y, **how)
+        own = c.positives
+        if self.weight_fn is not None:
+            own = own * (self.weight_fn(x, y) + self.weight_fn(y, x)) / 2
         lines = [
             torch.logaddexp(others, block(view, None, **how).rows)
-            for view, others in ((out0, c.rows), (out1, c.columns))
+            for view, others in ((x, c.rows), (y, c.columns))
         ]
         loss = ((lines[0] + lines[1]) / 2 - own).mean()
         return loss.to(torch.promote_types(out0.dtype, torch.float32))
