@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from support.drop_in import compare, model_out
+from support.installation import ROOT
 from support.peers import peer
 
 import fastclip.loss
@@ -56,6 +58,12 @@ def test_every_name_is_replaced_and_put_back(theirs: ModuleType) -> None:
         assert script.Loss is theirs.loss.CoCaLoss
     finally:
         del sys.modules["script"]
+
+
+def test_the_page(theirs: ModuleType) -> None:
+    (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/open-clip.md").read_text(), re.DOTALL)
+    exec(code, {})
+    assert issubclass(theirs.ClipLoss, fastclip.loss.ClipLoss)
 
 
 def test_the_switch(theirs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
