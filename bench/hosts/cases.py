@@ -114,6 +114,8 @@ def _of_size(n: int) -> list[Case]:
     st, memory = "sentence-transformers", n == 4096
     # The host's product for the similarities of GIST takes 4 N^2 D bytes, 26 GB at N = 4096.
     plain_gist = ("fastclip",) if n > 1024 else METHODS
+    # The host's NT-Xent takes 4 P K bytes for P positive and K negative pairs, 34 GB at N = 1024.
+    pairs = ("fastclip",) if n > 256 else METHODS
     return [
         Case(st, "MNRL", MNRL, _ranking, n, memory=memory),
         Case(st, "MNRL, both ways", MNRL, _ranking, n, options=BOTH, memory=memory),
@@ -125,7 +127,7 @@ def _of_size(n: int) -> list[Case]:
         Case("lightly", "NTXentLoss", "NTXentLoss", _views, n, memory=memory),
         Case("lightly", "DCLLoss", "DCLLoss", _views, n, memory=memory),
         Case("pytorch-metric-learning", "NTXentLoss, two views", "NTXentLoss", _labelled, n,
-             memory=memory),
+             methods=pairs, memory=n >= 256),
         Case("pytorch-metric-learning", "SupConLoss, two views", "SupConLoss", _labelled, n,
              memory=memory),
     ]  # fmt: skip

@@ -83,9 +83,10 @@ class SupConLoss(TheirSupCon):
 
 
 class NTXentLoss(TheirNTXent):
-    """pytorch-metric-learning's class without its M x N matrices: memory O((M + N + P) D) for P
-    positive pairs in place of O(P N). Same arguments, reducers, value and gradients. Fallbacks are
-    those of `SupConLoss`, and more than 8 positives for each embedding."""
+    """pytorch-metric-learning's class without its matrices: memory O((M + N + P) D) for P positive
+    pairs, in place of P times the number of negative pairs. Same arguments, reducers, value and
+    gradients. Fallbacks are those of `SupConLoss`, and more than 8 positives for each
+    embedding."""
 
     def compute_loss(self, *given: Any) -> dict[str, Any]:
         """The losses of positive pairs, for the reducer; given as for `SupConLoss`."""
