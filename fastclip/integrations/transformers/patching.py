@@ -38,5 +38,6 @@ def patch(*, keep_logits: bool = False, across_ranks: bool = True, uneven: bool 
 
 
 def unpatch() -> None:
-    """Gives the classes their own forward again. Models that `fuse` fused remain so."""
+    """Gives the classes their own forward again. Models that `fuse` fused remain so, and models
+    whose forward Accelerate has wrapped in the meantime, for mixed precision or devices."""
     _REPLACED.restore()
