@@ -67,7 +67,6 @@ def train() -> list[float]:
     data = pairs()
     # Lightning's own sampler shuffles as soon as there are two processes.
     sampler = DistributedSampler(data, world, rank, shuffle=False)
-    loader = DataLoader(data, batch_size=BATCH // world, sampler=sampler)
     torch.manual_seed(0)
     module = Training()
     trainer = lightning.Trainer(
@@ -75,7 +74,7 @@ def train() -> list[float]:
         max_epochs=EPOCHS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.fit(module, loader)
+    trainer.fit(module, DataLoader(data, BATCH // world, sampler=sampler))
     return module.losses
 
 

@@ -217,9 +217,23 @@ def test_models_that_cannot_be_fused() -> None:
     for other in (nn.Linear(2, 3), torch.compile(model), nn.DataParallel(model), model.text_model):
         with pytest.raises(TypeError, match=r"fuse needs a model of CLIPModel, .*got \w+: fuse"):
             fuse(other)
-    model.forward = model.forward
-    with pytest.raises(ValueError, match="one whose forward has been replaced"):
-        fuse(model)
+    fused = fuse(model_of("CLIPModel"))
+    for call, replaced in ((fuse, model), (unfuse, fused)):
+        replaced.forward = replaced.forward
+        with pytest.raises(ValueError, match="one whose forward has been replaced"):
+            call(replaced)
+
+
+def test_accelerate_unwraps_a_fused_model() -> None:
+    """For mixed precision it wraps the forward, and later looks for the innermost function."""
+    accelerate = peer("accelerate")
+    try:
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        model = accelerator.prepare(fuse(model_of("CLIPModel")))
+        assert is_fused(model)
+        assert is_fused(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_unfuse_of_a_class_that_was_replaced_since() -> None:

@@ -73,6 +73,10 @@ def test_a_rank_may_evaluate_alone(two: Ranks) -> None:
     assert nothing is None and values == pytest.approx([exact, exact], rel=1e-9)
 
 
+def test_fsdp(two: Ranks) -> None:
+    assert max(two.run(two_towers.under_fsdp, "SiglipModel")) < 1e-10
+
+
 def test_compiled_whole() -> None:
     model, batch = fuse(model_of("CLIPModel").eval()), batch_of("CLIPModel")
     exact, value = two_towers.gradients(model, batch)

@@ -58,11 +58,7 @@ def fuse(
             f"fuse needs the forward of {family.name}, got {base.__name__} with one of its own: "
             f"patch() fuses the {family.name}.forward that it calls"
         )
-    if "forward" in vars(model):
-        raise ValueError(
-            "fuse needs a model with its class's forward, got one whose forward has been replaced: "
-            "fuse it before Accelerate prepares it"
-        )
+    _check_forward(model, "fuse")
     reason = other_form(known, family)
     if reason is not None:
         raise NotImplementedError(
@@ -77,10 +73,12 @@ def unfuse(model: Any) -> Any:
     """Gives a model that `fuse` fused its own loss again, and returns it. Others stay as they are.
 
     Raises:
-        ValueError: the model's class has been replaced since, as FSDP does.
+        ValueError: the model's class or its forward has been replaced since, as FSDP and Accelerate
+            do.
     """
     found = vars(type(model)).get("_fastclip_base")
     if found is not None:
+        _check_forward(model, "unfuse")
         model.__class__ = found
     elif hasattr(type(model), "_fastclip_base"):
         raise ValueError(
@@ -88,6 +86,14 @@ def unfuse(model: Any) -> Any:
             f"{type(model).__name__}: unfuse the model before it is wrapped"
         )
     return model
+
+
+def _check_forward(model: Any, caller: str) -> None:
+    if "forward" in vars(model):
+        raise ValueError(
+            f"{caller} needs a model with its class's forward, got one whose forward has been "
+            f"replaced: {caller} it before Accelerate prepares it"
+        )
 
 
 def _family_of(model: Any) -> tuple[Family, type]:

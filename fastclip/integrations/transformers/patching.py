@@ -47,7 +47,8 @@ def _fuse_class(family: Family, options: Options, version: str) -> None:
 
 
 def unpatch() -> None:
-    """Gives the classes their own forward again. Models that `fuse` fused remain so."""
+    """Gives the classes their own forward again. Models that `fuse` fused remain so, and models
+    whose forward Accelerate has wrapped in the meantime, for mixed precision or devices."""
     for family in FAMILIES:
         forget(family.path)
     _REPLACED.restore()

@@ -58,6 +58,21 @@ def under_ddp(
     return {n: p.grad for n, p in model.named_parameters()}, float(value.detach())
 
 
+def under_fsdp(rank: int, world_size: int, name: str) -> float:
+    """The largest error of a gradient."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, whole = fuse(without_dropout(name)), without_dropout(name)
+    mesh = init_device_mesh("cpu", (world_size,))
+    for part in (model.vision_model, model.text_model, model):
+        fully_shard(part, mesh=mesh)
+    model(**rows_of(name, rank * B_EACH, (rank + 1) * B_EACH), return_loss=True).loss.backward()
+    exact, _ = gradients(whole, rows_of(name, 0, world_size * B_EACH))
+    found = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    return max(float((found[n] - g).abs().max()) for n, g in exact.items())
+
+
 def evaluated(rank: int, world_size: int, name: str) -> list[float] | None:
     """The first rank evaluates alone, in eval mode and in train mode without gradients."""
     if rank:
