@@ -1,7 +1,4 @@
-"""`cached_step` in Lightning: the batch is larger than the towers can hold.
-
-torchrun --nproc-per-node 2 docs/examples/with_lightning.py
-"""
+"""`cached_step` in Lightning: torchrun --nproc-per-node 2 docs/examples/with_lightning.py"""
 
 import os
 
