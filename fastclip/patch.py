@@ -31,14 +31,14 @@ def _say(text: str) -> None:
         print(f"fastclip.patch: {text}", file=sys.stderr, flush=True)
 
 
-def _patch(host: str, patched: list[str]) -> None:
-    """Patches a host that has been imported, and adds it to a list."""
+def _patch(host: str, met: list[str]) -> None:
+    """Adds a host that has been imported to a list, and patches it."""
+    met.append(host)
     try:
         importlib.import_module(f"fastclip.integrations.{HOSTS[host]}").patch()
     except ImportError as error:
         # The script may catch an ImportError, and would run unpatched.
         sys.exit(f"fastclip.patch: {error}; --host NAME patches that library alone")
-    patched.append(host)
     _say(f"{host} computes its losses with fastclip")
 
 
@@ -56,22 +56,33 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     given = _parsed(arguments)
+    try:
+        asked = not disabled()
+    except ValueError as error:
+        sys.exit(f"fastclip.patch: {error}")
     sys.argv = [given.script, *given.arguments]
-    hosts, patched = given.host or HOSTS, []
-    if disabled():
-        _say("FASTCLIP_DISABLE=1, so nothing is patched")
-    else:
+    hosts, met = given.host or list(HOSTS), []
+    if asked:
         for host in hosts:
-            on_import(host, functools.partial(_patch, host, patched))
-    if given.script.endswith(".py"):
-        if not getattr(sys.flags, "safe_path", False):
-            # As Python does, which has put the working directory there for `-m`.
-            sys.path[0] = os.path.dirname(os.path.abspath(given.script))
-        runpy.run_path(given.script, run_name="__main__")
+            on_import(host, functools.partial(_patch, host, met))
     else:
-        runpy.run_module(given.script, run_name="__main__", alter_sys=True)
-    if not patched and not disabled():
-        _say(f"nothing was patched: {given.script} imported none of {', '.join(hosts)}")
+        _say("FASTCLIP_DISABLE=1, so nothing is patched")
+    try:
+        _run(given.script)
+    finally:  # scripts end with sys.exit
+        if asked and not met:
+            _say(f"nothing was patched: {given.script} imported none of {', '.join(hosts)}")
+
+
+def _run(script: str) -> None:
+    """Runs a file or a module as Python does."""
+    if script.endswith(".py") or os.path.isfile(script):
+        if not getattr(sys.flags, "safe_path", False):
+            # Python has put the working directory there for `-m`.
+            sys.path[0] = os.path.dirname(os.path.realpath(script))
+        runpy.run_path(os.path.abspath(script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ class Replacements:
 
     def __init__(self) -> None:
         self._made: list[tuple[Any, str, Any, Any]] = []
+        self._everywhere: list[tuple[Any, Any]] = []
 
     def __bool__(self) -> bool:
         return bool(self._made)
@@ -31,14 +32,13 @@ class Replacements:
         A script may have imported a host's class by name already: that name would stay the host's,
         and nothing would say so.
         """
-        for imported, module in list(sys.modules.items()):
-            if isinstance(module, ModuleType) and imported.partition(".")[0] != "fastclip":
-                names = [name for name, found in list(vars(module).items()) if found is before]
-                for name in names:
-                    self.replace(module, name, value)
+        self._everywhere.append((before, value))
+        for module, name in _names_of(before):
+            self.replace(module, name, value)
 
     def restore(self) -> None:
-        """Sets the attributes to what they were, except those that someone else has set since."""
+        """Sets the attributes to what they were, except those that someone else has set since.
+        Names that modules have imported since are set, too."""
         while self._made:
             owner, name, before, value = self._made.pop()
             if _held(owner, name) is not value:
@@ -47,6 +47,21 @@ class Replacements:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
+        while self._everywhere:
+            before, value = self._everywhere.pop()
+            for module, name in _names_of(value):
+                setattr(module, name, before)
+
+
+def _names_of(value: Any) -> list[tuple[ModuleType, str]]:
+    """The modules, except fastclip's, that hold an object, and its names there."""
+    return [
+        (module, name)
+        for imported, module in list(sys.modules.items())
+        if isinstance(module, ModuleType) and imported.partition(".")[0] != "fastclip"
+        for name, found in list(vars(module).items())
+        if found is value
+    ]
 
 
 def _held(owner: Any, name: str) -> Any:

@@ -16,15 +16,19 @@ class Subclasses:
     its base. Its identity is stable and it is pickled by its name, as any class of a module.
     """
 
-    def __init__(self, host: Host, module: str, names: tuple[str, ...]) -> None:
-        self.host, self.module, self.names = host, module, names
+    def __init__(self, host: Host, theirs: str, module: str, names: tuple[str, ...]) -> None:
+        """theirs: the host's module with its classes of these names."""
+        self.host, self.theirs, self.module, self.names = host, theirs, module, names
         self._made = Replacements()
 
     def get(self, name: str) -> Any:
-        """The class of that name: the `__getattr__` of the package that offers it."""
+        """The class of that name: the `__getattr__` of the package that offers it. With
+        FASTCLIP_DISABLE=1 it is the host's own, of any version."""
         if name not in self.names:
             package = self.module.rpartition(".")[0]
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if disabled():
+            return getattr(importlib.import_module(self.theirs), name)
         self.host.load()
         return getattr(importlib.import_module(self.module), name)
 
@@ -45,7 +49,8 @@ class Subclasses:
             self._made.replace_everywhere(theirs, cls)
             for heir in theirs.__subclasses__():
                 if self._of_host(heir.__module__):
-                    self._made.replace(heir, "__bases__", (cls,))
+                    bases = tuple(cls if base is theirs else base for base in heir.__bases__)
+                    self._made.replace(heir, "__bases__", bases)
 
     def unpatch(self) -> None:
         """Puts the host's classes back. Without a patch it does nothing."""

@@ -83,6 +83,33 @@ def test_hosts_can_be_chosen(run: Callable[..., tuple[str, str]]) -> None:
     assert "nothing was patched: script.py imported none of another_host" in err
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_script_that_exits(
+    status: int, run: Callable[..., tuple[str, str]], capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(f"import sys; sys.exit({status})", "script.py")
+    assert ended.value.code == status
+    assert "nothing was patched: script.py imported none" in capsys.readouterr().err
+
+
+def test_a_script_without_an_ending(
+    run: Callable[..., tuple[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "runner").write_text(
+        f"import {HOST}, os\nprint(__file__ == os.path.abspath('runner'))"
+    )
+    assert run("", "runner")[0] == "True\n"
+
+
+def test_a_wrong_switch(
+    run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTCLIP_DISABLE", "yes")
+    with pytest.raises(SystemExit, match=r"fastclip\.patch: FASTCLIP_DISABLE must be 0 or 1"):
+        run(IMPORTS, "script.py")
+
+
 def test_the_switch_leaves_hosts_alone(
     run: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +234,9 @@ def test_an_object_is_replaced_under_all_its_names(
     monkeypatch.setitem(sys.modules, "made", module)
     before = module.kept
     replacements = Replacements()
-    replacements.replace_everywhere(before, "new")
-    assert module.kept == module.alias == "new"
+    new = object()
+    replacements.replace_everywhere(before, new)
+    assert module.kept is module.alias is new
+    module.later = new  # a name that a script imports meanwhile
     replacements.restore()
-    assert module.kept is module.alias is before
+    assert module.kept is module.alias is module.later is before

@@ -127,6 +127,17 @@ def test_pickles_load_without_the_patch(theirs: ModuleType) -> None:
     compare(loaded, own(local_loss=True), model_out(torch.device("cpu")))
 
 
+def test_bases_are_those_of_open_clip(theirs: ModuleType) -> None:
+    def related() -> list[bool]:
+        kinds = [getattr(theirs.loss, name) for name in open_clip.NAMES]
+        return [issubclass(a, b) for a in kinds for b in kinds]
+
+    before = related()
+    open_clip.patch()
+    assert related() == before
+    assert theirs.loss.CoCaLoss(2.0, 1.0).caption_loss_weight == 2.0
+
+
 def test_subclasses_of_a_patched_class(theirs: ModuleType) -> None:
     open_clip.patch()
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..host import Host
 from ..subclasses import Subclasses
+from .host import HOST
 
 if TYPE_CHECKING:
     from .losses import DCLLoss, NTXentLoss
 
 __all__ = ["HOST", "DCLLoss", "NTXentLoss", "patch", "unpatch"]
 
-HOST = Host("lightly", ("1.6",))
-_subclasses = Subclasses(HOST, f"{__name__}.losses", ("DCLLoss", "NTXentLoss"))
+_subclasses = Subclasses(HOST, "lightly.loss", f"{__name__}.losses", ("DCLLoss", "NTXentLoss"))
 __getattr__, patch, unpatch = _subclasses.get, _subclasses.patch, _subclasses.unpatch

@@ -6,30 +6,35 @@ import torch
 import torch.nn.functional as F
 from lightly.loss import DCLLoss as TheirDCL
 from lightly.loss import NTXentLoss as TheirNTXent
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import distributed
 from ...contrast import contrast
 from ...loss.nt_xent import nt_xent_loss
 from ..host import disabled
-from . import HOST
+from ..plain import is_plain
+from .host import HOST
 
 
 class NTXentLoss(TheirNTXent):
     """lightly's class without its matrices: two views in memory O(N D) in place of O(N^2), or a
     bank of K negatives in O((N + K) D) in place of O(N K).
 
-    Same arguments, value and gradients; the loss is float32 for narrower views. With
-    FASTCLIP_DISABLE=1 the host's own code computes it.
+    Same arguments, value and gradients; the loss is float32 for narrower views. The host's own code
+    computes the loss with FASTCLIP_DISABLE=1, and, with one warning, if its `cross_entropy` is
+    replaced.
     """
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views (N, D) of N images. Updates the bank, if there is one."""
-        if disabled():
+        replaced = not is_plain(self.cross_entropy, nn.CrossEntropyLoss())
+        if replaced:
+            HOST.falls_back("the cross-entropy of an NTXentLoss is not its own")
+        if replaced or disabled():
             return super().forward(out0, out1)
         scale = 1 / self.temperature
         x, y = (F.normalize(view, dim=1) for view in (out0, out1))
-        y, bank = self.memory_bank.forward(y, update=out0.requires_grad)
+        y, bank = self.memory_bank.forward(y, update=x.requires_grad)
         if bank is None:
             of = distributed.nt_xent_loss if self.gather_distributed else nt_xent_loss
             return of(x, y, scale, memory_budget=0)

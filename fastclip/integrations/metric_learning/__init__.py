@@ -19,5 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HOST", "NTXentLoss", "SupConLoss", "patch", "unpatch"]
 
-_subclasses = Subclasses(HOST, f"{__name__}.losses", ("NTXentLoss", "SupConLoss"))
+_subclasses = Subclasses(
+    HOST, "pytorch_metric_learning.losses", f"{__name__}.losses", ("NTXentLoss", "SupConLoss")
+)
 __getattr__, patch, unpatch = _subclasses.get, _subclasses.patch, _subclasses.unpatch

@@ -22,11 +22,13 @@ from .pairs import Pairs
 # An NT-Xent loss has a term for each positive pair, whose similarities are computed one by one.
 MOST_POSITIVES = 8
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def _pairs(loss: Any, given: tuple[Any, ...], host: type, most: float = torch.inf) -> Pairs | None:
     """The pairs of a call of `compute_loss`; None if the host's own code must serve it."""
     embeddings, labels, indices_tuple, ref_emb, ref_labels = given
-    if disabled() or labels is None:
+    if disabled() or labels is None or not len(embeddings):
         return None
     distance, obstacle = loss.distance, None
     if indices_tuple is not None:
@@ -37,9 +39,9 @@ def _pairs(loss: Any, given: tuple[Any, ...], host: type, most: float = torch.in
         obstacle = "embeddings are divided by another norm"
     elif distance.collect_stats:
         obstacle = "statistics of distances are collected"
-    elif (ref_emb is embeddings) != (ref_labels is labels):
-        obstacle = "one of ref_emb and ref_labels is that of the batch"
-    elif any(t.ndim != 1 or t.is_floating_point() for t in (labels, ref_labels)):
+    elif ref_labels is None or (ref_emb is embeddings) != (ref_labels is labels):
+        obstacle = "ref_emb has no labels of its own"
+    elif any(t.ndim != 1 or t.dtype not in INTEGERS for t in (labels, ref_labels)):
         obstacle = "labels are not integers, one for each embedding"
     elif type(loss)._compute_loss is not host._compute_loss:
         obstacle = "a subclass computes the loss of similarities"
@@ -56,8 +58,8 @@ class SupConLoss(TheirSupCon):
     """pytorch-metric-learning's class without its M x N matrices: memory O((M + N) D) in place of
     O(M N). Same arguments, reducers, value and gradients.
 
-    A line's loss is computed in float32 at least. Below the resolution of float32 the host rounds
-    it to 0, and its default reducer then leaves the line out; here it counts. The host's own code
+    A line's loss is computed in float32 at least. The default reducer leaves out lines whose loss
+    is 0, and the two classes round small losses to 0 at different sizes. The host's own code
     serves calls with indices_tuple, other distances, other norms and floating-point labels, with
     one warning; without a warning with FASTCLIP_DISABLE=1.
     """

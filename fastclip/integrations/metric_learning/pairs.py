@@ -26,7 +26,7 @@ class Pairs(NamedTuple):
     def of(cls, labels: Tensor, others: Tensor | None) -> Pairs:
         """others: None for one set."""
         m, one_set = len(labels), others is None
-        both = labels if one_set else torch.cat((labels, others.to(labels.dtype)))
+        both = labels if one_set else torch.cat((labels, others))
         _, classes = torch.unique(both, return_inverse=True)
         first, second = classes[:m], classes if one_set else classes[m:]
         counts = torch.bincount(second, minlength=int(classes.max()) + 1)

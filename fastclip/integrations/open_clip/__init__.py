@@ -42,9 +42,13 @@ def patch() -> None:
     HOST.load()
     from open_clip import loss as theirs
 
-    for name in NAMES:
+    made: dict[type, type] = {}
+    for name in NAMES:  # a class after its base
         own = getattr(theirs, name)
-        _replacements.replace_everywhere(own, _in_place_of(own, getattr(ours, name)))
+        bases = [made[base] for base in own.__bases__ if base in made]
+        made[own] = _in_place_of(own, getattr(ours, name), *bases)
+    for own, fused in made.items():
+        _replacements.replace_everywhere(own, fused)
 
 
 def unpatch() -> None:
@@ -52,11 +56,11 @@ def unpatch() -> None:
     _replacements.restore()
 
 
-def _in_place_of(own: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
-    """A class for calls that were meant for open_clip's own."""
+def _in_place_of(own: type, fused: type, *bases: type) -> type:
+    """A class for calls that were meant for open_clip's own. bases: those in place of its bases."""
     parameters = inspect.signature(own)
 
-    class Loss(fused):
+    class Loss(fused, *bases):
         __doc__ = fused.__doc__
 
         def __new__(cls, *arguments: Any, **options: Any) -> nn.Module:

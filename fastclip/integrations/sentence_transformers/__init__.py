@@ -37,6 +37,7 @@ __all__ = [
     "unpatch",
 ]
 _subclasses = Subclasses(
-    HOST, f"{__name__}.losses", tuple(name for name in __all__ if name.endswith("Loss"))
-)
+    HOST, "sentence_transformers.sentence_transformer.losses", f"{__name__}.losses",
+    tuple(name for name in __all__ if name.endswith("Loss")),
+)  # fmt: skip
 __getattr__, patch, unpatch = _subclasses.get, _subclasses.patch, _subclasses.unpatch

@@ -37,9 +37,13 @@ def guided_loss(columns: Sequence[Tensor], guides: Sequence[Tensor], o: Guided) 
     (anchors, positives, *negatives), (ga, gp, *of_negatives) = columns, guides
     # Similarities are elementwise sums, which autocast leaves in the embeddings' dtype.
     with torch.autocast(anchors.device.type, enabled=False):
-        own = F.cosine_similarity(ga, gp)
+        wide = torch.promote_types(torch.promote_types(ga.dtype, gp.dtype), torch.float32)
+        own = F.cosine_similarity(ga.to(wide), gp.to(wide))
         by_pair = o.margin_strategy == "relative" and o.margin != 0
-        limits = own - o.margin * own.abs() if by_pair else own - o.margin
+        # Texts that occur twice make similarities equal, and the host keeps such pairs. A block's
+        # similarities are products of matrices, rounded otherwise than `own`.
+        same = 16 * torch.finfo(wide).eps
+        limits = (own - o.margin * own.abs() if by_pair else own - o.margin) + same
         within = functools.partial(
             contrast, logit_scale=1 / o.temperature, columns=False, normalize=True, memory_budget=0
         )

@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
+from ..plain import is_plain
 from .calls import gathers_alike, normalizes, obstacle_of, served
 from .guided import Guided, guided_loss
 from .ranking import Ranking, ranking_loss
@@ -101,11 +102,11 @@ def _guided_of(
     if loss.margin < 0:
         # Their self-similarities then pass the margin, and a feature is its own negative.
         obstacle = "the margin is negative"
-    if not _is_plain(loss.similarity_fct, nn.CosineSimilarity(dim=-1)) or (
+    if not is_plain(loss.similarity_fct, nn.CosineSimilarity(dim=-1)) or (
         type(loss).sim_matrix is not host.sim_matrix
     ):
         obstacle = "the similarity of a GIST loss is not its own"
-    if not _is_plain(loss.cross_entropy_loss, nn.CrossEntropyLoss()):
+    if not is_plain(loss.cross_entropy_loss, nn.CrossEntropyLoss()):
         obstacle = "the cross-entropy of a GIST loss is not its own"
     if loss.gather_across_devices and not gathers_alike(host):
         obstacle = ANOTHER_GATHER
@@ -115,17 +116,6 @@ def _guided_of(
         loss.temperature, loss.margin, loss.margin_strategy, loss.contrast_anchors,
         loss.contrast_positives, loss.gather_across_devices,
     )  # fmt: skip
-
-
-def _is_plain(found: Any, plain: nn.Module) -> bool:
-    """True if a part of the host's loss is what the host puts there, not a caller's own."""
-
-    def settings(module: nn.Module) -> dict[str, Any]:
-        return {name: value for name, value in vars(module).items() if name[:1] != "_"}
-
-    return type(found) is type(plain) and {**settings(found), "training": 0} == {
-        **settings(plain), "training": 0
-    }  # fmt: skip
 
 
 class CachedGISTEmbedLoss(TheirCachedGIST):
