@@ -70,12 +70,13 @@ def make_step(case: Case, method: str) -> Step:
     model = (Embedded(),) if case.host == "sentence-transformers" else ()
     loss = getattr(of, case.cls)(*model, **guide, **case.options)
     generator = torch.Generator().manual_seed(case.n)
-    columns = [torch.randn(case.n, case.d, generator=generator) for _ in range(case.columns)]
+    leaves = [
+        torch.randn(case.n, case.d, generator=generator).requires_grad_()
+        for _ in range(case.columns)
+    ]
 
-    def step() -> list[Tensor]:
-        leaves = [column.clone().requires_grad_() for column in columns]
-        case.call(loss, leaves).backward()
-        return [leaf.grad for leaf in leaves]
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(case.call(loss, leaves), leaves)
 
     return step
 
