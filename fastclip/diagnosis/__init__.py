@@ -1,4 +1,4 @@
-"""What `python -m fastclip` finds out, as a dictionary of plain values."""
+"""Collects what `python -m fastclip` prints, as a dictionary of plain values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user can do about what was found."""
+"""Advice for what a report has found."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 
-# Of /proc/cpuinfo: what the CPU engine and torch's products use.
+# Flags of /proc/cpuinfo that the CPU engine and torch's products use.
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16",
          "amx_tile", "amx_bf16")  # fmt: skip
 

@@ -68,7 +68,7 @@ class _Loader(Loader):
             call()
 
     def __getattr__(self, name: str) -> Any:
-        """What a caller asks of a spec that it does not load, such as the source."""
+        """Serves callers that ask a spec for its source, or for more, and do not load it."""
         return getattr(self.own, name)
 
 

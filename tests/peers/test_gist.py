@@ -67,6 +67,19 @@ def test_a_guide_leaves_negatives_out(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("d", [16, 384])
+def test_pairs_in_both_orders(d: int, dtype: torch.dtype, theirs: ModuleType) -> None:
+    """Then the guide finds an anchor as close to another anchor as to its positive."""
+    first, second = (t.detach() for t in Case(24, d, 20.0, "close").features(2, dtype=dtype))
+    guides = [torch.cat((first, second)), torch.cat((second, first)), torch.cat((second, second))]
+    assert_same(
+        lambda *given: gist(ours, given, guides, 20.0, margin=0.0),
+        lambda *given: gist(theirs, given, guides, 20.0, margin=0.0),
+        Case(48, 24, 20.0, "close").features(3), rtol=1e-6, atol=1e-9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [16, 384])
 def test_a_positive_that_occurs_twice_stays(d: int, dtype: torch.dtype, theirs: ModuleType) -> None:
     """The same text has the same embedding: the guide's similarities are equal, not closer."""
     n = 48

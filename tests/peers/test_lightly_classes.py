@@ -48,6 +48,30 @@ def test_a_bank_of_negatives(size: int, case: Case, theirs: ModuleType) -> None:
         torch.testing.assert_close(a, b, rtol=2e-4, atol=5e-5)
 
 
+def test_a_bank_is_not_updated_without_gradients(theirs: ModuleType) -> None:
+    views = Case(7, 4, 2.0, "random").features(2, dtype=torch.float32)
+    for of in (ours, theirs):
+        loss = of.NTXentLoss(memory_bank_size=(16, 4))
+        loss(*views)
+        before = loss.memory_bank.bank.clone()
+        with torch.no_grad():
+            loss(*views)
+        assert torch.equal(loss.memory_bank.bank, before)
+
+
+def test_a_cross_entropy_of_the_callers(
+    theirs: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons: list[str] = []
+    monkeypatch.setattr(type(ours.HOST), "falls_back", lambda host, reason: reasons.append(reason))
+    views, values = Case(7, 4, 2.0, "random").features(2), []
+    for of in (ours, theirs):
+        loss = of.NTXentLoss()
+        loss.cross_entropy = torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.2)
+        values.append(loss(*views))
+    assert values[0] == values[1] and len(reasons) == 1
+
+
 @pytest.mark.parametrize(("name", "options"), LOSSES)
 def test_two_ranks(name: str, options: dict[str, Any], two: Ranks) -> None:
     find("lightly")

@@ -112,6 +112,40 @@ def test_calls_of_the_host(
     assert len(fallbacks) == 3 + (name == "NTXentLoss")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_of_two_dtypes(name: str, theirs: ModuleType, fallbacks: list[str]) -> None:
+    """Converted to the narrower one, different labels would be equal."""
+    mine, others = labels(4, N, M)
+    x, y = leaves(N, M)
+    for narrow, wide in (
+        (mine.to(torch.uint8), others * 256), (mine.to(torch.int32), others + (1 << 32))
+    ):  # fmt: skip
+        for first, second in ((narrow, wide), (wide[:N], narrow[:M])):
+            features = [x[: len(first)].detach().requires_grad_(), y.detach().requires_grad_()]
+
+            def loss(
+                of: ModuleType, x: Tensor, y: Tensor, a: Tensor = first, b: Tensor = second
+            ) -> Tensor:
+                return getattr(of, name)(temperature=0.2)(x, a, ref_emb=y, ref_labels=b)
+
+            assert_same(lambda *f: loss(ours, *f), lambda *f: loss(theirs, *f), features)
+    assert not fallbacks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_that_only_the_host_takes(
+    name: str, theirs: ModuleType, fallbacks: list[str]
+) -> None:
+    (mine,), (x, y) = labels(2, N), leaves(N, N)
+    assert_equal(name, theirs, [mine.bool()], [x])
+    without, empty = (
+        [call(getattr(of, name)()) for of in (ours, theirs)]
+        for call in (lambda loss: loss(x, mine, ref_emb=y), lambda loss: loss(x[:0], mine[:0]))
+    )
+    assert without[0] == without[1] != 0 and empty == [0, 0]
+    assert len(fallbacks) == 2
+
+
 def test_patch(theirs: ModuleType) -> None:
     before = theirs.NTXentLoss
     ours.patch()

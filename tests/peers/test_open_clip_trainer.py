@@ -21,7 +21,7 @@ ALONE = ["fp32", "amp_bf16", "accumulated", "siglip", "coca", "distilled", "chec
 TOGETHER = [
     "fp32", "local", "accumulated", "local_accumulated", "siglip", "local_coca", "local_distilled",
 ]  # fmt: skip
-# Where a graph replaces the operators, nothing is counted.
+# Graphs replace the operators, so that nothing is counted.
 COMPILED = ["task", "step"] if OPEN_CLIP else ["compiled"]
 ALONE += COMPILED
 TOGETHER += ["fsdp", "task"] if OPEN_CLIP else ["siglip_gather"]

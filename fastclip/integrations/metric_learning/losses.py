@@ -112,6 +112,6 @@ class NTXentLoss(TheirNTXent):
 
 
 def _to_reducer(losses: Tensor, indices: Any, kind: str, embeddings: Tensor) -> dict[str, Any]:
-    """What the host's reducers take; they need losses in the embeddings' dtype."""
+    """The arguments of the host's reducers, which need losses in the embeddings' dtype."""
     losses = losses.to(embeddings.dtype)
     return {"loss": {"losses": losses, "indices": indices, "reduction_type": kind}}

@@ -1,4 +1,4 @@
-"""What ranks run for the losses of lightly: one step on a share of a batch."""
+"""One step of the losses of lightly on a share of a batch, for ranks to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks run for the losses of sentence-transformers: one step on a share of a batch."""
+"""One step of sentence-transformers' losses on a share of a batch, for ranks to run."""
 
 from __future__ import annotations
 
