@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from ..measure import progress
-from ..measure.memory import LONGEST, ROOT, peak_bytes
+from ..measure.memory import in_fresh_process, peak_bytes
 from ..measure.timing import interleaved
 from ..report import results
 from . import cases
@@ -75,19 +73,8 @@ def _measure(case: Case, machine: Row, options: Options) -> list[Row]:
 
 def _peak(case: Case, method: str) -> tuple[float | None, str]:
     """The peak of a step in MiB, in a fresh process, or None with the reason."""
-    command = [sys.executable, "-m", "bench.hosts.runner", case.name, method]
-    environment = {**os.environ, "PYTHONSAFEPATH": ""}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"memory: not done in {LONGEST} s"
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
-        return None, f"memory: {reason[0]}"
-    peak = json.loads(done.stdout.splitlines()[-1])
-    return (None, "memory: cannot be measured here") if peak is None else (peak / MIB, "")
+    peak, reason = in_fresh_process("bench.hosts.runner", case.name, method)
+    return None if peak is None else peak / MIB, reason
 
 
 def main() -> None:

@@ -91,20 +91,19 @@ def measure(case: Case, method: str, device: str = "cpu") -> tuple[int | None, s
             return peak_of_step(case, method, device), ""
         except Exception as error:  # out of memory, most likely
             return None, f"memory: {type(error).__name__}"
-    command = [
-        sys.executable,
-        "-m",
-        "bench.measure.memory",
-        json.dumps(asdict(case)),
-        method,
-        device,
-    ]
+    return in_fresh_process("bench.measure.memory", json.dumps(asdict(case)), method, device)
+
+
+def in_fresh_process(module: str, *arguments: str) -> tuple[int | None, str]:
+    """The number of bytes that a module prints in its last line, as JSON: (bytes, ""), or (None,
+    the reason) if it prints null, fails or takes longer than LONGEST."""
     # `-m` finds this package through the working directory, which PYTHONSAFEPATH would exclude.
     environment = {**os.environ, "PYTHONSAFEPATH": ""}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST
-        )
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment,
+            capture_output=True, text=True, timeout=LONGEST,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, f"memory: not done in {LONGEST} s"
     if done.returncode != 0:

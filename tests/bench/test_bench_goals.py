@@ -38,7 +38,7 @@ def test_an_error_is_compared_with_at_least_float32s_own():
 @pytest.mark.parametrize("dtype, name, rest", [("float32", "float32", 20.0),
                                               ("bfloat16", "bfloat16", 4.0)])  # fmt: skip
 def test_half_precision_may_hold_one_matrix_more(dtype, name, rest):
-    """Of 8192 x 512 numbers in float32, 16 MiB."""
+    """A side of 8192 x 512 numbers in float32 has 16 MiB."""
     text = f"{name}, every N measured: MiB beyond inputs, gradients, budget"
     rows = [fast(dtype=dtype, rest_mib=20.0), fast(dtype=dtype, rest_mib=1.0)]
     assert GOALS[text].figure(rows) == rest
