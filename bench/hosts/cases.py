@@ -113,8 +113,8 @@ GTE = {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_
 
 def _of_size(n: int) -> list[Case]:
     st, memory = "sentence-transformers", n == 4096
-    # The host's product for the similarities of GIST takes 4 N^2 D bytes, 26 GB at N = 4096.
-    plain_gist = ("fastclip",) if n > 1024 else METHODS
+    # The host's products for the similarities of GIST take 4 N^2 D bytes, 26 GB at N = 4096.
+    gist = ("fastclip",) if n > 1024 else METHODS
     # The host's NT-Xent takes 4 P K bytes for P positive and K negative pairs, 34 GB at N = 1024.
     pairs = ("fastclip",) if n > 256 else METHODS
     return [
@@ -123,8 +123,9 @@ def _of_size(n: int) -> list[Case]:
         Case(st, "MNRL, a hard negative", MNRL, _ranking, n, 3, memory=memory),
         Case(st, "MNRL, four directions (GTE)", MNRL, _ranking, n, options=GTE, memory=memory),
         Case(st, "cached MNRL", f"Cached{MNRL}", _cached, n, memory=memory),
-        Case(st, "GIST", "GISTEmbedLoss", _gist, n, methods=plain_gist, memory=n >= 1024),
-        Case(st, "cached GIST", "CachedGISTEmbedLoss", _cached_gist, n, memory=memory),
+        Case(st, "GIST", "GISTEmbedLoss", _gist, n, methods=gist, memory=n >= 1024),
+        Case(st, "cached GIST", "CachedGISTEmbedLoss", _cached_gist, n, methods=gist,
+             memory=memory),
         Case("lightly", "NTXentLoss", "NTXentLoss", _views, n, memory=memory),
         Case("lightly", "DCLLoss", "DCLLoss", _views, n, memory=memory),
         Case("pytorch-metric-learning", "NTXentLoss, two views", "NTXentLoss", _labelled, n,
