@@ -120,9 +120,7 @@ def test_the_trainer_by_its_own_name(folder: Path) -> None:
         "from bench.methods.open_clip import import_module\n"
         "import_module('torchvision', ('torchvision',))\n"
     )
-    places = os.pathsep.join(
-        [str(folder), str(ROOT / "tests"), str(ROOT), OPEN_CLIP or str(folder)]
-    )
+    places = [str(folder), str(ROOT / "tests"), str(ROOT), *([OPEN_CLIP] if OPEN_CLIP else [])]
     printed = start(
         folder, 1, "fastclip.patch", "--host", "open_clip", "open_clip_train.main",
         "--train-data", f"{folder}/66.csv", "--dataset-type", "csv", "--csv-separator", ",",
