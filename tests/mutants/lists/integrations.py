@@ -37,7 +37,7 @@ MUTANTS = (
     ),
     mutant(
         "a script finds modules beside the working directory only",
-        "fastclip/patch.py", "os.path.dirname(os.path.abspath(given.script))", "\"nowhere\"",
+        "fastclip/patch.py", "os.path.dirname(os.path.realpath(script))", "\"nowhere\"",
         f"{PATCH}a_script_is_patched_when_it_imports_the_host[script.py]",
     ),
     mutant(
