@@ -53,7 +53,12 @@ MUTANTS = (
     ),
     mutant(
         "an alias keeps the host's class",
-        REPLACEMENTS, "if found is before]", "if found is before][:1]",
+        REPLACEMENTS, "in _names_of(before):", "in _names_of(before)[:1]:",
+        f"{PATCH}an_object_is_replaced_under_all_its_names",
+    ),
+    mutant(
+        "a name that is imported while patched keeps fastclip's class",
+        REPLACEMENTS, "in _names_of(value):", "in ():",
         f"{PATCH}an_object_is_replaced_under_all_its_names",
     ),
 )  # fmt: skip
