@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..engine import backends
 from . import advice, engines, hosts, machine, self_check, settings
 
 
@@ -19,8 +20,8 @@ def diagnose(check: bool = True) -> dict[str, Any]:
         "system": machine.system(),
         "cpu": machine.cpu(),
         "gpus": machine.gpus(),
-        "module": engines.module(),
-        "engines": engines.availability(),
+        "module": backends.build_info(),
+        "engines": backends.backends(),
         "defaults": engines.defaults(),
         "variables": settings.variables(),
         "hosts": hosts.installed(),

@@ -1,19 +1,10 @@
-"""The engines: which can run here, which are the defaults, how the compiled module was built."""
+"""The engines that are the defaults here."""
 
 from __future__ import annotations
 
 import torch
 
 from ..engine import backends
-
-
-def availability() -> dict[str, str]:
-    return backends.backends()
-
-
-def module() -> dict[str, object] | None:
-    """The facts of the compiled module; None if there is none or it does not load."""
-    return backends.build_info()
 
 
 def defaults() -> dict[str, str]:

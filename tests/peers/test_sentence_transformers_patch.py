@@ -15,8 +15,8 @@ import pytest
 import torch
 from support.embedded import Embedded, Projected, guide
 from support.peers import peer
+from support.tensor_results import TensorResults
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastclip.engine import warn_once
 from fastclip.integrations import sentence_transformers as ours
@@ -217,21 +217,15 @@ def test_the_similarity_of_a_model(kind: str, theirs: ModuleType, fallbacks: lis
     assert len(fallbacks) == (kind == "euclidean")
 
 
-class Largest(TorchDispatchMode):
+class Largest(TensorResults):
     """Records the most elements that a tensor has."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        found = function(*args, **(kwargs or {}))
-        for one in found if isinstance(found, (tuple, list)) else (found,):
-            if isinstance(one, Tensor):
-                self.elements = max(self.elements, one.numel())
-        return found
+    def see(self, tensors: list[Tensor]) -> None:
+        self.elements = max([self.elements, *(t.numel() for t in tensors)])
 
 
 @pytest.mark.parametrize("name", NAMES)

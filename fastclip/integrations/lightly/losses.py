@@ -15,6 +15,8 @@ from ..host import disabled
 from ..plain import is_plain
 from .host import HOST
 
+PLAIN = nn.CrossEntropyLoss()
+
 
 class NTXentLoss(TheirNTXent):
     """lightly's class without its matrices: two views in memory O(N D) in place of O(N^2), or a
@@ -27,7 +29,7 @@ class NTXentLoss(TheirNTXent):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views (N, D) of N images. Updates the bank, if there is one."""
-        replaced = not is_plain(self.cross_entropy, nn.CrossEntropyLoss())
+        replaced = not is_plain(self.cross_entropy, PLAIN)
         if replaced:
             HOST.falls_back("the cross-entropy of an NTXentLoss is not its own")
         if replaced or disabled():

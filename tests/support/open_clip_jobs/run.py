@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.tensor_results import TensorResults
 
 from .jobs import BATCH, arguments
 
 
-class PairMatrices(TorchDispatchMode):
+class PairMatrices(TensorResults):
     """Counts the results of operators that have an entry for each pair of a batch."""
 
     def __init__(self, ranks: int) -> None:
@@ -24,14 +24,8 @@ class PairMatrices(TorchDispatchMode):
         self.sizes = {BATCH * k for k in (1, 2, ranks, 2 * ranks)}
         self.count = 0
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, given: Any = (), options: Any = None
-    ) -> Any:
-        made = function(*given, **(options or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
-                self.count += set(tensor.shape) <= self.sizes
-        return made
+    def see(self, tensors: list[torch.Tensor]) -> None:
+        self.count += sum(t.dim() == 2 and set(t.shape) <= self.sizes for t in tensors)
 
 
 @contextmanager
