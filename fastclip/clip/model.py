@@ -161,12 +161,16 @@ class CLIP(nn.Module):
         Raises:
             ValueError: the pictures have another shape.
         """
+        features = self.image_projection(self.image_tokens(images).flatten(1))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """Returns the image tower's output (B, patches, W) for pictures as `encode_image` takes
+        them."""
         size = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
-        x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, patches, W)
-        features = self.image_projection(self.image_tower(x).flatten(1))
-        return F.normalize(features, dim=-1) if normalize else features
+        return self.image_tower(self.patch_embedding(images).flatten(2).transpose(1, 2))
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """Returns the features (B, D) of token ids (B, T), T at most `context_length`.
@@ -181,15 +185,19 @@ class CLIP(nn.Module):
         Raises:
             ValueError: the ids have another shape, or rows are longer than `context_length`.
         """
+        x = self.text_tokens(tokens)
+        last = tokens.argmax(dim=1)
+        features = self.text_projection(x[torch.arange(len(x), device=x.device), last])
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def text_tokens(self, tokens: Tensor) -> Tensor:
+        """Returns the text tower's output (B, T, W) for token ids as `encode_text` takes them."""
         longest = self.config.context_length
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= longest:
             raise ValueError(
                 f"tokens must be (B, T) with T from 1 to {longest}, got {tuple(tokens.shape)}"
             )
-        x = self.text_tower(self.token_embedding(tokens))
-        last = tokens.argmax(dim=1)
-        features = self.text_projection(x[torch.arange(len(x), device=x.device), last])
-        return F.normalize(features, dim=-1) if normalize else features
+        return self.text_tower(self.token_embedding(tokens))
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Returns normalised features (B, D), the exponentiated scale, and the bias if there is
