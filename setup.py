@@ -53,9 +53,11 @@ CFLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall"
 CFLAGS += ["-ffp-contract=fast"]
 LDFLAGS = ["-fopenmp", *(["-Wl,-s"] if sys.platform == "linux" else [])]
 
-# cpu/engine.cpp is compiled once for each instruction set, and linked in this order, from the
-# smallest set to the largest. The linker keeps the first copy of an inline function, so no code
-# outside the AVX-512 engine can contain AVX-512 instructions.
+UNITS = ("csrc/module.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/retrieval_ops.cpp")
+# These are compiled once for each instruction set, and linked in this order, from the smallest set
+# to the largest. The linker keeps the first copy of an inline function, so no code outside the
+# AVX-512 engine can contain AVX-512 instructions.
+DISPATCHED = ("csrc/cpu/engine.cpp", "csrc/cpu/retrieval.cpp")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512 += ["-mprefer-vector-width=512"]
@@ -283,7 +285,7 @@ def extension_arguments() -> dict[str, Any]:
 
             def compile_engine(capability: str) -> list[str]:
                 return self.compiler.compile(
-                    ["csrc/cpu/engine.cpp"],
+                    list(DISPATCHED),
                     output_dir=str(Path(self.build_temp) / capability.lower()),
                     macros=[*macros, ("FASTCLIP_CAPABILITY", capability)],
                     include_dirs=extension.include_dirs,
@@ -312,8 +314,8 @@ def extension_arguments() -> dict[str, Any]:
 
     extension = CppExtension(
         "fastclip._C",
-        sources=["csrc/module.cpp", "csrc/cpu/ops.cpp"],
-        depends=["csrc/cpu/engine.cpp", *map(str, sorted(Path("csrc").rglob("*.h")))],
+        sources=list(UNITS),
+        depends=[*DISPATCHED, *map(str, sorted(Path("csrc").rglob("*.h")))],
         define_macros=[
             ("FASTCLIP_X86", str(int(IS_X86))),
             ("FASTCLIP_TORCH_VERSION", f'"{torch.__version__}"'),

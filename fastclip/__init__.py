@@ -7,12 +7,13 @@
     from fastclip import contrast                     # statistics to write your own loss with
     from fastclip import distributed                  # batches that are spread over processes
     from fastclip import cached_step                  # batches that the towers cannot hold at once
+    from fastclip import retrieval                    # ranks, recall, the k best keys
 
 `fastclip.backends()` lists the engines and the reason why each of the others cannot run here.
 `fastclip.reference` has the same losses, dense and obvious.
 """
 
-from . import distributed, reference
+from . import distributed, reference, retrieval
 from .cached import cached_step
 from .contrast import contrast
 from .engine.backends import backends, build_info, release_workspace
@@ -33,5 +34,6 @@ __all__ = [
     "distributed",
     "reference",
     "release_workspace",
+    "retrieval",
     "siglip_loss",
 ]

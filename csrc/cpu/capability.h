@@ -14,6 +14,7 @@
 #endif
 
 #include "problem.h"
+#include "retrieval/problem.h"
 
 namespace fastclip {
 
@@ -21,7 +22,14 @@ struct Capability {
   const char* name;
   int (*run)(Problem&);
   double (*largest_norm)(const Features&, int64_t rows, int64_t width, Dtype);
+  void (*find_ranks)(const RankScan&);
+  void (*find_top)(const TopScan&);
+  void (*draw)(const DrawScan&);
+  void (*score)(const PairScan&);
 };
+
+#define FASTCLIP_CHOICE(name) \
+  Capability { #name, name::run, name::largest_norm, name::find_ranks, name::find_top, name::draw, name::score }
 
 // The engine for this machine. It follows torch's own dispatch, so that ATEN_CPU_CAPABILITY governs both.
 inline const Capability& capability() {
@@ -30,14 +38,16 @@ inline const Capability& capability() {
 #if FASTCLIP_X86
     if (name.rfind("AVX512", 0) == 0 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      return Capability{"AVX512", AVX512::run, AVX512::largest_norm};
+      return FASTCLIP_CHOICE(AVX512);
     if (name.rfind("AVX", 0) == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return Capability{"AVX2", AVX2::run, AVX2::largest_norm};
+      return FASTCLIP_CHOICE(AVX2);
 #endif
-    return Capability{"DEFAULT", DEFAULT::run, DEFAULT::largest_norm};
+    return FASTCLIP_CHOICE(DEFAULT);
   }();
   return chosen;
 }
+
+#undef FASTCLIP_CHOICE
 
 inline bool machine_has_brgemm() {
 #if FASTCLIP_X86

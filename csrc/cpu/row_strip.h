@@ -23,12 +23,12 @@ constexpr int64_t kMostCols = 256;
 // additions cost relatively more, so bf16 strips are larger. Neither function depends on the number of threads, so the
 // order of sums does not depend on it either. strip_rows does not depend on the product or the instruction set, so
 // neither does the layout of kept products.
-int64_t strip_rows(const Problem& p, int64_t row_bytes) {
+inline int64_t strip_rows(const Problem& p, int64_t row_bytes) {
   const int64_t fit = p.cache_bytes / 4 / row_bytes / 64 * 64;
   const int64_t most = p.dtype == Dtype::kBFloat16 ? 512 : std::clamp<int64_t>(fit, 128, 256);
   return std::clamp<int64_t>(round_up(p.x.rows / 16, kLane), 64, most);
 }
-int64_t tile_cols(const Problem& p, int64_t row_bytes, bool narrow) {
+inline int64_t tile_cols(const Problem& p, int64_t row_bytes, bool narrow) {
   if (p.y.rows < 1024) return 64;
   if (narrow) return kMostCols;
   return 128 * row_bytes <= p.cache_bytes / 16 * 3 ? 128 : 64;

@@ -16,15 +16,19 @@ from torch.utils.cpp_extension import include_paths
 from mutants.objects import compiler, objects, run
 from mutants.tree import LIBRARY
 
-UNITS = ("csrc/module.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/engine.cpp")
 # Engines of other instruction sets, which this machine does not choose.
 OTHERS = """
 #include <cstdlib>
 #include "cpu/problem.h"
+#include "cpu/retrieval/problem.h"
 #define OTHER(capability)                                              \\
   namespace fastclip { namespace capability {                          \\
   int run(Problem&) { abort(); }                                       \\
   double largest_norm(const Features&, int64_t, int64_t, Dtype) { abort(); } \\
+  void find_ranks(const RankScan&) { abort(); }                        \\
+  void find_top(const TopScan&) { abort(); }                           \\
+  void draw(const DrawScan&) { abort(); }                              \\
+  void score(const PairScan&) { abort(); }                             \\
   } }
 """
 FOLDER = "build/mutants/extension"
@@ -46,12 +50,12 @@ def make(tree: Path, changed: str | None) -> None:
         # With -O1 alone GCC makes no fused multiply-adds, which accuracy needs.
         flags = [*setup.CFLAGS, "-O1", "-fexpensive-optimizations", "-fPIC", "-Icsrc"]
         flags += _macros(setup)
-        if unit == UNITS[-1]:
+        if unit in setup.DISPATCHED:
             flags += [f"-DFASTCLIP_CAPABILITY={chosen}", *setup.CAPABILITIES[chosen]]
         return [*compiler(), *flags, *system, unit]
 
     made = tree / FOLDER / ("mutant.so" if changed else "library.so")
-    found = objects(tree, FOLDER, (*UNITS, str(others)), command, changed)
+    found = objects(tree, FOLDER, (*setup.UNITS, *setup.DISPATCHED, str(others)), command, changed)
     libraries = ["-L", str(Path(torch.__file__).parent / "lib")]
     libraries += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     link = [*compiler(), "-shared", "-fopenmp", *map(str, found), "-o", str(made)]

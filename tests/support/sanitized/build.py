@@ -62,11 +62,11 @@ def package() -> Path:
     flags += ['-DFASTCLIP_COMPILER="sanitized"', '-DFASTCLIP_WHY_NO_CUDA="sanitized"']
     for folder in (*include, sysconfig.get_path("include")):
         flags += ["-isystem", str(folder)]
-    units = {name: (f"csrc/{name}.cpp", []) for name in ("module", "cpu/ops")}
+    units = [(unit, []) for unit in setup.UNITS]
     for name, own in setup.CAPABILITIES.items():
-        units[name] = "csrc/cpu/engine.cpp", [*own, f"-DFASTCLIP_CAPABILITY={name}"]
+        units += [(unit, [*own, f"-DFASTCLIP_CAPABILITY={name}"]) for unit in setup.DISPATCHED]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda unit: _object(unit[0], [*flags, *unit[1]]), units.values()))
+        objects = list(pool.map(lambda unit: _object(unit[0], [*flags, *unit[1]]), units))
     target = FOLDER / "fastclip" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     _link_modules(target.parent)
     command = [*compiler(), "-shared", "-fopenmp", *SANITIZERS, *objects, "-o", str(target)]

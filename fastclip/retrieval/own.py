@@ -1,0 +1,26 @@
+"""The own partners of one side's lines."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .best_same_id import best_same_id
+from .scores import own_scores
+from .sides import Sides
+
+
+class Own(NamedTuple):
+    """Indices of the own partners (M), -1 for none, and their exact scores, infinite for none."""
+
+    index: Tensor
+    score: Tensor
+
+
+def own_partners(sides: Sides) -> Own:
+    """Returns the own key of each query: by offset, or the best one with its id."""
+    if sides.ids_x is not None:
+        return Own(*best_same_id(sides))
+    own = sides.own()
+    return Own(own, own_scores(sides, own))

@@ -1,0 +1,79 @@
+"""The checked arguments that retrieval functions share: two sides of features, ids, the engine."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine import pairs
+from ..engine.backends import choose
+from ..engine.checks import check_ids, check_offset, check_sides
+from ..engine.tiny_norms import EPS
+
+NAMES = ("queries", "keys")
+
+
+class Sides(NamedTuple):
+    """Queries x (M, D) and keys y (N, D) of one dtype, detached, and their ids or None."""
+
+    x: Tensor
+    y: Tensor
+    ids_x: Tensor | None  # (M), (N): int32 codes, equal where the ids are
+    ids_y: Tensor | None
+    offset: int
+    compiled: bool  # True: the CPU engine's operators serve; else plain PyTorch does
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def swapped(self) -> Sides:
+        return Sides(self.y, self.x, self.ids_y, self.ids_x, -self.offset, self.compiled)
+
+    def own(self) -> Tensor:
+        """Returns the key of each query by the offset, (M) int64, -1 for a query without one."""
+        columns, inside = pairs.partners(len(self.x), len(self.y), self.offset, self.device)
+        return torch.where(inside, columns, -1)
+
+
+def check_finite(name: str, features: Tensor) -> None:
+    """Checks features for NaN and infinities, whose scores have no order."""
+    if torch.isfinite(features.sum()):  # one pass, without a mask, where all is well
+        return
+    if bool(torch.isfinite(features).all()):
+        return  # the sum overflowed
+    row = int((~torch.isfinite(features)).any(1).nonzero()[0])
+    value = features[row][~torch.isfinite(features[row])][0].item()
+    raise ValueError(f"{name} must be finite, got {value} in row {row}")
+
+
+def sides_of(
+    queries: Tensor, keys: Tensor, ids: Any, offset: int, normalize: bool, backend: str | None
+) -> Sides:
+    """Checks the arguments and returns the sides. Integer ids of any size become codes.
+
+    Raises:
+        TypeError: features or ids that are not tensors of the right dtypes.
+        ValueError: shapes or devices that differ, values that are not finite, a backend that cannot
+            run here.
+    """
+    check_sides(queries, keys, may_be_empty=True, names=NAMES)
+    if offset is None:
+        raise TypeError("offset must be an int, got None")
+    check_offset(offset)
+    ids = check_ids(ids, "ignore", queries, keys)
+    for name, features in zip(NAMES, (queries, keys), strict=True):
+        check_finite(name, features.detach())
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    x, y = (t.detach().to(dtype) for t in (queries, keys))
+    if normalize:
+        # Half-precision norms would round the scores.
+        wide = dtype if dtype == torch.float64 else torch.float32
+        x, y = (F.normalize(t.to(wide), dim=1, eps=EPS) for t in (x, y))
+    codes = (None, None) if ids is None else pairs.codes_of(*ids)
+    engine = choose(backend, x.device, x.dtype, len(x) * len(y), x.shape[1])
+    empty = x.numel() == 0 or y.numel() == 0
+    return Sides(x, y, *codes, offset, engine == "cpu" and not empty)
