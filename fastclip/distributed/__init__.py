@@ -1,4 +1,5 @@
-"""The losses of `fastclip.loss`, and `contrast`, for a batch that is spread over processes.
+"""The losses of `fastclip.loss`, `contrast`, and the metrics of `fastclip.retrieval`, for a batch that
+is spread over processes.
 
 After DDP's mean over ranks, the gradients of towers, scale and bias equal those of one process on
 the concatenated batch. `fastclip.loss.ClipLoss` and `SigLipLoss` with `world_size > 1` use these.
@@ -28,6 +29,7 @@ from .contrast import contrast
 from .family import distill_loss, info_nce, nt_xent_loss, ranking_loss, supcon_loss
 from .gather_features import gather_features
 from .losses import clip_loss, siglip_loss
+from .retrieval import metrics, ranks
 
 __all__ = [
     "clip_loss",
@@ -35,8 +37,10 @@ __all__ = [
     "distill_loss",
     "gather_features",
     "info_nce",
+    "metrics",
     "nt_xent_loss",
     "ranking_loss",
+    "ranks",
     "siglip_loss",
     "supcon_loss",
 ]

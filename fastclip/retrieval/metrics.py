@@ -52,19 +52,21 @@ def metrics(
     Raises:
         TypeError, ValueError: as `ranks`; an image without a text or a text without an image.
     """
-    of_rows, of_columns = paired_ranks(
-        image_features, text_features, logit_scale, retrieval_device, retrieval_dtype, ids,
-        normalize, backend,
-    )  # fmt: skip
-    return as_metrics(Ranks(of_rows, of_columns), image_key, text_key, ks)
+    images, texts, ids = pairs_of(
+        image_features, text_features, logit_scale, retrieval_device, retrieval_dtype, ids
+    )
+    found = ranks(images, texts, ids=ids, normalize=normalize, backend=backend)
+    check_partners(found)
+    return as_metrics(found, image_key, text_key, ks)
 
 
-def paired_ranks(
+def pairs_of(
     image_features: Features, text_features: Features, logit_scale: Tensor | float | None,
     device: torch.device | str | None, dtype: torch.dtype | str | None,
-    ids: tuple[Tensor, Tensor] | None, normalize: bool, backend: str | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns the ranks of images and of texts, each of which has a partner."""
+    ids: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+    """Returns both sides' features, the images' with the sign of the scale, and the ids, all on one
+    device."""
     images, texts = (
         _whole(name, features, device, dtype)
         for name, features in (("image_features", image_features), ("text_features", text_features))
@@ -76,10 +78,7 @@ def paired_ranks(
         )
     if ids is not None:
         ids = tuple(i.to(images.device) if isinstance(i, Tensor) else i for i in ids)
-    images = images * _sign(logit_scale)
-    found = ranks(images, texts, ids=ids, normalize=normalize, backend=backend)
-    check_partners(found)
-    return found.rows, found.columns
+    return images * _sign(logit_scale), texts, ids
 
 
 def check_partners(found: Ranks, names: tuple[str, str] = ("image", "text")) -> None:

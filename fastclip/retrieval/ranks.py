@@ -71,15 +71,15 @@ def ranks(
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):
         of_rows = own_partners(sides)
         of_columns = own_partners(sides.swapped()) if columns else None
-        return count(sides, of_rows, of_columns)
+        return without_strays(count(sides, of_rows, of_columns), of_rows, of_columns)
 
 
 def count(sides: Sides, of_rows: Own, of_columns: Own | None, first_query: int = 0) -> Ranks:
-    """Counts the pairs that come before own ones. first_query: the index of query 0, as of_columns
-    counts, for a block of a larger matrix."""
+    """Counts the pairs that come before own ones, for lines without one, too. first_query: the
+    index of query 0, as of_columns counts, for a block of a larger matrix."""
     if len(sides.x) == 0 or len(sides.y) == 0:
-        found = [torch.zeros_like(of_rows.index)]
-        found += [] if of_columns is None else [torch.zeros_like(of_columns.index)]
+        lines = [of_rows] if of_columns is None else [of_rows, of_columns]
+        found = [torch.zeros_like(own.index) for own in lines]
     elif sides.compiled:
         columns = (None, None) if of_columns is None else of_columns
         found = operators.ranks(
@@ -87,7 +87,12 @@ def count(sides: Sides, of_rows: Own, of_columns: Own | None, first_query: int =
         )
     else:
         found = plain_ranks.counts(sides, of_rows, of_columns, first_query)
-    rows = torch.where(of_rows.index < 0, -1, found[0])
+    return Ranks(found[0], None if of_columns is None else found[1])
+
+
+def without_strays(found: Ranks, of_rows: Own, of_columns: Own | None) -> Ranks:
+    """Returns the ranks with -1 for the lines that have no own pair."""
+    rows = torch.where(of_rows.index < 0, -1, found.rows)
     if of_columns is None:
         return Ranks(rows, None)
-    return Ranks(rows, torch.where(of_columns.index < 0, -1, found[1]))
+    return Ranks(rows, torch.where(of_columns.index < 0, -1, found.columns))
