@@ -1,4 +1,4 @@
-"""The losses of `fastclip.loss`, `contrast`, and the metrics of `fastclip.retrieval`, for a batch that
+"""Losses of `fastclip.loss`, `contrast`, and metrics of `fastclip.retrieval`, for a batch that
 is spread over processes.
 
 After DDP's mean over ranks, the gradients of towers, scale and bias equal those of one process on

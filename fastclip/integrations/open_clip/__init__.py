@@ -9,13 +9,17 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ...loss import open_clip as ours
 from ..host import Host, disabled
+from ..on_import import forget, on_import
 from ..replacements import Replacements
+from .metrics import MODULES, in_place_of
 
 HOST = Host("open_clip", ("3.3", "4.2"))
 
@@ -25,7 +29,8 @@ _replacements = Replacements()
 
 
 def patch() -> None:
-    """Makes open_clip's `ClipLoss`, `CoCaLoss`, `DistillClipLoss` and `SigLipLoss` fastclip's.
+    """Makes open_clip's `ClipLoss`, `CoCaLoss`, `DistillClipLoss` and `SigLipLoss` fastclip's, and
+    the trainer's `get_clip_metrics`.
 
     Every name that these classes have in an imported module is replaced: in `open_clip`,
     `open_clip.loss` and `open_clip.factory`, for `create_loss` and the tasks of open_clip 4, and in
@@ -49,11 +54,21 @@ def patch() -> None:
         made[own] = _in_place_of(own, getattr(ours, name), *bases)
     for own, fused in made.items():
         _replacements.replace_everywhere(own, fused)
+    for name in MODULES:
+        on_import(name, partial(_replace_metrics, name))
 
 
 def unpatch() -> None:
     """Gives open_clip its own classes again. Losses made meanwhile stay fastclip's."""
+    for name in MODULES:
+        forget(name)
     _replacements.restore()
+
+
+def _replace_metrics(name: str) -> None:
+    own = getattr(sys.modules[name], "get_clip_metrics", None)
+    if own is not None and own.__module__ == name:
+        _replacements.replace_everywhere(own, in_place_of(own, HOST))
 
 
 def _in_place_of(own: type, fused: type, *bases: type) -> type:
