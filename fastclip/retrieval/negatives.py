@@ -69,7 +69,7 @@ def sample_negatives(
     sides = sides_of(x, y, ids, offset or 0, normalize, backend)
     own = offset is not None
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):
-        if sides.compiled:
+        if sides.compiled and not sides.is_empty:
             rows, of_columns = operators.draw(
                 sides.x, sides.y, scale, seed, sides.ids_x, sides.ids_y, own, sides.offset, columns
             )
@@ -82,7 +82,7 @@ def _drawn(sides: Sides, scale: float, seed: int, own: bool) -> tuple[Tensor, Te
     m, n, device = len(sides.x), len(sides.y), sides.device
     rows, columns = (torch.full((k,), -1, dtype=torch.int64, device=device) for k in (m, n))
     highest = torch.full((n,), -torch.inf, device=device)
-    if m == 0 or n == 0:
+    if sides.is_empty:
         return rows, columns
     keys = torch.arange(n, device=device)
     column_keys = line_keys(seed, True, keys)

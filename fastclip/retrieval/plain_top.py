@@ -18,10 +18,10 @@ SPARE = 16  # candidates beyond k
 
 def topk(sides: Sides, k: int, limit: float, exclude_own: bool) -> tuple[Tensor, Tensor]:
     """Returns scores (M, k), in the dtype of states, and indices (M, k), int64."""
-    m, n, device = len(sides.x), len(sides.y), sides.device
+    m, device = len(sides.x), sides.device
     scores = torch.full((m, k), -torch.inf, dtype=state_dtype(device), device=device)
     indices = torch.full((m, k), -1, dtype=torch.int64, device=device)
-    if m == 0 or n == 0:
+    if sides.is_empty:
         return scores, indices
     band = None
     for part, t in chunks_of(sides):

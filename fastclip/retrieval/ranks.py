@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engine.compile_marks import no_compile
-from . import operators, plain_ranks
+from . import operators, plain_ranks, swept_ranks
 from .own import Own, own_partners
 from .sides import Sides, sides_of
 
@@ -77,7 +77,7 @@ def ranks(
 def count(sides: Sides, of_rows: Own, of_columns: Own | None, first_query: int = 0) -> Ranks:
     """Counts the pairs that come before own ones, for lines without one, too. first_query: the
     index of query 0, as of_columns counts, for a block of a larger matrix."""
-    if len(sides.x) == 0 or len(sides.y) == 0:
+    if sides.is_empty:
         lines = [of_rows] if of_columns is None else [of_rows, of_columns]
         found = [torch.zeros_like(own.index) for own in lines]
     elif sides.compiled:
@@ -86,7 +86,9 @@ def count(sides: Sides, of_rows: Own, of_columns: Own | None, first_query: int =
             sides.x, sides.y, *of_rows, *columns, sides.ids_x, sides.ids_y, first_query
         )
     else:
-        found = plain_ranks.counts(sides, of_rows, of_columns, first_query)
+        plain = sides.engine in ("torch", "reference")
+        counts = plain_ranks.counts if plain else swept_ranks.counts
+        found = counts(sides, of_rows, of_columns, first_query)
     return Ranks(found[0], None if of_columns is None else found[1])
 
 

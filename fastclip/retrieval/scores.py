@@ -20,7 +20,7 @@ PAIRS = 1 << 21  # elements of a chunk of gathered features
 
 def pair_scores(sides: Sides, i: Tensor, j: Tensor) -> Tensor:
     """Returns the exact scores (P) of pairs (i, j), both (P) int64."""
-    if sides.compiled:
+    if sides.compiled and not sides.is_empty:
         return operators.pair_scores(sides.x, sides.y, i, j)
     dtype = state_dtype(sides.device)
     rows = max(1, PAIRS // sides.x.shape[1])

@@ -24,14 +24,23 @@ class Sides(NamedTuple):
     ids_x: Tensor | None  # (M), (N): int32 codes, equal where the ids are
     ids_y: Tensor | None
     offset: int
-    compiled: bool  # True: the CPU engine's operators serve; else plain PyTorch does
+    engine: str
+
+    @property
+    def compiled(self) -> bool:
+        """True if the CPU engine's operators serve."""
+        return self.engine == "cpu"
+
+    @property
+    def is_empty(self) -> bool:
+        return self.x.numel() == 0 or self.y.numel() == 0
 
     @property
     def device(self) -> torch.device:
         return self.x.device
 
     def swapped(self) -> Sides:
-        return Sides(self.y, self.x, self.ids_y, self.ids_x, -self.offset, self.compiled)
+        return Sides(self.y, self.x, self.ids_y, self.ids_x, -self.offset, self.engine)
 
     def own(self) -> Tensor:
         """Returns the key of each query by the offset, (M) int64, -1 for a query without one."""
@@ -74,6 +83,5 @@ def sides_of(
         wide = dtype if dtype == torch.float64 else torch.float32
         x, y = (F.normalize(t.to(wide), dim=1, eps=EPS) for t in (x, y))
     codes = (None, None) if ids is None else pairs.codes_of(*ids)
-    engine = choose(backend, x.device, x.dtype, len(x) * len(y), x.shape[1])
-    empty = x.numel() == 0 or y.numel() == 0
-    return Sides(x, y, *codes, offset, engine == "cpu" and not empty)
+    engine = choose(backend, x.device, x.dtype, len(x) * len(y), x.shape[1], "hinge")
+    return Sides(x, y, *codes, offset, engine)

@@ -69,7 +69,7 @@ def topk(
 
 
 def _found(sides: Sides, k: int, limit: float, exclude_own: bool) -> tuple[Tensor, Tensor]:
-    if sides.compiled:
+    if sides.compiled and not sides.is_empty:
         return operators.topk(
             sides.x, sides.y, k, limit, sides.ids_x, sides.ids_y, exclude_own, sides.offset
         )

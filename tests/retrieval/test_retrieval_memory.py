@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-N = 6144
-MATRIX = 4 * N * N  # bytes, in float32: 144 MiB
+N = 4096
+MATRIX = 4 * N * N  # bytes, in float32: 64 MiB
 
 PROGRAM = """
 import re, sys
