@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from . import cases
 from .report import results
@@ -21,6 +23,7 @@ EPILOG = """\
   python -m bench --family                      measures the losses other than CLIP and SigLIP
   python -m bench distributed --quick           measures losses across processes here
   python -m bench hosts                         measures integrations beside their hosts
+  python -m bench retrieval                     measures ranks, the best keys, sampled negatives
   python -m bench scale --tflops 400            models their time on thousands of GPUs
 
 Without a command it is `run`; COMMAND --help lists a command's options. Run it with nothing else on
@@ -31,6 +34,7 @@ COMMANDS = {
     "run": "measures losses in one process (the default)",
     "distributed": "measures losses across processes on this machine",
     "hosts": "measures losses of fastclip.integrations beside their hosts'",
+    "retrieval": "measures retrieval without the matrix of scores",
     "scale": "models the time of losses on thousands of GPUs",
     "table": "prints CSVs as Markdown, with quartiles",
     "plot": "draws CSVs as PNGs beside them",
@@ -57,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_measuring(of["distributed"])
     _add_measuring(of["hosts"])
+    _add_measuring(of["retrieval"])
     of["run"].add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     of["run"].add_argument("--no-errors", action="store_true", help="leave out the errors")
     for name in ("table", "plot", "readme"):
@@ -171,13 +176,31 @@ def measure_in_hosts(options: argparse.Namespace) -> int:
     from .hosts import cases as of_hosts
     from .hosts import row, runner, table
 
-    plan = cases.matching(of_hosts.quick() if options.quick else of_hosts.standard(), options.only)
+    made = of_hosts.quick() if options.quick else of_hosts.standard()
+    return _measure_plan(options, made, row.RESULTS, runner, table)
+
+
+def measure_retrieval(options: argparse.Namespace) -> int:
+    """Runs the plan for retrieval, then prints its table."""
+    from .retrieval import cases as of_retrieval
+    from .retrieval import row, runner, table
+
+    made = of_retrieval.quick() if options.quick else of_retrieval.standard()
+    return _measure_plan(options, made, row.RESULTS, runner, table)
+
+
+def _measure_plan(
+    options: argparse.Namespace, made: list[Any], folder: Path, runner: ModuleType,
+    table: ModuleType,
+) -> int:  # fmt: skip
+    """Runs those cases of a plan that the options select, then prints their table."""
+    plan = cases.matching(made, options.only)
     if not plan:
-        raise SystemExit("no case matches; python -m bench hosts --list names them")
+        raise SystemExit(f"no case matches; python -m bench {options.command} --list names them")
     if options.list:
         print("\n".join(case.name for case in plan))
         return 0
-    path = _path_of(options, row.RESULTS)
+    path = _path_of(options, folder)
     seconds = options.seconds or (runner.QUICK_SECONDS if options.quick else runner.SECONDS)
     chosen = runner.Options(path, seconds, not options.no_memory)
     return _finish(path, lambda: table.report(runner.run(plan, chosen)))
@@ -215,7 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         return page.main(arguments[1:], table.committed())
     options = parser().parse_args(arguments)
     measures = {
-        "run": measure, "distributed": measure_across_processes, "hosts": measure_in_hosts
+        "run": measure, "distributed": measure_across_processes, "hosts": measure_in_hosts,
+        "retrieval": measure_retrieval,
     }  # fmt: skip
     return measures.get(options.command, show)(options)
 
@@ -227,6 +251,8 @@ def show(options: argparse.Namespace) -> int:
     from .hosts import row as host_row
     from .hosts import table as of_hosts
     from .report import family, plot, summary, table
+    from .retrieval import row as retrieval_row
+    from .retrieval import table as of_retrieval
     from .scale import page
 
     paths = options.csv or [*table.committed(), *row.committed()]
@@ -253,6 +279,7 @@ def show(options: argparse.Namespace) -> int:
             across.into_page(docs / "benchmarks-distributed.md", of_ranks)
         if not options.csv:
             of_hosts.into_page(docs / "sentence-transformers.md", host_row.committed())
+            of_retrieval.into_page(docs / "retrieval.md", retrieval_row.committed())
             page.into_page(docs / "benchmarks-distributed.md", of_one)
             summary.into_readme(options.pages / "README.md", of_one)
         print(f"Wrote the tables of {', '.join(path.name for path in paths)} to {options.pages}")

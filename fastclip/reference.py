@@ -12,6 +12,8 @@ floating dtype, and can be differentiated any number of times.
     fastclip.reference.ranking_loss    fastclip.loss.ranking_loss
     fastclip.reference.distill_loss    fastclip.loss.distill_loss
     fastclip.reference.contrast        fastclip.contrast
+    fastclip.reference.ranks           fastclip.retrieval.ranks
+    fastclip.reference.topk            fastclip.retrieval.topk
 
 With `backend="reference"` the fused losses are dense, too, and check their arguments; these do not.
 """
@@ -24,6 +26,8 @@ from .loss.nt_xent import dense_nt_xent_loss as nt_xent_loss
 from .loss.ranking import dense_ranking_loss as ranking_loss
 from .loss.siglip import dense_siglip_loss as siglip_loss
 from .loss.supcon import dense_supcon_loss as supcon_loss
+from .retrieval.dense import dense_ranks as ranks
+from .retrieval.dense import dense_topk as topk
 
 __all__ = [
     "clip_loss",
@@ -32,6 +36,8 @@ __all__ = [
     "info_nce",
     "nt_xent_loss",
     "ranking_loss",
+    "ranks",
     "siglip_loss",
     "supcon_loss",
+    "topk",
 ]

@@ -1,4 +1,4 @@
-"""Measures the cases one by one and writes each finished one into the CSV.
+"""Measures the cases.
 
 Both methods of a case are timed in interleaved rounds in this process. Peak memory comes from a
 process for each, as in `measure.memory`:
@@ -11,14 +11,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
-from pathlib import Path
 
-from ..measure import progress
+from ..measure import plan
 from ..measure.memory import in_fresh_process, peak_bytes
+from ..measure.plan import Options
 from ..measure.timing import interleaved
-from ..report import results
 from . import cases
 from .cases import Case, make_step
 from .row import Row
@@ -27,27 +26,9 @@ SECONDS, QUICK_SECONDS = 8.0, 1.0
 MIB = 2**20
 
 
-@dataclass
-class Options:
-    """How a plan is run: each case is timed for `seconds`."""
-
-    path: Path
-    seconds: float = SECONDS
-    memory: bool = True
-
-
-def run(plan: list[Case], options: Options) -> list[Row]:
+def run(cases: list[Case], options: Options) -> list[Row]:
     """Measures every case; returns the new rows, which are also in the CSV."""
-    machine = results.machine_row(row_class=Row)
-    old = results.read(options.path, Row) if options.path.exists() else []
-    rows: list[Row] = []
-    with progress.bar(len(plan)) as bar:
-        for case in plan:
-            bar.set_description(case.name)
-            rows += _measure(case, machine, options)
-            results.write(options.path, results.merge(old, rows), Row)
-            bar.update(1)
-    return rows
+    return plan.run(cases, options, Row, _measure)
 
 
 def _measure(case: Case, machine: Row, options: Options) -> list[Row]:

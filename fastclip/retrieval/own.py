@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .best_same_id import best_same_id
@@ -24,3 +25,12 @@ def own_partners(sides: Sides) -> Own:
         return Own(*best_same_id(sides))
     own = sides.own()
     return Own(own, own_scores(sides, own))
+
+
+def own_partners_of_keys(sides: Sides, of_rows: Own) -> Own:
+    """Returns the own query of each key; of_rows are the queries' own keys."""
+    if sides.ids_x is not None or sides.is_empty:
+        return own_partners(sides.swapped())
+    own = sides.swapped().own()
+    score = of_rows.score[own.clamp_min(0)]
+    return Own(own, torch.where(own < 0, torch.inf, score))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine.compile_marks import no_compile
 from . import operators, plain_ranks, swept_ranks
-from .own import Own, own_partners
+from .own import Own, own_partners, own_partners_of_keys
 from .sides import Sides, sides_of
 
 
@@ -70,7 +70,7 @@ def ranks(
     sides = sides_of(queries, keys, ids, offset, normalize, backend)
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):
         of_rows = own_partners(sides)
-        of_columns = own_partners(sides.swapped()) if columns else None
+        of_columns = own_partners_of_keys(sides, of_rows) if columns else None
         return without_strays(count(sides, of_rows, of_columns), of_rows, of_columns)
 
 

@@ -31,7 +31,7 @@ def topk(
     computes the same as
 
         scores = queries.double() @ keys.double().T
-        order = scores.argsort(1, descending=True, stable=True)[:, :k]
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
         scores.gather(1, order), order
 
     in memory O(M k + N).

@@ -1,0 +1,1 @@
+"""Retrieval functions beside what they replace, on normalised features of random numbers."""
