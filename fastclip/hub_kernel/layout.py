@@ -21,8 +21,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 # The losses and what they stand on. Kernels of the Hub import the standard library and torch only.
-INCLUDED = ("cached", "contrast.py", "distributed", "engine", "formulas", "kinds.py", "loss",
-            "reference.py", "hub_kernel/__init__.py", "hub_kernel/layers.py")  # fmt: skip
+INCLUDED = (
+    "cached", "contrast.py", "distributed", "engine", "formulas", "kinds.py", "loss",
+    "reference.py", "retrieval", "hub_kernel/__init__.py", "hub_kernel/layers.py",
+)  # fmt: skip
 BACKENDS = ("cpu", "cuda")
 LICENSE = "Apache-2.0"
 NO_MODULE = "a kernel of the Hub has no compiled module, an installed fastclip-loss has one"

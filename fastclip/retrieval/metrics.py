@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..engine.checks import check_floating, check_tensor
+from ..engine.checks import check_floating, check_tensor, scalar
 from .ranks import Ranks, ranks
 
 Features = Tensor | Sequence[Tensor]
@@ -78,7 +78,7 @@ def pairs_of(
         )
     if ids is not None:
         ids = tuple(i.to(images.device) if isinstance(i, Tensor) else i for i in ids)
-    return images * _sign(logit_scale), texts, ids
+    return images * _sign(logit_scale, images), texts, ids
 
 
 def check_partners(found: Ranks, names: tuple[str, str] = ("image", "text")) -> None:
@@ -113,8 +113,12 @@ def _median(lines: Tensor) -> float:
     return float((low + high) // 2)
 
 
-def _sign(logit_scale: Tensor | float | None) -> float:
-    scale = 1.0 if logit_scale is None else float(logit_scale)
+def _sign(logit_scale: Tensor | float | None, features: Tensor) -> float:
+    if logit_scale is None:
+        return 1.0
+    if isinstance(logit_scale, Tensor):
+        logit_scale = logit_scale.detach().to(features.device)
+    scale = scalar("logit_scale", logit_scale, features).item()
     if math.isnan(scale):
         raise ValueError("logit_scale must be a number, got nan")
     return float((scale > 0) - (scale < 0))

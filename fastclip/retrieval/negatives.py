@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..engine.checks import scalar
 from ..engine.chunked_block import CHUNK
 from ..engine.compile_marks import no_compile
 from . import operators
@@ -61,12 +62,12 @@ def sample_negatives(
         ValueError: shapes or devices that do not fit, features or a scale that are not finite, a
             backend that cannot run here.
     """
-    scale = float(logit_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"logit_scale must be finite, got {scale}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")
     sides = sides_of(x, y, ids, offset or 0, normalize, backend)
+    scale = scalar("logit_scale", logit_scale, sides.x).detach().item()
+    if not math.isfinite(scale):
+        raise ValueError(f"logit_scale must be finite, got {scale}")
     own = offset is not None
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):
         if sides.compiled and not sides.is_empty:

@@ -86,7 +86,8 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
 
 def test_these_pages_have_code() -> None:
     assert {page.name for page in PAGES if code_of(page)} == {
-        "README.md", "adding-a-loss.md", "big-batches.md", "distributed.md", "losses.md"
+        "README.md", "adding-a-loss.md", "big-batches.md", "distributed.md", "losses.md",
+        "retrieval.md",
     }  # fmt: skip
 
 
@@ -210,7 +211,10 @@ def test_every_variable_is_on_the_page_of_the_environment() -> None:
 
 
 def test_generated_tables_are_those_of_the_committed_rows(tmp_path: Path) -> None:
-    pages = ("benchmarks", "benchmarks-distributed", "benchmarks-family", "sentence-transformers")
+    pages = (
+        "benchmarks", "benchmarks-distributed", "benchmarks-family", "retrieval",
+        "sentence-transformers",
+    )  # fmt: skip
     generated = "README.md", *(f"docs/{page}.md" for page in pages)
     (tmp_path / "docs").mkdir()
     for page in generated:
