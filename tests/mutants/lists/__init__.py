@@ -13,6 +13,8 @@ from mutants.lists import (
     engine,
     integrations,
     losses,
+    retrieval,
+    retrieval_cpu,
     triton,
 )
 from mutants.mutant import Mutant
@@ -33,5 +35,7 @@ AREAS = {
     "distributed": Area(distributed.MUTANTS),
     "cached": Area(cached.MUTANTS),
     "integrations": Area(integrations.MUTANTS),
+    "retrieval": Area(retrieval.MUTANTS),
+    "retrieval on CPUs": Area(retrieval_cpu.MUTANTS, Build(extension.make, extension.undo)),
     "bench": Area(bench.MUTANTS),
 }
