@@ -204,3 +204,12 @@ class CLIP(nn.Module):
         model = cls(CLIPConfig(**json.loads(config))).to(device)
         model.load_state_dict(weights)
         return model
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Returns whether `CLIP.save` wrote the file."""
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False
