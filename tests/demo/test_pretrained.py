@@ -123,7 +123,7 @@ def test_what_the_weights_do_not_tell_must_be_given() -> None:
     with pytest.raises(ValueError, match="the weights do not tell image_pool; give"):
         load_pretrained(clipa, **TOLD)
     assert load_pretrained(clipa, image_pool="mean", **TOLD).config.image_pool == "mean"
-    with pytest.raises(TypeError, match="options must be among image_heads, .*, got heads"):
+    with pytest.raises(TypeError, match=r"options must be among image_heads, .*, got heads"):
         load_pretrained(native(), heads=3)
     with pytest.raises(ValueError, match="text_pool must be one of 'highest', 'end', 'last', got"):
         load_pretrained(native(), **TOLD | {"text_pool": "first"})
@@ -144,7 +144,7 @@ def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="text_layers is 2, the configuration says 3"):
         load_pretrained(native(), config=config)
     config["text_cfg"] = text | {"rope": True}
-    with pytest.raises(ValueError, match="unsupported options: text_cfg.rope=True"):
+    with pytest.raises(ValueError, match=r"unsupported options: text_cfg.rope=True"):
         load_pretrained(native(), config=config)
     (tmp_path / "open_clip_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"open_clip_config.json must be JSON, got"):
@@ -154,9 +154,9 @@ def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_are_named_in_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file or folder: .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*absent"):
         load_pretrained(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="must hold one of model.safetensors, "):
+    with pytest.raises(FileNotFoundError, match=r"must hold one of model.safetensors, "):
         load_pretrained(tmp_path)
     (tmp_path / "words.pt").write_text("not weights")
     with pytest.raises(ValueError, match=r"cannot read weights from .*words.pt"):
@@ -165,7 +165,7 @@ def test_files_are_named_in_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a state dict, got list"):
         load_pretrained(tmp_path / "list.pt")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="must be in one file, got .*index.json"):
+    with pytest.raises(ValueError, match=r"must be in one file, got .*index.json"):
         load_pretrained(tmp_path)
 
 

@@ -9,13 +9,14 @@ and arguments tell the rest. Anything left open is an error.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..config import CLIPConfig
 from ..model import CLIP, is_checkpoint
@@ -83,13 +84,27 @@ def load_pretrained(
     found, told = form.facts(state, given)
     known = merged(found, told, options, form.NAME)
     model_config = CLIPConfig(**known)
-    with torch.device("meta"):
-        model = CLIP(model_config)
+    model = empty(model_config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     sources = form.sources(model_config, state)
     converted = convert(state, sources, shapes, form.NAME, form.HARMLESS, dtype, device)
     model.load_state_dict(converted, assign=True)
     return model
+
+
+class WithoutNormal(TorchFunctionMode):
+    """Skips `normal_`: on the meta device it draws nothing, but imports TorchDynamo, a second."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
+
+
+def empty(config: CLIPConfig) -> CLIP:
+    """Returns a model without memory for its weights."""
+    with torch.device("meta"), WithoutNormal():
+        return CLIP(config)
 
 
 def merged(
