@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import CLIPConfig
@@ -93,12 +93,15 @@ def load_pretrained(
 
 
 class WithoutNormal(TorchFunctionMode):
-    """Skips `normal_`: on the meta device it draws nothing, but imports TorchDynamo, a second."""
+    """Skips `nn.init.normal_`, which draws nothing on the meta device, but imports TorchDynamo:
+    more than a second."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
+        if func is nn.init.normal_:
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def empty(config: CLIPConfig) -> CLIP:
