@@ -156,7 +156,7 @@ def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_files_are_named_in_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*absent"):
         load_pretrained(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"must hold one of model.safetensors, "):
+    with pytest.raises(FileNotFoundError, match=r"must hold one of open_clip_model.safetensors, "):
         load_pretrained(tmp_path)
     (tmp_path / "words.pt").write_text("not weights")
     with pytest.raises(ValueError, match=r"cannot read weights from .*words.pt"):

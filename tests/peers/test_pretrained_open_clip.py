@@ -28,8 +28,8 @@ HEADS = {"image_heads": 3, "text_heads": 5}
 
 def same(ours: CLIP, theirs: nn.Module, end: int = VOCABULARY - 1) -> None:
     assert_same_features(
-        ours, theirs.encode_image, theirs.encode_text, theirs.logit_scale.detach(),
-        None if theirs.logit_bias is None else theirs.logit_bias.detach(), end,
+        ours, theirs, lambda model, x: model.encode_image(x),
+        lambda model, tokens: model.encode_text(tokens), end,
     )  # fmt: skip
 
 

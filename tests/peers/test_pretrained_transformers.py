@@ -42,12 +42,10 @@ def siglip_model(text: dict[str, Any], image: dict[str, Any]) -> nn.Module:
 
 
 def same(ours: CLIP, theirs: nn.Module, end: int = VOCABULARY - 1) -> None:
-    bias = getattr(theirs, "logit_bias", None)
     assert_same_features(
-        ours,
-        lambda images: theirs.get_image_features(pixel_values=images).pooler_output,
-        lambda tokens: theirs.get_text_features(input_ids=tokens).pooler_output,
-        theirs.logit_scale.detach(), None if bias is None else bias.detach(), end,
+        ours, theirs,
+        lambda model, x: model.get_image_features(pixel_values=x).pooler_output,
+        lambda model, tokens: model.get_text_features(input_ids=tokens).pooler_output, end,
     )  # fmt: skip
 
 

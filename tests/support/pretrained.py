@@ -1,5 +1,6 @@
 """Small models of other libraries with random weights, and the comparison with ours."""
 
+import copy
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -87,24 +88,31 @@ def inputs(end: int = VOCABULARY - 1) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def assert_same_features(
-    ours: CLIP, image: Callable[[Tensor], Tensor], text: Callable[[Tensor], Tensor],
-    scale: Tensor, bias: Tensor | None, end: int = VOCABULARY - 1,
+    ours: CLIP, theirs: nn.Module, image: Callable[[nn.Module, Tensor], Tensor],
+    text: Callable[[nn.Module, Tensor], Tensor], end: int = VOCABULARY - 1,
 ) -> None:  # fmt: skip
-    """Asserts that our features, scale and bias are those that the functions return."""
-    ours.eval()
+    """Asserts that both models have the same features, scale and bias: in float32, and in float64,
+    where another epsilon of a norm or another activation shows.
+
+    image, text: compute their features, not normalised.
+    """
     images, tokens = inputs(end)
-    for encode, theirs, given in (
-        (ours.encode_image, image, images), (ours.encode_text, text, tokens)
-    ):  # fmt: skip
-        expected = theirs(given)
-        close = {"rtol": 1e-4, "atol": 2e-6 * float(expected.abs().max())}
-        torch.testing.assert_close(encode(given, normalize=False), expected, **close)
-        unit = nn.functional.normalize(expected, dim=-1)
-        torch.testing.assert_close(encode(given), unit, rtol=1e-4, atol=2e-6)
-        # Rows differ, so that a wrong pooling or mask is seen.
-        assert (unit[0] - unit[1]).abs().max() > 1e-2
-    out = ours(images, tokens)
-    torch.testing.assert_close(out["logit_scale"], scale.exp().reshape(()))
-    assert ("logit_bias" in out) == (bias is not None)
-    if bias is not None:
-        torch.testing.assert_close(out["logit_bias"], bias.reshape(()))
+    for dtype, limit in ((torch.float32, 3e-6), (torch.float64, 1e-12)):
+        mine, other = (copy.deepcopy(model).eval().to(dtype) for model in (ours, theirs))
+        for encode, expected, given in (
+            (mine.encode_image, image(other, images.to(dtype)), images.to(dtype)),
+            (mine.encode_text, text(other, tokens), tokens),
+        ):  # fmt: skip
+            assert expected.dtype == dtype
+            close = {"rtol": 0, "atol": limit * float(expected.abs().max())}
+            torch.testing.assert_close(encode(given, normalize=False), expected, **close)
+            unit = nn.functional.normalize(expected, dim=-1)
+            torch.testing.assert_close(encode(given), unit, rtol=0, atol=limit)
+            # Rows differ, so that a wrong pooling or mask is seen.
+            assert (unit[0] - unit[1]).abs().max() > 1e-2
+        out = mine(images.to(dtype), tokens)
+        torch.testing.assert_close(out["logit_scale"], other.logit_scale.exp().reshape(()))
+        bias = getattr(other, "logit_bias", None)
+        assert ("logit_bias" in out) == (bias is not None)
+        if bias is not None:
+            torch.testing.assert_close(out["logit_bias"], bias.reshape(()))

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from .keys import State, listed
 
-# The first of these in a folder holds the weights.
+# The first of these in a folder holds the weights. open_clip's come first: beside them,
+# model.safetensors may hold timm's image tower alone.
 NAMES = (
-    "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
-    "open_clip_pytorch_model.bin", "clip.safetensors",
+    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
+    "pytorch_model.bin", "clip.safetensors",
 )  # fmt: skip
 
 

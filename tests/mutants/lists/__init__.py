@@ -7,6 +7,7 @@ from mutants import emulation, extension
 from mutants.lists import (
     bench,
     cached,
+    clip,
     cpu,
     cuda,
     distributed,
@@ -33,5 +34,6 @@ AREAS = {
     "distributed": Area(distributed.MUTANTS),
     "cached": Area(cached.MUTANTS),
     "integrations": Area(integrations.MUTANTS),
+    "clip": Area(clip.MUTANTS),
     "bench": Area(bench.MUTANTS),
 }
