@@ -35,6 +35,7 @@ class Form:
     cleaning: of `fastclip.clip.cleaning`.
     fill: whether rows are as long as the context. SigLIP pools the last position, so that the
         padding belongs to a text.
+    lacks: a token that tokenizers of this form do not have.
     """
 
     start: str | None
@@ -42,10 +43,12 @@ class Form:
     pad: str | int
     cleaning: str
     fill: bool
+    lacks: str | None = None
 
     def has(self, bpe: tokenizers.Tokenizer) -> bool:
         names = [name for name in (self.start, self.end, self.pad) if isinstance(name, str)]
-        return None not in map(bpe.token_to_id, names)
+        other = self.lacks is not None and bpe.token_to_id(self.lacks) is not None
+        return None not in map(bpe.token_to_id, names) and not other
 
 
 FORMS = (
@@ -53,7 +56,7 @@ FORMS = (
     Form(*byte_pairs.SPECIAL, 0, "clip", False),
     Form("<start_of_text>", "<end_of_text>", 0, "clip", False),
     Form(None, "<eos>", "<pad>", "lower", True),  # SigLIP 2: Gemma's
-    Form(None, "</s>", "</s>", "canonical", True),  # SigLIP
+    Form(None, "</s>", "</s>", "canonical", True, lacks="<s>"),  # SigLIP; others begin with <s>
 )
 
 

@@ -123,6 +123,8 @@ def test_what_the_weights_do_not_tell_must_be_given() -> None:
     with pytest.raises(ValueError, match="the weights do not tell image_pool; give"):
         load_pretrained(clipa, **TOLD)
     assert load_pretrained(clipa, image_pool="mean", **TOLD).config.image_pool == "mean"
+    with pytest.raises(ValueError, match=r"dtype must be floating-point, got torch.int8"):
+        load_pretrained(native(), dtype=torch.int8, **TOLD)
     with pytest.raises(TypeError, match=r"options must be among image_heads, .*, got heads"):
         load_pretrained(native(), heads=3)
     with pytest.raises(ValueError, match="text_pool must be one of 'highest', 'end', 'last', got"):

@@ -200,6 +200,16 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"special tokens of one of: <start> <end>; <\|startoft"):
         Tokenizer(tmp_path)
+    text = TOKENIZER.read_text(encoding="utf-8")
+    for start, message in (("<s>", "special tokens of one of"), ("<x>", None)):
+        (tmp_path / "tokenizer.json").write_text(
+            text.replace("<start>", start).replace("<end>", "</s>"), encoding="utf-8"
+        )
+        if message is None:  # SigLIP's form
+            assert Tokenizer(tmp_path).encode(["cat"], 9)[0, -1] == Tokenizer(tmp_path).end
+            continue
+        with pytest.raises(ValueError, match=message):  # XLM-R's, whose texts begin with <s>
+            Tokenizer(tmp_path)
     with pytest.raises(ValueError, match="clean must be one of clip, canonical, lower, none"):
         Tokenizer(TOKENIZER, clean="all")
 

@@ -61,11 +61,14 @@ def load_pretrained(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the weights are of no known form; a key is missing, unknown or misshaped; the
-            configuration contradicts the shapes; or an option is needed to tell the model.
+            configuration contradicts the shapes; an option is needed to tell the model; or the
+            dtype is not floating-point.
         TypeError: an option is unknown.
     """
     if unknown := [name for name in options if name not in OPTIONS]:
         raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating-point, got {dtype}")
     if activation is not None:
         options = {"image_activation": activation, "text_activation": activation, **options}
     beside = None
