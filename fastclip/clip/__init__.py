@@ -8,7 +8,8 @@ from typing import Any
 
 _MODULES = {
     "CLIP": "model",
-    "CLIPConfig": "model",
+    "CLIPConfig": "config",
+    "load_pretrained": "pretrained",
     "Tokenizer": "tokenizer",
     "class_features": "zero_shot",
     "classify": "zero_shot",

@@ -13,7 +13,7 @@ Learning Transferable Visual Models From Natural Language Supervision, arXiv 210
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -21,87 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .config import CLIPConfig
+from .tower import AttentionPool, Tower
+
 MAX_SCALE = 100.0  # CLIP's ceiling for exp(logit_scale): beyond it training becomes unstable
 METADATA_KEY = "fastclip_config"
 
 
-@dataclass(frozen=True)
-class CLIPConfig:
-    """The sizes of a model, and the initial scale and bias of its logits. Pictures are RGB squares
-    with a side of `image_size` pixels.
-
-    Raises:
-        ValueError: a size is not a positive integer, the patches do not tile the picture, or the
-            number of heads does not divide a width.
-    """
-
-    embed_dim: int = 256
-    image_size: int = 32
-    patch_size: int = 8
-    image_width: int = 128
-    image_layers: int = 2
-    image_heads: int = 4
-    vocab_size: int = 1536
-    context_length: int = 24
-    text_width: int = 256
-    text_layers: int = 1
-    text_heads: int = 4
-    scale: float = 1 / 0.07
-    bias: float | None = None  # None: the model has no bias
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name in ("scale", "bias"):
-                continue
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
-        for whole, part in (
-            ("image_size", "patch_size"),
-            ("image_width", "image_heads"),
-            ("text_width", "text_heads"),
-        ):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{whole} must be a multiple of {part}, "
-                    f"got {getattr(self, whole)} and {getattr(self, part)}"
-                )
-
-
-class TransformerBlock(nn.Module):
-    """One pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.norm_1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm_2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
-        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, W/heads)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
-
-
-class Tower(nn.Module):
-    """The part that both towers share: position embeddings, Transformer blocks, a final norm."""
-
-    def __init__(self, width: int, layers: int, heads: int, length: int, *, causal: bool) -> None:
-        super().__init__()
-        self.positions = nn.Parameter(torch.empty(length, width))
-        self.blocks = nn.Sequential(
-            *(TransformerBlock(width, heads, causal=causal) for _ in range(layers))
-        )
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
-        return self.norm(self.blocks(x + self.positions[: x.shape[1]]))
+def projection(kind: str, width: int, embed_dim: int) -> nn.Module:
+    """Returns one of `fastclip.clip.config.PROJECTIONS`."""
+    if kind == "none":
+        return nn.Identity()
+    return nn.Linear(width, embed_dim, bias=kind == "biased")
 
 
 class CLIP(nn.Module):
@@ -111,27 +42,37 @@ class CLIP(nn.Module):
     the configuration has another scale. Call `clamp_logit_scale()` after each optimiser step to
     keep it at or below ln 100. `logit_bias`, for SigLIP, is there if the configuration has a bias.
 
-    Pictures are pooled by one linear map of all patches, captions by their last token. The map
-    replaces CLIP's class token. A class token starts as an average over the patches, without their
-    positions, and a short training is almost over before it has learnt them. In the demo, after
-    25,000 pairs of emoji, a class token recognised 4 % of the drawings of a vendor that was not
-    trained on, the linear map 9 %.
+    By default pictures are pooled by one linear map of all patches, captions by their last token.
+    The map replaces CLIP's class token. A class token starts as an average over the patches,
+    without their positions, and a short training is almost over before it has learnt them. In the
+    demo, after 25,000 pairs of emoji, a class token recognised 4 % of the drawings of a vendor that
+    was not trained on, the linear map 9 %. `CLIPConfig` has the options that other models need.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = c = config
-        patches = (c.image_size // c.patch_size) ** 2
-        self.patch_embedding = nn.Conv2d(3, c.image_width, c.patch_size, stride=c.patch_size)
-        self.image_tower = Tower(
-            c.image_width, c.image_layers, c.image_heads, patches, causal=False
+        self.patch_embedding = nn.Conv2d(
+            3, c.image_width, c.patch_size, stride=c.patch_size, bias=c.patch_bias
         )
-        self.image_projection = nn.Linear(patches * c.image_width, c.embed_dim, bias=False)
+        self.image_tower = Tower(
+            c.image_width, c.image_layers, c.image_heads, c.tokens, causal=False, mlp=c.image_mlp,
+            activation=c.image_activation, eps=c.image_eps, class_token=c.class_token,
+            norm_first=c.image_norm_first, final_norm=not c.image_norm_after_pool,
+        )  # fmt: skip
+        pooled = c.image_width * (c.tokens if c.image_pool == "patches" else 1)
+        self.image_projection = projection(c.image_projection, pooled, c.embed_dim)
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.text_tower = Tower(
-            c.text_width, c.text_layers, c.text_heads, c.context_length, causal=True
-        )
-        self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=False)
+            c.text_width, c.text_layers, c.text_heads, c.context_length, causal=c.causal,
+            mlp=c.text_mlp, activation=c.text_activation, eps=c.text_eps,
+        )  # fmt: skip
+        self.text_projection = projection(c.text_projection, c.text_width, c.embed_dim)
+        if c.image_pool == "attention":
+            self.image_pool = AttentionPool(
+                c.image_width, c.image_heads, c.image_mlp or 4 * c.image_width,
+                c.image_activation, c.image_eps,
+            )  # fmt: skip
         self.logit_scale = nn.Parameter(torch.tensor(math.log(c.scale)))
         if c.bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor(float(c.bias)))
@@ -140,8 +81,9 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        for linear in (self.image_projection, self.text_projection):
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for tower in (self.image_tower, self.text_tower):
             nn.init.normal_(tower.positions, std=0.02)
             for block in tower.blocks:
@@ -151,9 +93,12 @@ class CLIP(nn.Module):
                 # Residual branches start small, so that the variance does not grow with the depth.
                 for linear in (block.out, block.down):
                     linear.weight.mul_((2 * len(tower.blocks)) ** -0.5)
+        if self.config.image_pool == "attention":
+            nn.init.normal_(self.image_pool.query, std=self.config.image_width**-0.5)
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """Returns the features (B, D) of pictures (B, 3, image_size, image_size), float in [-1, 1].
+        """Returns the features (B, D) of pictures (B, 3, image_size, image_size), float, normalised
+        by the configuration's mean and standard deviation (by default to [-1, 1]).
 
         Args:
             normalize: whether to divide each row by its norm, as `forward` does.
@@ -161,12 +106,24 @@ class CLIP(nn.Module):
         Raises:
             ValueError: the pictures have another shape.
         """
-        features = self.image_projection(self.image_tokens(images).flatten(1))
+        x = self.image_tokens(images)
+        pool = self.config.image_pool
+        if pool == "patches":
+            x = x.flatten(1)
+        elif pool == "class":
+            x = x[:, 0]
+        elif pool == "mean":
+            x = x[:, int(self.config.class_token) :].mean(dim=1)
+        else:
+            x = self.image_pool(x)
+        if self.config.image_norm_after_pool:
+            x = self.image_tower.norm(x)
+        features = self.image_projection(x)
         return F.normalize(features, dim=-1) if normalize else features
 
     def image_tokens(self, images: Tensor) -> Tensor:
-        """Returns the image tower's output (B, patches, W) for pictures as `encode_image` takes
-        them."""
+        """Returns the image tower's output (B, T, W) for pictures as `encode_image` takes them: the
+        class token, if there is one, then the patches."""
         size = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
@@ -175,9 +132,10 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """Returns the features (B, D) of token ids (B, T), T at most `context_length`.
 
-        The features are a projection of the tower's output at each row's end-of-text token, which
-        has the highest id, as in CLIP. Attention is causal and padding follows that token, so that
-        the amount of padding does not change the features.
+        By default the features are a projection of the tower's output at each row's end-of-text
+        token, which has the highest id, as in CLIP. Attention is causal and padding follows that
+        token, so that the amount of padding does not change the features. It does with
+        `text_pool="last"` or without `causal`: pad rows to `context_length`, as in training.
 
         Args:
             normalize: whether to divide each row by its norm, as `forward` does.
@@ -186,7 +144,12 @@ class CLIP(nn.Module):
             ValueError: the ids have another shape, or rows are longer than `context_length`.
         """
         x = self.text_tokens(tokens)
-        last = tokens.argmax(dim=1)
+        if self.config.text_pool == "highest":
+            last = tokens.argmax(dim=1)
+        elif self.config.text_pool == "end":
+            last = (tokens == self.config.end_id).int().argmax(dim=1)
+        else:
+            last = torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
         features = self.text_projection(x[torch.arange(len(x), device=x.device), last])
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -241,3 +204,12 @@ class CLIP(nn.Module):
         model = cls(CLIPConfig(**json.loads(config))).to(device)
         model.load_state_dict(weights)
         return model
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Returns whether `CLIP.save` wrote the file."""
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False

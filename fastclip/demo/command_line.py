@@ -1,31 +1,10 @@
-"""The command line of the demo, and its one-line error messages."""
+"""The command line of the demo."""
 
 import argparse
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO, NoReturn
 
-import torch
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong option in one line without the usage; prints nothing if `quiet`."""
-
-    quiet = False
-
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
-        if not self.quiet:
-            super()._print_message(message, file)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+from ..command_line import OneLineParser, positive
 
 
 def steps_or_never(text: str) -> int:
@@ -43,7 +22,7 @@ def rate_of_learning(text: str) -> float:
 
 
 # argparse names these in its message if the text is not a number.
-positive.__name__ = steps_or_never.__name__ = "whole number"
+steps_or_never.__name__ = "whole number"
 rate_of_learning.__name__ = "number"
 
 
@@ -130,16 +109,6 @@ def parser(losses: Collection[str], implementations: Collection[str]) -> argpars
         "by torchrun resume without this option. The comparison starts from its first step",
     )
     return p
-
-
-def checked_device(text: str) -> torch.device:
-    """Returns the device after a trial allocation. Raises ValueError if that fails."""
-    try:
-        device = torch.device(text)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"cannot use device {text!r}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def writable_folder(path: Path) -> Path:

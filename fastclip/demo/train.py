@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..clip.model import CLIP, CLIPConfig
 from ..clip.tokenizer import Tokenizer
+from ..command_line import checked_device
 from . import emoji as emoji_data
 from .checkpoint import Checkpoint
-from .command_line import checked_device, parser, writable_folder
+from .command_line import parser, writable_folder
 from .emoji.batches import Batches
 from .emoji.evaluate import Score, as_json, evaluate, held_out_features
 from .emoji.split import Split, split

@@ -7,6 +7,7 @@ from mutants import emulation, extension
 from mutants.lists import (
     bench,
     cached,
+    clip,
     cpu,
     cuda,
     distributed,
@@ -37,5 +38,6 @@ AREAS = {
     "integrations": Area(integrations.MUTANTS),
     "retrieval": Area(retrieval.MUTANTS),
     "retrieval on CPUs": Area(retrieval_cpu.MUTANTS, Build(extension.make, extension.undo)),
+    "clip": Area(clip.MUTANTS),
     "bench": Area(bench.MUTANTS),
 }

@@ -1,0 +1,65 @@
+"""Pictures as a model takes them: found, read, resized, normalised.
+
+Learning Transferable Visual Models From Natural Language Supervision, arXiv 2103.00020: the shorter
+side is resized with a bicubic filter, then the centre is cut out. SigLIP, arXiv 2303.15343, resizes
+both sides.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import CLIPConfig
+
+ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def find(paths: Iterable[str | Path]) -> list[Path]:
+    """Returns the files, and the pictures (by their endings) in folders and below, sorted.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        found += inside if path.is_dir() else [path]
+    return found
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """Returns the picture in RGB. Transparent pixels show white."""
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resized(image: Image.Image, size: int, how: str) -> Image.Image:
+    """Returns a square with a side of `size`: `how` is "crop" or "squash"."""
+    if how == "squash":
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def read(path: str | Path, config: CLIPConfig) -> Tensor:
+    """Returns a picture, (3, image_size, image_size) float32, normalised as in training.
+
+    Raises:
+        OSError: the file is no readable picture.
+    """
+    with Image.open(path) as image:
+        square = resized(opaque(image), config.image_size, config.image_resize)
+    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+    colours = pixels.reshape(config.image_size, config.image_size, 3).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    return (colours - mean) / std

@@ -1,0 +1,81 @@
+"""Mutants of the reference CLIP: foreign weights, tokenizers, pictures, predictions."""
+
+from mutants.mutant import mutant
+
+WEIGHTS = "tests/demo/test_pretrained.py::test_"
+WORDS = "tests/demo/test_zero_shot.py::test_"
+KEYS = "fastclip/clip/pretrained/keys.py"
+TOKENIZER = "fastclip/clip/tokenizer.py"
+
+MUTANTS = (
+    mutant(
+        "a loaded model shares memory with the state dict",
+        KEYS,
+        "dtype, copy=True)",
+        "dtype)",
+        f"{WEIGHTS}the_model_has_memory_of_its_own",
+    ),
+    mutant(
+        "an unknown key is left out without a word",
+        KEYS,
+        "for key in state if key not in known and not",
+        "for key in () if not",
+        f"{WEIGHTS}every_key_is_accounted_for",
+    ),
+    mutant(
+        "whole numbers are taken for weights",
+        KEYS,
+        "not tensor.is_floating_point()",
+        "False",
+        f"{WEIGHTS}every_key_is_accounted_for",
+    ),
+    mutant(
+        "a missing block shortens the tower",
+        "fastclip/clip/pretrained/layout.py",
+        "return len({match[1] for match in map(found.match, state) if match})",
+        "return 2",
+        f"{WEIGHTS}every_key_is_accounted_for",
+    ),
+    mutant(
+        "a configuration of another model is believed",
+        "fastclip/clip/pretrained/__init__.py",
+        "if name in found and name in told and found[name] != told[name]",
+        "if False",
+        f"{WEIGHTS}a_configuration_of_another_model_is_refused",
+    ),
+    mutant(
+        "weights without the first norm are pooled as if they had it",
+        "fastclip/clip/pretrained/open_clip.py",
+        "if norm_first:  # CLIPA",
+        "if True:  # CLIPA",
+        f"{WEIGHTS}what_the_weights_do_not_tell_must_be_given",
+    ),
+    mutant(
+        "a tokenizer of another vocabulary fits",
+        TOKENIZER,
+        "fits = self.end == end and",
+        "fits =",
+        f"{WORDS}the_tokenizer_must_be_the_models",
+    ),
+    mutant(
+        "a long caption loses its end",
+        TOKENIZER,
+        "[*first, *encoding.ids[:room], self.end]",
+        "[*first, *encoding.ids, self.end][:context_length]",
+        f"{WORDS}clips_tokenizer_from_a_file_of_merges",
+    ),
+    mutant(
+        "SigLIP's labels share one probability",
+        "fastclip/clip/predictions.py",
+        "if model.config.bias is None",
+        "if True",
+        f"{WORDS}the_table_has_the_models_probabilities[-2.0]",
+    ),
+    mutant(
+        "colours are not normalised",
+        "fastclip/clip/pictures.py",
+        "return (colours - mean) / std",
+        "return colours",
+        f"{WORDS}pictures_are_cropped_or_squashed",
+    ),
+)
