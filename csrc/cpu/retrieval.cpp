@@ -37,10 +37,7 @@ void find_ranks(const RankScan& p) {
     using Op = typename decltype(types)::Operand;
     using T = typename decltype(types)::Number;
     const PreparedRanks<In, T> prepared(p, product_error<In, Op, T>(p));
-    if (p.ids_x)
-      Scanner<In, Op, T, RankStrip<In, T, true>>(prepared).run();
-    else
-      Scanner<In, Op, T, RankStrip<In, T, false>>(prepared).run();
+    Scanner<In, Op, T, RankStrip<In, T>>(prepared).run();
   });
 }
 

@@ -69,9 +69,8 @@ struct Counted {
 
 std::tuple<Tensor, Tensor> ranks(const Tensor& queries, const Tensor& keys, const Tensor& own_rows,
                                  const Tensor& row_scores, const OptionalTensor& own_columns,
-                                 const OptionalTensor& column_scores, const OptionalTensor& ids_x,
-                                 const OptionalTensor& ids_y, int64_t first_query) {
-  const Given given(queries, keys, ids_x, ids_y);
+                                 const OptionalTensor& column_scores, int64_t first_query) {
+  const Given given(queries, keys, std::nullopt, std::nullopt);
   RankScan p;
   given.set(p);
   p.first_query = first_query;

@@ -24,14 +24,11 @@ def counts(
     for part, t in chunks_of(sides):
         if band_x is None:
             band_x, band_y = bands(sides, error, t.dtype)
-        counted = None
-        if sides.ids_x is not None:
-            counted = sides.ids_x[part, None] != sides.ids_y
-        above, near = _decided(t, of_rows.score[part, None], band_x[part, None], counted)
+        above, near = _decided(t, of_rows.score[part, None], band_x[part, None])
         rows[part] += above.sum(1)
         either = near
         if of_columns is not None:
-            above_columns, near_columns = _decided(t, of_columns.score, band_y, counted)
+            above_columns, near_columns = _decided(t, of_columns.score, band_y)
             columns += above_columns.sum(0)
             either = near | near_columns
         query, key = either.nonzero(as_tuple=True)
@@ -45,12 +42,11 @@ def counts(
     return (rows,) if of_columns is None else (rows, columns)
 
 
-def _decided(t: Tensor, own: Tensor, band: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+def _decided(t: Tensor, own: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
     """Masks of the pairs above their lines' own for certain, and of those that are too near."""
     difference = t - own.to(t.dtype)
     above = difference > band
-    near = ~(above | (difference < -band))  # a NaN, of products that overflow, is near
-    return (above, near) if counted is None else (above & counted, near & counted)
+    return above, ~(above | (difference < -band))  # a NaN, of products that overflow, is near
 
 
 def _comes_first(scores: Tensor, index: Tensor, own: Own, lines: Tensor) -> Tensor:

@@ -75,16 +75,15 @@ def ranks(
 
 
 def count(sides: Sides, of_rows: Own, of_columns: Own | None, first_query: int = 0) -> Ranks:
-    """Counts the pairs that come before own ones, for lines without one, too. first_query: the
-    index of query 0, as of_columns counts, for a block of a larger matrix."""
+    """Counts the pairs that come before own ones, for lines without one, too. No other pair of the
+    same id comes before the best one. first_query: the index of query 0, as of_columns counts, for
+    a block of a larger matrix."""
     if sides.is_empty:
         lines = [of_rows] if of_columns is None else [of_rows, of_columns]
         found = [torch.zeros_like(own.index) for own in lines]
     elif sides.compiled:
         columns = (None, None) if of_columns is None else of_columns
-        found = operators.ranks(
-            sides.x, sides.y, *of_rows, *columns, sides.ids_x, sides.ids_y, first_query
-        )
+        found = operators.ranks(sides.x, sides.y, *of_rows, *columns, first_query)
     else:
         plain = sides.engine in ("torch", "reference")
         counts = plain_ranks.counts if plain else swept_ranks.counts

@@ -58,6 +58,5 @@ def _settled(sides: Sides, own: Own, lines: Tensor) -> Tensor:
     """The counts of chosen queries, by plain PyTorch."""
     if not len(lines):
         return lines
-    ids = (None, None) if sides.ids_x is None else (sides.ids_x[lines], sides.ids_y)
-    some = Sides(sides.x[lines], sides.y, *ids, 0, "torch")
+    some = Sides(sides.x[lines], sides.y, None, None, 0, "torch")
     return plain_ranks.counts(some, Own(own.index[lines], own.score[lines]), None, 0)[0]

@@ -7,6 +7,8 @@ import torch
 from support.retrieval_oracle import dense_ranks, features
 
 from fastclip import retrieval
+from fastclip.retrieval.metrics import as_metrics
+from fastclip.retrieval.ranks import Ranks
 
 
 def expected(ranks: list[int], name: str) -> dict[str, float]:
@@ -26,6 +28,12 @@ def test_pairs() -> None:
     wanted = expected(rows, "image_to_text") | expected(columns, "text_to_image")
     assert found == pytest.approx(wanted)
     assert list(found) == list(wanted)
+
+
+def test_the_median_of_an_even_number() -> None:
+    rows, columns = torch.tensor([3, 0, 3, 0]), torch.tensor([5, 1, 2, 7])
+    found = as_metrics(Ranks(rows, columns), "a", "b", (1,))
+    assert (found["a_to_b_median_rank"], found["b_to_a_median_rank"]) == (2, 4)
 
 
 def test_lists_of_chunks_names_and_dtypes() -> None:

@@ -64,7 +64,7 @@ def test_the_best_key_of_the_same_id_counts_and_others_of_it_do_not(engine: str)
 def test_many_pairs_of_one_id_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastclip.retrieval import best_same_id
 
-    monkeypatch.setattr(best_same_id, "CHUNK", 7)
+    monkeypatch.setattr(best_same_id, "CHUNK", 30)
     x, y = (
         features("integers", 20, 4, 9, torch.float32),
         features("integers", 26, 4, 10, torch.float32),

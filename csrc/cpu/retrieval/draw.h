@@ -44,8 +44,16 @@ class DrawStrip {
   };
 
   DrawStrip(const Problem& p, Worker& worker, int64_t begin, int64_t rows, int64_t lanes)
-      : p_(p), columns_(worker.columns), begin_(begin), rows_(rows), lanes_(lanes), first_(lanes), second_(lanes),
-        logits_(lanes, -std::numeric_limits<float>::infinity()), places_(lanes, -1), ids_(p.ids_x ? lanes : 0),
+      : p_(p),
+        columns_(worker.columns),
+        begin_(begin),
+        rows_(rows),
+        lanes_(lanes),
+        first_(lanes),
+        second_(lanes),
+        logits_(lanes, -std::numeric_limits<float>::infinity()),
+        places_(lanes, -1),
+        ids_(p.ids_x ? lanes : 0),
         t_(lanes) {
     for (int64_t i = 0; i < lanes; i++) {
       const LineKeys keys(p.seed, false, begin + i);

@@ -33,8 +33,8 @@ double exact_score(const Scan& p, int64_t i, int64_t j) {
 }
 
 // The largest error of a product t relative to |x| |y|, for sums of up to `chain` terms at a time. Any order of n
-// additions has an error below n units in the last place of sum |x_d| |y_d| <= |x| |y|; four more are for the scores and
-// their differences, which are rounded, too, and 1 % is for the norms.
+// additions has an error below n units in the last place of sum |x_d| |y_d| <= |x| |y|; four more are for the scores
+// and their differences, which are rounded, too, and 1 % is for the norms.
 template <class T>
 double largest_error(int64_t width, int64_t chain) {
   const double unit = sizeof(T) == sizeof(double) ? 0x1p-53 : 0x1p-24;

@@ -1,7 +1,8 @@
 // Counts the keys above each query's own and the queries above each key's own, in one scan.
 //
 // A product that differs from a line's own score by more than its error decides. The others, few unless features are
-// duplicates, are decided by exact scores; of equal scores the lower index is above.
+// duplicates, are decided by exact scores; of equal scores the lower index is above. A line's own pair is the best of
+// its id, so that no other pair of the id comes before it: ids play no part.
 #pragma once
 
 #include <limits>
@@ -39,7 +40,7 @@ struct PreparedRanks : RankScan {
   }
 };
 
-template <class In, class T, bool Distinct>
+template <class In, class T>
 class RankStrip {
   using Mask = typename Integers<V<T>>::type;
 
@@ -56,12 +57,18 @@ class RankStrip {
   };
 
   RankStrip(const Problem& p, Worker& worker, int64_t begin, int64_t rows, int64_t lanes)
-      : p_(p), columns_(worker.columns), begin_(begin), rows_(rows), lanes_(lanes), counts_(lanes), level_(lanes),
-        band_(lanes), ids_(Distinct ? lanes : 0), held_(lanes / kWidth<T>) {
+      : p_(p),
+        columns_(worker.columns),
+        begin_(begin),
+        rows_(rows),
+        lanes_(lanes),
+        counts_(lanes),
+        level_(lanes),
+        band_(lanes),
+        held_(lanes / kWidth<T>) {
     for (int64_t i = 0; i < lanes; i++) {
       level_[i] = i < rows ? p.of_rows.level[begin + i] : std::numeric_limits<T>::infinity();
       band_[i] = i < rows ? p.of_rows.band[begin + i] : T(0);
-      if constexpr (Distinct) ids_[i] = i < rows ? p.ids_x[begin + i] : 0;
     }
     for (size_t q = 0; q < held_.size(); q++) held_[q] = lanes_below<T>(q * kWidth<T>, rows);
   }
@@ -92,7 +99,7 @@ class RankStrip {
     const V<T> band = number_of<T>(Columns ? p_.of_columns.band[j] : T(0));
     for (int64_t i = 0; i < lanes_; i += kWidth<T>) {
       Decided row, column;
-      decide_both<Columns>(t, i, j, level, band, row, column);
+      decide_both<Columns>(t, i, level, band, row, column);
       Mask counts;
       memcpy(&counts, counts_.data() + i, sizeof counts);
       counts -= row.above;
@@ -105,21 +112,16 @@ class RankStrip {
   }
 
   template <bool Columns>
-  FASTCLIP_INLINE void decide_both(const T* products, int64_t i, int64_t j, const V<T>& col_level, const V<T>& col_band,
+  FASTCLIP_INLINE void decide_both(const T* products, int64_t i, const V<T>& col_level, const V<T>& col_band,
                                    Decided& row, Decided& column) const {
     V<T> t, level, band;
     load(products + i, t), load(level_.data() + i, level), load(band_.data() + i, band);
-    Mask counted = held_[i / kWidth<T>];
-    if constexpr (Distinct) {
-      Mask ids;
-      memcpy(&ids, ids_.data() + i, sizeof ids);
-      counted = counted & (ids != p_.ids_y[j]);
-    }
+    const Mask held = held_[i / kWidth<T>];
     decide(t - level, band, row);
-    row.above &= counted, row.near &= counted;
+    row.above &= held, row.near &= held;
     if constexpr (Columns) {
       decide(t - col_level, col_band, column);
-      column.above &= counted, column.near &= counted;
+      column.above &= held, column.near &= held;
     }
   }
 
@@ -135,7 +137,7 @@ class RankStrip {
   void resolve(const T* t, int64_t j, const V<T>& col_level, const V<T>& col_band) {
     for (int64_t i = 0; i < lanes_; i += kWidth<T>) {
       Decided row, column{};
-      decide_both<Columns>(t, i, j, col_level, col_band, row, column);
+      decide_both<Columns>(t, i, col_level, col_band, row, column);
       for (uint32_t bits = bits_of<T>(row.near | column.near); bits; bits &= bits - 1) {
         const int q = __builtin_ctz(bits);
         const int64_t query = begin_ + i + q;
@@ -155,7 +157,6 @@ class RankStrip {
   const int64_t begin_, rows_, lanes_;
   std::vector<Integer<T>> counts_;
   std::vector<T> level_, band_;
-  std::vector<Integer<T>> ids_;
   std::vector<Mask> held_;
 };
 

@@ -3,8 +3,8 @@
 // A visitor class has
 //   Worker(p)                             what a thread gathers over all of its strips; merge() adds it to the results
 //   Visitor(p, worker, begin, rows, lanes)  a strip of queries
-//   visit(t, begin, cols)                 the products t (cols, lanes) of the keys from `begin` on, queries side by side
-//   close()                               the end of the strip's keys, called under a lock
+//   visit(t, begin, cols)                 the products t (cols, lanes) of the keys from `begin` on, queries side by
+//   side close()                               the end of the strip's keys, called under a lock
 // Strips are shared among threads in any order, and few queries are also shared by their keys, so results must not
 // depend on the order of visits.
 #pragma once

@@ -81,8 +81,7 @@ class Candidates {
 template <class In, class T>
 struct PreparedTop : TopScan {
   double others;  // the largest norm of keys, times the relative error of products
-  PreparedTop(const TopScan& p, double error)
-      : TopScan(p), others(largest_norm<In, T>(y, n, width) * error) {}
+  PreparedTop(const TopScan& p, double error) : TopScan(p), others(largest_norm<In, T>(y, n, width) * error) {}
 };
 
 template <class In, class T>
@@ -97,7 +96,13 @@ class TopStrip {
   };
 
   TopStrip(const Problem& p, Worker&, int64_t begin, int64_t rows, int64_t lanes)
-      : p_(p), begin_(begin), rows_(rows), lanes_(lanes), floor_(lanes), ceiling_(lanes), band_(rows),
+      : p_(p),
+        begin_(begin),
+        rows_(rows),
+        lanes_(lanes),
+        floor_(lanes),
+        ceiling_(lanes),
+        band_(rows),
         candidates_(rows) {
     scaled_norms<In, T>(p.x, begin, rows, p.width, p.others, band_.data());
     for (int64_t i = 0; i < lanes; i++) {

@@ -21,11 +21,6 @@ MUTANTS = (
         f"{RANKS}inputs_on_which_ties_and_rounding_decide[torch-alike]",
     ),
     mutant(
-        "other keys of the same id count",
-        f"{FOLDER}plain_ranks.py", "(above & counted, near & counted)", "(above, near)",
-        f"{RANKS}the_best_key_of_the_same_id_counts_and_others_of_it_do_not[torch]",
-    ),
-    mutant(
         "of equal keys of an id the last one is the own",
         f"{FOLDER}best_same_id.py", 'torch.where(scores == best[query], key, len(sides.y))',
         'torch.where(scores == best[query], key, len(sides.y)).flip(0)',
@@ -60,7 +55,7 @@ MUTANTS = (
     mutant(
         "the median of an even number is the lower one",
         f"{FOLDER}metrics.py", "float((low + high) // 2)", "float(low)",
-        f"{METRICS}pairs",
+        f"{METRICS}the_median_of_an_even_number",
     ),
     mutant(
         "a negative scale does not reverse",
