@@ -25,6 +25,7 @@ def metrics(
     retrieval_dtype: torch.dtype | str | None = torch.float32,
     *,
     ids: tuple[Tensor, Tensor] | None = None,
+    pairs: Tensor | None = None,
     ks: Sequence[int] = (1, 5, 10),
     normalize: bool = False,
     backend: str | None = None,
@@ -45,7 +46,9 @@ def metrics(
             "model" leaves them as they are.
         ids: (image_ids (M), text_ids (N)), integers, for several captions of an image: Flickr30k
             and COCO have five. The rank of an image is then that of its best caption, and its
-            other captions are not counted, as usual on these datasets. None: image i has text i.
+            other captions are not counted, as usual on these datasets.
+        pairs: (P, 2), integers, in place of ids: images and texts that belong together. Without ids
+            and pairs image i has text i.
         ks: the k of R@k.
         normalize, backend: as in `ranks`.
 
@@ -53,9 +56,11 @@ def metrics(
         TypeError, ValueError: as `ranks`; an image without a text or a text without an image.
     """
     images, texts, ids = pairs_of(
-        image_features, text_features, logit_scale, retrieval_device, retrieval_dtype, ids
+        image_features, text_features, logit_scale, retrieval_device, retrieval_dtype, ids, pairs
     )
-    found = ranks(images, texts, ids=ids, normalize=normalize, backend=backend)
+    if pairs is not None:
+        pairs = pairs.to(images.device)
+    found = ranks(images, texts, ids=ids, pairs=pairs, normalize=normalize, backend=backend)
     check_partners(found)
     return as_metrics(found, image_key, text_key, ks)
 
@@ -63,7 +68,7 @@ def metrics(
 def pairs_of(
     image_features: Features, text_features: Features, logit_scale: Tensor | float | None,
     device: torch.device | str | None, dtype: torch.dtype | str | None,
-    ids: tuple[Tensor, Tensor] | None,
+    ids: tuple[Tensor, Tensor] | None, pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
     """Returns both sides' features, the images' with the sign of the scale, and the ids, all on one
     device."""
@@ -71,7 +76,7 @@ def pairs_of(
         _whole(name, features, device, dtype)
         for name, features in (("image_features", image_features), ("text_features", text_features))
     )
-    if ids is None and len(images) != len(texts):
+    if ids is None and pairs is None and len(images) != len(texts):
         raise ValueError(
             "image_features and text_features must be pairs, or ids must be given, got "
             f"{len(images)} and {len(texts)} of them"
@@ -86,7 +91,7 @@ def check_partners(found: Ranks, names: tuple[str, str] = ("image", "text")) -> 
     for name, other, lines in zip(names, names[::-1], found, strict=True):
         if bool((lines < 0).any()):
             raise ValueError(
-                f"every {name} must have a {other} with its id, got none for {name} "
+                f"every {name} must have a {other} of its own, got none for {name} "
                 f"{int((lines < 0).nonzero()[0])}"
             )
 

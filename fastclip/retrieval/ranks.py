@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine.compile_marks import no_compile
 from . import operators, plain_ranks, swept_ranks
 from .own import Own, own_partners, own_partners_of_keys
-from .sides import Sides, sides_of
+from .sides import Sides, check_pairs, sides_of
 
 
 class Ranks(NamedTuple):
@@ -31,6 +31,7 @@ def ranks(
     *,
     offset: int = 0,
     ids: tuple[Tensor, Tensor] | None = None,
+    pairs: Tensor | None = None,
     columns: bool = True,
     normalize: bool = False,
     backend: str | None = None,
@@ -55,6 +56,9 @@ def ranks(
         ids: (query_ids (M), key_ids (N)), integers. The own key of a query is then the best one of
             its id, and other keys of that id are not counted: several captions of an image, or
             several images of a class. offset must be 0.
+        pairs: (P, 2), integers, in place of ids: queries and keys that belong together, each in any
+            number of pairs. The own key of a query is its best partner, and its other partners are
+            not counted.
         columns: whether to rank the queries of each key, too.
         normalize: divide features by max(norm, 1e-12) first.
         backend: as in `clip_loss`. The CPU engine has kernels of its own; elsewhere library
@@ -63,11 +67,15 @@ def ranks(
     Raises:
         TypeError: features or ids that are not tensors, or have another dtype.
         ValueError: shapes or devices that do not fit, features that are not finite, an offset
-            beside ids, a backend that cannot run here.
+            beside ids or pairs, a backend that cannot run here.
     """
-    if ids is not None and offset != 0:
-        raise ValueError(f"ids take the place of offset, which must be 0, got {offset}")
+    if (ids is not None or pairs is not None) and offset != 0:
+        raise ValueError(f"ids and pairs take the place of offset, which must be 0, got {offset}")
+    if ids is not None and pairs is not None:
+        raise ValueError("pairs take the place of ids, got both")
     sides = sides_of(queries, keys, ids, offset, normalize, backend)
+    if pairs is not None:
+        sides = sides._replace(pairs=check_pairs(pairs, sides.x, sides.y))
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):
         of_rows = own_partners(sides)
         of_columns = own_partners_of_keys(sides, of_rows) if columns else None
@@ -85,7 +93,8 @@ def count(sides: Sides, of_rows: Own, of_columns: Own | None, first_query: int =
         columns = (None, None) if of_columns is None else of_columns
         found = operators.ranks(sides.x, sides.y, *of_rows, *columns, first_query)
     else:
-        plain = sides.engine in ("torch", "reference")
+        # A sweep could not leave out the best partners, and would leave every line open.
+        plain = sides.engine in ("torch", "reference") or sides.pairs is not None
         counts = plain_ranks.counts if plain else swept_ranks.counts
         found = counts(sides, of_rows, of_columns, first_query)
     return Ranks(found[0], None if of_columns is None else found[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine import pairs
 from ..engine.backends import choose
-from ..engine.checks import check_ids, check_offset, check_sides
+from ..engine.checks import check_ids, check_integers, check_offset, check_sides, check_tensor
 from ..engine.tiny_norms import EPS
 
 NAMES = ("queries", "keys")
@@ -25,6 +25,7 @@ class Sides(NamedTuple):
     ids_y: Tensor | None
     offset: int
     engine: str
+    pairs: Tensor | None = None  # (P, 2): queries and keys that belong together
 
     @property
     def compiled(self) -> bool:
@@ -40,7 +41,8 @@ class Sides(NamedTuple):
         return self.x.device
 
     def swapped(self) -> Sides:
-        return Sides(self.y, self.x, self.ids_y, self.ids_x, -self.offset, self.engine)
+        pairs = None if self.pairs is None else self.pairs.flip(1)
+        return Sides(self.y, self.x, self.ids_y, self.ids_x, -self.offset, self.engine, pairs)
 
     def own(self) -> Tensor:
         """Returns the key of each query by the offset, (M) int64, -1 for a query without one."""
@@ -57,6 +59,23 @@ def check_finite(name: str, features: Tensor) -> None:
     row = int((~torch.isfinite(features)).any(1).nonzero()[0])
     value = features[row][~torch.isfinite(features[row])][0].item()
     raise ValueError(f"{name} must be finite, got {value} in row {row}")
+
+
+def check_pairs(pairs: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Checks the indices of queries and keys that belong together; returns them as int64."""
+    check_tensor("pairs", pairs)
+    check_integers("pairs", pairs)
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.device != x.device:
+        raise ValueError(
+            f"pairs must be (P, 2) on {x.device}, got {tuple(pairs.shape)} on {pairs.device}"
+        )
+    limits = torch.tensor([len(x), len(y)], device=pairs.device)
+    if bool(((pairs < 0) | (pairs >= limits)).any()):
+        raise ValueError(
+            f"pairs must be queries below {len(x)} and keys below {len(y)}, got "
+            f"{pairs.amin(0).tolist()} to {pairs.amax(0).tolist()}"
+        )
+    return pairs.long()
 
 
 def sides_of(

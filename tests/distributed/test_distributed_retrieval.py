@@ -37,7 +37,7 @@ def test_metrics_equal_one_process_on_every_rank(
 def test_an_image_without_a_text_is_an_error_on_all_ranks(two: Ranks) -> None:
     spread = Spread("random", (4, 4), (4, 4), (4, 3))
     for error in two.outcomes(ranks.metrics, spread):
-        assert "every image must have a text with its id, got none for image 3" in str(error)
+        assert "every image must have a text of its own, got none for image 3" in str(error)
 
 
 def test_a_process_without_a_group_is_a_world_of_one() -> None:

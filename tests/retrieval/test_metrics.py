@@ -69,7 +69,7 @@ def test_bad_arguments() -> None:
     x = torch.ones(4, 3)
     with pytest.raises(ValueError, match="must be pairs, or ids must be given, got 4 and 3"):
         retrieval.metrics(x, x[:3])
-    with pytest.raises(ValueError, match="every image must have a text with its id, got none for"):
+    with pytest.raises(ValueError, match="every image must have a text of its own, got none for"):
         retrieval.metrics(x, x, ids=(torch.arange(4), torch.arange(4) + 1))
     with pytest.raises(ValueError, match="retrieval_dtype must be 'fp32', 'model' or a dtype"):
         retrieval.metrics(x, x, retrieval_dtype="half")

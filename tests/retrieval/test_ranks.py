@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE
-from support.retrieval_oracle import KINDS, dense_ranks, features
+from support.retrieval_oracle import KINDS, dense_ranks, dense_scores, features
 
 from fastclip import retrieval
 
@@ -62,15 +62,41 @@ def test_the_best_key_of_the_same_id_counts_and_others_of_it_do_not(engine: str)
 
 
 def test_many_pairs_of_one_id_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastclip.retrieval import best_same_id
+    from fastclip.retrieval import best_partner
 
-    monkeypatch.setattr(best_same_id, "CHUNK", 30)
+    monkeypatch.setattr(best_partner, "CHUNK", 30)
     x, y = (
         features("integers", 20, 4, 9, torch.float32),
         features("integers", 26, 4, 10, torch.float32),
     )
     ids = torch.arange(20) % 3, torch.arange(26) % 4
     check(x, y, "cpu", ids=ids)
+
+
+def test_pairs_that_no_ids_describe(engine: str) -> None:
+    x, y = (features("integers", n, 4, n, torch.float32) for n in (20, 31))
+    g = torch.Generator().manual_seed(19)
+    pairs = torch.stack((torch.randint(0, 18, (60,), generator=g), torch.arange(60) % 29), 1)
+    found = retrieval.ranks(
+        x.to(DEVICE), y.to(DEVICE), pairs=pairs.to(DEVICE, torch.int32), backend=engine
+    )
+    related = torch.zeros(20, 31, dtype=torch.bool)
+    related[pairs[:, 0], pairs[:, 1]] = True
+    for ranks, mask, a, b in ((found.rows, related, x, y), (found.columns, related.T, y, x)):
+        order = dense_scores(a, b).argsort(dim=1, descending=True, stable=True)
+        right = mask.gather(1, order)
+        first = torch.where(right.any(1), right.int().argmax(1), -1)
+        assert torch.equal(ranks.cpu(), first)
+
+
+def test_bad_pairs() -> None:
+    x, pairs = torch.ones(4, 3), torch.tensor([[0, 0], [3, 4]])
+    with pytest.raises(ValueError, match="pairs must be queries below 4 and keys below 4, got"):
+        retrieval.ranks(x, x, pairs=pairs)
+    with pytest.raises(ValueError, match=r"pairs must be \(P, 2\) on cpu, got \(4,\) on cpu"):
+        retrieval.ranks(x, x, pairs=pairs.flatten())
+    with pytest.raises(ValueError, match="pairs take the place of ids, got both"):
+        retrieval.ranks(x, x, pairs=pairs, ids=(torch.arange(4), torch.arange(4)))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -128,7 +154,7 @@ def test_values_that_are_not_finite_are_named(value: float, engine: str) -> None
 def test_other_bad_arguments() -> None:
     x = torch.ones(4, 3)
     ids = torch.arange(4), torch.arange(4)
-    with pytest.raises(ValueError, match="ids take the place of offset, which must be 0, got 1"):
+    with pytest.raises(ValueError, match="take the place of offset, which must be 0, got 1"):
         retrieval.ranks(x, x, offset=1, ids=ids)
     with pytest.raises(TypeError, match="offset must be an int, got None"):
         retrieval.ranks(x, x, offset=None)

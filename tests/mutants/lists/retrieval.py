@@ -21,9 +21,8 @@ MUTANTS = (
         f"{RANKS}inputs_on_which_ties_and_rounding_decide[torch-alike]",
     ),
     mutant(
-        "of equal keys of an id the last one is the own",
-        f"{FOLDER}best_same_id.py", 'torch.where(scores == best[query], key, len(sides.y))',
-        'torch.where(scores == best[query], key, len(sides.y)).flip(0)',
+        "the own key is the first partner instead of the best",
+        f"{FOLDER}best_partner.py", "torch.where(scores == best[line], key, n)", "key",
         f"{RANKS}many_pairs_of_one_id_go_in_chunks",
     ),
     mutant(

@@ -1,6 +1,6 @@
-"""The best key of each query's own id: the highest exact score, of equal ones the lowest index.
+"""The best partner of each query: the highest exact score, of equal ones the lowest index.
 
-It takes O(P D) operations for P pairs of equal ids, in chunks of pairs.
+It takes O(P D) operations for P pairs of partners. Pairs of equal ids are made in chunks.
 """
 
 from __future__ import annotations
@@ -17,28 +17,35 @@ from .sides import Sides
 CHUNK = 1 << 18  # pairs, unless one query alone has more
 
 
+def best_of_pairs(
+    sides: Sides, query: Tensor, key: Tensor, first: int, m: int
+) -> tuple[Tensor, ...]:
+    """Returns the index of the best partner, -1 without one, and its exact score, infinite without
+    one, of the m queries from `first` on. query, key (P): the pairs."""
+    n, device = len(sides.y), sides.device
+    scores = pair_scores(sides, query, key)
+    line = query - first
+    best = scores.new_full((m,), -torch.inf).scatter_reduce(0, line, scores, "amax")
+    at_best = torch.where(scores == best[line], key, n)
+    index = torch.full((m,), n, device=device).scatter_reduce(0, line, at_best, "amin")
+    return torch.where(index == n, -1, index), torch.where(index == n, torch.inf, best)
+
+
 def best_same_id(sides: Sides) -> tuple[Tensor, Tensor]:
-    """Returns the index (M) of each query's best key with its id, -1 without one, and the exact
-    score, infinite without one."""
+    """Returns the index (M) of each query's best key with its id, and the exact score."""
     m, device = len(sides.x), sides.device
     ordered, order = sides.ids_y.sort(stable=True)
     first = torch.searchsorted(ordered, sides.ids_x)
     counts = torch.searchsorted(ordered, sides.ids_x, right=True) - first
-    index = torch.full((m,), -1, dtype=torch.int64, device=device)
-    score = torch.full((m,), torch.inf, dtype=state_dtype(device), device=device)
+    index = torch.empty(m, dtype=torch.int64, device=device)
+    score = torch.empty(m, dtype=state_dtype(device), device=device)
     for rows in _chunks(counts):
         of_chunk = counts[rows]
         query = torch.repeat_interleave(of_chunk)  # within the chunk
         within = torch.arange(len(query), device=device) - (of_chunk.cumsum(0) - of_chunk)[query]
         key = order[first[rows][query] + within]
-        scores = pair_scores(sides, query + rows.start, key)
-        best = scores.new_full(of_chunk.shape, -torch.inf)
-        best = best.scatter_reduce(0, query, scores, "amax")
-        at_best = torch.where(scores == best[query], key, len(sides.y))
-        lowest = torch.full_like(of_chunk, len(sides.y)).scatter_reduce(0, query, at_best, "amin")
-        has = of_chunk > 0
-        index[rows] = torch.where(has, lowest, -1)
-        score[rows] = torch.where(has, best, torch.inf)
+        found = best_of_pairs(sides, query + rows.start, key, rows.start, len(of_chunk))
+        index[rows], score[rows] = found
     return index, score
 
 
