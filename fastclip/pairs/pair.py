@@ -48,7 +48,7 @@ class LeftOut:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         named = self.first.setdefault(reason, [])
         if len(named) < NAMED:
-            named.append(origin)
+            named.append(_encodable(origin))
 
     def lines(self) -> list[str]:
         """Returns a line for each reason."""
@@ -67,12 +67,19 @@ def merged(rows: Iterable[Pair]) -> list[Pair]:
         by_place.setdefault(row.place, []).append(row)
     pairs = [
         Pair(
-            group[0].name, place, tuple(sorted({c for row in group for c in row.captions})),
-            group[0].origin,
+            _encodable(group[0].name), place,
+            tuple(sorted({_encodable(c) for row in group for c in row.captions})),
+            _encodable(group[0].origin),
         )
         for place, group in by_place.items()
     ]  # fmt: skip
     return sorted(pairs, key=lambda pair: (pair.name, pair.place))
+
+
+def _encodable(text: str) -> str:
+    """Replaces what no text in UTF-8 has, such as the bytes of a file name in another encoding:
+    printing, hashing and tokenizing would fail."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def hold_out(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:

@@ -1,5 +1,10 @@
 """Batches of one's own pairs: epochs, captions, slices, continuation."""
 
+import gc
+import multiprocessing
+import os
+import signal
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -79,9 +84,12 @@ def test_slices_and_processes_decode_the_same_images(
     monkeypatch.setattr("fastclip.pairs.batches.CHUNK", 2)
     whole, decoded_elsewhere = stream(task), stream(task, processes=2)
     parts = [stream(task, rows=rows) for rows in (slice(0, 5), slice(5, 9))]
-    for _ in range(5):
+    for step in range(5):
         batch, slices = next(whole), [next(part) for part in parts]
         assert same(next(decoded_elsewhere), batch)
+        if step == 0:  # Ctrl-C reaches all processes of a terminal; only a step's end heeds it
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGINT)
         assert torch.equal(torch.cat([part.images for part in slices]), batch.images)
         assert [len(part.images) for part in slices] == [5, 4]
         for part, tokens in zip(slices, batch.tokens.split([5, 4]), strict=True):
@@ -108,9 +116,6 @@ def test_pairs_bring_their_own_ids(task: Task) -> None:
 
 def test_a_stream_is_free_of_cycles(task: Task, tmp_path: Path) -> None:
     """Its processes would otherwise outlive it by seconds."""
-    import gc
-    import weakref
-
     batches = stream(task)
     next(batches)
     alive = weakref.ref(batches)

@@ -1,6 +1,7 @@
 """Rows that are no usable pair are counted, the first few are named, and the rest is trained on."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 from support import pairs_task
 
 from fastclip.pairs.check import NO_FILE, NO_IMAGE, REASONS
-from fastclip.pairs.pair import LeftOut
+from fastclip.pairs.pair import LeftOut, fingerprint
 from fastclip.pairs.source import read_pairs
 
 
@@ -84,6 +85,21 @@ def test_samples_of_a_tar(tmp_path: Path) -> None:
         "1 left out, no caption: x.tar d",
         "1 left out, two files of one ending: x.tar e.PNG",
     ]
+
+
+def test_names_and_captions_that_are_not_unicode(tmp_path: Path) -> None:
+    """A file name in Latin-1, and half of a character of JSON."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(png(1))
+    path.with_suffix(".txt").write_text("coffee")
+    (tmp_path / os.fsdecode(b"th\xe9.png")).touch()
+    left_out = LeftOut()
+    (pair,) = read_pairs(str(tmp_path), left_out)
+    assert pair.name == "caf?.png" and pair.place.read() == png(1)
+    assert left_out.lines() == ["1 left out, no .txt beside it: th?.png"]
+    (tmp_path / "pairs.jsonl").write_text('{"path": "a.png", "caption": "\\ud83d x"}')
+    (pair,) = read_pairs(str(tmp_path / "pairs.jsonl"), left_out)
+    assert pair.captions == ("? x",) and len(fingerprint([pair])) == 12
 
 
 def test_the_first_few_are_named() -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,17 @@ import torch
 from PIL import Image
 from support import pairs_task
 from support.exported_emoji import export
+from support.installation import ROOT
 from support.pairs_task import TINY
 from support.ranks.processes import Ranks
 
 import fastclip.loss
 from fastclip.clip.model import CLIP
 from fastclip.clip.tokenizer import Tokenizer
+from fastclip.demo import emoji
 from fastclip.pairs.evaluate import features
+from fastclip.pairs.pair import LeftOut
+from fastclip.pairs.source import read_pairs
 from fastclip.train import main
 
 
@@ -28,10 +34,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return export(tmp_path_factory.mktemp("emoji"), "csv")
 
 
-def test_end_to_end(source: str, tmp_path: Path) -> None:
+def test_end_to_end(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the code of the page on it."""
     with open(source, "a") as file:
         file.write("nowhere.png,lost\n")
-    out = tmp_path / "deep" / "folder"
+    out = tmp_path / "deep" / "trained"
     command = [sys.executable, "-m", "fastclip.train", "--pairs", source, *TINY, "--workers", "2"]
     done = subprocess.run(
         [*command, "--out", str(out), "--held-out", "0.4"], capture_output=True, text=True,
@@ -59,6 +66,16 @@ def test_end_to_end(source: str, tmp_path: Path) -> None:
     held_out = task.held_out_set()
     found = features(model, held_out, held_out.pixels(task.workers, 0), task.encode, task.workers)
     assert held_out.scores(found) == pytest.approx(results["scores"])
+
+    data = emoji.load()
+    few = replace(data, concepts=data.concepts[:30], drawings=data.drawings[:30])
+    monkeypatch.setattr(emoji, "load", lambda: few)
+    monkeypatch.chdir(out.parent)
+    names = {}
+    codes = re.findall(r"```py\n(.*?)```", (ROOT / "docs/own-pairs.md").read_text(), re.DOTALL)
+    for code in codes:
+        exec(code, names)
+    assert len(codes) == 2 and len(read_pairs("emoji", LeftOut())) == len(names["paths"]) == 30
 
 
 @pytest.mark.parametrize("loss", ["clip_ids", "siglip", "global"])

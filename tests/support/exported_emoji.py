@@ -20,7 +20,7 @@ def images_with_captions(count: int) -> dict[str, tuple[Image.Image, tuple[str, 
     found = {}
     for number, concept in enumerate(emoji.concepts[: count * step : step]):
         drawing = emoji.drawings[number * step, number % 2].permute(1, 2, 0).numpy()
-        image = Image.fromarray(np.ascontiguousarray(drawing), "RGBA")
+        image = Image.fromarray(np.ascontiguousarray(drawing))
         found[f"{concept.code.lower()}.png"] = image, concept.captions
     return found
 
