@@ -44,7 +44,7 @@ from .source import read_pairs
 # The options that determine the loss curve, beside the pairs and the tokenizer.
 DECISIVE = (
     "steps", "batch_size", "micro_batch", "lr", "weight_decay", "loss", "implementation", "seed",
-    "crop", "flip", *SIZES,
+    "crop", "flip", "held_out", *SIZES,
 )  # fmt: skip
 SAMPLE = 1000  # held-out images that are evaluated during the training
 

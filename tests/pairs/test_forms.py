@@ -1,5 +1,6 @@
 """Tables, folders and tars with the same pairs give the same training."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -20,8 +21,8 @@ def read(source: str, *columns: str) -> list[Pair]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    pytest.importorskip("webdataset")
-    return {form: export(tmp_path_factory.mktemp(form), form) for form in FORMS}
+    here = [form for form in FORMS if form != "tars" or importlib.util.find_spec("webdataset")]
+    return {form: export(tmp_path_factory.mktemp(form), form) for form in here}
 
 
 def test_every_form_has_the_same_pairs(sources: dict[str, str], tmp_path: Path) -> None:
@@ -48,6 +49,7 @@ def test_every_form_has_the_same_curve(sources: dict[str, str]) -> None:
 
 
 def test_tars_may_be_a_folder_one_file_or_a_range(sources: dict[str, str]) -> None:
+    pytest.importorskip("webdataset")
     folder = Path(sources["tars"]).parent
     every = read(str(folder))
     assert len(every) == 40 and every == read(sources["tars"])

@@ -105,6 +105,8 @@ def test_processes_yield_what_this_one_does(tmp_path) -> None:
     assert [len(part) for part in here] == [2, 2, 1]
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
     assert torch.equal(here[1][0], Images(places, 8)[2, ""])
+    assert not torch.equal(here[0][0], Images(places, 8)[0, ""])
+    assert not torch.equal(here[0][0], images[0, "b"])
     loaded = load_image(places[2].file, 8)
     assert loaded.min() == -1 and loaded.max() == 1
     assert torch.equal(((loaded + 1) * 127.5).round().byte(), here[1][0])

@@ -66,6 +66,7 @@ def test_end_to_end(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     held_out = task.held_out_set()
     found = features(model, held_out, held_out.pixels(task.workers, 0), task.encode, task.workers)
     assert held_out.scores(found) == pytest.approx(results["scores"])
+    assert model.training
 
     data = emoji.load()
     few = replace(data, concepts=data.concepts[:30], drawings=data.drawings[:30])
@@ -132,10 +133,10 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
         assert "--resume continues from training.pt" in error
     state = torch.load(tmp_path / "training.pt", weights_only=True)
     assert len(state["run"]["losses"]) == kept
-    # The same images under other names are another training.
+    # Other images to train on are another training.
     with pytest.raises(SystemExit):
         main([*command, "--resume", "--held-out", "0.5"])
-    assert "training.pt: pairs " in capsys.readouterr().err.splitlines()[-1]
+    assert "training.pt: held_out 0.1, pairs " in capsys.readouterr().err.splitlines()[-1]
     main([*command, "--resume"])
     assert f"continues after step {kept} of 5\n" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())

@@ -13,6 +13,7 @@ from mutants.lists import (
     engine,
     integrations,
     losses,
+    pairs,
     triton,
 )
 from mutants.mutant import Mutant
@@ -33,5 +34,6 @@ AREAS = {
     "distributed": Area(distributed.MUTANTS),
     "cached": Area(cached.MUTANTS),
     "integrations": Area(integrations.MUTANTS),
+    "pairs": Area(pairs.MUTANTS),
     "bench": Area(bench.MUTANTS),
 }
