@@ -10,6 +10,12 @@ from ..demo.command_line import positive, steps_or_never
 # The sizes of the model that are options; the vocabulary's is the tokenizer's.
 SIZES = [f.name for f in fields(CLIPConfig) if f.name not in ("vocab_size", "scale", "bias")]
 DEFAULT_SIZES = {"image_size": 64, "context_length": 32}  # photographs show more than emoji
+HELP = {
+    "embed_dim": "width of the features ",
+    "image_size": "side of the images, in pixels ",
+    "patch_size": "side of a patch, in pixels ",
+    "context_length": "tokens of a caption at most ",
+}
 
 
 def share(text: str) -> float:
@@ -57,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         "how to lay out data"
     )
     group = parser.add_argument_group(
-        "own pairs", "Train on your own image-text pairs. The other options here need --pairs."
+        "own pairs", "Train on your own image-text pairs. The other options below need --pairs."
     )
     add = group.add_argument
     actions = [
@@ -113,7 +119,8 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         add(
             "--flip",
             action="store_true",
-            help="mirror every second training image; not for captions that say left or right",
+            help="mirror half of the training images, at random; not for captions that say left "
+            "or right",
         ),
         add(
             "--weight-decay",
@@ -135,15 +142,16 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             help="most tokens of a tokenizer that is learnt (default %(default)s)",
         ),
     ]
+    sizes = parser.add_argument_group("the model for own pairs", "The demo's model is fixed.")
     for name in SIZES:
         default = DEFAULT_SIZES.get(name, getattr(CLIPConfig, name))
         actions.append(
-            add(
+            sizes.add_argument(
                 f"--{name.replace('_', '-')}",
                 type=tokens if name == "context_length" else positive,
                 default=default,
                 metavar="SIZE",
-                help="of the model (default %(default)s)",
+                help=f"{HELP.get(name, '')}(default %(default)s)",
             )
         )
     return actions

@@ -32,7 +32,7 @@ class Augmentation(NamedTuple):
 
     smallest: the least area of a crop, as a share of the area of the largest square; 1 with no
         change of the sides' ratio.
-    flip: whether every second image is mirrored.
+    flip: whether half of the images are mirrored, at random.
     """
 
     smallest: float = 0.8
