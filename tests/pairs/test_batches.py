@@ -18,7 +18,7 @@ from fastclip.pairs.batches import Batch, Batches
 from fastclip.pairs.images import Augmentation
 from fastclip.pairs.pair import Pair, Place
 from fastclip.pairs.plan import Plan
-from fastclip.pairs.train import Task
+from fastclip.pairs.task import Task
 
 PAIRS = [Pair(f"{k}.png", Place(""), (f"a{k}", f"b{k}"), "") for k in range(20)]
 

@@ -12,8 +12,9 @@ from fastclip.demo.workers import ALONE, Workers
 from fastclip.pairs.command_line import add_options
 from fastclip.pairs.evaluate import features
 from fastclip.pairs.pair import LeftOut
+from fastclip.pairs.report import EvaluatedRun
 from fastclip.pairs.source import read_pairs
-from fastclip.pairs.train import EvaluatedRun, Task
+from fastclip.pairs.task import Task
 
 TINY = [
     "--image-size", "16", "--image-width", "16", "--image-heads", "2", "--image-layers", "1",
