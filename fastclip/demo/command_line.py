@@ -91,7 +91,7 @@ def parser(losses: Collection[str], implementations: Collection[str]) -> argpars
         "--out",
         type=Path,
         default=Path("demo"),
-        help="output folder, created if missing (default %(default)s)",
+        help="output folder, created if missing (default %(default)s, with --pairs trained)",
     )
     p.add_argument(
         "--checkpoint-every",

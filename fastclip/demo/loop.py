@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from ..cached import cached_step
 from ..clip.model import CLIP
+from .batch import Stream
 from .checkpoint import Checkpoint, restore
-from .emoji.batches import Batches
 from .losses import BatchLoss
 from .workers import ALONE, Workers
 
@@ -41,12 +41,15 @@ class Run:
         self.seconds = state["seconds"]
 
 
-def optimizer_for(model: CLIP, lr: float) -> torch.optim.Optimizer:
-    """Returns AdamW. Matrices have a weight decay of 1.0, strong because there are few pictures;
-    the vectors of layer norms, biases and the scale have none."""
+def optimizer_for(model: CLIP, lr: float, weight_decay: float = 1.0) -> torch.optim.Optimizer:
+    """Returns AdamW. Matrices have the weight decay; the vectors of layer norms, biases and the
+    scale have none. The default is strong because the demo has few pictures."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
@@ -58,12 +61,13 @@ def rate(step: int, steps: int) -> float:
 
 def train(
     model: CLIP,
-    stream: Batches,
+    stream: Stream,
     loss: BatchLoss,
     run: Run,
     *,
     steps: int,
     lr: float,
+    weight_decay: float = 1.0,
     stop: int | None = None,
     micro_batch: int | None = None,
     label: str = "",
@@ -71,6 +75,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     state: dict[str, Any] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    after_step: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Trains for the first `stop` of the schedule's `steps` (default: all) and writes the record of
     every step to `run`.
@@ -82,8 +87,9 @@ def train(
         state: from `Checkpoint.load`; the training continues after its last step.
         stop_requested: is called after each step. If it returns True on any rank, all ranks raise
             KeyboardInterrupt at the end of that step.
+        after_step: is called on every rank with the number of steps done, before a checkpoint.
     """
-    optimizer = optimizer_for(model, lr)
+    optimizer = optimizer_for(model, lr, weight_decay)
     parts = {"model": model, "loss": loss, "optimizer": optimizer, "batches": stream, "run": run}
     if state is not None:
         restore(state, parts)
@@ -114,13 +120,14 @@ def train(
             run.losses.append(batch_loss)
             run.scales.append(model.logit_scale.exp().item())
             run.seconds = spent + time.perf_counter() - started
-            speed = len(run.losses) * len(batch.concepts) / run.seconds
+            speed = len(run.losses) * len(batch.captions) / run.seconds
             bar.set_postfix_str(
                 f"loss {run.losses[-1]:.3f}, scale {run.scales[-1]:.1f}, {speed:,.0f} pairs/s",
                 refresh=False,
             )
             bar.update()
             done = step + 1
+            after_step(done)
             if saves and (stopping or done == stop or done % checkpoint.every == 0):
                 checkpoint.save(parts)
             if stopping:

@@ -1,4 +1,4 @@
-"""The losses that the demo trains with: by name, fused or dense, on one process or across ranks."""
+"""The losses to train with: by name, fused or dense, on one process or across ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from .. import distributed
 from .. import loss as fused
 from .. import reference as dense
-from .emoji import VENDORS
-from .emoji.batches import Batch
+from .batch import Batch
 from .workers import ALONE, Workers
 
 
 class Pairs(NamedTuple):
-    """The ids of a batch's pairs: equal captions have equal ids, and each drawing, a sample of the
-    dataset, has an id of its own."""
+    """The ids of a batch's pairs: equal captions have equal ids, and each sample of the dataset has
+    an id of its own."""
 
     captions: Tensor
     samples: Tensor
@@ -54,7 +53,7 @@ class BatchLoss(nn.Module):
     Args:
         loss: a name of LOSSES.
         implementation: "fused" or "dense".
-        samples: the number of drawings in the dataset.
+        samples: the number of samples in the dataset.
         batch_size: the pairs of all workers together.
     """
 
@@ -96,13 +95,10 @@ class BatchLoss(nn.Module):
         return getattr(dense if self.dense else fused, name)
 
     def _pairs(self, batch: Batch, device: torch.device) -> Pairs:
-        numbers: dict[str, int] = {}
-        captions = [numbers.setdefault(caption, len(numbers)) for caption in batch.captions]
-        samples = [
-            len(VENDORS) * concept + vendor
-            for concept, vendor in zip(batch.concepts, batch.vendors, strict=True)
-        ]
-        return Pairs(*(torch.tensor(ids[self.rows]).to(device) for ids in (captions, samples)))
+        known: dict[str, int] = {}
+        captions = [known.setdefault(caption, len(known)) for caption in batch.captions]
+        ids = captions, batch.samples
+        return Pairs(*(torch.tensor(numbers[self.rows]).to(device) for numbers in ids))
 
     def _whole(self, *towers: Tensor) -> list[Tensor]:
         """All ranks' rows, with gradients."""

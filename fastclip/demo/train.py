@@ -10,8 +10,6 @@ training then runs again with the dense loss and the same seed: the two curves m
 
 import argparse
 import json
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +31,7 @@ from .emoji.split import Split, split
 from .interrupt import interruptible
 from .loop import Run, train
 from .losses import IMPLEMENTATIONS, INITIAL, LOSSES, BatchLoss
+from .saving import continuation, exits_when_interrupted, state_to_continue, train_and_save
 from .workers import ALONE, Workers
 
 # The options that determine the loss curve.
@@ -116,27 +115,12 @@ def train_and_evaluate(
         f"{ranks}{threads} thread{'s' if threads > 1 else ''}"
     )
     if state is not None:
-        moved = checkpoint.place_changes(state)
-        rounding = f"; the curve is now the same up to rounding: {moved}" if moved else ""
-        say(f"continues after step {len(state['run']['losses'])} of {args.steps}{rounding}")
-    run = runs[first]
-    with interruptible(patient=workers.under_torchrun) as stop_requested:
-        try:
-            train(
-                model, stream, task.batch_loss(first, args.batch_size), run,
-                label=f"{first} loss", workers=workers, checkpoint=checkpoint, state=state,
-                stop_requested=stop_requested, **schedule,
-            )  # fmt: skip
-        finally:
-            # The model is saved after an interruption too; before the first step it is not, since
-            # the file may hold an earlier run's model.
-            if run.losses and workers.first:
-                model.save(
-                    weights,
-                    steps=str(len(run.losses)),
-                    tokenizer="fastclip/demo/emoji/tokenizer.json",
-                )
-                run.saved = True
+        say(continuation(checkpoint, state, args.steps))
+    train_and_save(
+        model, stream, task.batch_loss(first, args.batch_size), runs[first], weights,
+        {"tokenizer": "fastclip/demo/emoji/tokenizer.json"}, label=f"{first} loss",
+        workers=workers, checkpoint=checkpoint, state=state, **schedule,
+    )  # fmt: skip
     scores = {}
     if workers.first:
         scores = evaluate(model, task.emoji, task.split, task.encode)
@@ -200,14 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     def prepared() -> dict[str, Any] | None:
         """Returns the state to continue from, if any, once `args.out` is known to be writable."""
         writable_folder(args.out)
-        try:
-            return checkpoint.load() if args.resume or workers.restarts else None
-        except (OSError, ValueError):
-            if args.resume:
-                raise
-            return None  # restarted before its first checkpoint: the file is from another training
+        return state_to_continue(checkpoint, args.resume, workers)
 
-    try:
+    kept = checkpoint.path if checkpoint.every else None
+    with exits_when_interrupted(runs[first], weights, kept, workers):
         try:
             device = workers.device(args.device)
             # All ranks raise the same errors, except those about a GPU of their own.
@@ -228,16 +208,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_results(args, task, runs, weights, model, scores, started)
             if args.checkpoint_every or state is not None:
                 checkpoint.remove()
-    except KeyboardInterrupt:
-        if workers.under_torchrun:  # torchrun may send another one
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if workers.first:
-            run = runs[first]
-            kept = f"{weights} holds the model so far" if run.saved else "nothing was saved"
-            if run.saved and checkpoint.every and checkpoint.path.is_file():
-                kept += f"; --resume continues from {checkpoint.path.name}"
-            print(f"\nstopped after {len(run.losses)} steps; {kept}", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...clip.zero_shot import TEMPLATES
-from . import SIZE, Emoji
+from . import SIZE, VENDORS, Emoji
 from .split import Split
 
 # The fraction of captions that are a bare name for certain. The others are in one of TEMPLATES, of
@@ -42,6 +42,12 @@ class Batch:
     concepts: tuple[int, ...]
     vendors: tuple[int, ...]
     captions: tuple[str, ...]
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Each drawing of each concept is a sample of its own."""
+        pairs = zip(self.concepts, self.vendors, strict=True)
+        return tuple(len(VENDORS) * concept + vendor for concept, vendor in pairs)
 
 
 class Batches:

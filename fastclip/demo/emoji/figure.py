@@ -22,13 +22,13 @@ from matplotlib.ticker import MaxNLocator
 
 ROWS, COLUMNS = 4, 6
 INK, GREY, GREEN, BLUE, ORANGE = "#1f2933", "#7b8794", "#1a7f37", "#2563eb", "#f59e0b"
+STYLE = {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY}
 LONGEST = 26  # characters of a caption at most
 
 
 def draw(path: Path, losses: Mapping[str, Sequence[float]], emoji: Emoji, held: HeldOut) -> None:
     """Writes a PNG: `losses` by implementation, then ROWS x COLUMNS held-out drawings."""
-    style = {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY}
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(13, 11), dpi=120, facecolor="white")
         top, bottom = figure.subfigures(2, 1, height_ratios=(3, 8))
         curve, gap = top.subplots(1, 2, width_ratios=(2, 1))
@@ -40,7 +40,8 @@ def draw(path: Path, losses: Mapping[str, Sequence[float]], emoji: Emoji, held: 
         plt.close(figure)
 
 
-def _tidy(axes: Axes, title: str) -> None:
+def tidy(axes: Axes, title: str) -> None:
+    """Sets the title and the looks of a curve over steps."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -56,7 +57,7 @@ def _curves(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    _tidy(axes, "Training loss, same seed")
+    tidy(axes, "Training loss, same seed")
 
 
 def _gap(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
@@ -70,7 +71,7 @@ def _gap(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
     axes.semilogy(range(1, both + 1), gap, color=INK, lw=1)
     axes.set_ylim(5e-9, max(1e-3, 2 * gap.max()))
     axes.set_ylabel("|fused - dense|")
-    _tidy(axes, "Difference of the two losses")
+    tidy(axes, "Difference of the two losses")
 
 
 def _answers(figure: matplotlib.figure.SubFigure, emoji: Emoji, held: HeldOut) -> None:

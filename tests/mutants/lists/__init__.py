@@ -14,6 +14,7 @@ from mutants.lists import (
     engine,
     integrations,
     losses,
+    pairs,
     retrieval,
     retrieval_cpu,
     triton,
@@ -39,5 +40,6 @@ AREAS = {
     "retrieval": Area(retrieval.MUTANTS),
     "retrieval on CPUs": Area(retrieval_cpu.MUTANTS, Build(extension.make, extension.undo)),
     "clip": Area(clip.MUTANTS),
+    "pairs": Area(pairs.MUTANTS),
     "bench": Area(bench.MUTANTS),
 }

@@ -1,0 +1,35 @@
+"""Finds out in which form pairs are given, and reads their names and captions."""
+
+from pathlib import Path
+
+from .folder import IMAGES, read_folder
+from .pair import LeftOut, Pair, merged
+from .shards import read_shards, shard_paths
+from .table import ENDINGS, read_table
+
+
+def read_pairs(
+    source: str, left_out: LeftOut, image_column: str | None = None,
+    caption_column: str | None = None,
+) -> list[Pair]:  # fmt: skip
+    """Returns the pairs of a table, a folder of images, or WebDataset tars, in the order of their
+    names; `left_out` gets the rows that are none. No image is opened.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ModuleNotFoundError: there is no webdataset for tars.
+        ValueError: the source has none of these forms.
+    """
+    path = Path(source)
+    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+        return merged(read_shards(shard_paths(source), left_out))
+    if path.is_dir():
+        return merged(read_folder(path, left_out))
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(
+            f"pairs must be a {', '.join(ENDINGS)} or .tar file or a folder of "
+            f"{', '.join(sorted(IMAGES))} or .tar files, got {source}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"pairs must be a file or a folder, got no such file: {source}")
+    return merged(read_table(path, left_out, image_column, caption_column))
