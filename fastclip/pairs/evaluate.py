@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..clip.model import CLIP
 from ..demo.workers import Workers
-from ..retrieval import metrics
+from ..retrieval import Ranks, ranks
+from ..retrieval.metrics import as_metrics
 from .chance import KS, chance
 from .images import Images, as_input, chunks, in_processes
 from .pair import Pair
@@ -48,9 +49,12 @@ class HeldOut:
 
     def scores(self, features: tuple[Tensor, Tensor]) -> dict[str, float]:
         """Returns the scores of features of all images and texts."""
+        return as_metrics(self.ranks(features), "image", "text", KS)
+
+    def ranks(self, features: tuple[Tensor, Tensor]) -> Ranks:
         # A model that has diverged gives all inputs the same features, whose scores are chance.
         images, texts = (side.nan_to_num(0, 0, 0) for side in features)
-        return metrics(images, texts, pairs=self.owns, ks=KS)
+        return ranks(images, texts, pairs=self.owns.to(images.device))
 
     def chance(self) -> dict[str, float]:
         return chance(self.owns)

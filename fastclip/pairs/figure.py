@@ -1,10 +1,9 @@
-"""The figure of a training on one's own pairs: the loss, R@k, and images found for captions.
+"""The figure of a training on one's own pairs: curves, ranks, and images found for captions.
 
 A fixed shuffle chooses the captions, independently of the answers.
 """
 
 import random
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,14 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from ..demo.emoji.figure import BLUE, GREEN, GREY, INK, ORANGE, STYLE, plt, tidy
+from ..demo.contact_sheet import Found, contact_sheet
+from ..demo.drawing import BLUE, GREEN, ORANGE, STYLE, plt, tidy_steps
+from ..demo.rank_plots import histogram, recall
+from ..retrieval import topk
 from .chance import KS
 from .evaluate import HeldOut
 
 ROWS, NEAREST = 6, 6
 COLOURS = (BLUE, ORANGE, GREEN)  # of the KS
-LONGEST = 120  # characters of a caption at most
-HEIGHTS = (3, 10)  # of the curves and of the images, in inches
+HEIGHTS = (6, 10)  # of the plots and of the images, in inches
 
 
 def draw(
@@ -27,26 +28,34 @@ def draw(
     held_out: HeldOut | None, features: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     """Writes a PNG; without held-out pairs it has the loss alone."""
-    heights = HEIGHTS if held_out else HEIGHTS[:1]
+    scored = held_out is not None and features is not None
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(13, sum(heights)), dpi=120, facecolor="white")
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        curve, recalls = parts[0].subplots(1, 2)
-        parts[0].subplots_adjust(left=0.06, right=0.975, bottom=0.2, top=0.86, wspace=0.18)
-        curve.plot(range(1, len(losses) + 1), losses, color=BLUE, lw=1.5)
-        curve.set_ylabel("loss")
-        tidy(curve, "Training loss")
-        _recalls(recalls, evaluations, held_out)
-        if held_out and features:
-            _found(parts[1], held_out, *features)
+        if not scored:
+            figure, curve = plt.subplots(figsize=(7, 3.5), dpi=120, layout="constrained")
+            _loss(curve, losses)
+        else:
+            figure = plt.figure(figsize=(13, sum(HEIGHTS)), dpi=120, facecolor="white")
+            top, bottom = figure.subfigures(2, 1, height_ratios=HEIGHTS)
+            (curve, recalls), (left, right) = top.subplots(2, 2)
+            top.subplots_adjust(
+                left=0.06, right=0.975, bottom=0.1, top=0.93, wspace=0.18, hspace=0.45
+            )
+            _loss(curve, losses)
+            _recalls(recalls, evaluations)
+            _ranks(left, right, held_out, features)
+            _found(bottom, held_out, *features)
         figure.savefig(path)
         plt.close(figure)
 
 
-def _recalls(
-    axes: Axes, evaluations: Mapping[int, Mapping[str, float]], held_out: HeldOut | None
-) -> None:
-    if not (evaluations and held_out):
+def _loss(axes: Axes, losses: Sequence[float]) -> None:
+    axes.plot(range(1, len(losses) + 1), losses, color=BLUE, lw=1.5)
+    axes.set_ylabel("loss")
+    tidy_steps(axes, "Training loss")
+
+
+def _recalls(axes: Axes, evaluations: Mapping[int, Mapping[str, float]]) -> None:
+    if not evaluations:
         axes.axis("off")
         return
     steps = sorted(evaluations)
@@ -59,41 +68,32 @@ def _recalls(
     axes.set_ylabel("%")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=7, ncols=2)
-    tidy(axes, "Retrieval on held-out images")
+    tidy_steps(axes, "Retrieval on held-out images while training")
+
+
+def _ranks(left: Axes, right: Axes, held_out: HeldOut, features: tuple[Tensor, Tensor]) -> None:
+    found = held_out.ranks(features)
+    count = len(held_out.images.places)
+    by_direction = {"text to image": found.columns}
+    histogram(left, by_direction, count)
+    recall(right, by_direction, count)
 
 
 def _found(figure: SubFigure, held_out: HeldOut, images: Tensor, texts: Tensor) -> None:
     count = len(held_out.images.places)
-    figure.text(
-        0.02, 0.985, f"Held-out captions, and the nearest of {count:,} held-out images",
-        fontsize=11, fontweight="bold", va="top",
-    )  # fmt: skip
-    figure.text(
-        0.02, 0.96, "Captions chosen at random. A right image has a green frame; if none is right, "
-        "the right one follows in grey.", color=GREY, va="top",
-    )  # fmt: skip
-    order = list(range(len(held_out.texts)))
-    random.Random(0).shuffle(order)
-    grid = figure.subplots(ROWS, NEAREST + 2, squeeze=False)
-    figure.subplots_adjust(left=0.02, right=0.985, bottom=0.02, top=0.93, hspace=0.12, wspace=0.06)
-    for axes in grid.flat:
-        axes.axis("off")
-    for row, text in zip(grid, order, strict=False):
-        right = held_out.owns[held_out.owns[:, 1] == text, 0].tolist()
-        nearest = (images @ texts[text]).topk(min(NEAREST, count)).indices.tolist()
-        caption = textwrap.shorten(held_out.texts[text], LONGEST, placeholder=" …")
-        caption = "\n".join(textwrap.wrap(caption, 20))
-        # A "$" would begin a formula.
-        row[0].text(0, 0.5, caption, va="center", transform=row[0].transAxes, parse_math=False)
-        for axes, image in zip(row[1:], nearest, strict=False):
-            _show(axes, held_out, image, GREEN if image in right else None)
-        if not set(nearest) & set(right):
-            _show(row[-1], held_out, right[0], GREY)
-
-
-def _show(axes: Axes, held_out: HeldOut, image: int, frame: str | None) -> None:
-    axes.imshow(held_out.images[image, ""].permute(1, 2, 0).numpy())
-    axes.axis("on")
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(visible=frame is not None, edgecolor=frame or INK, linewidth=3)
+    chosen = list(range(len(held_out.texts)))
+    random.Random(0).shuffle(chosen)
+    chosen = chosen[:ROWS]
+    images, texts = (side.nan_to_num(0, 0, 0) for side in (images, texts))
+    _, nearest = topk(texts[chosen], images, min(NEAREST, count))
+    rows = [
+        Found(
+            held_out.texts[text], found,
+            held_out.owns[held_out.owns[:, 1] == text, 0].tolist(),
+        )
+        for text, found in zip(chosen, nearest.tolist(), strict=True)
+    ]  # fmt: skip
+    title = f"Held-out captions, and the nearest of {count:,} held-out images"
+    contact_sheet(
+        figure, title, rows, lambda image: held_out.images[image, ""].permute(1, 2, 0).numpy()
+    )

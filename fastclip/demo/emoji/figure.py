@@ -7,22 +7,16 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
+from ..drawing import BLUE, GREEN, GREY, INK, ORANGE, STYLE, plt, tidy_steps
 from . import VENDORS, Emoji
 from .batches import on_white
 from .evaluate import HeldOut
 
-matplotlib.use("Agg")  # draws to a file without a window
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
-
 ROWS, COLUMNS = 4, 6
-INK, GREY, GREEN, BLUE, ORANGE = "#1f2933", "#7b8794", "#1a7f37", "#2563eb", "#f59e0b"
-STYLE = {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY}
 LONGEST = 26  # characters of a caption at most
 
 
@@ -40,15 +34,6 @@ def draw(path: Path, losses: Mapping[str, Sequence[float]], emoji: Emoji, held: 
         plt.close(figure)
 
 
-def tidy(axes: Axes, title: str) -> None:
-    """Sets the title and the looks of a curve over steps."""
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-
-
 def _curves(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
     styles = ({"color": BLUE, "lw": 2.5, "alpha": 0.55}, {"color": ORANGE, "lw": 1.2, "ls": "--"})
     for (name, values), style in zip(losses.items(), styles, strict=False):
@@ -57,7 +42,7 @@ def _curves(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    tidy(axes, "Training loss, same seed")
+    tidy_steps(axes, "Training loss, same seed")
 
 
 def _gap(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
@@ -71,10 +56,10 @@ def _gap(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:
     axes.semilogy(range(1, both + 1), gap, color=INK, lw=1)
     axes.set_ylim(5e-9, max(1e-3, 2 * gap.max()))
     axes.set_ylabel("|fused - dense|")
-    tidy(axes, "Difference of the two losses")
+    tidy_steps(axes, "Difference of the two losses")
 
 
-def _answers(figure: matplotlib.figure.SubFigure, emoji: Emoji, held: HeldOut) -> None:
+def _answers(figure: SubFigure, emoji: Emoji, held: HeldOut) -> None:
     figure.text(
         0.02, 0.975, "Concepts never trained on, and the three nearest of "
         f"{len(held.concepts)} names never trained on", fontsize=11, fontweight="bold", va="top",
