@@ -1,5 +1,6 @@
-"""A thin reference CLIP: towers, tokenizer, zero-shot classification.
+"""A thin reference CLIP: towers, tokenizer, zero-shot classification, a matching head.
 
+`CLIPConfig(scale=10, bias=-10)` has SigLIP's head: a bias of the logits, and its initial values.
 Names are imported on first use: the tokenizer needs `tokenizers`, the model `safetensors`.
 """
 
@@ -9,6 +10,8 @@ from typing import Any
 _MODULES = {
     "CLIP": "model",
     "CLIPConfig": "model",
+    "MatchingHead": "matching",
+    "matching_loss": "matching",
     "Tokenizer": "tokenizer",
     "class_features": "zero_shot",
     "classify": "zero_shot",

@@ -31,12 +31,13 @@ def whole() -> Task:
 
 def trained(
     task: Task, batch_size: int, *, workers: Workers = ALONE, loss: str = "clip",
-    implementation: str = "fused", seed: int = 0, lr: float = 1e-3, **options: Any,
+    implementation: str = "fused", matching: str = "none", seed: int = 0, lr: float = 1e-3,
+    **options: Any,
 ) -> Run:  # fmt: skip
-    task = replace(task, workers=workers, loss=loss)
+    task = replace(task, workers=workers, loss=loss, matching=matching)
     model, stream = task.start(seed, batch_size)
     run = Run()
-    batch_loss = task.batch_loss(implementation, batch_size)
+    batch_loss = task.batch_loss(implementation, batch_size, seed)
     train(model, stream, batch_loss, run, lr=lr, workers=workers, **options)
     return run
 
