@@ -56,10 +56,11 @@ class MatchingHead(nn.Module):
             width = config.embed_dim
             self.hidden = nn.Linear(3 * width, width)
         else:
-            width = config.text_width
-            self.from_image = nn.Linear(config.image_width, width)
+            width = config.image_width
+            self.from_image = nn.Linear(width, width)
+            self.from_text = nn.Linear(config.text_width, width)
             self.blocks = nn.ModuleList(
-                TransformerBlock(width, config.text_heads, causal=False) for _ in range(layers)
+                TransformerBlock(width, config.image_heads, causal=False) for _ in range(layers)
             )
             self.norm = nn.LayerNorm(width)
         self.logit = nn.Linear(width, 1)
@@ -78,7 +79,7 @@ class MatchingHead(nn.Module):
             return self.logit(F.gelu(self.hidden(torch.cat((x, y, x * y), dim=1))))[:, 0]
         ends = tokens.argmax(dim=1)
         words = torch.arange(tokens.shape[1], device=tokens.device) <= ends[:, None]
-        patches, x = self.from_image(image_view), text_view
+        patches, x = self.from_image(image_view), self.from_text(text_view)
         if self.fusion == "early":
             x = torch.cat((patches, x), dim=1)
             words = F.pad(words, (patches.shape[1], 0), value=True)

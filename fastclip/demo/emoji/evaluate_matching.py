@@ -4,6 +4,8 @@ Both tests are on the held-out concepts in every vendor's drawing. Each score co
 level.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,9 @@ def evaluate_matching(
 ) -> dict[str, dict[str, Score]]:
     """Returns the scores of a matching head, by test and by name.
 
-    A drawing's hard negative is the wrong name that the model finds nearest, its random negative is
-    drawn by `seed`. Half of the pairs of an accuracy match, so that a constant answer gets chance.
+    Accuracy is over the right pairs and as many wrong ones. A hard negative is a wrong name that
+    the model finds near the drawing, a random one is drawn by `seed`. Each name is once right and
+    once wrong: an answer from the drawing or from the name alone gets chance.
     """
     model.eval()
     head.eval()
@@ -48,22 +51,19 @@ def evaluate_matching(
             return head(view[images], text_view[texts], tokens[texts])
 
         similarity = x @ y.T
-        matches = logits(own, own) > 0
-        away = torch.randint(1, count, (count,), generator=generator).to(own.device)
-        for kind, other in (
-            ("random negative", (own + away) % count),
-            ("hard negative", similarity.masked_fill(_diagonal(similarity), -2).argmax(dim=1)),
+        order = torch.randperm(count, generator=generator).to(own.device)
+        for kind, wrong in (
+            ("random negative", torch.empty_like(own).scatter(0, order, order.roll(1))),
+            ("hard negative", hard_negatives(similarity)),
         ):
-            right = torch.cat((matches, logits(own, other) <= 0))
+            right = torch.cat((logits(own, own) > 0, logits(own, wrong) <= 0))
             found.setdefault(kind, []).append(right.float().mean().item())
-        for direction in ("image to text", "text to image"):
-            flipped = direction == "text to image"
-            side = similarity.T if flipped else similarity
-            nearest = side.topk(min(TOP, count), dim=1).indices
-            pairs = own[:, None].expand_as(nearest).flatten(), nearest.flatten()
-            by_head = logits(*(pairs[::-1] if flipped else pairs)).view_as(nearest)
-            anew = torch.full_like(side, -torch.inf).scatter(1, nearest, by_head)
+        for direction, side, by_head in (
+            ("image to text", similarity, logits),
+            ("text to image", similarity.T, lambda texts, images: logits(images, texts)),
+        ):
             found.setdefault(f"{direction} R@1", []).append(hits(side, 1))
+            anew = ordered_anew(side, by_head)
             found.setdefault(f"{direction} R@1, ordered anew", []).append(hits(anew, 1))
     scores = {}
     for name, values in found.items():
@@ -73,5 +73,32 @@ def evaluate_matching(
     return scores
 
 
-def _diagonal(matrix: Tensor) -> Tensor:
-    return torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)
+def hard_negatives(similarity: Tensor) -> Tensor:
+    """Returns a wrong column for each row, similar ones first, and no column twice.
+
+    The largest entries off the diagonal are taken in turn. The last row may be left with its own
+    column; it then swaps with the first row.
+    """
+    count, columns = len(similarity), {}
+    taken = set()
+    for place in similarity.flatten().argsort(descending=True, stable=True).tolist():
+        row, column = divmod(place, count)
+        if row != column and row not in columns and column not in taken:
+            columns[row] = column
+            taken.add(column)
+    for row in set(range(count)) - set(columns):
+        other = next(iter(columns))
+        columns[row], columns[other] = columns[other], row
+    return torch.tensor([columns[row] for row in range(count)], device=similarity.device)
+
+
+def ordered_anew(similarity: Tensor, logits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Returns a matrix with the logits of each row's `TOP` largest entries, -inf elsewhere.
+
+    Args:
+        logits: returns the logits of pairs, given rows (P) and columns (P).
+    """
+    nearest = similarity.topk(min(TOP, similarity.shape[1]), dim=1).indices
+    rows = torch.arange(len(nearest), device=nearest.device)[:, None].expand_as(nearest)
+    values = logits(rows.flatten(), nearest.flatten()).view_as(nearest)
+    return torch.full_like(similarity, -torch.inf).scatter(1, nearest, values)
