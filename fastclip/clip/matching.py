@@ -62,6 +62,10 @@ class MatchingHead(nn.Module):
             self.blocks = nn.ModuleList(
                 TransformerBlock(width, config.image_heads, causal=False) for _ in range(layers)
             )
+            # As in the towers: with smaller weights a short training would be over before attention
+            # told the patches apart.
+            for block in self.blocks:
+                block.initialise(layers)
             self.norm = nn.LayerNorm(width)
         self.logit = nn.Linear(width, 1)
 
@@ -124,7 +128,9 @@ def matching_loss(
     head: MatchingHead, image_view: Tensor, text_view: Tensor, tokens: Tensor, rows: Tensor,
     columns: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Returns the binary cross-entropy of B pairs and their 2B negatives, the mean of all.
+    """Returns the binary cross-entropy of B pairs and their 2B negatives, the mean of both kinds.
+
+    A pair counts twice, so that a logit of zero stands for an even chance.
 
     Args:
         image_view, text_view, tokens: as `MatchingHead.forward` takes them.
@@ -135,4 +141,4 @@ def matching_loss(
     images, texts = torch.cat((own, own, columns)), torch.cat((own, rows, own))
     logits = head(image_view[images], text_view[texts], tokens[texts])
     matches = (images == texts).to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits, matches)
+    return F.binary_cross_entropy_with_logits(logits, matches, 0.75 * (1 + matches))

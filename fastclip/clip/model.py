@@ -87,6 +87,16 @@ class TransformerBlock(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
+    @torch.no_grad()
+    def initialise(self, layers: int) -> None:
+        """Draws the first weights of one of a number of layers."""
+        for linear in (self.qkv, self.out, self.up, self.down):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+        # Residual branches start small, so that the variance does not grow with the depth.
+        for linear in (self.out, self.down):
+            linear.weight.mul_((2 * layers) ** -0.5)
+
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:  # 3 times (B, heads, T, W/heads)
         return self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
 
@@ -160,12 +170,7 @@ class CLIP(nn.Module):
         for tower in (self.image_tower, self.text_tower):
             nn.init.normal_(tower.positions, std=0.02)
             for block in tower.blocks:
-                for linear in (block.qkv, block.out, block.up, block.down):
-                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                    nn.init.zeros_(linear.bias)
-                # Residual branches start small, so that the variance does not grow with the depth.
-                for linear in (block.out, block.down):
-                    linear.weight.mul_((2 * len(tower.blocks)) ** -0.5)
+                block.initialise(len(tower.blocks))
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """Returns the features (B, D) of pictures (B, 3, image_size, image_size), float in [-1, 1].

@@ -29,7 +29,6 @@ from .checkpoint import Checkpoint
 from .command_line import checked_device, parser, writable_folder
 from .emoji.batches import Batches
 from .emoji.evaluate import Score, as_json, evaluate, held_out_features
-from .emoji.evaluate_matching import TITLES as MATCHING_TITLES
 from .emoji.evaluate_matching import evaluate_matching
 from .emoji.split import Split, split
 from .interrupt import interruptible
@@ -107,7 +106,6 @@ def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
         "held out": f"{len(task.split.held_out)} concepts held out of training, names and drawings",
         "zero-shot": "the same held-out drawings, classified into categories by words alone",
     }
-    titles |= MATCHING_TITLES
     width = 2 + max(len(name) for figures in scores.values() for name in figures)
     lines = []
     for test, figures in scores.items():
@@ -165,7 +163,10 @@ def train_and_evaluate(
     if workers.first:
         scores = evaluate(model, task.emoji, task.split, task.encode)
         if head is not None:
-            scores |= evaluate_matching(head, model, task.emoji, task.split, task.encode)
+            for test, found in evaluate_matching(
+                head, model, task.emoji, task.split, task.encode
+            ).items():
+                scores[test] |= found
         say(report(scores, task), flush=True)
     if not args.no_compare:
         twin, stream = task.start(args.seed, args.batch_size)

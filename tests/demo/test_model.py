@@ -40,8 +40,10 @@ def some_pairs(count: int) -> tuple[Tensor, Tensor]:
 
 def test_the_package_offers_its_public_names() -> None:
     assert clip.CLIP is CLIP
-    offered = [getattr(clip, name).__name__ for name in clip.__all__]
-    assert offered == ["CLIP", "CLIPConfig", "Tokenizer", "class_features", "classify"]
+    assert [getattr(clip, name).__name__ for name in clip.__all__] == clip.__all__ == [
+        "CLIP", "CLIPConfig", "MatchingHead", "matching_loss", "Tokenizer", "class_features",
+        "classify",
+    ]  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'CLAP'"):
         clip.CLAP  # noqa: B018 -- the access raises
 

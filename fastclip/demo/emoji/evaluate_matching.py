@@ -1,10 +1,8 @@
-"""Evaluates a matching head on held-out emoji: does a pair match, and does the head rank better?
-
-Both tests are on the held-out concepts in every vendor's drawing. Each score comes with chance
-level.
+"""Evaluates a matching head on the emoji of `evaluate.py`: does a name match a drawing, and does a
+search improve when the head orders its nearest results anew? Each score comes with chance level.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,22 +11,17 @@ from ...clip.matching import MatchingHead
 from ...clip.model import CLIP
 from ...clip.views import WithViews
 from . import VENDORS, Emoji
-from .evaluate import Encode, Score, hits, pictures
+from .evaluate import Encode, Score, hits, other_vendor, pictures
 from .split import Split
 
-TOP = 16  # candidates that the head orders anew
-TITLES = {
-    "matching": "held-out drawings: does a name match? Half of the pairs do, the others have the "
-    "name of another concept",
-    "re-ranking": f"held-out drawings and names: the {TOP} nearest, ordered anew by the head",
-}
+TOP = 16  # results that the head orders anew
 
 
 @torch.no_grad()
 def evaluate_matching(
     head: MatchingHead, model: CLIP, emoji: Emoji, split: Split, encode: Encode, seed: int = 0
 ) -> dict[str, dict[str, Score]]:
-    """Returns the scores of a matching head, by test and by name.
+    """Returns the scores of a matching head, by test set and by name.
 
     Accuracy is over the right pairs and as many wrong ones. A hard negative is a wrong name that
     the model finds near the drawing, a random one is drawn by `seed`. Each name is once right and
@@ -36,41 +29,59 @@ def evaluate_matching(
     """
     model.eval()
     head.eval()
-    concepts = [split.members[group][0] for group in split.held_out]
-    tokens = encode([emoji.concepts[c].name for c in concepts])
     views = WithViews(model, head.fusion)
-    y, text_view = views.text(tokens)
-    count = len(concepts)
-    own = torch.arange(count, device=tokens.device)
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[float]] = {}
-    for vendor in range(len(VENDORS)):
-        x, image_view = views.image(pictures(model, emoji, concepts, [vendor] * count))
-
-        def logits(images: Tensor, texts: Tensor, view: Tensor = image_view) -> Tensor:
-            return head(view[images], text_view[texts], tokens[texts])
-
-        similarity = x @ y.T
-        order = torch.randperm(count, generator=generator).to(own.device)
-        for kind, wrong in (
-            ("random negative", torch.empty_like(own).scatter(0, order, order.roll(1))),
-            ("hard negative", hard_negatives(similarity)),
-        ):
-            right = torch.cat((logits(own, own) > 0, logits(own, wrong) <= 0))
-            found.setdefault(kind, []).append(right.float().mean().item())
-        for direction, side, by_head in (
-            ("image to text", similarity, logits),
-            ("text to image", similarity.T, lambda texts, images: logits(images, texts)),
-        ):
-            found.setdefault(f"{direction} R@1", []).append(hits(side, 1))
-            anew = ordered_anew(side, by_head)
-            found.setdefault(f"{direction} R@1, ordered anew", []).append(hits(anew, 1))
+    held = tuple(split.members[group][0] for group in split.held_out)
+    concepts, vendors = other_vendor(split)
+    sets = {
+        "other vendor": (concepts, [vendors]),
+        "held out": (held, [[vendor] * len(held) for vendor in range(len(VENDORS))]),
+    }
     scores = {}
-    for name, values in found.items():
-        test, chance = ("re-ranking", 1 / count) if "R@1" in name else ("matching", 0.5)
-        score = Score(sum(values) / len(values), chance, count * len(VENDORS))
-        scores.setdefault(test, {})[name] = score
+    for test, (concepts, drawings) in sets.items():
+        tokens = encode([emoji.concepts[c].name for c in concepts])
+        texts = views.text(tokens)
+        found = [
+            _scores(
+                head, views.image(pictures(model, emoji, concepts, v)), texts, tokens, generator
+            )
+            for v in drawings
+        ]
+        scores[test] = {name: _mean([f[name] for f in found]) for name in found[0]}
     return scores
+
+
+def _scores(
+    head: MatchingHead, images: tuple[Tensor, Tensor], texts: tuple[Tensor, Tensor],
+    tokens: Tensor, generator: torch.Generator,
+) -> dict[str, Score]:  # fmt: skip
+    """Returns the scores of N pairs, given features and views of both sides."""
+    (x, image_view), (y, text_view), count = images, texts, len(tokens)
+
+    def logits(images: Tensor, texts: Tensor) -> Tensor:
+        return head(image_view[images], text_view[texts], tokens[texts])
+
+    similarity, own = x @ y.T, torch.arange(count, device=tokens.device)
+    order = torch.randperm(count, generator=generator).to(own.device)
+    scores = {}
+    for kind, wrong in (
+        ("random", torch.empty_like(own).scatter(0, order, order.roll(1))),
+        ("hard", hard_negatives(similarity)),
+    ):
+        right = torch.cat((logits(own, own) > 0, logits(own, wrong) <= 0))
+        scores[f"match, {kind} negative"] = Score(right.float().mean().item(), 0.5, count)
+    for direction, side, by_head in (
+        ("image to text", similarity, logits),
+        ("text to image", similarity.T, lambda texts, images: logits(images, texts)),
+    ):
+        value = hits(ordered_anew(side, by_head), 1)
+        scores[f"{direction} R@1, top {TOP} anew"] = Score(value, 1 / count, count)
+    return scores
+
+
+def _mean(scores: Sequence[Score]) -> Score:
+    value = sum(score.value for score in scores) / len(scores)
+    return Score(value, scores[0].chance, sum(score.queries for score in scores))
 
 
 def hard_negatives(similarity: Tensor) -> Tensor:
