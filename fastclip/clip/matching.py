@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import CLIP, HEAD, METADATA_KEY, CLIPConfig, TransformerBlock, read_checkpoint
+from .negatives import sample_negatives
 from .views import FUSIONS, WithViews
 
 FUSION_KEY = "fastclip_matching"
@@ -125,20 +127,30 @@ class MatchingHead(nn.Module):
 
 
 def matching_loss(
-    head: MatchingHead, image_view: Tensor, text_view: Tensor, tokens: Tensor, rows: Tensor,
-    columns: Tensor,
+    head: MatchingHead, outputs: Mapping[str, Tensor], tokens: Tensor, *, seed: int,
+    ids: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Returns the binary cross-entropy of B pairs and their 2B negatives, the mean of both kinds.
+    """Returns the binary cross-entropy of B pairs and of 2B negatives, the mean of both kinds.
 
-    A pair counts twice, so that a logit of zero stands for an even chance.
+    Each picture gets a negative caption and each caption a negative picture, drawn from the softmax
+    of the contrastive logits, so that wrong pairs that look right are drawn more often. A pair
+    counts twice, so that a logit of zero stands for an even chance.
 
     Args:
-        image_view, text_view, tokens: as `MatchingHead.forward` takes them.
-        rows: (B) int64, a negative caption of each picture.
-        columns: (B) int64, a negative picture of each caption.
+        outputs: of `WithViews` with the head's fusion, for B pairs.
+        tokens: the captions' token ids (B, T).
+        seed: of the draw; another one in each step.
+        ids: (B), integers: pairs with equal ids, such as those of equal captions, are no negatives.
+
+    Raises:
+        ValueError: a pair has no negative.
     """
-    own = torch.arange(len(rows), device=rows.device)
+    x, y, scale = (
+        outputs[name].detach() for name in ("image_features", "text_features", "logit_scale")
+    )
+    rows, columns = sample_negatives(x, y, scale, ids=ids, seed=seed)
+    own = torch.arange(len(x), device=x.device)
     images, texts = torch.cat((own, own, columns)), torch.cat((own, rows, own))
-    logits = head(image_view[images], text_view[texts], tokens[texts])
+    logits = head(outputs["image_view"][images], outputs["text_view"][texts], tokens[texts])
     matches = (images == texts).to(logits.dtype)
     return F.binary_cross_entropy_with_logits(logits, matches, 0.75 * (1 + matches))

@@ -97,10 +97,11 @@ class BatchLoss(nn.Module):
         loss = self.loss(self._function, pairs, *towers, *shared.values())
         if self.matching is None:
             return loss
-        return loss + self.matching(
-            image_view, text_view, batch.tokens, image_features, text_features,
-            shared["logit_scale"], pairs.captions[self.own],
-        )  # fmt: skip
+        outputs = {
+            "image_features": image_features, "text_features": text_features,
+            "image_view": image_view, "text_view": text_view, **shared,
+        }  # fmt: skip
+        return loss + self.matching(outputs, batch.tokens, pairs.captions[self.own])
 
     def _function(self, name: str) -> Callable[..., Tensor]:
         if name == "GlobalClipLoss":

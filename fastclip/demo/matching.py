@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from ..clip.matching import MatchingHead, matching_loss
 from ..clip.model import CLIPConfig
-from ..clip.negatives import sample_negatives
 from .workers import ALONE, Workers
 
 
@@ -42,21 +43,9 @@ class MatchingLoss(nn.Module):
         self.share = workers.sizes(batch_size)[workers.rank] * workers.size / batch_size
         self.register_buffer("step", torch.tensor(0))
 
-    def forward(
-        self, image_view: Tensor, text_view: Tensor, tokens: Tensor, x: Tensor, y: Tensor,
-        logit_scale: Tensor, ids: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Returns this worker's share of the loss.
-
-        Args:
-            image_view, text_view, tokens: as in `matching_loss`, of B pairs.
-            x, y: features (B, D).
-            ids: (B), integers: pairs with equal ids are no negatives.
-        """
-        rows, columns = sample_negatives(
-            x.detach(), y.detach(), logit_scale.detach(), ids=ids, seed=self._next_seed()
-        )
-        loss = matching_loss(self.head, image_view, text_view, tokens, rows, columns)
+    def forward(self, outputs: Mapping[str, Tensor], tokens: Tensor, ids: Tensor) -> Tensor:
+        """Returns this worker's share of the loss. The arguments are those of `matching_loss`."""
+        loss = matching_loss(self.head, outputs, tokens, ids=ids, seed=self._next_seed())
         return self.share * loss
 
     def _next_seed(self) -> int:

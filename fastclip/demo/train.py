@@ -139,8 +139,11 @@ def train_and_evaluate(
     )
     if state is not None:
         moved = checkpoint.place_changes(state)
-        rounding = f"; the curve is now the same up to rounding: {moved}" if moved else ""
-        say(f"continues after step {len(state['run']['losses'])} of {args.steps}{rounding}")
+        if moved and head is not None and "ranks" in moved:
+            moved = f"; the head's negatives now come from other pairs: {moved}"
+        elif moved:
+            moved = f"; the curve is now the same up to rounding: {moved}"
+        say(f"continues after step {len(state['run']['losses'])} of {args.steps}{moved}")
     run = runs[first]
     with interruptible(patient=workers.under_torchrun) as stop_requested:
         try:

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.clip.matching import MatchingHead, matching_loss
+from fastclip.clip.matching import MatchingHead, matching_loss, sample_negatives
 from fastclip.clip.model import CLIP, CLIPConfig
-from fastclip.clip.negatives import sample_negatives
 from fastclip.clip.views import FUSIONS, WithViews
 
 SMALL = CLIPConfig(
@@ -66,6 +65,20 @@ def test_every_word_and_patch_matters(pair: tuple[CLIP, MatchingHead]) -> None:
             assert (head.match(model, other, tokens) - logit).abs() > 1e-6
 
 
+@pytest.mark.parametrize("fusion", ["early", "middle"])
+def test_the_logit_is_read_at_the_end_of_the_caption(fusion: str) -> None:
+    """Layers that add nothing leave the end of the caption, which no picture changes."""
+    model, head = CLIP(SMALL), MatchingHead(SMALL, fusion)
+    images, tokens = some_pairs(3)
+    before = head.match(model, images, tokens)
+    for block in head.blocks:
+        for linear in (block.out, block.down):
+            torch.nn.init.zeros_(linear.weight)
+    after = head.match(model, images, tokens)
+    assert torch.equal(after, head.match(model, images.flip(0), tokens))
+    assert not torch.allclose(after, before)
+
+
 def test_gradients_reach_both_towers(pair: tuple[CLIP, MatchingHead]) -> None:
     model, head = pair
     images, tokens = some_pairs(4)
@@ -116,8 +129,10 @@ def test_the_loss_is_that_of_pairs_and_negatives(pair: tuple[CLIP, MatchingHead]
     model, head = pair
     images, tokens = some_pairs(4)
     views = WithViews(model, head.fusion)(images, tokens)
-    rows, columns = torch.tensor([1, 3, 0, 2]), torch.tensor([2, 0, 1, 1])
-    found = matching_loss(head, views["image_view"], views["text_view"], tokens, rows, columns)
+    ids = torch.tensor([0, 1, 2, 1])
+    found = matching_loss(head, views, tokens, seed=3, ids=ids)
+    x, y, scale = (views[name] for name in ("image_features", "text_features", "logit_scale"))
+    rows, columns = sample_negatives(x, y, scale, seed=3, ids=ids)
     images_at, texts_at = [0, 1, 2, 3, *columns.tolist()], [*rows.tolist(), 0, 1, 2, 3]
     wrong = head.match(model, images[images_at], tokens[texts_at])
     expected = F.softplus(wrong).mean() + F.softplus(-head.match(model, images, tokens)).mean()
@@ -134,7 +149,8 @@ def test_a_negative_is_never_a_pair() -> None:
         assert (ids[rows] != ids).all() and (ids[columns] != ids).all()
         seen[range(6), rows] += 1
     assert torch.equal(sample_negatives(x, y, 2.0, ids=ids, seed=199)[0], rows)
-    assert sample_negatives(x, y, 2.0, seed=0, columns=False)[1] is None
+    alone = [sample_negatives(x, y, 2.0, seed=seed, columns=False) for seed in range(50)]
+    assert all((rows != torch.arange(6)).all() and columns is None for rows, columns in alone)
     logits = (2 * x @ y.T).masked_fill(ids[:, None] == ids, -torch.inf)
     torch.testing.assert_close(seen / 200, logits.softmax(dim=1), rtol=0, atol=0.1)
     with pytest.raises(ValueError, match="every row must have a negative, got one without"):

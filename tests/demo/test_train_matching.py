@@ -10,10 +10,10 @@ import torch
 from support import demo_task
 from support.ranks.processes import Ranks
 
+from fastclip.clip import matching
 from fastclip.clip.matching import MatchingHead
 from fastclip.clip.model import CLIP
 from fastclip.clip.views import FUSIONS
-from fastclip.demo import matching
 from fastclip.demo.checkpoint import Checkpoint
 from fastclip.demo.emoji.evaluate import hits
 from fastclip.demo.emoji.evaluate_matching import (
@@ -21,6 +21,7 @@ from fastclip.demo.emoji.evaluate_matching import (
     hard_negatives,
     ordered_anew,
 )
+from fastclip.demo.matching import MatchingLoss
 from fastclip.demo.train import Task, main
 from fastclip.demo.workers import Workers
 
@@ -103,20 +104,28 @@ def test_two_ranks_keep_one_model(options: dict[str, Any], two: Ranks) -> None:
         assert two.run(demo_task.curve, 9, options)[1] == pytest.approx(fused, rel=2e-4)
 
 
+def test_the_mean_over_ranks_is_that_of_all_pairs() -> None:
+    config = demo_task.small().config
+    shares = [MatchingLoss(config, "late", 9, 0, Workers(rank, 2)).share for rank in (0, 1)]
+    assert shares == pytest.approx([10 / 9, 8 / 9])  # ranks have five and four pairs
+
+
 def test_an_untrained_head_scores_about_chance(fusion: str) -> None:
     task = replace(demo_task.small(), matching=fusion)
     model, _ = task.start(0, 8)
     head = task.batch_loss("fused", 8).matching.head
-    scores = evaluate_matching(head, model, task.emoji, task.split, task.encode)
-    one, held = len(task.split.one_vendor), len(task.split.held_out)
+    some = {group: task.split.vendors[group] for group in task.split.one_vendor[:80]}
+    split = replace(task.split, held_out=task.split.held_out[:90], vendors=some)
+    scores = evaluate_matching(head, model, task.emoji, split, task.encode)
+    one, held = 80, 90
     for test, count, queries in (("other vendor", one, one), ("held out", held, 2 * held)):
         assert len(scores[test]) == 4
         for name, score in scores[test].items():
             assert score.queries == queries
             if name.startswith("match"):
-                assert score.chance == 0.5 and 0.42 < score.value < 0.58
+                assert score.chance == 0.5 and 0.38 < score.value < 0.62
             else:
-                assert score.chance == pytest.approx(1 / count) and score.value < 0.05
+                assert score.chance == pytest.approx(1 / count) and score.value < 0.1
 
 
 def test_a_perfect_head_finds_what_is_among_the_nearest() -> None:
@@ -146,12 +155,12 @@ def test_the_demo_saves_evaluates_and_reports_the_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Task, "load", lambda _, workers: replace(demo_task.small()))
-    main(["--steps", "4", "--batch-size", "8", "--out", str(tmp_path), "--matching", "middle"])
+    main(["--steps", "4", "--batch-size", "8", "--out", str(tmp_path), "--matching", "late"])
     out = capsys.readouterr().out
     assert out.count("match, hard negative") == out.count("text to image R@1, top 16 anew") == 2
     assert float(out.rpartition("at any step: ")[2].split()[0]) < 1e-3
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["settings"]["matching"] == "middle"
+    assert results["settings"]["matching"] == "late"
     file = tmp_path / "clip.safetensors"
     model, head = CLIP.load(file), MatchingHead.load(file)
     task = demo_task.small()
