@@ -20,6 +20,7 @@ from fastclip.demo.emoji.evaluate_matching import (
     evaluate_matching,
     hard_negatives,
     ordered_anew,
+    pair_scores,
 )
 from fastclip.demo.matching import MatchingLoss
 from fastclip.demo.train import Task, main
@@ -139,6 +140,23 @@ def test_a_perfect_head_finds_what_is_among_the_nearest() -> None:
     assert hits(ordered_anew(similarity, knows), 1) == pytest.approx(16 / 40)
     # A head that says the same of all pairs finds nothing.
     assert hits(ordered_anew(similarity, lambda rows, _: 0.0 * rows), 1) == 0
+
+
+def test_both_directions_ask_for_the_same_pairs() -> None:
+    """The head knows all pairs, but takes picture 5 for a match with any other name."""
+    numbers = torch.arange(10)
+
+    def head(images: torch.Tensor, texts: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.where(images == texts, 1.0, torch.where(images == 5, 2.0, -1.0))
+
+    side = torch.eye(10), numbers
+    scores = pair_scores(head, side, side, numbers, torch.Generator().manual_seed(0))
+    assert {name: round(score.value, 4) for name, score in scores.items()} == {
+        "match, random negative": 0.95,
+        "match, hard negative": 0.95,
+        "image to text R@1, top 16 anew": 0.9,
+        "text to image R@1, top 16 anew": 0.1,
+    }
 
 
 def test_a_hard_negative_is_near_wrong_and_used_once() -> None:

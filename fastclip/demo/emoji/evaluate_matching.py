@@ -42,7 +42,7 @@ def evaluate_matching(
         tokens = encode([emoji.concepts[c].name for c in concepts])
         texts = views.text(tokens)
         found = [
-            _scores(
+            pair_scores(
                 head, views.image(pictures(model, emoji, concepts, v)), texts, tokens, generator
             )
             for v in drawings
@@ -51,8 +51,8 @@ def evaluate_matching(
     return scores
 
 
-def _scores(
-    head: MatchingHead, images: tuple[Tensor, Tensor], texts: tuple[Tensor, Tensor],
+def pair_scores(
+    head: Callable[..., Tensor], images: tuple[Tensor, Tensor], texts: tuple[Tensor, Tensor],
     tokens: Tensor, generator: torch.Generator,
 ) -> dict[str, Score]:  # fmt: skip
     """Returns the scores of N pairs, given features and views of both sides."""
