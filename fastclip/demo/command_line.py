@@ -84,11 +84,11 @@ def parser(losses: Collection[str], implementations: Collection[str]) -> argpars
         "--loss",
         choices=losses,
         default="clip",
-        help="clip_ids: without the negatives that have an equal caption; info_nce: pictures pick "
-        "their captions, one way; supcon, nt_xent: pictures and captions are views of one "
-        "concept; ranking: VSE++'s, of the hardest negatives; devise: the picture tower learns "
-        "frozen text features, sums of random token vectors; global: with moving averages of each "
-        "drawing's negatives (default %(default)s)",
+        help="clip_ids: without the negatives that have an equal caption; siglip: each pair by "
+        "itself, with a learnt bias; info_nce: pictures pick their captions, one way; supcon, "
+        "nt_xent: pictures and captions are views of one concept; ranking: VSE++'s, of the hardest "
+        "negatives; devise: the picture tower learns frozen text features, sums of random token "
+        "vectors; global: with moving averages of each drawing's negatives (default %(default)s)",
     )
     p.add_argument(
         "--matching",
