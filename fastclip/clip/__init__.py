@@ -1,5 +1,6 @@
-"""A thin reference CLIP: towers, tokenizer, zero-shot classification.
+"""A thin reference CLIP: towers, tokenizer, zero-shot classification, a matching head.
 
+`CLIPConfig(scale=10, bias=-10)` has SigLIP's head: a bias of the logits, and its initial values.
 Names are imported on first use: the tokenizer needs `tokenizers`, the model `safetensors`.
 """
 
@@ -10,6 +11,8 @@ _MODULES = {
     "CLIP": "model",
     "CLIPConfig": "config",
     "load_pretrained": "pretrained",
+    "MatchingHead": "matching",
+    "matching_loss": "matching",
     "Tokenizer": "tokenizer",
     "class_features": "zero_shot",
     "classify": "zero_shot",

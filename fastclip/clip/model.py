@@ -26,6 +26,7 @@ from .tower import AttentionPool, Tower
 
 MAX_SCALE = 100.0  # CLIP's ceiling for exp(logit_scale): beyond it training becomes unstable
 METADATA_KEY = "fastclip_config"
+HEAD = "matching."  # begins the names of a matching head's weights in a checkpoint
 
 
 def projection(kind: str, width: int, embed_dim: int) -> nn.Module:
@@ -87,12 +88,7 @@ class CLIP(nn.Module):
         for tower in (self.image_tower, self.text_tower):
             nn.init.normal_(tower.positions, std=0.02)
             for block in tower.blocks:
-                for linear in (block.qkv, block.out, block.up, block.down):
-                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                    nn.init.zeros_(linear.bias)
-                # Residual branches start small, so that the variance does not grow with the depth.
-                for linear in (block.out, block.down):
-                    linear.weight.mul_((2 * len(tower.blocks)) ** -0.5)
+                block.initialise(len(tower.blocks))
         if self.config.image_pool == "attention":
             nn.init.normal_(self.image_pool.query, std=self.config.image_width**-0.5)
 
@@ -106,7 +102,10 @@ class CLIP(nn.Module):
         Raises:
             ValueError: the pictures have another shape.
         """
-        x = self.image_tokens(images)
+        return self.pool_image(self.image_tokens(images), normalize)
+
+    def pool_image(self, x: Tensor, normalize: bool = True) -> Tensor:
+        """Returns the features (B, D) of the image tower's output (B, T, W)."""
         pool = self.config.image_pool
         if pool == "patches":
             x = x.flatten(1)
@@ -124,10 +123,14 @@ class CLIP(nn.Module):
     def image_tokens(self, images: Tensor) -> Tensor:
         """Returns the image tower's output (B, T, W) for pictures as `encode_image` takes them: the
         class token, if there is one, then the patches."""
+        return self.image_tower(self.embed_image(images))
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        """Returns the image tower's input (B, T, W): tokens with their positions."""
         size = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
-        return self.image_tower(self.patch_embedding(images).flatten(2).transpose(1, 2))
+        return self.image_tower.embed(self.patch_embedding(images).flatten(2).transpose(1, 2))
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """Returns the features (B, D) of token ids (B, T), T at most `context_length`.
@@ -143,45 +146,57 @@ class CLIP(nn.Module):
         Raises:
             ValueError: the ids have another shape, or rows are longer than `context_length`.
         """
-        x = self.text_tokens(tokens)
-        if self.config.text_pool == "highest":
-            last = tokens.argmax(dim=1)
-        elif self.config.text_pool == "end":
-            last = (tokens == self.config.end_id).int().argmax(dim=1)
-        else:
-            last = torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+        return self.pool_text(self.text_tokens(tokens), tokens, normalize)
+
+    def pool_text(self, x: Tensor, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """Returns the features (B, D) of the text tower's output x (B, T, W) for token ids."""
+        last = ends_of(self.config, tokens)
         features = self.text_projection(x[torch.arange(len(x), device=x.device), last])
         return F.normalize(features, dim=-1) if normalize else features
 
     def text_tokens(self, tokens: Tensor) -> Tensor:
         """Returns the text tower's output (B, T, W) for token ids as `encode_text` takes them."""
+        return self.text_tower(self.embed_text(tokens))
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Returns the text tower's input (B, T, W): token embeddings with their positions."""
         longest = self.config.context_length
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= longest:
             raise ValueError(
                 f"tokens must be (B, T) with T from 1 to {longest}, got {tuple(tokens.shape)}"
             )
-        return self.text_tower(self.token_embedding(tokens))
+        return self.text_tower.embed(self.token_embedding(tokens))
 
     def forward(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Returns normalised features (B, D), the exponentiated scale, and the bias if there is
         one, by open_clip's names."""
-        outputs = {
+        features = {
             "image_features": self.encode_image(images),
             "text_features": self.encode_text(tokens),
-            "logit_scale": self.logit_scale.exp(),
         }
-        return outputs if self.config.bias is None else outputs | {"logit_bias": self.logit_bias}
+        return features | self.shared_outputs()
+
+    def shared_outputs(self) -> dict[str, Tensor]:
+        """Returns the entries of `forward` that all pairs share: the scale, and the bias if any."""
+        shared = {"logit_scale": self.logit_scale.exp()}
+        return shared if self.config.bias is None else shared | {"logit_bias": self.logit_bias}
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Limits exp(logit_scale) to 100. Call it after each step of the optimiser."""
         self.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
-    def save(self, path: str | os.PathLike[str], **notes: str) -> None:
-        """Writes weights, configuration and `notes` to a safetensors file, atomically."""
+    def save(
+        self, path: str | os.PathLike[str], head: nn.Module | None = None, **notes: str
+    ) -> None:
+        """Writes weights, configuration and `notes` to a safetensors file, atomically. The weights
+        of `head`, which `load` passes over, go to the same file: see `MatchingHead.save`."""
         metadata = {**notes, "format": "pt", METADATA_KEY: json.dumps(asdict(self.config))}
         path = os.fspath(path)
-        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        named = self.state_dict()
+        if head is not None:
+            named |= {HEAD + name: tensor for name, tensor in head.state_dict().items()}
+        weights = {name: tensor.detach().cpu() for name, tensor in named.items()}
         save_file(weights, path + ".part", metadata)
         os.replace(path + ".part", path)  # an interrupted write keeps the earlier file
 
@@ -193,17 +208,20 @@ class CLIP(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: `save` did not write the file.
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-                config = (file.metadata() or {}).get(METADATA_KEY)
-                if config is None:
-                    raise ValueError(f"{path} must be a checkpoint of fastclip's CLIP, got another")
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} must be a safetensors checkpoint, got: {error}") from None
-        model = cls(CLIPConfig(**json.loads(config))).to(device)
-        model.load_state_dict(weights)
+        metadata, weights = read_checkpoint(path, device)
+        model = cls(CLIPConfig(**json.loads(metadata[METADATA_KEY]))).to(device)
+        own = {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
+        model.load_state_dict(own)
         return model
+
+
+def ends_of(config: CLIPConfig, tokens: Tensor) -> Tensor:
+    """Returns the position (B) of each row's token at which the text tower is read."""
+    if config.text_pool == "highest":
+        return tokens.argmax(dim=1)
+    if config.text_pool == "end":
+        return (tokens == config.end_id).int().argmax(dim=1)
+    return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -213,3 +231,17 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
             return METADATA_KEY in (file.metadata() or {})
     except SafetensorError:
         return False
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], device: torch.device | str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Returns the metadata and the weights of a file by `CLIP.save`, and raises as `CLIP.load`."""
+    try:
+        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if METADATA_KEY not in metadata:
+                raise ValueError(f"{path} must be a checkpoint of fastclip's CLIP, got another")
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors checkpoint, got: {error}") from None

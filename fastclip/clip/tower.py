@@ -20,7 +20,12 @@ ACTIVATION = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
 class TransformerBlock(nn.Module):
-    """One pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One pre-norm Transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `forward` takes x (B, T, W). It may also take `source` (B, S, W), which x attends to in place of
+    itself (cross-attention), and `mask`, a bool tensor that broadcasts to (B, heads, T, S) and is
+    True for the tokens that are attended to.
+    """
 
     def __init__(
         self, width: int, heads: int, *, causal: bool, mlp: int | None = None,
@@ -36,10 +41,26 @@ class TransformerBlock(nn.Module):
         self.up = nn.Linear(width, mlp)
         self.down = nn.Linear(mlp, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
-        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, W/heads)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+    @torch.no_grad()
+    def initialise(self, layers: int) -> None:
+        """Draws the first weights of one of a number of layers."""
+        for linear in (self.qkv, self.out, self.up, self.down):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+        # Residual branches start small, so that the variance does not grow with the depth.
+        for linear in (self.out, self.down):
+            linear.weight.mul_((2 * layers) ** -0.5)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:  # 3 times (B, heads, T, W/heads)
+        return self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, source: Tensor | None = None
+    ) -> Tensor:  # (B, T, W) -> (B, T, W)
+        q, k, v = self._heads(x)
+        if source is not None:
+            _, k, v = self._heads(source)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(ACTIVATION[self.activation](self.up(self.norm_2(x))))
 
@@ -67,13 +88,14 @@ class Tower(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W), T + 1 with a class token
+    def embed(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W), T + 1 with a class token
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
         x = x + self.positions[: x.shape[1]]
-        if self.norm_first is not None:
-            x = self.norm_first(x)
-        x = self.blocks(x)
+        return x if self.norm_first is None else self.norm_first(x)
+
+    def forward(self, embedded: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
+        x = self.blocks(embedded)
         return self.norm(x) if self.final_norm else x
 
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Collection
 from pathlib import Path
 
+from ..clip.views import FUSIONS
 from ..command_line import OneLineParser, positive
 
 
@@ -61,10 +62,20 @@ def parser(losses: Collection[str], implementations: Collection[str]) -> argpars
         "--loss",
         choices=losses,
         default="clip",
-        help="clip_ids: without the negatives that have an equal caption; info_nce: pictures pick "
-        "their captions, one way; supcon, nt_xent: pictures and captions are views of one "
-        "concept; ranking: VSE++'s, of the hardest negatives; global: with moving averages of "
-        "each drawing's negatives (default %(default)s)",
+        help="clip_ids: without the negatives that have an equal caption; siglip: each pair by "
+        "itself, with a learnt bias; info_nce: pictures pick their captions, one way; supcon, "
+        "nt_xent: pictures and captions are views of one concept; ranking: VSE++'s, of the hardest "
+        "negatives; devise: the picture tower learns frozen text features, sums of random token "
+        "vectors; global: with moving averages of each drawing's negatives (default %(default)s)",
+    )
+    p.add_argument(
+        "--matching",
+        choices=("none", *FUSIONS),
+        default="none",
+        help="also train a head that tells whether a picture and a caption match; it joins the "
+        "inputs of the towers (early), their outputs (middle) or their features (late). Negatives "
+        "are drawn from the loss's softmax, under torchrun among a process's own pairs "
+        "(default %(default)s)",
     )
     p.add_argument(
         "--implementation",

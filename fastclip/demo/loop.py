@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..cached import cached_step
 from ..clip.model import CLIP
+from ..clip.views import WithViews
 from .batch import Stream
 from .checkpoint import Checkpoint, restore
 from .losses import BatchLoss
@@ -41,7 +43,7 @@ class Run:
         self.seconds = state["seconds"]
 
 
-def optimizer_for(model: CLIP, lr: float, weight_decay: float = 1.0) -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, lr: float, weight_decay: float = 1.0) -> torch.optim.Optimizer:
     """Returns AdamW. Matrices have the weight decay; the vectors of layer norms, biases and the
     scale have none. The default is strong because the demo has few pictures."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -89,13 +91,15 @@ def train(
             KeyboardInterrupt at the end of that step.
         after_step: is called on every rank with the number of steps done, before a checkpoint.
     """
-    optimizer = optimizer_for(model, lr, weight_decay)
+    trained = nn.ModuleList([model, loss])  # a loss may have a matching head
+    optimizer = optimizer_for(trained, lr, weight_decay)
     parts = {"model": model, "loss": loss, "optimizer": optimizer, "batches": stream, "run": run}
     if state is not None:
         restore(state, parts)
     saves = checkpoint is not None and checkpoint.every > 0 and workers.first
-    towers = workers.wrap(model)
-    model.train()
+    head = None if loss.matching is None else loss.matching.head
+    towers = workers.wrap(model, None if head is None else WithViews(model, head.fusion))
+    trained.train()
     stop, begun, spent = steps if stop is None else stop, len(run.losses), run.seconds
     with tqdm(
         total=stop, initial=begun, desc=label, unit="step", dynamic_ncols=True,
@@ -113,7 +117,8 @@ def train(
                 value.backward()
             else:
                 value = cached_step(towers, of_batch, *pairs, micro_batch=micro_batch)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            workers.average(loss.parameters())
+            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
             model.clamp_logit_scale()
             batch_loss, stopping = workers.over_all_ranks(value, stop_requested())

@@ -14,6 +14,7 @@ from .. import distributed
 from .. import loss as fused
 from .. import reference as dense
 from .batch import Batch
+from .matching import MatchingLoss
 from .workers import ALONE, Workers
 
 
@@ -39,6 +40,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "info_nce": lambda of, pairs, x, y, scale: of("info_nce")(x, y, scale),
     # The loss has no scale, but DDP waits for the gradient of the model's.
     "ranking": lambda of, pairs, x, y, scale: of("ranking_loss")(x, y, hardest=True) + 0 * scale,
+    # The text side is frozen: only pictures have hinges.
+    "devise": lambda of, pairs, x, y, scale: (
+        of("ranking_loss")(x, y, margin=0.1, symmetric=False) + 0 * scale
+    ),
     "global": lambda of, pairs, x, y, scale: of("GlobalClipLoss")(x, y, scale, pairs.samples),
 }
 # The initial values that a model needs for a loss, as in open_clip.
@@ -55,18 +60,20 @@ class BatchLoss(nn.Module):
         implementation: "fused" or "dense".
         samples: the number of samples in the dataset.
         batch_size: the pairs of all workers together.
+        matching: the loss of a matching head, which is added.
     """
 
     def __init__(
         self, loss: str, implementation: str, samples: int, batch_size: int,
-        workers: Workers = ALONE,
+        workers: Workers = ALONE, matching: MatchingLoss | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.loss = LOSSES[loss]
+        self.loss, self.matching = LOSSES[loss], matching
         self.dense = implementation == "dense"
         self.sizes = workers.sizes(batch_size)
         # The dense loss needs the whole batch on every rank.
         self.rows = slice(None) if self.dense else workers.rows(batch_size)
+        self.own = workers.rows(batch_size) if self.dense else slice(None)  # among `rows`
         self.across: dict[str, Any] = {}
         if workers.size > 1 and not self.dense:
             self.across = {"uneven": len(set(self.sizes)) > 1}
@@ -77,15 +84,23 @@ class BatchLoss(nn.Module):
             )  # fmt: skip
 
     def forward(
-        self, batch: Batch, image_features: Tensor, text_features: Tensor, **shared: Tensor
-    ) -> Tensor:
+        self, batch: Batch, image_features: Tensor, text_features: Tensor,
+        image_view: Tensor | None = None, text_view: Tensor | None = None, **shared: Tensor,
+    ) -> Tensor:  # fmt: skip
         """The loss of a model's outputs for a batch; `shared` are the scale, and the bias if the
-        model has one."""
+        model has one. The views are for a matching head."""
         towers = image_features, text_features
         if self.dense and len(self.sizes) > 1:
             towers = self._whole(*towers)
         pairs = self._pairs(batch, image_features.device)
-        return self.loss(self._function, pairs, *towers, *shared.values())
+        loss = self.loss(self._function, pairs, *towers, *shared.values())
+        if self.matching is None:
+            return loss
+        outputs = {
+            "image_features": image_features, "text_features": text_features,
+            "image_view": image_view, "text_view": text_view, **shared,
+        }  # fmt: skip
+        return loss + self.matching(outputs, batch.tokens, pairs.captions[self.own])
 
     def _function(self, name: str) -> Callable[..., Tensor]:
         if name == "GlobalClipLoss":

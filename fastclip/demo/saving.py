@@ -35,11 +35,17 @@ def state_to_continue(
         return None  # restarted before its first checkpoint: the file is from another training
 
 
-def continuation(checkpoint: Checkpoint, state: Mapping[str, Any], steps: int) -> str:
-    """Returns in words where a training continues."""
+def continuation(
+    checkpoint: Checkpoint, state: Mapping[str, Any], steps: int, draws: bool = False
+) -> str:
+    """Returns in words where a training continues. draws: whether each rank draws negatives among
+    its own pairs, for a matching head."""
     moved = checkpoint.place_changes(state)
-    rounding = f"; the curve is now the same up to rounding: {moved}" if moved else ""
-    return f"continues after step {len(state['run']['losses'])} of {steps}{rounding}"
+    if moved and draws and "ranks" in moved:
+        moved = f"; the head's negatives now come from other pairs: {moved}"
+    elif moved:
+        moved = f"; the curve is now the same up to rounding: {moved}"
+    return f"continues after step {len(state['run']['losses'])} of {steps}{moved}"
 
 
 def train_and_save(
@@ -56,7 +62,9 @@ def train_and_save(
             # Before the first step the model is not saved, since the file may hold an earlier
             # run's model.
             if run.losses and workers.first:
-                model.save(weights, steps=str(len(run.losses)), **notes)
+                noted = {"steps": str(len(run.losses)), **notes}
+                head = None if loss.matching is None else loss.matching.head
+                model.save(weights, **noted) if head is None else head.save(weights, model, **noted)
                 run.saved = True
 
 

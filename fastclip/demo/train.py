@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..clip.bag_of_tokens import freeze_as_bag_of_tokens
 from ..clip.model import CLIP, CLIPConfig
 from ..clip.tokenizer import Tokenizer
 from ..command_line import checked_device
@@ -27,15 +28,19 @@ from .checkpoint import Checkpoint
 from .command_line import parser, writable_folder
 from .emoji.batches import Batches
 from .emoji.evaluate import Score, as_json, evaluate, held_out_features
+from .emoji.evaluate_matching import evaluate_matching
 from .emoji.split import Split, split
 from .interrupt import interruptible
 from .loop import Run, train
 from .losses import IMPLEMENTATIONS, INITIAL, LOSSES, BatchLoss
+from .matching import MatchingLoss, check_pairs
 from .saving import continuation, exits_when_interrupted, state_to_continue, train_and_save
 from .workers import ALONE, Workers
 
 # The options that determine the loss curve.
-DECISIVE = ("steps", "batch_size", "micro_batch", "lr", "loss", "implementation", "seed")
+DECISIVE = (
+    "steps", "batch_size", "micro_batch", "lr", "loss", "matching", "implementation", "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Task:
     """The inputs of a run apart from its options: data, split, tokenizer, model sizes, device.
 
     loss: the loss to train with, of LOSSES.
+    matching: the fusion of a matching head, or "none".
     """
 
     emoji: emoji_data.Emoji
@@ -52,6 +58,7 @@ class Task:
     device: torch.device
     workers: Workers = ALONE
     loss: str = "clip"
+    matching: str = "none"
 
     @classmethod
     def load(cls, device: torch.device | str = "cpu", workers: Workers = ALONE) -> "Task":
@@ -65,17 +72,30 @@ class Task:
 
     def start(self, seed: int, batch_size: int) -> tuple[CLIP, Batches]:
         """Returns an untrained model and its batches. Both depend on the seed alone."""
+        if self.matching != "none":
+            check_pairs(batch_size, self.workers)
         rows = self.workers.rows(batch_size)
         stream = Batches(self.emoji, self.split, self.encode, batch_size, seed, self.device, rows)
         torch.manual_seed(seed)
         config = replace(self.config, **INITIAL.get(self.loss, {}))
-        return CLIP(config).to(self.device), stream
+        model = CLIP(config)
+        if self.loss == "devise":
+            freeze_as_bag_of_tokens(model)
+        return model.to(self.device), stream
 
-    def batch_loss(self, implementation: str, batch_size: int) -> BatchLoss:
-        """Returns the loss of this worker's share of the batches."""
+    def batch_loss(self, implementation: str, batch_size: int, seed: int = 0) -> BatchLoss:
+        """Returns the loss of this worker's share of the batches. `seed` is for a matching head."""
         samples = len(self.emoji.concepts) * len(emoji_data.VENDORS)
-        loss = BatchLoss(self.loss, implementation, samples, batch_size, self.workers)
+        matching = None
+        if self.matching != "none":
+            matching = MatchingLoss(self.config, self.matching, batch_size, seed, self.workers)
+        loss = BatchLoss(self.loss, implementation, samples, batch_size, self.workers, matching)
         return loss.to(self.device)
+
+
+def trained_parameters(*modules: nn.Module) -> int:
+    """Returns the number of parameters that are not frozen."""
+    return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
 
 
 def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
@@ -86,10 +106,11 @@ def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
         "held out": f"{len(task.split.held_out)} concepts held out of training, names and drawings",
         "zero-shot": "the same held-out drawings, classified into categories by words alone",
     }
+    width = 2 + max(len(name) for figures in scores.values() for name in figures)
     lines = []
     for test, figures in scores.items():
         lines += ["", titles[test]]
-        lines += [f"  {name:<18}{score}" for name, score in figures.items()]
+        lines += [f"  {name:<{width}}{score}" for name, score in figures.items()]
     return "\n".join(lines)
 
 
@@ -106,24 +127,31 @@ def train_and_evaluate(
     say = print if workers.first else lambda *_, **__: None
     first, other = runs
     model, stream = task.start(args.seed, args.batch_size)
+    loss = task.batch_loss(first, args.batch_size, args.seed)
+    head = None if loss.matching is None else loss.matching.head
     schedule = {"steps": args.steps, "lr": args.lr, "micro_batch": args.micro_batch}
     ranks = f"{workers.size} ranks of " if workers.size > 1 else ""
     threads = torch.get_num_threads()
     say(
         f"{len(task.split.vendors):,} of {len(task.split.members):,} look-alike groups of emoji "
-        f"are trained on; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"are trained on; {trained_parameters(model, loss) / 1e6:.1f} M parameters; "
         f"{ranks}{threads} thread{'s' if threads > 1 else ''}"
     )
     if state is not None:
-        say(continuation(checkpoint, state, args.steps))
+        say(continuation(checkpoint, state, args.steps, draws=head is not None))
     train_and_save(
-        model, stream, task.batch_loss(first, args.batch_size), runs[first], weights,
+        model, stream, loss, runs[first], weights,
         {"tokenizer": "fastclip/demo/emoji/tokenizer.json"}, label=f"{first} loss",
         workers=workers, checkpoint=checkpoint, state=state, **schedule,
     )  # fmt: skip
     scores = {}
     if workers.first:
         scores = evaluate(model, task.emoji, task.split, task.encode)
+        if head is not None:
+            for test, found in evaluate_matching(
+                head, model, task.emoji, task.split, task.encode
+            ).items():
+                scores[test] |= found
         say(report(scores, task), flush=True)
     if not args.no_compare:
         twin, stream = task.start(args.seed, args.batch_size)
@@ -133,7 +161,7 @@ def train_and_evaluate(
         )
         with interruptible(patient=workers.under_torchrun) as stop_requested:
             train(
-                twin, stream, task.batch_loss(other, args.batch_size), runs[other],
+                twin, stream, task.batch_loss(other, args.batch_size, args.seed), runs[other],
                 stop=max(1, args.steps // 4), label=f"{other} loss", workers=workers,
                 stop_requested=stop_requested, **schedule,
             )  # fmt: skip
@@ -192,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             device = workers.device(args.device)
             # All ranks raise the same errors, except those about a GPU of their own.
             options.quiet &= device == args.device
-            task = replace(Task.load(checked_device(device), workers), loss=args.loss)
+            task = Task.load(checked_device(device), workers)
+            task = replace(task, loss=args.loss, matching=args.matching)
             options.quiet = workers.local_rank > 0
             task.start(args.seed, args.batch_size)
         except (OSError, ValueError) as error:

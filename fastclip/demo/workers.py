@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..clip.model import CLIP
@@ -129,11 +129,15 @@ class Workers:
             raise result[0]
         return result[0]
 
-    def wrap(self, model: CLIP) -> Callable[..., dict[str, Tensor]]:
-        """Returns the model wrapped in DDP, or the model itself if this worker is alone."""
+    def wrap(
+        self, model: CLIP, towers: nn.Module | None = None
+    ) -> Callable[..., dict[str, Tensor]]:
+        """Returns `towers` wrapped in DDP, or itself if this worker is alone. `towers` is the
+        module to call, around the model; default: the model."""
+        towers = model if towers is None else towers
         if self.size == 1:
-            return model
-        wrapped = DistributedDataParallel(model)
+            return towers
+        wrapped = DistributedDataParallel(towers)
         # DDP orders its buckets by the gradients of the first step, and three or more ranks add in
         # an order that depends on a gradient's place in its bucket. A backward pass of one pair,
         # which trains nothing, fixes the order before the first step. Steps are then the same bit
@@ -144,6 +148,12 @@ class Workers:
         outputs = wrapped(torch.zeros(1, 3, side, side, device=device), tokens)
         sum(output.sum() for output in outputs.values()).backward()
         return wrapped
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Averages over the ranks the gradients of parameters outside of DDP."""
+        for parameter in parameters if self.size > 1 else ():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.size
 
     def over_all_ranks(self, value: Tensor, stop_requested: bool) -> tuple[float, bool]:
         """Returns the loss of the whole batch, and whether a stop was requested on any rank."""

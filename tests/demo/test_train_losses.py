@@ -28,7 +28,7 @@ def curves() -> dict[str, list[float]]:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_fused_and_dense_curves_agree(loss: str, curves: dict[str, list[float]]) -> None:
     assert curve(loss, implementation="dense") == pytest.approx(curves[loss], rel=2e-4)
-    assert curves[loss][-1] < curves[loss][0]
+    assert min(curves[loss]) < curves[loss][0] - 0.05
     # Each loss has a curve of its own, except clip and clip_ids: no batch here has equal captions.
     others = {name: found for name, found in curves.items() if found == curves[loss]}
     assert set(others) <= {loss, "clip", "clip_ids"}

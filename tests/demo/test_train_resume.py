@@ -116,7 +116,7 @@ def test_resuming_with_other_settings_is_reported_in_one_line(
     file = tmp_path / "training.pt"
     settings = {
         "steps": 6, "batch_size": 24, "micro_batch": None, "lr": 2e-3, "loss": "clip",
-        "implementation": "fused", "seed": 0,
+        "implementation": "fused", "seed": 0, "matching": "none",
     }  # fmt: skip
     Checkpoint(file, settings, {}).save({})
     assert_one_line(tmp_path, options, message.replace("FILE", str(file)), capsys)

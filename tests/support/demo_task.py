@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from fastclip.clip.model import CLIP
 from fastclip.demo.checkpoint import Checkpoint
 from fastclip.demo.loop import Run, train
+from fastclip.demo.losses import BatchLoss
 from fastclip.demo.train import Task
 from fastclip.demo.workers import ALONE, Workers
 
@@ -29,16 +31,35 @@ def whole() -> Task:
     return Task.load()
 
 
-def trained(
+def trained(task: Task, batch_size: int, **options: Any) -> Run:
+    """Returns the record of a training. Options: as `trained_parts`."""
+    return trained_parts(task, batch_size, **options)[0]
+
+
+def trained_parts(
     task: Task, batch_size: int, *, workers: Workers = ALONE, loss: str = "clip",
-    implementation: str = "fused", seed: int = 0, lr: float = 1e-3, **options: Any,
-) -> Run:  # fmt: skip
-    task = replace(task, workers=workers, loss=loss)
+    implementation: str = "fused", matching: str = "none", seed: int = 0, lr: float = 1e-3,
+    **options: Any,
+) -> tuple[Run, CLIP, BatchLoss]:  # fmt: skip
+    """Returns the record of a training, the model and the loss. Options: also those of `train`."""
+    task = replace(task, workers=workers, loss=loss, matching=matching)
     model, stream = task.start(seed, batch_size)
     run = Run()
-    batch_loss = task.batch_loss(implementation, batch_size)
+    batch_loss = task.batch_loss(implementation, batch_size, seed)
     train(model, stream, batch_loss, run, lr=lr, workers=workers, **options)
-    return run
+    return run, model, batch_loss
+
+
+def parameters_after(
+    rank: int, size: int, batch_size: int, options: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Returns the small model's and its loss's parameters after a training."""
+    _, *parts = trained_parts(small(), batch_size, workers=Workers(rank, size), **options)
+    return {
+        f"{name}.{key}": value.detach()
+        for name, part in zip(("model", "loss"), parts, strict=True)
+        for key, value in part.named_parameters()
+    }
 
 
 def curve(rank: int, size: int, batch_size: int, options: dict[str, Any]) -> list[float]:

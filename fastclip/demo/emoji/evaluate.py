@@ -51,7 +51,11 @@ class Score:
 
 def recall(queries: Tensor, answers: Tensor, k: int) -> float:
     """Returns how often row i of `queries` has row i of `answers` (N, D) among its k nearest."""
-    similarity = queries @ answers.T
+    return hits(queries @ answers.T, k)
+
+
+def hits(similarity: Tensor, k: int) -> float:
+    """Returns how often an entry of the diagonal is among the k largest of its row."""
     # Ties count against the model: a model that gives all inputs the same features must not score.
     better = (similarity >= similarity.diagonal()[:, None]).sum(dim=1) - 1
     return (better < k).float().mean().item()
@@ -90,6 +94,19 @@ class HeldOut:
     texts: Tensor
 
 
+def other_vendor(split: Split) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the concepts that were trained on one vendor's drawing, and the other vendor's
+    number."""
+    unseen = [
+        (split.members[group][0], vendor)
+        for group in split.one_vendor
+        for vendor in range(len(VENDORS))
+        if vendor not in split.vendors[group]
+    ]
+    concepts, vendors = zip(*unseen, strict=True)
+    return concepts, vendors
+
+
 @torch.no_grad()
 def held_out_features(model: CLIP, emoji: Emoji, split: Split, encode: Encode) -> HeldOut:
     """Returns the features of every held-out concept in every vendor's drawing."""
@@ -106,13 +123,7 @@ def evaluate(
 ) -> dict[str, dict[str, Score]]:
     """Returns all scores, by test set and by name."""
     model.eval()
-    unseen = [
-        (split.members[group][0], vendor)
-        for group in split.one_vendor
-        for vendor in range(len(VENDORS))
-        if vendor not in split.vendors[group]
-    ]
-    concepts, vendors = zip(*unseen, strict=True)
+    concepts, vendors = other_vendor(split)
     other = retrieval(
         [features(model, emoji, concepts, vendors)], names(model, emoji, concepts, encode)
     )
