@@ -32,7 +32,7 @@ def parser(losses: Collection[str], implementations: Collection[str]) -> argpars
         prog="python -m fastclip.train",
         description="Train a small CLIP on 1,906 emoji drawn by two vendors, on the CPU, in "
         "minutes. Report retrieval and zero-shot accuracy on emoji held out of training.",
-        epilog="Writes clip.safetensors, results.json and demo.png to the output folder. Ctrl-C "
+        epilog="Writes clip.safetensors, results.json, demo.png and retrieval.png. Ctrl-C "
         "saves the current model, and training.pt for --resume. For a run of seconds: --steps 4 "
         "--batch-size 32. For several processes, with --device cuda one per GPU: "
         "torchrun --nproc-per-node 2 -m fastclip.train",

@@ -174,12 +174,15 @@ def write_results(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path, model: CLIP,
     scores: dict[str, dict[str, Score]], started: float,
 ) -> None:  # fmt: skip
-    """Writes demo.png and results.json."""
-    from .emoji.figure import draw  # importing matplotlib takes a second
+    """Writes demo.png, retrieval.png and results.json."""
+    # Importing matplotlib takes a second.
+    from .emoji import figure, retrieval_figure
 
     runs = {name: run for name, run in runs.items() if run.losses}
     held = held_out_features(model, task.emoji, task.split, task.encode)
-    draw(args.out / "demo.png", {name: r.losses for name, r in runs.items()}, task.emoji, held)
+    losses = {name: r.losses for name, r in runs.items()}
+    figure.draw(args.out / "demo.png", losses, task.emoji, held)
+    retrieval_figure.draw(args.out / "retrieval.png", task.emoji, held)
     seconds = time.perf_counter() - started
     results = {
         "settings": {**vars(args), "out": str(args.out)},
@@ -188,10 +191,13 @@ def write_results(
         "torch": torch.__version__,
         "seconds": {"total": seconds, **{name: r.seconds for name, r in runs.items()}},
         "scores": as_json(scores),
-        "losses": {name: r.losses for name, r in runs.items()},
+        "losses": losses,
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{seconds:.0f} s in all; demo.png, results.json and {weights.name} are in {args.out}/")
+    print(
+        f"\n{seconds:.0f} s in all; demo.png, retrieval.png, results.json and {weights.name} are "
+        f"in {args.out}/"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -59,9 +59,9 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         "held-out share of them."
     )
     parser.epilog += (
-        ". With --pairs, tokenizer.json and pairs.png are written in place of demo.png, and there "
-        "is no second run to compare with: --no-compare changes nothing. docs/own-pairs.md shows "
-        "how to lay out data"
+        ". With --pairs, tokenizer.json and pairs.png are written in place of the demo's pictures, "
+        "and there is no second run to compare with: --no-compare changes nothing. "
+        "docs/own-pairs.md shows how to lay out data"
     )
     group = parser.add_argument_group(
         "own pairs", "Train on your own image-text pairs. The other options below need --pairs."

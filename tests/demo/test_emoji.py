@@ -11,7 +11,7 @@ from fastclip.clip.tokenizer import Tokenizer
 from fastclip.demo import emoji as emoji_data
 from fastclip.demo.emoji import FOLDER, SIZE, VENDORS, Emoji
 from fastclip.demo.emoji.batches import Batches, augment, on_white
-from fastclip.demo.emoji.evaluate import CATEGORY_WORDS, per_class_accuracy, recall
+from fastclip.demo.emoji.evaluate import CATEGORY_WORDS, per_class_accuracy, retrieval
 from fastclip.demo.emoji.rebuild import VOCABULARY
 from fastclip.demo.emoji.split import Split, split
 
@@ -197,12 +197,15 @@ def test_recall_and_accuracy_of_small_cases() -> None:
     queries = torch.tensor(
         [[1.0, 0, 0, 0], [0.9, 0.8, 0, 0], [0.9, 0.8, 0.1, 0], [0.9, 0.8, 0.7, 0.6]]
     )
-    assert recall(queries, answers, 1) == 0.25
-    assert recall(queries, answers, 2) == 0.5
-    assert recall(queries, answers, 3) == 0.75
-    assert recall(queries, answers, 4) == 1.0
-    # A model with equal features for all inputs is never right.
-    assert recall(torch.ones(4, 4), torch.ones(4, 4), 1) == 0.0
+    found = retrieval([queries, torch.eye(4)], answers)
+    assert found["image to text R@1"].value == (0.25 + 1) / 2
+    assert found["image to text R@5"].value == found["image to text R@5"].chance == 1
+    assert found["text to image R@1"].queries == 8
+    # A model that gives all inputs the same features, or has diverged, gets chance.
+    for value in (1.0, torch.nan):
+        same = torch.full((4, 4), value)
+        score = retrieval([same], same)["text to image R@1"]
+        assert score.value == score.chance == 0.25
     labels = torch.tensor([0, 0, 0, 1])
     assert per_class_accuracy(torch.zeros(4, dtype=torch.long), labels) == 0.5
     assert per_class_accuracy(labels, labels) == 1.0

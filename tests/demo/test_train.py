@@ -124,7 +124,7 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     command = [*RUN, "--steps", "4", "--batch-size", "32", "--out", str(out), "--seed", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    names = {"clip.safetensors", "results.json", "demo.png"}
+    names = {"clip.safetensors", "results.json", "demo.png", "retrieval.png"}
     assert {path.name for path in out.iterdir()} == names
     for expected in ("held out", "R@1", "chance", "categories", "dense loss", *names):
         assert expected in done.stdout, done.stdout
@@ -135,8 +135,9 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     assert len(fused) == 4 and dense == pytest.approx(fused[: len(dense)], rel=1e-4)
     assert results["settings"]["seed"] == 5
     assert results["scores"]["held out"]["image to text R@1"]["chance"] < 0.01
-    with Image.open(out / "demo.png") as picture:
-        assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 100
+    for name in ("demo.png", "retrieval.png"):
+        with Image.open(out / name) as picture:
+            assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 100
 
     model = CLIP.load(out / "clip.safetensors")
     task = Task.load()

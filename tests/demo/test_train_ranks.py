@@ -181,7 +181,7 @@ def test_resumed_ranks_finish_and_one_prints(two: Ranks, tmp_path: Path) -> None
     )
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    names = {"clip.safetensors", "results.json", "demo.png"}
+    names = {"clip.safetensors", "results.json", "demo.png", "retrieval.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["losses"]["fused"] == unbroken and results["ranks"] == 2
