@@ -17,7 +17,16 @@ from support.installation import ROOT
 from support.open_clip_jobs.data import write
 from support.peers import OPEN_CLIP, find, peer
 
-ALONE = ["fp32", "amp_bf16", "accumulated", "siglip", "coca", "distilled", "checkpointed"]
+ALONE = [
+    "fp32",
+    "amp_bf16",
+    "accumulated",
+    "siglip",
+    "coca",
+    "distilled",
+    "checkpointed",
+    "validated",
+]
 TOGETHER = [
     "fp32", "local", "accumulated", "local_accumulated", "siglip", "local_coca", "local_distilled",
 ]  # fmt: skip
@@ -86,8 +95,16 @@ def test_the_curves_are_the_same(
     assert len(theirs["losses"]) == 3
     for found, wanted in zip(ours["losses"], theirs["losses"], strict=True):
         assert found == pytest.approx(wanted, rel=tolerance) and len(found) in (1, 2)
-    if job not in COMPILED:
+    # open_clip's own validation loss makes matrices.
+    if job not in (*COMPILED, "validated"):
         assert ours["matrices"] == 0 < theirs["matrices"]
+
+
+def test_the_evaluation_is_the_same(ran: Callable[[int], dict[str, Found]]) -> None:
+    ours, theirs = (ran(1)[arm]["validated"]["evaluations"] for arm in ("fastclip", "open_clip"))
+    assert len(ours) == len(theirs) == 1
+    assert {"image_to_text_R@5", "text_to_image_median_rank"} <= set(ours[0])
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

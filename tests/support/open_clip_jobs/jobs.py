@@ -35,6 +35,7 @@ JOBS = {
     "coca": CAPTIONS,
     "distilled": DISTILLED,
     "checkpointed": ["--grad-checkpointing"],
+    "validated": ["--val-data", "{folder}/66.csv", "--val-frequency", "1"],
     "compiled": ["--torchcompile"],
     "local": LOCAL,
     "local_accumulated": [*LOCAL, "--accum-freq", "2"],

@@ -63,7 +63,8 @@ def group_of(job: str, rank: int, ranks: int) -> Iterator[None]:
 
 
 def run(folder: Path, arm: str, job: str) -> None:
-    """Runs the trainer, and writes the losses that it logs and the number of matrices of pairs."""
+    """Runs the trainer, and writes the losses and evaluations that it logs, and the number of
+    matrices of pairs."""
     from open_clip_train.main import main
 
     rank, ranks = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -82,5 +83,10 @@ def run(folder: Path, arm: str, job: str) -> None:
             for line in lines
             if "Train Epoch" in line
         ]
-        found = {"losses": losses, "matrices": matrices.count}
+        evaluations = [
+            {name: float(value) for name, value in re.findall(r"(\S+): ([\d.]+)", line)}
+            for line in lines
+            if "_mean_rank" in line
+        ]
+        found = {"losses": losses, "evaluations": evaluations, "matrices": matrices.count}
         (folder / f"{name}.json").write_text(json.dumps(found))
