@@ -61,8 +61,8 @@ class MatchingHead(nn.Module):
             self.hidden = nn.Linear(3 * width, width)
         else:
             width = config.image_width
-            self.from_image = nn.Linear(width, width)
-            self.from_text = nn.Linear(config.text_width, width)
+            self.from_image = self._entry(width, width)
+            self.from_text = self._entry(config.text_width, width)
             self.blocks = nn.ModuleList(
                 TransformerBlock(width, config.image_heads, causal=False) for _ in range(layers)
             )
@@ -72,6 +72,14 @@ class MatchingHead(nn.Module):
                 block.initialise(layers)
             self.norm = nn.LayerNorm(width)
         self.logit = nn.Linear(width, 1)
+
+    @staticmethod
+    def _entry(width: int, to: int) -> nn.Sequential:
+        # Embedded words are small (0.02): without the norm the map's bias would hide them.
+        linear = nn.Linear(width, to)
+        nn.init.normal_(linear.weight, std=width**-0.5)
+        nn.init.zeros_(linear.bias)
+        return nn.Sequential(nn.LayerNorm(width), linear)
 
     def forward(self, image_view: Tensor, text_view: Tensor, tokens: Tensor) -> Tensor:
         """Returns the logits (B) of B pairs.

@@ -104,7 +104,7 @@ def test_it_learns_a_rule(fusion: str) -> None:
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=2e-3)
     colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1]])
     right = []
-    for _ in range(140):
+    for _ in range(80):
         seen, said = torch.randint(0, 4, (2, 64))
         said = torch.where(torch.rand(64) < 0.5, seen, said)
         images = colours[seen][:, :, None, None].expand(-1, -1, 8, 8)
