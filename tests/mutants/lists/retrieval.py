@@ -54,8 +54,8 @@ MUTANTS = (
     ),
     mutant(
         "a product decides at the limit",
-        f"{FOLDER}plain_top.py", "(t - limit).abs() <= 2 * band[:, None]",
-        "(t - limit).abs() < 0 * band[:, None]",
+        f"{FOLDER}plain_top.py", "(t - limit).abs() > 2 * band[:, None]",
+        "(t - limit).abs() > 0 * band[:, None]",
         f"{TOPK}a_limit_that_float32_products_miss[torch]",
     ),
     mutant(
