@@ -30,7 +30,7 @@ MUTANTS = (
         "exact scores are summed in torch's order",
         f"{FOLDER}scores.py", "        _sum(sides.x[a].to(dtype) * sides.y[b].to(dtype))",
         "        (sides.x[a].to(dtype) * sides.y[b].to(dtype)).sum(1)",
-        f"{ROUNDING}scores_that_differ_in_their_last_digit_are_the_same_on_every_engine",
+        f"{ROUNDING}long_features_tie[torch]",
     ),
     mutant(
         "a tie comes first whatever its index",
