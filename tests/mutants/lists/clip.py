@@ -4,6 +4,7 @@ from mutants.mutant import mutant
 
 WEIGHTS = "tests/demo/test_pretrained.py::test_"
 WORDS = "tests/demo/test_zero_shot.py::test_"
+OPENED = "tests/demo/test_open_image.py::test_"
 KEYS = "fastclip/clip/pretrained/keys.py"
 TOKENIZER = "fastclip/clip/tokenizer.py"
 
@@ -77,5 +78,26 @@ MUTANTS = (
         "return (colours - mean) / std",
         "return colours",
         f"{WORDS}pictures_are_cropped_or_squashed",
+    ),
+    mutant(
+        "a picture is not turned as its EXIF data says",
+        "fastclip/clip/open_image.py",
+        "ImageOps.exif_transpose(opened)",
+        "opened.copy()",
+        f"{OPENED}a_model_is_scored_on_the_pixels_that_it_was_trained_on",
+    ),
+    mutant(
+        "the brightness of 32 bits is cut off",
+        "fastclip/clip/open_image.py",
+        'if image.mode in ("I", "F")',
+        "if False",
+        f"{OPENED}thirty_two_bits_are_refused",
+    ),
+    mutant(
+        "a picture in two given folders is classified twice",
+        "fastclip/clip/pictures.py",
+        "found.setdefault(os.path.abspath(file), file)",
+        "found.setdefault(str(file), file)",
+        f"{OPENED}folders_are_searched_for_pictures_once",
     ),
 )
