@@ -4,6 +4,7 @@ The defaults are the demo's. `fastclip.clip.pretrained` fills the fields from ot
 weights.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -19,6 +20,11 @@ CHOICES = {
 }
 OPTIONAL = ("bias", "image_mlp", "text_mlp", "end_id")
 POSITIVE = ("scale", "image_eps", "text_eps")
+
+
+def is_number(value: object) -> bool:
+    """Returns whether the value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,9 @@ class CLIPConfig:
         image_resize: "crop" (shorter side, then the centre) or "squash" (both sides).
 
     Raises:
-        ValueError: a size is not a positive integer, the patches do not tile the picture, the
-            number of heads does not divide a width, or an option is unknown or contradicts another.
+        ValueError: a size is not a positive integer, a number is not finite, the patches do not
+            tile the picture, the number of heads does not divide a width, or an option is unknown
+            or contradicts another.
     """
 
     embed_dim: int = 256
@@ -83,8 +90,9 @@ class CLIPConfig:
     image_resize: str = "crop"
 
     def __post_init__(self) -> None:
-        for name in ("image_mean", "image_std"):  # JSON has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("image_mean", "image_std"):
+            if isinstance(value := getattr(self, name), list):  # of JSON
+                object.__setattr__(self, name, tuple(value))
         for field in fields(self):
             self._check(field.name, field.type, getattr(self, field.name))
         for whole, part in (
@@ -127,21 +135,23 @@ class CLIPConfig:
         elif name in OPTIONAL and value is None:
             return
         elif name in ("image_mean", "image_std"):
-            if len(value) != 3 or (name == "image_std" and min(value) <= 0):
+            numbers = isinstance(value, tuple) and len(value) == 3 and all(map(is_number, value))
+            if not numbers or (name == "image_std" and min(value) <= 0):
                 rule = "three numbers" if name == "image_mean" else "three positive numbers"
                 raise ValueError(f"{name} must be {rule}, got {value!r}")
         elif kind is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         elif name in POSITIVE:
-            if not value > 0:
+            if not is_number(value) or value <= 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
+        elif name == "bias":
+            if not is_number(value):
+                raise ValueError(f"bias must be a number or None, got {value!r}")
         elif name == "end_id":
-            if not isinstance(value, int) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"end_id must be a token id or None, got {value!r}")
-        elif name != "bias" and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
     @property
