@@ -17,6 +17,7 @@ CHOICES = {
     "image_projection": PROJECTIONS,
     "text_projection": PROJECTIONS,
     "image_resize": ("crop", "squash"),
+    "image_interpolation": ("bicubic", "bilinear"),
 }
 OPTIONAL = ("bias", "image_mlp", "text_mlp", "end_id")
 POSITIVE = ("scale", "image_eps", "text_eps")
@@ -49,6 +50,7 @@ class CLIPConfig:
             `end_id`) or "last" (the last position, padding included, as in SigLIP).
         image_mean, image_std: per colour, what normalises pictures in [0, 1].
         image_resize: "crop" (shorter side, then the centre) or "squash" (both sides).
+        image_interpolation: the filter of resizing: "bicubic" or "bilinear", both with averaging.
 
     Raises:
         ValueError: a size is not a positive integer, a number is not finite, the patches do not
@@ -88,6 +90,7 @@ class CLIPConfig:
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_resize: str = "crop"
+    image_interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):

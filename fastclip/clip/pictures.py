@@ -43,13 +43,15 @@ def inside(folder: Path) -> list[Path]:
     )
 
 
-def resized(image: Image.Image, size: int, how: str) -> Image.Image:
-    """Returns a square with a side of `size`: `how` is "crop" or "squash"."""
-    if how == "squash":
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+def resized(image: Image.Image, config: CLIPConfig) -> Image.Image:
+    """Returns a square with a side of `image_size`."""
+    size, way = config.image_size, Image.Resampling[config.image_interpolation.upper()]
+    if config.image_resize == "squash":
+        return image.resize((size, size), way)
     shorter = min(image.size)
     width, height = (int(size * side / shorter) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), way)
+    # torchvision's rule, hence OpenAI's and open_clip's: halves are rounded to even numbers.
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
@@ -60,7 +62,7 @@ def read(path: str | Path, config: CLIPConfig) -> Tensor:
     Raises:
         Exception: of many kinds, as Pillow's decoders do; the file is no readable picture.
     """
-    square = resized(open_image(path), config.image_size, config.image_resize)
+    square = resized(open_image(path), config)
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     colours = pixels.reshape(config.image_size, config.image_size, 3).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))

@@ -121,7 +121,7 @@ def test_labels_in_a_file_and_normalisation(
         (["--std", "1,0,1"], "image_std must be three positive numbers, got (1.0, 0.0, 1.0)"),
         (["--set", "heads"], "argument --set: must be NAME=VALUE, got heads"),
         (["--set", "heads=3"], "--set must be among activation, image_heads, "),
-        (["--set", "dtype=float16"], "image_resize, got dtype"),
+        (["--set", "dtype=float16"], ", image_resize, image_interpolation, got dtype"),
         (["--set", "config=x", "device=y"], "got config, device"),
         (["--template", "{.foo}"], "argument --template: must hold {} for the label, got '{.foo}'"),
         (["--template", "{[a]}"], "argument --template: must hold {} for the label, got '{[a]}'"),

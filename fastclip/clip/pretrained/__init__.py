@@ -27,7 +27,7 @@ from .keys import State, convert
 OPTIONS = (
     "image_heads", "text_heads", "image_activation", "text_activation", "image_eps", "text_eps",
     "image_pool", "image_norm_after_pool", "text_pool", "end_id", "causal", "text_projection",
-    "image_mean", "image_std", "image_resize",
+    "image_mean", "image_std", "image_resize", "image_interpolation",
 )  # fmt: skip
 NEEDED = ("image_heads", "text_heads", "image_activation", "text_activation", "image_pool",
           "text_pool", "causal")  # fmt: skip
