@@ -1,12 +1,15 @@
 """Loading foreign weights, on made-up state dicts: every key and option is accounted for."""
 
+import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from fastclip.clip import CLIP, CLIPConfig, load_pretrained
@@ -169,6 +172,42 @@ def test_files_are_named_in_errors(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"must be in one file, got .*index.json"):
         load_pretrained(tmp_path)
+
+
+def damaged(name: str) -> bytes:
+    """Returns a file that holds no readable weights."""
+    written = io.BytesIO()
+    if name == "cut.pt":
+        torch.save(native(), written)
+        return written.getvalue()[:-2000]
+    if name == "old_cut.pt":
+        torch.save(native(), written, _use_new_zipfile_serialization=False)
+        return written.getvalue()[:-2000]
+    if name == "code.pt":
+        torch.save({"a": torch.nn.Linear(1, 1)}, written)
+        return written.getvalue()
+    if name == "cut.safetensors":
+        return save(native())[:-2000]
+    if name == "photo.jpeg":
+        Image.new("RGB", (40, 40), "red").save(written, "JPEG")
+        return written.getvalue()
+    generator = random.Random(name)
+    return b"\x80\x02" * name.startswith("pickle") + generator.randbytes(300)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cut.pt", "old_cut.pt", "code.pt", "cut.safetensors", "photo.jpeg", "empty"]
+    + [f"{start}_{k}" for start in ("noise", "pickle") for k in range(8)],
+)
+def test_a_damaged_file_is_named_in_one_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"" if name == "empty" else damaged(name))
+    with pytest.raises(ValueError, match="cannot read weights from") as raised:
+        load_pretrained(tmp_path / name, **TOLD)
+    assert str(raised.value) == (
+        f"cannot read weights from {tmp_path / name}: it must be a complete file of safetensors, "
+        "of TorchScript, or of torch.save that holds tensors alone"
+    )
 
 
 def test_own_checkpoints_keep_all_options(tmp_path: Path) -> None:
