@@ -3,8 +3,9 @@
 // A visitor is made for a strip of queries: Visitor(p, worker, begin, rows, lanes). Its visit(t, begin, cols) sees the
 // products t (cols, lanes) of the keys from `begin` on, the queries side by side. finish() follows the last key, then
 // merge() adds the strip's results to those of others. Visitor::Worker(p) holds the results of a thread, over all its
-// strips, and its merge() adds them to those of others. Both merge() are called under a lock. Threads take strips in any
-// order, and the keys of few queries are divided among threads, too: results must not depend on the order of visits.
+// strips, and its merge() adds them to those of others. Both merge() are called under a lock. Threads take strips in
+// any order, and the keys of few queries are divided among threads, too: results must not depend on the order of
+// visits.
 #pragma once
 
 #include <ATen/Parallel.h>
