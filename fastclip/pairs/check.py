@@ -24,7 +24,7 @@ class _Checked(Dataset):
     def __getitem__(self, number: int) -> int:
         try:
             data = self.places[number].read()
-        except OSError:
+        except (OSError, ValueError):  # the latter for a path with a null character
             return NO_FILE
         try:
             decode(data, self.side)

@@ -57,6 +57,16 @@ MUTANTS = (
         "tests/pairs/test_left_out.py::test_samples_of_a_tar",
     ),
     mutant(
+        "a folder that links lead to twice is read twice",
+        "fastclip/pairs/folder.py", "        if real in visited:", "        if False:",
+        "tests/pairs/test_folder.py::test_links_are_followed_and_no_image_is_there_twice",
+    ),
+    mutant(
+        "a forgotten quote swallows rows without a word",
+        "fastclip/pairs/table.py", "return len(lines) >= WHOLE_ROWS and", "return False and",
+        "tests/pairs/test_table.py::test_a_quote_that_swallows_rows",
+    ),
+    mutant(
         "ranks do not share what they found out about images",
         "fastclip/pairs/check.py", "dist.all_reduce(codes, dist.ReduceOp.MAX)", "pass",
         "tests/pairs/test_train.py::test_two_processes_have_the_curve_of_one",
