@@ -174,15 +174,12 @@ def write_results(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path, model: CLIP,
     scores: dict[str, dict[str, Score]], started: float,
 ) -> None:  # fmt: skip
-    """Writes demo.png, retrieval.png and results.json."""
+    """Writes results.json, demo.png and retrieval.png."""
     # Importing matplotlib takes a second.
     from .emoji import figure, retrieval_figure
 
     runs = {name: run for name, run in runs.items() if run.losses}
-    held = held_out_features(model, task.emoji, task.split, task.encode)
     losses = {name: r.losses for name, r in runs.items()}
-    figure.draw(args.out / "demo.png", losses, task.emoji, held)
-    retrieval_figure.draw(args.out / "retrieval.png", task.emoji, held)
     seconds = time.perf_counter() - started
     results = {
         "settings": {**vars(args), "out": str(args.out)},
@@ -194,6 +191,10 @@ def write_results(
         "losses": losses,
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    # After the results, which a figure that fails must not lose.
+    held = held_out_features(model, task.emoji, task.split, task.encode)
+    figure.draw(args.out / "demo.png", losses, task.emoji, held)
+    retrieval_figure.draw(args.out / "retrieval.png", task.emoji, held)
     print(
         f"\n{seconds:.0f} s in all; demo.png, retrieval.png, results.json and {weights.name} are "
         f"in {args.out}/"

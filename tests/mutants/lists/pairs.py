@@ -67,6 +67,12 @@ MUTANTS = (
         "tests/pairs/test_table.py::test_a_quote_that_swallows_rows",
     ),
     mutant(
+        "the figure's chance does not know that captions repeat",
+        "fastclip/pairs/figure.py", "recall_of_guessing(pairs.flip(1))", "lambda k: k / images",
+        "tests/pairs/test_figure.py::"
+        "test_chance_counts_all_right_answers_in_both_directions",
+    ),
+    mutant(
         "ranks do not share what they found out about images",
         "fastclip/pairs/check.py", "dist.all_reduce(codes, dist.ReduceOp.MAX)", "pass",
         "tests/pairs/test_train.py::test_two_processes_have_the_curve_of_one",
