@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from support.exported_emoji import export
 from support.pairs_task import TINY
 
@@ -83,6 +84,8 @@ MISTAKES = [
     (["--context-length", "2"], "argument --context-length: must be at least 3, got 2"),
     (["--tokenizer", "nowhere"], "tokenizer must be a file, got no such file: nowhere"),
     (["--tokenizer", __file__], f"{__file__} must be a tokenizer.json of fastclip"),
+    (["--embed-dim", f"{10**17}"], "the model must fit into memory: "),
+    (["--embed-dim", f"{10**20}"], "the model must fit into memory: "),
     (["--resume"], "training.pt must exist to resume from"),
     (["--device", "toaster"], "cannot use device 'toaster': "),
 ]
@@ -98,6 +101,16 @@ def test_a_wrong_option(
     out = tmp_path / "out"
     assert message in one_line(["--pairs", source, *TINY, "--out", str(out), *options], capsys)
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_another_tokenizer(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CLIP's can be read elsewhere, but is none of an earlier training."""
+    names = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({name: k for k, name in enumerate(names)}, []))
+    bpe.save(str(tmp_path / "clip.json"))
+    command = ["--pairs", source, *TINY, "--tokenizer", str(tmp_path / "clip.json")]
+    error = one_line([*command, "--out", str(tmp_path / "out")], capsys)
+    assert "clip.json must be a tokenizer.json of fastclip, got another one" in error
 
 
 def test_options_of_pairs_need_pairs(capsys: pytest.CaptureFixture[str]) -> None:
