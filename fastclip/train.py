@@ -4,11 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# The packages of the extra "demo", by the names of their modules.
-PACKAGES = {
-    "PIL": "Pillow", "numpy": "numpy", "safetensors": "safetensors", "tokenizers": "tokenizers",
-    "tqdm": "tqdm",
-}  # fmt: skip
+from .packages import install_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,13 +15,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .pairs import command_line as pairs_command_line
         from .pairs import train as train_on_pairs
     except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
+        line = install_line(error, "demo")
+        if line is None:
             raise
-        package = PACKAGES[error.name]
-        sys.exit(
-            f"python -m fastclip.train: needs the package {package}: "
-            f"pip install {package}, or fastclip's extra demo"
-        )
+        sys.exit(f"python -m fastclip.train: {line}")
     options = command_line.parser(LOSSES, IMPLEMENTATIONS)
     of_pairs = pairs_command_line.add_options(options)
     options.quiet = Workers.launched().local_rank > 0

@@ -11,6 +11,7 @@ section 3.1.
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .command_line import OneLineParser, checked_device, positive
+from .packages import install_line
 
 if TYPE_CHECKING:
     from .clip import CLIP, CLIPConfig, Tokenizer
     from .clip.predictions import Prediction
 
 AT_ONCE = 32  # pictures that the tower holds
-CLIP_VOCABULARY = 49408
 
 
 def three_numbers(text: str) -> tuple[float, ...]:
@@ -40,7 +41,7 @@ def template(text: str) -> str:
     try:
         if text.format("x") == text.format("y"):
             raise ValueError
-    except (ValueError, IndexError, KeyError):
+    except Exception:  # a format looks up any attribute or item
         raise argparse.ArgumentTypeError(f"must hold {{}} for the label, got {text!r}") from None
     return text
 
@@ -122,11 +123,15 @@ def read_labels(text: str) -> list[str]:
     """Returns the labels of a file, one a line, or of a list with commas.
 
     Raises:
-        ValueError: there are none, or two are equal.
+        ValueError: there are none, two are equal, or the file is absent or not UTF-8.
+        OSError: the file cannot be read.
     """
     path = Path(text)
-    lines = path.read_text(encoding="utf-8").splitlines() if is_file(path) else text.split(",")
+    there = bool(text.strip()) and is_there(path)
+    lines = read_lines(path) if there else text.split(",")
     labels = [line.strip() for line in lines if line.strip()]
+    if len(labels) == 1 and not there and looks_like_a_path(labels[0]):
+        raise ValueError(f"--labels: no such file: {labels[0]}")
     if not labels:
         raise ValueError(f"--labels must name labels or a file of them, got {text!r}")
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
@@ -134,11 +139,24 @@ def read_labels(text: str) -> list[str]:
     return labels
 
 
-def is_file(path: Path) -> bool:
+def is_there(path: Path) -> bool:
     try:
-        return path.is_file()
-    except OSError:  # a list of labels may be longer than a file's name
+        return path.exists()
+    except (OSError, ValueError):  # a list of labels may be no file's name, or too long for one
         return False
+
+
+def looks_like_a_path(label: str) -> bool:
+    return label.lower().endswith(".txt") or "/" in label or os.sep in label
+
+
+def read_lines(path: Path) -> list[str]:
+    if path.is_dir():
+        raise ValueError(f"--labels must be a file, got a folder: {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--labels: {path} must be UTF-8: {error}") from None
 
 
 def find_tokenizer(given: str | None, weights: Path, config: "CLIPConfig") -> "Tokenizer":
@@ -148,6 +166,7 @@ def find_tokenizer(given: str | None, weights: Path, config: "CLIPConfig") -> "T
         ValueError: there is none, or it has another vocabulary than the model.
     """
     from .clip import Tokenizer
+    from .clip.pretrained.rules import CLIP_VOCABULARY
 
     folder = weights if weights.is_dir() else weights.parent
     package = importlib.util.find_spec("open_clip")
@@ -189,7 +208,7 @@ def predict(
         for path in images[start : start + AT_ONCE]:
             try:
                 read[path] = pictures.read(path, shown)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # Pillow's decoders raise almost any
                 print(f"not a readable picture: {path} ({error})", file=sys.stderr)
                 unreadable.append(path)
         if read:
@@ -198,34 +217,79 @@ def predict(
     return predictions, unreadable
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser()
-    args = options.parse_args(argv)
-    try:
-        from .clip import load_pretrained, pictures
-        from .clip.predictions import table, write_csv, write_json
+def check_writable(path: Path | None, option: str) -> None:
+    """Raises ValueError if no file can be written there: before the work, which would be lost."""
+    if path is None:
+        return
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{option} must be a file that can be written, got {path}")
 
-        device = checked_device(args.device)
-        labels = read_labels(args.labels)
-        images = pictures.find(args.images)
-        if not images:
-            raise ValueError(f"no pictures in {', '.join(args.images)}")
-        model = load_pretrained(args.weights, config=args.config, device=device, **dict(args.set))
-        model.eval()
-        tokenizer = find_tokenizer(args.tokenizer, Path(args.weights), model.config)
-        predictions, unreadable = predict(model, tokenizer, images, labels, args, device)
-        if args.csv:
-            write_csv(args.csv, predictions)
-        if args.json:
-            write_json(args.json, predictions, unreadable)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        options.error(str(error))
+
+def check_options(names: Sequence[str]) -> None:
+    """Raises ValueError if --set has a name that is no option of a model."""
+    from .clip.pretrained import OPTIONS
+
+    known = ("activation", *OPTIONS)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--set must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
+def classify(args: argparse.Namespace) -> int:
+    """Prints the table and writes the files. Returns the exit status: 1 without any picture.
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: an option cannot be followed.
+    """
+    from .clip import load_pretrained, pictures
+    from .clip.predictions import table, write_csv, write_json
+
+    check_options([name for name, _ in args.set])
+    check_writable(args.csv, "--csv")
+    check_writable(args.json, "--json")
+    device = checked_device(args.device)
+    labels = read_labels(args.labels)
+    images = pictures.find(args.images)
+    if not images:
+        raise ValueError(f"no pictures in {', '.join(args.images)}")
+    model = load_pretrained(args.weights, config=args.config, device=device, **dict(args.set))
+    model.eval()
+    tokenizer = find_tokenizer(args.tokenizer, Path(args.weights), model.config)
+    predictions, unreadable = predict(model, tokenizer, images, labels, args, device)
     if predictions:
         print(table(predictions))
     if unreadable:
         print(f"{len(unreadable)} of {len(images)} files are no pictures", file=sys.stderr)
-    if not predictions:
-        sys.exit(1)
+    if args.csv:
+        write_csv(args.csv, predictions)
+    if args.json:
+        write_json(args.json, predictions, unreadable)
+    return 0 if predictions else 1
+
+
+def explained(error: Exception) -> str:
+    """Returns the error in the words of the command line."""
+    if isinstance(error, ImportError):
+        return install_line(error, "pretrained") or str(error)
+    from .clip.pretrained import MissingOptions
+
+    if isinstance(error, MissingOptions):
+        sets = " ".join(f"{name}=..." for name in error.names)
+        return f"{error.problem}; give the model's configuration by --config, or --set {sets}"
+    return str(error)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser()
+    args = options.parse_args(argv)
+    try:
+        status = classify(args)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        options.error(explained(error))
+    except KeyboardInterrupt:
+        options.exit(130, f"{options.prog}: interrupted\n")
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

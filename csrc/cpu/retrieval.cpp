@@ -36,7 +36,7 @@ void find_ranks(const RankScan& p) {
     using In = typename decltype(types)::Features;
     using Op = typename decltype(types)::Operand;
     using T = typename decltype(types)::Number;
-    const PreparedRanks<In, T> prepared(p, product_error<In, Op, T>(p));
+    const PreparedRanks<In, T> prepared(p, [&](double norm) { return bands_of<In, Op, T>(p, norm); });
     Scanner<In, Op, T, RankStrip<In, T>>(prepared).run();
   });
 }
@@ -46,7 +46,7 @@ void find_top(const TopScan& p) {
     using In = typename decltype(types)::Features;
     using Op = typename decltype(types)::Operand;
     using T = typename decltype(types)::Number;
-    const PreparedTop<In, T> prepared(p, product_error<In, Op, T>(p));
+    const PreparedTop<In, T> prepared(p, [&](double norm) { return bands_of<In, Op, T>(p, norm); });
     Scanner<In, Op, T, TopStrip<In, T>>(prepared).run();
   });
 }

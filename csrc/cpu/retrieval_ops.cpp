@@ -35,7 +35,6 @@ struct Given {
     p.m = x.size(0), p.n = y.size(0), p.width = x.size(1);
     p.dtype = dtype_of(x.scalar_type());
     if (ids_x) p.ids_x = ids_x->const_data_ptr<int32_t>(), p.ids_y = ids_y->const_data_ptr<int32_t>();
-    p.cache_bytes = core_cache_bytes();
     p.brgemm = brgemm_wanted();
     p.bf16_products = p.brgemm && machine_has_bf16_products();
   }
@@ -69,11 +68,11 @@ struct Counted {
 
 std::tuple<Tensor, Tensor> ranks(const Tensor& queries, const Tensor& keys, const Tensor& own_rows,
                                  const Tensor& row_scores, const OptionalTensor& own_columns,
-                                 const OptionalTensor& column_scores, int64_t first_query) {
+                                 const OptionalTensor& column_scores, int64_t first_query, double rounding) {
   const Given given(queries, keys, std::nullopt, std::nullopt);
   RankScan p;
   given.set(p);
-  p.first_query = first_query;
+  p.first_query = first_query, p.rounding = rounding;
   Counted rows("own_rows and row_scores", own_rows, row_scores, p.m);
   p.rows = rows.owned();
   TORCH_CHECK(own_columns.has_value() == column_scores.has_value(), "own_columns and column_scores go together");
@@ -89,12 +88,12 @@ std::tuple<Tensor, Tensor> ranks(const Tensor& queries, const Tensor& keys, cons
 
 std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& keys, int64_t k, double max_score,
                                 const OptionalTensor& ids_x, const OptionalTensor& ids_y, bool excludes_own,
-                                int64_t offset) {
+                                double rounding) {
   const Given given(queries, keys, ids_x, ids_y);
   TopScan p;
   given.set(p);
   TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
-  p.k = k, p.max_score = max_score, p.excludes_own = excludes_own, p.offset = offset;
+  p.k = k, p.max_score = max_score, p.excludes_own = excludes_own, p.rounding = rounding;
   Tensor scores = at::full({p.m, k}, -std::numeric_limits<double>::infinity(), at::kDouble),
          places = at::full({p.m, k}, -1, at::kLong);
   p.scores = scores.mutable_data_ptr<double>(), p.indices = places.mutable_data_ptr<int64_t>();

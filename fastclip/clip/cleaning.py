@@ -22,7 +22,8 @@ def mended(text: str) -> str:
         import ftfy
     except ImportError:
         raise ImportError(
-            f"the tokenizer needs the package ftfy for {text[:40]!r}, which is not plain ASCII"
+            f"the tokenizer needs the package ftfy for {text[:40]!r}, which is not plain ASCII: "
+            "pip install ftfy"
         ) from None
     return html.unescape(html.unescape(ftfy.fix_text(text)))
 

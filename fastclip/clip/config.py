@@ -4,6 +4,7 @@ The defaults are the demo's. `fastclip.clip.pretrained` fills the fields from ot
 weights.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -16,9 +17,15 @@ CHOICES = {
     "image_projection": PROJECTIONS,
     "text_projection": PROJECTIONS,
     "image_resize": ("crop", "squash"),
+    "image_interpolation": ("bicubic", "bilinear"),
 }
 OPTIONAL = ("bias", "image_mlp", "text_mlp", "end_id")
 POSITIVE = ("scale", "image_eps", "text_eps")
+
+
+def is_number(value: object) -> bool:
+    """Returns whether the value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,12 @@ class CLIPConfig:
             `end_id`) or "last" (the last position, padding included, as in SigLIP).
         image_mean, image_std: per colour, what normalises pictures in [0, 1].
         image_resize: "crop" (shorter side, then the centre) or "squash" (both sides).
+        image_interpolation: the filter of resizing: "bicubic" or "bilinear", both with averaging.
 
     Raises:
-        ValueError: a size is not a positive integer, the patches do not tile the picture, the
-            number of heads does not divide a width, or an option is unknown or contradicts another.
+        ValueError: a size is not a positive integer, a number is not finite, the patches do not
+            tile the picture, the number of heads does not divide a width, or an option is unknown
+            or contradicts another.
     """
 
     embed_dim: int = 256
@@ -81,10 +90,12 @@ class CLIPConfig:
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_resize: str = "crop"
+    image_interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        for name in ("image_mean", "image_std"):  # JSON has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("image_mean", "image_std"):
+            if isinstance(value := getattr(self, name), list):  # of JSON
+                object.__setattr__(self, name, tuple(value))
         for field in fields(self):
             self._check(field.name, field.type, getattr(self, field.name))
         for whole, part in (
@@ -127,21 +138,23 @@ class CLIPConfig:
         elif name in OPTIONAL and value is None:
             return
         elif name in ("image_mean", "image_std"):
-            if len(value) != 3 or (name == "image_std" and min(value) <= 0):
+            numbers = isinstance(value, tuple) and len(value) == 3 and all(map(is_number, value))
+            if not numbers or (name == "image_std" and min(value) <= 0):
                 rule = "three numbers" if name == "image_mean" else "three positive numbers"
                 raise ValueError(f"{name} must be {rule}, got {value!r}")
         elif kind is bool:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         elif name in POSITIVE:
-            if not value > 0:
+            if not is_number(value) or value <= 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
+        elif name == "bias":
+            if not is_number(value):
+                raise ValueError(f"bias must be a number or None, got {value!r}")
         elif name == "end_id":
-            if not isinstance(value, int) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"end_id must be a token id or None, got {value!r}")
-        elif name != "bias" and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
     @property

@@ -88,7 +88,16 @@ class MatchingHead(nn.Module):
             image_view, text_view: the views of `WithViews`, row by row: (B, P, W) and (B, T, W), or
                 features (B, D) for `late`.
             tokens: the captions' token ids (B, T).
+
+        Raises:
+            ValueError: the numbers of rows differ.
         """
+        rows = [len(t) for t in (image_view, text_view, tokens)]
+        if len(set(rows)) > 1:
+            raise ValueError(
+                "pictures, captions and tokens must have the same number of rows, got "
+                f"{', '.join(map(str, rows))}"
+            )
         if self.fusion == "late":
             # Unit vectors, scaled so that their entries have a variance of one, as layers expect.
             x, y = (view * view.shape[1] ** 0.5 for view in (image_view, text_view))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,18 @@ def best(images: Sequence[Path], p: Tensor, labels: Sequence[str], top: int) -> 
     ]
 
 
+def shown(path: Path) -> str:
+    """Returns the path's name. Its bytes that are not UTF-8, which no terminal or file takes, are
+    spelled out, such as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def table(predictions: Sequence[Prediction]) -> str:
     """Returns one line a picture: its name, then labels with probabilities in per cent."""
-    width = max((len(str(p.image)) for p in predictions), default=0)
+    width = max((len(shown(p.image)) for p in predictions), default=0)
     return "\n".join(
-        f"{p.image!s:<{width}}  " + "  ".join(f"{100 * v:5.1f} % {label}" for label, v in p.labels)
+        f"{shown(p.image):<{width}}  "
+        + "  ".join(f"{100 * v:5.1f} % {label}" for label, v in p.labels)
         for p in predictions
     )
 
@@ -58,18 +66,20 @@ def write_csv(path: Path, predictions: Sequence[Prediction]) -> None:
         rows = csv.writer(file)
         rows.writerow(("image", "rank", "label", "probability"))
         for p in predictions:
-            rows.writerows((p.image, k, label, v) for k, (label, v) in enumerate(p.labels, 1))
+            rows.writerows(
+                (shown(p.image), k, label, v) for k, (label, v) in enumerate(p.labels, 1)
+            )
 
 
 def write_json(path: Path, predictions: Sequence[Prediction], unreadable: Sequence[Path]) -> None:
     found = {
         "predictions": [
             {
-                "image": str(p.image),
+                "image": shown(p.image),
                 "labels": [{"label": label, "probability": v} for label, v in p.labels],
             }
             for p in predictions
         ],
-        "unreadable": [str(path) for path in unreadable],
+        "unreadable": [shown(path) for path in unreadable],
     }
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -95,7 +95,10 @@ def metrics(
     found = ranks(
         images, texts, ids=ids, normalize=normalize, backend=backend, process_group=process_group
     )
-    shard = agree_on_sides(process_group, images, texts, None, Call("metrics()", False, True, {}))
+    scale = 1.0 if logit_scale is None else float(torch.as_tensor(logit_scale).detach())
+    signs = {"sign of logit_scale": 1 + int(scale > 0) - int(scale < 0)}
+    call = Call("metrics()", False, True, signs)
+    shard = agree_on_sides(process_group, images, texts, None, call)
     everywhere = Ranks(
         _of_rows(shard, len(images), found.rows.device).gather(found.rows),
         shard.gather(found.columns),

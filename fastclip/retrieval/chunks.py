@@ -11,9 +11,10 @@ from ..engine.dtypes import accumulation_dtype
 from .sides import Sides
 
 
-def chunks_of(sides: Sides, elements: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
-    """Yields slices of the queries, and their products (C, N), of `elements` or one query."""
-    dtype, rows = accumulation_dtype(sides.x), max(1, elements // len(sides.y))
+def chunks_of(sides: Sides, parts: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """Yields slices of the queries, and their products (C, N): of CHUNK elements, divided by
+    `parts`, or of one query."""
+    dtype, rows = accumulation_dtype(sides.x), max(1, CHUNK // parts // len(sides.y))
     for start in range(0, len(sides.x), rows):
         part = slice(start, min(start + rows, len(sides.x)))
         yield part, multiply(sides.x[part], sides.y.T, dtype)

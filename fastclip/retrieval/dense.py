@@ -23,6 +23,8 @@ def dense_ranks(
 
 
 def _before(scores: Tensor, own: Tensor) -> Tensor:
+    if 0 in scores.shape:
+        return torch.full(scores.shape[:1], -1, device=scores.device)
     # In a stable order of scores, the best own key is the first own one.
     order = scores.argsort(dim=1, descending=True, stable=True)
     is_own = own.gather(1, order)
@@ -52,4 +54,5 @@ def dense_topk(
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Scores (M, N), each summed in the same order, so that equal features tie."""
-    return torch.stack([(query * keys.double()).sum(1) for query in queries.double()])
+    rows = [(query * keys.double()).sum(1) for query in queries.double()]
+    return torch.stack(rows) if rows else queries.new_zeros(0, len(keys), dtype=torch.float64)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..engine.checks import check_floating, check_tensor, scalar
 from .ranks import Ranks, ranks
+from .sides import check_finite
 
 Features = Tensor | Sequence[Tensor]
 
@@ -58,7 +59,7 @@ def metrics(
     images, texts, ids = pairs_of(
         image_features, text_features, logit_scale, retrieval_device, retrieval_dtype, ids, pairs
     )
-    if pairs is not None:
+    if isinstance(pairs, Tensor):
         pairs = pairs.to(images.device)
     found = ranks(images, texts, ids=ids, pairs=pairs, normalize=normalize, backend=backend)
     check_partners(found)
@@ -81,9 +82,12 @@ def pairs_of(
             "image_features and text_features must be pairs, or ids must be given, got "
             f"{len(images)} and {len(texts)} of them"
         )
-    if ids is not None:
+    for name, features in (("image_features", images), ("text_features", texts)):
+        check_finite(name, features)
+    if isinstance(ids, Sequence):
         ids = tuple(i.to(images.device) if isinstance(i, Tensor) else i for i in ids)
-    return images * _sign(logit_scale, images), texts, ids
+    sign = _sign(logit_scale, images)
+    return images if sign == 1 else images * sign, texts, ids
 
 
 def check_partners(found: Ranks, names: tuple[str, str] = ("image", "text")) -> None:
@@ -101,6 +105,7 @@ def as_metrics(found: Ranks, image_key: str, text_key: str, ks: Sequence[int]) -
     names = f"{image_key}_to_{text_key}", f"{text_key}_to_{image_key}"
     result: dict[str, float] = {}
     for name, lines in zip(names, found, strict=True):
+        lines = lines.cpu()
         result[f"{name}_mean_rank"] = lines.double().mean().item() + 1
         result[f"{name}_median_rank"] = _median(lines) + 1
         for k in ks:
@@ -136,10 +141,12 @@ def _whole(
     """The features in one tensor, detached."""
     chunks = [features] if isinstance(features, Tensor) else list(features)
     if not chunks:
-        raise ValueError(f"{name} must have a chunk at least, got none")
+        return torch.zeros(0, 1, device=device)
     for chunk in chunks:
         check_tensor(name, chunk)
         check_floating(name, chunk)
+        if chunk.dim() != 2 or chunk.shape[1] != chunks[0].shape[-1]:
+            raise ValueError(f"{name} must be (N, D), or chunks of one D, got {tuple(chunk.shape)}")
     if dtype == "fp32":
         dtype = torch.float32
     elif dtype in (None, "model"):

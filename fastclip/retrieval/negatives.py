@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..engine.checks import scalar
-from ..engine.chunked_block import CHUNK
 from ..engine.compile_marks import no_compile
+from ..engine.dtypes import state_dtype
 from . import operators
 from .chunks import chunks_of
 from .noise import gumbel, line_keys
@@ -24,7 +24,7 @@ def sample_negatives(
     *,
     offset: int | None = 0,
     ids: tuple[Tensor, Tensor] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     columns: bool = True,
     normalize: bool = False,
     backend: str | None = None,
@@ -48,7 +48,8 @@ def sample_negatives(
         offset: the own positive of row i, which is never drawn, is column i + offset; None: no row
             has one.
         ids: (x_ids (M), y_ids (N)), integers. Pairs with equal ids are not drawn.
-        seed: an integer. Equal seeds give equal draws, on any number of threads.
+        seed: an integer, another one in each step of a training. Equal seeds give equal draws, on
+            any number of threads. None: torch's default generator draws one.
         columns: whether to draw for the columns, too.
         normalize: divide features by max(norm, 1e-12) first.
         backend: as in `clip_loss`.
@@ -59,15 +60,18 @@ def sample_negatives(
 
     Raises:
         TypeError: features or ids that are not tensors, or have another dtype.
-        ValueError: shapes or devices that do not fit, features or a scale that are not finite, a
-            backend that cannot run here.
+        ValueError: shapes or devices that do not fit, features, a scale or logits that are not
+            finite, a backend that cannot run here.
     """
+    if seed is None:
+        seed = int(torch.randint(-(2**63), 2**63 - 1, ()))
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")
     sides = sides_of(x, y, ids, offset or 0, normalize, backend)
     scale = scalar("logit_scale", logit_scale, sides.x).detach().item()
     if not math.isfinite(scale):
         raise ValueError(f"logit_scale must be finite, got {scale}")
+    _check_logits(sides, scale)
     own = offset is not None
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):
         if sides.compiled and not sides.is_empty:
@@ -75,11 +79,26 @@ def sample_negatives(
                 sides.x, sides.y, scale, seed, sides.ids_x, sides.ids_y, own, sides.offset, columns
             )
         else:
-            rows, of_columns = _drawn(sides, scale, seed, own)
+            rows, of_columns = _drawn(sides, scale, seed, own, columns)
     return rows, of_columns if columns else None
 
 
-def _drawn(sides: Sides, scale: float, seed: int, own: bool) -> tuple[Tensor, Tensor]:
+def _check_logits(sides: Sides, scale: float) -> None:
+    """Checks that no logit overflows float32, in which the noise is added."""
+    if sides.is_empty:
+        return
+    dtype = state_dtype(sides.device)
+    x, y = (torch.linalg.vector_norm(t, dim=1, dtype=dtype).max().item() for t in sides[:2])
+    if not max(1.0, abs(scale)) * x * y < torch.finfo(torch.float32).max / 4:
+        raise ValueError(
+            f"logits must be finite in float32, got features of norms {x:.1e} and {y:.1e} and the "
+            f"scale {scale:.1e}"
+        )
+
+
+def _drawn(
+    sides: Sides, scale: float, seed: int, own: bool, draws_columns: bool
+) -> tuple[Tensor, Tensor]:
     m, n, device = len(sides.x), len(sides.y), sides.device
     rows, columns = (torch.full((k,), -1, dtype=torch.int64, device=device) for k in (m, n))
     highest = torch.full((n,), -torch.inf, device=device)
@@ -88,9 +107,9 @@ def _drawn(sides: Sides, scale: float, seed: int, own: bool) -> tuple[Tensor, Te
     keys = torch.arange(n, device=device)
     column_keys = line_keys(seed, True, keys)
     # The integers of the noise take eight times the memory of the products.
-    for part, t in chunks_of(sides, CHUNK // 8):
+    for part, t in chunks_of(sides, 8):
         queries = torch.arange(part.start, part.stop, device=device)
-        logits = (t.double() * scale if t.dtype == torch.float64 else t * scale).float()
+        logits = (t * scale).float()
         if own:
             logits[queries[:, None] + sides.offset == keys] = -torch.inf
         if sides.ids_x is not None:
@@ -98,6 +117,8 @@ def _drawn(sides: Sides, scale: float, seed: int, own: bool) -> tuple[Tensor, Te
         row_keys = tuple(k[:, None] for k in line_keys(seed, False, queries))
         found, places = (logits + gumbel(keys, row_keys)).max(1)
         rows[part] = torch.where(found > -torch.inf, places, -1)
+        if not draws_columns:
+            continue
         found, places = (logits + gumbel(queries[:, None], column_keys)).max(0)
         better = found > highest
         columns[better] = places[better] + part.start

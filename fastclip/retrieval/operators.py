@@ -6,13 +6,15 @@ of equal ids are left out.
 `pair_scores.cpu(x, y, i, j) -> scores`
     The exact scores (P), float64, of P pairs (i, j).
 
-`ranks.cpu(x, y, own_rows, row_scores, own_columns, column_scores, first_query) -> rows, columns`
+`ranks.cpu(x, y, own_rows, row_scores, own_columns, column_scores, first_query, rounding)
+           -> rows, columns`
     How many keys come before each query's own, (M) int64, and how many queries before each key's
     own, (N), or (0) if own_columns is None. own_rows (M), own_columns (N): indices of the own ones,
     for ties; the queries' indices start at first_query. row_scores, column_scores: their exact
-    scores, float64; infinite for a line without one.
+    scores, float64; infinite for a line without one. rounding: the relative error of the terms of
+    products, if BLAS may round float32 operands.
 
-`topk.cpu(x, y, k, max_score, ids_x, ids_y, excludes_own, offset) -> scores, indices`
+`topk.cpu(x, y, k, max_score, ids_x, ids_y, excludes_own, rounding) -> scores, indices`
     (M, k) float64 and int64, in order; -inf and -1 beyond the last key.
 
 `draw.cpu(x, y, scale, seed, ids_x, ids_y, excludes_own, offset, columns) -> rows, columns`
@@ -32,9 +34,9 @@ from ..engine.namespace import NAMESPACE, OPS
 SCHEMAS = {
     "pair_scores": "(Tensor x, Tensor y, Tensor i, Tensor j) -> Tensor",
     "ranks": "(Tensor x, Tensor y, Tensor own_rows, Tensor row_scores, Tensor? own_columns, "
-    "Tensor? column_scores, SymInt first_query) -> (Tensor, Tensor)",
+    "Tensor? column_scores, SymInt first_query, float rounding) -> (Tensor, Tensor)",
     "topk": "(Tensor x, Tensor y, SymInt k, float max_score, Tensor? ids_x, Tensor? ids_y, "
-    "bool excludes_own, SymInt offset) -> (Tensor, Tensor)",
+    "bool excludes_own, float rounding) -> (Tensor, Tensor)",
     "draw": "(Tensor x, Tensor y, float scale, int seed, Tensor? ids_x, Tensor? ids_y, "
     "bool excludes_own, SymInt offset, bool columns) -> (Tensor, Tensor)",
 }

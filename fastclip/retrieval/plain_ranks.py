@@ -17,13 +17,10 @@ def counts(
 ) -> tuple[Tensor, ...]:
     """Returns how many keys come before each query's own (M) and, with of_columns, how many queries
     before each key's own (N). `ranks.count` documents the arguments."""
-    error = product_error(sides)
+    band_x, band_y = bands(sides, product_error(sides))
     rows = torch.zeros(len(sides.x), dtype=torch.int64, device=sides.device)
     columns = torch.zeros(len(sides.y), dtype=torch.int64, device=sides.device)
-    band_x = band_y = None
     for part, t in chunks_of(sides):
-        if band_x is None:
-            band_x, band_y = bands(sides, error, t.dtype)
         above, near = _decided(t, of_rows.score[part, None], band_x[part, None])
         rows[part] += above.sum(1)
         either = near
@@ -43,10 +40,11 @@ def counts(
 
 
 def _decided(t: Tensor, own: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of the pairs above their lines' own for certain, and of those that are too near."""
+    """Masks of the pairs above their lines' own for certain, and of those that are too near. If
+    products may overflow, the band is infinite, and all are near."""
     difference = t - own.to(t.dtype)
     above = difference > band
-    return above, ~(above | (difference < -band))  # a NaN, of products that overflow, is near
+    return above, ~(above | (difference < -band))  # so is a NaN
 
 
 def _comes_first(scores: Tensor, index: Tensor, own: Own, lines: Tensor) -> Tensor:

@@ -23,10 +23,8 @@ def topk(sides: Sides, k: int, limit: float, exclude_own: bool) -> tuple[Tensor,
     indices = torch.full((m, k), -1, dtype=torch.int64, device=device)
     if sides.is_empty:
         return scores, indices
-    band = None
+    band, _ = bands(sides, product_error(sides))
     for part, t in chunks_of(sides):
-        if band is None:
-            band, _ = bands(sides, product_error(sides), t.dtype)
         _leave_out(sides, part, t, limit, band[part], exclude_own)
         found = _best_of_chunk(sides, part, t, k, band[part])
         for out, values in zip((scores, indices), found, strict=True):
@@ -38,21 +36,18 @@ def _leave_out(
     sides: Sides, part: slice, t: Tensor, limit: float, band: Tensor, exclude_own: bool
 ) -> None:
     """Writes -inf to the products of the keys that are left out."""
-    # An infinite product, of features that overflow, is exact only as a score.
-    overflown = (~t.isfinite()).nonzero(as_tuple=True)
-    if len(overflown[0]):
-        largest = torch.finfo(t.dtype).max
-        exact = pair_scores(sides, overflown[0] + part.start, overflown[1])
-        t[overflown] = exact.clamp(-largest, largest).to(t.dtype)
+    # Infinite products and NaN would hide keys, and -inf marks those that are left out.
+    largest = torch.finfo(t.dtype).max
+    t.nan_to_num_(0, largest, -largest)
     if limit < math.inf:
-        near = ((t - limit).abs() <= 2 * band[:, None]).nonzero(as_tuple=True)
+        near = (~((t - limit).abs() > 2 * band[:, None])).nonzero(as_tuple=True)
         above = pair_scores(sides, near[0] + part.start, near[1]) > limit
         of_near = t[near]
         t[t > limit] = -torch.inf
         t[near] = torch.where(above, -torch.inf, of_near)
     if sides.ids_x is not None:
         t[sides.ids_x[part, None] == sides.ids_y] = -torch.inf
-    if exclude_own:
+    if exclude_own and part.start < len(sides.y):
         lines = torch.arange(part.start, min(part.stop, len(sides.y)), device=t.device)
         t[lines - part.start, lines] = -torch.inf
 
@@ -67,7 +62,7 @@ def _best_of_chunk(
     scores, keys = scores[:, :wanted], keys[:, :wanted]
     if chosen < n:
         # Keys that were not chosen score at most the least product and its error.
-        least = products[:, -1].to(scores.dtype) + 2 * band
+        least = products[:, -1].to(scores.dtype) + 2 * band  # infinite if products may overflow
         unsure = (products[:, -1] > -torch.inf) & ~(scores[:, -1] > least)
         for row in unsure.nonzero()[:, 0].tolist():
             one = slice(part.start + row, part.start + row + 1)

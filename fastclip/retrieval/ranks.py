@@ -10,6 +10,7 @@ from torch import Tensor
 from ..engine.compile_marks import no_compile
 from . import operators, plain_ranks, swept_ranks
 from .own import Own, own_partners, own_partners_of_keys
+from .scores import operand_rounding
 from .sides import Sides, check_pairs, sides_of
 
 
@@ -91,7 +92,9 @@ def count(sides: Sides, of_rows: Own, of_columns: Own | None, first_query: int =
         found = [torch.zeros_like(own.index) for own in lines]
     elif sides.compiled:
         columns = (None, None) if of_columns is None else of_columns
-        found = operators.ranks(sides.x, sides.y, *of_rows, *columns, first_query)
+        found = operators.ranks(
+            sides.x, sides.y, *of_rows, *columns, first_query, operand_rounding(sides.device)
+        )
     else:
         # A sweep could not leave out the best partners, and would leave every line open.
         plain = sides.engine in ("torch", "reference") or sides.pairs is not None

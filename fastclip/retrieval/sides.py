@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import pairs
 from ..engine.backends import choose
 from ..engine.checks import check_ids, check_integers, check_offset, check_sides, check_tensor
+from ..engine.dtypes import accumulation_dtype
 from ..engine.tiny_norms import EPS
 
 NAMES = ("queries", "keys")
@@ -78,6 +78,23 @@ def check_pairs(pairs: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return pairs.long()
 
 
+def check_scores(x: Tensor, y: Tensor) -> None:
+    """Checks that scores of float64 features are finite. Others cannot overflow in float64."""
+    if x.dtype != torch.float64 or x.numel() == 0 or y.numel() == 0:
+        return
+    largest = torch.linalg.vector_norm(x, dim=1).max() * torch.linalg.vector_norm(y, dim=1).max()
+    if not torch.isfinite(largest):
+        raise ValueError("scores must be finite, got features whose products overflow float64")
+
+
+def _unit(x: Tensor) -> Tensor:
+    """`F.normalize(x, dim=1, eps=EPS)` for norms that overflow or underflow, too."""
+    largest = x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    scaled = x / largest
+    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return torch.where(norm * largest > EPS, scaled / norm, x / EPS)
+
+
 def sides_of(
     queries: Tensor, keys: Tensor, ids: Any, offset: int, normalize: bool, backend: str | None
 ) -> Sides:
@@ -89,6 +106,9 @@ def sides_of(
             run here.
     """
     check_sides(queries, keys, may_be_empty=True, names=NAMES)
+    for name, features in zip(NAMES, (queries, keys), strict=True):
+        if features.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got {features.layout}")
     if offset is None:
         raise TypeError("offset must be an int, got None")
     check_offset(offset)
@@ -99,8 +119,8 @@ def sides_of(
     x, y = (t.detach().to(dtype) for t in (queries, keys))
     if normalize:
         # Half-precision norms would round the scores.
-        wide = dtype if dtype == torch.float64 else torch.float32
-        x, y = (F.normalize(t.to(wide), dim=1, eps=EPS) for t in (x, y))
+        x, y = (_unit(t.to(accumulation_dtype(t))) for t in (x, y))
+    check_scores(x, y)
     codes = (None, None) if ids is None else pairs.codes_of(*ids)
     engine = choose(backend, x.device, x.dtype, len(x) * len(y), x.shape[1], "hinge")
     return Sides(x, y, *codes, offset, engine)

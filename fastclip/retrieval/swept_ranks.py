@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..engine import operators
 from ..engine.block import NO_POSITIVES, Block, Side
-from ..engine.dtypes import state_dtype
 from ..kinds import LOG2E
 from . import plain_ranks
 from .own import Own
@@ -24,9 +23,9 @@ def counts(
     sides: Sides, of_rows: Own, of_columns: Own | None, first_query: int
 ) -> tuple[Tensor, ...]:
     """`plain_ranks.counts`, by the engine of the sides."""
-    m, dtype = len(sides.x), state_dtype(sides.device)
+    m = len(sides.x)
     # Levels in log2 units and differences to them are rounded, too. GPUs flush denormals.
-    band = torch.cat(bands(sides, 2 * product_error(sides), dtype)) + 1e-30
+    band = torch.cat(bands(sides, 2 * product_error(sides))).to(of_rows.score.dtype) + 1e-30
     score = of_rows.score
     if of_columns is None:
         score = torch.cat((score, score.new_full((len(sides.y),), torch.inf)))

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..engine.checks import check_number
 from ..engine.compile_marks import no_compile
 from . import operators, plain_top
+from .scores import operand_rounding
 from .sides import Sides, sides_of
 
 
@@ -55,13 +57,13 @@ def topk(
     Raises:
         TypeError: features or ids that are not tensors, or have another dtype.
         ValueError: shapes or devices that do not fit, features that are not finite, a k below 1, a
-            max_score that is NaN, a backend that cannot run here.
+            max_score that is not a finite number, a backend that cannot run here.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be an integer of at least 1, got {k!r}")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < 2**31:
+        raise ValueError(f"k must be an integer from 1 to 2^31 - 1, got {k!r}")
+    if max_score is not None:
+        check_number("max_score", max_score)
     limit = math.inf if max_score is None else float(max_score)
-    if math.isnan(limit):
-        raise ValueError("max_score must be a number, got nan")
     sides = sides_of(queries, keys, ids, 0, normalize, backend)
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):
         scores, indices = _found(sides, k, limit, bool(exclude_own))
@@ -70,7 +72,8 @@ def topk(
 
 def _found(sides: Sides, k: int, limit: float, exclude_own: bool) -> tuple[Tensor, Tensor]:
     if sides.compiled and not sides.is_empty:
+        rounding = operand_rounding(sides.device)
         return operators.topk(
-            sides.x, sides.y, k, limit, sides.ids_x, sides.ids_y, exclude_own, sides.offset
+            sides.x, sides.y, k, limit, sides.ids_x, sides.ids_y, exclude_own, rounding
         )
     return plain_top.topk(sides, k, limit, exclude_own)

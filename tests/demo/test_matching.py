@@ -164,7 +164,11 @@ def test_one_file_holds_the_model_and_the_head(
         MatchingHead.load(file)
 
 
-def test_wrong_options_are_named() -> None:
+def test_wrong_options_and_inputs_are_named(pair: tuple[CLIP, MatchingHead]) -> None:
+    model, head = pair
+    images, tokens = some_pairs(3)
+    with pytest.raises(ValueError, match="must have the same number of rows, got 1, 3, 3"):
+        head.match(model, images[:1], tokens)
     with pytest.raises(ValueError, match="fusion must be one of early, middle, late, got 'latest'"):
         MatchingHead(SMALL, "latest")
     with pytest.raises(ValueError, match="layers must be at least 1, got 0"):

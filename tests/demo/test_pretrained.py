@@ -1,12 +1,15 @@
 """Loading foreign weights, on made-up state dicts: every key and option is accounted for."""
 
+import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from fastclip.clip import CLIP, CLIPConfig, load_pretrained
@@ -171,6 +174,42 @@ def test_files_are_named_in_errors(tmp_path: Path) -> None:
         load_pretrained(tmp_path)
 
 
+def damaged(name: str) -> bytes:
+    """Returns a file that holds no readable weights."""
+    written = io.BytesIO()
+    if name == "cut.pt":
+        torch.save(native(), written)
+        return written.getvalue()[:-2000]
+    if name == "old_cut.pt":
+        torch.save(native(), written, _use_new_zipfile_serialization=False)
+        return written.getvalue()[:-2000]
+    if name == "code.pt":
+        torch.save({"a": torch.nn.Linear(1, 1)}, written)
+        return written.getvalue()
+    if name == "cut.safetensors":
+        return save(native())[:-2000]
+    if name == "photo.jpeg":
+        Image.new("RGB", (40, 40), "red").save(written, "JPEG")
+        return written.getvalue()
+    generator = random.Random(name)
+    return b"\x80\x02" * name.startswith("pickle") + generator.randbytes(300)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cut.pt", "old_cut.pt", "code.pt", "cut.safetensors", "photo.jpeg", "empty"]
+    + [f"{start}_{k}" for start in ("noise", "pickle") for k in range(8)],
+)
+def test_a_damaged_file_is_named_in_one_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"" if name == "empty" else damaged(name))
+    with pytest.raises(ValueError, match="cannot read weights from") as raised:
+        load_pretrained(tmp_path / name, **TOLD)
+    assert str(raised.value) == (
+        f"cannot read weights from {tmp_path / name}: it must be a complete file of safetensors, "
+        "of TorchScript, or of torch.save that holds tensors alone"
+    )
+
+
 def test_own_checkpoints_keep_all_options(tmp_path: Path) -> None:
     model = load_pretrained(native(), image_mean=(0.1, 0.2, 0.3), **TOLD)
     model.save(tmp_path / "clip.safetensors")
@@ -203,6 +242,13 @@ def test_a_checkpoint_of_an_older_version_loads(tmp_path: Path) -> None:
         ({"image_norm_after_pool": True}, "needs image_pool 'class' or 'mean', got 'patches'"),
         ({"text_projection": "none", "embed_dim": 5}, "must be embed_dim, 5, got 256 in the text"),
         ({"image_std": (0.5, 0.0, 0.5)}, "image_std must be three positive numbers"),
+        ({"image_std": (float("nan"), 1, 1)}, "image_std must be three positive numbers"),
+        ({"image_mean": ("a", 1, 2)}, r"image_mean must be three numbers, got \('a', 1, 2\)"),
+        ({"image_mean": 5}, "image_mean must be three numbers, got 5"),
+        ({"image_mean": "abc"}, "image_mean must be three numbers, got 'abc'"),
+        ({"image_eps": "x"}, "image_eps must be positive, got 'x'"),
+        ({"scale": float("inf")}, "scale must be positive, got inf"),
+        ({"bias": "x"}, "bias must be a number or None, got 'x'"),
         ({"causal": 1}, "causal must be True or False, got 1"),
         ({"text_eps": 0.0}, "text_eps must be positive, got 0.0"),
         ({"image_layers": True}, "image_layers must be a positive integer, got True"),

@@ -3,19 +3,24 @@
 import csv
 import gzip
 import json
+import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastclip import zero_shot
 from fastclip.clip import CLIP, CLIPConfig, Tokenizer, pictures
 from fastclip.clip.byte_pairs import SPECIAL
 from fastclip.clip.cleaning import CLEANING
+from fastclip.clip.pretrained import MissingOptions
 from fastclip.demo.emoji import TOKENIZER
 
 CONFIG = CLIPConfig(
@@ -93,7 +98,7 @@ def test_labels_in_a_file_and_normalisation(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(folder, CONFIG)
-    (folder / "labels.txt").write_text("cat\n\n  red car \ndog\n")
+    (folder / "labels.txt").write_text("cat\n\n  red car \ndog\n", encoding="utf-8-sig")
     run(folder)
     plain = capsys.readouterr().out
     run(folder, "--labels", str(folder / "labels.txt"))
@@ -115,7 +120,18 @@ def test_labels_in_a_file_and_normalisation(
         (["--mean", "1,2"], "argument --mean: must be three numbers, got 1,2"),
         (["--std", "1,0,1"], "image_std must be three positive numbers, got (1.0, 0.0, 1.0)"),
         (["--set", "heads"], "argument --set: must be NAME=VALUE, got heads"),
-        (["--set", "heads=3"], "options must be among image_heads, "),
+        (["--set", "heads=3"], "--set must be among activation, image_heads, "),
+        (["--set", "dtype=float16"], ", image_resize, image_interpolation, got dtype"),
+        (["--set", "config=x", "device=y"], "got config, device"),
+        (["--template", "{.foo}"], "argument --template: must hold {} for the label, got '{.foo}'"),
+        (["--template", "{[a]}"], "argument --template: must hold {} for the label, got '{[a]}'"),
+        (["--labels", "lables.txt"], "--labels: no such file: lables.txt"),
+        (["--labels", "files/labels"], "--labels: no such file: files/labels"),
+        (["--labels", "."], "--labels must be a file, got a folder: ."),
+        (["--labels", ""], "--labels must name labels or a file of them, got ''"),
+        (["--csv", "/nonexistent/x.csv"], "--csv must be a file that can be written, got /nonexis"),
+        (["--json", "/"], "--json must be a file that can be written, got /"),
+        (["--mean", "inf,nan,0"], "image_mean must be three numbers, got (inf, nan, 0.0)"),
         (["--set", "image_heads=3"], "has its own configuration: give no options"),
         (["--device", "tpu9"], "cannot use device 'tpu9'"),
         (["--tokenizer", "absent.json"], "No such file or directory: 'absent.json'"),
@@ -131,6 +147,94 @@ def test_errors_are_one_line(
     assert stopped.value.code == 2
     assert message in error
     assert error.startswith("python -m fastclip.zero_shot: ") and error.count("\n") == 1
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, *options)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_errors_of_files_and_packages_name_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(folder, CONFIG)
+    latin = folder / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
+    assert f"{latin} must be UTF-8: 'utf-8' codec" in refused(
+        folder, capsys, "--labels", f"{latin}"
+    )
+    lone = MissingOptions("open_clip", ["image_heads", "causal"])
+    with monkeypatch.context() as patch:
+        patch.setattr("fastclip.clip.pretrained.load_pretrained", raising(lone))
+        error = refused(folder, capsys)
+    assert "--config, or --set image_heads=... causal=..." in error and "(config=" not in error
+    for module, package in (("tokenizers", "tokenizers"), ("PIL", "Pillow")):
+        with monkeypatch.context() as patch:
+            missing = ModuleNotFoundError(f"No module named {module!r}", name=module)
+            patch.setattr("fastclip.zero_shot.classify", raising(missing))
+            error = refused(folder, capsys)
+        assert f"needs the package {package}: pip install {package}, or fastclip's extra" in error
+
+
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    def stop(*args: object, **options: object) -> NoReturn:
+        raise error
+
+    return stop
+
+
+def test_ctrl_c_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(folder, CONFIG)
+    monkeypatch.setattr("fastclip.zero_shot.predict", raising(KeyboardInterrupt()))
+    with pytest.raises(SystemExit) as stopped:
+        run(folder)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "python -m fastclip.zero_shot: interrupted\n"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_any_error_is_left_out_and_a_table_is_printed_before_it_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(folder, CONFIG)
+    odd = os.fsdecode(os.fsencode(folder / "pictures") + b"/\xff.png")
+    Image.new("RGB", (9, 9)).save(odd)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # two have more than twice as many
+    table, written = folder / "t.csv", folder / "t.json"
+    run(folder, "--csv", f"{table}", "--json", f"{written}")
+    out = capsys.readouterr()
+    assert "b.JPG (Image size (810 pixels) exceeds limit" in out.err
+    assert out.out.splitlines()[-1].startswith(f"{folder}/pictures/\\xff.png  ")
+    assert "\\xff.png,1," in table.read_text(encoding="utf-8")
+    assert json.loads(written.read_text(encoding="utf-8"))["predictions"][-1]["image"].endswith(
+        "\\xff.png"
+    )
+    monkeypatch.setattr("fastclip.clip.predictions.write_csv", raising(OSError("disk full")))
+    with pytest.raises(SystemExit):
+        run(folder, "--csv", f"{table}")
+    again = capsys.readouterr()
+    assert again.out == out.out and again.err.endswith("disk full (--help lists the options)\n")
+
+
+@pytest.mark.parametrize("options", [{"text_pool": "last"}, {"causal": False}, {}])
+def test_texts_are_filled_for_models_that_see_the_padding(
+    options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(folder, replace(CONFIG, **options))
+    fills = []
+    encode = Tokenizer.encode
+
+    def noted(self: Tokenizer, texts: Sequence[str], length: int, fill: bool = False) -> Tensor:
+        fills.append(fill)
+        return encode(self, texts, length, fill)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    run(folder)
+    assert fills == [bool(options)] * len(LABELS)
 
 
 def test_the_tokenizer_must_be_the_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

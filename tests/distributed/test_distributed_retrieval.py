@@ -50,8 +50,8 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(two: Ranks) -> None:
     for mistake, message in (
         ({"value": torch.nan}, "queries must be finite"),
         ({"y": (3, 3)}, "queries and keys of a rank must be pairs"),
-        ({"ids": (torch.arange(4), torch.arange(4))}, "ids"),
-        ({"columns": False}, "columns"),
+        ({"ids": (torch.arange(4), torch.arange(4))}, "all ranks must have one ids, got"),
+        ({"columns": False}, "all ranks must have one columns, got"),
         ({"x": (4, 2), "y": (4, 2)}, "width D"),
         ({"name": "metrics", "ids": (torch.arange(3), torch.arange(4))}, "x_ids"),
     ):

@@ -65,6 +65,10 @@ def test_five_captions_an_image() -> None:
     assert found == pytest.approx(wanted)
 
 
+def test_nothing_has_no_metrics() -> None:
+    assert all(math.isnan(value) for value in retrieval.metrics([], []).values())
+
+
 def test_bad_arguments() -> None:
     x = torch.ones(4, 3)
     with pytest.raises(ValueError, match="must be pairs, or ids must be given, got 4 and 3"):
@@ -73,7 +77,13 @@ def test_bad_arguments() -> None:
         retrieval.metrics(x, x, ids=(torch.arange(4), torch.arange(4) + 1))
     with pytest.raises(ValueError, match="retrieval_dtype must be 'fp32', 'model' or a dtype"):
         retrieval.metrics(x, x, retrieval_dtype="half")
-    with pytest.raises(ValueError, match="image_features must have a chunk at least"):
-        retrieval.metrics([], x)
+    with pytest.raises(ValueError, match=r"image_features must be \(N, D\), or chunks of one D"):
+        retrieval.metrics([x, x[:, :2]], x)
+    with pytest.raises(ValueError, match="text_features must be finite, got nan in row 0"):
+        retrieval.metrics(x, x * torch.nan)
+    with pytest.raises(TypeError, match="pairs must be a"):
+        retrieval.metrics(x, x, pairs=[[0, 0]])
+    with pytest.raises(TypeError, match="ids must be a pair of tensors"):
+        retrieval.metrics(x, x, ids=5)
     with pytest.raises(TypeError, match=r"text_features must be a torch\.Tensor"):
         retrieval.metrics(x, [x, None])

@@ -41,3 +41,30 @@ def test_no_function_holds_the_matrix(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < MATRIX * 3 / 4  # plain PyTorch holds chunks of 36 MiB in all
+
+
+FEATURES = """
+import re, sys
+import torch
+from fastclip import retrieval
+
+def high_water():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+
+x, y = torch.randn(2, 4096, 2048)
+retrieval.metrics(x[:64], y[:64])
+before = high_water()
+retrieval.metrics(x, y, torch.tensor(100.0))
+print(high_water() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
+def test_metrics_do_not_copy_the_features(tmp_path: Path) -> None:
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", FEATURES],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 24 << 20  # each side has 32 MiB

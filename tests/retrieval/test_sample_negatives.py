@@ -96,6 +96,15 @@ def test_equal_seeds_draw_alike_on_any_engine_and_number_of_threads(backends: li
     assert not torch.equal(other, found[0][0])
 
 
+def test_without_a_seed_every_call_draws_anew() -> None:
+    x = features("random", 64, 8, 0, torch.float32)
+    torch.manual_seed(5)
+    first, second = (retrieval.sample_negatives(x, x, 1.0)[0] for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(retrieval.sample_negatives(x, x, 1.0)[0], first)
+    assert (first == second).float().mean() < 0.2
+
+
 def test_lines_without_negatives_get_none(engine: str) -> None:
     x = torch.ones(1, 2, device=DEVICE)
     rows, columns = retrieval.sample_negatives(x, x, 1.0, backend=engine)
@@ -110,3 +119,5 @@ def test_bad_arguments() -> None:
         retrieval.sample_negatives(x, x, math.inf)
     with pytest.raises(ValueError, match="seed must be an integer of 64 bits, got"):
         retrieval.sample_negatives(x, x, 1.0, seed=2**63)
+    with pytest.raises(ValueError, match="logits must be finite in float32, got features of norms"):
+        retrieval.sample_negatives(1e20 * x, 1e20 * x, 1.0)

@@ -8,6 +8,7 @@ from conftest import DEVICE
 from support.retrieval_oracle import KINDS, dense_scores, dense_topk, features
 
 from fastclip import retrieval
+from fastclip.retrieval import chunks
 
 
 def check(x: torch.Tensor, y: torch.Tensor, k: int, engine: str, **options: object) -> None:
@@ -64,6 +65,23 @@ def test_a_limit_that_float32_products_miss(engine: str) -> None:
     check(x, y, 20, engine, max_score=scores[middle : middle + 2].mean().item())
 
 
+def test_more_queries_than_keys_leave_out_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 64)
+    x, y = features("random", 40, 5, 0, torch.float32), features("random", 7, 5, 1, torch.float32)
+    check(x, y, 3, "torch", exclude_own=True)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("k", [1, 3])
+def test_scores_beyond_float32(descending: bool, k: int, engine: str) -> None:
+    y = torch.linspace(4e8, 9e8, 400)[:, None]
+    x = torch.tensor([[1e30], [-1e30]])
+    y = y.flip(0) if descending else y
+    _, indices = retrieval.topk(x.to(DEVICE), y.to(DEVICE), k, backend=engine)
+    expected = (x.double() @ y.double().T).topk(k, 1).indices
+    assert torch.equal(indices.cpu(), expected)
+
+
 def test_many_candidates_are_cut_more_than_once() -> None:
     # Ascending scores: every key enters.
     y = torch.linspace(0, 1, 3000)[:, None]
@@ -86,10 +104,10 @@ def test_results_do_not_depend_on_threads() -> None:
 
 def test_bad_arguments() -> None:
     x = torch.ones(4, 3)
-    for k in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="k must be an integer of at least 1, got"):
+    for k in (0, -1, 2.0, True, 2**31):
+        with pytest.raises(ValueError, match="k must be an integer from 1 to"):
             retrieval.topk(x, x, k)
-    with pytest.raises(ValueError, match="max_score must be a number, got nan"):
+    with pytest.raises(ValueError, match="max_score must be finite"):
         retrieval.topk(x, x, 1, max_score=math.nan)
     with pytest.raises(ValueError, match="queries must be finite"):
         retrieval.topk(x * math.nan, x, 1)

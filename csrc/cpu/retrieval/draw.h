@@ -66,7 +66,8 @@ class DrawStrip {
     for (int64_t c = 0; c < cols; c++) visit_key(t + c * lanes_, begin + c);
   }
 
-  void close() {
+  void finish() {}
+  void merge() const {
     for (int64_t i = 0; i < rows_; i++)
       if (places_[i] >= 0) p_.of_rows[begin_ + i].take(logits_[i], places_[i]);
   }

@@ -4,10 +4,13 @@
 // the error is that of D additions in double.
 #pragma once
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "../norms.h"
+#include "../pack.h"
 #include "problem.h"
 
 namespace fastclip {
@@ -32,29 +35,49 @@ double exact_score(const Scan& p, int64_t i, int64_t j) {
                      static_cast<const In*>(p.y.data) + j * p.y.stride, p.width);
 }
 
-// The largest error of a product t relative to |x| |y|, for sums of up to `chain` terms at a time. Any order of n
-// additions has an error below n units in the last place of sum |x_d| |y_d| <= |x| |y|; four more are for the scores
-// and their differences, which are rounded, too, and 1 % is for the norms.
+template <class In>
+double exact_norm(const Features& x, int64_t row, int64_t width) {
+  const In* const features = static_cast<const In*>(x.data) + row * x.stride;
+  return std::sqrt(exact_score(features, features, width));
+}
+
+// The largest norm of rows. In float the squares of small features would underflow.
+template <class In>
+double largest_exact_norm(const Features& x, int64_t rows, int64_t width) {
+  return at::parallel_reduce(
+      0, rows, 256, 0.0,
+      [&](int64_t begin, int64_t end, double largest) {
+        for (int64_t i = begin; i < end; i++) largest = std::max(largest, exact_norm<In>(x, i, width));
+        return largest;
+      },
+      [](double a, double b) { return std::max(a, b); });
+}
+
+// Bounds of the errors of a query's or a key's products with the other side, in T.
+//
+// Any order of n additions has an error below n units in the last place of sum |x_d| |y_d| <= |x| |y|, for the `chain`
+// terms that are added at a time and for the chains. Four more are for the scores and their differences, which are
+// rounded, too, and 1 % is for the norms. `rounding` is the error of the terms. Denormal operands and terms may be
+// flushed to zero. If a partial sum may overflow, no product decides.
 template <class T>
-double largest_error(int64_t width, int64_t chain) {
-  const double unit = sizeof(T) == sizeof(double) ? 0x1p-53 : 0x1p-24;
-  return 1.01 * unit * double(std::min(width, chain) + (width + chain - 1) / chain + 4);
-}
+class Bands {
+ public:
+  Bands(int64_t width, int64_t chain, double rounding, double largest_other)
+      : error_(1.01 * (kUnit * double(std::min(width, chain) + (width + chain - 1) / chain + 4) + rounding)),
+        root_(std::sqrt(double(width))),
+        other_(largest_other) {}
 
-// The norms of rows, times `factor`.
-template <class In, class T>
-void scaled_norms(const Features& x, int64_t begin, int64_t rows, int64_t width, double factor, T* out) {
-  for (int64_t i = 0; i < rows; i++) {
-    const In* const row = static_cast<const In*>(x.data) + (begin + i) * x.stride;
-    // The smallest normal number covers products that underflow.
-    out[i] = T(std::sqrt(exact_score(row, row, width)) * factor) + std::numeric_limits<T>::min();
+  T operator()(double norm) const {
+    if (norm * other_ * (1 + error_) > double(std::numeric_limits<T>::max()) / 4)
+      return std::numeric_limits<T>::infinity();
+    const double flushed = double(std::numeric_limits<T>::min()) * root_ * (norm + other_ + root_);
+    return T(norm * other_ * error_ + flushed) * (1 + std::numeric_limits<T>::epsilon());
   }
-}
 
-template <class In, class T>
-double largest_norm(const Features& x, int64_t rows, int64_t width) {
-  return std::sqrt(largest_norm_of<In, T>(x, rows, width));
-}
+ private:
+  static constexpr double kUnit = sizeof(T) == sizeof(double) ? 0x1p-53 : 0x1p-24;
+  double error_, root_, other_;
+};
 
 }  // namespace FASTCLIP_CAPABILITY
 }  // namespace fastclip

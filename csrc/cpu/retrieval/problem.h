@@ -14,8 +14,8 @@ struct Scan {
   int64_t m = 0, n = 0, width = 0;
   Dtype dtype = Dtype::kFloat;
   const int32_t *ids_x = nullptr, *ids_y = nullptr;  // (M), (N), or both null: pairs of equal ids are left out
-  int64_t cache_bytes = 1 << 20;                     // size of a core's own cache (L2)
   bool brgemm = false, bf16_products = false;        // as in Problem
+  double rounding = 0;  // relative error of a product's terms if BLAS rounds fp32 operands, as users may allow
 };
 
 // One side's own partners and their exact scores. A line without one has the score infinity.

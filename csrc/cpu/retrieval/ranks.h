@@ -24,18 +24,21 @@ template <class In, class T>
 struct PreparedRanks : RankScan {
   Levels<T> of_rows, of_columns;
 
-  PreparedRanks(const RankScan& p, double error) : RankScan(p) {
-    prepare(of_rows, m, x, rows, largest_norm<In, T>(y, n, width) * error);
-    if (columns.above) prepare(of_columns, n, y, columns, largest_norm<In, T>(x, m, width) * error);
+  // bands: makes the bounds of one side from the largest norm of the other.
+  template <class MakeBands>
+  PreparedRanks(const RankScan& p, MakeBands bands) : RankScan(p) {
+    prepare(of_rows, m, x, rows, bands(largest_exact_norm<In>(y, n, width)));
+    if (columns.above) prepare(of_columns, n, y, columns, bands(largest_exact_norm<In>(x, m, width)));
   }
 
  private:
-  // `others`: the largest norm of the other side, times the relative error of products.
-  void prepare(Levels<T>& out, int64_t lines, const Features& features, const Owned& own, double others) const {
+  void prepare(Levels<T>& out, int64_t lines, const Features& features, const Owned& own, const Bands<T>& bands) const {
     out.level.resize(lines), out.band.resize(lines);
     at::parallel_for(0, lines, 256, [&](int64_t begin, int64_t end) {
-      scaled_norms<In, T>(features, begin, end - begin, width, others, out.band.data() + begin);
-      for (int64_t q = begin; q < end; q++) out.level[q] = T(own.score[q]);
+      for (int64_t q = begin; q < end; q++) {
+        out.band[q] = bands(exact_norm<In>(features, q, width));
+        out.level[q] = T(own.score[q]);
+      }
     });
   }
 };
@@ -78,7 +81,8 @@ class RankStrip {
       p_.columns.above ? visit_key<true>(t + c * lanes_, begin + c) : visit_key<false>(t + c * lanes_, begin + c);
   }
 
-  void close() {
+  void finish() {}
+  void merge() const {
     for (int64_t i = 0; i < rows_; i++) p_.rows.above[begin_ + i] += counts_[i];
   }
 

@@ -1,12 +1,10 @@
 // The scan: strips of queries visit tiles of keys, and a visitor sees the products of each tile.
 //
-// A visitor class has
-//   Worker(p)                             what a thread gathers over all of its strips; merge() adds it to the results
-//   Visitor(p, worker, begin, rows, lanes)  a strip of queries
-//   visit(t, begin, cols)                 the products t (cols, lanes) of the keys from `begin` on, queries side by
-//   side close()                               the end of the strip's keys, called under a lock
-// Strips are shared among threads in any order, and few queries are also shared by their keys, so results must not
-// depend on the order of visits.
+// A visitor is made for a strip of queries: Visitor(p, worker, begin, rows, lanes). Its visit(t, begin, cols) sees the
+// products t (cols, lanes) of the keys from `begin` on, the queries side by side. finish() follows the last key, then
+// merge() adds the strip's results to those of others. Visitor::Worker(p) holds the results of a thread, over all its
+// strips, and its merge() adds them to those of others. Both merge() are called under a lock. Threads take strips in any
+// order, and the keys of few queries are divided among threads, too: results must not depend on the order of visits.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -88,8 +86,9 @@ class Scanner {
       product.multiply(product.tile(j, cols), cols, t, t);
       visitor.visit(t, j, cols);
     }
+    visitor.finish();
     const std::lock_guard<std::mutex> lock(mutex_);
-    visitor.close();
+    visitor.merge();
   }
 
   const Problem& p_;
@@ -100,10 +99,12 @@ class Scanner {
   std::mutex mutex_;
 };
 
-// The longest chain of additions in a product of Scanner.
+// Makes the bounds of the errors of Scanner's products with lines up to a norm.
 template <class In, class Op, class T>
-double product_error(const Scan& p) {
-  return largest_error<T>(p.width, sizeof(Op) < sizeof(T) ? p.width : FirstProduct<In, Op, T>::kChain);
+Bands<T> bands_of(const Scan& p, double largest_other) {
+  constexpr bool kNarrow = sizeof(Op) < sizeof(T);
+  const double rounding = p.brgemm || sizeof(T) == sizeof(double) ? 0 : p.rounding;
+  return {p.width, kNarrow ? p.width : FirstProduct<In, Op, T>::kChain, rounding, largest_other};
 }
 
 // Lanes that hold queries, as a mask of a register's lanes from lane i on.

@@ -25,13 +25,13 @@ struct Scored {
 template <class In, class T>
 class Candidates {
  public:
-  void open(const TopScan& p, int64_t query, T band) {
+  void open(const TopScan& p, int64_t query, double band) {
     p_ = &p, query_ = query, band_ = band;
     found_.reserve(std::min(room(), p.n));
   }
   T floor() const { return floor_; }
 
-  void add(T t, int64_t key) {
+  void add(double t, int64_t key) {
     found_.push_back({t, key});
     if (int64_t(found_.size()) == room()) raise_floor();
   }
@@ -54,7 +54,7 @@ class Candidates {
     const auto kth = found_.begin() + p_->k - 1;
     std::nth_element(found_.begin(), kth, found_.end());
     // A band that is infinite, of products that overflow, leaves the floor.
-    set_floor(kth->score - 2 * double(band_));
+    set_floor(kth->score - 2 * band_);
     const auto end =
         std::partition(found_.begin(), found_.end(), [&](const Scored& s) { return !(s.score < double(floor_)); });
     found_.erase(end, found_.end());
@@ -63,7 +63,7 @@ class Candidates {
     cut();
     if (int64_t(found_.size()) <= p_->k + 32) return;
     choose();
-    set_floor(found_.back().score - double(band_));
+    set_floor(found_.back().score - band_);
   }
   // Rounds down.
   void set_floor(double value) {
@@ -74,14 +74,17 @@ class Candidates {
 
   const TopScan* p_ = nullptr;
   int64_t query_ = 0;
-  T band_ = 0, floor_ = -std::numeric_limits<T>::infinity();
+  double band_ = 0;
+  T floor_ = -std::numeric_limits<T>::infinity();
   std::vector<Scored> found_;
 };
 
 template <class In, class T>
 struct PreparedTop : TopScan {
-  double others;  // the largest norm of keys, times the relative error of products
-  PreparedTop(const TopScan& p, double error) : TopScan(p), others(largest_norm<In, T>(y, n, width) * error) {}
+  Bands<T> bands;
+  template <class MakeBands>
+  PreparedTop(const TopScan& p, MakeBands bands)
+      : TopScan(p), bands(bands(largest_exact_norm<In>(p.y, p.n, p.width))) {}
 };
 
 template <class In, class T>
@@ -104,8 +107,8 @@ class TopStrip {
         ceiling_(lanes),
         band_(rows),
         candidates_(rows) {
-    scaled_norms<In, T>(p.x, begin, rows, p.width, p.others, band_.data());
     for (int64_t i = 0; i < lanes; i++) {
+      if (i < rows) band_[i] = p.bands(exact_norm<In>(p.x, begin + i, p.width));
       // Nothing reaches the floor of a lane without a query.
       floor_[i] = i < rows ? -std::numeric_limits<T>::infinity() : std::numeric_limits<T>::infinity();
       ceiling_[i] = i < rows ? T(p.max_score) + band_[i] : -std::numeric_limits<T>::infinity();
@@ -124,21 +127,20 @@ class TopStrip {
       }
   }
 
-  void close() {
-    for (int64_t i = 0; i < rows_; i++) {
-      candidates_[i].choose();
-      merge(candidates_[i].found(), begin_ + i);
-    }
+  void finish() {
+    for (auto& of_query : candidates_) of_query.choose();
+  }
+  void merge() const {
+    for (int64_t i = 0; i < rows_; i++) merge(candidates_[i].found(), begin_ + i);
   }
 
  private:
   void enter(T t, int64_t i, int64_t key) {
     const int64_t query = begin_ + i;
-    if ((p_.excludes_own && key == query + p_.offset) || (p_.ids_x && p_.ids_x[query] == p_.ids_y[key])) return;
+    if ((p_.excludes_own && key == query) || (p_.ids_x && p_.ids_x[query] == p_.ids_y[key])) return;
     const bool may_exceed = !(double(t) < p_.max_score - 2 * double(band_[i]));
     if (may_exceed && exact_score<In>(p_, query, key) > p_.max_score) return;
-    // An infinity or NaN enters with its exact score, so that the floor stays finite.
-    candidates_[i].add(std::isfinite(t) ? t : T(exact_score<In>(p_, query, key)), key);
+    candidates_[i].add(std::isfinite(t) ? t : exact_score<In>(p_, query, key), key);
     floor_[i] = candidates_[i].floor();
   }
 

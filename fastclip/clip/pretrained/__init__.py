@@ -27,13 +27,26 @@ from .keys import State, convert
 OPTIONS = (
     "image_heads", "text_heads", "image_activation", "text_activation", "image_eps", "text_eps",
     "image_pool", "image_norm_after_pool", "text_pool", "end_id", "causal", "text_projection",
-    "image_mean", "image_std", "image_resize",
+    "image_mean", "image_std", "image_resize", "image_interpolation",
 )  # fmt: skip
 NEEDED = ("image_heads", "text_heads", "image_activation", "text_activation", "image_pool",
           "text_pool", "causal")  # fmt: skip
 TOLD_BY_SHAPES = ("embed_dim", "image_size", "patch_size", "image_width", "image_layers",
                   "image_mlp", "vocab_size", "context_length", "text_width", "text_layers",
                   "text_mlp", "image_norm_first")  # fmt: skip
+
+
+class MissingOptions(ValueError):
+    """The weights do not tell some fields of the configuration.
+
+    names: these fields.
+    problem: the error without the remedy, which a command line words differently.
+    """
+
+    def __init__(self, form: str, names: list[str]) -> None:
+        self.names, self.problem = names, f"{form}: the weights do not tell {', '.join(names)}"
+        remedy = "give the model's configuration (config=...), or "
+        super().__init__(f"{self.problem}; {remedy}{', '.join(f'{name}=...' for name in names)}")
 
 
 def load_pretrained(
@@ -61,8 +74,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the weights are of no known form; a key is missing, unknown or misshaped; the
-            configuration contradicts the shapes; an option is needed to tell the model; or the
-            dtype is not floating-point.
+            configuration contradicts the shapes; an option is needed to tell the model
+            (MissingOptions); or the dtype is not floating-point.
         TypeError: an option is unknown.
     """
     if unknown := [name for name in options if name not in OPTIONS]:
@@ -120,7 +133,8 @@ def merged(
     what shapes and rules found.
 
     Raises:
-        ValueError: the configuration contradicts the shapes, or a field is left open.
+        ValueError: the configuration contradicts the shapes.
+        MissingOptions: a field is left open.
     """
     contradictions = [
         f"{name} is {found[name]}, the configuration says {told[name]}"
@@ -133,10 +147,7 @@ def merged(
     if known.get("text_pool") != "end" and "end_id" not in options:
         known.pop("end_id", None)
     if missing := [name for name in NEEDED if name not in known]:
-        raise ValueError(
-            f"{form}: the weights do not tell {', '.join(missing)}; give the model's "
-            f"configuration (config=...), or {', '.join(f'{name}=...' for name in missing)}"
-        )
+        raise MissingOptions(form, missing)
     names = {field.name for field in fields(CLIPConfig)}
     assert known.keys() <= names, known.keys() - names
     return known

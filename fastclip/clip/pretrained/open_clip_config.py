@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from .preprocessing import facts_of_preprocess_cfg
+
 # timm's SigLIP ViTs by size: number of heads, activation. Their norms have an epsilon of 1e-6.
 TIMM = {
     "base": (12, "gelu"),
@@ -12,7 +14,6 @@ TIMM = {
 }
 TEXT_POOL = {"argmax": "highest", "eos": "end", "last": "last"}
 IMAGE_POOL = {"tok": "class", "avg": "mean"}
-RESIZE = {"shortest": "crop", "squash": "squash"}
 # Options that change neither features nor keys, or only the keys, which are checked one by one.
 READ = {
     "vision_cfg": {
@@ -131,13 +132,5 @@ def facts_of_config(config: dict[str, Any]) -> dict[str, Any]:
     quick = bool(model.get("quick_gelu"))
     found = {"embed_dim": model["embed_dim"]} if "embed_dim" in model else {}
     found |= image_facts(model["vision_cfg"], quick) | text_facts(model["text_cfg"], quick)
-    preprocess = config.get("preprocess_cfg", {})
-    for name in ("mean", "std"):
-        if name in preprocess:
-            found[f"image_{name}"] = tuple(preprocess[name])
-    if "resize_mode" in preprocess:
-        mode = preprocess["resize_mode"]
-        if mode not in RESIZE:
-            raise ValueError(f"resize_mode must be one of {list(RESIZE)}, got {mode!r}")
-        found["image_resize"] = RESIZE[mode]
-    return found
+    preprocess = config.get("preprocess_cfg") or {}
+    return found | facts_of_preprocess_cfg(preprocess, found["image_size"])

@@ -6,6 +6,7 @@ from ..config import CLIPConfig
 from . import rules
 from .keys import Source, State, joined, one, pair
 from .layout import TowerKeys, common_sources, logits, sizes
+from .preprocessing import facts_of_preprocessor
 
 NAME = "transformers' CLIPModel or SiglipModel"
 CONFIG = "config.json"
@@ -64,7 +65,7 @@ def part_of_config(config: dict[str, Any], kind: str, part: str) -> dict[str, An
     files, replaces all of it."""
     found = DEFAULTS[kind][part] | {"layer_norm_eps": EPSILON[kind]}
     if kind == "clip" and config.get(f"{part}_dict"):
-        return found | {**config.get(part, {}), **found, **config[f"{part}_dict"]}
+        return {**(config.get(part) or {}), **found, **config[f"{part}_dict"]}
     return found | (config.get(part) or {})
 
 
@@ -97,18 +98,6 @@ def facts_of_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
     return found
 
 
-def facts_of_preprocessor(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields that `preprocessor_config.json` gives."""
-    found: dict[str, Any] = {
-        name: tuple(config[name]) for name in ("image_mean", "image_std") if name in config
-    }
-    size = config.get("size")
-    if size is not None:
-        shorter = isinstance(size, int) or "shortest_edge" in size
-        found["image_resize"] = "crop" if config.get("do_center_crop") or shorter else "squash"
-    return found
-
-
 def facts(state: State, config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns what shapes and rules tell, and what the configuration tells."""
     siglip = is_siglip(state)
@@ -131,8 +120,9 @@ def facts(state: State, config: dict[str, Any] | None) -> tuple[dict[str, Any], 
         }  # fmt: skip
     if config is None:
         return found, {}
-    told = facts_of_config(config, "siglip" if siglip else "clip")
-    return found, told | facts_of_preprocessor(config.get("preprocessor", {}))
+    kind = "siglip" if siglip else "clip"
+    told, preprocessor = facts_of_config(config, kind), config.get("preprocessor") or {}
+    return found, told | facts_of_preprocessor(preprocessor, kind, found["image_size"])
 
 
 def sources(config: CLIPConfig, state: State) -> dict[str, Source]:

@@ -2,13 +2,11 @@
 
 import json
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .keys import State, listed
@@ -50,21 +48,23 @@ def read(path: Path) -> State:
 
     Raises:
         ValueError: the file has none.
+        OSError: the file cannot be opened.
     """
+    with path.open("rb") as file:
+        start = file.read(9)
     try:
         if zipfile.is_zipfile(path):
             if is_torchscript(path):
                 return torch.jit.load(os.fspath(path), map_location="cpu").state_dict()
-        elif path.open("rb").read(9)[8:] == b"{":
+        elif start[8:] == b"{":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"cannot read weights from {path}: {first_line(error)}") from None
+    except Exception:  # readers raise almost any; torch's also advise to run a pickle's code
+        raise ValueError(
+            f"cannot read weights from {path}: it must be a complete file of safetensors, of "
+            "TorchScript, or of torch.save that holds tensors alone"
+        ) from None
     return state_dict(found)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def state_dict(found: Any) -> State:
@@ -113,7 +113,7 @@ def read_config(config: Any, beside: Path | None, name: str) -> dict[str, Any] |
 def json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")

@@ -4,6 +4,8 @@ from mutants.mutant import mutant
 
 WEIGHTS = "tests/demo/test_pretrained.py::test_"
 WORDS = "tests/demo/test_zero_shot.py::test_"
+PROCESSED = "tests/demo/test_preprocessing.py::test_"
+OPENED = "tests/demo/test_open_image.py::test_"
 KEYS = "fastclip/clip/pretrained/keys.py"
 TOKENIZER = "fastclip/clip/tokenizer.py"
 
@@ -77,5 +79,82 @@ MUTANTS = (
         "return (colours - mean) / std",
         "return colours",
         f"{WORDS}pictures_are_cropped_or_squashed",
+    ),
+    mutant(
+        "a picture is not turned as its EXIF data says",
+        "fastclip/clip/open_image.py",
+        "ImageOps.exif_transpose(opened)",
+        "opened.copy()",
+        f"{OPENED}a_model_is_scored_on_the_pixels_that_it_was_trained_on",
+    ),
+    mutant(
+        "the brightness of 32 bits is cut off",
+        "fastclip/clip/open_image.py",
+        'if image.mode in ("I", "F")',
+        "if False",
+        f"{OPENED}thirty_two_bits_are_refused",
+    ),
+    mutant(
+        "a picture in two given folders is classified twice",
+        "fastclip/clip/pictures.py",
+        "found.setdefault(os.path.abspath(file), file)",
+        "found.setdefault(str(file), file)",
+        f"{OPENED}folders_are_searched_for_pictures_once",
+    ),
+    mutant(
+        "half a pixel of a margin is cut off",
+        "fastclip/clip/pictures.py",
+        "left, top = round((width - size) / 2), round((height - size) / 2)",
+        "left, top = (width - size) // 2, (height - size) // 2",
+        f"{PROCESSED}an_odd_margin_is_cut_as_by_torchvision",
+    ),
+    mutant(
+        "every model squashes pictures",
+        "fastclip/clip/pretrained/preprocessing.py",
+        '"crop" if shorter else "squash"',
+        '"squash"',
+        f"{PROCESSED}published_preprocessors_of_transformers",
+    ),
+    mutant(
+        "any filter is taken for a bicubic one",
+        "fastclip/clip/pretrained/preprocessing.py",
+        "RESAMPLE[resample]",
+        '"bicubic"',
+        f"{PROCESSED}published_preprocessors_of_transformers",
+    ),
+    mutant(
+        "a size that is not the model's is taken",
+        "fastclip/clip/pretrained/preprocessing.py",
+        "return size in (side, [side, side])",
+        "return True",
+        f"{PROCESSED}unsupported_options_of_transformers",
+    ),
+    mutant(
+        "padding is missing for a model that sees it",
+        "fastclip/zero_shot.py",
+        'fill = tokenizer.fill or not config.causal or config.text_pool == "last"',
+        "fill = False",
+        f"{WORDS}texts_are_filled_for_models_that_see_the_padding",
+    ),
+    mutant(
+        "a mistyped file of labels is the label",
+        "fastclip/zero_shot.py",
+        "if len(labels) == 1 and not there",
+        "if False",
+        f"{WORDS}errors_are_one_line",
+    ),
+    mutant(
+        "a table that cannot be written is lost",
+        "fastclip/zero_shot.py",
+        "    if predictions:\n        print(table(predictions))\n",
+        "",
+        f"{WORDS}a_picture_of_any_error_is_left_out_and_a_table_is_printed_before_it_is_written",
+    ),
+    mutant(
+        "a number of the configuration may be none",
+        "fastclip/clip/config.py",
+        " and math.isfinite(value)",
+        "",
+        f"{WEIGHTS}options_that_contradict_are_named",
     ),
 )

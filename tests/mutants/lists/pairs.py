@@ -38,12 +38,12 @@ MUTANTS = (
     ),
     mutant(
         "images of 16 bits are cut off instead of scaled",
-        "fastclip/pairs/images.py", "(np.asarray(image) >> 8)", "np.asarray(image)",
+        "fastclip/clip/open_image.py", ".point(lambda value: value * (1 / 256))", "",
         f"{IMAGES}every_mode_becomes_rgb_on_white",
     ),
     mutant(
         "a transparent palette is not put on white",
-        "fastclip/pairs/images.py", "if image.has_transparency_data", 'if image.mode == "RGBA"',
+        "fastclip/clip/open_image.py", "if image.has_transparency_data", 'if image.mode == "RGBA"',
         f"{IMAGES}every_mode_becomes_rgb_on_white",
     ),
     mutant(

@@ -4,6 +4,7 @@ from mutants.mutant import mutant
 
 RANKS = "tests/retrieval/test_ranks.py::test_"
 TOPK = "tests/retrieval/test_topk.py::test_"
+ROUNDING = "tests/retrieval/test_rounding_of_products.py::test_"
 DRAWS = "tests/retrieval/test_sample_negatives.py::test_"
 METRICS = "tests/retrieval/test_metrics.py::test_"
 ACROSS = "tests/distributed/test_distributed_retrieval.py::test_"
@@ -12,8 +13,24 @@ FOLDER = "fastclip/retrieval/"
 MUTANTS = (
     mutant(
         "a product decides what its rounding can change",
-        f"{FOLDER}scores.py", "(own * other.max() * error)", "(own * other.max() * 0.0)",
+        f"{FOLDER}scores.py", "band = own * other * error +", "band = own * other * 0 +",
         f"{RANKS}inputs_on_which_ties_and_rounding_decide[torch-near]",
+    ),
+    mutant(
+        "operands that the user lets round do not",
+        f"{FOLDER}scores.py", '{"bf16": 2.0**-7,', '{"bf16": 0.0,',
+        f"{ROUNDING}operands_that_round[torch-torch.float16-]",
+    ),
+    mutant(
+        "products that overflow decide",
+        f"{FOLDER}scores.py", "torch.where(overflows, torch.inf,", "torch.where(overflows, 1e30,",
+        f"{TOPK}scores_beyond_float32[torch-1-False]",
+    ),
+    mutant(
+        "exact scores are summed in torch's order",
+        f"{FOLDER}scores.py", "        _sum(sides.x[a].to(dtype) * sides.y[b].to(dtype))",
+        "        (sides.x[a].to(dtype) * sides.y[b].to(dtype)).sum(1)",
+        f"{ROUNDING}long_features_tie[torch]",
     ),
     mutant(
         "a tie comes first whatever its index",
@@ -37,8 +54,8 @@ MUTANTS = (
     ),
     mutant(
         "a product decides at the limit",
-        f"{FOLDER}plain_top.py", "(t - limit).abs() <= 2 * band[:, None]",
-        "(t - limit).abs() < 0 * band[:, None]",
+        f"{FOLDER}plain_top.py", "(t - limit).abs() > 2 * band[:, None]",
+        "(t - limit).abs() > 0 * band[:, None]",
         f"{TOPK}a_limit_that_float32_products_miss[torch]",
     ),
     mutant(

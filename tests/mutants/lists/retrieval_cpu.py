@@ -4,6 +4,7 @@ from mutants.mutant import mutant
 
 RANKS = "tests/retrieval/test_ranks.py::test_"
 TOPK = "tests/retrieval/test_topk.py::test_"
+ROUNDING = "tests/retrieval/test_rounding_of_products.py::test_"
 DRAWS = "tests/retrieval/test_sample_negatives.py::test_"
 TIES = "inputs_on_which_ties_and_rounding_decide"
 FOLDER = "csrc/cpu/retrieval/"
@@ -13,6 +14,21 @@ MUTANTS = (
         "a product decides what its rounding can change",
         f"{FOLDER}ranks.h", "out.near = ~(out.above | (difference < -band));",
         "out.near = (difference == -band);", f"{RANKS}{TIES}[cpu-near]",
+    ),
+    mutant(
+        "BLAS does not round operands",
+        f"{FOLDER}scanner.h", "? 0 : p.rounding;", "? 0 : 0;",
+        f"{ROUNDING}operands_that_round[cpu-torch.float32-mm]",
+    ),
+    mutant(
+        "partial sums do not overflow",
+        f"{FOLDER}exact.h", "    return std::numeric_limits<T>::infinity();", "    return T(1e30);",
+        f"{ROUNDING}partial_sums_that_overflow[cpu]",
+    ),
+    mutant(
+        "denormal operands are not flushed",
+        f"{FOLDER}exact.h", "T(norm * other_ * error_ + flushed)", "T(norm * other_ * error_)",
+        f"{ROUNDING}denormal_bfloat16_features[cpu]",
     ),
     mutant(
         "a tie comes first whatever its index",
@@ -37,7 +53,7 @@ MUTANTS = (
     ),
     mutant(
         "the floor is the k-th product",
-        f"{FOLDER}top.h", "set_floor(kth->score - 2 * double(band_));", "set_floor(kth->score);",
+        f"{FOLDER}top.h", "set_floor(kth->score - 2 * band_);", "set_floor(kth->score);",
         f"{TOPK}{TIES}[cpu-near]",
     ),
     mutant(
