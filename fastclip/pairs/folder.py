@@ -4,12 +4,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..clip.open_image import ENDINGS
 from .pair import LeftOut, Pair, Place
 
-# The endings of files that count as images. Pillow reads more, but a PDF beside a text is no pair.
-IMAGES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
-)
 NO_TEXT, NO_CAPTION, NOT_UTF_8 = "no .txt beside it", "no caption", "caption not in UTF-8"
 NO_IMAGE, UNREADABLE, CLOSED = (
     "no image beside it", "the .txt cannot be read", "the folder cannot be read",
@@ -23,13 +20,13 @@ def read_folder(folder: Path, left_out: LeftOut) -> Iterator[Pair]:
         left_out.add(CLOSED, os.path.relpath(error.filename, folder))
 
     for parent, files in _folders(folder, closed):
-        stems = {stem for stem, ending in map(os.path.splitext, files) if ending.lower() in IMAGES}
+        stems = {stem for stem, ending in map(os.path.splitext, files) if ending.lower() in ENDINGS}
         present = set(files)
         for file in files:
             stem, ending = os.path.splitext(file)
             path = Path(parent, file)
             name = path.relative_to(folder).as_posix()
-            if ending.lower() not in IMAGES:
+            if ending.lower() not in ENDINGS:
                 if ending == ".txt" and stem not in stems:
                     left_out.add(NO_IMAGE, name)
                 continue
@@ -51,7 +48,7 @@ def any_image(folder: Path) -> str | None:
     """Returns the name of an image at any depth, or None."""
     for parent, files in _folders(folder):
         for file in files:
-            if os.path.splitext(file)[1].lower() in IMAGES:
+            if os.path.splitext(file)[1].lower() in ENDINGS:
                 return Path(parent, file).relative_to(folder).as_posix()
     return None
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .folder import IMAGES, NO_CAPTION, NOT_UTF_8, captions_of
+from ..clip.open_image import ENDINGS
+from .folder import NO_CAPTION, NOT_UTF_8, captions_of
 from .pair import LeftOut, Pair, Place
 
 NO_IMAGE, NO_TEXT, TWICE = "no image", "no .txt", "two files of one ending"
@@ -75,8 +76,8 @@ def _row(
 ) -> Iterator[Pair]:
     key = sample["__key__"]
     origin = f"{path.name} {key}"
-    ending = next((e for e in sample if f".{e}" in IMAGES), None)
-    dotted = [e for e in sample if os.path.splitext(e)[1] in IMAGES]
+    ending = next((e for e in sample if f".{e}" in ENDINGS), None)
+    dotted = [e for e in sample if os.path.splitext(e)[1] in ENDINGS]
     if ending is None and dotted:
         for file in dotted:
             left_out.add(DOTTED, f"{path.name} {sample[file].name}")

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from .folder import IMAGES, any_image, read_folder
+from ..clip.open_image import ENDINGS
+from .folder import any_image, read_folder
 from .pair import LeftOut, Pair, merged
 from .shards import read_shards, shard_paths
-from .table import ENDINGS, read_table
+from .table import TABLES, read_table
 
 
 def read_pairs(
@@ -36,9 +37,9 @@ def read_pairs(
         raise FileNotFoundError(
             f"pairs must be a file or a folder, got no such file or folder: {source}"
         )
-    if path.suffix.lower() not in ENDINGS:
+    if path.suffix.lower() not in TABLES:
         raise ValueError(
-            f"pairs must be a {', '.join(ENDINGS)} or .tar file or a folder of "
-            f"{', '.join(sorted(IMAGES))} or .tar files, got {source}"
+            f"pairs must be a {', '.join(TABLES)} or .tar file or a folder of "
+            f"{', '.join(sorted(ENDINGS))} or .tar files, got {source}"
         )
     return merged(read_table(path, left_out, image_column, caption_column))

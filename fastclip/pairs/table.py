@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from .pair import LeftOut, Pair, Place
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-ENDINGS = (*DELIMITERS, ".jsonl", ".ndjson")
+TABLES = (*DELIMITERS, ".jsonl", ".ndjson")
 # A row's first one of these counts: open_clip's names first.
 IMAGE_COLUMNS = ("filepath", "path", "image", "file_name", "filename", "file")
 CAPTION_COLUMNS = ("title", "caption", "text")
