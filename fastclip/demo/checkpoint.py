@@ -84,6 +84,11 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
+def place_of(ranks: int, device: str) -> dict[str, Any]:
+    """Returns the `place` of a training in this process."""
+    return {"ranks": ranks, "threads": torch.get_num_threads(), "device": device}
+
+
 def restore(state: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
     """Loads a state from `Checkpoint.load` into the parts of a training."""
     for name, part in parts.items():

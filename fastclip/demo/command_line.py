@@ -8,7 +8,7 @@ from ..clip.views import FUSIONS
 from ..command_line import OneLineParser, positive
 
 
-def steps_or_never(text: str) -> int:
+def not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
@@ -23,7 +23,7 @@ def rate_of_learning(text: str) -> float:
 
 
 # argparse names these in its message if the text is not a number.
-steps_or_never.__name__ = "whole number"
+not_negative.__name__ = "whole number"
 rate_of_learning.__name__ = "number"
 
 
@@ -106,7 +106,7 @@ def parser(losses: Collection[str], implementations: Collection[str]) -> argpars
     )
     p.add_argument(
         "--checkpoint-every",
-        type=steps_or_never,
+        type=not_negative,
         default=100,
         metavar="STEPS",
         help="write the state of the training to training.pt in the output folder after every "

@@ -39,14 +39,19 @@ def contact_sheet(
     for axes in grid.flat:
         axes.axis("off")
     for row, found in zip(grid, rows, strict=False):
-        caption = textwrap.shorten(found.caption, LONGEST, placeholder=" …")
-        caption = "\n".join(textwrap.wrap(caption, 20))
+        caption = "\n".join(textwrap.wrap(_short(found.caption), 20))
         # A "$" would begin a formula.
         row[0].text(0, 0.5, caption, va="center", transform=row[0].transAxes, parse_math=False)
         for axes, number in zip(row[1:], found.nearest, strict=False):
             _show(axes, image(number), GREEN if number in found.right else None)
         if not set(found.nearest) & set(found.right):
             _show(row[-1], image(found.right[0]), GREY)
+
+
+def _short(caption: str) -> str:
+    """Cuts by characters: Chinese and Japanese have no spaces between words."""
+    caption = " ".join(caption.split())
+    return caption if len(caption) <= LONGEST else caption[: LONGEST - 1].rstrip() + "…"
 
 
 def _show(axes: Axes, image: np.ndarray, frame: str | None) -> None:

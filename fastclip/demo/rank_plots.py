@@ -1,43 +1,71 @@
 """Plots of ranks in retrieval: their histogram, and R@k against k, each beside chance."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from .drawing import BLUE, GREY, ORANGE, tidy
+from .drawing import BLUE, ORANGE, tidy
 
 COLOURS = (BLUE, ORANGE)
 BINS = 16  # at most, of equal width on a logarithmic axis
+POINTS = 200  # of the curve of chance at most
 
 
-def histogram(axes: Axes, ranks: Mapping[str, Tensor], count: int) -> None:
-    """Draws how often each rank occurs, by direction. Ranks count from 0, among `count` answers;
-    guessing gives all equally often."""
-    edges = np.unique(np.round(np.geomspace(1, count + 1, BINS + 1)).astype(int))
-    for (name, of_queries), colour in zip(ranks.items(), COLOURS, strict=False):
-        found, _ = np.histogram(of_queries.cpu().numpy() + 1, edges)
-        axes.stairs(
-            100 * found / len(of_queries), edges, label=name, color=colour, fill=True, alpha=0.45
-        )
-    axes.stairs(100 * np.diff(edges) / count, edges, label="chance", color=GREY, ls=":")
-    axes.set_xscale("log")
+class Direction(NamedTuple):
+    """The ranks of a direction of retrieval, which count from 0.
+
+    answers: how many there are to choose from.
+    chance: returns R@k of guessing for a k from 0 to `answers`.
+    """
+
+    name: str
+    ranks: Tensor
+    answers: int
+    chance: Callable[[int], float]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, of {self.answers:,}"
+
+
+def histogram(axes: Axes, directions: Sequence[Direction]) -> None:
+    """Draws how often each rank occurs."""
+    for direction, colour in zip(directions, COLOURS, strict=False):
+        edges = _spread(1, direction.answers + 1, BINS + 1)
+        found, _ = np.histogram(direction.ranks.cpu().numpy() + 1, edges)
+        share = 100 * found / len(direction.ranks)
+        axes.stairs(share, edges, label=direction.label, color=colour, fill=True, alpha=0.45)
+        chance = 100 * np.diff([direction.chance(edge - 1) for edge in edges.tolist()])
+        axes.stairs(chance, edges, label="chance", color=colour, ls=":")
     axes.set_ylabel("% of queries")
-    axes.legend(frameon=False)
-    tidy(axes, "Rank of the right answer", f"rank among {count:,}")
+    _finish(axes, "Rank of the best right answer", "rank", "upper right")
 
 
-def recall(axes: Axes, ranks: Mapping[str, Tensor], count: int) -> None:
-    """Draws R@k against k, by direction."""
-    ks = torch.arange(1, count + 1)
-    for (name, of_queries), colour in zip(ranks.items(), COLOURS, strict=False):
-        found = torch.bincount(of_queries.cpu(), minlength=count).cumsum(0)[:count]
-        axes.plot(ks, 100 * found / len(of_queries), label=name, color=colour, lw=1.5)
-    axes.plot(ks, 100 * ks / count, label="chance", color=GREY, ls=":")
-    axes.set_xscale("log")
+def recall(axes: Axes, directions: Sequence[Direction]) -> None:
+    """Draws R@k against k."""
+    for direction, colour in zip(directions, COLOURS, strict=False):
+        answers = direction.answers
+        found = torch.bincount(direction.ranks.cpu(), minlength=answers).cumsum(0)
+        share = 100 * found / len(direction.ranks)
+        axes.plot(range(1, answers + 1), share, label=direction.label, color=colour, lw=1.5)
+        ks = _spread(1, answers, POINTS).tolist()
+        chance = [100 * direction.chance(k) for k in ks]
+        axes.plot(ks, chance, label="chance", color=colour, ls=":")
     axes.set_ylim(0, 102)
     axes.set_ylabel("%")
-    axes.legend(frameon=False)
-    tidy(axes, "R@k", f"k of {count:,}")
+    _finish(axes, "R@k", "k", "lower right")
+
+
+def _spread(first: int, last: int, count: int) -> np.ndarray:
+    """Returns at most `count` whole numbers, evenly on a logarithmic axis."""
+    return np.unique(np.round(np.geomspace(first, last, count)).astype(int))
+
+
+def _finish(axes: Axes, title: str, xlabel: str, legend: str) -> None:
+    axes.set_xscale("log")
+    axes.legend(frameon=False, fontsize=7, loc=legend)
+    tidy(axes, title, xlabel)

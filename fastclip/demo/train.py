@@ -24,7 +24,7 @@ from ..clip.model import CLIP, CLIPConfig
 from ..clip.tokenizer import Tokenizer
 from ..command_line import checked_device
 from . import emoji as emoji_data
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, place_of
 from .command_line import parser, writable_folder
 from .emoji.batches import Batches
 from .emoji.evaluate import Score, as_json, evaluate, held_out_features
@@ -115,18 +115,19 @@ def report(scores: dict[str, dict[str, Score]], task: Task) -> str:
 
 
 def train_and_evaluate(
-    args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path,
-    checkpoint: Checkpoint, state: dict[str, Any] | None,
-) -> tuple[CLIP, dict[str, dict[str, Score]]]:  # fmt: skip
+    args: argparse.Namespace, task: Task, model: CLIP, stream: Batches, runs: dict[str, Run],
+    weights: Path, checkpoint: Checkpoint, state: dict[str, Any] | None,
+) -> dict[str, dict[str, Score]]:  # fmt: skip
     """Trains with both implementations on all ranks; the first rank saves, evaluates and reports.
+    Returns the scores, which other ranks do not have.
 
+    `model` and `stream` are from `task.start`; those of the second run are made here.
     `runs`, by implementation, is filled step by step, so that it is complete even after an
     interruption.
     """
     workers = task.workers
     say = print if workers.first else lambda *_, **__: None
     first, other = runs
-    model, stream = task.start(args.seed, args.batch_size)
     loss = task.batch_loss(first, args.batch_size, args.seed)
     head = None if loss.matching is None else loss.matching.head
     schedule = {"steps": args.steps, "lr": args.lr, "micro_batch": args.micro_batch}
@@ -167,22 +168,19 @@ def train_and_evaluate(
             )  # fmt: skip
         gap = max(abs(a - b) for a, b in zip(*(r.losses for r in runs.values()), strict=False))
         say(f"largest difference between the two losses at any step: {gap:.1e}")
-    return model, scores
+    return scores
 
 
 def write_results(
     args: argparse.Namespace, task: Task, runs: dict[str, Run], weights: Path, model: CLIP,
     scores: dict[str, dict[str, Score]], started: float,
 ) -> None:  # fmt: skip
-    """Writes demo.png, retrieval.png and results.json."""
+    """Writes results.json, demo.png and retrieval.png."""
     # Importing matplotlib takes a second.
     from .emoji import figure, retrieval_figure
 
     runs = {name: run for name, run in runs.items() if run.losses}
-    held = held_out_features(model, task.emoji, task.split, task.encode)
     losses = {name: r.losses for name, r in runs.items()}
-    figure.draw(args.out / "demo.png", losses, task.emoji, held)
-    retrieval_figure.draw(args.out / "retrieval.png", task.emoji, held)
     seconds = time.perf_counter() - started
     results = {
         "settings": {**vars(args), "out": str(args.out)},
@@ -194,6 +192,10 @@ def write_results(
         "losses": losses,
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    # After the results, which a figure that fails must not lose.
+    held = held_out_features(model, task.emoji, task.split, task.encode)
+    figure.draw(args.out / "demo.png", losses, task.emoji, held)
+    retrieval_figure.draw(args.out / "retrieval.png", task.emoji, held)
     print(
         f"\n{seconds:.0f} s in all; demo.png, retrieval.png, results.json and {weights.name} are "
         f"in {args.out}/"
@@ -211,8 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = {name: Run() for name in sorted(IMPLEMENTATIONS, key=lambda name: name != first)}
     checkpoint = Checkpoint(
         args.out / "training.pt", {name: getattr(args, name) for name in DECISIVE},
-        {"ranks": workers.size, "threads": torch.get_num_threads(), "device": args.device},
-        args.checkpoint_every,
+        place_of(workers.size, args.device), args.checkpoint_every,
     )  # fmt: skip
 
     def prepared() -> dict[str, Any] | None:
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             task = Task.load(checked_device(device), workers)
             task = replace(task, loss=args.loss, matching=args.matching)
             options.quiet = workers.local_rank > 0
-            task.start(args.seed, args.batch_size)
+            model, stream = task.start(args.seed, args.batch_size)
         except (OSError, ValueError) as error:
             options.error(str(error))
         with workers.group(task.device):
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except (OSError, ValueError) as error:
                 options.error(str(error))
             started = time.perf_counter()
-            model, scores = train_and_evaluate(args, task, runs, weights, checkpoint, state)
+            scores = train_and_evaluate(args, task, model, stream, runs, weights, checkpoint, state)
         if workers.first:
             write_results(args, task, runs, weights, model, scores, started)
             if args.checkpoint_every or state is not None:

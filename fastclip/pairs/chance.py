@@ -3,6 +3,7 @@
 import bisect
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,13 +20,9 @@ def chance(owns: Tensor) -> dict[str, float]:
     scores = {}
     for direction, pairs in (("image_to_text", owns), ("text_to_image", owns.flip(1))):
         answers = int(pairs[:, 1].max()) + 1
-        # How many queries have how many right answers.
-        rights = Counter(torch.bincount(pairs[:, 0]).tolist())
+        rights = _numbers_of_right_answers(pairs)
         queries = sum(rights.values())
-
-        def recall(k: int, rights=rights, answers=answers, queries=queries) -> float:
-            return sum(n * _one_of(k, c, answers) for c, n in rights.items()) / queries
-
+        recall = recall_of_guessing(pairs)
         for k in KS:
             scores[f"{direction}_R@{k}"] = recall(k)
         scores[f"{direction}_mean_rank"] = (
@@ -35,6 +32,22 @@ def chance(owns: Tensor) -> dict[str, float]:
         median = places[bisect.bisect_left(places, 0.5 - 1e-9, key=recall)]
         scores[f"{direction}_median_rank"] = float(median)
     return scores
+
+
+def recall_of_guessing(pairs: Tensor) -> Callable[[int], float]:
+    """Returns R@k of guessing as a function of k.
+
+    pairs: (P, 2) int64; each row is a query and an answer that is right for it.
+    """
+    answers = int(pairs[:, 1].max()) + 1
+    rights = _numbers_of_right_answers(pairs)
+    queries = sum(rights.values())
+    return lambda k: sum(n * _one_of(k, c, answers) for c, n in rights.items()) / queries
+
+
+def _numbers_of_right_answers(pairs: Tensor) -> Counter[int]:
+    """Returns how many queries have how many right answers."""
+    return Counter(torch.bincount(pairs[:, 0]).tolist())
 
 
 def _one_of(k: int, right: int, answers: int) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..clip.model import CLIPConfig
 from ..command_line import positive
-from ..demo.command_line import steps_or_never
+from ..demo.command_line import not_negative
 
 # The sizes of the model that are options; the vocabulary's is the tokenizer's.
 SIZES = [f.name for f in fields(CLIPConfig) if f.type is int and f.name != "vocab_size"]
@@ -19,7 +19,7 @@ HELP = {
 }
 
 
-def share(text: str) -> float:
+def held_out_share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
@@ -49,7 +49,7 @@ def tokens(text: str) -> int:
 
 # argparse names these in its message if the text is not a number.
 tokens.__name__ = "whole number"
-share.__name__ = crop_share.__name__ = decay.__name__ = "number"
+held_out_share.__name__ = crop_share.__name__ = decay.__name__ = "number"
 
 
 def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -88,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         ),
         add(
             "--held-out",
-            type=share,
+            type=held_out_share,
             default=0.1,
             metavar="SHARE",
             help="share of the images that are evaluated with and not trained on; a hash of the "
@@ -96,7 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         ),
         add(
             "--evaluate-every",
-            type=steps_or_never,
+            type=not_negative,
             default=100,
             metavar="STEPS",
             help="evaluate up to 1,000 held-out images after every STEPS steps, and all of them at "
@@ -104,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         ),
         add(
             "--workers",
-            type=steps_or_never,
+            type=not_negative,
             default=2,
             help="processes that decode images, for each training process; the curve is the same "
             "for any number (default %(default)s)",

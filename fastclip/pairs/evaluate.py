@@ -42,8 +42,8 @@ class HeldOut:
         return cls(images, tuple(numbers), torch.tensor(owns))
 
     def pixels(self, workers: Workers, processes: int) -> Iterator[Tensor]:
-        """Yields this rank's share of the images in chunks, (b, 3, side, side) uint8."""
-        own = share(len(self.images.places), workers)
+        """Yields this rank's part of the images in chunks, (b, 3, side, side) uint8."""
+        own = own_part(len(self.images.places), workers)
         keys = [[(own[place], "") for place in chunk] for chunk in chunks(len(own))]
         return in_processes(self.images, keys, processes)
 
@@ -60,8 +60,8 @@ class HeldOut:
         return chance(self.owns)
 
 
-def share(count: int, workers: Workers) -> range:
-    """Returns this rank's share of the numbers below `count`; the last ranks may have fewer."""
+def own_part(count: int, workers: Workers) -> range:
+    """Returns this rank's part of the numbers below `count`; the last ranks may have fewer."""
     each = -(-count // workers.size)
     return range(min(workers.rank * each, count), min((workers.rank + 1) * each, count))
 
@@ -79,7 +79,7 @@ def features(
     device = model.logit_scale.device
     empty = torch.zeros(0, model.config.embed_dim, device=device)
     images = [model.encode_image(as_input(part.to(device))) for part in pixels]
-    own = share(len(held_out.texts), workers)
+    own = own_part(len(held_out.texts), workers)
     texts = [
         model.encode_text(encode(held_out.texts[own[part[0]] : own[part[-1]] + 1]))
         for part in chunks(len(own), 256)
@@ -99,4 +99,4 @@ def _of_all_ranks(own: Tensor, count: int, workers: Workers) -> Tensor:
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(workers.size)]
     dist.all_gather(parts, padded)
-    return torch.cat(parts)[:count]  # the shares before the last ones are full
+    return torch.cat(parts)[:count]  # the parts before the last ones are full

@@ -12,10 +12,10 @@ from matplotlib.figure import SubFigure
 from torch import Tensor
 
 from ..demo.contact_sheet import Found, contact_sheet
-from ..demo.drawing import BLUE, GREEN, ORANGE, STYLE, plt, tidy_steps
-from ..demo.rank_plots import histogram, recall
+from ..demo.drawing import BLUE, GREEN, ORANGE, STYLE, plt, save, tidy_steps
+from ..demo.rank_plots import Direction, histogram, recall
 from ..retrieval import topk
-from .chance import KS
+from .chance import KS, recall_of_guessing
 from .evaluate import HeldOut
 
 ROWS, NEAREST = 6, 6
@@ -36,16 +36,17 @@ def draw(
         else:
             figure = plt.figure(figsize=(13, sum(HEIGHTS)), dpi=120, facecolor="white")
             top, bottom = figure.subfigures(2, 1, height_ratios=HEIGHTS)
-            (curve, recalls), (left, right) = top.subplots(2, 2)
+            second = "recalls" if evaluations else "loss"
+            axes = top.subplot_mosaic([["loss", second], ["histogram", "recall"]])
             top.subplots_adjust(
                 left=0.06, right=0.975, bottom=0.1, top=0.93, wspace=0.18, hspace=0.45
             )
-            _loss(curve, losses)
-            _recalls(recalls, evaluations)
-            _ranks(left, right, held_out, features)
+            _loss(axes["loss"], losses)
+            if evaluations:
+                _recalls(axes["recalls"], evaluations)
+            _ranks(axes["histogram"], axes["recall"], held_out, features)
             _found(bottom, held_out, *features)
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
 
 
 def _loss(axes: Axes, losses: Sequence[float]) -> None:
@@ -55,9 +56,6 @@ def _loss(axes: Axes, losses: Sequence[float]) -> None:
 
 
 def _recalls(axes: Axes, evaluations: Mapping[int, Mapping[str, float]]) -> None:
-    if not evaluations:
-        axes.axis("off")
-        return
     steps = sorted(evaluations)
     for k, colour in zip(KS, COLOURS, strict=True):
         for direction, line in (("text to image", "-"), ("image to text", "--")):
@@ -73,10 +71,13 @@ def _recalls(axes: Axes, evaluations: Mapping[int, Mapping[str, float]]) -> None
 
 def _ranks(left: Axes, right: Axes, held_out: HeldOut, features: tuple[Tensor, Tensor]) -> None:
     found = held_out.ranks(features)
-    count = len(held_out.images.places)
-    by_direction = {"text to image": found.columns}
-    histogram(left, by_direction, count)
-    recall(right, by_direction, count)
+    pairs, images, texts = held_out.owns, len(held_out.images.places), len(held_out.texts)
+    directions = (
+        Direction("image to text", found.rows, texts, recall_of_guessing(pairs)),
+        Direction("text to image", found.columns, images, recall_of_guessing(pairs.flip(1))),
+    )
+    histogram(left, directions)
+    recall(right, directions)
 
 
 def _found(figure: SubFigure, held_out: HeldOut, images: Tensor, texts: Tensor) -> None:

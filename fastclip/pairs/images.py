@@ -10,6 +10,7 @@ import math
 import os
 import random
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -109,16 +110,23 @@ def in_processes(
     """Yields the stacked items of each batch of keys, in order, computed by worker processes (0:
     by this one). `ahead` batches are computed for each process in advance."""
     loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=processes, worker_init_fn=_ignore_interrupts,
+        dataset, batch_sampler=batches, num_workers=processes, worker_init_fn=_prepare_process,
         prefetch_factor=ahead if processes else None, generator=torch.Generator(),
     )  # fmt: skip
     return iter(loader)
 
 
-def _ignore_interrupts(worker: int) -> None:
+def _prepare_process(worker: int) -> None:
     """Ctrl-C goes to all processes of a terminal. The training one finishes its step, and needs
     this one for that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_pillow()
+
+
+def quiet_pillow() -> None:
+    """Turns off Pillow's warnings of large images and broken EXIF data, which it reads anyway:
+    they would come in every epoch."""
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def chunks(count: int, size: int = CHUNK) -> Iterator[range]:

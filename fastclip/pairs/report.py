@@ -76,7 +76,7 @@ def write_results(
     task: Task, run: EvaluatedRun, held_out: HeldOut | None,
     found: tuple[Tensor, Tensor] | None, started: float,
 ) -> None:  # fmt: skip
-    """Prints the scores; writes pairs.png and results.json."""
+    """Prints the scores; writes results.json and pairs.png."""
     from .figure import draw  # importing matplotlib takes a second
 
     args = task.args
@@ -84,7 +84,6 @@ def write_results(
     if held_out and found:
         scores, chance = held_out.scores(found), held_out.chance()
         print(report(scores, chance, len(task.held_out), len(held_out.texts)), flush=True)
-    draw(args.out / "pairs.png", run.losses, run.evaluations, held_out, found)
     seconds = time.perf_counter() - started
     results = {
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
@@ -100,6 +99,8 @@ def write_results(
         "losses": run.losses,
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    # After the results, which a figure that fails must not lose.
+    draw(args.out / "pairs.png", run.losses, run.evaluations, held_out, found)
     print(
         f"\n{seconds:.0f} s in all; clip.safetensors, tokenizer.json, results.json and pairs.png "
         f"are in {args.out}/"

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .folder import IMAGES, NO_CAPTION, NOT_UTF_8, captions_of
+from ..clip.open_image import ENDINGS
+from .folder import NO_CAPTION, NOT_UTF_8, captions_of
 from .pair import LeftOut, Pair, Place
 
 NO_IMAGE, NO_TEXT, TWICE = "no image", "no .txt", "two files of one ending"
+DOTTED = "the first dot of a name begins its ending in a tar"
 
 
 def shard_paths(source: str) -> list[Path]:
@@ -74,7 +76,12 @@ def _row(
 ) -> Iterator[Pair]:
     key = sample["__key__"]
     origin = f"{path.name} {key}"
-    ending = next((e for e in sample if f".{e}" in IMAGES), None)
+    ending = next((e for e in sample if f".{e}" in ENDINGS), None)
+    dotted = [e for e in sample if os.path.splitext(e)[1] in ENDINGS]
+    if ending is None and dotted:
+        for file in dotted:
+            left_out.add(DOTTED, f"{path.name} {sample[file].name}")
+        return
     if ending is None or "txt" not in sample:
         left_out.add(NO_IMAGE if ending is None else NO_TEXT, origin)
         return

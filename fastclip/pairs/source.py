@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from .folder import IMAGES, read_folder
+from ..clip.open_image import ENDINGS
+from .folder import any_image, read_folder
 from .pair import LeftOut, Pair, merged
 from .shards import read_shards, shard_paths
-from .table import ENDINGS, read_table
+from .table import TABLES, read_table
 
 
 def read_pairs(
@@ -18,18 +19,27 @@ def read_pairs(
     Raises:
         FileNotFoundError: there is no such file or folder.
         ModuleNotFoundError: there is no webdataset for tars.
-        ValueError: the source has none of these forms.
+        ValueError: the source has none of these forms, or two of them.
     """
     path = Path(source)
-    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else []
+    image = any_image(path) if tars else None
+    if image is not None:
+        raise ValueError(
+            f"pairs must be tars or a folder of images, got both in {source}: {tars[0].name} and "
+            f"{image}"
+        )
+    if path.suffix == ".tar" or tars:
         return merged(read_shards(shard_paths(source), left_out))
     if path.is_dir():
         return merged(read_folder(path, left_out))
-    if path.suffix.lower() not in ENDINGS:
-        raise ValueError(
-            f"pairs must be a {', '.join(ENDINGS)} or .tar file or a folder of "
-            f"{', '.join(sorted(IMAGES))} or .tar files, got {source}"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"pairs must be a file or a folder, got no such file or folder: {source}"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"pairs must be a file or a folder, got no such file: {source}")
+    if path.suffix.lower() not in TABLES:
+        raise ValueError(
+            f"pairs must be a {', '.join(TABLES)} or .tar file or a folder of "
+            f"{', '.join(sorted(ENDINGS))} or .tar files, got {source}"
+        )
     return merged(read_table(path, left_out, image_column, caption_column))

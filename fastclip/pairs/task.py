@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..clip.model import CLIP, CLIPConfig
 from ..clip.tokenizer import Tokenizer
-from ..demo.checkpoint import Checkpoint
+from ..demo.checkpoint import Checkpoint, place_of
 from ..demo.losses import INITIAL, BatchLoss
 from ..demo.workers import Workers
 from .batches import Batches
@@ -73,7 +73,11 @@ class Task:
         return self.tokenizer.encode(captions, self.config.context_length).to(self.device)
 
     def start(self) -> tuple[CLIP, Batches, BatchLoss]:
-        """Returns an untrained model, its batches, and the loss of this rank's share of them."""
+        """Returns an untrained model, its batches, and the loss of this rank's share of them.
+
+        Raises:
+            ValueError: the batch size does not fit the pairs, or the model the memory.
+        """
         args = self.args
         stream = Batches(
             self.trained, self.encode, args.batch_size, args.seed, args.image_size,
@@ -81,7 +85,11 @@ class Task:
             rows=self.workers.rows(args.batch_size), processes=args.workers,
         )  # fmt: skip
         torch.manual_seed(args.seed)
-        model = CLIP(self.config).to(self.device)
+        try:
+            model = CLIP(self.config).to(self.device)
+        except (RuntimeError, TypeError) as error:  # the latter for a size beyond 64 bits
+            reason = str(error).splitlines()[0].rpartition("] err == 0. ")[2]
+            raise ValueError(f"the model must fit into memory: {reason}") from None
         samples = len(self.trained)
         loss = BatchLoss(args.loss, args.implementation, samples, args.batch_size, self.workers)
         return model, stream, loss.to(self.device)
@@ -89,11 +97,7 @@ class Task:
     def checkpoint(self) -> Checkpoint:
         settings = {name: getattr(self.args, name) for name in DECISIVE}
         settings["pairs"] = fingerprint(self.trained, self.tokenizer_text)
-        place = {
-            "ranks": self.workers.size,
-            "threads": torch.get_num_threads(),
-            "device": self.args.device,
-        }
+        place = place_of(self.workers.size, self.args.device)
         return Checkpoint(
             self.args.out / "training.pt", settings, place, self.args.checkpoint_every
         )

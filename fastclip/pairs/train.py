@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..clip.model import CLIP
 from ..command_line import OneLineParser, checked_device
 from ..demo.checkpoint import Checkpoint
 from ..demo.command_line import writable_folder
+from ..demo.losses import BatchLoss
 from ..demo.saving import (
     continuation,
     exits_when_interrupted,
@@ -24,7 +26,9 @@ from ..demo.saving import (
     train_and_save,
 )
 from ..demo.workers import Workers
+from .batches import Batches
 from .evaluate import HeldOut, features
+from .images import quiet_pillow
 from .pair import LeftOut
 from .report import EvaluatedRun, introduction, write_results
 from .source import read_pairs
@@ -34,14 +38,17 @@ SAMPLE = 1000  # held-out images that are evaluated during the training
 
 
 def train_and_evaluate(
-    task: Task, run: EvaluatedRun, weights: Path, checkpoint: Checkpoint,
-    state: dict[str, Any] | None,
+    task: Task, start: tuple[CLIP, Batches, BatchLoss], run: EvaluatedRun, weights: Path,
+    checkpoint: Checkpoint, state: dict[str, Any] | None,
 ) -> tuple[HeldOut | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
     """Trains on all ranks; returns the held-out pairs with their features, None if there are
-    none."""
+    none.
+
+    start: from `task.start`.
+    """
     args, workers = task.args, task.workers
     say = print if workers.first else lambda *_, **__: None
-    model, stream, loss = task.start()
+    model, stream, loss = start
     for line in introduction(task, model):
         say(line)
     if state is not None:
@@ -79,6 +86,7 @@ def main(args: argparse.Namespace, options: OneLineParser) -> None:
     weights, run, left_out = args.out / "clip.safetensors", EvaluatedRun(), LeftOut()
     kept = args.out / "training.pt" if args.checkpoint_every else None
     started = time.perf_counter()
+    quiet_pillow()  # also in this process, which decodes with --workers 0
     with exits_when_interrupted(run, weights, kept, workers):
         try:
             device = workers.device(args.device)
@@ -97,14 +105,14 @@ def main(args: argparse.Namespace, options: OneLineParser) -> None:
             try:
                 workers.from_first(lambda: writable_folder(args.out))
                 task = Task.load(args, pairs, left_out, device, workers)
-                task.start()
+                start = task.start()
                 checkpoint = task.checkpoint()
                 state = workers.from_first(
                     lambda: state_to_continue(checkpoint, args.resume, workers)
                 )
             except (OSError, ValueError) as error:
                 options.error(str(error))
-            held_out, found = train_and_evaluate(task, run, weights, checkpoint, state)
+            held_out, found = train_and_evaluate(task, start, run, weights, checkpoint, state)
         if workers.first:
             write_results(task, run, held_out, found, started)
             if args.checkpoint_every or state is not None:

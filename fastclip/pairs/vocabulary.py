@@ -32,8 +32,9 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer(path)
     except Exception as error:  # the package raises plain Exception
         raise ValueError(f"{path} must be a tokenizer.json of fastclip: {error}") from None
-    if None in (tokenizer.pad, tokenizer.start, tokenizer.end):
-        raise ValueError(f"{path} must be a tokenizer.json of fastclip, got another tokenizer")
+    last_three = tuple(range(tokenizer.vocab_size - 3, tokenizer.vocab_size))
+    if (tokenizer.pad, tokenizer.start, tokenizer.end) != last_three:  # CLIP's has others
+        raise ValueError(f"{path} must be a tokenizer.json of fastclip, got another one")
     return tokenizer
 
 

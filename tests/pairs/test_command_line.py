@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from support.exported_emoji import export
 from support.pairs_task import TINY
 
@@ -27,13 +28,17 @@ def one_line(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 SOURCES = {
-    "gone.csv": "pairs must be a file or a folder, got no such file: FOLDER/gone.csv",
-    "gone": "pairs must be a .csv, .tsv, .jsonl, .ndjson or .tar file or a folder of .avif, ",
+    "gone.csv": "pairs must be a file or a folder, got no such file or folder: FOLDER/gone.csv",
+    "gone/deep/": "pairs must be a file or a folder, got no such file or folder: FOLDER/gone/deep/",
+    "pairs.xml": "pairs must be a .csv, .tsv, .jsonl, .ndjson or .tar file or a folder of .avif, ",
     "{0..2}.tar": "tars must be files on this machine, missing: FOLDER/0.tar and 2 more",
     "no.tar": "FOLDER/no.tar must be an uncompressed tar",
     "empty": "pairs must hold an image with a caption, FOLDER/empty has none",
     "x.csv": "FOLDER/x.csv must have a column of image paths named filepath or path or ",
     "latin.csv": "FOLDER/latin.csv must be a table in UTF-8",
+    "quote.csv": "FOLDER/quote.csv must be a table whose quotes are closed, and doubled inside of "
+    "a quoted cell; the row from line 3 on is not: unexpected end of data",
+    "both": "pairs must be tars or a folder of images, got both in FOLDER/both: x.tar and a/b.png",
 }
 
 
@@ -46,8 +51,13 @@ def test_a_wrong_source(
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     (tmp_path / "latin.csv").write_bytes(b"path,text\nx,\xe9\n")
+    (tmp_path / "quote.csv").write_text('path,text\na,a\nb,"b\nc,c\nd,d\n')
+    (tmp_path / "pairs.xml").touch()
+    (tmp_path / "both" / "a").mkdir(parents=True)
+    (tmp_path / "both" / "x.tar").touch()
+    (tmp_path / "both" / "a" / "b.png").touch()
     (tmp_path / "no.tar").write_bytes(b"no tar" * 99)
-    command = ["--pairs", str(tmp_path / source), *TINY, "--out", str(tmp_path / "out")]
+    command = ["--pairs", f"{tmp_path}/{source}", *TINY, "--out", str(tmp_path / "out")]
     assert message.replace("FOLDER", str(tmp_path)) in one_line(command, capsys)
 
 
@@ -74,6 +84,8 @@ MISTAKES = [
     (["--context-length", "2"], "argument --context-length: must be at least 3, got 2"),
     (["--tokenizer", "nowhere"], "tokenizer must be a file, got no such file: nowhere"),
     (["--tokenizer", __file__], f"{__file__} must be a tokenizer.json of fastclip"),
+    (["--embed-dim", f"{10**17}"], "the model must fit into memory: "),
+    (["--embed-dim", f"{10**20}"], "the model must fit into memory: "),
     (["--resume"], "training.pt must exist to resume from"),
     (["--device", "toaster"], "cannot use device 'toaster': "),
 ]
@@ -89,6 +101,16 @@ def test_a_wrong_option(
     out = tmp_path / "out"
     assert message in one_line(["--pairs", source, *TINY, "--out", str(out), *options], capsys)
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_another_tokenizer(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CLIP's can be read elsewhere, but is none of an earlier training."""
+    names = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({name: k for k, name in enumerate(names)}, []))
+    bpe.save(str(tmp_path / "clip.json"))
+    command = ["--pairs", source, *TINY, "--tokenizer", str(tmp_path / "clip.json")]
+    error = one_line([*command, "--out", str(tmp_path / "out")], capsys)
+    assert "clip.json must be a tokenizer.json of fastclip, got another one" in error
 
 
 def test_options_of_pairs_need_pairs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_end_to_end(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the code of the page on it."""
+    broken = next(Path(source).parent.glob("*.png"))
+    whole = broken.read_bytes()
+    with Image.open(broken) as image:
+        image.save(broken, exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00")
     with open(source, "a") as file:
         file.write("nowhere.png,lost\n")
     out = tmp_path / "deep" / "trained"
@@ -44,7 +48,9 @@ def test_end_to_end(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         [*command, "--out", str(out), "--held-out", "0.4"], capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
+    broken.write_bytes(whole)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     names = {"clip.safetensors", "tokenizer.json", "results.json", "pairs.png"}
     assert {path.name for path in out.iterdir()} == names
     for expected in ("1 left out, the image's file cannot be read", "text to image R@1", *names):
@@ -170,8 +176,13 @@ def test_two_processes_have_the_curve_of_one(
 
 
 def test_held_out_pairs_are_optional(
-    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The model, which may be large, is built once."""
+    built = []
+    monkeypatch.setattr("fastclip.pairs.task.CLIP", lambda c: built.append(c) or CLIP(c))
     main(["--pairs", source, *TINY, "--steps", "1", "--held-out", "0", "--out", str(tmp_path)])
     assert "R@1" not in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text())["scores"] == {}
+    assert len(built) == 1

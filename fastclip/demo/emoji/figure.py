@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from ..drawing import BLUE, GREEN, GREY, INK, ORANGE, STYLE, plt, tidy_steps
+from ..drawing import BLUE, GREEN, GREY, INK, ORANGE, STYLE, plt, save, tidy_steps
 from . import VENDORS, Emoji
 from .batches import on_white
 from .evaluate import HeldOut
@@ -30,8 +30,7 @@ def draw(path: Path, losses: Mapping[str, Sequence[float]], emoji: Emoji, held: 
         _curves(curve, losses)
         _gap(gap, losses)
         _answers(bottom, emoji, held)
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
 
 
 def _curves(axes: Axes, losses: Mapping[str, Sequence[float]]) -> None:

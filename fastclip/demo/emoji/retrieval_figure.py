@@ -11,8 +11,8 @@ import torch
 
 from ...retrieval import ranks, topk
 from ..contact_sheet import Found, contact_sheet
-from ..drawing import STYLE, plt
-from ..rank_plots import histogram, recall
+from ..drawing import STYLE, plt, save
+from ..rank_plots import Direction, histogram, recall
 from . import VENDORS, Emoji
 from .batches import on_white
 from .evaluate import HeldOut
@@ -31,7 +31,10 @@ def draw(path: Path, emoji: Emoji, held: HeldOut) -> None:
         found = ranks(of_vendor, names)
         both["image to text"].append(found.rows)
         both["text to image"].append(found.columns)
-    by_direction = {name: torch.cat(parts) for name, parts in both.items()}
+    directions = [
+        Direction(name, torch.cat(parts), count, lambda k: k / count)
+        for name, parts in both.items()
+    ]
     chosen = random.Random(0).sample(range(count), min(ROWS, count))
     _, nearest = topk(names[chosen], images, min(NEAREST, len(images)))
     rows = [
@@ -52,9 +55,8 @@ def draw(path: Path, emoji: Emoji, held: HeldOut) -> None:
         top, bottom = figure.subfigures(2, 1, height_ratios=(3, 10))
         left, right = top.subplots(1, 2)
         top.subplots_adjust(left=0.06, right=0.975, bottom=0.2, top=0.86, wspace=0.18)
-        histogram(left, by_direction, count)
-        recall(right, by_direction, count)
+        histogram(left, directions)
+        recall(right, directions)
         title = f"Names never trained on, and the nearest of {len(images)} drawings"
         contact_sheet(bottom, f"{title} never trained on", rows, image)
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)

@@ -57,6 +57,22 @@ MUTANTS = (
         "tests/pairs/test_left_out.py::test_samples_of_a_tar",
     ),
     mutant(
+        "a folder that links lead to twice is read twice",
+        "fastclip/pairs/folder.py", "        if real in visited:", "        if False:",
+        "tests/pairs/test_folder.py::test_links_are_followed_and_no_image_is_there_twice",
+    ),
+    mutant(
+        "a forgotten quote swallows rows without a word",
+        "fastclip/pairs/table.py", "return len(lines) >= WHOLE_ROWS and", "return False and",
+        "tests/pairs/test_table.py::test_a_quote_that_swallows_rows",
+    ),
+    mutant(
+        "the figure's chance does not know that captions repeat",
+        "fastclip/pairs/figure.py", "recall_of_guessing(pairs.flip(1))", "lambda k: k / images",
+        "tests/pairs/test_figure.py::"
+        "test_chance_counts_all_right_answers_in_both_directions",
+    ),
+    mutant(
         "ranks do not share what they found out about images",
         "fastclip/pairs/check.py", "dist.all_reduce(codes, dist.ReduceOp.MAX)", "pass",
         "tests/pairs/test_train.py::test_two_processes_have_the_curve_of_one",
