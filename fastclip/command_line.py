@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, the types of options, the device."""
+"""The parts that command lines share: one-line errors, the types of options, the device."""
 
 import argparse
 from typing import IO, NoReturn

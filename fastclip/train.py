@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.quiet = Workers.launched().local_rank > 0
     args = options.parse_args(argv)
     if args.pairs is not None:
+        if args.matching != "none" or args.loss == "devise":
+            options.error("--matching and --loss devise must be left out with --pairs")
         options.set_defaults(out=Path("trained"))
         train_on_pairs.main(options.parse_args(argv), options)
         return

@@ -12,6 +12,8 @@ _MODULES = {
     "CLIPConfig": "config",
     "load_pretrained": "pretrained",
     "MatchingHead": "matching",
+    "WithViews": "views",
+    "freeze_as_bag_of_tokens": "bag_of_tokens",
     "matching_loss": "matching",
     "Tokenizer": "tokenizer",
     "class_features": "zero_shot",

@@ -18,9 +18,10 @@ from .tokenizer import SPECIAL
 def freeze_as_bag_of_tokens(model: CLIP) -> None:
     """Makes a new model's text features normalised sums of random token vectors, and freezes them.
 
-    The text tower stays a Transformer, and files of the model are as ever. Its first layer attends
-    to all tokens alike and its other layers add nothing. Start, end and padding have a vector of
-    zeros, so that captions share no part by default.
+    The text tower stays a Transformer, and files of the model are as ever. In its first layer a
+    token attends alike to all tokens up to its own, and the other layers add nothing. Start, end
+    and padding have a vector of zeros, so that captions without a common word are nearly
+    orthogonal.
     """
     width = model.config.text_width
     tower = model.text_tower

@@ -1,4 +1,4 @@
-"""What tokenizers of published models do to a text before they split it.
+"""Changes that tokenizers of published models make to a text before they split it.
 
 CLIP's mends text with ftfy, resolves HTML entities, joins white space and lower-cases. SigLIP's
 also drops punctuation. SigLIP 2's only lower-cases.

@@ -1,4 +1,4 @@
-"""A matching head: whether a picture and a caption are a pair, from both towers at once.
+"""A matching head tells whether a picture and a caption are a pair, from both towers at once.
 
 The features of a CLIP meet in one product. The head looks at both sides together, at one of three
 depths: `early` reads the towers' inputs, `middle` their outputs, `late` their features. It is
@@ -53,8 +53,9 @@ class MatchingHead(nn.Module):
         super().__init__()
         if fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}")
+        least = 2 if fusion == "middle" else 1  # every second layer reads the picture
+        if layers < least:
+            raise ValueError(f"layers must be at least {least} for {fusion!r}, got {layers}")
         self.config, self.fusion, self.layers = config, fusion, layers
         if fusion == "late":
             width = config.embed_dim

@@ -1,4 +1,4 @@
-"""What a matching head reads of a CLIP, for each of three depths of fusion."""
+"""The tensors of a CLIP that a matching head reads, for each of three depths of fusion."""
 
 from __future__ import annotations
 

@@ -116,8 +116,9 @@ def parser(losses: Collection[str], implementations: Collection[str]) -> argpars
         "--resume",
         action="store_true",
         help="continue from training.pt, with the same settings. The loss curve equals that of an "
-        "uninterrupted run bit for bit, with another number of processes up to rounding. Restarts "
-        "by torchrun resume without this option. The comparison starts from its first step",
+        "uninterrupted run bit for bit; with another number of processes, and without --matching, "
+        "up to rounding. Restarts by torchrun resume without this option. The comparison starts "
+        "from its first step",
     )
     return p
 

@@ -67,7 +67,7 @@ def sample_negatives(
         seed = int(torch.randint(-(2**63), 2**63 - 1, ()))
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")
-    sides = sides_of(x, y, ids, offset or 0, normalize, backend)
+    sides = sides_of(x, y, ids, offset or 0, normalize, backend, ("x", "y"))
     scale = scalar("logit_scale", logit_scale, sides.x).detach().item()
     if not math.isfinite(scale):
         raise ValueError(f"logit_scale must be finite, got {scale}")

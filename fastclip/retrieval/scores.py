@@ -86,7 +86,7 @@ def bands(sides: Sides, error: float) -> tuple[Tensor, Tensor]:
     found = []
     for own, others in (norms, norms[::-1]):
         other = others.max()
-        band = own * other * error + info.tiny * root * (own + other + root)
+        band = own * other * error + info.tiny * root * (own + other + 2 * root)
         overflows = own * other * (1 + error) > info.max / 4
         found.append(torch.where(overflows, torch.inf, band * (1 + info.eps)).to(dtype))
     return found[0], found[1]

@@ -14,6 +14,7 @@ from ..engine.dtypes import accumulation_dtype
 from ..engine.tiny_norms import EPS
 
 NAMES = ("queries", "keys")
+LARGEST_NORM = 1e154  # scores of float64 features stay finite
 
 
 class Sides(NamedTuple):
@@ -78,13 +79,13 @@ def check_pairs(pairs: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return pairs.long()
 
 
-def check_scores(x: Tensor, y: Tensor) -> None:
+def check_norms(name: str, features: Tensor) -> None:
     """Checks that scores of float64 features are finite. Others cannot overflow in float64."""
-    if x.dtype != torch.float64 or x.numel() == 0 or y.numel() == 0:
+    if features.dtype != torch.float64 or features.numel() == 0:
         return
-    largest = torch.linalg.vector_norm(x, dim=1).max() * torch.linalg.vector_norm(y, dim=1).max()
-    if not torch.isfinite(largest):
-        raise ValueError("scores must be finite, got features whose products overflow float64")
+    largest = torch.linalg.vector_norm(features, dim=1).max().item()
+    if largest > LARGEST_NORM:
+        raise ValueError(f"{name} must have norms of at most {LARGEST_NORM}, got {largest}")
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -96,8 +97,9 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def sides_of(
-    queries: Tensor, keys: Tensor, ids: Any, offset: int, normalize: bool, backend: str | None
-) -> Sides:
+    queries: Tensor, keys: Tensor, ids: Any, offset: int, normalize: bool, backend: str | None,
+    names: tuple[str, str] = NAMES,
+) -> Sides:  # fmt: skip
     """Checks the arguments and returns the sides. Integer ids of any size become codes.
 
     Raises:
@@ -105,22 +107,23 @@ def sides_of(
         ValueError: shapes or devices that differ, values that are not finite, a backend that cannot
             run here.
     """
-    check_sides(queries, keys, may_be_empty=True, names=NAMES)
-    for name, features in zip(NAMES, (queries, keys), strict=True):
+    check_sides(queries, keys, may_be_empty=True, names=names)
+    for name, features in zip(names, (queries, keys), strict=True):
         if features.layout != torch.strided:
             raise TypeError(f"{name} must be dense, got {features.layout}")
     if offset is None:
         raise TypeError("offset must be an int, got None")
     check_offset(offset)
     ids = check_ids(ids, "ignore", queries, keys)
-    for name, features in zip(NAMES, (queries, keys), strict=True):
+    for name, features in zip(names, (queries, keys), strict=True):
         check_finite(name, features.detach())
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     x, y = (t.detach().to(dtype) for t in (queries, keys))
     if normalize:
         # Half-precision norms would round the scores.
         x, y = (_unit(t.to(accumulation_dtype(t))) for t in (x, y))
-    check_scores(x, y)
+    for name, features in zip(names, (x, y), strict=True):
+        check_norms(name, features)
     codes = (None, None) if ids is None else pairs.codes_of(*ids)
     engine = choose(backend, x.device, x.dtype, len(x) * len(y), x.shape[1], "hinge")
     return Sides(x, y, *codes, offset, engine)

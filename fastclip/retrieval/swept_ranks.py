@@ -32,7 +32,8 @@ def counts(
     else:
         score = torch.cat((score, of_columns.score))
     certain, possible = (_above(sides, level * LOG2E) for level in (score + band, score - band))
-    unsure = certain != possible
+    # If products may overflow, they may also be NaN, which no level counts.
+    unsure = (certain != possible) | band.isinf()
     rows = unsure[:m].nonzero()[:, 0]
     certain[rows] = _settled(sides, of_rows, rows)
     if of_columns is None:

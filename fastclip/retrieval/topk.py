@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ..engine.checks import check_number
 from ..engine.compile_marks import no_compile
 from . import operators, plain_top
 from .scores import operand_rounding
@@ -51,8 +51,8 @@ def topk(
 
     Returns:
         Scores (M, k), float64 for float64 features and float32 for others, descending, and indices
-        (M, k), int64. Of equal scores the lower index comes first. A query that has fewer keys ends
-        with scores of -inf and indices of -1.
+        (M, k), int64. The lower index comes first among equal scores. A query that has fewer keys
+        ends with scores of -inf and indices of -1.
 
     Raises:
         TypeError: features or ids that are not tensors, or have another dtype.
@@ -61,8 +61,9 @@ def topk(
     """
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < 2**31:
         raise ValueError(f"k must be an integer from 1 to 2^31 - 1, got {k!r}")
-    if max_score is not None:
-        check_number("max_score", max_score)
+    is_number = isinstance(max_score, Real) and not isinstance(max_score, bool)
+    if max_score is not None and not (is_number and abs(max_score) < math.inf):
+        raise ValueError(f"max_score must be a finite number or None, got {max_score!r}")
     limit = math.inf if max_score is None else float(max_score)
     sides = sides_of(queries, keys, ids, 0, normalize, backend)
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):

@@ -138,6 +138,16 @@ def test_the_loss_is_that_of_pairs_and_negatives(pair: tuple[CLIP, MatchingHead]
     wrong = head.match(model, images[images_at], tokens[texts_at])
     expected = F.softplus(wrong).mean() + F.softplus(-head.match(model, images, tokens)).mean()
     torch.testing.assert_close(found, expected / 2)
+    # The towers learn from the head, too.
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours, dense = (
+        torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (found, expected / 2)
+    )
+    for a, b in zip(ours, dense, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert any(a is not None for a in ours)
 
 
 def test_a_pair_without_a_negative_is_an_error(pair: tuple[CLIP, MatchingHead]) -> None:
@@ -171,5 +181,7 @@ def test_wrong_options_and_inputs_are_named(pair: tuple[CLIP, MatchingHead]) -> 
         head.match(model, images[:1], tokens)
     with pytest.raises(ValueError, match="fusion must be one of early, middle, late, got 'latest'"):
         MatchingHead(SMALL, "latest")
-    with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="layers must be at least 1 for 'early', got 0"):
         MatchingHead(SMALL, "early", layers=0)
+    with pytest.raises(ValueError, match="layers must be at least 2 for 'middle', got 1"):
+        MatchingHead(SMALL, "middle", layers=1)

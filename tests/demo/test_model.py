@@ -42,8 +42,8 @@ def test_the_package_offers_its_public_names() -> None:
     assert clip.CLIP is CLIP
     offered = [getattr(clip, name).__name__ for name in clip.__all__]
     assert offered == [
-        "CLIP", "CLIPConfig", "load_pretrained", "MatchingHead", "matching_loss", "Tokenizer",
-        "class_features", "classify",
+        "CLIP", "CLIPConfig", "load_pretrained", "MatchingHead", "WithViews",
+        "freeze_as_bag_of_tokens", "matching_loss", "Tokenizer", "class_features", "classify",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'CLAP'"):
         clip.CLAP  # noqa: B018 -- the access raises

@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import demo_task
 from support.ranks.processes import Ranks
 
 from fastclip.clip import matching
-from fastclip.clip.matching import MatchingHead
+from fastclip.clip.matching import MatchingHead, matching_loss
 from fastclip.clip.model import CLIP
 from fastclip.clip.views import FUSIONS
 from fastclip.demo.checkpoint import Checkpoint
-from fastclip.demo.emoji.evaluate import hits
 from fastclip.demo.emoji.evaluate_matching import (
     evaluate_matching,
     hard_negatives,
+    hits,
     ordered_anew,
     pair_scores,
 )
@@ -111,6 +112,39 @@ def test_the_mean_over_ranks_is_that_of_all_pairs() -> None:
     assert shares == pytest.approx([10 / 9, 8 / 9])  # ranks have five and four pairs
 
 
+def test_a_workers_loss_is_its_share_of_that_of_its_pairs() -> None:
+    config = demo_task.small().config
+    loss = MatchingLoss(config, "late", 7, 3, Workers(0, 2))
+    x, y = F.normalize(torch.randn(2, 4, config.embed_dim), dim=2)
+    outputs = {
+        "image_features": x, "text_features": y, "image_view": x, "text_view": y,
+        "logit_scale": torch.tensor(2.0),
+    }  # fmt: skip
+    tokens, ids = torch.ones(4, 3, dtype=torch.int64), torch.tensor([0, 1, 0, 0])
+    for step in range(1, 9):
+        found = loss(outputs, tokens, ids)
+        seed = 3 * 1_000_003 + step
+        expected = matching_loss(loss.head, outputs, tokens, ids=ids, seed=seed)
+        torch.testing.assert_close(found, expected * 8 / 7)
+
+
+def test_a_rank_with_the_whole_batch_draws_among_its_own_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The dense loss has all captions, the head those of the rank's own pairs."""
+    task = replace(demo_task.small(), matching="late", workers=Workers(1, 2))
+    model, stream = task.start(0, 5)
+    batch, seen = replace(next(stream), captions=("a", "b", "c", "d", "d")), []
+    loss = task.batch_loss("dense", 5)
+    monkeypatch.setattr(loss, "_whole", lambda *towers: [t.repeat(3, 1)[:5] for t in towers])
+    loss.matching.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[-1]))
+    outputs = model(batch.images, batch.tokens)
+    x, y = outputs["image_features"], outputs["text_features"]
+    with pytest.raises(ValueError, match="every pair must have a negative"):
+        loss(batch, **outputs, image_view=x, text_view=y)
+    assert len(x) == 2 and seen[0].tolist() == [3, 3]
+
+
 def test_an_untrained_head_scores_about_chance(fusion: str) -> None:
     task = replace(demo_task.small(), matching=fusion)
     model, _ = task.start(0, 8)
@@ -140,6 +174,7 @@ def test_a_perfect_head_finds_what_is_among_the_nearest() -> None:
     assert hits(ordered_anew(similarity, knows), 1) == pytest.approx(16 / 40)
     # A head that says the same of all pairs finds nothing.
     assert hits(ordered_anew(similarity, lambda rows, _: 0.0 * rows), 1) == 0
+    assert hits(similarity * torch.nan, 1) == 0
 
 
 def test_both_directions_ask_for_the_same_pairs() -> None:

@@ -65,6 +65,10 @@ def test_a_stop_requested_on_one_rank_stops_all(two: Ranks) -> None:
         assert stopped == 1 and found == (0.5, True)
 
 
+def test_gradients_outside_of_ddp_are_averaged(two: Ranks) -> None:
+    assert two.run(demo_task.averaged_gradient) == [1.5, 1.5]
+
+
 def test_a_lone_worker_has_no_group() -> None:
     assert not demo_task.groups_of_a_lone_worker()
     assert Workers.launched() == Workers()

@@ -116,6 +116,9 @@ def test_another_tokenizer(source: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_options_of_pairs_need_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "argument --crop: needs --pairs" in one_line(["--crop", "0.5"], capsys)
     assert "argument --flip: needs --pairs" in one_line(["--flip"], capsys)
+    for given in (["--matching", "late"], ["--loss", "devise"]):
+        error = one_line(["--pairs", "pairs.csv", *given], capsys)
+        assert "--matching and --loss devise must be left out with --pairs" in error
 
 
 @pytest.mark.parametrize(

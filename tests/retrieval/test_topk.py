@@ -107,7 +107,7 @@ def test_bad_arguments() -> None:
     for k in (0, -1, 2.0, True, 2**31):
         with pytest.raises(ValueError, match="k must be an integer from 1 to"):
             retrieval.topk(x, x, k)
-    with pytest.raises(ValueError, match="max_score must be finite"):
+    with pytest.raises(ValueError, match="max_score must be a finite number or None, got nan"):
         retrieval.topk(x, x, 1, max_score=math.nan)
     with pytest.raises(ValueError, match="queries must be finite"):
         retrieval.topk(x * math.nan, x, 1)

@@ -77,6 +77,14 @@ def curve_and_state(
     return trained(task, batch_size, workers=workers, **options, stop=stop).losses
 
 
+def averaged_gradient(rank: int, size: int) -> float:
+    """Returns a parameter's gradient, rank + 1 before."""
+    parameter = torch.nn.Parameter(torch.tensor(0.0))
+    parameter.grad = torch.tensor(rank + 1.0)
+    Workers(rank, size).average([parameter])
+    return parameter.grad.item()
+
+
 def stop_requested_on_the_last_rank(rank: int, size: int) -> tuple[int, tuple[float, bool]]:
     """Returns the step after which this rank stops (0: none), and `over_all_ranks`'s result."""
     workers, run = Workers(rank, size), Run()

@@ -70,7 +70,7 @@ class Bands {
   T operator()(double norm) const {
     if (norm * other_ * (1 + error_) > double(std::numeric_limits<T>::max()) / 4)
       return std::numeric_limits<T>::infinity();
-    const double flushed = double(std::numeric_limits<T>::min()) * root_ * (norm + other_ + root_);
+    const double flushed = double(std::numeric_limits<T>::min()) * root_ * (norm + other_ + 2 * root_);
     return T(norm * other_ * error_ + flushed) * (1 + std::numeric_limits<T>::epsilon());
   }
 

@@ -35,8 +35,7 @@ struct RankScan : Scan {
 struct TopScan : Scan {
   int64_t k = 0;
   double max_score = 0;       // keys above it are left out
-  bool excludes_own = false;  // key i + offset is left out for query i
-  int64_t offset = 0;
+  bool excludes_own = false;  // key i is left out for query i
   double* scores = nullptr;    // (M, k) out, descending; -inf beyond the last key
   int64_t* indices = nullptr;  // (M, k) out; -1 beyond the last key
 };

@@ -5,7 +5,7 @@ from types import ModuleType
 from . import open_clip, openai, transformers
 from .keys import State, listed
 
-# What wrappers of the model put before every key.
+# Prefixes of every key that wrappers of the model add.
 WRAPPERS = ("module.", "_orig_mod.")
 UNSUPPORTED = {
     "visual.layer1.": "a ResNet image tower",

@@ -50,13 +50,6 @@ class Score:
         return f"{self.value:6.1%}  (chance {self.chance:.1%})"
 
 
-def hits(similarity: Tensor, k: int) -> float:
-    """Returns how often an entry of the diagonal is among the k largest of its row."""
-    # Ties count against the model: a model that gives all inputs the same features must not score.
-    better = (similarity >= similarity.diagonal()[:, None]).sum(dim=1) - 1
-    return (better < k).float().mean().item()
-
-
 def retrieval(images: Sequence[Tensor], texts: Tensor) -> dict[str, Score]:
     """Returns R@1 and R@5 in both directions, averaged over image sets of the same N texts."""
     count = len(texts)
