@@ -38,7 +38,7 @@ def test_wheel_holds_every_file_of_the_packages(unpacked: Path, sources: Path) -
 
 def test_a_wheel_is_small_and_its_demo_names_the_missing_files(unpacked: Path) -> None:
     size = sum(p.stat().st_size for p in unpacked.rglob("*") if p.is_file())
-    assert size < 1 << 20
+    assert size < 3 << 19  # the demo's data has 6 MB
     pytest.importorskip("safetensors")
     pytest.importorskip("tokenizers")
     help_run = python(DEMO.format(["--help"]), unpacked)
