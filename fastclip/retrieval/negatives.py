@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..engine.checks import scalar
 from ..engine.compile_marks import no_compile
-from ..engine.dtypes import state_dtype
 from . import operators
 from .chunks import chunks_of
 from .noise import gumbel, line_keys
+from .scores import norms
 from .sides import Sides, sides_of
 
 
@@ -87,8 +87,7 @@ def _check_logits(sides: Sides, scale: float) -> None:
     """Checks that no logit overflows float32, in which the noise is added."""
     if sides.is_empty:
         return
-    dtype = state_dtype(sides.device)
-    x, y = (torch.linalg.vector_norm(t, dim=1, dtype=dtype).max().item() for t in sides[:2])
+    x, y = (norms(t).max().item() for t in sides[:2])
     if not max(1.0, abs(scale)) * x * y < torch.finfo(torch.float32).max / 4:
         raise ValueError(
             f"logits must be finite in float32, got features of norms {x:.1e} and {y:.1e} and the "

@@ -74,17 +74,20 @@ def product_error(sides: Sides) -> float:
     return 1.01 * (unit * (width + 4) + rounding)
 
 
+def norms(features: Tensor) -> Tensor:
+    """Returns the norms (L) of features, in the dtype of states; only chunks are converted."""
+    dtype, rows = state_dtype(features.device), max(1, PAIRS // 8 // features.shape[1])
+    parts = [torch.linalg.vector_norm(p, dim=1, dtype=dtype) for p in features.split(rows)]
+    return torch.cat(parts)
+
+
 def bands(sides: Sides, error: float) -> tuple[Tensor, Tensor]:
     """Returns the largest error of the products of each query (M) and of each key (N), infinite
     where a partial sum may overflow. Denormal operands and terms may be flushed to zero."""
     dtype = accumulation_dtype(sides.x)
     info, root = torch.finfo(dtype), sides.x.shape[1] ** 0.5
-    norms = [
-        torch.linalg.vector_norm(t, dim=1, dtype=state_dtype(sides.device))
-        for t in (sides.x, sides.y)
-    ]
-    found = []
-    for own, others in (norms, norms[::-1]):
+    of_sides, found = [norms(sides.x), norms(sides.y)], []
+    for own, others in (of_sides, of_sides[::-1]):
         other = others.max()
         band = own * other * error + info.tiny * root * (own + other + 2 * root)
         overflows = own * other * (1 + error) > info.max / 4
