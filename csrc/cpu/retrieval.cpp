@@ -8,12 +8,9 @@ namespace FASTCLIP_CAPABILITY {
 namespace {
 
 template <class In, class Op, class T>
-struct Types {
-  using Features = In;
-  using Operand = Op;
-  using Number = T;
-};
+struct Types {};
 
+// Calls f with the types of features, of products' operands and of products.
 template <class Function>
 void for_types(const Scan& p, Function f) {
   switch (p.dtype) {
@@ -32,20 +29,14 @@ void for_types(const Scan& p, Function f) {
 }  // namespace
 
 void find_ranks(const RankScan& p) {
-  for_types(p, [&](auto types) {
-    using In = typename decltype(types)::Features;
-    using Op = typename decltype(types)::Operand;
-    using T = typename decltype(types)::Number;
+  for_types(p, [&]<class In, class Op, class T>(Types<In, Op, T>) {
     const PreparedRanks<In, T> prepared(p, [&](double norm) { return bands_of<In, Op, T>(p, norm); });
     Scanner<In, Op, T, RankStrip<In, T>>(prepared).run();
   });
 }
 
 void find_top(const TopScan& p) {
-  for_types(p, [&](auto types) {
-    using In = typename decltype(types)::Features;
-    using Op = typename decltype(types)::Operand;
-    using T = typename decltype(types)::Number;
+  for_types(p, [&]<class In, class Op, class T>(Types<In, Op, T>) {
     const PreparedTop<In, T> prepared(p, [&](double norm) { return bands_of<In, Op, T>(p, norm); });
     Scanner<In, Op, T, TopStrip<In, T>>(prepared).run();
   });
@@ -53,20 +44,15 @@ void find_top(const TopScan& p) {
 
 void draw(const DrawScan& p) {
   const PreparedDraw prepared(p);
-  for_types(p, [&](auto types) {
-    using In = typename decltype(types)::Features;
-    using Op = typename decltype(types)::Operand;
-    using T = typename decltype(types)::Number;
-    Scanner<In, Op, T, DrawStrip<T>>(prepared).run();
-  });
+  for_types(p,
+            [&]<class In, class Op, class T>(Types<In, Op, T>) { Scanner<In, Op, T, DrawStrip<T>>(prepared).run(); });
   for (int64_t i = 0; i < p.m; i++) p.rows[i] = prepared.of_rows[i].place;
   if (p.columns)
     for (int64_t j = 0; j < p.n; j++) p.columns[j] = prepared.of_columns[j].place;
 }
 
 void score(const PairScan& p) {
-  for_types(p, [&](auto types) {
-    using In = typename decltype(types)::Features;
+  for_types(p, [&]<class In, class Op, class T>(Types<In, Op, T>) {
     at::parallel_for(0, p.pairs, 256, [&](int64_t begin, int64_t end) {
       for (int64_t q = begin; q < end; q++) p.scores[q] = exact_score<In>(p, p.i[q], p.j[q]);
     });

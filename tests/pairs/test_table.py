@@ -39,7 +39,7 @@ def test_a_wrong_quote_is_an_error_with_its_line(quoted: str, tmp_path: Path) ->
 
 
 def test_names_do_not_depend_on_the_place_of_the_data(tmp_path: Path) -> None:
-    """Whether paths are relative or absolute, and inside of the table's folder or not."""
+    """Paths may be relative or absolute, inside or outside of the table's folder."""
     found = []
     for place in ("a", "deep/b"):
         data, tables = tmp_path / place, tmp_path / "tables"
