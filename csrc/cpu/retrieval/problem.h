@@ -34,8 +34,8 @@ struct RankScan : Scan {
 // The k keys with the highest scores of each query.
 struct TopScan : Scan {
   int64_t k = 0;
-  double max_score = 0;       // keys above it are left out
-  bool excludes_own = false;  // key i is left out for query i
+  double max_score = 0;        // keys above it are left out
+  bool excludes_own = false;   // key i is left out for query i
   double* scores = nullptr;    // (M, k) out, descending; -inf beyond the last key
   int64_t* indices = nullptr;  // (M, k) out; -1 beyond the last key
 };
