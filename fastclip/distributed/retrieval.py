@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..engine.compile_marks import no_compile
-from ..retrieval.metrics import Features, as_metrics, check_partners, pairs_of
+from ..retrieval.metrics import Features, as_metrics, check_partners, pairs_of, sign_of
 from ..retrieval.own import Own, own_partners
 from ..retrieval.ranks import Ranks, count, without_strays
 from ..retrieval.sides import Sides, sides_of
@@ -95,8 +95,7 @@ def metrics(
     found = ranks(
         images, texts, ids=ids, normalize=normalize, backend=backend, process_group=process_group
     )
-    scale = 1.0 if logit_scale is None else float(torch.as_tensor(logit_scale).detach())
-    signs = {"sign of logit_scale": 1 + int(scale > 0) - int(scale < 0)}
+    signs = {"sign of logit_scale": 1 + int(sign_of(logit_scale, images))}
     call = Call("metrics()", False, True, signs)
     shard = agree_on_sides(process_group, images, texts, None, call)
     everywhere = Ranks(

@@ -86,7 +86,7 @@ def pairs_of(
         check_finite(name, features)
     if isinstance(ids, Sequence):
         ids = tuple(i.to(images.device) if isinstance(i, Tensor) else i for i in ids)
-    sign = _sign(logit_scale, images)
+    sign = sign_of(logit_scale, images)
     return images if sign == 1 else images * sign, texts, ids
 
 
@@ -123,7 +123,7 @@ def _median(lines: Tensor) -> float:
     return float((low + high) // 2)
 
 
-def _sign(logit_scale: Tensor | float | None, features: Tensor) -> float:
+def sign_of(logit_scale: Tensor | float | None, features: Tensor) -> float:
     if logit_scale is None:
         return 1.0
     if isinstance(logit_scale, Tensor):

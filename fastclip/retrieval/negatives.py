@@ -74,7 +74,7 @@ def sample_negatives(
     _check_logits(sides, scale)
     own = offset is not None
     with torch.no_grad(), torch.autocast(sides.device.type, enabled=False):
-        if sides.compiled and not sides.is_empty:
+        if sides.compiled:
             rows, of_columns = operators.draw(
                 sides.x, sides.y, scale, seed, sides.ids_x, sides.ids_y, own, sides.offset, columns
             )

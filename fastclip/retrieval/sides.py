@@ -30,8 +30,8 @@ class Sides(NamedTuple):
 
     @property
     def compiled(self) -> bool:
-        """True if the CPU engine's operators serve."""
-        return self.engine == "cpu"
+        """True if the CPU engine's operators serve, which take no empty sides."""
+        return self.engine == "cpu" and not self.is_empty
 
     @property
     def is_empty(self) -> bool:

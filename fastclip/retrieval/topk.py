@@ -72,7 +72,7 @@ def topk(
 
 
 def _found(sides: Sides, k: int, limit: float, exclude_own: bool) -> tuple[Tensor, Tensor]:
-    if sides.compiled and not sides.is_empty:
+    if sides.compiled:
         rounding = operand_rounding(sides.device)
         return operators.topk(
             sides.x, sides.y, k, limit, sides.ids_x, sides.ids_y, exclude_own, rounding
